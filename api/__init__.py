@@ -1,0 +1,1 @@
+"""The HTTP control plane: OpenAI's fine-tuning API over the services in core. Never loads torch."""

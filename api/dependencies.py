@@ -1,0 +1,73 @@
+"""What routes ask for: who calls, a transaction of that tenant, the object store, the settings, the raw body."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+from typing import Annotated, cast
+
+import anyio.from_thread
+from fastapi import Depends, Header, Request
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from api.auth import identify
+from core.db.session import tenant_transaction
+from core.services.tenants import Identity
+from core.settings import ApiSettings
+from core.storage import ObjectStore
+
+
+def get_engine(request: Request) -> Engine:
+    return cast("Engine", request.app.state.engine)
+
+
+def get_store(request: Request) -> ObjectStore:
+    return cast("ObjectStore", request.app.state.store)
+
+
+def get_settings(request: Request) -> ApiSettings:
+    return cast("ApiSettings", request.app.state.settings)
+
+
+def get_identity(
+    engine: Annotated[Engine, Depends(get_engine)], authorization: Annotated[str | None, Header()] = None
+) -> Identity:
+    return identify(engine, authorization)
+
+
+def get_session(
+    engine: Annotated[Engine, Depends(get_engine)], identity: Annotated[Identity, Depends(get_identity)]
+) -> Iterator[Session]:
+    with tenant_transaction(engine, identity.tenant_id) as session:
+        yield session
+
+
+def get_body(request: Request) -> Iterator[bytes]:
+    return _iterate_body(request)  # FastAPI would enter a generator function itself
+
+
+def _iterate_body(request: Request) -> Iterator[bytes]:
+    """Yield the body's chunks as they arrive, from a route's own thread: the body is never held whole."""
+    chunks = request.stream()
+
+    async def next_chunk() -> bytes | None:
+        return await anext(chunks, None)
+
+    while (chunk := anyio.from_thread.run(next_chunk)) is not None:
+        if chunk:
+            yield chunk
+
+
+def get_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+Caller = Annotated[Identity, Depends(get_identity)]
+# "function" commits before the answer starts: no client ever holds an id that was not committed.
+Transaction = Annotated[Session, Depends(get_session, scope="function")]
+Store = Annotated[ObjectStore, Depends(get_store)]
+Settings = Annotated[ApiSettings, Depends(get_settings)]
+Database = Annotated[Engine, Depends(get_engine)]
+Body = Annotated[Iterator[bytes], Depends(get_body)]
+Now = Annotated[dt.datetime, Depends(get_now)]

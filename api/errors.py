@@ -1,0 +1,107 @@
+"""From errors to HTTP: only this file knows which status an error has. Every answer is OpenAI's error object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.exceptions import HTTPException
+
+from core.domain.errors import (
+    ConflictError,
+    DomainError,
+    InvalidRequestError,
+    NotFoundError,
+    PayloadTooLargeError,
+    PermissionDeniedError,
+    RateLimitedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from core.storage import ObjectNotFoundError, StorageError
+
+log = structlog.get_logger()
+
+STATUSES: dict[type[DomainError], int] = {
+    PayloadTooLargeError: 413,
+    InvalidRequestError: 400,
+    UnauthenticatedError: 401,
+    PermissionDeniedError: 403,
+    NotFoundError: 404,
+    ConflictError: 409,
+    RateLimitedError: 429,
+    UnavailableError: 503,
+    DomainError: 500,
+}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_KINDS = {"int", "float", "str", "bool", "dict"}
+_RETRY_AFTER = {"retry-after": "2"}
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(DomainError, _answer_domain_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    for kind in (OperationalError, PoolTimeoutError, StorageError):
+        app.add_exception_handler(kind, _answer_unavailable)
+    app.add_exception_handler(Exception, _answer_bug)
+
+
+def status_of(error: DomainError) -> int:
+    return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
+
+
+def error_answer(
+    status: int, message: str, *, code: str | None, param: str | None = None, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")  # noqa: PLR2004
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": error}, status_code=status, headers=headers)
+
+
+def _answer_domain_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, DomainError)
+    status = status_of(error)
+    # A conflict of states stays one, however often the client asks again.
+    headers = {"x-should-retry": "false"} if isinstance(error, ConflictError) else None
+    return error_answer(status, error.message, code=error.code, param=error.param, headers=headers)
+
+
+def _answer_validation_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()
+    param = _field_of(problems[0])
+    # A field that may be of several kinds has one complaint for each; together they say what it may be.
+    complaints = " or ".join(dict.fromkeys(str(each["msg"]) for each in problems if _field_of(each) == param))
+    message = f"{param}: {complaints}." if param else f"{complaints}."
+    return error_answer(400, message, code="invalid_request", param=param)
+
+
+def _field_of(problem: dict[str, Any]) -> str | None:
+    """Return the dotted name of the field at fault, without the tags of the kinds it may be of."""
+    parts = [str(part) for part in problem["loc"] if part not in ("body", "query", "path")]
+    return ".".join(part for part in parts if (part.isidentifier() and part not in _KINDS) or part.isdigit()) or None
+
+
+def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {request.method} {request.url.path[:200]}"
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    return error_answer(error.status_code, message, code=code, headers=dict(error.headers or {}))
+
+
+def _answer_unavailable(_request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, ObjectNotFoundError):
+        return error_answer(404, "The content is gone.", code="not_found")
+    log.warning("dependency.unavailable", error=type(error).__name__)
+    return error_answer(503, "The service is not ready; try again.", code="unavailable", headers=_RETRY_AFTER)
+
+
+def _answer_bug(_request: Request, error: Exception) -> JSONResponse:
+    log.error("request.failed", exc_info=error)
+    return error_answer(500, "Something went wrong on our side.", code="internal_error")

@@ -1,0 +1,71 @@
+"""/v1/adapters: finished adapters, as presigned URLs or as one archive."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from fastapi.responses import StreamingResponse
+
+from api.dependencies import Caller, Now, Settings, Store, Transaction
+from api.schemas.objects import AdapterObject, DownloadFile, DownloadObject, ListObject, as_list
+from core.domain.ids import IdKind, parse_id
+from core.services import adapters
+from core.storage import ObjectStore
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+
+
+@router.get("")
+def list_adapters(
+    session: Transaction, caller: Caller, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
+) -> ListObject[AdapterObject]:
+    cursor = parse_id(IdKind.ADAPTER, after, param="after") if after else None
+    return as_list(adapters.list_adapters(session, caller.tenant_id, after=cursor, limit=limit), AdapterObject.of)
+
+
+@router.get("/{adapter_id}")
+def get_adapter(session: Transaction, caller: Caller, adapter_id: str) -> AdapterObject:
+    found = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id))
+    return AdapterObject.of(found)
+
+
+@router.get("/{adapter_id}/download", response_model=DownloadObject)
+def download_adapter(
+    session: Transaction,
+    caller: Caller,
+    store: Store,
+    settings: Settings,
+    now: Now,
+    adapter_id: str,
+    archive: Literal["tar"] | None = None,
+) -> Any:
+    """Return one presigned URL a file, or stream all files as one tar."""
+    row = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id))
+    if archive == "tar":
+        disposition = {"content-disposition": f'attachment; filename="{adapter_id}.tar"'}
+        return StreamingResponse(
+            _stream_tar(store, row.object_prefix, row.files), media_type="application/x-tar", headers=disposition
+        )
+    lifetime = timedelta(seconds=settings.presign_seconds)
+    urls = [
+        DownloadFile(
+            url=store.presign_get(row.object_prefix + file["name"], expires=lifetime, filename=file["name"]), **file
+        )
+        for file in row.files
+    ]
+    return DownloadObject(id=adapter_id, expires_at=int((now + lifetime).timestamp()), files=urls)
+
+
+def _stream_tar(store: ObjectStore, prefix: str, files: list[dict[str, Any]]) -> Iterator[bytes]:
+    """Yield an uncompressed tar in constant memory: headers are made here, contents pass through."""
+    for file in files:
+        entry = tarfile.TarInfo(file["name"])
+        entry.size = file["size_bytes"]
+        yield entry.tobuf(format=tarfile.USTAR_FORMAT)
+        yield from store.get_stream(prefix + file["name"])
+        yield bytes(-entry.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)

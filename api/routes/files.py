@@ -1,0 +1,99 @@
+"""/v1/files: datasets are checked line by line while they stream to the object store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+
+from api.dependencies import Body, Caller, Database, Settings, Store, Transaction
+from api.schemas.objects import DeletedObject, FileObject, ListObject, as_list
+from api.uploads import MultipartUpload
+from core.db.session import tenant_transaction
+from core.domain.datasets import DatasetChecker
+from core.domain.errors import DomainError, InvalidRequestError
+from core.domain.ids import IdKind, new_id, parse_id
+from core.domain.objects import file_key
+from core.services import files as file_service
+from core.services.files import NewFile
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+
+@router.post("")
+def create_file(
+    request: Request, body: Body, caller: Caller, database: Database, store: Store, settings: Settings
+) -> FileObject:
+    """Store an upload and say what is wrong with its rows, if anything. No transaction is open while bytes flow."""
+    upload = MultipartUpload(request.headers.get("content-type", ""), body, settings.max_file_bytes)
+    try:
+        new = _store(upload, store, caller)
+    except DomainError:
+        upload.drain()
+        raise
+    with tenant_transaction(database, caller.tenant_id) as session:
+        row = file_service.create_file(session, caller.tenant_id, new=new)
+        session.refresh(row)
+    return FileObject.of(row)
+
+
+@router.get("")
+def list_files(
+    session: Transaction,
+    caller: Caller,
+    purpose: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> ListObject[FileObject]:
+    cursor = parse_id(IdKind.FILE, after, param="after") if after else None
+    page = file_service.list_files(session, caller.tenant_id, purpose=purpose, after=cursor, limit=limit, order=order)
+    return as_list(page, FileObject.of)
+
+
+@router.get("/{file_id}")
+def get_file(session: Transaction, caller: Caller, file_id: str) -> FileObject:
+    row = file_service.get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
+    return FileObject.of(row)
+
+
+@router.get("/{file_id}/content")
+def get_file_content(session: Transaction, caller: Caller, store: Store, file_id: str) -> StreamingResponse:
+    row = file_service.get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
+    headers = {"content-length": str(row.size_bytes)}
+    return StreamingResponse(store.get_stream(row.object_key), media_type="application/octet-stream", headers=headers)
+
+
+@router.delete("/{file_id}")
+def delete_file(session: Transaction, caller: Caller, file_id: str) -> DeletedObject:
+    file_service.delete_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
+    return DeletedObject(id=file_id, object="file")
+
+
+def _store(upload: MultipartUpload, store: Store, caller: Caller) -> NewFile:
+    checker, file_id = DatasetChecker(), new_id()
+    object_key = file_key(caller.tenant_id, file_id)
+
+    def checked() -> Iterator[bytes]:
+        for chunk in upload.iterate_file():
+            checker.feed(chunk)
+            yield chunk
+        if upload.fields.get("purpose") != "fine-tune":
+            raise InvalidRequestError("This service takes files of purpose 'fine-tune' only.", param="purpose")
+
+    stored = store.put_stream(object_key, checked(), content_type="application/jsonl")
+    report = checker.close()
+    return NewFile(
+        id=file_id,
+        filename=upload.filename or "upload.jsonl",
+        purpose="fine-tune",
+        object_key=object_key,
+        size_bytes=stored.size_bytes,
+        sha256=stored.sha256,
+        num_examples=report.num_examples,
+        status_details=report.summarize(),
+        problems=tuple(asdict(problem) for problem in report.problems),
+    )

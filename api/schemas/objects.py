@@ -1,0 +1,253 @@
+"""Answers: rows as the objects of OpenAI's API. Times are Unix seconds."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
+
+from core.db.models import Adapter, BaseModelRow, Checkpoint, Event, File, Job
+from core.domain.ids import IdKind, format_id
+from core.domain.training import TrainingSpec
+from core.services.pages import Page
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ListObject(BaseModel, Generic[T]):
+    object: str = "list"
+    data: list[T]
+    has_more: bool = False
+    first_id: str | None = None
+    last_id: str | None = None
+
+
+class FileObject(BaseModel):
+    id: str
+    object: str = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: str
+    status_details: str | None
+    num_examples: int
+    sha256: str
+    problems: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, row: File) -> FileObject:
+        return cls(
+            id=format_id(IdKind.FILE, row.id),
+            bytes=row.size_bytes,
+            created_at=_seconds(row.created_at),
+            filename=row.filename,
+            purpose=row.purpose,
+            status=row.status,
+            status_details=row.status_details,
+            num_examples=row.num_examples,
+            sha256=row.sha256,
+            problems=row.problems,
+        )
+
+
+class DeletedObject(BaseModel):
+    id: str
+    object: str
+    deleted: bool = True
+
+
+class JobObject(BaseModel):
+    id: str
+    object: str = "fine_tuning.job"
+    created_at: int
+    model: str
+    organization_id: str
+    training_file: str
+    validation_file: str | None
+    status: str
+    fine_tuned_model: str | None
+    finished_at: int | None
+    estimated_finish: int | None
+    hyperparameters: dict[str, Any]
+    method: dict[str, Any]
+    result_files: list[str]
+    integrations: list[dict[str, Any]]
+    metadata: dict[str, str]
+    seed: int
+    trained_tokens: int | None
+    error: dict[str, Any] | None
+    suffix: str | None
+    adapter: dict[str, Any]
+    quantization: str | None
+    priority: int
+    max_seq_len: int
+    learning_rate: float
+    total_steps: int
+    trained_steps: int
+
+    @classmethod
+    def of(cls, row: Job, *, now: dt.datetime) -> JobObject:
+        spec = TrainingSpec.model_validate(row.spec)
+        shown = {
+            "n_epochs": spec.n_epochs,
+            "batch_size": spec.batch_size,
+            "learning_rate_multiplier": spec.learning_rate_multiplier,
+        }
+        return cls(
+            id=format_id(IdKind.JOB, row.id),
+            created_at=_seconds(row.created_at),
+            model=row.base_model_id,
+            organization_id=format_id(IdKind.TENANT, row.tenant_id),
+            training_file=format_id(IdKind.FILE, row.training_file_id),
+            validation_file=_optional_id(IdKind.FILE, row.validation_file_id),
+            status=row.status,
+            fine_tuned_model=row.fine_tuned_model,
+            finished_at=_seconds(row.finished_at) if row.finished_at else None,
+            estimated_finish=_estimate_finish(row, now),
+            hyperparameters=shown,
+            method={"type": "supervised", "supervised": {"hyperparameters": shown}},
+            result_files=[format_id(IdKind.FILE, row.result_file_id)] if row.result_file_id else [],
+            integrations=[],
+            metadata=row.job_metadata,
+            seed=spec.seed,
+            trained_tokens=row.trained_tokens,
+            error=row.error,
+            suffix=row.suffix,
+            adapter=spec.adapter.model_dump(mode="json"),
+            quantization=row.quantization,
+            priority=row.priority,
+            max_seq_len=spec.max_seq_len,
+            learning_rate=spec.learning_rate,
+            total_steps=row.total_steps,
+            trained_steps=row.trained_steps,
+        )
+
+
+class EventObject(BaseModel):
+    id: str
+    object: str = "fine_tuning.job.event"
+    created_at: int
+    level: str
+    message: str
+    type: str
+    data: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, row: Event) -> EventObject:
+        return cls(
+            id=format_id(IdKind.EVENT, row.id),
+            created_at=_seconds(row.created_at),
+            level=row.level,
+            message=row.message,
+            type=row.type,
+            data=row.details,
+        )
+
+
+class CheckpointObject(BaseModel):
+    id: str
+    object: str = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuning_job_id: str
+    fine_tuned_model_checkpoint: str
+    step_number: int
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, row: Checkpoint) -> CheckpointObject:
+        metrics = {
+            "step": row.metrics.get("step"),
+            "train_loss": row.metrics.get("train_loss"),
+            "train_mean_token_accuracy": row.metrics.get("train_accuracy"),
+            "full_valid_loss": row.metrics.get("valid_loss"),
+            "full_valid_mean_token_accuracy": row.metrics.get("valid_mean_token_accuracy"),
+        }
+        return cls(
+            id=format_id(IdKind.CHECKPOINT, row.id),
+            created_at=_seconds(row.created_at),
+            fine_tuning_job_id=format_id(IdKind.JOB, row.job_id),
+            fine_tuned_model_checkpoint=row.model_name,
+            step_number=row.step,
+            metrics={name: value for name, value in metrics.items() if value is not None},
+        )
+
+
+class ModelObject(BaseModel):
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str
+
+    @classmethod
+    def of_base(cls, row: BaseModelRow) -> ModelObject:
+        return cls(id=row.id, created=_seconds(row.created_at), owned_by="espalier")
+
+    @classmethod
+    def of_adapter(cls, row: Adapter) -> ModelObject:
+        owner = format_id(IdKind.TENANT, row.tenant_id)
+        return cls(id=row.name, created=_seconds(row.created_at), owned_by=owner)
+
+
+class AdapterObject(BaseModel):
+    id: str
+    object: str = "adapter"
+    created_at: int
+    name: str
+    base_model: str
+    fine_tuning_job_id: str
+    size_bytes: int
+    files: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, row: Adapter) -> AdapterObject:
+        return cls(
+            id=format_id(IdKind.ADAPTER, row.id),
+            created_at=_seconds(row.created_at),
+            name=row.name,
+            base_model=row.base_model_id,
+            fine_tuning_job_id=format_id(IdKind.JOB, row.job_id),
+            size_bytes=row.size_bytes,
+            files=row.files,
+        )
+
+
+class DownloadFile(BaseModel):
+    name: str
+    size_bytes: int
+    sha256: str
+    url: str
+
+
+class DownloadObject(BaseModel):
+    id: str
+    object: str = "adapter.download"
+    expires_at: int
+    files: list[DownloadFile]
+
+
+def as_list(page: Page[R], convert: Callable[[R], Any]) -> ListObject[Any]:
+    """Return a page as OpenAI's list object; the client's next cursor is the last item's id."""
+    data = [convert(row) for row in page.items]
+    first_id, last_id = (data[0].id, data[-1].id) if data else (None, None)
+    return ListObject(data=data, has_more=page.has_more, first_id=first_id, last_id=last_id)
+
+
+def _seconds(instant: dt.datetime) -> int:
+    return int(instant.timestamp())
+
+
+def _optional_id(kind: IdKind, value: uuid.UUID | None) -> str | None:
+    return None if value is None else format_id(kind, value)
+
+
+def _estimate_finish(row: Job, now: dt.datetime) -> int | None:
+    """Extrapolate the steps so far; None until there is something to extrapolate."""
+    if row.status != "running" or not row.trained_steps or row.started_at is None:
+        return None
+    seconds_a_step = (now - row.started_at).total_seconds() / row.trained_steps
+    return _seconds(now) + round(seconds_a_step * (row.total_steps - row.trained_steps))

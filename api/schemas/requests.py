@@ -1,0 +1,114 @@
+"""The body of a job's creation: OpenAI's fields and bounds, ours beside them; unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from core.domain.errors import InvalidRequestError
+from core.domain.ids import IdKind, parse_id
+from core.domain.training import MAX_BATCH_SIZE, MAX_EPOCHS, LearningRateSchedule
+from core.services.jobs import JobRequest
+
+Auto = Literal["auto"]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=False)
+
+
+class Hyperparameters(_Body):
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=MAX_EPOCHS)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
+
+
+class Supervised(_Body):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(_Body):
+    type: str
+    supervised: Supervised | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class AdapterBody(_Body):
+    rank: int = 16
+    alpha: float = Field(default=32.0, gt=0, le=1e6)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    use_rslora: bool = False
+
+
+class CreateJob(_Body):
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] | None = None
+    seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    metadata: (
+        dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]] | None
+    ) = Field(default=None, max_length=16)
+    integrations: list[Any] | None = Field(default=None, max_length=0)
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    adapter: AdapterBody = AdapterBody()
+    quantization: Literal["nf4"] | None = None
+    priority: int = Field(default=0, ge=-100, le=100)
+    max_seq_len: int | None = Field(default=None, ge=8)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    learning_rate_schedule: LearningRateSchedule = "cosine"
+    warmup_ratio: float = Field(default=0.05, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=10)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1000)
+
+    def to_request(self) -> JobRequest:
+        """Return the service's request, with None for every "auto". Raises InvalidRequestError for other methods."""
+        numbers = self._hyperparameters()
+        validation_id = self.validation_file and parse_id(IdKind.FILE, self.validation_file, param="validation_file")
+        return JobRequest(
+            base_model_id=self.model,
+            training_file_id=parse_id(IdKind.FILE, self.training_file, param="training_file"),
+            validation_file_id=validation_id or None,
+            suffix=self.suffix,
+            seed=self.seed,
+            metadata=self.metadata or {},
+            priority=self.priority,
+            quantization=self.quantization,
+            n_epochs=None if numbers.n_epochs == "auto" else numbers.n_epochs,
+            batch_size=None if numbers.batch_size == "auto" else numbers.batch_size,
+            learning_rate_multiplier=(
+                None if numbers.learning_rate_multiplier == "auto" else numbers.learning_rate_multiplier
+            ),
+            learning_rate=self.learning_rate,
+            learning_rate_schedule=self.learning_rate_schedule,
+            warmup_ratio=self.warmup_ratio,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            max_seq_len=self.max_seq_len,
+            rank=self.adapter.rank,
+            alpha=self.adapter.alpha,
+            dropout=self.adapter.dropout,
+            target_modules=(
+                "all-linear" if self.adapter.target_modules == "all-linear" else tuple(self.adapter.target_modules)
+            ),
+            use_rslora=self.adapter.use_rslora,
+        )
+
+    def _hyperparameters(self) -> Hyperparameters:
+        if self.method is None:
+            return self.hyperparameters or Hyperparameters()
+        if self.method.type != "supervised":
+            raise InvalidRequestError(
+                f"The method {self.method.type[:50]!r} is not supported yet; use 'supervised'.",
+                code="unsupported_method",
+                param="method.type",
+            )
+        if self.hyperparameters is not None:
+            raise InvalidRequestError(
+                "Give hyperparameters in `method` or at the top, not both.", param="hyperparameters"
+            )
+        return (self.method.supervised or Supervised()).hyperparameters

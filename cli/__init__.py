@@ -1,0 +1,1 @@
+"""The command line: the launcher of the local stack, operator commands, and the demo."""

@@ -1,0 +1,49 @@
+"""`python -m cli.demo.answers`: plain transformers and PEFT answer questions, with and without an adapter.
+
+A process of its own, because the command line itself never loads torch. Reads one JSON request on standard input and
+writes one JSON answer: what the base says, and what each adapter says, to that adapter's questions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+_MAX_NEW_TOKENS = 40
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    base_dir = Path(request["base_dir"])
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    answers = []
+    for adapter in request["adapters"]:
+        base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
+        before = [_answer(base, tokenizer, question) for question in adapter["questions"]]
+        tuned = PeftModel.from_pretrained(base, adapter["directory"]).eval()
+        after = [_answer(tuned, tokenizer, question) for question in adapter["questions"]]
+        answers.append({"before": before, "after": after})
+    json.dump(answers, out)
+    out.close()
+
+
+def _answer(model: Any, tokenizer: Any, question: str) -> str:
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        generated = model.generate(**prompt, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+    return str(tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+if __name__ == "__main__":
+    main()

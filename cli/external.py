@@ -1,0 +1,88 @@
+"""Servers that somebody else runs, named by settings: what `espalier up --external` stands on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import redis
+from pydantic import ValidationError
+
+from cli.locks import DataDirLock
+from cli.servers import Secrets, ServerAddresses
+from core.settings import RedisSettings, S3Settings
+from core.storage import S3ObjectStore, StorageError
+
+OWNER_URL_SETTING = "ESPALIER_OWNER_DATABASE_URL"
+_CONNECT_SECONDS = 5
+
+
+class ExternalServersError(Exception):
+    """A setting that names a server is missing or wrong, or that server does not answer; the message says which."""
+
+
+class ExternalServers:
+    """The shape of LocalServers. The data directory keeps the lock, the logs and the runtime roles' passwords only."""
+
+    def __init__(self, data_dir: Path) -> None:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.data_dir = data_dir.resolve()
+        self._lock: DataDirLock | None = None
+
+    def start(self) -> ServerAddresses:
+        """Read where the servers are, and ask each. Raises ExternalServersError, AlreadyRunningError."""
+        addresses = _read_addresses()
+        _ask_all(addresses)
+        self._lock = DataDirLock(self.data_dir)
+        self.secrets = Secrets.load(self.data_dir / "secrets.json")
+        self.addresses = addresses
+        return addresses
+
+    def stop(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def failed(self) -> str | None:
+        """Return None: whoever runs them watches them."""
+        return None
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {}
+
+
+def _read_addresses() -> ServerAddresses:
+    owner_url = os.environ.get(OWNER_URL_SETTING)
+    if not owner_url:
+        raise ExternalServersError(f"Set {OWNER_URL_SETTING} to the URL of the database's owner, postgresql://...")
+    try:
+        return ServerAddresses(owner_url, RedisSettings().redis_url.get_secret_value(), S3Settings().storage_config)
+    except ValidationError as error:  # its own words would show the values of the other settings
+        named = ", ".join(f"ESPALIER_{str(fault['loc'][0]).upper()} ({fault['msg']})" for fault in error.errors())
+        raise ExternalServersError(f"These settings are missing or wrong: {named}.") from None
+
+
+def _ask_all(addresses: ServerAddresses) -> None:
+    """Connect to each server once, and make the bucket if need be."""
+    with _naming(OWNER_URL_SETTING, psycopg.Error):
+        psycopg.connect(addresses.postgres_url, connect_timeout=_CONNECT_SECONDS).close()
+    with (
+        _naming("ESPALIER_REDIS_URL", redis.RedisError, ValueError),
+        redis.Redis.from_url(addresses.redis_url, socket_connect_timeout=_CONNECT_SECONDS) as client,
+    ):
+        client.ping()
+    with _naming("ESPALIER_S3_ENDPOINT and its keys", StorageError, ValueError):
+        S3ObjectStore(addresses.storage).ensure_bucket()
+
+
+@contextmanager
+def _naming(setting: str, *errors: type[Exception]) -> Iterator[None]:
+    """Say which setting leads to a server that does not answer."""
+    try:
+        yield
+    except errors as error:
+        raise ExternalServersError(f"The server that {setting} names does not answer: {error}") from error

@@ -1,0 +1,86 @@
+"""Loopback ports: free ones, and the same ones again after a restart as long as nobody else has taken them.
+
+They are drawn below the range from which systems take the ports of outgoing connections.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_LOWEST, _HIGHEST = 12000, 21999
+# SeaweedFS' maintenance worker looks for its admin server there, whatever port that server was told.
+_ADMIN_GRPC_OFFSET = 10000
+
+
+@dataclass(frozen=True)
+class S3Ports:
+    """The listeners of `weed mini`; each has a second one for gRPC."""
+
+    s3: int
+    s3_grpc: int
+    master: int
+    master_grpc: int
+    volume: int
+    volume_grpc: int
+    filer: int
+    filer_grpc: int
+    admin: int
+
+    @property
+    def admin_grpc(self) -> int:
+        return self.admin + _ADMIN_GRPC_OFFSET
+
+
+@dataclass(frozen=True)
+class Ports:
+    postgres: int
+    redis: int
+    s3: S3Ports
+
+    @classmethod
+    def choose(cls, path: Path) -> Ports:
+        """Return the ports kept in a file where all are free, else new ones, which are kept there."""
+        kept = cls.read(path)
+        if kept is not None and kept.are_free:
+            return kept
+        postgres, redis, *rest = free_ports(2 + len(S3Ports.__dataclass_fields__))
+        ports = cls(postgres, redis, S3Ports(*rest))
+        path.write_text(json.dumps(asdict(ports)), encoding="utf-8")
+        return ports
+
+    @classmethod
+    def read(cls, path: Path) -> Ports | None:
+        if not path.exists():
+            return None
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return cls(kept["postgres"], kept["redis"], S3Ports(**kept["s3"]))
+
+    @property
+    def are_free(self) -> bool:
+        s3_ports = [*asdict(self.s3).values(), self.s3.admin_grpc]
+        return all(map(is_free, (self.postgres, self.redis, *s3_ports)))
+
+
+def free_ports(count: int) -> list[int]:
+    """Return free loopback ports, all different, each with a free port 10000 above it."""
+    chosen: set[int] = set()
+    while len(chosen) < count:
+        port = random.randint(_LOWEST, _HIGHEST)  # noqa: S311 (a port is no secret)
+        if is_free(port) and is_free(port + _ADMIN_GRPC_OFFSET):
+            chosen.add(port)
+    return list(chosen)
+
+
+def is_free(port: int) -> bool:
+    """Return whether a server could listen on a loopback port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are no listener
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

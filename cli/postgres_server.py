@@ -1,0 +1,100 @@
+"""A real PostgreSQL on a loopback port: scram passwords, no Unix socket, its data in one directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+
+from cli.binaries import find_postgres
+from cli.privileges import drop_root
+from cli.processes import ProcessFailedError, ProcessSpec
+
+DATABASE = "espalier"
+_FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+
+
+class PostgresServer:
+    """What to run, and how to tell that it answers. The cluster is made at the first start."""
+
+    def __init__(self, data_dir: Path, *, port: int, password: str, is_durable: bool) -> None:
+        self._binaries = find_postgres()
+        self._directory = data_dir / "postgres"
+        self._port, self._password, self._is_durable = port, password, is_durable
+
+    @property
+    def url(self) -> str:
+        return self._url(DATABASE)
+
+    def prepare(self) -> ProcessSpec:
+        """Make the cluster if there is none. Raises ProcessFailedError."""
+        if not (self._directory / "PG_VERSION").exists():
+            self._initialise()
+        self._check_version()
+        settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=200"]
+        settings += () if self._is_durable else _FAST
+        argv = [str(self._binaries / "postgres"), "-D", str(self._directory), "-p", str(self._port)]
+        argv += [word for setting in settings for word in ("-c", setting)]
+        return ProcessSpec(
+            "postgres",
+            argv,
+            stop_signal=signal.SIGINT,  # a fast shutdown: sessions are rolled back, nothing is left to recover
+            death_signal=signal.SIGINT,
+            prefix=drop_root(self._directory),
+        )
+
+    def answers(self) -> bool:
+        """Return whether it answers, having made the database if need be."""
+        try:
+            with psycopg.connect(self._url("postgres"), autocommit=True, connect_timeout=2) as connection:
+                found = connection.execute("select 1 from pg_database where datname = %s", (DATABASE,)).fetchone()
+                if not found:
+                    connection.execute(sql.SQL("create database {}").format(sql.Identifier(DATABASE)))
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _url(self, database: str) -> str:
+        return f"postgresql://postgres:{self._password}@127.0.0.1:{self._port}/{database}"
+
+    def _initialise(self) -> None:
+        # Made beside its place and then moved there, so that an interrupted start leaves no half of a cluster.
+        unfinished, password_file = self._directory.with_suffix(".new"), self._directory.with_suffix(".password")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(mode=0o700)
+        prefix = drop_root(unfinished)
+        try:
+            password_file.touch(mode=0o600)
+            os.chown(password_file, unfinished.stat().st_uid, -1)
+            password_file.write_text(self._password, encoding="utf-8")
+            options = ["-U", "postgres", "-A", "scram-sha-256", f"--pwfile={password_file}", "-E", "UTF8", "--locale=C"]
+            argv = [str(self._binaries / "initdb"), "-D", str(unfinished), *options, "--no-instructions"]
+            _run([*prefix, *argv, *(() if self._is_durable else ("--no-sync",))])
+        finally:
+            password_file.unlink(missing_ok=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
+        unfinished.rename(self._directory)
+
+    def _check_version(self) -> None:
+        data_version = (self._directory / "PG_VERSION").read_text(encoding="utf-8").strip()
+        said = _run([str(self._binaries / "postgres"), "--version"])
+        found = re.search(r"\d+", said)
+        if found is None or found.group() != data_version:
+            raise ProcessFailedError(
+                f"The data in {self._directory} are of PostgreSQL {data_version}; {self._binaries} has {said.strip()}. "
+                f"Set ESPALIER_POSTGRES_BIN to the directory of PostgreSQL {data_version}'s binaries."
+            )
+
+
+def _run(argv: Sequence[str]) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ProcessFailedError(f"{' '.join(argv)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout

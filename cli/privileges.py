@@ -1,0 +1,36 @@
+"""How to run a server that refuses to be root, as root: in a user namespace, or else as another user."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+from pathlib import Path
+
+_NAMESPACE = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
+
+
+def drop_root(directory: Path) -> tuple[str, ...]:
+    """Return what to put before a command that must not be root and works in `directory`, which it may have to own.
+
+    In a user namespace of its own the command sees user 1000 while the files stay root's. Where namespaces are refused
+    it becomes `nobody`. A directory that is another user's already is served as that user.
+    """
+    if os.geteuid() != 0:
+        return ()
+    owner = directory.stat()
+    if owner.st_uid == 0 and _has_user_namespaces():
+        return _NAMESPACE
+    if owner.st_uid == 0:
+        nobody = pwd.getpwnam("nobody")
+        os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+        directory.parent.chmod(0o711)  # what is in there keeps modes of its own
+        owner = directory.stat()
+    return ("setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups")
+
+
+def _has_user_namespaces() -> bool:
+    if not shutil.which("unshare"):
+        return False
+    return subprocess.run([*_NAMESPACE, "true"], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,118 @@
+"""Child processes of the launcher: each logs to a file of its own, and none outlives the launcher.
+
+On Linux the kernel itself ends a child when the thread that started it ends, even by SIGKILL: start children from the
+thread that lives as long as they should.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_LOG_TAIL_BYTES = 2000
+_LOG_KEPT_BYTES = 20 * 2**20
+_POLL_SECONDS = 0.02
+# The kernel's promise counts from `setpriv` on. Had the launcher died before, this shell sees another parent.
+_UNLESS_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
+
+
+class ProcessFailedError(Exception):
+    """A child process did not come up, or ended; the message carries the end of its log."""
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """A child process: `stop_signal` asks it to end, `death_signal` is what the launcher's own death sends it.
+
+    `prefix` is a command that runs the rest with fewer rights, `inherited_fds` stay open in the child.
+    """
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    stop_signal: signal.Signals = signal.SIGTERM
+    death_signal: signal.Signals = signal.SIGKILL
+    stop_seconds: float = 10.0
+    prefix: Sequence[str] = ()
+    cwd: Path | None = None
+    inherited_fds: Sequence[int] = ()
+
+
+class ChildProcess:
+    """One running child."""
+
+    def __init__(self, spec: ProcessSpec, log_dir: Path) -> None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self.spec = spec
+        self.log_path = log_dir / f"{spec.name}.log"
+        _rotate(self.log_path)
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*spec.prefix, *as_mortal(spec)],
+                env={**os.environ, **spec.env},
+                cwd=spec.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=tuple(spec.inherited_fds),
+                start_new_session=True,  # Ctrl-C is for the launcher, which stops its children in order
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_until(self, is_ready: Callable[[], bool], *, timeout_seconds: float) -> None:
+        """Wait for a condition. Raises ProcessFailedError when the child ends first or the time is up."""
+        deadline = time.monotonic() + timeout_seconds
+        while not is_ready():
+            if not self.is_alive or time.monotonic() > deadline:
+                state = "did not answer in time" if self.is_alive else f"ended ({self._process.returncode})"
+                raise ProcessFailedError(
+                    f"{self.spec.name} {state}. Its log, {self.log_path}, ends:\n{self.log_tail()}"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def log_tail(self) -> str:
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace")
+
+    def stop(self) -> None:
+        """Ask the child to end, then insist."""
+        self.ask_to_stop()
+        try:
+            self._process.wait(self.spec.stop_seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def ask_to_stop(self) -> None:
+        if self.is_alive:
+            self._process.send_signal(self.spec.stop_signal)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def as_mortal(spec: ProcessSpec) -> list[str]:
+    """Return the command that dies with this process, where the system offers that."""
+    if not shutil.which("setpriv"):
+        return list(spec.argv)
+    death_signal = spec.death_signal.name.removeprefix("SIG")
+    return ["setpriv", "--pdeathsig", death_signal, "sh", "-c", _UNLESS_ORPHANED, str(os.getpid()), *spec.argv]
+
+
+def _rotate(log_path: Path) -> None:
+    if log_path.exists() and log_path.stat().st_size > _LOG_KEPT_BYTES:
+        log_path.replace(log_path.with_suffix(".log.1"))

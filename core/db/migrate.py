@@ -1,0 +1,51 @@
+"""Brings a database to the newest schema and gives the three runtime roles their logins.
+
+The owner of the tables (who migrates) is never who serves: API, worker and schedule each have a role of their own with
+narrow grants, none of which may bypass row-level security.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from psycopg import sql
+from sqlalchemy.engine import make_url
+
+from core.db.session import connect
+
+MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
+
+
+@dataclass(frozen=True)
+class RoleLogin:
+    """A runtime role (`espalier_api`, `espalier_worker`, `espalier_schedule`) and the password it may log in with."""
+
+    role: str
+    password: str
+
+
+def migrate_database(owner_url: str, *, logins: tuple[RoleLogin, ...] = ()) -> None:
+    """Apply every migration and set the logins. `owner_url` is the owner's `postgresql://` URL."""
+    engine = connect(owner_url)
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS_DIR))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        for login in logins:
+            statement = sql.SQL("alter role {} login password {}").format(
+                sql.Identifier(login.role), sql.Literal(login.password)
+            )
+            driver = connection.connection.driver_connection
+            assert driver is not None
+            connection.exec_driver_sql(statement.as_string(driver))
+    engine.dispose()
+
+
+def login_url(owner_url: str, login: RoleLogin) -> str:
+    """Return the URL by which a runtime role reaches the owner's database."""
+    url = make_url(owner_url).set(username=login.role, password=login.password)
+    return url.render_as_string(hide_password=False)

@@ -1,0 +1,68 @@
+"""Transactions: the only place that commits, and the place that tells PostgreSQL whose transaction it is.
+
+Row-level security reads the settings `app.tenant_id` and `app.key_id`. They are set locally at the begin of every
+transaction and vanish with it, so a pooled connection never carries one tenant's identity to the next borrower.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.orm import Session, SessionTransaction
+
+
+def connect(database_url: str, *, pool_size: int = 5) -> Engine:
+    """Return an engine for a `postgresql://` URL. A dead server is noticed within seconds, not minutes."""
+    return create_engine(
+        database_url.replace("postgresql://", "postgresql+psycopg://", 1),
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_timeout=5,
+        pool_pre_ping=True,
+        connect_args={"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3},
+    )
+
+
+@contextmanager
+def tenant_transaction(engine: Engine, tenant_id: uuid.UUID) -> Iterator[Session]:
+    """Open a transaction that sees and writes this tenant's rows only."""
+    with _transaction(engine, {"app.tenant_id": str(tenant_id)}) as session:
+        yield session
+
+
+@contextmanager
+def key_transaction(engine: Engine, key_id: str) -> Iterator[Session]:
+    """Open a transaction that sees one API key's row only: whose tenant it is is not yet known."""
+    with _transaction(engine, {"app.key_id": key_id}) as session:
+        yield session
+
+
+@contextmanager
+def service_transaction(engine: Engine) -> Iterator[Session]:
+    """Open a transaction with no tenant: what it sees is what its database role is granted."""
+    with _transaction(engine, {}) as session:
+        yield session
+
+
+@contextmanager
+def _transaction(engine: Engine, identity: dict[str, str]) -> Iterator[Session]:
+    with Session(engine, info=dict(identity), expire_on_commit=False) as session:
+        yield session
+        session.commit()
+
+
+@event.listens_for(Session, "after_begin")
+def _announce_identity(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    for name, value in session.info.items():
+        parameters: dict[str, Any] = {"name": name, "value": value}
+        connection.execute(text("select set_config(:name, :value, true)"), parameters)
+
+
+def ping(engine: Engine) -> None:
+    """Ask the database for a sign of life. Raises its OperationalError."""
+    with engine.connect() as connection:
+        connection.execute(text("select 1"))

@@ -1,0 +1,28 @@
+"""Datasets: JSON Lines of conversations, checked line by line while they stream past, in constant memory.
+
+The API checks an upload with `DatasetChecker`; the trainer reads the same rows with `parse_example`: one set of rules,
+so that what was accepted can be trained.
+"""
+
+from core.domain.datasets.checker import DatasetChecker
+from core.domain.datasets.rows import ROLES, parse_example
+from core.domain.datasets.values import (
+    ChatExample,
+    ChatMessage,
+    DatasetLimits,
+    DatasetReport,
+    Problem,
+    ProblemError,
+)
+
+__all__ = [
+    "ROLES",
+    "ChatExample",
+    "ChatMessage",
+    "DatasetChecker",
+    "DatasetLimits",
+    "DatasetReport",
+    "Problem",
+    "ProblemError",
+    "parse_example",
+]

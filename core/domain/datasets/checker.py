@@ -1,0 +1,105 @@
+"""Checks a dataset while it streams past. Holds at most one line, and never more of it than the cap.
+
+A problem with a row is collected and reported with its line. Only what would break a cap refuses the upload at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from core.domain.datasets.rows import parse_example
+from core.domain.datasets.values import DatasetLimits, DatasetReport, Problem, ProblemError
+from core.domain.errors import PayloadTooLargeError
+
+_DEFAULT_LIMITS = DatasetLimits()
+_SIGNS_OF_A_CUT = {"not_json", "not_utf8"}
+
+
+class DatasetChecker:
+    """Checks a stream of bytes fed in chunks of any size; how it is cut into chunks changes nothing.
+
+    Lines end in a line feed and nothing else (a carriage return before it is white space, U+2028 is text). The last
+    line may lack its line feed. The reading of rows ends at `max_counted_problems`: a file of nothing but problems
+    must not cost more than a good one.
+    """
+
+    def __init__(self, limits: DatasetLimits = _DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self._pending = bytearray()
+        self._line_number = 0
+        self._size_bytes = 0
+        self._num_examples = 0
+        self._num_problems = 0
+        self._problems: list[Problem] = []
+
+    def feed(self, chunk: bytes) -> None:
+        """Check the lines that `chunk` completes. Raises PayloadTooLargeError for a line or a file beyond its cap."""
+        self._size_bytes += len(chunk)
+        *whole, rest = chunk.split(b"\n")
+        for part in whole:
+            if not self._is_reading:
+                return
+            self._extend_line(part)
+            self._check_line()
+        if self._is_reading:
+            self._extend_line(rest)
+
+    def close(self) -> DatasetReport:
+        """Check what follows the last line feed, and report."""
+        if self._pending and self._is_reading:
+            self._check_line(is_last=True)
+        if not self._num_examples and not self._num_problems:
+            self._add(Problem(1, "", "no_examples", "The file has no examples.", "Give one JSON object a line."))
+        return DatasetReport(
+            num_examples=self._num_examples,
+            size_bytes=self._size_bytes,
+            problems=tuple(self._problems),
+            num_problems=self._num_problems,
+            is_complete=self._is_reading,
+        )
+
+    @property
+    def _is_reading(self) -> bool:
+        return self._num_problems < self._limits.max_counted_problems
+
+    def _extend_line(self, part: bytes) -> None:
+        if len(self._pending) + len(part) > self._limits.max_line_bytes:
+            raise PayloadTooLargeError(
+                f"Line {self._line_number + 1} is longer than {self._limits.max_line_bytes} bytes. "
+                "Split the conversation, or check that every example stands on a line of its own.",
+                code="line_too_long",
+                param="file",
+            )
+        self._pending += part
+
+    def _check_line(self, *, is_last: bool = False) -> None:
+        line = bytes(self._pending)
+        self._pending.clear()
+        self._line_number += 1
+        try:
+            parse_example(line, line_number=self._line_number, limits=self._limits)
+        except ProblemError as error:
+            self._add(_explain_cut(error.problem) if is_last else error.problem)
+        else:
+            self._count_example()
+
+    def _count_example(self) -> None:
+        self._num_examples += 1
+        if self._num_examples > self._limits.max_examples:
+            raise PayloadTooLargeError(
+                f"The file has more than {self._limits.max_examples} examples. Split it.",
+                code="too_many_examples",
+                param="file",
+            )
+
+    def _add(self, problem: Problem) -> None:
+        self._num_problems += 1
+        if len(self._problems) < self._limits.max_problems:
+            self._problems.append(problem)
+
+
+def _explain_cut(problem: Problem) -> Problem:
+    if problem.code not in _SIGNS_OF_A_CUT:
+        return problem
+    hint = "The file ends in the middle of a row: upload the whole file."
+    return replace(problem, code="last_line_cut", hint=hint)

@@ -1,0 +1,89 @@
+"""What a dataset is made of and what a check of one says: plain values, safe to store as text and JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """One turn. `weight` 0 keeps an assistant's turn in the context but out of the loss."""
+
+    role: str
+    content: str
+    weight: int = 1
+
+
+@dataclass(frozen=True)
+class ChatExample:
+    """One conversation. At least one assistant message has weight 1."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one row: its line (1 is the first), where in the row, and what to change."""
+
+    line: int
+    path: str
+    code: str
+    message: str
+    hint: str
+
+
+class ProblemError(Exception):
+    """A row that cannot be trained on."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(_describe(problem))
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.problem,))
+
+
+@dataclass(frozen=True)
+class DatasetLimits:
+    """What one upload may hold. `max_problems` are kept, `max_counted_problems` end the reading of rows."""
+
+    max_line_bytes: int = 2**20
+    max_examples: int = 10_000_000
+    max_depth: int = 16
+    max_messages: int = 1000
+    max_problems: int = 100
+    max_counted_problems: int = 10_000
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What a check found. `problems` holds the first ones, `num_problems` counts all.
+
+    `is_complete` is False where there were so many that the rest of the rows was not read.
+    """
+
+    num_examples: int
+    size_bytes: int
+    problems: tuple[Problem, ...]
+    num_problems: int
+    is_complete: bool = True
+
+    @property
+    def is_valid(self) -> bool:
+        return self.num_problems == 0
+
+    def summarize(self) -> str | None:
+        """Return the first problem in one sentence, with the count of the others; None when there is none."""
+        if self.is_valid:
+            return None
+        num_others = self.num_problems - 1
+        if not num_others:
+            return _describe(self.problems[0])
+        at_least = "" if self.is_complete else "at least "
+        plural = "s" if num_others > 1 else ""
+        return f"{_describe(self.problems[0])} And {at_least}{num_others} more problem{plural}."
+
+
+def _describe(problem: Problem) -> str:
+    where = f"Line {problem.line}" + (f", {problem.path}" if problem.path else "")
+    return f"{where}: {problem.message} {problem.hint}"

@@ -1,0 +1,51 @@
+"""A job's life: its statuses, which verb may leave which status, and what a finished job's adapter is called."""
+
+from __future__ import annotations
+
+import uuid
+from enum import StrEnum
+
+
+class JobStatus(StrEnum):
+    VALIDATING_FILES = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class AttemptOutcome(StrEnum):
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    PREEMPTED = "preempted"
+    LOST = "lost"
+
+
+TERMINAL_STATUSES = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+UNFINISHED_STATUSES = tuple(status for status in JobStatus if status not in TERMINAL_STATUSES)
+
+MAX_ATTEMPTS = 3
+MAX_SUFFIX_LENGTH = 64
+# Seconds before the second and the third attempt: long enough for a passing fault to pass.
+RETRY_DELAYS_SECONDS = (5.0, 30.0)
+
+
+def retry_delay_seconds(attempts_made: int) -> float:
+    return RETRY_DELAYS_SECONDS[min(attempts_made, len(RETRY_DELAYS_SECONDS)) - 1]
+
+
+def pool_name(base_model_id: str, quantization: str | None) -> str:
+    """Return the pool, that is the Celery queue, that serves a base model in one quantization."""
+    return f"{base_model_id}@{quantization or 'none'}"
+
+
+def fine_tuned_model_name(base_model_id: str, *, tenant_slug: str, suffix: str | None, job_id: uuid.UUID) -> str:
+    """Return `ft:<base>:<tenant>:<suffix>:<8 characters>`, as OpenAI names fine-tuned models."""
+    return f"ft:{base_model_id}:{tenant_slug}:{suffix or ''}:{job_id.hex[-8:]}"
+
+
+def checkpoint_model_name(fine_tuned_model: str, step: int) -> str:
+    return f"{fine_tuned_model}:ckpt-step-{step}"

@@ -1,0 +1,110 @@
+"""What a training job is asked to do, with every "auto" already a number.
+
+A `TrainingSpec` is resolved once, when the job is submitted; it is stored on the row, shown on the wire and handed
+unchanged to the engine, so that every attempt of a job trains the same thing.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LearningRateSchedule = Literal["linear", "cosine", "constant"]
+Quantization = Literal["nf4"]
+
+ALL_LINEAR = "all-linear"
+BASE_LEARNING_RATE = 2e-4
+MAX_BATCH_SIZE = 256
+MAX_EPOCHS = 50
+_SMALL_DATASET, _MEDIUM_DATASET = 10_000, 50_000
+
+
+class Frozen(BaseModel):
+    """A value: immutable, and closed to fields nobody declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AdapterConfig(Frozen):
+    """The shape of one LoRA adapter. `target_modules` are the last parts of module names, such as "q_proj"."""
+
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = Field(min_length=1)
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor on B(A(x)): alpha/r (Hu et al. 2021), or alpha/sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class TrainingSpec(Frozen):
+    """One job's training, resolved. `batch_size` counts examples per optimizer step, however they are cut to fit."""
+
+    adapter: AdapterConfig
+    n_epochs: int = Field(ge=1, le=MAX_EPOCHS)
+    batch_size: int = Field(ge=1, le=MAX_BATCH_SIZE)
+    learning_rate: float = Field(gt=0)
+    learning_rate_multiplier: float = Field(default=1.0, gt=0)
+    learning_rate_schedule: LearningRateSchedule = "cosine"
+    warmup_ratio: float = Field(default=0.05, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_seq_len: int = Field(ge=8)
+    seed: int = Field(ge=0, le=2**31 - 1)
+
+
+def count_steps(spec: TrainingSpec, num_examples: int) -> int:
+    """Return the optimizer steps of the whole job; an epoch's last batch may be a small one."""
+    return spec.n_epochs * math.ceil(num_examples / spec.batch_size)
+
+
+def learning_rate_at(spec: TrainingSpec, step: int, total_steps: int) -> float:
+    """Return the learning rate of optimizer step `step` (1 is the first) of `total_steps`.
+
+    Warm-up rises linearly over the first `warmup_ratio` of the steps; then the rate falls to 0 just after the last
+    step, linearly or along half a cosine (Loshchilov and Hutter 2017), or stays.
+    """
+    warmup_steps = math.ceil(spec.warmup_ratio * total_steps)
+    if step <= warmup_steps:
+        return spec.learning_rate * step / warmup_steps
+    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+    match spec.learning_rate_schedule:
+        case "constant":
+            return spec.learning_rate
+        case "linear":
+            return spec.learning_rate * (1 - progress)
+        case "cosine":
+            return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def order_examples(seed: int, epoch: int, num_examples: int) -> list[int]:
+    """Return the order in which epoch `epoch` (0 is the first) visits the examples; the same on every machine."""
+    order = list(range(num_examples))
+    random.Random(f"{seed}:{epoch}").shuffle(order)  # noqa: S311 (a shuffle, not a secret)
+    return order
+
+
+def resolve_epochs(num_examples: int) -> int:
+    """Return `n_epochs` for "auto": more passes over small sets, one over large ones."""
+    if num_examples <= _SMALL_DATASET:
+        return 3
+    return 2 if num_examples <= _MEDIUM_DATASET else 1
+
+
+def resolve_batch_size(num_examples: int) -> int:
+    """Return `batch_size` for "auto": about 1/50 of the examples, a power of two between 1 and 32."""
+    return 1 << min(5, max(0, int(math.log2(max(1, num_examples // 50)))))
+
+
+def resolve_learning_rate(multiplier: float) -> float:
+    """Return the absolute learning rate for a `learning_rate_multiplier`; "auto" is a multiplier of 1."""
+    return BASE_LEARNING_RATE * multiplier

@@ -1,0 +1,43 @@
+"""Wake-ups: Celery messages that say "this pool has work", never which job. Losing or doubling one is harmless.
+
+One queue a pool. The producer never waits on a broken Redis for longer than two seconds and never retries: the next
+tick of the schedule is the retry.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import redis
+from celery import Celery
+
+TASK_NAME = "espalier.serve"
+_PRODUCER_TIMEOUTS = {"socket_timeout": 2, "socket_connect_timeout": 2}
+
+
+def queue_name(pool: str) -> str:
+    return f"pool:{pool}"
+
+
+class WakeUpPublisher:
+    """Publishes at most one waiting wake-up a pool, so that a busy pool's queue does not grow."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._redis = redis.Redis.from_url(redis_url, **_PRODUCER_TIMEOUTS)
+        self._celery = Celery("espalier", broker=redis_url)
+        self._celery.conf.update(broker_transport_options=_PRODUCER_TIMEOUTS, task_ignore_result=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._celery.close()
+        self._redis.close()
+
+    def publish(self, pool: str) -> bool:
+        """Wake a worker of the pool; False when a wake-up waits already. Raises redis' and kombu's errors."""
+        if self._redis.llen(queue_name(pool)):
+            return False
+        self._celery.send_task(TASK_NAME, queue=queue_name(pool), retry=False, ignore_result=True)
+        return True

@@ -1,0 +1,358 @@
+"""Attempts as workers live them: claim, heartbeat, report, end; and expiry, which ends what a dead worker held.
+
+Every write is guarded by the lease token (the fence): only the newest attempt of a running job may change the job, its
+events, metrics and artifacts. StaleLeaseError means that this attempt is over and must stop at once.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import delete, func, select, text, update
+from sqlalchemy.orm import Session
+
+from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Tenant, Usage
+from core.domain.errors import DomainError
+from core.domain.ids import new_id
+from core.domain.jobs import (
+    AttemptOutcome,
+    JobStatus,
+    checkpoint_model_name,
+    fine_tuned_model_name,
+    retry_delay_seconds,
+)
+from core.domain.scheduling import ENTRY_CHARGE_SECONDS, USAGE_HALF_LIFE_SECONDS
+from core.services.events import record_event
+from core.services.files import NewFile, create_file
+from core.services.jobs import announce_work
+
+# The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. One index probe
+# a tenant; the tenant's row is locked so that two workers never both pass its quota.
+_PICK = text("""
+select t.id as tenant_id, t.max_running, c.id as job_id
+from tenants t
+cross join lateral (
+    select j.id from jobs j
+    where j.pool = :pool and j.tenant_id = t.id and j.status = 'queued' and j.run_after <= now()
+    order by j.priority desc, j.id limit 1
+) c
+where t.disabled_at is null
+  and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
+order by t.usage * power(0.5, extract(epoch from now() - t.usage_at) / :half_life) / t.weight, c.id
+limit 1
+for update of t skip locked
+""")
+
+
+class StaleLeaseError(DomainError):
+    """This attempt no longer holds the job: another outcome, or another worker, came first."""
+
+    default_code = "stale_lease"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One worker's hold on one job, fenced by `token`."""
+
+    job_id: uuid.UUID
+    tenant_id: uuid.UUID
+    token: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The numbers of one optimizer step, as they are stored and shown."""
+
+    step: int
+    train_loss: float
+    train_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class StoredArtifact:
+    """Files under one object prefix, each `{name, size_bytes, sha256}`, verified by reading them back."""
+
+    object_prefix: str
+    files: tuple[dict[str, Any], ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(int(file["size_bytes"]) for file in self.files)
+
+
+def claim_job(session: Session, pool: str, *, worker_name: str, lease_seconds: float) -> Job | None:
+    """Claim the fairest job of a pool, or None. The job's `lease_token` is the fence of everything that follows."""
+    picked = session.execute(_PICK, {"pool": pool, "half_life": USAGE_HALF_LIFE_SECONDS}).one_or_none()
+    if picked is None:
+        return None
+    # A second statement sees what committed before the tenant's row was locked, so the quota is counted exactly.
+    num_running = (
+        select(func.count())
+        .select_from(Job)
+        .where(Job.tenant_id == picked.tenant_id, Job.status == JobStatus.RUNNING)
+        .correlate(None)
+        .scalar_subquery()
+    )
+    job = session.scalar(
+        update(Job)
+        .where(Job.id == picked.job_id, Job.status == JobStatus.QUEUED, num_running < picked.max_running)
+        .values(
+            status=JobStatus.RUNNING,
+            attempt_count=Job.attempt_count + 1,
+            lease_token=LEASE_TOKENS.next_value(),
+            lease_until=func.now() + timedelta(seconds=lease_seconds),
+            started_at=func.coalesce(Job.started_at, func.now()),
+            trained_steps=0,
+        )
+        .returning(Job)
+        .execution_options(synchronize_session=False)
+    )
+    if job is not None:
+        _begin_attempt(session, job, worker_name)
+    return job
+
+
+def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> None:
+    """Prolong a lease by the database's clock."""
+    held = session.scalar(
+        update(Job)
+        .where(*_held(lease))
+        .values(lease_until=func.now() + timedelta(seconds=lease_seconds))
+        .returning(Job.id)
+    )
+    if held is None:
+        raise StaleLeaseError("The lease is not held any more.")
+
+
+def record_step(session: Session, lease: Lease, *, record: StepRecord, total_steps: int) -> None:
+    """Store one step's metrics and show them as an event."""
+    job = _lock_held(session, lease)
+    job.trained_steps = record.step
+    numbers = record.__dict__
+    session.add(Metric(job_id=job.id, tenant_id=job.tenant_id, lease_token=lease.token, **numbers))
+    record_event(
+        session,
+        job,
+        message=f"Step {record.step}/{total_steps}: training loss={record.train_loss:.4f}",
+        metrics={
+            "step": record.step,
+            "total_steps": total_steps,
+            "train_loss": record.train_loss,
+            "train_mean_token_accuracy": record.train_accuracy,
+            "learning_rate": record.learning_rate,
+            "num_tokens": record.num_tokens,
+        },
+    )
+
+
+def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float, accuracy: float) -> None:
+    """Store the validation result that belongs to a step."""
+    job = _lock_held(session, lease)
+    session.execute(
+        update(Metric)
+        .where(Metric.job_id == job.id, Metric.step == step)
+        .values(valid_loss=loss, valid_accuracy=accuracy)
+    )
+    metrics = {"step": step, "full_valid_loss": loss, "full_valid_mean_token_accuracy": accuracy}
+    record_event(session, job, message=f"Step {step}: validation loss={loss:.4f}", metrics=metrics)
+
+
+def record_message(session: Session, lease: Lease, *, message: str, level: str) -> None:
+    record_event(session, _lock_held(session, lease), message=message, level="warn" if level == "warn" else "info")
+
+
+def record_checkpoint(
+    session: Session, lease: Lease, *, step: int, artifact: StoredArtifact, metrics: dict[str, Any]
+) -> None:
+    """Publish a checkpoint whose objects are stored and verified."""
+    job = _lock_held(session, lease)
+    session.add(
+        Checkpoint(
+            id=new_id(),
+            tenant_id=job.tenant_id,
+            job_id=job.id,
+            lease_token=lease.token,
+            step=step,
+            model_name=checkpoint_model_name(_model_name(session, job), step),
+            object_prefix=artifact.object_prefix,
+            files=list(artifact.files),
+            metrics=metrics,
+        )
+    )
+    record_event(session, job, message=f"Checkpoint created at step {step}.")
+
+
+def succeed_attempt(
+    session: Session, lease: Lease, *, adapter: StoredArtifact, result_file: NewFile, trained_tokens: int
+) -> None:
+    """Publish the adapter and end the job: the one guarded UPDATE that makes the result real."""
+    job = _lock_held(session, lease)
+    name = _model_name(session, job)
+    result = create_file(session, job.tenant_id, new=result_file)
+    session.add(
+        Adapter(
+            id=new_id(),
+            tenant_id=job.tenant_id,
+            job_id=job.id,
+            name=name,
+            base_model_id=job.base_model_id,
+            object_prefix=adapter.object_prefix,
+            files=list(adapter.files),
+            size_bytes=adapter.size_bytes,
+        )
+    )
+    _leave_running(
+        session,
+        lease,
+        status=JobStatus.SUCCEEDED,
+        fine_tuned_model=name,
+        trained_tokens=trained_tokens,
+        result_file_id=result.id,
+        finished_at=func.now(),
+    )
+    _end_attempt(session, lease, outcome=AttemptOutcome.SUCCEEDED)
+    record_event(session, job, message=f"New fine-tuned model created: {name}")
+    record_event(session, job, message="The job has successfully completed.")
+
+
+def fail_attempt(session: Session, lease: Lease, *, code: str, message: str, is_job_fault: bool) -> None:
+    """End an attempt that failed. The job's own fault is final; ours is another attempt, until there are too many."""
+    job = _lock_held(session, lease)
+    error = {"code": code, "message": message, "param": None}
+    _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, error=error)
+    _retry_or_fail(session, job, lease, error=error, is_final=is_job_fault)
+
+
+def requeue_attempt(session: Session, lease: Lease) -> None:
+    """Give a job back because its worker must stop; the attempt does not count."""
+    job = _lock_held(session, lease)
+    _end_attempt(session, lease, outcome=AttemptOutcome.PREEMPTED)
+    _leave_running(session, lease, status=JobStatus.QUEUED, attempt_count=Job.attempt_count - 1, run_after=func.now())
+    record_event(session, job, message="The worker is stopping; the job is queued again.")
+    announce_work(session, job.pool)
+
+
+def expire_leases(session: Session, *, limit: int = 100) -> int:
+    """Queue again, or fail, the jobs whose workers have not been heard of within their leases; return how many."""
+    expired = session.scalars(
+        select(Job)
+        .where(Job.status == JobStatus.RUNNING, func.coalesce(Job.lease_until, func.to_timestamp(0)) < func.now())
+        .order_by(Job.lease_until)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for job in expired:
+        assert job.lease_token is not None
+        lease = Lease(job_id=job.id, tenant_id=job.tenant_id, token=job.lease_token)
+        error = {"code": "worker_lost", "message": "The worker was lost while it trained this job.", "param": None}
+        _end_attempt(session, lease, outcome=AttemptOutcome.LOST, error=error)
+        _retry_or_fail(session, job, lease, error=error, is_final=False)
+    return len(expired)
+
+
+def record_usage(session: Session, lease: Lease, *, gpu_seconds: float, trained_tokens: int) -> None:
+    """Book what an attempt used, once, and correct the tenant's entry charge. Allowed after the attempt has ended."""
+    attempt = session.scalars(select(Attempt).where(Attempt.lease_token == lease.token)).one()
+    if session.scalar(select(Usage.id).where(Usage.attempt_id == attempt.id)):
+        return
+    session.add(
+        Usage(
+            id=new_id(),
+            tenant_id=attempt.tenant_id,
+            attempt_id=attempt.id,
+            gpu_seconds=gpu_seconds,
+            trained_tokens=trained_tokens,
+        )
+    )
+    _charge_tenant(session, attempt.tenant_id, gpu_seconds - attempt.entry_charge_seconds)
+
+
+def claimable_pools(session: Session) -> Sequence[str]:
+    """Return the pools that have at least one job to claim now."""
+    rows = select(Job.pool).where(Job.status == JobStatus.QUEUED, Job.run_after <= func.now()).distinct()
+    return session.scalars(rows.order_by(Job.pool)).all()
+
+
+def _begin_attempt(session: Session, job: Job, worker_name: str) -> None:
+    # A new attempt starts from the first step, so what an earlier one showed of its steps goes.
+    session.execute(delete(Metric).where(Metric.job_id == job.id))
+    session.execute(delete(Checkpoint).where(Checkpoint.job_id == job.id))
+    session.add(
+        Attempt(
+            id=new_id(),
+            tenant_id=job.tenant_id,
+            job_id=job.id,
+            number=job.attempt_count,
+            lease_token=job.lease_token,
+            worker_name=worker_name,
+            entry_charge_seconds=ENTRY_CHARGE_SECONDS,
+        )
+    )
+    _charge_tenant(session, job.tenant_id, ENTRY_CHARGE_SECONDS)
+    record_event(session, job, message=f"Attempt {job.attempt_count} has started.")
+
+
+def _held(lease: Lease) -> tuple[Any, ...]:
+    return (Job.id == lease.job_id, Job.lease_token == lease.token, Job.status == JobStatus.RUNNING)
+
+
+def _lock_held(session: Session, lease: Lease) -> Job:
+    job = session.scalar(select(Job).where(*_held(lease)).with_for_update())
+    if job is None:
+        raise StaleLeaseError("The lease is not held any more.")
+    return job
+
+
+def _leave_running(session: Session, lease: Lease, **values: Any) -> None:
+    left = session.scalar(
+        update(Job)
+        .where(*_held(lease))
+        .values(lease_token=None, lease_until=None, **values)
+        .returning(Job.id)
+        .execution_options(synchronize_session=False)
+    )
+    if left is None:
+        raise StaleLeaseError("The lease is not held any more.")
+
+
+def _end_attempt(
+    session: Session, lease: Lease, *, outcome: AttemptOutcome, error: dict[str, Any] | None = None
+) -> None:
+    session.execute(
+        update(Attempt)
+        .where(Attempt.lease_token == lease.token)
+        .values(outcome=outcome, error=error, ended_at=func.now())
+    )
+
+
+def _retry_or_fail(session: Session, job: Job, lease: Lease, *, error: dict[str, Any], is_final: bool) -> None:
+    if is_final or job.attempt_count >= job.max_attempts:
+        _leave_running(session, lease, status=JobStatus.FAILED, error=error, finished_at=func.now())
+        record_event(session, job, level="error", message=f"The job has failed: {error['message']}")
+        return
+    delay = timedelta(seconds=retry_delay_seconds(job.attempt_count))
+    _leave_running(session, lease, status=JobStatus.QUEUED, run_after=func.now() + delay)
+    record_event(session, job, level="warn", message=f"{error['message']} It is queued again.")
+    announce_work(session, job.pool)
+
+
+def _charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) -> None:
+    elapsed = func.extract("epoch", func.now() - Tenant.usage_at)
+    decayed = Tenant.usage * func.power(0.5, elapsed / USAGE_HALF_LIFE_SECONDS)
+    session.execute(
+        update(Tenant)
+        .where(Tenant.id == tenant_id)
+        .values(usage=func.greatest(0, decayed + gpu_seconds), usage_at=func.now())
+    )
+
+
+def _model_name(session: Session, job: Job) -> str:
+    slug = session.scalars(select(Tenant.slug).where(Tenant.id == job.tenant_id)).one()
+    return fine_tuned_model_name(job.base_model_id, tenant_slug=slug, suffix=job.suffix, job_id=job.id)

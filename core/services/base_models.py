@@ -1,0 +1,75 @@
+"""The operator's base models: a YAML registry, loaded into the table when the database is migrated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field
+from sqlalchemy import select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from core.db.models import BaseModelRow
+from core.domain.errors import NotFoundError
+from core.domain.training import Frozen, Quantization
+
+
+class BaseModelSource(Frozen):
+    """Where the weights are: a local directory, a GGUF file, or a Hugging Face repository at a pinned commit."""
+
+    kind: Literal["path", "gguf", "hub"]
+    location: str
+    revision: str = ""
+
+
+class BaseModelEntry(Frozen):
+    """One entry of the registry. `target_modules` are all the linears an adapter may be put on."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
+    source: BaseModelSource
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantizations: tuple[Quantization, ...] = ()
+    target_modules: tuple[str, ...] = Field(min_length=1)
+    max_seq_len: int = Field(ge=8)
+    max_rank: int = Field(default=64, ge=1)
+    slots: int = Field(default=8, ge=1)
+    max_tokens_per_step: int = Field(default=4096, ge=8)
+    chat_template: str | None = None
+
+
+class Registry(Frozen):
+    base_models: tuple[BaseModelEntry, ...]
+
+
+def read_registry(path: Path) -> Registry:
+    """Read a registry file. Raises ValueError that names the entry and the field at fault."""
+    return Registry.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def sync_base_models(session: Session, registry: Registry) -> None:
+    """Make the table say what the registry says; a base that left the registry is disabled, never deleted."""
+    ids = [entry.id for entry in registry.base_models]
+    session.execute(update(BaseModelRow).where(BaseModelRow.id.not_in(ids)).values(is_enabled=False))
+    for entry in registry.base_models:
+        values = entry.model_dump(mode="json") | {"is_enabled": True}
+        statement = insert(BaseModelRow).values(values)
+        session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=values))
+
+
+def list_base_models(session: Session) -> Sequence[BaseModelRow]:
+    return session.scalars(select(BaseModelRow).where(BaseModelRow.is_enabled).order_by(BaseModelRow.id)).all()
+
+
+def get_base_model(session: Session, base_model_id: str) -> BaseModelRow:
+    row = session.scalar(select(BaseModelRow).where(BaseModelRow.id == base_model_id, BaseModelRow.is_enabled))
+    if row is None:
+        known = ", ".join(base.id for base in list_base_models(session)) or "none"
+        raise NotFoundError(
+            f"The model {base_model_id[:200]!r} does not exist. Base models here: {known}.",
+            code="model_not_found",
+            param="model",
+        )
+    return row

@@ -1,0 +1,51 @@
+"""The append-only history of a job."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.db.models import Event, Job
+from core.domain.errors import NotFoundError
+from core.domain.ids import new_id
+from core.services.pages import Page
+
+
+def record_event(
+    session: Session,
+    job: Job,
+    *,
+    message: str,
+    level: Literal["info", "warn", "error"] = "info",
+    metrics: dict[str, Any] | None = None,
+) -> None:
+    """Append one event; with `metrics` it is of type "metrics"."""
+    session.add(
+        Event(
+            id=new_id(),
+            tenant_id=job.tenant_id,
+            job_id=job.id,
+            level=level,
+            type="message" if metrics is None else "metrics",
+            message=message,
+            details=metrics,
+        )
+    )
+
+
+def list_events(
+    session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, after: uuid.UUID | None, limit: int
+) -> Page[Event]:
+    """Return a job's events, newest first, from behind the event `after`."""
+    query = select(Event).where(Event.tenant_id == tenant_id, Event.job_id == job_id)
+    if after is not None:
+        number = session.scalar(select(Event.number).where(Event.tenant_id == tenant_id, Event.id == after))
+        if number is None:
+            raise NotFoundError("No such event to continue after.", param="after")
+        query = query.where(Event.number < number)
+    rows: Sequence[Event] = session.scalars(query.order_by(Event.number.desc()).limit(limit + 1)).all()
+    return Page.cut(rows, limit)

@@ -1,0 +1,91 @@
+"""Files: datasets that tenants upload, and result files that the service writes for them."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from core.db.models import File, Job
+from core.domain.errors import ConflictError, NotFoundError
+from core.domain.ids import IdKind, format_id
+from core.domain.jobs import UNFINISHED_STATUSES
+from core.services.pages import Page
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """What is known of a file once its bytes are stored. `problems` are JSON-ready."""
+
+    id: uuid.UUID
+    filename: str
+    purpose: Literal["fine-tune", "fine-tune-results"]
+    object_key: str
+    size_bytes: int
+    sha256: str
+    num_examples: int = 0
+    status_details: str | None = None
+    problems: tuple[dict[str, Any], ...] = ()
+
+
+def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File:
+    """Add a stored file; one with `status_details` is in error."""
+    row = File(
+        id=new.id,
+        tenant_id=tenant_id,
+        filename=new.filename,
+        purpose=new.purpose,
+        object_key=new.object_key,
+        size_bytes=new.size_bytes,
+        sha256=new.sha256,
+        num_examples=new.num_examples,
+        status="error" if new.status_details else "processed",
+        status_details=new.status_details,
+        problems=list(new.problems),
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def get_file(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID, param: str | None = None) -> File:
+    row = session.scalar(select(File).where(File.tenant_id == tenant_id, File.id == file_id, File.deleted_at.is_(None)))
+    if row is None:
+        raise NotFoundError(f"No such File object: {format_id(IdKind.FILE, file_id)}", param=param)
+    return row
+
+
+def list_files(
+    session: Session,
+    tenant_id: uuid.UUID,
+    *,
+    purpose: str | None,
+    after: uuid.UUID | None,
+    limit: int,
+    order: Literal["asc", "desc"],
+) -> Page[File]:
+    query = select(File).where(File.tenant_id == tenant_id, File.deleted_at.is_(None))
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    if after is not None:
+        query = query.where(File.id < after if order == "desc" else File.id > after)
+    query = query.order_by(File.id.desc() if order == "desc" else File.id)
+    return Page.cut(session.scalars(query.limit(limit + 1)).all(), limit)
+
+
+def delete_file(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID) -> None:
+    """Delete a file. Raises ConflictError while an unfinished job still needs it."""
+    get_file(session, tenant_id, file_id=file_id)
+    uses_file = or_(Job.training_file_id == file_id, Job.validation_file_id == file_id)
+    job_id = session.scalar(
+        select(Job.id).where(Job.tenant_id == tenant_id, uses_file, Job.status.in_(UNFINISHED_STATUSES)).limit(1)
+    )
+    if job_id is not None:
+        raise ConflictError(
+            f"The file is in use by {format_id(IdKind.JOB, job_id)}. Cancel that job, or wait until it has ended.",
+            code="file_in_use",
+        )
+    session.execute(update(File).where(File.tenant_id == tenant_id, File.id == file_id).values(deleted_at=func.now()))

@@ -1,0 +1,262 @@
+"""Objects: one protocol, one implementation on the minio client for MinIO or any S3-compatible server.
+
+The client never waits for ever: every request has our own timeouts and few retries. Presigned URLs are signed for the
+endpoint that clients see, which may differ from the one that this process uses.
+
+    StorageError
+    |- ObjectNotFoundError
+    '- StorageUnavailableError     the server is away, slow or refuses; later may work
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, BinaryIO, Protocol, cast
+from urllib.parse import quote
+
+import urllib3
+from minio import Minio
+from minio.deleteobjects import DeleteObject
+from minio.error import MinioException, S3Error
+from urllib3 import BaseHTTPResponse
+
+from core.settings import StorageConfig
+
+PART_BYTES = 8 * 2**20
+CHUNK_BYTES = 256 * 2**10
+_NOT_FOUND_CODES = {"NoSuchKey", "NoSuchObject", "NotFound"}
+_BUCKET_EXISTS_CODES = {"BucketAlreadyExists", "BucketAlreadyOwnedByYou"}
+# A hung server holds a caller for two read timeouts, 30 s, at most; its Retry-After is not obeyed, it could say hours.
+_RETRIES = urllib3.Retry(
+    total=3,
+    read=1,
+    backoff_factor=0.2,
+    backoff_jitter=0.2,
+    status_forcelist=(500, 502, 503, 504),
+    respect_retry_after_header=False,
+)
+
+
+class StorageError(Exception):
+    """Something went wrong with an object."""
+
+
+class ObjectNotFoundError(StorageError):
+    """There is no object at that key."""
+
+
+class StorageUnavailableError(StorageError):
+    """The object store did not answer, or refused."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    size_bytes: int
+    sha256: str
+
+
+class ObjectStore(Protocol):
+    """What the service needs of an object store. Keys are made by `core.domain.objects`."""
+
+    def put_stream(self, object_key: str, chunks: Iterable[bytes], *, content_type: str) -> StoredObject:
+        """Store a stream of unknown length in constant memory; nothing is stored when `chunks` raises."""
+
+    def put_bytes(self, object_key: str, body: bytes, *, content_type: str) -> StoredObject:
+        """Store a small object."""
+
+    def get_stream(self, object_key: str, *, offset: int = 0) -> Iterator[bytes]:
+        """Return an object's bytes in chunks. Raises ObjectNotFoundError at the call, before the first chunk."""
+
+    def stat(self, object_key: str) -> int | None:
+        """Return the size in bytes, or None where there is no object."""
+
+    def hash_object(self, object_key: str) -> StoredObject:
+        """Read an object back and say what it is."""
+
+    def delete(self, object_key: str) -> None:
+        """Delete an object; deleting what is not there is no error."""
+
+    def delete_prefix(self, prefix: str) -> int:
+        """Delete every object behind a prefix that ends in a slash, and say how many there were."""
+
+    def list_keys(self, prefix: str) -> Iterator[str]: ...
+
+    def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:
+        """Return a URL on the public endpoint that downloads the object under that name."""
+
+    def presign_put(self, object_key: str, *, expires: timedelta) -> str:
+        """Return a URL on the internal endpoint, for the trainer."""
+
+    def presign_internal_get(self, object_key: str, *, expires: timedelta) -> str:
+        """Return a URL on the internal endpoint, for the trainer."""
+
+
+class S3ObjectStore:
+    """An ObjectStore on an S3-compatible server."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        self._config = config
+        self._bucket = config.bucket
+        self._client = _connect(config, config.endpoint)
+        self._public_client = _connect(config, config.public_endpoint or config.endpoint)
+
+    def ensure_bucket(self) -> None:
+        """Make the bucket if it is not there; another process may be doing the same."""
+        with _translated_errors():
+            if self._client.bucket_exists(self._bucket):
+                return
+            try:
+                self._client.make_bucket(self._bucket)
+            except S3Error as error:
+                if error.code not in _BUCKET_EXISTS_CODES:
+                    raise
+
+    def put_stream(self, object_key: str, chunks: Iterable[bytes], *, content_type: str) -> StoredObject:
+        reader = _HashingReader(iter(chunks))
+        with _translated_errors():
+            self._client.put_object(
+                self._bucket,
+                object_key,
+                cast("BinaryIO", reader),
+                length=-1,
+                part_size=PART_BYTES,
+                num_parallel_uploads=1,  # with more, minio leaves its threads behind when `chunks` raises
+                content_type=content_type,
+            )
+        return reader.stored
+
+    def put_bytes(self, object_key: str, body: bytes, *, content_type: str) -> StoredObject:
+        return self.put_stream(object_key, [body], content_type=content_type)
+
+    def get_stream(self, object_key: str, *, offset: int = 0) -> Iterator[bytes]:
+        # Opened here and not in the generator: a caller learns of a missing object before it has answered anybody.
+        with _translated_errors():
+            response = self._client.get_object(self._bucket, object_key, offset=offset)
+        return _iterate_response(response)
+
+    def stat(self, object_key: str) -> int | None:
+        try:
+            with _translated_errors():
+                size_bytes = self._client.stat_object(self._bucket, object_key).size
+        except ObjectNotFoundError:
+            return None
+        assert size_bytes is not None
+        return int(size_bytes)
+
+    def hash_object(self, object_key: str) -> StoredObject:
+        digest, size_bytes = hashlib.sha256(), 0
+        for chunk in self.get_stream(object_key):
+            digest.update(chunk)
+            size_bytes += len(chunk)
+        return StoredObject(size_bytes=size_bytes, sha256=digest.hexdigest())
+
+    def delete(self, object_key: str) -> None:
+        with _translated_errors():
+            self._client.remove_object(self._bucket, object_key)
+
+    def delete_prefix(self, prefix: str) -> int:
+        if not prefix.endswith("/"):
+            raise ValueError(f"The prefix {prefix!r} must end in a slash, or it would reach into its neighbours.")
+        keys = list(self.list_keys(prefix))
+        with _translated_errors():
+            refusals = list(self._client.remove_objects(self._bucket, [DeleteObject(key) for key in keys]))
+        if refusals:
+            raise StorageUnavailableError(f"{len(refusals)} objects could not be deleted: {refusals[0].message}")
+        return len(keys)
+
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        with _translated_errors():
+            for entry in self._client.list_objects(self._bucket, prefix=prefix, recursive=True):
+                yield str(entry.object_name)
+
+    def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:
+        headers: dict[str, Any] = {"response-content-disposition": _attachment(filename)}
+        with _translated_errors():
+            return str(
+                self._public_client.presigned_get_object(
+                    self._bucket, object_key, expires=expires, response_headers=headers
+                )
+            )
+
+    def presign_put(self, object_key: str, *, expires: timedelta) -> str:
+        with _translated_errors():
+            return str(self._client.presigned_put_object(self._bucket, object_key, expires=expires))
+
+    def presign_internal_get(self, object_key: str, *, expires: timedelta) -> str:
+        with _translated_errors():
+            return str(self._client.presigned_get_object(self._bucket, object_key, expires=expires))
+
+
+def _iterate_response(response: BaseHTTPResponse) -> Iterator[bytes]:
+    try:
+        with _translated_errors():
+            yield from response.stream(CHUNK_BYTES)
+    finally:
+        response.close()
+        response.release_conn()
+
+
+def _attachment(filename: str) -> str:
+    """Name a download as RFC 6266 does: plain ASCII for old clients, percent-encoded UTF-8 for the others."""
+    plain = "".join(letter if letter.isascii() and letter.isprintable() else "_" for letter in filename)
+    plain = plain.translate({ord('"'): "_", ord("\\"): "_"})
+    encoded = quote(filename, safe="", errors="replace")
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
+
+
+class _HashingReader:
+    """Reads an iterator of chunks like a file, and knows the size and SHA-256 of what has passed."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._pending = b""
+        self._size_bytes = 0
+        self._hash = hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """Return `size` bytes, fewer only at the end. Whole parts at once: minio joins smaller pieces one by one."""
+        pieces, num_bytes = [self._pending], len(self._pending)
+        while num_bytes < size and (chunk := next(self._chunks, None)) is not None:
+            pieces.append(chunk)
+            num_bytes += len(chunk)
+        joined = b"".join(pieces)
+        part, self._pending = joined[:size], joined[size:]
+        self._size_bytes += len(part)
+        self._hash.update(part)
+        return part
+
+    @property
+    def stored(self) -> StoredObject:
+        return StoredObject(size_bytes=self._size_bytes, sha256=self._hash.hexdigest())
+
+
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    try:
+        yield
+    except S3Error as error:
+        if error.code in _NOT_FOUND_CODES:
+            raise ObjectNotFoundError(f"There is no object {error.object_name!r}.") from error
+        raise StorageUnavailableError(f"The object store refused: {error.code}.") from error
+    except (MinioException, urllib3.exceptions.HTTPError) as error:
+        raise StorageUnavailableError(f"The object store did not answer: {type(error).__name__}.") from error
+
+
+def _connect(config: StorageConfig, endpoint: str) -> Minio:
+    pool = urllib3.PoolManager(
+        timeout=urllib3.Timeout(connect=2, read=15),
+        retries=_RETRIES,
+        maxsize=16,
+    )
+    return Minio(
+        endpoint,
+        access_key=config.access_key,
+        secret_key=config.secret_key,
+        secure=config.secure,
+        region="us-east-1",  # given, so that signing a URL needs no question to the server
+        http_client=pool,
+    )

@@ -1,0 +1,19 @@
+"""Fixtures of every test. What needs no server asks for none, and none is started for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cli.servers import ServerAddresses
+from tests.servers import shared_servers
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[ServerAddresses]:
+    """Real PostgreSQL, Redis and S3, shared by all xdist workers of this run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(request.config, "workerinput") else base
+    with shared_servers(shared / "shared-servers") as addresses:
+        yield addresses

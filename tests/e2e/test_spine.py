@@ -1,0 +1,200 @@
+"""The whole service with real processes: a tiny random base, real jobs, and a worker killed in the middle."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import yaml
+from openai import OpenAI
+from peft import PeftModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from cli.binaries import find_smollm2
+from cli.stack import LocalStack
+
+BASE_MODEL = "acme-labs/tiny-llama"
+ROWS = "\n".join(
+    json.dumps(
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}]}
+    )
+    for n in range(12)
+).encode()
+
+
+def wait_until(is_true: Callable[[], bool], *, timeout_seconds: float = 240) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a real tokenizer and chat template."""
+    directory = tmp_path_factory.mktemp("base")
+    gguf = find_smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def stack(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    data_dir = tmp_path_factory.mktemp("stack")
+    entry = {
+        "id": BASE_MODEL,
+        "source": {"kind": "path", "location": str(base_dir)},
+        "dtype": "float32",
+        "quantizations": ["nf4"],
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "max_seq_len": 256,
+        "slots": 4,
+        "max_tokens_per_step": 512,
+    }
+    registry = data_dir / "registry.yaml"
+    registry.write_text(yaml.safe_dump({"base_models": [entry]}))
+    env = {
+        "ESPALIER_LEASE_SECONDS": "3",
+        "ESPALIER_HEARTBEAT_SECONDS": "0.5",
+        "ESPALIER_REAP_INTERVAL_SECONDS": "0.5",
+        "ESPALIER_TRAINER_THREADS": "1",
+    }
+    with LocalStack(data_dir / "data", registry_path=registry, env=env, is_durable=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def api_key(stack: LocalStack) -> str:
+    return stack.create_tenant("acme")
+
+
+@pytest.fixture(scope="module")
+def client(stack: LocalStack, api_key: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{stack.api_url}/v1", api_key=api_key) as made:
+        yield made
+
+
+def submit(client: OpenAI, *, n_epochs: int = 2, validation: bool = False, **extra: Any) -> str:
+    file = client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
+    return client.fine_tuning.jobs.create(
+        model=BASE_MODEL,
+        training_file=file.id,
+        validation_file=file.id if validation else None,
+        hyperparameters={"n_epochs": n_epochs, "batch_size": 4},
+        suffix="test",
+        extra_body={"learning_rate": 0.01, **extra},
+    ).id
+
+
+def wait_for_end(client: OpenAI, job_id: str) -> Any:
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status in ("succeeded", "failed", "cancelled"))
+    return client.fine_tuning.jobs.retrieve(job_id)
+
+
+def num_base_loads(stack: LocalStack) -> int:
+    return stack.process("worker").log_path.read_text().count('"event": "trainer.started"')
+
+
+def messages(client: OpenAI, job_id: str) -> list[str]:
+    return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)][::-1]
+
+
+def test_a_job_ends_with_an_adapter_that_plain_peft_loads(
+    client: OpenAI, stack: LocalStack, api_key: str, base_dir: Path, tmp_path: Path
+) -> None:
+    job = wait_for_end(client, submit(client, validation=True))
+    assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model.startswith(f"ft:{BASE_MODEL}:acme:test:")
+    assert client.models.retrieve(job.fine_tuned_model).id == job.fine_tuned_model
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert [checkpoint.step_number for checkpoint in checkpoints] == [6, 3]
+    assert checkpoints[0].metrics.full_valid_loss < checkpoints[1].metrics.full_valid_loss  # type: ignore[operator]
+    csv = client.files.content(job.result_files[0]).text.splitlines()
+    assert csv[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert len(csv) == 1 + job.model_extra["total_steps"]
+    headers = {"authorization": f"Bearer {api_key}"}
+    (adapter,) = httpx.get(f"{stack.api_url}/v1/adapters", headers=headers).json()["data"]
+    url = f"{stack.api_url}/v1/adapters/{adapter['id']}/download"
+    archive = httpx.get(url, params={"archive": "tar"}, headers=headers).content
+    tarfile.open(fileobj=io.BytesIO(archive)).extractall(tmp_path, filter="data")
+    for file in httpx.get(url, headers=headers).json()["files"]:
+        assert httpx.get(file["url"]).content == (tmp_path / file["name"]).read_bytes()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE_MODEL
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["job_id"], manifest["base_model"]) == (job.id, BASE_MODEL)
+    base = LlamaForCausalLM.from_pretrained(base_dir)
+    prompt = torch.tensor([[1, 2, 3]])
+    before = base(prompt).logits.detach().clone()
+    tuned = PeftModel.from_pretrained(base, str(tmp_path))
+    assert not torch.allclose(tuned(prompt).logits, before)
+
+
+def test_a_second_job_on_a_hot_worker_loads_no_model(client: OpenAI, stack: LocalStack) -> None:
+    wait_for_end(client, submit(client))
+    num_loads = num_base_loads(stack)
+    assert wait_for_end(client, submit(client)).status == "succeeded"
+    assert num_base_loads(stack) == num_loads
+
+
+def test_a_qlora_job_is_trained_on_the_quantised_base(client: OpenAI) -> None:
+    job = wait_for_end(client, submit(client, quantization="nf4"))
+    assert job.status == "succeeded", job.error
+
+
+def test_a_job_outlives_its_worker_killed_in_the_middle(client: OpenAI, stack: LocalStack) -> None:
+    job_id = submit(client, n_epochs=12)
+    wait_until(lambda: any(message.startswith("Step 3/") for message in messages(client, job_id)))
+    os.kill(stack.process("worker").pid, signal.SIGKILL)
+    wait_until(lambda: stack.restart_dead() == ("worker",))
+    job = wait_for_end(client, job_id)
+    assert job.status == "succeeded", job.error
+    told = messages(client, job_id)
+    assert told.count("The job has successfully completed.") == 1
+    steps = [row.split(",")[0] for row in client.files.content(job.result_files[0]).text.splitlines()[1:]]
+    assert steps == [str(step) for step in range(1, 37)]
+
+
+def test_a_cancelled_job_frees_its_slot_and_stays_cancelled(client: OpenAI) -> None:
+    job_id = submit(client, n_epochs=50)
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "running")
+    assert client.fine_tuning.jobs.cancel(job_id).status == "cancelled"
+    assert wait_for_end(client, submit(client)).status == "succeeded"
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
+
+
+def test_rows_too_long_are_truncated_and_counted(client: OpenAI) -> None:
+    job = wait_for_end(client, submit(client, max_seq_len=34))
+    assert any("rows of the training file are longer than max_seq_len=34" in told for told in messages(client, job.id))
+
+
+@pytest.mark.parametrize("module", ["api.main", "worker.schedule", "core.services.attempts"])
+def test_the_control_plane_never_loads_torch(module: str) -> None:
+    code = (
+        f"import sys, {module}; print(sorted({{'torch', 'transformers', 'peft', 'bitsandbytes'}} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,169 @@
+"""Whatever is wrong is told in OpenAI's error object, by name, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+from sqlalchemy import Engine
+
+from core.db.session import service_transaction
+from core.services.tenants import revoke_api_key
+from tests.integration.conftest import BASE_MODEL, Tenant
+
+GOOD_ROW = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
+GOOD = json.dumps(GOOD_ROW).encode()
+
+
+def upload(client: OpenAI, content: bytes, name: str = "rows.jsonl") -> Any:
+    return client.files.create(file=(name, content), purpose="fine-tune")
+
+
+def submit(client: OpenAI, file_id: str, **options: Any) -> Any:
+    model = options.pop("model", BASE_MODEL)
+    return client.fine_tuning.jobs.create(model=model, training_file=file_id, **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (GOOD + b"\nnot json", "Line 2: The line is not JSON"),
+        (GOOD + b"\n" + GOOD.replace(b"Hi", b"\xff"), "Line 2: Byte"),
+        (GOOD + b"\n\n" + GOOD, "Line 2: The line is empty"),
+        (GOOD.replace(b'"user"', b'"wizard"'), "Line 1, messages[0].role: The role is 'wizard'"),
+        (b'{"messages": [{"role": "user", "content": "Hi?"}]}', "Line 1, messages: There is no assistant message"),
+        (b"[" * 100_000 + b"]" * 100_000, "Line 1: The JSON is nested too deeply"),
+        (b'{"messages": NaN}', "Line 1: NaN is not JSON"),
+        (b"", "Line 1: The file has no examples"),
+        (GOOD.replace(b'"Hello."', b'"Hello.", "weight": 0'), "Line 1, messages: Every assistant weight is 0"),
+    ],
+    ids=[
+        "not-jsonl",
+        "not-utf8",
+        "empty-line",
+        "wrong-role",
+        "no-assistant",
+        "deep",
+        "nan",
+        "empty",
+        "nothing-to-learn",
+    ],
+)
+def test_a_bad_row_puts_the_file_in_error_with_its_line(client: OpenAI, content: bytes, expected: str) -> None:
+    file = upload(client, content)
+    assert file.status == "error"
+    assert file.status_details is not None
+    assert file.status_details.startswith(expected)
+    assert client.files.retrieve(file.id).status_details == file.status_details
+    assert client.files.content(file.id).read() == content
+    with pytest.raises(openai.BadRequestError, match="The file cannot be trained on: " + expected[:6]) as refused:
+        submit(client, file.id)
+    assert refused.value.param == "training_file"
+
+
+def test_a_200_mb_line_is_refused_by_its_number(client: OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError, match="Line 2 is longer than") as refused:
+        upload(client, GOOD + b"\n" + b"x" * (200 * 2**20))
+    assert (refused.value.status_code, refused.value.code) == (413, "line_too_long")
+    assert client.files.list().data == []
+
+
+@pytest.mark.parametrize("key", ["", "sk-nonsense", "esp_live_AAAAAAAAAAAA_" + "B" * 36])
+def test_no_live_key_is_an_authentication_error(api_url: str, key: str) -> None:
+    with (
+        OpenAI(base_url=f"{api_url}/v1", api_key=key or "x", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError) as refused,
+    ):
+        stranger.models.list()
+    assert refused.value.code == "invalid_api_key"
+
+
+def test_a_revoked_key_is_an_authentication_error(client: OpenAI, tenant: Tenant, owner: Engine) -> None:
+    assert client.models.list().data
+    with service_transaction(owner) as session:
+        revoke_api_key(session, tenant.key_id)
+    with pytest.raises(openai.AuthenticationError):
+        client.models.list()
+
+
+def test_another_tenants_ids_are_not_found(client: OpenAI, other_client: OpenAI) -> None:
+    file = upload(client, GOOD)
+    job = submit(client, file.id)
+    for ask in (
+        lambda: other_client.files.retrieve(file.id),
+        lambda: other_client.files.content(file.id),
+        lambda: other_client.files.delete(file.id),
+        lambda: other_client.fine_tuning.jobs.retrieve(job.id),
+        lambda: other_client.fine_tuning.jobs.cancel(job.id),
+        lambda: other_client.fine_tuning.jobs.list_events(job.id),
+        lambda: other_client.fine_tuning.jobs.checkpoints.list(job.id),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            ask()
+    with pytest.raises(openai.BadRequestError, match="No such File object"):
+        submit(other_client, file.id)
+    assert other_client.files.list().data == []
+    assert other_client.fine_tuning.jobs.list().data == []
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "words"),
+    [
+        ({"extra_body": {"adapter": {"rank": 0}}}, "adapter.rank", "takes 1 to 64"),
+        ({"extra_body": {"adapter": {"rank": 10_000}}}, "adapter.rank", "takes 1 to 64"),
+        ({"extra_body": {"adapter": {"target_modules": ["q_proj", "w_proj"]}}}, "adapter.target_modules", "'w_proj'; it has q_proj, v_proj"),
+        ({"suffix": "s" * 65}, "suffix", "64"),
+        ({"extra_body": {"quantization": "int3"}}, "quantization", "nf4"),
+        ({"extra_body": {"colour": "red"}}, "colour", "colour"),
+        ({"method": {"type": "dpo", "dpo": {}}}, "method.type", "not supported yet"),
+        ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs", "50"),
+        ({"extra_body": {"max_seq_len": 512}}, "max_seq_len", "at most 256"),
+    ],
+)  # fmt: skip
+def test_a_bad_job_is_refused_by_the_field_at_fault(
+    client: OpenAI, options: dict[str, Any], param: str, words: str
+) -> None:
+    file = upload(client, GOOD)
+    with pytest.raises(openai.BadRequestError) as refused:
+        submit(client, file.id, **options)
+    assert str(refused.value.param).startswith(param)
+    assert words in refused.value.message
+    assert client.fine_tuning.jobs.list().data == []
+
+
+def test_an_unknown_base_is_not_found_and_the_known_are_named(client: OpenAI) -> None:
+    file = upload(client, GOOD)
+    with pytest.raises(openai.NotFoundError, match=BASE_MODEL) as refused:
+        submit(client, file.id, model="gpt-9")
+    assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+
+
+def test_a_file_in_use_cannot_be_deleted_until_its_job_has_ended(client: OpenAI) -> None:
+    file = upload(client, GOOD)
+    job = submit(client, file.id)
+    with pytest.raises(openai.ConflictError) as refused:
+        client.files.delete(file.id)
+    assert refused.value.response.headers["x-should-retry"] == "false"
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+
+
+def test_lists_are_walked_over_several_pages(client: OpenAI) -> None:
+    file = upload(client, GOOD)
+    made = [submit(client, file.id, metadata={"number": str(number)}).id for number in range(5)]
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == made[::-1]
+    assert [job.id for job in client.fine_tuning.jobs.list(metadata={"number": "3"})] == [made[3]]
+
+
+def test_auto_is_shown_as_numbers(client: OpenAI) -> None:
+    job = submit(client, upload(client, GOOD).id, seed=5)
+    assert job.hyperparameters.model_dump() == {"n_epochs": 3, "batch_size": 1, "learning_rate_multiplier": 1.0}
+    assert job.model_extra["adapter"]["target_modules"] == ["q_proj", "v_proj"]
+    assert (job.seed, job.status, job.fine_tuned_model) == (5, "queued", None)

@@ -1,0 +1,137 @@
+"""A migrated database of its own for every test module, and an API process on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import psycopg
+import pytest
+from openai import OpenAI
+from psycopg import sql
+from sqlalchemy import Engine
+
+from cli.ports import free_ports
+from cli.servers import ServerAddresses
+from cli.stack import prepare_database
+from core.db.migrate import RoleLogin, login_url
+from core.db.session import connect, service_transaction
+from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
+from core.services.tenants import create_tenant, issue_api_key
+
+BASE_MODEL = "acme-labs/tiny-base"
+PASSWORD = "test-password"
+LOGINS = tuple(RoleLogin(f"espalier_{name}", PASSWORD) for name in ("api", "worker", "schedule"))
+
+
+@dataclass(frozen=True)
+class Database:
+    """A migrated database: its owner's URL and one URL a runtime role."""
+
+    owner_url: str
+    api_url: str
+    worker_url: str
+    schedule_url: str
+
+
+@dataclass(frozen=True)
+class Tenant:
+    id: uuid.UUID
+    slug: str
+    api_key: str
+    key_id: str
+
+
+@pytest.fixture(scope="module")
+def database(servers: ServerAddresses) -> Iterator[Database]:
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(servers.postgres_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+    owner_url = servers.postgres_url.rpartition("/")[0] + f"/{name}"
+    entry = BaseModelEntry(
+        id=BASE_MODEL,
+        source=BaseModelSource(kind="path", location="/nowhere"),
+        quantizations=("nf4",),
+        target_modules=("q_proj", "v_proj"),
+        max_seq_len=256,
+        max_rank=64,
+    )
+    prepare_database(owner_url, Registry(base_models=(entry,)), logins=LOGINS)
+    yield Database(owner_url, *(login_url(owner_url, login) for login in LOGINS))
+    with psycopg.connect(servers.postgres_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="module")
+def owner(database: Database) -> Iterator[Engine]:
+    engine = connect(database.owner_url)
+    yield engine
+    engine.dispose()
+
+
+def add_tenant(owner: Engine) -> Tenant:
+    slug = f"t{uuid.uuid4().hex[:12]}"
+    with service_transaction(owner) as session:
+        tenant_id = create_tenant(session, slug).id
+        api_key = issue_api_key(session, tenant_id, name="test")
+    return Tenant(tenant_id, slug, str(api_key), api_key.key_id)
+
+
+@pytest.fixture
+def tenant(owner: Engine) -> Tenant:
+    return add_tenant(owner)
+
+
+@pytest.fixture
+def other_tenant(owner: Engine) -> Tenant:
+    return add_tenant(owner)
+
+
+@pytest.fixture(scope="module")
+def api_url(database: Database, servers: ServerAddresses) -> Iterator[str]:
+    """The base URL of a real API process."""
+    (port,) = free_ports(1)
+    storage = servers.storage
+    env = {
+        **os.environ,
+        "ESPALIER_DATABASE_URL": database.api_url,
+        "ESPALIER_S3_ENDPOINT": storage.endpoint,
+        "ESPALIER_S3_ACCESS_KEY": storage.access_key,
+        "ESPALIER_S3_SECRET_KEY": storage.secret_key,
+        "ESPALIER_S3_BUCKET": storage.bucket,
+        "ESPALIER_API_PORT": str(port),
+        "ESPALIER_MAX_FILE_BYTES": str(300 * 2**20),
+    }
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen([sys.executable, "-m", "api"], env=env) as process:
+        deadline = time.monotonic() + 60
+        while not _is_ready(url):
+            assert process.poll() is None, "the API has ended"
+            assert time.monotonic() < deadline, "the API does not answer"
+        yield url
+        process.terminate()
+
+
+@pytest.fixture
+def client(api_url: str, tenant: Tenant) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{api_url}/v1", api_key=tenant.api_key, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def other_client(api_url: str, other_tenant: Tenant) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{api_url}/v1", api_key=other_tenant.api_key, max_retries=0) as made:
+        yield made
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", trust_env=False).is_success
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,184 @@
+"""Claims and fences: only the newest attempt may end a job, and quotas hold under concurrent claims."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import Engine, func, select, text
+
+from core.db.models import Attempt, Job, Usage
+from core.db.session import connect, service_transaction
+from core.domain.ids import new_id
+from core.domain.jobs import pool_name
+from core.services import attempts
+from core.services.attempts import Lease, StaleLeaseError
+from core.services.files import NewFile, create_file
+from core.services.jobs import JobRequest, cancel_job, submit_job
+from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
+
+POOL = pool_name(BASE_MODEL, None)
+
+
+@pytest.fixture
+def worker(database: Database, owner: Engine) -> Iterator[Engine]:
+    """The worker's role on a queue that is empty of other tests' jobs."""
+    with service_transaction(owner) as session:
+        session.execute(text("truncate jobs cascade"))
+        session.execute(text("update tenants set usage = 0"))
+    engine = connect(database.worker_url)
+    yield engine
+    engine.dispose()
+
+
+def queue_job(owner: Engine, tenant: Tenant, *, priority: int = 0) -> Job:
+    with service_transaction(owner) as session:
+        file_id = new_id()
+        create_file(session, tenant.id, new=NewFile(file_id, "a", "fine-tune", "k", 1, "0" * 64, num_examples=4))
+        request = JobRequest(base_model_id=BASE_MODEL, training_file_id=file_id, priority=priority)
+        return submit_job(session, tenant.id, request=request)
+
+
+def claim(worker: Engine, lease_seconds: float = 60) -> Lease | None:
+    with service_transaction(worker) as session:
+        job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=lease_seconds)
+    if job is None:
+        return None
+    assert job.lease_token is not None
+    return Lease(job.id, job.tenant_id, job.lease_token)
+
+
+def status_of(owner: Engine, lease: Lease) -> str:
+    with service_transaction(owner) as session:
+        return session.scalars(select(Job.status).where(Job.id == lease.job_id)).one()
+
+
+def make_claimable(owner: Engine, lease: Lease) -> None:
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set run_after = now() where id = :id"), {"id": lease.job_id})
+
+
+def test_a_stale_attempt_cannot_end_the_job_of_a_newer_one(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    queue_job(owner, tenant)
+    stale = claim(worker, lease_seconds=-1)
+    assert stale is not None
+    with service_transaction(owner) as session:
+        assert attempts.expire_leases(session) == 1
+    make_claimable(owner, stale)
+    newer = claim(worker)
+    assert newer is not None
+    assert newer.job_id == stale.job_id
+    for act in (
+        lambda session: attempts.fail_attempt(session, stale, code="x", message="x", is_job_fault=True),
+        lambda session: attempts.heartbeat(session, stale, lease_seconds=60),
+        lambda session: attempts.requeue_attempt(session, stale),
+        lambda session: attempts.record_message(session, stale, message="x", level="info"),
+    ):
+        with pytest.raises(StaleLeaseError), service_transaction(worker) as session:
+            act(session)
+    assert status_of(owner, newer) == "running"
+    with service_transaction(worker) as session:
+        attempts.heartbeat(session, newer, lease_seconds=60)
+
+
+def test_a_live_lease_does_not_expire(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    queue_job(owner, tenant)
+    lease = claim(worker)
+    assert lease is not None
+    with service_transaction(owner) as session:
+        assert attempts.expire_leases(session) == 0
+    assert status_of(owner, lease) == "running"
+
+
+def test_our_fault_is_tried_again_up_to_the_maximum(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    queue_job(owner, tenant)
+    statuses = []
+    for _ in range(3):
+        lease = claim(worker)
+        assert lease is not None
+        with service_transaction(worker) as session:
+            attempts.fail_attempt(session, lease, code="trainer_crashed", message="It crashed.", is_job_fault=False)
+        statuses.append(status_of(owner, lease))
+        make_claimable(owner, lease)
+    assert statuses == ["queued", "queued", "failed"]
+    assert claim(worker) is None
+
+
+def test_the_jobs_own_fault_is_final(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    queue_job(owner, tenant)
+    lease = claim(worker)
+    assert lease is not None
+    with service_transaction(worker) as session:
+        attempts.fail_attempt(session, lease, code="diverged", message="It diverged.", is_job_fault=True)
+    assert status_of(owner, lease) == "failed"
+
+
+def test_a_preempted_attempt_does_not_count(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    job = queue_job(owner, tenant)
+    for _ in range(5):
+        lease = claim(worker)
+        assert lease is not None
+        with service_transaction(worker) as session:
+            attempts.requeue_attempt(session, lease)
+    with service_transaction(owner) as session:
+        assert session.get_one(Job, job.id).attempt_count == 0
+
+
+def test_a_cancelled_job_is_stale_for_its_worker(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    job = queue_job(owner, tenant)
+    lease = claim(worker)
+    assert lease is not None
+    with service_transaction(owner) as session:
+        assert cancel_job(session, tenant.id, job_id=job.id).status == "cancelled"
+    with pytest.raises(StaleLeaseError), service_transaction(worker) as session:
+        attempts.heartbeat(session, lease, lease_seconds=60)
+
+
+def test_a_quota_of_one_holds_under_concurrent_claims(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    for _ in range(8):
+        queue_job(owner, tenant)
+    with service_transaction(owner) as session:
+        session.execute(text("update tenants set max_running = 1 where id = :id"), {"id": tenant.id})
+    barrier = threading.Barrier(8)
+
+    def claim_together() -> Lease | None:
+        barrier.wait()
+        return claim(worker)
+
+    with ThreadPoolExecutor(8) as pool:
+        claims = list(pool.map(lambda _: claim_together(), range(8)))
+    assert sum(lease is not None for lease in claims) == 1
+
+
+def test_tenants_take_turns_however_many_jobs_one_has(worker: Engine, owner: Engine) -> None:
+    whale, small = add_tenant(owner), add_tenant(owner)
+    for _ in range(6):
+        queue_job(owner, whale)
+    queue_job(owner, small)
+    first, second = claim(worker), claim(worker)
+    assert first is not None
+    assert second is not None
+    assert {first.tenant_id, second.tenant_id} == {whale.id, small.id}
+
+
+def test_priority_orders_one_tenants_jobs(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    queue_job(owner, tenant)
+    urgent = queue_job(owner, tenant, priority=5)
+    lease = claim(worker)
+    assert lease is not None
+    assert lease.job_id == urgent.id
+
+
+def test_usage_is_booked_once(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    queue_job(owner, tenant)
+    lease = claim(worker)
+    assert lease is not None
+    for _ in range(2):
+        with service_transaction(worker) as session:
+            attempts.record_usage(session, lease, gpu_seconds=7.0, trained_tokens=11)
+    with service_transaction(owner) as session:
+        booked = session.scalars(select(Usage).join(Attempt, Attempt.id == Usage.attempt_id)).all()
+        assert [(row.gpu_seconds, row.trained_tokens) for row in booked] == [(7.0, 11)]
+        assert session.scalar(select(func.count()).select_from(Usage)) == 1

@@ -1,0 +1,181 @@
+"""Child processes of the launcher: they log, they stop when told, they come back when they die, none is orphaned."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from cli.locks import is_running
+from cli.processes import ChildProcess, ProcessFailedError, ProcessSpec, as_mortal
+from cli.supervisor import Supervisor
+
+ROOT = Path(__file__).resolve().parents[2]
+DIES = "import sys; print('last words', flush=True); sys.exit(3)"
+# Each of these says that it is ready, so that no signal can come too early.
+WAITS = "import signal; print('ready', flush=True); signal.pause()"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); signal.pause()"
+TIDY = """
+import signal, sys
+def leave(*_):
+    with open(sys.argv[1], 'a') as told:
+        told.write(sys.argv[2])
+    sys.exit()
+signal.signal(signal.SIGTERM, leave)
+print('ready', flush=True)
+signal.pause()
+"""
+LAUNCHER = """
+import sys, signal
+from pathlib import Path
+from cli.processes import ChildProcess, ProcessSpec
+child = ChildProcess(ProcessSpec('waits', [sys.executable, '-c', sys.argv[2]]), Path(sys.argv[1]))
+print(child.pid, flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def running() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def make_spec(code: str, *args: str, name: str = "child", stop_seconds: float = 10.0) -> ProcessSpec:
+    return ProcessSpec(name, [sys.executable, "-c", code, *args], stop_seconds=stop_seconds)
+
+
+def start(spec: ProcessSpec, log_dir: Path, running: ExitStack) -> ChildProcess:
+    child = ChildProcess(spec, log_dir)
+    running.callback(child.kill)
+    child.wait_until(lambda: "ready" in child.log_tail(), timeout_seconds=30)
+    return child
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+
+
+def test_a_child_that_ends_before_it_is_ready_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+    child = ChildProcess(make_spec(DIES), tmp_path)
+    with pytest.raises(ProcessFailedError, match=r"child ended \(3\)[\s\S]*child\.log[\s\S]*last words"):
+        child.wait_until(lambda: False, timeout_seconds=30)
+
+
+def test_a_child_that_is_never_ready_is_given_up(tmp_path: Path, running: ExitStack) -> None:
+    child = start(make_spec(WAITS), tmp_path, running)
+    with pytest.raises(ProcessFailedError, match="did not answer in time"):
+        child.wait_until(lambda: False, timeout_seconds=0.1)
+
+
+def test_a_child_that_ignores_the_request_is_killed_after_its_grace(tmp_path: Path, running: ExitStack) -> None:
+    child = start(make_spec(STUBBORN, stop_seconds=0.3), tmp_path, running)
+    begun = time.monotonic()
+    child.stop()
+    assert time.monotonic() - begun >= 0.3
+    assert not is_running(child.pid)
+
+
+def test_a_child_is_no_target_of_the_terminals_ctrl_c(tmp_path: Path, running: ExitStack) -> None:
+    child = start(make_spec(WAITS), tmp_path, running)
+    assert os.getpgid(child.pid) != os.getpgid(0)
+    assert os.getsid(child.pid) != os.getsid(0)
+
+
+def test_a_log_that_has_grown_large_is_set_aside_at_the_next_start(tmp_path: Path, running: ExitStack) -> None:
+    log = tmp_path / "child.log"
+    log.write_bytes(b"old\n")
+    os.truncate(log, 21 * 2**20)
+    start(make_spec(WAITS), tmp_path, running)
+    assert log.read_bytes() == b"ready\n"
+    assert log.with_suffix(".log.1").stat().st_size == 21 * 2**20
+
+
+def test_a_child_ends_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", LAUNCHER, str(tmp_path), STUBBORN]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        pid = int(launcher.stdout.readline())
+        wait_until(lambda: "ready" in (tmp_path / "waits.log").read_text())
+        assert is_running(pid)
+        launcher.kill()
+    wait_until(lambda: not is_running(pid))
+
+
+def test_a_child_whose_launcher_died_before_it_began_does_not_begin() -> None:
+    argv = as_mortal(make_spec("print('began')"))
+    argv[argv.index(str(os.getpid()))] = "1"  # not the parent that it will see
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stdout == ""
+
+
+def test_children_are_stopped_in_reverse_order_each_before_the_next(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    supervisor = Supervisor(tmp_path)
+    for name in ("a", "b", "c"):
+        child = supervisor.start(make_spec(TIDY, str(told), name, name=name))
+        child.wait_until(lambda child=child: "ready" in child.log_tail(), timeout_seconds=30)
+    pids = supervisor.pids
+    supervisor.stop()
+    assert told.read_text() == "cba"
+    assert not any(map(is_running, pids.values()))
+
+
+def test_a_child_that_died_comes_back_after_a_delay_that_grows_and_the_living_are_left_alone(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path)
+    try:
+        steady = supervisor.start(make_spec(WAITS, name="steady"))
+        supervisor.start(make_spec(DIES, name="weak"))
+        delays = [seconds_to_revival(supervisor, "weak") for _ in range(3)]
+        assert delays[0] >= 0.4
+        assert delays[0] + 0.4 <= delays[1]
+        assert delays[1] + 0.8 <= delays[2]
+        assert supervisor.process("steady").pid == steady.pid
+    finally:
+        supervisor.stop()
+
+
+def seconds_to_revival(supervisor: Supervisor, name: str) -> float:
+    died = supervisor.process(name)
+    wait_until(lambda: not died.is_alive)
+    begun = time.monotonic()
+    assert supervisor.revive() == ()
+    assert time.monotonic() - begun < 0.2, "revive must not wait"
+    wait_until(lambda: supervisor.revive() == (name,))
+    assert supervisor.process(name).pid != died.pid
+    return time.monotonic() - begun
+
+
+def test_a_child_that_ran_for_long_comes_back_as_soon_as_one_that_died_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.supervisor._HEALTHY_SECONDS", 0.0)
+    supervisor = Supervisor(tmp_path)
+    try:
+        supervisor.start(make_spec(DIES, name="mostly well"))
+        delays = [seconds_to_revival(supervisor, "mostly well") for _ in range(2)]
+        assert all(0.4 <= delay < 1.0 for delay in delays)
+    finally:
+        supervisor.stop()
+
+
+def test_a_child_is_told_its_environment_and_none_of_it_is_shown(
+    tmp_path: Path, running: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORD", "the launcher's own")
+    code = "import os, signal; print('ready', os.environ['WORD'], 'PATH' in os.environ, flush=True); signal.pause()"
+    spec = ProcessSpec("child", [sys.executable, "-c", code], {"WORD": "hush"})
+    assert "hush" not in repr(spec)
+    child = start(spec, tmp_path, running)
+    assert child.log_tail() == "ready hush True\n"

@@ -1,0 +1,261 @@
+"""The embedded servers: they answer, keep what they are given, refuse strangers, and never outlive their launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+import redis
+
+from cli.binaries import find_redis
+from cli.locks import AlreadyRunningError, DataDirLock, find_launcher, is_running
+from cli.processes import ProcessFailedError
+from cli.servers import LocalServers, ServerAddresses
+from core.storage import S3ObjectStore, StorageError
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = """
+import json, sys
+from pathlib import Path
+from cli.servers import LocalServers
+with LocalServers(Path(sys.argv[1]), is_durable=False) as servers:
+    print(json.dumps({"pids": servers.pids, "redis_url": servers.addresses.redis_url}), flush=True)
+    sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A launcher in a process of its own, and its servers."""
+
+    process: subprocess.Popen[str]
+    server_pids: tuple[int, ...]
+    redis_url: str
+
+
+@contextmanager
+def launcher(data_dir: Path, *, prefix: tuple[str, ...] = (), path: str | None = None) -> Iterator[Launcher]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path or os.environ["PATH"]}
+    argv = [*prefix, sys.executable, "-c", LAUNCHER, str(data_dir)]
+    with subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, "the launcher ended without starting its servers"
+        told = json.loads(line)
+        yield Launcher(process, tuple(told["pids"].values()), told["redis_url"])
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that every user may enter; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def leave_traces(addresses: ServerAddresses) -> None:
+    with psycopg.connect(addresses.postgres_url) as connection:
+        connection.execute("create table traces (word text)")
+        connection.execute("insert into traces values ('row')")
+    with redis.Redis.from_url(addresses.redis_url) as client:
+        client.set("trace", "value")
+    S3ObjectStore(addresses.storage).put_stream("traces/one", [b"object"], content_type="text/plain")
+
+
+def assert_traces(addresses: ServerAddresses) -> None:
+    with psycopg.connect(addresses.postgres_url) as connection:
+        assert connection.execute("select word from traces").fetchall() == [("row",)]
+    with redis.Redis.from_url(addresses.redis_url) as client:
+        assert client.get("trace") == b"value"
+    assert b"".join(S3ObjectStore(addresses.storage).get_stream("traces/one")) == b"object"
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+
+
+def test_a_restart_keeps_rows_objects_and_addresses_and_needs_no_short_or_plain_path(tmp_path: Path) -> None:
+    data_dir = tmp_path / "a path with spaces" / ("long" * 20)  # longer than the path of a Unix socket may be
+    with LocalServers(data_dir) as first:
+        leave_traces(first.addresses)
+    with LocalServers(data_dir) as second:
+        assert second.addresses == first.addresses
+        assert_traces(second.addresses)
+
+
+def test_a_restart_moves_away_from_a_port_that_was_taken_and_keeps_the_data(tmp_path: Path) -> None:
+    with LocalServers(tmp_path, is_durable=False) as first:
+        leave_traces(first.addresses)
+    with socket.socket() as squatter:
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        host, port = first.addresses.storage.endpoint.split(":")
+        squatter.bind((host, int(port)))
+        squatter.listen()
+        with LocalServers(tmp_path, is_durable=False) as second:
+            assert second.addresses.storage.endpoint != first.addresses.storage.endpoint
+            assert_traces(second.addresses)
+
+
+def test_the_next_launcher_waits_for_the_servers_of_one_that_was_killed(tmp_path: Path) -> None:
+    with launcher(tmp_path) as killed:
+        s3_pid, redis_pid, postgres_pid = killed.server_pids
+        os.kill(redis_pid, signal.SIGSTOP)  # this one will not end before it is let
+        killed.process.kill()
+        killed.process.wait()
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(DataDirLock, tmp_path)
+            wait_until(lambda: not is_running(s3_pid) and not is_running(postgres_pid))
+            assert not waiting.done()
+            os.kill(redis_pid, signal.SIGCONT)
+            waiting.result(15).close()
+        assert not is_running(redis_pid)
+    with launcher(tmp_path) as following, redis.Redis.from_url(following.redis_url) as client:
+        assert client.ping()
+
+
+def test_servers_end_with_a_launcher_that_is_killed_when_nobody_follows(tmp_path: Path) -> None:
+    with launcher(tmp_path) as killed:
+        postgres = psutil.Process(killed.server_pids[-1])
+        everything = [*killed.server_pids, *(child.pid for child in postgres.children(recursive=True))]
+        killed.process.kill()
+        killed.process.wait()
+        wait_until(lambda: not any(map(is_running, everything)))
+    assert find_launcher(tmp_path) is None
+
+
+def test_a_second_launcher_is_refused_and_told_who_is_first(tmp_path: Path) -> None:
+    with launcher(tmp_path) as first:
+        with pytest.raises(AlreadyRunningError, match=f"process {first.process.pid}"):
+            LocalServers(tmp_path).start()
+        assert find_launcher(tmp_path) == first.process.pid
+        assert all(map(is_running, first.server_pids))
+
+
+def test_no_server_takes_a_wrong_password(servers: ServerAddresses) -> None:
+    password = psycopg.conninfo.conninfo_to_dict(servers.postgres_url)["password"]
+    for wrong_url in (
+        servers.postgres_url.replace(str(password), "wrong"),
+        servers.postgres_url.replace(f":{password}", ""),
+    ):
+        with pytest.raises(psycopg.OperationalError, match="password"):
+            psycopg.connect(wrong_url)
+    for wrong_url in (
+        "redis://:wrong@" + servers.redis_url.partition("@")[2],
+        "redis://" + servers.redis_url.partition("@")[2],
+    ):
+        with redis.Redis.from_url(wrong_url) as client, pytest.raises(redis.AuthenticationError):
+            client.ping()
+    for stranger in (replace(servers.storage, secret_key="wrong"), replace(servers.storage, access_key="wrong")):
+        with pytest.raises(StorageError):
+            list(S3ObjectStore(stranger).list_keys(""))
+
+
+def test_servers_listen_on_loopback_only_and_show_no_secret_to_other_users(tmp_path: Path) -> None:
+    with LocalServers(tmp_path, is_durable=False) as servers:
+        processes = [psutil.Process(pid) for pid in servers.pids.values()]
+        listening = [c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert len(listening) >= 12
+        assert set(listening) == {"127.0.0.1"}
+        shown = "\n".join(" ".join(process.cmdline()) for process in processes)
+        secrets = json.loads((tmp_path / "secrets.json").read_text())
+        assert not any(secret in shown for secret in secrets.values())
+    holders = [
+        path for path in tmp_path.glob("*/*") if path.is_file() and secrets["redis"].encode() in path.read_bytes()
+    ]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "secrets.json", *holders)] == [0o600, 0o600]
+
+
+def as_ordinary_user(directory: Path) -> tuple[str, ...]:
+    """Return what to put before a command so that it is not root, and give it the directory."""
+    if os.geteuid() != 0:
+        return ()
+    nobody = pwd.getpwnam("nobody")
+    prefix = ("setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups")
+    asked = subprocess.run(
+        [*prefix, sys.executable, "-c", "import sys; print(sys.version)"], capture_output=True, text=True, check=False
+    )
+    if asked.stdout.strip() != sys.version:  # the interpreter lies in root's own home: nobody cannot reach it
+        return ("unshare", "--user", "--map-user=1000", "--map-group=1000")
+    os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+    return prefix
+
+
+def test_an_ordinary_user_can_run_the_servers(open_directory: Path) -> None:
+    with launcher(open_directory / "data", prefix=as_ordinary_user(open_directory)) as running:
+        ours, theirs = (
+            {namespace_and_user(pid) for pid in pids} for pids in ((running.process.pid,), running.server_pids)
+        )
+        assert theirs == ours
+
+
+def namespace_and_user(pid: int) -> tuple[Path, int]:
+    return Path(f"/proc/{pid}/ns/user").readlink(), psutil.Process(pid).uids().real
+
+
+def test_root_can_run_the_servers_where_user_namespaces_are_refused(open_directory: Path) -> None:
+    refusing = open_directory / "bin" / "unshare"
+    refusing.parent.mkdir()
+    refusing.write_text("#!/bin/sh\nexit 1\n")
+    refusing.chmod(0o755)
+    with launcher(open_directory / "data", path=f"{refusing.parent}:{os.environ['PATH']}") as running:
+        assert psutil.Process(running.server_pids[-1]).uids().real != 0
+    # What one user has made, another start serves as that user, namespaces or not.
+    with launcher(open_directory / "data") as again:
+        assert psutil.Process(again.server_pids[-1]).uids().real == (open_directory / "data/postgres").stat().st_uid
+
+
+def test_a_first_start_that_was_cut_off_is_made_good(tmp_path: Path) -> None:
+    half_made = tmp_path / "postgres.new"
+    half_made.mkdir()
+    (half_made / "PG_VERSION").write_text("18\n")
+    with (
+        LocalServers(tmp_path, is_durable=False) as servers,
+        psycopg.connect(servers.addresses.postgres_url) as connection,
+    ):
+        assert connection.execute("select 1").fetchone() == (1,)
+    assert not half_made.exists()
+
+
+def test_data_of_another_postgres_are_refused_with_the_setting_to_change(tmp_path: Path) -> None:
+    (tmp_path / "postgres").mkdir()
+    (tmp_path / "postgres" / "PG_VERSION").write_text("9\n")
+    with pytest.raises(ProcessFailedError, match=r"of PostgreSQL 9; .* Set ESPALIER_POSTGRES_BIN"):
+        LocalServers(tmp_path, is_durable=False).start()
+    assert find_launcher(tmp_path) is None
+
+
+def test_a_server_that_has_exited_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with LocalServers(tmp_path, is_durable=False) as servers:
+        assert servers.failed() is None
+        os.kill(servers.pids["redis"], signal.SIGTERM)
+        wait_until(lambda: servers.failed() is not None)
+        assert "redis has exited" in str(servers.failed())
+        assert "ready to exit" in str(servers.failed())
+
+
+def test_a_binary_that_a_setting_names_is_the_one_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "my-redis"
+    shutil.copy(find_redis(), own)
+    monkeypatch.setenv("ESPALIER_REDIS_BIN", str(own))
+    with LocalServers(tmp_path / "data", is_durable=False) as servers:
+        assert psutil.Process(servers.pids["redis"]).exe() == str(own)

@@ -1,0 +1,322 @@
+"""`espalier up` and what stands beside it: real servers, real processes, commands as an operator types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import psycopg
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from cli.external import ExternalServers, ExternalServersError
+from cli.locks import find_launcher, is_running
+from cli.main import app
+from cli.ports import free_ports
+from cli.servers import LocalServers, ServerAddresses
+from cli.stack import LocalStack, PortTakenError, StackState
+
+ROOT = Path(__file__).resolve().parents[2]
+ESPALIER = (sys.executable, "-c", "from cli.main import app; app()")
+BASE_MODEL = "acme-labs/tiny-base"
+SETTINGS = "ESPALIER_"
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry whose base is never loaded: no job is submitted here."""
+    source = {"kind": "path", "location": "/nowhere"}
+    entry = {"id": BASE_MODEL, "source": source, "target_modules": ["q_proj"], "max_seq_len": 256}
+    path = tmp_path_factory.mktemp("registry") / "registry.yaml"
+    path.write_text(yaml.safe_dump({"base_models": [entry | {"quantizations": ["nf4"]}]}))
+    return path
+
+
+@dataclass(frozen=True)
+class Up:
+    """A running `espalier up`: its process, and where what it says is kept."""
+
+    process: subprocess.Popen[bytes]
+    data_dir: Path
+    said_path: Path
+
+    @property
+    def said(self) -> str:
+        return self.said_path.read_text()
+
+    @property
+    def state(self) -> StackState:
+        return StackState.read(self.data_dir)
+
+    @property
+    def api_key(self) -> str:
+        (found,) = re.findall(r"esp_\S+", self.said)
+        return found
+
+    def everything(self) -> list[int]:
+        """The pids of the launcher and of all that runs below it."""
+        return [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True))]
+
+
+@contextmanager
+def run_up(data_dir: Path, registry: Path, *options: str, env: Mapping[str, str] | None = None) -> Iterator[Up]:
+    argv = [*ESPALIER, "up", "--data-dir", str(data_dir), "--registry", str(registry), "--port", "0", *options]
+    said_path = data_dir.with_suffix(".said")
+    with said_path.open("wb") as out, subprocess.Popen(argv, env=clean(env), stdout=out, stderr=out) as process:
+        try:
+            wait_until(lambda: "is up" in said_path.read_text() or process.poll() is not None, seconds=90)
+            assert process.poll() is None, said_path.read_text()
+            yield Up(process, data_dir.resolve(), said_path)
+        finally:
+            process.terminate()
+
+
+def clean(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this environment without settings of ours, plus `extra`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+    return {**kept, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(extra or {})}
+
+
+def espalier(*words: str | Path, env: Mapping[str, str] | None = None) -> Result:
+    """Run a command that ends by itself, in this process: what `up` changes in a process, such as signals, it does not."""
+    assert words[0] != "up"
+    unset = dict.fromkeys(name for name in os.environ if name.startswith(SETTINGS))
+    return CliRunner().invoke(app, [str(word) for word in words], env={**unset, **(env or {})}, catch_exceptions=False)
+
+
+def fail_up(*words: str | Path, env: Mapping[str, str] | None = None) -> str:
+    """Run an `up` that is to refuse, and return what it says."""
+    argv = [*ESPALIER, "up", "--port", "0", *map(str, words)]
+    done = subprocess.run(argv, env=clean(env), capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert not done.stderr
+    return done.stdout
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.05)
+
+
+def list_models(api_url: str, api_key: str) -> httpx.Response:
+    return httpx.get(f"{api_url}/v1/models", headers={"Authorization": f"Bearer {api_key}"}, trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def up(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with run_up(tmp_path_factory.mktemp("stack") / "data", registry) as running:
+        yield running
+
+
+def test_up_prints_a_url_and_a_key_that_a_client_can_use_at_once(up: Up) -> None:
+    assert f"{up.state.api_url}/v1" in up.said
+    answer = list_models(up.state.api_url, up.api_key)
+    assert [model["id"] for model in answer.json()["data"]] == [BASE_MODEL]
+
+
+def test_status_names_every_process(up: Up) -> None:
+    done = espalier("status", "--data-dir", up.data_dir)
+    assert done.exit_code == 0, done.stdout
+    assert f"launcher {up.process.pid}" in done.stdout
+    for name in ("s3", "redis", "postgres", "api", "worker", "schedule"):
+        assert re.search(rf"^ +{name} +{up.state.pids[name]} +runs$", done.stdout, re.MULTILINE)
+
+
+def test_nothing_runs_where_nothing_was_started(tmp_path: Path) -> None:
+    for words in (("status",), ("tenants", "create", "acme")):
+        done = espalier(*words, "--data-dir", tmp_path / "empty")
+        assert done.exit_code == 1
+        assert "run" in done.stdout
+    assert espalier("down", "--data-dir", tmp_path / "empty").exit_code == 0
+    assert not (tmp_path / "empty").exists()
+
+
+def test_an_operator_makes_tenants_and_keys_and_revokes_keys(up: Up) -> None:
+    where = ("--data-dir", up.data_dir)
+    first, second = (
+        espalier(*words, *where).stdout.strip() for words in (("tenants", "create", "acme"), ("keys", "create", "acme"))
+    )
+    assert first != second
+    assert list_models(up.state.api_url, first).is_success
+    assert list_models(up.state.api_url, second).is_success
+    assert espalier("keys", "revoke", first.split("_")[2], *where).exit_code == 0
+    assert list_models(up.state.api_url, first).status_code == 401
+    assert list_models(up.state.api_url, second).is_success
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("tenants", "create", "local"), "There is a tenant 'local' already."),
+        (("keys", "create", "nobody"), "There is no tenant 'nobody'."),
+        (("keys", "revoke", "nothing"), "There is no API key 'nothing'."),
+    ],
+)
+def test_an_operators_mistake_is_told_in_words(up: Up, words: tuple[str, ...], told: str) -> None:
+    done = espalier(*words, "--data-dir", up.data_dir)
+    assert done.exit_code == 1
+    assert done.stdout.strip() == told
+
+
+def test_a_worker_that_died_is_started_again_and_up_says_so(up: Up) -> None:
+    before = up.state.pids
+    os.kill(before["worker"], signal.SIGKILL)
+    wait_until(lambda: up.state.pids["worker"] != before["worker"])
+    assert is_running(up.state.pids["worker"])
+    assert {**up.state.pids, "worker": 0} == {**before, "worker": 0}
+    wait_until(lambda: "worker had died and was started again" in up.said)
+
+
+def test_who_serves_holds_its_own_password_only(up: Up) -> None:
+    secrets = json.loads((up.data_dir / "secrets.json").read_text())
+    for name in ("api", "worker", "schedule"):
+        held = Path(f"/proc/{up.state.pids[name]}/environ").read_text()
+        assert f"postgresql://espalier_{name}:{secrets[name]}@" in held
+        others = {"postgres", "api", "worker", "schedule"} - {name}
+        assert not [other for other in others if secrets[other] in held]
+
+
+def test_a_second_up_is_refused_and_told_who_is_first(up: Up, registry: Path) -> None:
+    assert f"is in use by process {up.process.pid}" in fail_up("--data-dir", up.data_dir, "--registry", registry)
+    assert espalier("status", "--data-dir", up.data_dir).exit_code == 0
+
+
+def test_what_down_stopped_comes_back_with_its_key_and_leaves_nothing_when_killed(
+    registry: Path, tmp_path: Path
+) -> None:
+    with run_up(tmp_path / "data dir", registry) as first:
+        everything = first.everything()
+        assert len(everything) >= 7
+        assert espalier("down", "--data-dir", first.data_dir).exit_code == 0
+        assert not any(map(is_running, everything))
+        assert first.process.wait() == 0
+        api_key = first.api_key
+    with run_up(tmp_path / "data dir", registry) as second:
+        assert list_models(second.state.api_url, api_key).is_success
+        assert second.api_key == api_key
+        everything = second.everything()
+        second.process.kill()
+        wait_until(lambda: not any(map(is_running, everything)))
+    assert find_launcher(tmp_path / "data dir") is None
+
+
+def test_a_server_that_dies_ends_up_with_the_reason_and_leaves_nothing(registry: Path, tmp_path: Path) -> None:
+    with run_up(tmp_path / "data", registry) as running:
+        everything = running.everything()
+        os.kill(running.state.pids["postgres"], signal.SIGKILL)
+        assert running.process.wait(60) == 1
+        assert "postgres has exited. Its log ends:" in running.said
+        wait_until(lambda: not any(map(is_running, everything)))
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing(registry: Path, tmp_path: Path) -> None:
+    argv = [*ESPALIER, "up", "--data-dir", str(tmp_path / "data"), "--registry", str(registry), "--port", "0"]
+    with subprocess.Popen(argv, env=clean(), stdout=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: (tmp_path / "data" / "logs" / "s3.log").exists())
+        everything = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        process.send_signal(signal.SIGINT)
+        told, _ = process.communicate(timeout=60)
+    assert "Stopped before it was up." in told
+    assert process.returncode == 0
+    assert not any(map(is_running, everything))
+    assert find_launcher(tmp_path / "data") is None
+
+
+def test_a_taken_port_is_refused_before_anything_starts(registry: Path, tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", port))
+        squatter.listen()
+        stack = LocalStack(tmp_path / "data", api_port=port, registry_path=registry, is_durable=False)
+        with pytest.raises(PortTakenError, match=f"Port {port} is taken"), stack:
+            pass
+    assert not (tmp_path / "data" / "secrets.json").exists()
+
+
+def external_settings(addresses: ServerAddresses) -> dict[str, str]:
+    return {
+        "ESPALIER_OWNER_DATABASE_URL": addresses.postgres_url,
+        "ESPALIER_REDIS_URL": addresses.redis_url,
+        "ESPALIER_S3_ENDPOINT": addresses.storage.endpoint,
+        "ESPALIER_S3_ACCESS_KEY": addresses.storage.access_key,
+        "ESPALIER_S3_SECRET_KEY": addresses.storage.secret_key,
+    }
+
+
+def test_external_servers_are_used_and_left_running(registry: Path, tmp_path: Path) -> None:
+    # Servers of its own: the runtime roles, which get new passwords here, are the whole server's.
+    with LocalServers(tmp_path / "servers", is_durable=False) as servers:
+        env = external_settings(servers.addresses)
+        with run_up(tmp_path / "data", registry, "--external", env=env) as running:
+            assert set(running.state.pids) == {"api", "worker", "schedule"}
+            assert list_models(running.state.api_url, running.api_key).is_success
+            made = espalier("tenants", "create", "acme", env=env).stdout.strip()
+            assert list_models(running.state.api_url, made).is_success
+            password = servers.secrets.postgres.encode()
+            for pid in running.state.pids.values():
+                assert password not in Path(f"/proc/{pid}/environ").read_bytes()
+            everything = running.everything()
+            assert espalier("down", "--data-dir", running.data_dir).exit_code == 0
+            assert not any(map(is_running, everything))
+        assert servers.failed() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"ESPALIER_OWNER_DATABASE_URL": ""}, "Set ESPALIER_OWNER_DATABASE_URL"),
+        ({"ESPALIER_OWNER_DATABASE_URL": "postgresql://postgres:wrong@{postgres}"}, "ESPALIER_OWNER_DATABASE_URL"),
+        ({"ESPALIER_REDIS_URL": "redis://:wrong@{redis}"}, "ESPALIER_REDIS_URL"),
+        ({"ESPALIER_S3_SECRET_KEY": "wrong"}, "ESPALIER_S3_ENDPOINT and its keys"),
+    ],
+)
+def test_a_wrong_setting_of_an_external_server_is_named(
+    change: dict[str, str], told: str, servers: ServerAddresses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {
+        "postgres": servers.postgres_url.rpartition("@")[2],
+        "redis": servers.redis_url.rpartition("@")[2],
+    }
+    for name, value in (external_settings(servers) | change).items():
+        monkeypatch.setenv(name, value.format(**places))
+    with pytest.raises(ExternalServersError, match=told):
+        ExternalServers(tmp_path).start()
+    assert find_launcher(tmp_path) is None
+
+
+def test_settings_that_are_missing_are_named_and_the_others_are_not_shown(registry: Path, tmp_path: Path) -> None:
+    env = {"ESPALIER_OWNER_DATABASE_URL": "postgresql://x", "ESPALIER_REDIS_URL": "redis://x"}
+    env["ESPALIER_S3_SECRET_KEY"] = "hush-hush"
+    told = fail_up("--external", "--data-dir", tmp_path, "--registry", registry, env=env)
+    assert "ESPALIER_S3_ENDPOINT" in told
+    assert "ESPALIER_S3_ACCESS_KEY" in told
+    assert "hush-hush" not in told
+
+
+def test_migrate_prepares_a_database_and_lets_only_the_named_roles_in(registry: Path, tmp_path: Path) -> None:
+    with LocalServers(tmp_path, is_durable=False) as servers:
+        url = servers.addresses.postgres_url
+        env = {"ESPALIER_OWNER_DATABASE_URL": url, "ESPALIER_API_PASSWORD": "api-password"}
+        for _ in range(2):
+            assert espalier("migrate", "--registry", registry, env=env).exit_code == 0
+        place = url.rpartition("@")[2]
+        with psycopg.connect(f"postgresql://espalier_api:api-password@{place}") as connection:
+            assert connection.execute("select id from base_models").fetchall() == [(BASE_MODEL,)]
+        with pytest.raises(psycopg.OperationalError, match="password"):
+            psycopg.connect(f"postgresql://espalier_worker:api-password@{place}")

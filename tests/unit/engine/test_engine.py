@@ -1,0 +1,278 @@
+"""What the engine admits, refuses, reports and survives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from tests.unit.engine.tiny import (
+    ALL_MODULES,
+    make_engine,
+    make_job,
+    make_spec,
+    random_examples,
+    tiny_llama,
+    train,
+    weights_of,
+)
+from worker.engine import (
+    DivergedError,
+    Engine,
+    EngineJob,
+    Example,
+    InvalidJobError,
+    JobTooLargeError,
+    NoFreeSlotError,
+    UnsupportedBaseError,
+    inspect_base,
+)
+from worker.engine.packing import PackedBatch
+
+
+def example_of(token_ids: list[int], is_label: list[bool]) -> Example:
+    return Example(np.array(token_ids, dtype=np.int64), np.array(is_label))
+
+
+def test_the_base_says_which_modules_it_can_adapt() -> None:
+    shape = inspect_base(tiny_llama())
+    assert shape.target_modules == ALL_MODULES
+    assert (shape.num_layers, shape.hidden_size, shape.vocab_size) == (2, 64, 128)
+    assert shape.linears["model.layers.1.mlp.down_proj"] == (96, 64)
+
+
+def test_a_base_that_cannot_be_fused_is_refused_with_the_reason() -> None:
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True
+    )
+    with pytest.raises(UnsupportedBaseError, match=r"'bert' cannot be fused; supported: .*llama"):
+        inspect_base(BertLMHeadModel(config))
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_a_base_whose_positions_depend_on_the_longest_sequence_of_a_step_is_refused(rope_type: str) -> None:
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2, vocab_size=8)
+    model = LlamaForCausalLM(config)
+    model.config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(UnsupportedBaseError, match=f"'{rope_type}' depend on the longest sequence"):
+        inspect_base(model)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, float("nan")])
+def test_a_share_that_is_not_positive_is_the_callers_mistake(share: float) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        make_engine().admit(make_job("mine", share=share))
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        (make_job("new", rank=17), "Rank 17 is above"),
+        (make_job("new", target_modules=("qkv",)), "has no qkv; it has down_proj"),
+        (EngineJob("new", make_spec(), ()), "no example"),
+        (EngineJob("new", make_spec(), [example_of([1, 2], [True, False])]), "nothing to learn"),
+        (EngineJob("new", make_spec(), [example_of([1, 2, 3], [False, True])]), "nothing to learn"),
+        (EngineJob("new", make_spec(), [example_of([1, 128], [False, True])]), "outside the base's vocabulary"),
+        (EngineJob("new", make_spec(), [example_of([-1, 2], [False, True])]), "outside the base's vocabulary"),
+        (EngineJob("new", make_spec(), random_examples(1, 1, low=257, high=258)), "257 tokens"),
+        (make_job("old"), "admitted already"),
+    ],
+)
+def test_a_job_that_does_not_fit_is_refused_before_it_takes_a_slot(job: EngineJob, reason: str) -> None:
+    engine = make_engine()
+    engine.admit(make_job("old"))
+    with pytest.raises(InvalidJobError, match=reason):
+        engine.admit(job)
+    assert engine.job_ids == ("old",)
+
+
+def test_a_job_waits_when_every_slot_is_taken_and_enters_when_one_is_freed() -> None:
+    engine = make_engine(max_slots=1)
+    engine.admit(make_job("a"))
+    assert engine.num_free_slots == 0
+    with pytest.raises(NoFreeSlotError):
+        engine.admit(make_job("b"))
+    engine.evict("a")
+    engine.admit(make_job("b"))
+    assert engine.job_ids == ("b",)
+
+
+def test_a_job_waits_when_the_device_has_no_memory_for_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("the test's device is full")
+
+    engine = make_engine()
+    engine.admit(make_job("old"))
+    with monkeypatch.context() as full, pytest.raises(NoFreeSlotError, match="no memory"):
+        full.setattr(torch, "zeros", refuse)
+        engine.admit(make_job("new"))
+    assert engine.job_ids == ("old",)
+    assert engine.step()
+
+
+def test_updates_count_steps_epochs_and_tokens() -> None:
+    engine = make_engine()
+    job = make_job("mine", n_epochs=2, batch_size=4, count=10)
+    engine.admit(job)
+    updates = train(engine)["mine"]
+    assert [update.step for update in updates] == [1, 2, 3, 4, 5, 6]
+    assert [update.is_epoch_end for update in updates] == [False, False, True, False, False, True]
+    assert [update.is_last for update in updates] == [False] * 5 + [True]
+    assert updates[2].epoch == 1.0
+    assert sum(update.num_tokens for update in updates) == 2 * sum(e.num_tokens for e in job.examples)
+    assert sum(update.num_label_tokens for update in updates) == 2 * sum(e.num_labels for e in job.examples)
+    assert updates[-1].loss < updates[0].loss
+    assert engine.step() == ()
+
+
+def test_an_engine_without_jobs_has_nothing_to_do() -> None:
+    assert make_engine().step() == ()
+
+
+def test_evaluation_does_not_disturb_training_and_knows_no_dropout() -> None:
+    plain, watched = make_engine(max_tokens=48), make_engine(max_tokens=48)
+    for engine in (plain, watched):
+        engine.admit(make_job("mine", dropout=0.5))
+        train(engine, num_fused_steps=3)
+    validation = random_examples(60, 9)
+    first, second = (watched.evaluate("mine", validation) for _ in range(2))
+    assert first == second
+    assert first.num_label_tokens == sum(example.num_labels for example in validation)
+    assert 0 <= first.token_accuracy <= 1
+    train(plain)
+    train(watched)
+    expected = weights_of(plain, "mine")
+    assert all(torch.equal(weights, expected[name]) for name, weights in weights_of(watched, "mine").items())
+
+
+@pytest.mark.parametrize("examples", [[], [example_of([1, 128], [False, True])], [example_of([1, 2], [False, False])]])
+def test_examples_that_cannot_be_evaluated_are_refused(examples: list[Example]) -> None:
+    engine = make_engine()
+    engine.admit(make_job("mine"))
+    with pytest.raises(InvalidJobError):
+        engine.evaluate("mine", examples)
+
+
+def test_three_steps_in_a_row_that_are_not_finite_end_the_job_and_only_that_job() -> None:
+    engine = make_engine()
+    engine.admit(make_job("mine"))
+    engine.admit(make_job("broken", seed=5))
+    engine._slots["broken"].weights_P.fill_(float("nan"))
+    for num_skipped in (1, 2, 3):
+        mine, broken = engine.step()
+        assert mine.update is not None
+        assert not mine.update.is_skipped
+        assert mine.failure is None
+        assert broken.update is not None
+        assert broken.update.is_skipped
+        assert isinstance(broken.failure, DivergedError) == (num_skipped == 3)
+
+
+def test_one_step_that_is_not_finite_is_skipped_without_touching_weights_or_moments() -> None:
+    engine = make_engine()
+    engine.admit(make_job("mine"))
+    train(engine, num_fused_steps=2)
+    slot = engine._slots["mine"]
+    before = [tensor.clone() for tensor in (slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P)]
+    slot.grads_P = torch.full_like(slot.weights_P, float("inf"))
+    (report,) = engine.step()
+    assert report.update is not None
+    assert report.update.is_skipped
+    after = (slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert slot.num_skipped_in_a_row == 1
+    train(engine, num_fused_steps=1)
+    assert slot.num_skipped_in_a_row == 0
+
+
+class SmallDevice(Engine):
+    """An engine whose device runs out of memory above so many tokens: in the forward, or only after the backward."""
+
+    fits_tokens = fits_evaluating = 10**9
+    fails_late = False
+
+    def _forward_backward(self, plans: object, batch: PackedBatch, grads: object) -> object:  # type: ignore[override]
+        is_too_much = batch.token_ids_1T.shape[1] > self.fits_tokens
+        if is_too_much and not self.fails_late:
+            raise torch.OutOfMemoryError("the test's device is full")
+        losses = super()._forward_backward(plans, batch, grads)  # type: ignore[arg-type]
+        if is_too_much:
+            raise torch.OutOfMemoryError("the test's device is full")
+        return losses
+
+    def _forward(self, batch: PackedBatch, *rest: object) -> object:  # type: ignore[override]
+        if batch.token_ids_1T.shape[1] > self.fits_evaluating:
+            raise torch.OutOfMemoryError("the test's device is full")
+        return super()._forward(batch, *rest)  # type: ignore[arg-type]
+
+
+def small_device() -> SmallDevice:
+    return SmallDevice(tiny_llama(), base_model_id="x", max_slots=4, max_rank=16, max_tokens_per_step=256)
+
+
+@pytest.mark.parametrize("fails_late", [False, True])
+def test_running_out_of_memory_replays_the_same_examples_in_smaller_steps(*, fails_late: bool) -> None:
+    roomy, cramped = make_engine(), small_device()
+    for engine in (roomy, cramped):
+        engine.admit(make_job("a", dropout=0.1))
+        engine.admit(make_job("b", seed=5, rank=8))
+    cramped.fails_late = fails_late
+    updates = train(cramped, num_fused_steps=2)
+    cramped.fits_tokens = 40
+    rest = train(cramped)
+    expected = train(roomy)
+    for job_id in ("a", "b"):
+        losses = [update.loss for update in updates[job_id] + rest[job_id]]
+        assert losses == pytest.approx([update.loss for update in expected[job_id]], abs=1e-4)
+
+
+def test_one_example_that_alone_does_not_fit_fails_its_job_and_not_the_others() -> None:
+    engine = small_device()
+    engine.admit(EngineJob("long", make_spec(), random_examples(1, 2, low=60, high=61)))
+    engine.admit(make_job("short", seed=5))
+    engine.fits_tokens = 30
+    failures = []
+    while reports := engine.step():
+        for report in reports:
+            if report.failure is not None:
+                failures.append((report.job_id, type(report.failure)))
+                engine.evict(report.job_id)
+    assert failures == [("long", JobTooLargeError)]
+    assert engine._slots["short"].is_finished
+
+
+def test_the_budget_that_a_large_job_has_shrunk_is_whole_again_once_it_leaves() -> None:
+    engine = small_device()
+    engine.admit(EngineJob("long", make_spec(), random_examples(1, 2, low=60, high=61)))
+    engine.fits_tokens = 30
+    (report,) = engine.step()
+    assert isinstance(report.failure, JobTooLargeError)
+    engine.fits_tokens = 10**9
+    engine.evict("long")
+    engine.admit(make_job("next", seed=5, batch_size=10))
+    (report,) = engine.step()
+    assert report.update is not None
+    assert report.num_tokens > 60
+
+
+def test_an_evaluation_that_does_not_fit_is_scored_in_parts_and_one_example_too_large_is_told() -> None:
+    engine = small_device()
+    engine.admit(make_job("mine"))
+    examples = random_examples(60, 9)
+    whole = engine.evaluate("mine", examples)
+    engine.fits_evaluating = 30
+    parts = engine.evaluate("mine", examples)
+    assert (parts.loss, parts.token_accuracy) == pytest.approx((whole.loss, whole.token_accuracy), abs=1e-5)
+    assert parts.num_label_tokens == whole.num_label_tokens
+    with pytest.raises(JobTooLargeError):
+        engine.evaluate("mine", random_examples(1, 2, low=40, high=41))
+
+
+def test_a_slot_holds_12_bytes_for_every_parameter_of_its_own_rank() -> None:
+    engine = make_engine(max_rank=64)
+    engine.admit(make_job("mine", rank=3, target_modules=("q_proj",)))
+    slot = engine._slots["mine"]
+    assert slot.num_parameters == 2 * 3 * (64 + 64)
+    held = [slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 12 * slot.num_parameters

@@ -1,0 +1,111 @@
+"""What a slot writes and reads: PEFT's adapter format, and the state that training resumes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.engine.tiny import (
+    batch_loss,
+    load_with_peft,
+    make_engine,
+    make_job,
+    random_examples,
+    tiny_llama,
+    train,
+    weights_of,
+)
+from worker.engine import InvalidJobError
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_an_exported_adapter_loads_in_plain_peft_and_scores_the_same(tmp_path: Path, *, use_rslora: bool) -> None:
+    engine = make_engine()
+    job = make_job("mine", rank=6, alpha=9.0, dropout=0.3, use_rslora=use_rslora, target_modules=("q_proj", "up_proj"))
+    engine.admit(job)
+    train(engine)
+    engine.export_adapter("mine", tmp_path)
+    examples = random_examples(50, 8)
+    evaluation = engine.evaluate("mine", examples)
+    with torch.no_grad():
+        expected = batch_loss(load_with_peft(tiny_llama(), tmp_path).eval(), examples).item()
+    assert evaluation.loss == pytest.approx(expected, abs=1e-5)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny/llama"
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (6, 9, use_rslora)
+    assert sorted(config["target_modules"]) == ["q_proj", "up_proj"]
+
+
+def test_an_imported_adapter_is_what_was_exported_and_starts_with_empty_moments(tmp_path: Path) -> None:
+    engine = make_engine()
+    engine.admit(make_job("old"))
+    engine.admit(make_job("new", seed=2))
+    train(engine, num_fused_steps=6)
+    engine.export_adapter("old", tmp_path)
+    engine.import_adapter("new", tmp_path)
+    expected = weights_of(engine, "old")
+    assert all(torch.equal(weights, expected[name]) for name, weights in weights_of(engine, "new").items())
+    slot = engine._slots["new"]
+    assert not slot.exp_avg_P.any()
+    assert not slot.exp_avg_sq_P.any()
+    assert slot.num_updates == 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rank": 8}, {"target_modules": ("q_proj",)}, {"alpha": 16.0}, {"use_rslora": True}]
+)
+def test_an_adapter_of_another_shape_or_scale_is_refused_and_changes_nothing(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    engine = make_engine()
+    engine.admit(make_job("old"))
+    engine.admit(make_job("new", **changes))
+    engine.export_adapter("old", tmp_path)
+    before = weights_of(engine, "new")
+    with pytest.raises(InvalidJobError):
+        engine.import_adapter("new", tmp_path)
+    assert all(torch.equal(weights, before[name]) for name, weights in weights_of(engine, "new").items())
+
+
+def test_weights_that_are_not_what_their_configuration_says_are_refused(tmp_path: Path) -> None:
+    engine = make_engine()
+    engine.admit(make_job("wide", rank=8))
+    engine.admit(make_job("mine", rank=4))
+    engine.export_adapter("wide", tmp_path)
+    weights = (tmp_path / "adapter_model.safetensors").read_bytes()
+    engine.export_adapter("mine", tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(InvalidJobError, match=r"lora_A.weight is \(8, 64\), not \(4, 64\)"):
+        engine.import_adapter("mine", tmp_path)
+
+
+@pytest.mark.parametrize("num_fused_steps", [4, 5])
+@pytest.mark.parametrize("max_tokens", [256, 24])
+def test_resuming_in_the_middle_is_bitwise_never_having_stopped(
+    tmp_path: Path, num_fused_steps: int, max_tokens: int
+) -> None:
+    job = make_job("mine", dropout=0.1)
+    unbroken, first, second = (make_engine(max_tokens=max_tokens) for _ in range(3))
+    unbroken.admit(job)
+    expected = train(unbroken)["mine"]
+    first.admit(job)
+    updates = train(first, num_fused_steps=num_fused_steps)["mine"]
+    first.save_state("mine", tmp_path)
+    second.admit(job)
+    second.load_state("mine", tmp_path)
+    assert updates + train(second)["mine"] == expected
+    weights = weights_of(unbroken, "mine")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(second, "mine").items())
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2}, {"count": 11}, {"rank": 8}, {"batch_size": 2}, {"beta1": 0.5}])
+def test_the_state_of_another_job_is_refused(tmp_path: Path, changes: dict[str, float]) -> None:
+    engine = make_engine()
+    engine.admit(make_job("mine"))
+    engine.admit(make_job("other", **changes))  # type: ignore[arg-type]  # a mix of the keyword's types
+    engine.save_state("mine", tmp_path)
+    with pytest.raises(InvalidJobError, match="another job"):
+        engine.load_state("other", tmp_path)

@@ -1,0 +1,106 @@
+"""Tenants share a step and nothing else: bitwise for a fixed composition, and no trace once a slot is freed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.engine.tiny import (
+    VOCABULARY,
+    fused_gradients,
+    make_engine,
+    make_job,
+    random_examples,
+    randomise_weights,
+    train,
+    weights_of,
+)
+from worker.engine import Engine, EngineJob, Example
+
+
+def with_neighbours(neighbours: list[EngineJob]) -> Engine:
+    engine = make_engine()
+    engine.admit(neighbours[0])
+    engine.admit(make_job("mine", seed=4, rank=6))
+    engine.admit(neighbours[1])
+    randomise_weights(engine, "mine")
+    return engine
+
+
+def other_tokens(job: EngineJob) -> EngineJob:
+    """Return the job with other token ids at the same lengths and labels."""
+    rng = np.random.default_rng(99)
+    examples = [Example(rng.integers(1, VOCABULARY, size=e.num_tokens), e.is_label) for e in job.examples]
+    return replace(job, examples=examples)
+
+
+@pytest.mark.parametrize("fill", [1.0, 1e30, float("nan"), float("inf")])
+def test_my_gradients_are_bitwise_the_same_whatever_my_neighbours_hold(fill: float) -> None:
+    neighbours = [make_job("before", seed=5), make_job("after", seed=6, rank=16)]
+    expected = fused_gradients(with_neighbours(neighbours))["mine"]
+    engine = with_neighbours([other_tokens(job) for job in neighbours])
+    for job_id in ("before", "after"):
+        engine._slots[job_id].weights_P.fill_(fill)
+    fused = fused_gradients(engine)
+    assert all(torch.equal(fused["mine"][name], gradient) for name, gradient in expected.items())
+    if not np.isfinite(fill):
+        assert not all(gradient.isfinite().all() for gradient in fused["before"].values())
+
+
+def test_a_neighbour_that_diverges_does_not_bend_my_trajectory() -> None:
+    alone, among = make_engine(), make_engine()
+    alone.admit(make_job("mine"))
+    among.admit(make_job("broken", seed=5))
+    among.admit(make_job("mine"))
+    among._slots["broken"].weights_P.fill_(float("nan"))
+    expected = [update.loss for update in train(alone)["mine"]]
+    assert [update.loss for update in train(among)["mine"]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_joining_and_leaving_neighbours_do_not_bend_my_trajectory() -> None:
+    alone = make_engine()
+    alone.admit(make_job("mine"))
+    expected = [update.loss for update in train(alone)["mine"]]
+    engine = make_engine(max_tokens=64)
+    engine.admit(make_job("first", seed=8))
+    engine.admit(make_job("mine"))
+    losses = [update.loss for update in train(engine, num_fused_steps=3)["mine"]]
+    engine.evict("first")
+    engine.admit(make_job("second", seed=9, rank=16))
+    losses += [update.loss for update in train(engine, num_fused_steps=4)["mine"]]
+    engine.admit(make_job("third", seed=10, rank=2))
+    losses += [update.loss for update in train(engine)["mine"]]
+    assert losses == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_freed_slot_is_scrubbed_and_the_next_tenant_trains_as_on_a_new_engine() -> None:
+    engine = make_engine(max_slots=1)
+    engine.admit(make_job("first", seed=8, rank=16, weight_decay=0.5))
+    train(engine, num_fused_steps=5)
+    slot = engine._slots["first"]
+    slot.grads_P = torch.ones_like(slot.weights_P)
+    tensors = [slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P, slot.grads_P]
+    assert all(bool(tensor.any()) for tensor in tensors)
+    engine.evict("first")
+    assert not any(bool(tensor.any()) for tensor in tensors)
+    engine.admit(make_job("second"))
+    train(engine)
+    fresh = make_engine(max_slots=1)
+    fresh.admit(make_job("second"))
+    train(fresh)
+    expected = weights_of(fresh, "second")
+    assert all(torch.equal(weights, expected[name]) for name, weights in weights_of(engine, "second").items())
+
+
+def test_two_jobs_of_one_seed_start_alike_and_learn_their_own_data() -> None:
+    engine = make_engine()
+    engine.admit(make_job("a", seed=3))
+    engine.admit(replace(make_job("b", seed=3), examples=random_examples(77, 10)))
+    start = weights_of(engine, "a")
+    assert all(torch.equal(weights, start[name]) for name, weights in weights_of(engine, "b").items())
+    train(engine)
+    trained = weights_of(engine, "a")
+    assert not any(torch.equal(weights, trained[name]) for name, weights in weights_of(engine, "b").items())

@@ -1,0 +1,74 @@
+"""House rules that review would otherwise have to say twice."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("api", "core", "worker", "cli")
+FORBIDDEN_PARTS = {"utils", "helpers", "common", "misc", "manager", "handler", "processor", "do"}
+MAX_FUNCTION_LINES = 40
+
+
+def sources() -> Iterator[Path]:
+    for room in ROOMS:
+        yield from sorted((ROOT / room).rglob("*.py"))
+
+
+SOURCES = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in sources()]
+
+
+def walk(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_a_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_only_the_session_module_commits(path: Path) -> None:
+    if path == ROOT / "core/db/session.py":
+        return
+    calls = [node for node in walk(path) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    assert not [call.lineno for call in calls if call.func.attr == "commit"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_nothing_catches_everything(path: Path) -> None:
+    handlers = [node for node in walk(path) if isinstance(node, ast.ExceptHandler)]
+    broad = [node.lineno for node in handlers if node.type is None or getattr(node.type, "id", "") == "Exception"]
+    assert not broad
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_names_say_what_things_are(path: Path) -> None:
+    named = [node.name for node in walk(path) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    words = {word for name in [path.stem, *named] for word in name.lower().strip("_").split("_")}
+    assert not words & FORBIDDEN_PARTS
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_functions_fit_on_a_screen(path: Path) -> None:
+    functions = [node for node in walk(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno}
+    assert not {name: lines for name, lines in long.items() if lines > MAX_FUNCTION_LINES}
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_no_code_or_pickle_of_others_is_ever_run(path: Path) -> None:
+    calls = [node for node in walk(path) if isinstance(node, ast.Call)]
+    trusting = [k for call in calls for k in call.keywords if k.arg == "trust_remote_code"]
+    assert all(isinstance(k.value, ast.Constant) and k.value.value is False for k in trusting)
+    imported = {alias.name for node in walk(path) if isinstance(node, ast.Import) for alias in node.names}
+    assert not imported & {"pickle", "marshal", "shelve", "dill"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "api/routes").glob("*.py")), ids=lambda path: path.name)
+def test_routes_are_plain_functions(path: Path) -> None:
+    assert not [node for node in walk(path) if isinstance(node, ast.AsyncFunctionDef)]

@@ -1,0 +1,33 @@
+"""The engine: one frozen base model on one device, many jobs' LoRA adapters trained in one fused step.
+
+It knows tensors and local files, nothing else. A caller admits jobs, steps, and evicts.
+"""
+
+from worker.engine.bases import BaseShape, inspect_base
+from worker.engine.engine import Engine
+from worker.engine.errors import (
+    DivergedError,
+    EngineError,
+    InvalidJobError,
+    JobTooLargeError,
+    NoFreeSlotError,
+    UnsupportedBaseError,
+)
+from worker.engine.examples import EngineJob, Evaluation, Example, SlotReport, StepMetrics
+
+__all__ = [
+    "BaseShape",
+    "DivergedError",
+    "Engine",
+    "EngineError",
+    "EngineJob",
+    "Evaluation",
+    "Example",
+    "InvalidJobError",
+    "JobTooLargeError",
+    "NoFreeSlotError",
+    "SlotReport",
+    "StepMetrics",
+    "UnsupportedBaseError",
+    "inspect_base",
+]

@@ -1,0 +1,63 @@
+"""PEFT's file format, in and out: the only file that knows PEFT's names for LoRA's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from worker.engine.errors import InvalidJobError
+from worker.engine.slots import Slot
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def export_adapter(slot: Slot, directory: Path, *, base_model_id: str) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT and vLLM read them."""
+    tensors = {}
+    for name, pair in slot.weights.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK.detach().cpu().clone()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR.detach().cpu().clone()
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    adapter = slot.job.spec.adapter
+    LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # a float is written and read as it is
+        lora_dropout=adapter.dropout,
+        target_modules=sorted(adapter.target_modules),
+        use_rslora=adapter.use_rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model_id,
+        inference_mode=True,
+    ).save_pretrained(str(directory))
+
+
+def import_adapter(slot: Slot, directory: Path) -> None:
+    """Take weights from PEFT's files, all or none. Raises InvalidJobError when they are not this adapter's kind."""
+    _check_scale(slot, directory)
+    tensors = load_file(directory / WEIGHTS_FILE)
+    views = {}
+    for name, pair in slot.weights.items():
+        views[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK
+        views[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR
+    if tensors.keys() != views.keys():
+        raise InvalidJobError("The adapter's modules are not those of this job.")
+    for name, view in views.items():
+        if tensors[name].shape != view.shape:
+            raise InvalidJobError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(view.shape)}.")
+    for name, view in views.items():
+        view.copy_(tensors[name])
+    slot.forget_moments()
+
+
+def _check_scale(slot: Slot, directory: Path) -> None:
+    """Refuse weights that meant something else where they were trained: their effect is scale times B times A."""
+    trained = LoraConfig.from_pretrained(str(directory))
+    adapter = slot.job.spec.adapter
+    wanted = (adapter.rank, adapter.alpha, adapter.use_rslora)
+    found = (trained.r, trained.lora_alpha, trained.use_rslora)
+    if found != wanted:
+        raise InvalidJobError(f"The adapter's rank, alpha and rsLoRA are {found}, not this job's {wanted}.")

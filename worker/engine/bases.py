@@ -1,0 +1,68 @@
+"""What the engine needs of a base model, checked at loading: a base it cannot fuse is refused with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bitsandbytes.nn.modules import Linear4bit
+from torch import nn
+
+from worker.engine.errors import UnsupportedBaseError
+
+# Decoders whose attention goes through transformers' attention interface with plain causal (or sliding) masks, and
+# whose logits are the head's output as it is.
+SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "smollm3"})
+# Rotary embeddings whose frequencies follow the longest sequence of a forward: tenants would bend each other's.
+_COUPLING_ROPE_TYPES = frozenset({"dynamic", "longrope"})
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """A base model's numbers: `linears` maps the qualified name of each linear to (in features K, out features N)."""
+
+    linears: dict[str, tuple[int, int]]
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        return tuple(sorted({name.rpartition(".")[2] for name in self.linears}))
+
+
+def inspect_base(model: Any) -> BaseShape:
+    """Return the base's shape. Raises UnsupportedBaseError."""
+    config = model.config
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        supported = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
+        raise UnsupportedBaseError(f"Models of type {config.model_type!r} cannot be fused; supported: {supported}.")
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type in _COUPLING_ROPE_TYPES:
+        raise UnsupportedBaseError(
+            f"Rotary embeddings of type {rope_type!r} depend on the longest sequence of a step, so tenants would "
+            "change each other's results; choose a base with fixed ones, such as its short-context variant."
+        )
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or type(head.weight) is not nn.Parameter or not head.weight.is_floating_point():
+        raise UnsupportedBaseError("The language-model head must be a dense linear layer.")
+    linears = {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Linear4bit) and module is not head
+    }
+    return BaseShape(
+        linears=linears,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=head.weight.shape[0],
+    )
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Make the base constant. It stays in train mode: an eval-mode forward may repack 4-bit weights in place."""
+    model.requires_grad_(requires_grad=False)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -1,0 +1,73 @@
+"""What goes into the engine and what comes out of it: plain values, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from core.domain.training import TrainingSpec
+from worker.engine.errors import EngineError
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One tokenised row: `token_ids` [L] int64 and `is_label` [L] bool, True where a token is a target of the loss."""
+
+    token_ids: npt.NDArray[np.int64]
+    is_label: npt.NDArray[np.bool_]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_labels(self) -> int:
+        return int(self.is_label[1:].sum())
+
+
+@dataclass(frozen=True, eq=False)
+class EngineJob:
+    """A job to train. `share` weighs its part of the token budget."""
+
+    job_id: str
+    spec: TrainingSpec
+    examples: Sequence[Example]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One completed optimizer step. `epoch` counts the passes completed; losses are means over label tokens."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    token_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    num_label_tokens: int
+    is_epoch_end: bool
+    is_last: bool
+    is_skipped: bool
+
+
+@dataclass(frozen=True)
+class SlotReport:
+    """What one fused step did for one job. `num_tokens` are its tokens in this fused step."""
+
+    job_id: str
+    num_tokens: int
+    update: StepMetrics | None = None
+    failure: EngineError | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float
+    token_accuracy: float
+    num_label_tokens: int

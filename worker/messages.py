@@ -1,0 +1,186 @@
+"""The seam between the supervisor and its trainer: small typed messages, one JSON object a line, over two pipes.
+
+The supervisor speaks to PostgreSQL and signs URLs; the trainer holds the base model and the tenants' data. A job is
+known to the trainer by its lease token alone. Nothing here carries a credential other than presigned URLs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from core.domain.training import Frozen, TrainingSpec
+
+
+class RemoteFile(Frozen):
+    """A dataset to fetch: its presigned URL and what its bytes must hash to."""
+
+    url: str = Field(repr=False)
+    sha256: str
+    size_bytes: int
+
+
+class StoredFile(Frozen):
+    """A file that the trainer has uploaded."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class JobFacts(Frozen):
+    """What the manifest and the model card say of a job, beyond its spec."""
+
+    job_id: str
+    tenant: str
+    model_name: str
+    base_model_id: str
+    base_revision: str
+    quantization: str | None
+    created_at: int
+
+
+class LoadBase(Frozen):
+    kind: Literal["load_base"] = "load_base"
+    base_model_id: str
+    source_kind: Literal["path", "gguf", "hub"]
+    location: str
+    revision: str
+    dtype: Literal["float32", "bfloat16"]
+    quantization: Literal["nf4"] | None
+    target_modules: tuple[str, ...]
+    chat_template: str | None
+    slots: int
+    max_rank: int
+    max_tokens_per_step: int
+    cache_dir: str
+
+
+class StartJob(Frozen):
+    kind: Literal["start_job"] = "start_job"
+    lease_token: int
+    spec: TrainingSpec
+    facts: JobFacts
+    training_file: RemoteFile
+    validation_file: RemoteFile | None
+
+
+class StopJob(Frozen):
+    kind: Literal["stop_job"] = "stop_job"
+    lease_token: int
+
+
+class UrlsGranted(Frozen):
+    kind: Literal["urls_granted"] = "urls_granted"
+    lease_token: int
+    artifact: str
+    urls: dict[str, str] = Field(repr=False)
+
+
+class BaseLoaded(Frozen):
+    kind: Literal["base_loaded"] = "base_loaded"
+    seconds: float
+
+
+class BaseRefused(Frozen):
+    kind: Literal["base_refused"] = "base_refused"
+    message: str
+
+
+class Alive(Frozen):
+    """The trainer has done something since it last said so: a step, a row, a part of a transfer."""
+
+    kind: Literal["alive"] = "alive"
+
+
+class JobWarned(Frozen):
+    kind: Literal["job_warned"] = "job_warned"
+    lease_token: int
+    message: str
+
+
+class StepDone(Frozen):
+    kind: Literal["step_done"] = "step_done"
+    lease_token: int
+    step: int
+    total_steps: int
+    train_loss: float
+    train_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+
+
+class EvaluationDone(Frozen):
+    kind: Literal["evaluation_done"] = "evaluation_done"
+    lease_token: int
+    step: int
+    loss: float
+    accuracy: float
+
+
+class UrlsWanted(Frozen):
+    """Asks for one presigned PUT URL a file of an artifact: "adapter", "result" or "checkpoints/step-<n>"."""
+
+    kind: Literal["urls_wanted"] = "urls_wanted"
+    lease_token: int
+    artifact: str
+    names: tuple[str, ...]
+
+
+class CheckpointSaved(Frozen):
+    kind: Literal["checkpoint_saved"] = "checkpoint_saved"
+    lease_token: int
+    step: int
+    artifact: str
+    files: tuple[StoredFile, ...]
+    metrics: dict[str, float]
+
+
+class UsageCounted(Frozen):
+    """What the job has used of the device so far; the last one before a job's end is the bill."""
+
+    kind: Literal["usage_counted"] = "usage_counted"
+    lease_token: int
+    gpu_seconds: float
+    trained_tokens: int
+
+
+class JobSucceeded(Frozen):
+    kind: Literal["job_succeeded"] = "job_succeeded"
+    lease_token: int
+    adapter_files: tuple[StoredFile, ...]
+    result_file: StoredFile
+    trained_tokens: int
+
+
+class JobFailed(Frozen):
+    kind: Literal["job_failed"] = "job_failed"
+    lease_token: int
+    code: str
+    message: str
+    is_job_fault: bool
+
+
+Order = Annotated[LoadBase | StartJob | StopJob | UrlsGranted, Field(discriminator="kind")]
+Report = Annotated[
+    BaseLoaded
+    | BaseRefused
+    | Alive
+    | JobWarned
+    | StepDone
+    | EvaluationDone
+    | UrlsWanted
+    | CheckpointSaved
+    | UsageCounted
+    | JobSucceeded
+    | JobFailed,
+    Field(discriminator="kind"),
+]
+ORDERS: TypeAdapter[Order] = TypeAdapter(Order)
+REPORTS: TypeAdapter[Report] = TypeAdapter(Report)
+
+
+def encode_line(message: Frozen) -> bytes:
+    return message.model_dump_json().encode() + b"\n"

@@ -1,0 +1,122 @@
+"""The clock beside the workers: wakes pools that have work, expires leases, deletes what tenants deleted.
+
+Every duty may be done twice or by two schedules at once: wake-ups are hints, and expiry re-checks the lease in the
+statement that locks it. A notification from PostgreSQL makes a wake-up quicker; the tick makes it certain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import psycopg
+import redis
+import structlog
+from kombu.exceptions import OperationalError as BrokerError
+from sqlalchemy import Engine, func, select
+from sqlalchemy.exc import OperationalError
+
+from core.db.models import File
+from core.db.session import connect, service_transaction
+from core.queue import WakeUpPublisher
+from core.services.attempts import claimable_pools, expire_leases
+from core.services.jobs import WAKE_CHANNEL
+from core.settings import ScheduleSettings
+from core.storage import ObjectStore, S3ObjectStore, StorageError
+from core.telemetry import configure_logs
+
+log = structlog.get_logger()
+
+
+class Schedule:
+    """Runs each duty at its interval until it is stopped."""
+
+    def __init__(
+        self, settings: ScheduleSettings, *, engine: Engine, store: ObjectStore, publisher: WakeUpPublisher
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._store = store
+        self._publisher = publisher
+        self._due_at: dict[Callable[[], None], float] = {}
+        self._stop_requested = threading.Event()
+
+    def request_stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self._stop_requested.set()
+
+    def run(self) -> None:
+        while not self._stop_requested.is_set():
+            try:
+                self._listen()
+            except (psycopg.OperationalError, OperationalError) as error:
+                log.warning("database.unavailable", error=str(error))
+                self._stop_requested.wait(self._settings.wake_interval_seconds)
+
+    def _listen(self) -> None:
+        url = self._settings.database_url.get_secret_value()
+        with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
+            connection.execute(f"listen {WAKE_CHANNEL}")
+            while not self._stop_requested.is_set():
+                self._run_due(self.wake_pools, self._settings.wake_interval_seconds)
+                self._run_due(self.expire, self._settings.reap_interval_seconds)
+                self._run_due(self.clean, self._settings.clean_interval_seconds)
+                notifications = connection.notifies(timeout=self._settings.wake_interval_seconds / 4, stop_after=1)
+                if list(notifications):
+                    self.wake_pools()
+
+    def _run_due(self, duty: Callable[[], None], interval_seconds: float) -> None:
+        if time.monotonic() >= self._due_at.get(duty, 0.0):
+            duty()
+            self._due_at[duty] = time.monotonic() + interval_seconds
+
+    def wake_pools(self) -> None:
+        with service_transaction(self._engine) as session:
+            pools = claimable_pools(session)
+        try:
+            for pool in pools:
+                if self._publisher.publish(pool):
+                    log.info("pool.woken", pool=pool)
+        except (redis.RedisError, BrokerError) as error:
+            log.warning("broker.unavailable", error=type(error).__name__)
+
+    def expire(self) -> None:
+        with service_transaction(self._engine) as session:
+            num_expired = expire_leases(session)
+        if num_expired:
+            log.warning("leases.expired", num_jobs=num_expired)
+
+    def clean(self) -> None:
+        """Delete the objects of deleted files; the row is marked only when its object is gone."""
+        with service_transaction(self._engine) as session:
+            deleted = session.scalars(
+                select(File).where(File.deleted_at.is_not(None), File.purged_at.is_(None)).limit(100)
+            ).all()
+        for file in deleted:
+            with contextlib.suppress(StorageError):
+                self._store.delete(file.object_key)
+                with service_transaction(self._engine) as session:
+                    session.merge(file).purged_at = func.now()  # the database's clock
+                log.info("file.purged", file_id=str(file.id))
+
+
+def main() -> None:
+    configure_logs("schedule")
+    settings = ScheduleSettings()  # read from the environment
+    with WakeUpPublisher(settings.redis_url.get_secret_value()) as publisher:
+        schedule = Schedule(
+            settings,
+            engine=connect(settings.database_url.get_secret_value()),
+            store=S3ObjectStore(settings.storage_config),
+            publisher=publisher,
+        )
+        signal.signal(signal.SIGTERM, schedule.request_stop)
+        signal.signal(signal.SIGINT, schedule.request_stop)
+        schedule.run()
+
+
+if __name__ == "__main__":
+    main()

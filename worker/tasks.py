@@ -1,0 +1,42 @@
+"""The worker process: one Celery task that serves until there is no work."""
+
+from __future__ import annotations
+
+import socket
+
+from celery import Celery
+from celery.signals import worker_shutting_down
+
+from core.db.session import connect
+from core.queue import TASK_NAME
+from core.settings import WorkerSettings
+from core.storage import S3ObjectStore
+from core.telemetry import configure_logs
+from worker.app import create_celery
+from worker.runner import Runner
+
+
+def build_worker(settings: WorkerSettings) -> Celery:
+    """Return the Celery application with its one task registered."""
+    celery = create_celery(settings)
+    runner = Runner(
+        settings,
+        engine=connect(settings.database_url.get_secret_value(), pool_size=2),
+        store=S3ObjectStore(settings.storage_config),
+    )
+    celery.task(name=TASK_NAME)(runner.serve)
+
+    @worker_shutting_down.connect(weak=False)
+    def stop_serving(**_details: object) -> None:
+        runner.request_stop()
+
+    return celery
+
+
+def main() -> None:
+    configure_logs("worker")
+    settings = WorkerSettings()  # read from the environment
+    settings = settings.model_copy(update={"worker_name": settings.worker_name or socket.gethostname()})
+    build_worker(settings).worker_main(
+        ["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--without-mingle"]
+    )

@@ -1,0 +1,46 @@
+"""The trainer process: load the base once, then take jobs in and out at step boundaries for as long as it lives."""
+
+from __future__ import annotations
+
+import os
+
+import structlog
+import torch
+
+from core.telemetry import configure_logs
+from worker.engine import Engine
+from worker.messages import BaseLoaded, BaseRefused, LoadBase
+from worker.trainer.bases import load_base
+from worker.trainer.channel import Channel
+from worker.trainer.failures import BaseRefusedError
+from worker.trainer.loop import TrainingLoop
+
+log = structlog.get_logger()
+
+
+def main() -> None:
+    configure_logs("trainer")
+    if threads := os.environ.get("ESPALIER_TRAINER_THREADS"):
+        torch.set_num_threads(int(threads))
+    channel = Channel()
+    order = channel.receive(is_waiting=True)
+    assert isinstance(order, LoadBase)
+    try:
+        base = load_base(order)
+    except BaseRefusedError as error:
+        channel.send(BaseRefused(message=str(error)))
+        return
+    engine = Engine(
+        base.model,
+        base_model_id=order.base_model_id,
+        max_slots=order.slots,
+        max_rank=order.max_rank,
+        max_tokens_per_step=order.max_tokens_per_step,
+    )
+    log.info("base_model.loaded", base_model=order.base_model_id, seconds=round(base.seconds, 2), pid=os.getpid())
+    channel.send(BaseLoaded(seconds=base.seconds))
+    TrainingLoop(channel, engine, base).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The trainer's end of the two pipes, and its one inbox.
+
+Orders from the supervisor and results of background work arrive in the same queue, so that the loop waits in one place.
+When the supervisor is gone, so is the trainer: the reading thread ends the process at once, whatever it was doing.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from core.domain.training import Frozen
+from worker.messages import ORDERS, UrlsGranted, UrlsWanted, encode_line
+
+_URL_WAIT_SECONDS = 60.0
+_ORPHANED_EXIT_CODE = 3
+
+T = TypeVar("T")
+
+
+class Channel:
+    """Sends reports, receives orders, and runs work in the background."""
+
+    def __init__(self) -> None:
+        # Libraries print; whatever they print must not reach the pipe that carries messages.
+        self._out = os.fdopen(os.dup(1), "wb", buffering=0)
+        os.dup2(2, 1)
+        self._send_lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str]]] = {}
+        self._background = ThreadPoolExecutor(max_workers=2, thread_name_prefix="background")
+        threading.Thread(target=self._read_orders, daemon=True, name="orders").start()
+
+    def send(self, report: Frozen) -> None:
+        with self._send_lock:
+            self._out.write(encode_line(report))
+
+    def receive(self, *, is_waiting: bool) -> Any:
+        """Return the next order or deferred call; None when there is none and the caller has better to do."""
+        try:
+            return self._inbox.get(block=is_waiting)
+        except queue.Empty:
+            return None
+
+    def run_in_background(self, work: Callable[[], T], *, then: Callable[[Future[T]], None] | None = None) -> Future[T]:
+        """Run `work` on a thread; the loop calls `then` with its future, between two steps."""
+        future = self._background.submit(work)
+        if then is not None:
+            future.add_done_callback(lambda done: self._inbox.put(lambda: then(done)))
+        return future
+
+    def request_urls(self, wanted: UrlsWanted) -> dict[str, str]:
+        """Ask for presigned URLs and wait for them. For background threads only."""
+        grants = self._grants.setdefault((wanted.lease_token, wanted.artifact), queue.SimpleQueue())
+        self.send(wanted)
+        return grants.get(timeout=_URL_WAIT_SECONDS)
+
+    def _read_orders(self) -> None:
+        # A reader of its own: a thread that waits in sys.stdin would hold its lock against the interpreter's end.
+        for line in os.fdopen(os.dup(0), "rb"):
+            order = ORDERS.validate_json(line)
+            if isinstance(order, UrlsGranted):
+                self._grants[order.lease_token, order.artifact].put(order.urls)
+            else:
+                self._inbox.put(order)
+        os._exit(_ORPHANED_EXIT_CODE)

@@ -1,0 +1,148 @@
+"""The finished adapter: PEFT's files, a model card, a manifest written last, and an inspection before it may leave."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file
+
+from core.domain.training import AdapterConfig, TrainingSpec
+from worker.messages import JobFacts
+from worker.trainer.failures import AdapterInvalidError
+
+WEIGHTS, CONFIG, CARD, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "README.md", "manifest.json"
+ADAPTER_FILES = (WEIGHTS, CONFIG, CARD, MANIFEST)
+RESULT_FILE = "step_metrics.csv"
+_VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "espalier")
+_RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the adapter was made from, for its manifest and card."""
+
+    facts: JobFacts
+    spec: TrainingSpec
+    training_sha256: str
+    validation_sha256: str | None
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass
+class ResultRow:
+    """One line of the result file; validation numbers are there at the steps that were evaluated."""
+
+    step: int
+    train_loss: float
+    train_accuracy: float
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+
+
+def describe_adapter(directory: Path, provenance: Provenance) -> None:
+    """Write the model card and, last, the manifest with the hashes of all the other files."""
+    (directory / CARD).write_text(_model_card(provenance), encoding="utf-8")
+    files = [_describe_file(directory / name) for name in (WEIGHTS, CONFIG, CARD)]
+    facts = provenance.facts
+    manifest = {
+        "format": "espalier-adapter-1",
+        "job_id": facts.job_id,
+        "tenant": facts.tenant,
+        "model": facts.model_name,
+        "base_model": facts.base_model_id,
+        "base_revision": facts.base_revision,
+        "quantization": facts.quantization,
+        "step": provenance.step,
+        "training_file_sha256": provenance.training_sha256,
+        "validation_file_sha256": provenance.validation_sha256,
+        "hyperparameters": provenance.spec.model_dump(mode="json"),
+        "metrics": provenance.metrics,
+        "versions": {name: version(name) for name in _VERSIONED},
+        "files": files,
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def verify_adapter(directory: Path, *, adapter: AdapterConfig, base_model_id: str) -> None:
+    """Inspect an adapter as its reader will. Raises AdapterInvalidError saying what is wrong."""
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    for described in manifest["files"]:
+        if _describe_file(directory / described["name"]) != described:
+            raise AdapterInvalidError(f"{described['name']} is not what the manifest says.")
+    config = PeftConfig.from_pretrained(str(directory))
+    expected = (base_model_id, adapter.rank, adapter.alpha, adapter.use_rslora)
+    if (config.base_model_name_or_path, config.r, config.lora_alpha, config.use_rslora) != expected:
+        raise AdapterInvalidError("adapter_config.json does not say what was trained.")
+    _verify_weights(load_file(directory / WEIGHTS), adapter)
+
+
+def write_result_csv(path: Path, rows: Iterable[ResultRow]) -> None:
+    """Write step metrics in the columns of OpenAI's result file."""
+    with path.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(_RESULT_COLUMNS)
+        for row in rows:
+            values = (getattr(row, column) for column in _RESULT_COLUMNS)
+            writer.writerow("" if value is None else value for value in values)
+
+
+def _verify_weights(tensors: dict[str, torch.Tensor], adapter: AdapterConfig) -> None:
+    names = sorted(tensors)
+    a_names = [name for name in names if name.endswith(".lora_A.weight")]
+    b_names = [name for name in names if name.endswith(".lora_B.weight")]
+    if not a_names or len(a_names) + len(b_names) != len(names) or len(a_names) != len(b_names):
+        raise AdapterInvalidError("The adapter's tensors are not pairs of lora_A and lora_B.")
+    if not all(name.startswith("base_model.model.") for name in names):
+        raise AdapterInvalidError("A tensor's name does not start with base_model.model.")
+    if {name.split(".")[-3] for name in names} != set(adapter.target_modules):
+        raise AdapterInvalidError("The adapter's modules are not the target modules.")
+    if any(tensors[name].shape[0] != adapter.rank for name in a_names):
+        raise AdapterInvalidError("A lora_A has another rank than the adapter.")
+    if any(tensors[name].shape[1] != adapter.rank for name in b_names):
+        raise AdapterInvalidError("A lora_B has another rank than the adapter.")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise AdapterInvalidError("The adapter has numbers that are not finite.")
+    if not any(bool(tensors[name].any()) for name in b_names):
+        raise AdapterInvalidError("Every lora_B is zero: nothing was learned.")
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"name": path.name, "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _model_card(provenance: Provenance) -> str:
+    facts, spec = provenance.facts, provenance.spec
+    metrics: Sequence[str] = [f"| {name} | {value:.4f} |" for name, value in sorted(provenance.metrics.items())]
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {facts.base_model_id}",
+            "library_name: peft",
+            "tags: [lora, espalier]",
+            "---",
+            f"# {facts.model_name}",
+            "",
+            f"A LoRA adapter for `{facts.base_model_id}`, trained by Espalier in job `{facts.job_id}`.",
+            "",
+            f"- base revision `{facts.base_revision}`, quantization {facts.quantization or 'none'}",
+            f"- rank {spec.adapter.rank}, alpha {spec.adapter.alpha:g}, rsLoRA {spec.adapter.use_rslora}",
+            f"- {spec.n_epochs} epochs, batch size {spec.batch_size}, step {provenance.step}, seed {spec.seed}",
+            f"- learning rate {spec.learning_rate:g}, {spec.learning_rate_schedule}",
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *metrics,
+            "",
+        ]
+    )

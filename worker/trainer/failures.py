@@ -1,0 +1,34 @@
+"""Why the trainer gives up a job.
+
+TrainerError
+|- JobFaultError        the job's own data or settings; another attempt would end the same
+'- TransferError        a dataset or an artifact could not be moved; another attempt may do
+"""
+
+from __future__ import annotations
+
+
+class TrainerError(Exception):
+    code = "trainer_error"
+    is_job_fault = False
+
+
+class JobFaultError(TrainerError):
+    code = "invalid_training_data"
+    is_job_fault = True
+
+
+class TransferError(TrainerError):
+    code = "storage_unavailable"
+
+
+class BaseRefusedError(TrainerError):
+    """The base model cannot be served as it is registered; the operator must act."""
+
+    code = "base_model_refused"
+
+
+class AdapterInvalidError(TrainerError):
+    """The finished adapter did not pass its own inspection."""
+
+    code = "adapter_invalid"

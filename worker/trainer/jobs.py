@@ -1,0 +1,223 @@
+"""One job inside the trainer: prepared on a thread, trained in the engine, published on a thread.
+
+A job's files live in a scratch directory of its own that vanishes with it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from worker.engine import Engine, EngineJob, StepMetrics
+from worker.messages import (
+    Alive,
+    CheckpointSaved,
+    EvaluationDone,
+    JobSucceeded,
+    JobWarned,
+    RemoteFile,
+    StartJob,
+    StepDone,
+    StoredFile,
+    UrlsWanted,
+    UsageCounted,
+)
+from worker.trainer.bases import LoadedBase
+from worker.trainer.channel import Channel
+from worker.trainer.datasets import TokenizedDataset, read_examples, tokenize_dataset
+from worker.trainer.exports import (
+    ADAPTER_FILES,
+    RESULT_FILE,
+    Provenance,
+    ResultRow,
+    describe_adapter,
+    verify_adapter,
+    write_result_csv,
+)
+from worker.trainer.failures import TransferError
+from worker.trainer.transfers import download, upload
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    training: TokenizedDataset
+    validation: TokenizedDataset | None
+
+
+class TrainerJob:
+    """The life of one job here, known by its lease token. `close` removes its scratch directory."""
+
+    def __init__(self, order: StartJob, *, channel: Channel, base: LoadedBase) -> None:
+        self.lease_token = order.lease_token
+        self._order = order
+        self._channel = channel
+        self._base = base
+        self._scratch = tempfile.TemporaryDirectory(prefix="espalier-job-", ignore_cleanup_errors=True)
+        self._directory = Path(self._scratch.name)
+        self._validation: TokenizedDataset | None = None
+        self._rows: list[ResultRow] = []
+        self._uploads: list[Future[None]] = []
+        self._device_seconds = 0.0
+        self._trained_tokens = 0
+
+    def prepare(self) -> PreparedJob:
+        """Fetch and tokenise the datasets. Runs on a background thread."""
+        training = self._tokenize(self._order.training_file, "training")
+        validation = None
+        if self._order.validation_file is not None:
+            validation = self._tokenize(self._order.validation_file, "validation")
+        return PreparedJob(training=training, validation=validation)
+
+    def as_engine_job(self, prepared: PreparedJob) -> EngineJob:
+        self._validation = prepared.validation
+        return EngineJob(job_id=str(self.lease_token), spec=self._order.spec, examples=prepared.training.examples)
+
+    def use_device(self, seconds: float) -> None:
+        self._device_seconds += seconds
+
+    def bill(self) -> None:
+        """Report what the job has used so far."""
+        self._channel.send(
+            UsageCounted(
+                lease_token=self.lease_token,
+                gpu_seconds=self._device_seconds,
+                trained_tokens=self._trained_tokens,
+            )
+        )
+
+    def take_update(self, engine: Engine, update: StepMetrics) -> bool:
+        """Report a completed optimizer step, save what an epoch's end calls for, and say whether it was the last."""
+        self._trained_tokens += update.num_tokens
+        if update.is_skipped:
+            self._warn(f"Step {update.step} was skipped: its gradient was not finite.")
+        else:
+            self._report_step(update)
+        if update.is_epoch_end:
+            self.bill()
+            self._evaluate(engine)
+            self._save_checkpoint(engine)
+        return update.is_last
+
+    def publish(self) -> None:
+        """Upload the last checkpoint's files as the adapter, and the result file. Runs on a background thread."""
+        wait(self._uploads)  # so that the job's last checkpoint is known before its end
+        step = self._rows[-1].step if self._rows else 0
+        adapter_files = self._upload("adapter", self._checkpoint_directory(step), ADAPTER_FILES)
+        write_result_csv(self._directory / RESULT_FILE, self._rows)
+        (result_file,) = self._upload("result", self._directory, (RESULT_FILE,))
+        self.bill()
+        self._channel.send(
+            JobSucceeded(
+                lease_token=self.lease_token,
+                adapter_files=adapter_files,
+                result_file=result_file,
+                trained_tokens=self._trained_tokens,
+            )
+        )
+
+    def close(self) -> None:
+        self._scratch.cleanup()
+
+    def _tokenize(self, file: RemoteFile, name: str) -> TokenizedDataset:
+        path = self._directory / f"{name}.jsonl"
+        download(file, path, on_progress=self._show_life)
+        max_seq_len = self._order.spec.max_seq_len
+        dataset = tokenize_dataset(self._base.tokenizer, read_examples(path), max_seq_len=max_seq_len)
+        path.unlink()
+        if dataset.num_truncated:
+            self._warn(
+                f"{dataset.num_truncated} rows of the {name} file are longer than max_seq_len={max_seq_len} tokens "
+                f"and were truncated; {dataset.num_dropped} of them had nothing left to learn and were dropped."
+            )
+        return dataset
+
+    def _report_step(self, update: StepMetrics) -> None:
+        self._rows.append(ResultRow(update.step, update.loss, update.token_accuracy))
+        self._channel.send(
+            StepDone(
+                lease_token=self.lease_token,
+                step=update.step,
+                total_steps=update.total_steps,
+                train_loss=update.loss,
+                train_accuracy=update.token_accuracy,
+                learning_rate=update.learning_rate,
+                grad_norm=update.grad_norm,
+                num_tokens=update.num_tokens,
+            )
+        )
+
+    def _evaluate(self, engine: Engine) -> None:
+        if self._validation is None or not self._rows:
+            return
+        result = engine.evaluate(str(self.lease_token), self._validation.examples)
+        self._rows[-1].valid_loss = result.loss
+        self._rows[-1].valid_mean_token_accuracy = result.token_accuracy
+        self._channel.send(
+            EvaluationDone(
+                lease_token=self.lease_token,
+                step=self._rows[-1].step,
+                loss=result.loss,
+                accuracy=result.token_accuracy,
+            )
+        )
+
+    def _save_checkpoint(self, engine: Engine) -> None:
+        """Write and inspect the adapter as it is now; its upload goes on in the background."""
+        step = self._rows[-1].step if self._rows else 0
+        directory = self._checkpoint_directory(step)
+        directory.mkdir()
+        engine.export_adapter(str(self.lease_token), directory)
+        metrics = self._last_metrics()
+        facts = self._order.facts.model_copy(update={"base_revision": self._base.revision})
+        validation_file = self._order.validation_file
+        describe_adapter(
+            directory,
+            Provenance(
+                facts=facts,
+                spec=self._order.spec,
+                training_sha256=self._order.training_file.sha256,
+                validation_sha256=validation_file.sha256 if validation_file else None,
+                step=step,
+                metrics=metrics,
+            ),
+        )
+        verify_adapter(directory, adapter=self._order.spec.adapter, base_model_id=facts.base_model_id)
+        self._uploads.append(
+            self._channel.run_in_background(lambda: self._publish_checkpoint(step, directory, metrics))
+        )
+
+    def _publish_checkpoint(self, step: int, directory: Path, metrics: dict[str, float]) -> None:
+        artifact = f"checkpoints/step-{step}"
+        try:
+            files = self._upload(artifact, directory, ADAPTER_FILES)
+        except TransferError as error:
+            self._warn(f"The checkpoint of step {step} could not be stored: {error}")
+            return
+        self._channel.send(
+            CheckpointSaved(lease_token=self.lease_token, step=step, artifact=artifact, files=files, metrics=metrics)
+        )
+
+    def _upload(self, artifact: str, directory: Path, names: tuple[str, ...]) -> tuple[StoredFile, ...]:
+        wanted = UrlsWanted(lease_token=self.lease_token, artifact=artifact, names=names)
+        urls = self._channel.request_urls(wanted)
+        return tuple(upload(urls[name], directory / name, name=name, on_progress=self._show_life) for name in names)
+
+    def _checkpoint_directory(self, step: int) -> Path:
+        return self._directory / f"step-{step}"
+
+    def _last_metrics(self) -> dict[str, float]:
+        if not self._rows:
+            return {}
+        row = self._rows[-1]
+        metrics = {"step": float(row.step), "train_loss": row.train_loss, "train_accuracy": row.train_accuracy}
+        if row.valid_loss is not None and row.valid_mean_token_accuracy is not None:
+            metrics |= {"valid_loss": row.valid_loss, "valid_mean_token_accuracy": row.valid_mean_token_accuracy}
+        return metrics
+
+    def _warn(self, message: str) -> None:
+        self._channel.send(JobWarned(lease_token=self.lease_token, message=message))
+
+    def _show_life(self) -> None:
+        self._channel.send(Alive())

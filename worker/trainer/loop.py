@@ -1,0 +1,128 @@
+"""The training loop: orders and finished background work, then one fused step, again and again.
+
+Nothing here waits while a job can step. Downloads, tokenising and uploads run on threads; what they bring is applied
+between steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import structlog
+
+from worker.engine import Engine, EngineError, SlotReport
+from worker.messages import Alive, JobFailed, StartJob, StopJob
+from worker.trainer.bases import LoadedBase
+from worker.trainer.channel import Channel
+from worker.trainer.failures import TrainerError
+from worker.trainer.jobs import PreparedJob, TrainerJob
+
+log = structlog.get_logger()
+
+
+class TrainingLoop:
+    """Drives the engine through admit, step and evict on behalf of the supervisor's orders."""
+
+    def __init__(self, channel: Channel, engine: Engine, base: LoadedBase) -> None:
+        self._channel = channel
+        self._engine = engine
+        self._base = base
+        self._jobs: dict[int, TrainerJob] = {}
+
+    def run(self) -> None:
+        while True:
+            while (item := self._channel.receive(is_waiting=not self._engine.job_ids)) is not None:
+                self._apply(item)
+                if self._engine.job_ids:
+                    break
+            self._step()
+
+    def _apply(self, item: Any) -> None:
+        match item:
+            case StartJob():
+                self._start(item)
+            case StopJob():
+                self._stop(item.lease_token)
+            case _:
+                item()
+
+    def _start(self, order: StartJob) -> None:
+        job = TrainerJob(order, channel=self._channel, base=self._base)
+        self._jobs[order.lease_token] = job
+        self._channel.run_in_background(job.prepare, then=self._guarded(job, self._admit))
+
+    def _admit(self, job: TrainerJob, prepared: PreparedJob) -> None:
+        self._engine.admit(job.as_engine_job(prepared))
+        log.info("job.admitted", lease_token=job.lease_token, num_examples=len(prepared.training.examples))
+
+    def _step(self) -> None:
+        started = time.monotonic()
+        reports = self._engine.step()
+        if not reports:
+            return
+        seconds = time.monotonic() - started
+        num_tokens = sum(report.num_tokens for report in reports)
+        self._channel.send(Alive())
+        for report in reports:
+            job = self._jobs[int(report.job_id)]
+            job.use_device(seconds * report.num_tokens / num_tokens)
+            self._take_report(job, report)
+
+    def _take_report(self, job: TrainerJob, report: SlotReport) -> None:
+        if report.failure is not None:
+            self._fail(job, report.failure)
+        elif report.update is not None:
+            try:
+                is_last = job.take_update(self._engine, report.update)
+            except (TrainerError, EngineError) as error:
+                self._fail(job, error)
+                return
+            if is_last:
+                self._engine.evict(report.job_id)
+                self._channel.run_in_background(job.publish, then=self._guarded(job, self._finish))
+
+    def _finish(self, job: TrainerJob, _result: None) -> None:
+        del self._jobs[job.lease_token]
+        job.close()
+
+    def _stop(self, lease_token: int) -> None:
+        job = self._jobs.pop(lease_token, None)
+        if job is not None:
+            self._evict(job)
+            job.close()
+
+    def _fail(self, job: TrainerJob, error: Exception) -> None:
+        log.warning("job.failed", lease_token=job.lease_token, error=type(error).__name__)
+        code, is_job_fault = _classify(error)
+        job.bill()
+        self._channel.send(
+            JobFailed(lease_token=job.lease_token, code=code, message=str(error), is_job_fault=is_job_fault)
+        )
+        self._stop(job.lease_token)
+
+    def _evict(self, job: TrainerJob) -> None:
+        if str(job.lease_token) in self._engine.job_ids:
+            self._engine.evict(str(job.lease_token))
+
+    def _guarded(self, job: TrainerJob, apply: Callable[[TrainerJob, Any], None]) -> Callable[[Future[Any]], None]:
+        """Return a callback that applies a background result, or fails the job; a stopped job's result is dropped."""
+
+        def take(done: Future[Any]) -> None:
+            if self._jobs.get(job.lease_token) is not job:
+                return
+            try:
+                apply(job, done.result())
+            except (TrainerError, EngineError) as error:
+                self._fail(job, error)
+
+        return take
+
+
+def _classify(error: Exception) -> tuple[str, bool]:
+    if isinstance(error, TrainerError):
+        return error.code, error.is_job_fault
+    assert isinstance(error, EngineError)
+    return error.code, error.is_job_fault
