@@ -12,6 +12,7 @@ from core.settings import StorageConfig
 from core.storage import S3ObjectStore, StorageError
 
 BUCKET = "espalier"
+_PROBE = "readiness-probe"
 _FLAGS = (
     "-dir=.",
     "-ip=127.0.0.1",
@@ -54,9 +55,15 @@ class S3Server:
         return ProcessSpec("s3", argv, env, death_signal=signal.SIGTERM, cwd=self._directory)
 
     def answers(self) -> bool:
-        """Return whether it answers, having made the bucket if need be."""
+        """Return whether it takes an object, having made the bucket if need be.
+
+        It lists and makes buckets a moment before its first volume can be written to.
+        """
+        store = S3ObjectStore(self.config)
         try:
-            S3ObjectStore(self.config).ensure_bucket()
+            store.ensure_bucket()
+            store.put_bytes(_PROBE, b"ready?", content_type="text/plain")
+            store.delete(_PROBE)
         except StorageError:
             return False
         return True

@@ -137,7 +137,8 @@ def test_a_job_ends_with_an_adapter_that_plain_peft_loads(
     assert csv[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert len(csv) == 1 + job.model_extra["total_steps"]
     headers = {"authorization": f"Bearer {api_key}"}
-    (adapter,) = httpx.get(f"{stack.api_url}/v1/adapters", headers=headers).json()["data"]
+    adapters = httpx.get(f"{stack.api_url}/v1/adapters", headers=headers).json()["data"]
+    (adapter,) = (adapter for adapter in adapters if adapter["fine_tuning_job_id"] == job.id)
     url = f"{stack.api_url}/v1/adapters/{adapter['id']}/download"
     archive = httpx.get(url, params={"archive": "tar"}, headers=headers).content
     tarfile.open(fileobj=io.BytesIO(archive)).extractall(tmp_path, filter="data")
@@ -187,8 +188,17 @@ def test_a_cancelled_job_frees_its_slot_and_stays_cancelled(client: OpenAI) -> N
 
 
 def test_rows_too_long_are_truncated_and_counted(client: OpenAI) -> None:
+    job = wait_for_end(client, submit(client, max_seq_len=35))  # the first label of a one-digit row is its 35th token
+    assert job.status == "succeeded", job.error
+    told = "12 rows of the training file are longer than max_seq_len=35 tokens and were truncated; 2 of them had"
+    assert any(message.startswith(told) for message in messages(client, job.id))
+
+
+def test_a_job_that_truncation_leaves_nothing_to_learn_fails_at_once_and_says_what_to_change(client: OpenAI) -> None:
     job = wait_for_end(client, submit(client, max_seq_len=34))
-    assert any("rows of the training file are longer than max_seq_len=34" in told for told in messages(client, job.id))
+    assert (job.status, job.error.code) == ("failed", "invalid_training_data")
+    assert job.error.message == "No row has anything left to learn within max_seq_len=34; raise it."
+    assert sum(message.endswith("has started.") for message in messages(client, job.id)) == 1
 
 
 @pytest.mark.parametrize("module", ["api.main", "worker.schedule", "core.services.attempts"])

@@ -173,9 +173,9 @@ def test_no_server_takes_a_wrong_password(servers: ServerAddresses) -> None:
 def test_servers_listen_on_loopback_only_and_show_no_secret_to_other_users(tmp_path: Path) -> None:
     with LocalServers(tmp_path, is_durable=False) as servers:
         processes = [psutil.Process(pid) for pid in servers.pids.values()]
-        listening = [c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        assert len(listening) >= 12
-        assert set(listening) == {"127.0.0.1"}
+        # PostgreSQL, Redis, and the five servers of SeaweedFS with two listeners each, of which some come up late.
+        wait_until(lambda: len(listening_addresses(processes)) >= 12)
+        assert set(listening_addresses(processes)) == {"127.0.0.1"}
         shown = "\n".join(" ".join(process.cmdline()) for process in processes)
         secrets = json.loads((tmp_path / "secrets.json").read_text())
         assert not any(secret in shown for secret in secrets.values())
@@ -183,6 +183,11 @@ def test_servers_listen_on_loopback_only_and_show_no_secret_to_other_users(tmp_p
         path for path in tmp_path.glob("*/*") if path.is_file() and secrets["redis"].encode() in path.read_bytes()
     ]
     assert [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "secrets.json", *holders)] == [0o600, 0o600]
+
+
+def listening_addresses(processes: list[psutil.Process]) -> list[str]:
+    connections = [each for process in processes for each in process.net_connections("inet")]
+    return [each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN]
 
 
 def as_ordinary_user(directory: Path) -> tuple[str, ...]:
