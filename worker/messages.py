@@ -58,8 +58,12 @@ class LoadBase(Frozen):
 
 
 class StartJob(Frozen):
+    """`share` weighs what the tenant, by its id, may use of a step, however many jobs it has here."""
+
     kind: Literal["start_job"] = "start_job"
     lease_token: int
+    tenant_id: str
+    share: float
     spec: TrainingSpec
     facts: JobFacts
     training_file: RemoteFile

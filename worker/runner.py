@@ -169,6 +169,8 @@ class Runner:
         name = fine_tuned_model_name(job.base_model_id, tenant_slug=tenant.slug, suffix=job.suffix, job_id=job.id)
         return StartJob(
             lease_token=job.lease_token,
+            tenant_id=str(job.tenant_id),
+            share=tenant.weight,
             spec=TrainingSpec.model_validate(job.spec),
             facts=JobFacts(
                 job_id=format_id(IdKind.JOB, job.id),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -17,9 +18,9 @@ _PREFIX = "base_model.model."
 def export_adapter(slot: Slot, directory: Path, *, base_model_id: str) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT and vLLM read them."""
     tensors = {}
-    for name, pair in slot.weights.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK.detach().cpu().clone()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR.detach().cpu().clone()
+    for name, pair in slot.pairs().items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK.cpu().clone(memory_format=torch.contiguous_format)
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR.cpu().clone(memory_format=torch.contiguous_format)
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     adapter = slot.job.spec.adapter
     LoraConfig(
@@ -40,7 +41,7 @@ def import_adapter(slot: Slot, directory: Path) -> None:
     _check_scale(slot, directory)
     tensors = load_file(directory / WEIGHTS_FILE)
     views = {}
-    for name, pair in slot.weights.items():
+    for name, pair in slot.pairs().items():
         views[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK
         views[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR
     if tensors.keys() != views.keys():

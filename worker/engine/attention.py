@@ -1,7 +1,8 @@
-"""Attention of a packed stream: every sequence attends to itself alone, in a kernel call of its own.
+"""Attention of a packed stream: every sequence attends to itself alone.
 
-A block-diagonal mask would multiply other tenants' values by zero, and zero times NaN is NaN; separate calls cannot
-meet. Shapes: H query heads, G key/value heads, T rows of the stream, D head size.
+A block-diagonal mask would multiply other tenants' values by zero, and zero times NaN is NaN. Here sequences are
+members of a batch, or segments of a variable-length kernel, which cannot meet. Shapes: H query heads, G key/value
+heads, T rows of the stream, D head size, Q sequences of one length L.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from worker.engine.packing import PackedSequence
+from worker.engine.packing import SequenceLayout
 
 IMPLEMENTATION = "espalier_packed"
 
@@ -25,40 +27,68 @@ def attend_packed(
     value_1GTD: Tensor,
     _mask: Tensor | None,
     *,
-    sequences: tuple[PackedSequence, ...],
+    sequences: SequenceLayout,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
     """Return [1, T, H, D]. `sequences` reaches here through the decoder's keyword arguments."""
-    lengths = [sequence.end - sequence.start for sequence in sequences]
-    pieces = zip(*(torch.split(rows, lengths, dim=2) for rows in (query_1HTD, key_1GTD, value_1GTD)), strict=True)
-    is_grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
-    outputs = [
-        functional.scaled_dot_product_attention(
+    qkv = (query_1HTD, key_1GTD, value_1GTD)
+    if query_1HTD.is_cuda and query_1HTD.dtype in (torch.bfloat16, torch.float16):
+        return _attend_segments(qkv, sequences, scaling=scaling, window=sliding_window), None
+    return _attend_batches(qkv, sequences, scaling=scaling, window=sliding_window), None
+
+
+def _attend_segments(
+    qkv: tuple[Tensor, Tensor, Tensor], sequences: SequenceLayout, *, scaling: float | None, window: int | None
+) -> Tensor:
+    query_THD, key_TGD, value_TGD = (rows[0].transpose(0, 1).contiguous() for rows in qkv)
+    output_THD = varlen_attn(
+        query_THD,
+        key_TGD,
+        value_TGD,
+        sequences.offsets,
+        sequences.offsets,
+        sequences.max_length,
+        sequences.max_length,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
+        num_splits=1,  # with more, a sequence's result would depend on its neighbours' lengths
+    )
+    assert isinstance(output_THD, Tensor)
+    return output_THD[None]
+
+
+def _attend_batches(
+    qkv: tuple[Tensor, Tensor, Tensor], sequences: SequenceLayout, *, scaling: float | None, window: int | None
+) -> Tensor:
+    """Attend batch by batch: neighbours of one length are one kernel call."""
+    is_grouped = qkv[0].shape[1] != qkv[1].shape[1]
+    outputs = []
+    for batch in sequences.batches:
+        start, count, length = batch.start, batch.count, batch.length
+        query, key, value = (
+            rows[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1) for rows in qkv
+        )
+        is_windowed = window is not None and length > window
+        output_QHLD = functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=_window_mask(query, sliding_window),
-            is_causal=not _exceeds(query, sliding_window),
+            attn_mask=_window_mask(length, window, query.device) if is_windowed else None,
+            is_causal=not is_windowed,
             scale=scaling,
             enable_gqa=is_grouped,
         )
-        for query, key, value in pieces
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+        outputs.append(output_QHLD.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None]
 
 
-def _exceeds(query: Tensor, window: int | None) -> bool:
-    return window is not None and query.shape[2] > window
-
-
-def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
-    """Return the band [L, L] of a sliding window, or None where plain causal attention says the same."""
-    if window is None or not _exceeds(query, window):
-        return None
-    length = query.shape[2]
-    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Return the band [L, L] of a sliding window."""
+    assert window is not None
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() & ones.triu(1 - window)
 
 

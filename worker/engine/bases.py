@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from worker.engine.errors import UnsupportedBaseError
 
@@ -66,3 +69,13 @@ def freeze_base(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def recompute_layers(model: nn.Module, num_layers: int) -> None:
+    """Let the first `num_layers` decoder layers keep their inputs only, and compute them again in the backward."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[:num_layers]:
+        layer.gradient_checkpointing = True
+        # Nothing here draws from a stateful generator, so there is none to bring back.
+        recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        setattr(layer, "_gradient_checkpointing_func", recompute)  # noqa: B010 (a name that transformers gives it)

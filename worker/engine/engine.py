@@ -1,7 +1,7 @@
 """The fused step: every admitted job's next examples in one packed stream, one forward, one backward.
 
-Invariants: a job's loss is the mean over its whole optimizer batch, however the batch is cut into steps; no gradient
-counts before the backward that made it has succeeded; no row of one job is ever combined with a row of another.
+Invariants: a job's loss is the mean over its whole optimizer batch, however the batch is cut into steps; a step that
+failed leaves nothing behind but its batches begun anew; no row of one job is ever combined with a row of another.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from torch import Tensor, nn
 
 from worker.engine.adapters import export_adapter, import_adapter
 from worker.engine.attention import IMPLEMENTATION
-from worker.engine.bases import freeze_base, inspect_base
+from worker.engine.banks import BYTES_PER_PARAMETER, Bank, Layout
+from worker.engine.bases import freeze_base, inspect_base, recompute_layers
 from worker.engine.errors import DivergedError, InvalidJobError, JobTooLargeError, NoFreeSlotError
 from worker.engine.examples import EngineJob, Evaluation, Example, SlotReport, StepMetrics
-from worker.engine.linears import FusedLinear, SlotRows, StepContext
-from worker.engine.losses import RowLosses, cross_entropy
+from worker.engine.limits import JobLimits
+from worker.engine.linears import FusedLinear, StepContext
+from worker.engine.losses import RowLosses, cross_entropy, loss_bytes
+from worker.engine.memory import DeviceMemory, StepCost, measure_activations, probe_example, probe_job
 from worker.engine.optimizers import update_weights
 from worker.engine.packing import GroupExamples, PackedBatch, pack
-from worker.engine.planner import SlotPlan, plan_step
+from worker.engine.planner import Planner, SlotPlan
+from worker.engine.runs import SlotRows, make_runs, stream_order
 from worker.engine.slots import Slot
 from worker.engine.states import load_state, save_state
 
@@ -44,19 +48,24 @@ class Engine:
         model.set_attn_implementation(IMPLEMENTATION)
         self._base_model_id = base_model_id
         self._max_slots = max_slots
-        self._max_rank = max_rank
+        self._limits = JobLimits(self._shape, max_rank=max_rank, max_tokens=max_tokens_per_step)
         self._max_tokens_per_step = max_tokens_per_step
         self._budget_tokens = max_tokens_per_step
         self._decoder: nn.Module = model.base_model
         self._head: nn.Linear = model.get_output_embeddings()
         self._device = self._head.weight.device
         self._context = StepContext(self._device)
+        self._planner = Planner()
         self._slots: dict[str, Slot] = {}
-        self._num_admitted = 0
+        self._banks: list[Bank] = []
         for name in self._shape.linears:
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
             setattr(owner, child, FusedLinear(getattr(owner, child), name, self._context))
+        self._memory = DeviceMemory(self._device)
+        self._cost = self._measure_cost()
+        self._num_recomputed = self._cost.choose_recomputed(max_tokens_per_step, usable_bytes=self._usable_bytes)
+        recompute_layers(model, self._num_recomputed)
 
     @property
     def job_ids(self) -> tuple[str, ...]:
@@ -67,40 +76,50 @@ class Engine:
         return self._max_slots - len(self._slots)
 
     def admit(self, job: EngineJob) -> None:
-        """Give a job a slot. Raises NoFreeSlotError, or InvalidJobError naming what does not fit this base.
+        """Give a job a slot. Raises NoFreeSlotError when it must wait until another has left.
 
-        Raises ValueError when the share is not positive.
+        Raises InvalidJobError or JobTooLargeError naming what does not fit this base or this device, ValueError when
+        the share is not positive.
         """
-        if not job.share > 0:
-            raise ValueError(f"A job's share must be above 0, not {job.share}.")
         if not self.num_free_slots:
             raise NoFreeSlotError(f"All {self._max_slots} slots are taken.")
-        self._check(job)
-        self._num_admitted += 1
+        if job.job_id in self._slots:
+            raise InvalidJobError(f"{job.job_id} is admitted already.")
+        self._limits.check_job(job)
+        adapter = job.spec.adapter
+        layout = Layout.of(self._shape, rank=adapter.rank, target_modules=adapter.target_modules)
         try:
-            self._slots[job.job_id] = Slot(job, self._shape, index=self._num_admitted, device=self._device)
+            self._check_memory(layout)
+            slot = Slot(job, self._bank_of(layout))
         except torch.OutOfMemoryError:
             raise NoFreeSlotError("The device has no memory for another slot of this rank.") from None
+        served = [other.served_tokens for other in self._slots.values() if other.job.tenant == job.tenant]
+        slot.served_tokens = min(served, default=0)
+        self._slots[job.job_id] = slot
 
     def evict(self, job_id: str) -> None:
         """Take a job out and leave no trace of it; what it held, and what its length cost the others, is given back."""
-        self._slots.pop(job_id).scrub()
+        slot = self._slots.pop(job_id)
+        slot.bank.remove_row(slot.row)
+        for other in self._slots.values():
+            if other.bank is slot.bank and other.row == slot.bank.num_rows:
+                other.row = slot.row
+        self._banks = [bank for bank in self._banks if bank.num_rows]
         self._budget_tokens = self._max_tokens_per_step
 
     def step(self) -> tuple[SlotReport, ...]:
         """Train on one token budget's worth of examples of all jobs. Empty when no job has work left."""
-        while plans := plan_step(tuple(self._slots.values()), self._budget_tokens):
+        while plans := self._plan():
             try:
                 batch = self._pack(plans)
-                grads = [torch.zeros_like(plan.slot.weights_P) for plan in plans]
-                losses = self._forward_backward(plans, batch, grads)
+                losses = self._forward_backward(plans, batch)
             except torch.OutOfMemoryError:
-                is_too_large = sum(len(plan.example_indices) for plan in plans) == 1
+                is_too_large = len(plans) == 1 and len(plans[0].example_indices) == 1
             else:
-                for plan, grads_P in zip(plans, grads, strict=True):
-                    plan.slot.add_grads(grads_P)
                 return self._commit(plans, batch, losses)
             # Out of the except clause, whose traceback would keep the failed step's activations alive.
+            for plan in plans:
+                plan.slot.restart_batch()
             if is_too_large:
                 return (_report(plans[0], JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
             self._halve_budget(sum(plan.num_tokens for plan in plans))
@@ -111,10 +130,7 @@ class Engine:
 
         Raises InvalidJobError for examples that `admit` would refuse.
         """
-        if not examples:
-            raise InvalidJobError("There is no example to evaluate on.")
-        for example in examples:
-            self._check_example(example)
+        self._limits.check_examples(examples)
         slot = self._slots[job_id]
         scored = [losses for chunk in _cut(examples, self._budget_tokens) for losses in self._score(slot, chunk)]
         num_labels = sum(len(losses.losses_M) for losses in scored)
@@ -136,10 +152,13 @@ class Engine:
     def load_state(self, job_id: str, directory: Path) -> None:
         load_state(self._slots[job_id], directory)
 
+    def _plan(self) -> list[SlotPlan]:
+        plans = self._planner.plan(tuple(self._slots.values()), self._budget_tokens)
+        return sorted(plans, key=lambda plan: stream_order(plan.slot))
+
     def _pack(self, plans: list[SlotPlan]) -> PackedBatch:
         parts = [
             GroupExamples(
-                plan.slot.index,
                 [plan.slot.job.examples[index] for index in plan.example_indices],
                 [plan.slot.dropout_key(index) for index in plan.example_indices],
             )
@@ -147,42 +166,46 @@ class Engine:
         ]
         return pack(parts, self._device)
 
+    def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch) -> RowLosses:
+        self._memory.begin_step()
+        parts = [SlotRows(plan.slot, group) for plan, group in zip(plans, batch.groups, strict=True)]
+        weights = [1 / sum(example.num_labels for example in plan.slot.batch_examples()) for plan in plans]
+        counts = [group.label_end - group.label_start for group in batch.groups]
+        weights_M = torch.repeat_interleave(torch.tensor(weights), torch.tensor(counts)).to(self._device)
+        # The runs stay until after the backward, which computes some layers again.
+        with self._context.running(make_runs(parts, is_grouped=self._device.type == "cuda")):
+            losses = self._forward(batch, weights_M)
+            losses.weighted_sum.backward()
+        self._memory.end_step(self._predict(batch.token_ids_1T.shape[1]))
+        return losses
+
+    def _forward(self, batch: PackedBatch, weights_M: Tensor) -> RowLosses:
+        hidden_ME = self._decode(batch)[batch.label_rows_M]
+        return cross_entropy(hidden_ME, batch.labels_M, weights_M, self._head)
+
+    def _decode(self, batch: PackedBatch) -> Tensor:
+        """Return the last hidden state [T, E]."""
+        output = self._decoder(
+            input_ids=batch.token_ids_1T,
+            position_ids=batch.positions_1T,
+            use_cache=False,
+            sequences=batch.sequences,
+        )
+        hidden_TE: Tensor = output.last_hidden_state[0]
+        return hidden_TE
+
     def _score(self, slot: Slot, examples: Sequence[Example]) -> list[RowLosses]:
         """Score examples in one forward, or in halves where one does not fit. Raises JobTooLargeError."""
         try:
-            batch = pack([GroupExamples(slot.index, examples, [0] * len(examples))], self._device)
-            with torch.no_grad():
-                weights_M = torch.ones(len(batch.labels_M), device=self._device)
-                return [self._forward(batch, (SlotRows(slot, batch.groups[0], None),), weights_M)]
+            batch = pack([GroupExamples(examples, [0] * len(examples))], self._device)
+            runs = make_runs([SlotRows(slot, batch.groups[0], is_training=False)], is_grouped=False)
+            with torch.no_grad(), self._context.running(runs):
+                return [self._forward(batch, torch.ones(len(batch.labels_M), device=self._device))]
         except torch.OutOfMemoryError:
             middle = len(examples) // 2
         if not middle:
             raise JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)
         return self._score(slot, examples[:middle]) + self._score(slot, examples[middle:])
-
-    def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch, grads: list[Tensor]) -> RowLosses:
-        rows = zip(plans, batch.groups, grads, strict=True)
-        parts = tuple(SlotRows(plan.slot, group, plan.slot.view(grads_P)) for plan, group, grads_P in rows)
-        weights = [1 / sum(example.num_labels for example in plan.slot.batch_examples()) for plan in plans]
-        counts = [group.label_end - group.label_start for group in batch.groups]
-        weights_M = torch.repeat_interleave(torch.tensor(weights), torch.tensor(counts)).to(self._device)
-        losses = self._forward(batch, parts, weights_M)
-        losses.weighted_sum.backward()
-        return losses
-
-    def _forward(self, batch: PackedBatch, parts: tuple[SlotRows, ...], weights_M: Tensor) -> RowLosses:
-        self._context.parts = parts
-        try:
-            output = self._decoder(
-                input_ids=batch.token_ids_1T,
-                position_ids=batch.positions_1T,
-                use_cache=False,
-                sequences=batch.sequences,
-            )
-        finally:
-            self._context.parts = ()
-        hidden_ME = output.last_hidden_state[0][batch.label_rows_M]
-        return cross_entropy(hidden_ME, batch.labels_M, weights_M, self._head)
 
     def _commit(self, plans: list[SlotPlan], batch: PackedBatch, losses: RowLosses) -> tuple[SlotReport, ...]:
         """Add up what the step has found, and update the slots whose optimizer batch is complete."""
@@ -197,24 +220,24 @@ class Engine:
             for plan, group in zip(plans, batch.groups, strict=True)
         ]
         numbers = torch.stack(counted).tolist()  # the one read that waits for the device
+        self._planner.charge(plans, tuple(self._slots.values()), self._budget_tokens)
         reports = []
         for plan, (loss_sum, num_right, grad_norm) in zip(plans, numbers, strict=True):
-            tally = plan.slot.tally
-            tally.position += len(plan.example_indices)
-            tally.loss_sum += loss_sum
-            tally.num_right += int(num_right)
-            tally.num_tokens += plan.num_tokens
-            is_complete = tally.position == len(plan.slot.batch_indices())
-            reports.append(self._update(plan, grad_norm) if is_complete else _report(plan))
+            plan.slot.count(
+                num_examples=len(plan.example_indices),
+                num_tokens=plan.num_tokens,
+                loss_sum=loss_sum,
+                num_right=num_right,
+            )
+            reports.append(self._update(plan, grad_norm) if plan.slot.is_batch_complete else _report(plan))
         return tuple(reports)
 
     def _update(self, plan: SlotPlan, grad_norm: float) -> SlotReport:
         slot = plan.slot
-        num_labels = sum(example.num_labels for example in slot.batch_examples())
         is_skipped = not (math.isfinite(grad_norm) and math.isfinite(slot.tally.loss_sum))
         learning_rate = 0.0 if is_skipped else update_weights(slot, grad_norm=grad_norm)
         slot.num_skipped_in_a_row = slot.num_skipped_in_a_row + 1 if is_skipped else 0
-        tally = slot.tally
+        num_labels, tally = sum(example.num_labels for example in slot.batch_examples()), slot.tally
         slot.advance()
         update = StepMetrics(
             step=slot.step,
@@ -238,36 +261,52 @@ class Engine:
         return SlotReport(slot.job.job_id, plan.num_tokens, update=update, failure=failure)
 
     def _halve_budget(self, num_tokens: int) -> None:
-        """Answer a step of `num_tokens` that ran out of memory: nothing of it counts, its examples come again."""
+        """Answer a step of `num_tokens` that ran out of memory: its batches come again, in smaller steps."""
         self._budget_tokens = max(1, min(self._budget_tokens, num_tokens) // 2)
         log.warning("engine.budget_halved", budget_tokens=self._budget_tokens)
 
-    def _check(self, job: EngineJob) -> None:
-        adapter = job.spec.adapter
-        if job.job_id in self._slots:
-            raise InvalidJobError(f"{job.job_id} is admitted already.")
-        if adapter.rank > self._max_rank:
-            raise InvalidJobError(f"Rank {adapter.rank} is above this worker's {self._max_rank}.")
-        lacking = set(adapter.target_modules) - set(self._shape.target_modules)
-        if lacking:
-            raise InvalidJobError(
-                f"The base has no {', '.join(sorted(lacking))}; it has {', '.join(self._shape.target_modules)}."
-            )
-        if not job.examples:
-            raise InvalidJobError("There is no example to learn from.")
-        for example in job.examples:
-            self._check_example(example)
+    def _bank_of(self, layout: Layout) -> Bank:
+        bank = next((bank for bank in self._banks if bank.layout == layout), None)
+        if bank is None:
+            bank = Bank(layout, max((bank.index for bank in self._banks), default=0) + 1, self._device)
+            self._banks.append(bank)
+        return bank
 
-    def _check_example(self, example: Example) -> None:
-        # On the host, before anything is packed: one assertion on a device ends every tenant's job.
-        if len(example.token_ids) != len(example.is_label) or not example.num_labels:
-            raise InvalidJobError("An example has nothing to learn.")
-        if example.num_tokens > self._max_tokens_per_step:
-            raise InvalidJobError(
-                f"An example has {example.num_tokens} tokens; this worker takes {self._max_tokens_per_step} a step."
+    def _check_memory(self, layout: Layout) -> None:
+        """Refuse a slot that would leave a full step too little. Raises NoFreeSlotError, JobTooLargeError."""
+        needed = layout.num_parameters * BYTES_PER_PARAMETER + self._predict(self._budget_tokens)
+        usable = self._usable_bytes
+        if needed > usable and self._slots:
+            raise NoFreeSlotError("The device has no memory for another slot of this rank.")
+        if needed > usable:
+            raise JobTooLargeError(
+                f"The job needs about {needed / 2**20:.0f} MiB beside the base, and {usable / 2**20:.0f} MiB are free; "
+                "lower the rank."
             )
-        if example.token_ids.min() < 0 or example.token_ids.max() >= self._shape.vocab_size:
-            raise InvalidJobError("An example has a token id outside the base's vocabulary.")
+
+    def _measure_cost(self) -> StepCost:
+        """Count what autograd keeps of a forward with an adapter on every linear."""
+        layout = Layout.of(self._shape, rank=1, target_modules=self._shape.target_modules)
+        slot = Slot(probe_job(self._shape.target_modules), Bank(layout, 0, self._device))
+
+        def run_decoder(num_tokens: int) -> Tensor:
+            batch = pack([GroupExamples([probe_example(num_tokens)], [0])], self._device)
+            with self._context.running(make_runs([SlotRows(slot, batch.groups[0])], is_grouped=False)):
+                return self._decode(batch)
+
+        return StepCost(
+            activation_bytes=measure_activations(run_decoder),
+            border_bytes=self._shape.hidden_size * self._head.weight.element_size(),
+            loss_bytes=loss_bytes(self._shape.vocab_size, self._device),
+            num_layers=self._shape.num_layers,
+        )
+
+    @property
+    def _usable_bytes(self) -> float:
+        return self._memory.usable_bytes
+
+    def _predict(self, num_tokens: int) -> int:
+        return self._cost.predict(num_tokens, num_recomputed=self._num_recomputed)
 
 
 def _report(plan: SlotPlan, failure: JobTooLargeError | None = None) -> SlotReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -23,18 +24,19 @@ class Example:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    @property
+    @cached_property
     def num_labels(self) -> int:
         return int(self.is_label[1:].sum())
 
 
 @dataclass(frozen=True, eq=False)
 class EngineJob:
-    """A job to train. `share` weighs its part of the token budget."""
+    """A job to train. `share` weighs its tenant's part of the token budget, however many jobs the tenant has."""
 
     job_id: str
     spec: TrainingSpec
     examples: Sequence[Example]
+    tenant: str
     share: float = 1.0
 
 

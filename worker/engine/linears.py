@@ -1,99 +1,106 @@
 """A frozen linear that adds each slot's LoRA to that slot's own rows of the packed stream.
 
-The base product (dense, or NF4 with its dequantisation) is computed once for all tenants. The LoRA part is one
-autograd function that loops over the slots of the step; its backward writes each slot's gradients into step-local
-buffers, so that nothing of a step counts until its backward has succeeded. Shapes: T rows of the stream, t rows of one
-slot, K in, N out, R rank.
+The base's product is taken once for all tenants; an NF4 weight is dequantised once a pass, into memory that the next
+linear of its shape uses again. LoRA is added in place, and nothing of it is kept for the backward but the narrow rows
+between A and B. Shapes: T rows of the stream, t rows of one run, K in, N out, R rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
-from worker.engine.packing import Group
-from worker.engine.slots import LoraPair, Slot, stable_hash
-
-
-@dataclass(frozen=True, eq=False)
-class SlotRows:
-    """One slot's part of a step: its rows, its weights, and where its gradients go (None when evaluating)."""
-
-    slot: Slot
-    group: Group
-    grads: dict[str, LoraPair] | None
+from worker.engine.banks import LoraStack
+from worker.engine.runs import Run
 
 
 class StepContext:
     """What the linears need to know of the step under way. One object, shared by all of an engine's linears."""
 
     def __init__(self, device: torch.device) -> None:
-        # Makes the LoRA function differentiable even where its input is not, as in the first layer.
+        # Makes the products differentiable even where their input is not, as in the first layer.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.parts: tuple[SlotRows, ...] = ()
+        self.runs: tuple[Run, ...] = ()
+        self._scratch: dict[torch.Size, Tensor] = {}
+
+    @contextmanager
+    def running(self, runs: tuple[Run, ...]) -> Iterator[None]:
+        """Be in a step of these runs."""
+        self.runs = runs
+        try:
+            yield
+        finally:
+            self.runs = ()
+
+    def dequantize(self, linear: Linear4bit) -> Tensor:
+        """Return an NF4 weight [N, K] as numbers, good until the next weight of its shape is asked for."""
+        weight, state = linear.weight, linear.weight.quant_state
+        if not weight.is_cuda:  # bitsandbytes fills given memory on a GPU only; a CPU's allocator brings back the same
+            return dequantize_4bit(weight.data, state)
+        weight_NK = dequantize_4bit(weight.data, state, out=self._scratch.get(state.shape))
+        self._scratch[state.shape] = weight_NK
+        return weight_NK
 
 
 class FusedLinear(nn.Module):
     """Wraps one linear of the base."""
 
-    def __init__(self, base: nn.Module, name: str, context: StepContext) -> None:
+    def __init__(self, base: nn.Linear, name: str, context: StepContext) -> None:
         super().__init__()
         self.base = base
-        self._name = name
+        self.name = name
         self._context = context
 
     def forward(self, x_1TK: Tensor) -> Tensor:
-        y_1TN: Tensor = self.base(x_1TK)
-        parts = [part for part in self._context.parts if self._name in part.slot.linears]
-        if not parts:
-            return y_1TN
-        delta_TN: Tensor = _SlotsLora.apply(self._context.anchor, x_1TK[0], self._name, parts, y_1TN.shape[-1])
-        return y_1TN + delta_TN
+        runs = [run for run in self._context.runs if self.name in run.bank.layout.linears]
+        y_1TN: Tensor = _AdaptedProduct.apply(self._context.anchor, x_1TK, self, runs)
+        return y_1TN
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the frozen weight [N, K]."""
+        if isinstance(self.base, Linear4bit):
+            return self._context.dequantize(self.base).to(dtype)
+        return self.base.weight
 
 
-class _SlotsLora(torch.autograd.Function):
+class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, _anchor: Tensor, x_TK: Tensor, name: str, parts: list[SlotRows], num_outputs: int) -> Tensor:
-        delta_TN = x_TK.new_zeros(x_TK.shape[0], num_outputs)
+    def forward(ctx: Any, _anchor: Tensor, x_1TK: Tensor, linear: FusedLinear, runs: list[Run]) -> Tensor:
+        y_1TN = nn.functional.linear(x_1TK, linear.weight(x_1TK.dtype), linear.base.bias)
         hidden = []
-        for part in parts:
-            rows, pair = slice(part.group.start, part.group.end), part.slot.weights[name]
-            x_tK = _drop(x_TK[rows], part, name)
-            h_tR = x_tK @ pair.A_RK.to(x_TK.dtype).T
-            torch.mul(h_tR @ pair.B_NR.to(x_TK.dtype).T, part.slot.job.spec.adapter.scale, out=delta_TN[rows])
+        for run in runs:
+            lora = run.weights(linear.name, x_1TK.dtype)
+            h_tR = run.multiply(run.drop(x_1TK[0, run.rows], linear.name), lora.A_SRK.transpose(1, 2))
+            run.add_product(y_1TN[0, run.rows], h_tR, lora.Bt_SRN)
             hidden.append(h_tR)
-        ctx.save_for_backward(x_TK, *hidden)
-        ctx.name, ctx.parts = name, parts
-        return delta_TN
+        ctx.save_for_backward(x_1TK if runs else None, *hidden)
+        ctx.linear, ctx.runs = linear, runs
+        return y_1TN
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_TK, *hidden = ctx.saved_tensors
-        delta_grad_TN = gradients[0]
-        x_grad_TK = torch.zeros_like(x_TK)
-        for part, h_tR in zip(ctx.parts, hidden, strict=True):
-            rows, pair = slice(part.group.start, part.group.end), part.slot.weights[ctx.name]
-            scaled_tN = delta_grad_TN[rows] * part.slot.job.spec.adapter.scale
-            h_grad_tR = scaled_tN @ pair.B_NR.to(x_TK.dtype)
-            assert part.grads is not None
-            grads = part.grads[ctx.name]
-            grads.B_NR.copy_(scaled_tN.T @ h_tR)
-            grads.A_RK.copy_(h_grad_tR.T @ _drop(x_TK[rows], part, ctx.name))
-            x_grad_TK[rows] = _drop(h_grad_tR @ pair.A_RK.to(x_TK.dtype), part, ctx.name)
-        return None, x_grad_TK, None, None, None
+        x_1TK, *hidden = ctx.saved_tensors
+        y_grad_1TN, name = gradients[0].contiguous(), ctx.linear.name
+        x_grad_1TK = y_grad_1TN @ ctx.linear.weight(y_grad_1TN.dtype) if ctx.needs_input_grad[1] else None
+        for run, h_tR in zip(ctx.runs, hidden, strict=True):
+            lora, y_grad_tN = run.weights(name, x_1TK.dtype), y_grad_1TN[0, run.rows]
+            # Both gradients are collected times the scale, which is left out here and in h.
+            h_grad_tR = run.multiply(y_grad_tN, lora.Bt_SRN.transpose(1, 2))
+            A_grad_SRK = run.sum_outer(h_grad_tR, run.drop(x_1TK[0, run.rows], name))
+            run.collect_grads(name, LoraStack(A_grad_SRK, run.sum_outer(h_tR, y_grad_tN)))
+            if x_grad_1TK is not None:
+                _add_input_grads(run, x_grad_1TK[0, run.rows], h_grad_tR, lora.A_SRK, name)
+        return None, x_grad_1TK, None, None
 
 
-def _drop(rows_tK: Tensor, part: SlotRows, name: str) -> Tensor:
-    """Apply a slot's LoRA dropout: the same mask for the same example, epoch and linear, wherever it is computed."""
-    probability = part.slot.job.spec.adapter.dropout
-    if probability == 0 or part.grads is None:
-        return rows_tK
-    masks = []
-    for sequence in part.group.sequences:
-        generator = torch.Generator(rows_tK.device).manual_seed(stable_hash(sequence.dropout_key, name))
-        shape = (sequence.end - sequence.start, rows_tK.shape[1])
-        masks.append(torch.rand(shape, generator=generator, device=rows_tK.device) >= probability)
-    return torch.where(torch.cat(masks), rows_tK / (1 - probability), 0)
+def _add_input_grads(run: Run, x_grad_tK: Tensor, h_grad_tR: Tensor, A_SRK: Tensor, name: str) -> None:
+    if run.kind.has_dropout:
+        x_grad_tK.add_(run.drop(run.multiply(h_grad_tR, A_SRK), name), alpha=run.kind.scale)
+    else:
+        run.add_product(x_grad_tK, h_grad_tR, A_SRK)

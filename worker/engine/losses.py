@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_ROWS = 512
+# A chunk's logits in fp32. A CPU's stay below what its allocator hands back to the system after every use; a GPU's are
+# large enough to fill it.
+_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
+_MIN_CHUNK_ROWS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,25 +32,31 @@ def cross_entropy(hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, head: 
     return RowLosses(*_CrossEntropy.apply(hidden_ME, labels_M, weights_M, head.weight, head.bias))
 
 
+def loss_bytes(vocab_size: int, device: torch.device) -> int:
+    """Return what a chunk takes at most: its logits twice, in the head's type and in fp32."""
+    return 2 * 4 * vocab_size * _chunk_rows(vocab_size, device)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, weight_VE: Tensor, bias_V: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gradient_ME = torch.empty_like(hidden_ME)
+        gradient_ME = torch.empty_like(hidden_ME) if ctx.needs_input_grad[0] else None
         losses_M = torch.empty(len(labels_M), dtype=torch.float32, device=hidden_ME.device)
         is_right_M = torch.empty(len(labels_M), dtype=torch.bool, device=hidden_ME.device)
-        for start in range(0, len(labels_M), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        for rows in _chunks(len(labels_M), _chunk_rows(len(weight_VE), hidden_ME.device)):
             logits_CV = nn.functional.linear(hidden_ME[rows], weight_VE, bias_V).float()
-            labels_C1 = labels_M[rows, None]
-            log_total_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            losses_M[rows] = (log_total_C1 - logits_CV.gather(1, labels_C1)).squeeze(1)
-            is_right_M[rows] = logits_CV.argmax(dim=1) == labels_M[rows]
-            gradient_CV = logits_CV.sub_(log_total_C1).exp_()
-            gradient_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=torch.float32))
-            gradient_CV.mul_(weights_M[rows, None])
-            gradient_ME[rows] = gradient_CV.to(weight_VE.dtype) @ weight_VE
+            label_logits_C1 = logits_CV.gather(1, labels_M[rows, None])
+            largest_C1 = logits_CV.amax(dim=1, keepdim=True)
+            # In place, and the row's sum is divided out of the narrow side: a log-softmax takes three times as long.
+            odds_CV = logits_CV.sub_(largest_C1).exp_()
+            sum_C1 = odds_CV.sum(dim=1, keepdim=True)
+            losses_M[rows] = (sum_C1.log() + largest_C1 - label_logits_C1).squeeze(1)
+            is_right_M[rows] = (label_logits_C1 == largest_C1).squeeze(1)
+            if gradient_ME is not None:
+                mean_CE = (odds_CV.to(weight_VE.dtype) @ weight_VE) / sum_C1
+                gradient_ME[rows] = (mean_CE - weight_VE[labels_M[rows]]) * weights_M[rows, None]
         ctx.save_for_backward(gradient_ME)
         ctx.mark_non_differentiable(losses_M, is_right_M)
         return (losses_M * weights_M).sum(), losses_M, is_right_M
@@ -56,3 +65,12 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ME,) = ctx.saved_tensors
         return gradient_ME * gradients[0].to(gradient_ME.dtype), None, None, None, None
+
+
+def _chunk_rows(vocab_size: int, device: torch.device) -> int:
+    fitting = _CHUNK_BYTES[device.type] // (4 * vocab_size)
+    return max(_MIN_CHUNK_ROWS, fitting // _MIN_CHUNK_ROWS * _MIN_CHUNK_ROWS)
+
+
+def _chunks(num_rows: int, rows_a_chunk: int) -> list[slice]:
+    return [slice(start, start + rows_a_chunk) for start in range(0, num_rows, rows_a_chunk)]

@@ -1,7 +1,7 @@
-"""The packed stream of one fused step: whole sequences side by side, sorted by slot, each an island.
+"""The packed stream of one fused step: whole sequences side by side, slot by slot, each an island.
 
-Shapes: T tokens of the step, M rows with a label. Positions restart with every sequence, and the label shift is per
-sequence: row t predicts token t+1 of its own sequence, so a sequence's last row has no label.
+Shapes: T tokens of the step, M rows with a label, Q sequences. Positions restart with every sequence, and the label
+shift is per sequence: row t predicts token t+1 of its own sequence, so a sequence's last row has no label.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class PackedSequence:
 class Group:
     """One slot's rows [start, end) of the stream, and its label rows [label_start, label_end) of the M."""
 
-    slot_index: int
     start: int
     end: int
     label_start: int
@@ -41,6 +40,37 @@ class Group:
         return self.end - self.start
 
 
+@dataclass(frozen=True)
+class EqualSequences:
+    """`count` neighbours of one length, from row `start` on."""
+
+    start: int
+    count: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """Where the stream's sequences are, as attention wants it: `offsets` [Q + 1] int32 are their borders."""
+
+    batches: tuple[EqualSequences, ...]
+    offsets: Tensor
+    max_length: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> SequenceLayout:
+        batches: list[EqualSequences] = []
+        start = 0
+        for length in lengths:
+            if batches and batches[-1].length == length:
+                batches[-1] = EqualSequences(batches[-1].start, batches[-1].count + 1, length)
+            else:
+                batches.append(EqualSequences(start, 1, length))
+            start += length
+        offsets = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(device, non_blocking=True)
+        return cls(tuple(batches), offsets, max(lengths))
+
+
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     token_ids_1T: Tensor
@@ -48,17 +78,13 @@ class PackedBatch:
     label_rows_M: Tensor
     labels_M: Tensor
     groups: tuple[Group, ...]
-
-    @property
-    def sequences(self) -> tuple[PackedSequence, ...]:
-        return tuple(sequence for group in self.groups for sequence in group.sequences)
+    sequences: SequenceLayout
 
 
 @dataclass(frozen=True, eq=False)
 class GroupExamples:
     """What one slot contributes to a step; `dropout_keys` has one number an example."""
 
-    slot_index: int
     examples: Sequence[Example]
     dropout_keys: Sequence[int]
 
@@ -79,7 +105,7 @@ def pack(parts: Sequence[GroupExamples], device: torch.device) -> PackedBatch:
             sequences.append(PackedSequence(end, end + length, key))
             end += length
             label_end += len(targets)
-        groups.append(Group(part.slot_index, start, end, label_start, label_end, tuple(sequences)))
+        groups.append(Group(start, end, label_start, label_end, tuple(sequences)))
         start, label_start = end, label_end
     return PackedBatch(
         token_ids_1T=_to_device(tokens, device)[None],
@@ -87,6 +113,7 @@ def pack(parts: Sequence[GroupExamples], device: torch.device) -> PackedBatch:
         label_rows_M=_to_device(rows, device),
         labels_M=_to_device(labels, device),
         groups=tuple(groups),
+        sequences=SequenceLayout.of([len(each) for each in tokens], device),
     )
 
 

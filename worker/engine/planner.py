@@ -1,64 +1,122 @@
-"""Which examples go into the next fused step: deficit round robin (Shreedhar and Varghese 1995) over a token budget.
+"""Which examples go into the next fused step: deficit round robin (Shreedhar and Varghese 1995) over tenants.
 
-Every slot earns its share of the budget each step and spends it on the waiting examples of its own optimizer batch, in
-order. What nobody's credit covers goes to whoever has ready examples. Nothing is consumed here: a plan that failed can
-be made again.
+Every tenant may spend its share of the token budget each step, and what it is behind, on its jobs' waiting examples,
+the least served job first. What that leaves goes to whoever has examples, and puts them ahead. Who is behind and who is
+ahead always adds up to nothing. A job's examples are taken in order and never beyond its own optimizer batch. Planning
+consumes nothing: a plan that failed can be made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from worker.engine.slots import Slot
 
 
-@dataclass
 class SlotPlan:
-    """The examples that one slot puts into a step."""
+    """The examples that one slot puts into a step: the first `num_taken` of those that wait."""
 
-    slot: Slot
-    example_indices: list[int]
-    num_tokens: int = 0
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.num_tokens = 0
+        self._waiting = slot.waiting_indices()
+        self._num_taken = 0
+
+    @property
+    def example_indices(self) -> list[int]:
+        return self._waiting[: self._num_taken]
+
+    @property
+    def has_waiting(self) -> bool:
+        return self._num_taken < len(self._waiting)
+
+    @property
+    def next_length(self) -> int:
+        """The tokens of the example that would be taken next."""
+        return self.slot.job.examples[self._waiting[self._num_taken]].num_tokens
+
+    def take(self) -> int:
+        """Take the next example and return its tokens."""
+        length = self.next_length
+        self._num_taken += 1
+        self.num_tokens += length
+        return length
 
 
-def plan_step(slots: Sequence[Slot], budget_tokens: int) -> list[SlotPlan]:
-    """Return the step's plan, sorted by slot; empty when no slot has work. At least one example always fits."""
-    plans = [SlotPlan(slot, []) for slot in slots if slot.waiting_indices()]
-    if not plans:
-        return []
-    total_share = sum(plan.slot.job.share for plan in plans)
+class Planner:
+    """Remembers by how many tokens each tenant is behind its share (its credit) or ahead of it, from step to step."""
+
+    def __init__(self) -> None:
+        self._balances: dict[str, float] = {}
+
+    def plan(self, slots: Sequence[Slot], budget_tokens: int) -> list[SlotPlan]:
+        """Return the step's plan; empty when no slot has work. At least one example is always taken."""
+        plans = [plan for plan in map(SlotPlan, slots) if plan.has_waiting]
+        if not plans:
+            return []
+        tenants = _by_tenant(plans)
+        allowed = self._allow(tenants, budget_tokens)
+        left = float(budget_tokens)
+        # Who is new does not wait until its tenant has saved up for its first example.
+        for plan in plans:
+            if not plan.slot.num_fused_steps and plan.next_length <= left:
+                left -= plan.take()
+        most_behind_first = sorted(tenants, key=lambda tenant: -allowed[tenant] / _share(tenants[tenant]))
+        for tenant in most_behind_first:
+            spent = sum(plan.num_tokens for plan in tenants[tenant])
+            left -= _spend(tenants[tenant], min(left, allowed[tenant] - spent))
+        for tenant in most_behind_first:
+            left -= _spend(tenants[tenant], left)
+        if not any(plan.num_tokens for plan in plans):
+            # A budget halved by want of memory may be smaller than any example: then one goes alone.
+            _least_served(plans).take()
+        return [plan for plan in plans if plan.num_tokens]
+
+    def charge(self, plans: Sequence[SlotPlan], slots: Sequence[Slot], budget_tokens: int) -> None:
+        """Book a step that has succeeded. Call it before the slots move on."""
+        tenants = _by_tenant(plan for plan in map(SlotPlan, slots) if plan.has_waiting)
+        balances = self._allow(tenants, sum(plan.num_tokens for plan in plans))
+        for plan in plans:
+            balances[plan.slot.job.tenant] -= plan.num_tokens
+            plan.slot.served_tokens += plan.num_tokens
+        # A tenant that cannot use its share saves up one step's budget; beyond that its share is the others'.
+        balances = {tenant: min(credit, float(budget_tokens)) for tenant, credit in balances.items()}
+        surplus, total_share = sum(balances.values()), sum(_share(tenants[tenant]) for tenant in tenants)
+        self._balances = {
+            tenant: credit - surplus * _share(tenants[tenant]) / total_share for tenant, credit in balances.items()
+        }
+
+    def _allow(self, tenants: dict[str, list[SlotPlan]], num_tokens: int) -> dict[str, float]:
+        """Return every tenant's credit and its share of so many tokens."""
+        total_share = sum(_share(plans) for plans in tenants.values())
+        return {
+            tenant: self._balances.get(tenant, 0.0) + num_tokens * _share(plans) / total_share
+            for tenant, plans in tenants.items()
+        }
+
+
+def _by_tenant(plans: Iterable[SlotPlan]) -> dict[str, list[SlotPlan]]:
+    tenants: dict[str, list[SlotPlan]] = {}
     for plan in plans:
-        plan.slot.deficit += budget_tokens * plan.slot.job.share / total_share
-    left = budget_tokens
-    by_credit = sorted(plans, key=lambda plan: -plan.slot.deficit / plan.slot.job.share)
-    for plan in by_credit:
-        left -= _take(plan, min(left, plan.slot.deficit))
-    for plan in by_credit:
-        left -= _take(plan, left)
-    if not any(plan.example_indices for plan in plans):
-        # A budget halved by want of memory may be smaller than any example: then one goes alone.
-        _take_first(by_credit[0])
-    for plan in plans:
-        # Credit is kept only as far as an example that did not fit may need it.
-        plan.slot.deficit = min(max(plan.slot.deficit - plan.num_tokens, -float(budget_tokens)), float(budget_tokens))
-    return [plan for plan in plans if plan.example_indices]
+        tenants.setdefault(plan.slot.job.tenant, []).append(plan)
+    return tenants
 
 
-def _take(plan: SlotPlan, tokens: float) -> int:
-    taken = 0
-    waiting = plan.slot.waiting_indices()[len(plan.example_indices) :]
-    for index in waiting:
-        length = plan.slot.job.examples[index].num_tokens
-        if taken + length > tokens:
-            break
-        plan.example_indices.append(index)
-        taken += length
-    plan.num_tokens += taken
+def _share(plans: Sequence[SlotPlan]) -> float:
+    return max(plan.slot.job.share for plan in plans)
+
+
+def _least_served(plans: Sequence[SlotPlan]) -> SlotPlan:
+    return min(plans, key=lambda plan: plan.slot.served_tokens + plan.num_tokens)
+
+
+def _spend(plans: Sequence[SlotPlan], tokens: float) -> int:
+    """Take examples of one tenant's jobs while they fit, always the least served one's, and return the tokens taken."""
+    open_plans, taken = list(plans), 0
+    while open_plans:
+        plan = _least_served(open_plans)
+        if plan.has_waiting and taken + plan.next_length <= tokens:
+            taken += plan.take()
+        else:
+            open_plans.remove(plan)
     return taken
-
-
-def _take_first(plan: SlotPlan) -> None:
-    index = plan.slot.waiting_indices()[0]
-    plan.example_indices.append(index)
-    plan.num_tokens += plan.slot.job.examples[index].num_tokens

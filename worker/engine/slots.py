@@ -1,9 +1,4 @@
-"""A slot: everything of one job that lives on the device, in flat fp32 vectors, and where it stands in its data.
-
-Weights and both moments are one vector each (P numbers), with a view per matrix: A [R, K] and B [N, R] of every target
-linear. Gradients exist only between a backward and the optimizer step that consumes them: a slot holds 12 bytes per
-LoRA parameter at rest, and 20 while a step's gradients are added to those of the steps before it.
-"""
+"""A slot: one admitted job, its row of a bank, and where it stands in its data."""
 
 from __future__ import annotations
 
@@ -15,13 +10,13 @@ import torch
 from torch import Tensor
 
 from core.domain.training import count_steps, order_examples
-from worker.engine.bases import BaseShape
+from worker.engine.banks import Bank
 from worker.engine.examples import EngineJob, Example
 
 
 @dataclass(frozen=True, eq=False)
 class LoraPair:
-    """Views into a flat vector: A [R, K] and B [N, R] of one linear."""
+    """Views of one job's A [R, K] and B [N, R] of one linear, at the job's own rank."""
 
     A_RK: Tensor
     B_NR: Tensor
@@ -38,31 +33,38 @@ class BatchTally:
 
 
 class Slot:
-    """One admitted job."""
+    """One admitted job. Raises torch.OutOfMemoryError when the device has no memory for its row."""
 
-    def __init__(self, job: EngineJob, shape: BaseShape, *, index: int, device: torch.device) -> None:
+    def __init__(self, job: EngineJob, bank: Bank) -> None:
         self.job = job
-        self.index = index
-        self.linears = {
-            name: size
-            for name, size in shape.linears.items()
-            if name.rpartition(".")[2] in job.spec.adapter.target_modules
-        }
-        rank = job.spec.adapter.rank
-        self.num_parameters = sum(rank * (k + n) for k, n in self.linears.values())
-        self.weights_P = torch.zeros(self.num_parameters, device=device)
-        self.exp_avg_P = torch.zeros_like(self.weights_P)
-        self.exp_avg_sq_P = torch.zeros_like(self.weights_P)
-        self.grads_P: Tensor | None = None
-        self.weights = self.view(self.weights_P)
+        self.bank = bank
+        self.row = bank.add_row()
         self.step = 0
         self.num_updates = 0
         self.num_skipped_in_a_row = 0
+        self.num_fused_steps = 0
+        self.served_tokens = 0
         self.tally = BatchTally()
-        self.deficit = 0.0
         self.total_steps = count_steps(job.spec, len(job.examples))
         self._order: tuple[int, list[int]] = (-1, [])
         self._initialise()
+
+    @property
+    def weights_P(self) -> Tensor:
+        return self.bank.weights_SP[self.row]
+
+    @property
+    def grads_P(self) -> Tensor:
+        """The gradients of the current optimizer batch; meaningless before its first fused step."""
+        return self.bank.grads_SP[self.row]
+
+    @property
+    def exp_avg_P(self) -> Tensor:
+        return self.bank.exp_avg_SP[self.row]
+
+    @property
+    def exp_avg_sq_P(self) -> Tensor:
+        return self.bank.exp_avg_sq_SP[self.row]
 
     @property
     def is_finished(self) -> bool:
@@ -94,29 +96,32 @@ class Slot:
     def dropout_key(self, example_index: int) -> int:
         return stable_hash(self.job.spec.seed, self.epoch, example_index)
 
-    def view(self, flat_P: Tensor) -> dict[str, LoraPair]:
-        """Return the flat vector as matrices, by the linear's qualified name."""
-        rank, cursor, pairs = self.job.spec.adapter.rank, 0, {}
-        for name, (k, n) in self.linears.items():
-            a_end, b_end = cursor + rank * k, cursor + rank * (k + n)
-            pairs[name] = LoraPair(flat_P[cursor:a_end].view(rank, k), flat_P[a_end:b_end].view(n, rank))
-            cursor = b_end
-        return pairs
+    def pairs(self) -> dict[str, LoraPair]:
+        """Return the weights as matrices, by the linear's qualified name."""
+        rank, rows = self.job.spec.adapter.rank, slice(self.row, self.row + 1)
+        stacks = {name: self.bank.weights(rows, name) for name in self.bank.layout.linears}
+        return {name: LoraPair(stack.A_SRK[0, :rank], stack.Bt_SRN[0, :rank].T) for name, stack in stacks.items()}
 
-    def add_grads(self, grads_P: Tensor) -> None:
-        """Add the gradients of a fused step whose backward has succeeded."""
-        self.grads_P = grads_P if self.grads_P is None else self.grads_P.add_(grads_P)
+    @property
+    def is_batch_complete(self) -> bool:
+        return self.tally.position == len(self.batch_indices())
+
+    def count(self, *, num_examples: int, num_tokens: int, loss_sum: float, num_right: float) -> None:
+        """Sum up what a fused step has found of the current optimizer batch."""
+        self.num_fused_steps += 1
+        self.tally.position += num_examples
+        self.tally.num_tokens += num_tokens
+        self.tally.loss_sum += loss_sum
+        self.tally.num_right += int(num_right)
 
     def advance(self) -> None:
         """Go on to the next optimizer batch."""
         self.step += 1
-        self.tally = BatchTally()
-        self.grads_P = None
+        self.restart_batch()
 
     def restart_batch(self) -> None:
-        """Forget what has been summed of the current batch, as after a load."""
+        """Forget what has been summed of the current batch: its next fused step starts the gradients anew."""
         self.tally = BatchTally()
-        self.grads_P = None
 
     def forget_moments(self) -> None:
         """Let the optimizer begin anew, as on weights that it has not seen."""
@@ -125,16 +130,9 @@ class Slot:
         self.num_updates = 0
         self.restart_batch()
 
-    def scrub(self) -> None:
-        """Overwrite everything of the job, so that no later tenant of the memory finds a trace."""
-        for tensor in (self.weights_P, self.exp_avg_P, self.exp_avg_sq_P, self.grads_P):
-            if tensor is not None:
-                tensor.zero_()
-        self.grads_P = None
-
     def _initialise(self) -> None:
         """Draw A as PEFT does (uniform of bound 1/sqrt(K)), each matrix from a seed of its own; B stays zero."""
-        for name, pair in self.weights.items():
+        for name, pair in self.pairs().items():
             generator = torch.Generator().manual_seed(stable_hash(self.job.spec.seed, name))
             bound = 1 / math.sqrt(pair.A_RK.shape[1])
             drawn_RK = torch.rand(pair.A_RK.shape, generator=generator).mul_(2 * bound).sub_(bound)

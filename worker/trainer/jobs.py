@@ -72,7 +72,13 @@ class TrainerJob:
 
     def as_engine_job(self, prepared: PreparedJob) -> EngineJob:
         self._validation = prepared.validation
-        return EngineJob(job_id=str(self.lease_token), spec=self._order.spec, examples=prepared.training.examples)
+        return EngineJob(
+            job_id=str(self.lease_token),
+            spec=self._order.spec,
+            examples=prepared.training.examples,
+            tenant=self._order.tenant_id,
+            share=self._order.share,
+        )
 
     def use_device(self, seconds: float) -> None:
         self._device_seconds += seconds

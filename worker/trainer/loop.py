@@ -7,13 +7,14 @@ between steps.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 import structlog
 
-from worker.engine import Engine, EngineError, SlotReport
+from worker.engine import Engine, EngineError, NoFreeSlotError, SlotReport
 from worker.messages import Alive, JobFailed, StartJob, StopJob
 from worker.trainer.bases import LoadedBase
 from worker.trainer.channel import Channel
@@ -31,14 +32,19 @@ class TrainingLoop:
         self._engine = engine
         self._base = base
         self._jobs: dict[int, TrainerJob] = {}
+        # Prepared, and waiting until another job leaves the memory that they need.
+        self._waiting: deque[tuple[TrainerJob, PreparedJob]] = deque()
 
     def run(self) -> None:
         while True:
-            while (item := self._channel.receive(is_waiting=not self._engine.job_ids)) is not None:
+            while (item := self._channel.receive(is_waiting=self._is_idle)) is not None:
                 self._apply(item)
-                if self._engine.job_ids:
-                    break
+            self._admit_waiting()
             self._step()
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self._engine.job_ids and not self._waiting
 
     def _apply(self, item: Any) -> None:
         match item:
@@ -55,8 +61,21 @@ class TrainingLoop:
         self._channel.run_in_background(job.prepare, then=self._guarded(job, self._admit))
 
     def _admit(self, job: TrainerJob, prepared: PreparedJob) -> None:
-        self._engine.admit(job.as_engine_job(prepared))
+        try:
+            self._engine.admit(job.as_engine_job(prepared))
+        except NoFreeSlotError:
+            self._waiting.append((job, prepared))
+            return
         log.info("job.admitted", lease_token=job.lease_token, num_examples=len(prepared.training.examples))
+
+    def _admit_waiting(self) -> None:
+        """Try those again that wait for memory, in their order; the engine may have room since the last step."""
+        for job, prepared in [self._waiting.popleft() for _ in range(len(self._waiting))]:
+            if self._jobs.get(job.lease_token) is job:
+                try:
+                    self._admit(job, prepared)
+                except EngineError as error:
+                    self._fail(job, error)
 
     def _step(self) -> None:
         started = time.monotonic()

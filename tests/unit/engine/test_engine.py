@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.unit.engine.tiny import (
@@ -28,7 +31,11 @@ from worker.engine import (
     UnsupportedBaseError,
     inspect_base,
 )
+from worker.engine.banks import Layout
+from worker.engine.losses import RowLosses
+from worker.engine.memory import StepCost
 from worker.engine.packing import PackedBatch
+from worker.engine.planner import SlotPlan
 
 
 def example_of(token_ids: list[int], is_label: list[bool]) -> Example:
@@ -70,12 +77,12 @@ def test_a_share_that_is_not_positive_is_the_callers_mistake(share: float) -> No
     [
         (make_job("new", rank=17), "Rank 17 is above"),
         (make_job("new", target_modules=("qkv",)), "has no qkv; it has down_proj"),
-        (EngineJob("new", make_spec(), ()), "no example"),
-        (EngineJob("new", make_spec(), [example_of([1, 2], [True, False])]), "nothing to learn"),
-        (EngineJob("new", make_spec(), [example_of([1, 2, 3], [False, True])]), "nothing to learn"),
-        (EngineJob("new", make_spec(), [example_of([1, 128], [False, True])]), "outside the base's vocabulary"),
-        (EngineJob("new", make_spec(), [example_of([-1, 2], [False, True])]), "outside the base's vocabulary"),
-        (EngineJob("new", make_spec(), random_examples(1, 1, low=257, high=258)), "257 tokens"),
+        (EngineJob("new", make_spec(), (), "me"), "no example"),
+        (EngineJob("new", make_spec(), [example_of([1, 2], [True, False])], "me"), "nothing to learn"),
+        (EngineJob("new", make_spec(), [example_of([1, 2, 3], [False, True])], "me"), "nothing to learn"),
+        (EngineJob("new", make_spec(), [example_of([1, 128], [False, True])], "me"), "outside the base's vocabulary"),
+        (EngineJob("new", make_spec(), [example_of([-1, 2], [False, True])], "me"), "outside the base's vocabulary"),
+        (EngineJob("new", make_spec(), random_examples(1, 1, low=257, high=258), "me"), "257 tokens"),
         (make_job("old"), "admitted already"),
     ],
 )
@@ -98,17 +105,43 @@ def test_a_job_waits_when_every_slot_is_taken_and_enters_when_one_is_freed() -> 
     assert engine.job_ids == ("b",)
 
 
-def test_a_job_waits_when_the_device_has_no_memory_for_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_waits_when_the_device_refuses_the_memory_for_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object, **_kwargs: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("the test's device is full")
 
     engine = make_engine()
     engine.admit(make_job("old"))
     with monkeypatch.context() as full, pytest.raises(NoFreeSlotError, match="no memory"):
-        full.setattr(torch, "zeros", refuse)
+        full.setattr(torch.Tensor, "new_zeros", refuse)
         engine.admit(make_job("new"))
     assert engine.job_ids == ("old",)
     assert engine.step()
+
+
+class FullDevice(Engine):
+    """An engine whose device has so many bytes left beside the base and the slots."""
+
+    left_bytes = 10**9
+
+    @property
+    def _usable_bytes(self) -> float:
+        held = sum(bank.num_rows * bank.layout.num_parameters * 16 for bank in self._banks)
+        return self.left_bytes - held
+
+
+def test_a_slot_that_would_leave_a_full_step_too_little_waits_and_one_that_never_fits_is_refused() -> None:
+    engine = FullDevice(tiny_llama(), base_model_id="x", max_slots=4, max_rank=64, max_tokens_per_step=256)
+    step_bytes = engine._predict(256)
+    row_bytes = 16 * Layout.of(engine._shape, rank=16, target_modules=ALL_MODULES).num_parameters
+    engine.left_bytes = step_bytes + row_bytes - 1
+    with pytest.raises(JobTooLargeError, match="lower the rank"):
+        engine.admit(make_job("mine", rank=16))
+    engine.left_bytes = step_bytes + row_bytes
+    engine.admit(make_job("mine", rank=16))
+    with pytest.raises(NoFreeSlotError, match="no memory"):
+        engine.admit(make_job("other", seed=2, rank=16))
+    engine.evict("mine")
+    engine.admit(make_job("other", seed=2, rank=16))
 
 
 def test_updates_count_steps_epochs_and_tokens() -> None:
@@ -175,8 +208,13 @@ def test_one_step_that_is_not_finite_is_skipped_without_touching_weights_or_mome
     train(engine, num_fused_steps=2)
     slot = engine._slots["mine"]
     before = [tensor.clone() for tensor in (slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P)]
-    slot.grads_P = torch.full_like(slot.weights_P, float("inf"))
-    (report,) = engine.step()
+    good = slot.weights_P.clone()
+    slot.weights_P.fill_(float("inf"))
+    plans = engine._plan()
+    batch = engine._pack(plans)
+    losses = engine._forward_backward(plans, batch)
+    slot.weights_P.copy_(good)
+    (report,) = engine._commit(plans, batch, losses)
     assert report.update is not None
     assert report.update.is_skipped
     after = (slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P)
@@ -192,19 +230,19 @@ class SmallDevice(Engine):
     fits_tokens = fits_evaluating = 10**9
     fails_late = False
 
-    def _forward_backward(self, plans: object, batch: PackedBatch, grads: object) -> object:  # type: ignore[override]
+    def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch) -> RowLosses:
         is_too_much = batch.token_ids_1T.shape[1] > self.fits_tokens
         if is_too_much and not self.fails_late:
             raise torch.OutOfMemoryError("the test's device is full")
-        losses = super()._forward_backward(plans, batch, grads)  # type: ignore[arg-type]
+        losses = super()._forward_backward(plans, batch)
         if is_too_much:
             raise torch.OutOfMemoryError("the test's device is full")
         return losses
 
-    def _forward(self, batch: PackedBatch, *rest: object) -> object:  # type: ignore[override]
+    def _forward(self, batch: PackedBatch, weights_M: torch.Tensor) -> RowLosses:
         if batch.token_ids_1T.shape[1] > self.fits_evaluating:
             raise torch.OutOfMemoryError("the test's device is full")
-        return super()._forward(batch, *rest)  # type: ignore[arg-type]
+        return super()._forward(batch, weights_M)
 
 
 def small_device() -> SmallDevice:
@@ -229,7 +267,7 @@ def test_running_out_of_memory_replays_the_same_examples_in_smaller_steps(*, fai
 
 def test_one_example_that_alone_does_not_fit_fails_its_job_and_not_the_others() -> None:
     engine = small_device()
-    engine.admit(EngineJob("long", make_spec(), random_examples(1, 2, low=60, high=61)))
+    engine.admit(EngineJob("long", make_spec(), random_examples(1, 2, low=60, high=61), "me"))
     engine.admit(make_job("short", seed=5))
     engine.fits_tokens = 30
     failures = []
@@ -244,7 +282,7 @@ def test_one_example_that_alone_does_not_fit_fails_its_job_and_not_the_others() 
 
 def test_the_budget_that_a_large_job_has_shrunk_is_whole_again_once_it_leaves() -> None:
     engine = small_device()
-    engine.admit(EngineJob("long", make_spec(), random_examples(1, 2, low=60, high=61)))
+    engine.admit(EngineJob("long", make_spec(), random_examples(1, 2, low=60, high=61), "me"))
     engine.fits_tokens = 30
     (report,) = engine.step()
     assert isinstance(report.failure, JobTooLargeError)
@@ -269,10 +307,35 @@ def test_an_evaluation_that_does_not_fit_is_scored_in_parts_and_one_example_too_
         engine.evaluate("mine", random_examples(1, 2, low=40, high=41))
 
 
-def test_a_slot_holds_12_bytes_for_every_parameter_of_its_own_rank() -> None:
+def test_a_slot_holds_16_bytes_for_every_parameter_of_its_rank_rounded_up_to_8() -> None:
     engine = make_engine(max_rank=64)
     engine.admit(make_job("mine", rank=3, target_modules=("q_proj",)))
     slot = engine._slots["mine"]
-    assert slot.num_parameters == 2 * 3 * (64 + 64)
-    held = [slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P]
-    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 12 * slot.num_parameters
+    assert slot.bank.layout.num_parameters == 2 * 8 * (64 + 64)
+    held = [slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 16 * slot.bank.layout.num_parameters
+
+
+@pytest.mark.parametrize("num_recomputed", [1, 2])
+def test_recomputed_layers_change_nothing_but_what_is_kept(num_recomputed: int) -> None:
+    plain, saving = make_engine(), make_engine()
+    saving._num_recomputed = num_recomputed
+    for layer in saving._decoder.layers[:num_recomputed]:  # type: ignore[union-attr,index]
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for engine in (plain, saving):
+        engine.admit(make_job("a", dropout=0.3))
+        engine.admit(make_job("b", seed=2, rank=16))
+    assert train(plain) == train(saving)
+    kept, of_saving = (engine._measure_cost().activation_bytes for engine in (plain, saving))
+    assert of_saving < kept * (1 - 0.4 * num_recomputed)
+
+
+def test_a_device_too_small_for_a_full_step_recomputes_as_few_layers_as_will_do() -> None:
+    cost = StepCost(activation_bytes=1000.0, border_bytes=10.0, loss_bytes=500, num_layers=10)
+    assert cost.predict(100, num_recomputed=0) == 100_500
+    assert cost.choose_recomputed(100, usable_bytes=100_500) == 0
+    # One layer whole is held while it is computed again, so the first one recomputed saves nothing.
+    assert cost.choose_recomputed(100, usable_bytes=100_499) == 2
+    assert cost.predict(100, num_recomputed=2) == 100 * (900 + 20) + 500
+    assert cost.choose_recomputed(100, usable_bytes=0) == 10

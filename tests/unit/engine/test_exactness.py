@@ -28,7 +28,6 @@ from tests.unit.engine.tiny import (
     weights_of,
 )
 from worker.engine import Engine, EngineJob
-from worker.engine.planner import plan_step
 
 TINY_SIZES = {
     "vocab_size": VOCABULARY,
@@ -103,7 +102,7 @@ def test_whole_fused_training_ends_where_peft_alone_ends(tmp_path: Path, max_tok
 
 
 def job_of_30_steps(job: EngineJob) -> EngineJob:
-    return EngineJob(job.job_id, job.spec.model_copy(update={"n_epochs": 10}), job.examples)
+    return replace(job, spec=job.spec.model_copy(update={"n_epochs": 10}))
 
 
 @pytest.mark.parametrize("model_type", DECODERS)
@@ -191,9 +190,8 @@ def test_dropout_differs_between_examples_and_between_epochs() -> None:
 
 
 def losses_of_rows(engine: Engine) -> torch.Tensor:
-    plans = plan_step(tuple(engine._slots.values()), engine._max_tokens_per_step)
-    grads = [torch.zeros_like(plan.slot.weights_P) for plan in plans]
-    return engine._forward_backward(plans, engine._pack(plans), grads).losses_M
+    plans = engine._plan()
+    return engine._forward_backward(plans, engine._pack(plans)).losses_M
 
 
 def test_dropout_gradient_is_that_of_the_loss_it_gives() -> None:
@@ -201,9 +199,9 @@ def test_dropout_gradient_is_that_of_the_loss_it_gives() -> None:
     engine.admit(make_job("mine", dropout=0.4))
     randomise_weights(engine, "mine")
     slot = engine._slots["mine"]
-    direction_P = torch.randn(slot.num_parameters, generator=torch.Generator().manual_seed(3))
-    slope = float(torch.dot(flat_gradient(engine)[1], direction_P))
-    width = 1e-3
+    gradient_P = flat_gradient(engine)[1]
+    slope = float(gradient_P.norm())
+    direction_P, width = gradient_P / slope, 1e-2
     slot.weights_P.add_(direction_P, alpha=width)
     above = flat_gradient(engine)[0]
     slot.weights_P.sub_(direction_P, alpha=2 * width)
@@ -212,7 +210,6 @@ def test_dropout_gradient_is_that_of_the_loss_it_gives() -> None:
 
 
 def flat_gradient(engine: Engine) -> tuple[float, torch.Tensor]:
-    plans = plan_step(tuple(engine._slots.values()), engine._max_tokens_per_step)
-    grads = [torch.zeros_like(plan.slot.weights_P) for plan in plans]
-    losses = engine._forward_backward(plans, engine._pack(plans), grads)
-    return float(losses.weighted_sum.detach()), grads[0]
+    plans = engine._plan()
+    losses = engine._forward_backward(plans, engine._pack(plans))
+    return float(losses.weighted_sum.detach()), plans[0].slot.grads_P.clone()

@@ -78,10 +78,9 @@ def test_joining_and_leaving_neighbours_do_not_bend_my_trajectory() -> None:
 
 def test_a_freed_slot_is_scrubbed_and_the_next_tenant_trains_as_on_a_new_engine() -> None:
     engine = make_engine(max_slots=1)
-    engine.admit(make_job("first", seed=8, rank=16, weight_decay=0.5))
+    engine.admit(make_job("first", seed=8, rank=8, weight_decay=0.5))
     train(engine, num_fused_steps=5)
     slot = engine._slots["first"]
-    slot.grads_P = torch.ones_like(slot.weights_P)
     tensors = [slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P, slot.grads_P]
     assert all(bool(tensor.any()) for tensor in tensors)
     engine.evict("first")
@@ -93,6 +92,39 @@ def test_a_freed_slot_is_scrubbed_and_the_next_tenant_trains_as_on_a_new_engine(
     train(fresh)
     expected = weights_of(fresh, "second")
     assert all(torch.equal(weights, expected[name]) for name, weights in weights_of(engine, "second").items())
+
+
+def test_a_neighbour_that_leaves_the_bank_takes_nothing_of_mine_along_and_leaves_nothing_behind() -> None:
+    engine, untouched = make_engine(), make_engine()
+    for job_id in ("first", "mine", "last"):
+        engine.admit(make_job(job_id, seed=len(job_id)))
+        untouched.admit(make_job(job_id, seed=len(job_id)))
+    for each in (engine, untouched):
+        train(each, num_fused_steps=2)
+    bank = engine._slots["mine"].bank
+    before = [bank.weights_SP, bank.grads_SP, bank.exp_avg_SP, bank.exp_avg_sq_SP]
+    engine.evict("first")
+    assert (bank.num_rows, len(bank.weights_SP)) == (2, 2)
+    assert sorted(slot.row for slot in engine._slots.values()) == [0, 1]
+    assert not any(bool(tensor.any()) for tensor in before)
+    for job_id in ("mine", "last"):
+        for name in ("weights_P", "exp_avg_P", "exp_avg_sq_P"):
+            assert torch.equal(getattr(engine._slots[job_id], name), getattr(untouched._slots[job_id], name))
+
+
+def test_padded_ranks_have_a_gradient_of_exactly_zero_and_stay_zero() -> None:
+    engine = make_engine()
+    engine.admit(make_job("mine", rank=3, weight_decay=0.1, dropout=0.2))
+    engine.admit(make_job("neighbour", seed=2, rank=8))
+    slot = engine._slots["mine"]
+    train(engine, num_fused_steps=4)
+    layout = slot.bank.layout
+    assert (layout.padded_rank, slot.bank.num_rows) == (8, 2)
+    for name in layout.linears:
+        for columns in layout.columns(name):
+            for vector_P in (slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P):
+                assert not vector_P[columns].view(8, -1)[3:].any()
+                assert vector_P[columns].view(8, -1)[:3].any()
 
 
 def test_two_jobs_of_one_seed_start_alike_and_learn_their_own_data() -> None:

@@ -5,39 +5,52 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.engine.tiny import make_engine, make_job, randomise_weights
-from worker.engine.linears import FusedLinear, SlotRows, _drop
+from tests.unit.engine.tiny import gradient_pairs, make_engine, make_job, randomise_weights
+from worker.engine.linears import FusedLinear
 from worker.engine.packing import Group, PackedSequence
+from worker.engine.runs import SlotRows, make_runs
 
 NAME = "model.layers.0.mlp.up_proj"
+GROUPS = (
+    Group(3, 12, 0, 0, (PackedSequence(3, 7, 11), PackedSequence(7, 12, 12))),
+    Group(12, 21, 0, 0, (PackedSequence(12, 21, 13),)),
+    Group(21, 24, 0, 0, (PackedSequence(21, 24, 14),)),
+)
 
 
+@pytest.mark.parametrize("is_grouped", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_every_gradient_is_autograds_own(dropout: float) -> None:
+def test_every_gradient_is_autograds_own(*, dropout: float, is_grouped: bool) -> None:
     engine = make_engine()
-    engine.admit(make_job("mine", rank=6, dropout=dropout))
-    randomise_weights(engine, "mine")
-    slot, fused = engine._slots["mine"], engine._decoder.get_submodule(NAME.removeprefix("model."))
+    for index in range(3):
+        engine.admit(make_job(str(index), seed=index, rank=6, dropout=dropout))
+        randomise_weights(engine, str(index), seed=index)
+    slots, fused = list(engine._slots.values()), engine._decoder.get_submodule(NAME.removeprefix("model."))
     assert isinstance(fused, FusedLinear)
-    grads = slot.view(torch.zeros_like(slot.weights_P))
-    rows = Group(slot.index, 3, 12, 0, 0, (PackedSequence(3, 7, 11), PackedSequence(7, 12, 12)))
-    part = SlotRows(slot, rows, grads)
+    runs = make_runs([SlotRows(slot, rows) for slot, rows in zip(slots, GROUPS, strict=True)], is_grouped=is_grouped)
+    assert [len(run.parts) for run in runs] == ([3] if is_grouped else [2, 1])
     generator = torch.Generator().manual_seed(1)
-    x_1tk = torch.randn(1, 12, 64, generator=generator, requires_grad=True)
-    y_grad_1tn = torch.randn(1, 12, 96, generator=generator)
-    engine._context.parts = (part,)
-    y_1tn = fused(x_1tk)
-    y_1tn.backward(y_grad_1tn)
+    x_1tk = torch.randn(1, 24, 64, generator=generator, requires_grad=True)
+    y_grad_1tn = torch.randn(1, 24, 96, generator=generator)
+    with engine._context.running(runs):
+        y_1tn = fused(x_1tk)
+        y_1tn.backward(y_grad_1tn)
 
     x_again_1tk = x_1tk.detach().clone().requires_grad_()
-    a_rk = slot.weights[NAME].A_RK.clone().requires_grad_()
-    b_nr = slot.weights[NAME].B_NR.clone().requires_grad_()
-    mask_tk = _drop(torch.ones(9, 64), part, NAME)
+    mask_tk = torch.cat([run.drop(torch.ones(run.rows.stop - run.rows.start, 64), NAME) for run in runs])
     assert bool((mask_tk == 0).any()) == (dropout > 0)
-    lora_tn = (x_again_1tk[0, 3:] * mask_tk) @ a_rk.T @ b_nr.T * slot.job.spec.adapter.scale
-    expected_1tn = fused.base(x_again_1tk) + torch.cat([torch.zeros(3, 96), lora_tn])[None]
+    dropped_tk = x_again_1tk[0, 3:] * mask_tk
+    leaves, pieces = [], [torch.zeros(3, 96)]
+    for slot, rows in zip(slots, GROUPS, strict=True):
+        pair = slot.pairs()[NAME]
+        leaves.append([pair.A_RK.clone().requires_grad_(), pair.B_NR.clone().requires_grad_()])
+        x_tk = dropped_tk[rows.start - 3 : rows.end - 3]
+        pieces.append(x_tk @ leaves[-1][0].T @ leaves[-1][1].T * slot.job.spec.adapter.scale)
+    expected_1tn = torch.nn.functional.linear(x_again_1tk, fused.base.weight) + torch.cat(pieces)[None]
     expected_1tn.backward(y_grad_1tn)
     torch.testing.assert_close(y_1tn, expected_1tn)
     torch.testing.assert_close(x_1tk.grad, x_again_1tk.grad)
-    torch.testing.assert_close(grads[NAME].A_RK, a_rk.grad)
-    torch.testing.assert_close(grads[NAME].B_NR, b_nr.grad)
+    for slot, (a_rk, b_nr) in zip(slots, leaves, strict=True):
+        found = gradient_pairs(slot)[NAME]
+        torch.testing.assert_close(found.A_RK, a_rk.grad)
+        torch.testing.assert_close(found.B_NR, b_nr.grad)

@@ -14,8 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from core.domain.training import AdapterConfig, TrainingSpec, count_steps, learning_rate_at, order_examples
 from worker.engine import Engine, EngineJob, Example, StepMetrics
-from worker.engine.planner import plan_step
-from worker.engine.slots import LoraPair
+from worker.engine.slots import LoraPair, Slot
 
 VOCABULARY = 128
 ALL_MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
@@ -64,8 +63,12 @@ def make_spec(**changes: object) -> TrainingSpec:
     return TrainingSpec.model_validate(values | changes)
 
 
-def make_job(name: str, *, seed: int = 1, count: int = 10, share: float = 1.0, **changes: object) -> EngineJob:
-    return EngineJob(name, make_spec(seed=seed, **changes), random_examples(seed, count), share)
+def make_job(
+    name: str, *, seed: int = 1, count: int = 10, tenant: str | None = None, share: float = 1.0, **changes: object
+) -> EngineJob:
+    """Return a job, of a tenant of its own unless one is named."""
+    spec = make_spec(seed=seed, **changes)
+    return EngineJob(name, spec, random_examples(seed, count), tenant=tenant or name, share=share)
 
 
 def make_engine(model: Any = None, *, max_slots: int = 4, max_rank: int = 16, max_tokens: int = 256) -> Engine:
@@ -93,22 +96,31 @@ def train(engine: Engine, *, num_fused_steps: int = 1_000_000) -> dict[str, list
 
 def randomise_weights(engine: Engine, job_id: str, *, seed: int = 7) -> None:
     """Make B other than zero, so that A has gradients too."""
-    slot = engine._slots[job_id]
-    slot.weights_P.copy_(torch.randn(slot.num_parameters, generator=torch.Generator().manual_seed(seed)) * 0.1)
+    generator = torch.Generator().manual_seed(seed)
+    for pair in engine._slots[job_id].pairs().values():
+        for matrix in (pair.A_RK, pair.B_NR):
+            matrix.copy_(torch.randn(matrix.shape, generator=generator) * 0.1)
 
 
 def fused_gradients(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     """Return every job's gradients of one fused step, by PEFT's parameter names, without updating anything."""
-    plans = plan_step(tuple(engine._slots.values()), engine._max_tokens_per_step)
-    grads = [torch.zeros_like(plan.slot.weights_P) for plan in plans]
-    engine._forward_backward(plans, engine._pack(plans), grads)
-    return {
-        plan.slot.job.job_id: name_as_peft(plan.slot.view(grads_P)) for plan, grads_P in zip(plans, grads, strict=True)
-    }
+    plans = engine._plan()
+    engine._forward_backward(plans, engine._pack(plans))
+    return {plan.slot.job.job_id: name_as_peft(gradient_pairs(plan.slot)) for plan in plans}
+
+
+def gradient_pairs(slot: Slot) -> dict[str, LoraPair]:
+    """Return a slot's gradients as its weights are viewed."""
+    rank, layout, pairs = slot.job.spec.adapter.rank, slot.bank.layout, {}
+    for name, (k, n) in layout.linears.items():
+        a_columns, b_columns = layout.columns(name)
+        A_RK, Bt_RN = slot.grads_P[a_columns].clone().view(-1, k), slot.grads_P[b_columns].clone().view(-1, n)
+        pairs[name] = LoraPair(A_RK[:rank], Bt_RN[:rank].T)
+    return pairs
 
 
 def weights_of(engine: Engine, job_id: str) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in name_as_peft(engine._slots[job_id].weights).items()}
+    return {name: tensor.clone() for name, tensor in name_as_peft(engine._slots[job_id].pairs()).items()}
 
 
 def name_as_peft(pairs: dict[str, LoraPair]) -> dict[str, torch.Tensor]:

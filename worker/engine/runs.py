@@ -1,0 +1,153 @@
+"""Runs: stretches of the packed stream whose LoRA products are taken together.
+
+A run's slots belong to one bank and scale alike. Where its products are batched (CPU), they are neighbouring rows of
+the bank with equally many rows of the stream each, so that every operand is a view; what fits no neighbour is a run of
+its own. Where they are grouped (CUDA), a run is all such slots of a bank. Either way each slot is multiplied with its
+own matrices alone: what one of them holds cannot reach another.
+
+Shapes: S slots of the run, t rows of it, K in, N out, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+from worker.engine.banks import Bank, LoraStack
+from worker.engine.packing import Group
+from worker.engine.slots import Slot, stable_hash
+
+
+class _Kind(NamedTuple):
+    """What slots must share to be one run; it also orders them in the stream."""
+
+    bank_index: int
+    is_first: bool
+    has_dropout: bool
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class SlotRows:
+    """One slot's part of a step; `is_training` is False when it is only evaluated, without dropout."""
+
+    slot: Slot
+    group: Group
+    is_training: bool = True
+
+    @property
+    def kind(self) -> _Kind:
+        return _kind_of(self.slot, is_training=self.is_training)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """`offsets` [S] (int32, where each slot's rows end) is None where every slot has equally many rows."""
+
+    parts: tuple[SlotRows, ...]
+    kind: _Kind
+    bank_rows: slice | Tensor
+    rows: slice
+    offsets: Tensor | None
+
+    @property
+    def bank(self) -> Bank:
+        return self.parts[0].slot.bank
+
+    def weights(self, name: str, dtype: torch.dtype) -> LoraStack:
+        stack = self.bank.weights(self.bank_rows, name)
+        if stack.A_SRK.dtype == dtype:
+            return stack
+        return LoraStack(stack.A_SRK.to(dtype), stack.Bt_SRN.to(dtype))
+
+    def collect_grads(self, name: str, found: LoraStack) -> None:
+        """Start the optimizer batch's gradients with these, or add these to them."""
+        self.bank.collect_grads(self.bank_rows, name, found, factor=self.kind.scale, is_first=self.kind.is_first)
+
+    def multiply(self, x_tK: Tensor, matrices_SKN: Tensor) -> Tensor:
+        """Return each slot's rows times its own matrix [t, N]."""
+        if self.offsets is not None:
+            return grouped_mm(x_tK, matrices_SKN, offs=self.offsets)
+        num_slots, num_inputs, num_outputs = matrices_SKN.shape
+        return torch.bmm(x_tK.view(num_slots, -1, num_inputs), matrices_SKN).view(-1, num_outputs)
+
+    def add_product(self, y_tN: Tensor, h_tR: Tensor, matrices_SRN: Tensor) -> None:
+        """Add scale times each slot's rows of h times its own matrix to its rows of y, in place."""
+        if self.offsets is not None:
+            y_tN.add_(grouped_mm(h_tR, matrices_SRN, offs=self.offsets), alpha=self.kind.scale)
+            return
+        num_slots, rank, num_outputs = matrices_SRN.shape
+        y_SrN = y_tN.view(num_slots, -1, num_outputs)
+        y_SrN.baddbmm_(h_tR.view(num_slots, -1, rank), matrices_SRN, alpha=self.kind.scale)
+
+    def sum_outer(self, h_tR: Tensor, x_tK: Tensor) -> Tensor:
+        """Return each slot's sum over its rows of h times x [S, R, K]."""
+        if self.offsets is not None:
+            return grouped_mm(h_tR.T, x_tK, offs=self.offsets)
+        num_slots = len(self.parts)
+        h_SrR, x_SrK = h_tR.view(num_slots, -1, h_tR.shape[1]), x_tK.view(num_slots, -1, x_tK.shape[1])
+        return torch.bmm(h_SrR.transpose(1, 2), x_SrK)
+
+    def drop(self, rows_tK: Tensor, name: str) -> Tensor:
+        """Apply LoRA dropout: the same mask for the same example, epoch and linear, wherever it is computed."""
+        if not self.kind.has_dropout:
+            return rows_tK
+        factors_tK = torch.cat([self._factors(part, rows_tK, name) for part in self.parts])
+        return torch.where(factors_tK > 0, rows_tK * factors_tK, 0)
+
+    def _factors(self, part: SlotRows, rows_tK: Tensor, name: str) -> Tensor:
+        probability, pieces = part.slot.job.spec.adapter.dropout, []
+        for sequence in part.group.sequences:
+            generator = torch.Generator(rows_tK.device).manual_seed(stable_hash(sequence.dropout_key, name))
+            shape = (sequence.end - sequence.start, rows_tK.shape[1])
+            kept = torch.rand(shape, generator=generator, device=rows_tK.device) >= probability
+            pieces.append((kept / (1 - probability)).to(rows_tK.dtype))
+        return torch.cat(pieces)
+
+
+def stream_order(slot: Slot) -> tuple[_Kind, int]:
+    """Return where a training slot stands in the stream, so that what can make a run is neighbours."""
+    return _kind_of(slot, is_training=True), slot.row
+
+
+def make_runs(parts: Sequence[SlotRows], *, is_grouped: bool) -> tuple[Run, ...]:
+    """Cut a step's parts, in stream order, into runs."""
+    stretches: list[list[SlotRows]] = []
+    for part in parts:
+        if stretches and _continues(stretches[-1][-1], part, is_grouped=is_grouped):
+            stretches[-1].append(part)
+        else:
+            stretches.append([part])
+    return tuple(_make_run(stretch, is_grouped=is_grouped) for stretch in stretches)
+
+
+def _kind_of(slot: Slot, *, is_training: bool) -> _Kind:
+    adapter = slot.job.spec.adapter
+    return _Kind(slot.bank.index, slot.tally.position == 0, is_training and adapter.dropout > 0, adapter.scale)
+
+
+def _continues(last: SlotRows, part: SlotRows, *, is_grouped: bool) -> bool:
+    is_neighbour = last.slot.row + 1 == part.slot.row and last.group.num_tokens == part.group.num_tokens
+    return last.kind == part.kind and (is_grouped or is_neighbour)
+
+
+def _make_run(parts: list[SlotRows], *, is_grouped: bool) -> Run:
+    first, last, device = parts[0], parts[-1], parts[0].slot.weights_P.device
+    offsets = torch.tensor([part.group.end - first.group.start for part in parts], dtype=torch.int32)
+    is_contiguous = last.slot.row - first.slot.row == len(parts) - 1
+    return Run(
+        parts=tuple(parts),
+        kind=first.kind,
+        bank_rows=(
+            slice(first.slot.row, last.slot.row + 1)
+            if is_contiguous
+            else torch.tensor([part.slot.row for part in parts], device=device)
+        ),
+        rows=slice(first.group.start, last.group.end),
+        offsets=offsets.to(device) if is_grouped else None,
+    )
