@@ -190,14 +190,18 @@ class TrainerJob:
             ),
         )
         verify_adapter(directory, adapter=self._order.spec.adapter, base_model_id=facts.base_model_id)
+        earlier = tuple(self._uploads)
         self._uploads.append(
-            self._channel.run_in_background(lambda: self._publish_checkpoint(step, directory, metrics))
+            self._channel.run_in_background(lambda: self._publish_checkpoint(step, directory, metrics, earlier))
         )
 
-    def _publish_checkpoint(self, step: int, directory: Path, metrics: dict[str, float]) -> None:
+    def _publish_checkpoint(
+        self, step: int, directory: Path, metrics: dict[str, float], earlier: tuple[Future[None], ...]
+    ) -> None:
         artifact = f"checkpoints/step-{step}"
         try:
             files = self._upload(artifact, directory, ADAPTER_FILES)
+            wait(earlier)  # they are listed in the order in which they are told of
         except TransferError as error:
             self._warn(f"The checkpoint of step {step} could not be stored: {error}")
             return
