@@ -25,6 +25,7 @@ from core.db.session import connect, service_transaction
 from core.queue import WakeUpPublisher
 from core.services.attempts import claimable_pools, expire_leases
 from core.services.jobs import WAKE_CHANNEL
+from core.services.submissions import forget_expired_keys
 from core.settings import ScheduleSettings
 from core.storage import ObjectStore, S3ObjectStore, StorageError
 from core.telemetry import configure_logs
@@ -92,6 +93,7 @@ class Schedule:
     def clean(self) -> None:
         """Delete the objects of deleted files; the row is marked only when its object is gone."""
         with service_transaction(self._engine) as session:
+            forget_expired_keys(session)
             deleted = session.scalars(
                 select(File).where(File.deleted_at.is_not(None), File.purged_at.is_(None)).limit(100)
             ).all()

@@ -77,7 +77,7 @@ class JobObject(BaseModel):
     method: dict[str, Any]
     result_files: list[str]
     integrations: list[dict[str, Any]]
-    metadata: dict[str, str]
+    metadata: dict[str, str] | None
     seed: int
     trained_tokens: int | None
     error: dict[str, Any] | None
@@ -113,7 +113,7 @@ class JobObject(BaseModel):
             method={"type": "supervised", "supervised": {"hyperparameters": shown}},
             result_files=[format_id(IdKind.FILE, row.result_file_id)] if row.result_file_id else [],
             integrations=[],
-            metadata=row.job_metadata,
+            metadata=row.job_metadata or None,
             seed=spec.seed,
             trained_tokens=row.trained_tokens,
             error=row.error,

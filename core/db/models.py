@@ -153,6 +153,7 @@ class Job(Row):
     # `metadata` is taken by SQLAlchemy; `job_metadata` maps to the column of that name.
     job_metadata: Mapped[Json] = mapped_column("metadata", server_default=text("'{}'::jsonb"))
     spec: Mapped[Json]
+    request_hash: Mapped[bytes | None]
     total_steps: Mapped[int]
     priority: Mapped[int] = mapped_column(server_default="0")
     status: Mapped[str]
@@ -169,6 +170,20 @@ class Job(Row):
     started_at: Mapped[dt.datetime | None]
     finished_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
+
+
+class IdempotencyKey(Row):
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"], ondelete="CASCADE"),
+        CheckConstraint("length(key) between 1 and 255", name="key_length"),
+        CheckConstraint("length(request_hash) = 32", name="request_hash_length"),
+    )
+    tenant_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request_hash: Mapped[bytes]
+    job_id: Mapped[uuid.UUID]
+    created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now(), index=True)
 
 
 class Attempt(Row):

@@ -7,6 +7,7 @@
     |- PermissionDeniedError    a live key that may not do this
     |- NotFoundError            no such thing for this tenant (another tenant's thing is no thing)
     |- ConflictError            the thing's present state forbids this
+    |- IdempotencyKeyReusedError  an Idempotency-Key that stands for another request
     |- RateLimitedError         too much or too fast; later may work
     '- UnavailableError         our fault, and passing
 
@@ -58,6 +59,10 @@ class NotFoundError(DomainError):
 
 class ConflictError(DomainError):
     default_code = "conflict"
+
+
+class IdempotencyKeyReusedError(DomainError):
+    default_code = "idempotency_key_reused"
 
 
 class RateLimitedError(DomainError):
