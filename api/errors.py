@@ -23,6 +23,7 @@ from core.domain.errors import (
     RateLimitedError,
     UnauthenticatedError,
     UnavailableError,
+    UnsupportedError,
 )
 from core.storage import ObjectNotFoundError, StorageError
 
@@ -37,15 +38,18 @@ STATUSES: dict[type[DomainError], int] = {
     ConflictError: 409,
     IdempotencyKeyReusedError: 422,
     RateLimitedError: 429,
+    UnsupportedError: 501,
     UnavailableError: 503,
     DomainError: 500,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _KINDS = {"int", "float", "str", "bool", "dict"}
 _RETRY_AFTER = {"retry-after": "2"}
+_FINAL = {"x-should-retry": "false"}
 # A conflict of states stays one, however often the client asks again; what is too much or too fast needs a while.
 _HEADERS: dict[type[DomainError], dict[str, str]] = {
-    ConflictError: {"x-should-retry": "false"},
+    ConflictError: _FINAL,
+    UnsupportedError: _FINAL,
     RateLimitedError: {"retry-after": "10"},
     UnavailableError: _RETRY_AFTER,
 }

@@ -31,6 +31,7 @@ class FileObject(BaseModel):
     object: str = "file"
     bytes: int
     created_at: int
+    expires_at: int | None
     filename: str
     purpose: str
     status: str
@@ -45,6 +46,7 @@ class FileObject(BaseModel):
             id=format_id(IdKind.FILE, row.id),
             bytes=row.size_bytes,
             created_at=_seconds(row.created_at),
+            expires_at=_seconds(row.expires_at) if row.expires_at else None,
             filename=row.filename,
             purpose=row.purpose,
             status=row.status,
@@ -191,6 +193,11 @@ class ModelObject(BaseModel):
     def of_adapter(cls, row: Adapter) -> ModelObject:
         owner = format_id(IdKind.TENANT, row.tenant_id)
         return cls(id=row.name, created=_seconds(row.created_at), owned_by=owner)
+
+    @classmethod
+    def of_checkpoint(cls, row: Checkpoint) -> ModelObject:
+        owner = format_id(IdKind.TENANT, row.tenant_id)
+        return cls(id=row.model_name, created=_seconds(row.created_at), owned_by=owner)
 
 
 class AdapterObject(BaseModel):

@@ -9,6 +9,7 @@
     |- ConflictError            the thing's present state forbids this
     |- IdempotencyKeyReusedError  an Idempotency-Key that stands for another request
     |- RateLimitedError         too much or too fast; later may work
+    |- UnsupportedError         a call of OpenAI's that this service does not have
     '- UnavailableError         our fault, and passing
 
 `code` is public and stable; `param` names the field to change. Only `api/errors.py` knows HTTP statuses.
@@ -67,6 +68,10 @@ class IdempotencyKeyReusedError(DomainError):
 
 class RateLimitedError(DomainError):
     default_code = "rate_limited"
+
+
+class UnsupportedError(DomainError):
+    default_code = "not_supported"
 
 
 class UnavailableError(DomainError):

@@ -22,6 +22,9 @@ class IdKind(StrEnum):
     CHECKPOINT = "ftckpt_"
     ADAPTER = "adapter-"
     TENANT = "org-"
+    UPLOAD = "upload_"
+    PART = "part_"
+    PERMISSION = "cp_"
 
 
 def new_id() -> uuid.UUID:

@@ -51,5 +51,9 @@ def is_fine_tuned_model(model: str) -> bool:
     return model.startswith("ft:")
 
 
+def is_checkpoint_model(model: str) -> bool:
+    return is_fine_tuned_model(model) and ":ckpt-step-" in model
+
+
 def checkpoint_model_name(fine_tuned_model: str, step: int) -> str:
     return f"{fine_tuned_model}:ckpt-step-{step}"
