@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
-from api.dependencies import Caller, Now, Settings, Store, Transaction
+from api.dependencies import Caller, Now, Settings, Store, Transaction, needs
 from api.schemas.objects import (
     CheckpointObject,
     DeletedObject,
@@ -20,6 +20,7 @@ from api.schemas.objects import (
     as_list,
 )
 from api.schemas.sharing import CreatePermissions, PermissionObject
+from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, format_id, parse_id
 from core.services import checkpoints
 from core.services.pages import Page
@@ -27,7 +28,7 @@ from core.services.pages import Page
 router = APIRouter(prefix="/v1/fine_tuning/checkpoints", tags=["checkpoints"])
 
 
-@router.post("/{checkpoint:path}/permissions")
+@router.post("/{checkpoint:path}/permissions", dependencies=[needs(Scope.ADMIN)])
 def create_permissions(
     session: Transaction, caller: Caller, checkpoint: str, body: CreatePermissions
 ) -> ListObject[PermissionObject]:
@@ -36,7 +37,7 @@ def create_permissions(
     return as_list(Page(items=tuple(made), has_more=False), PermissionObject.of)
 
 
-@router.get("/{checkpoint:path}/permissions")
+@router.get("/{checkpoint:path}/permissions", dependencies=[needs(Scope.ADMIN)])
 def list_permissions(
     session: Transaction,
     caller: Caller,
@@ -58,14 +59,14 @@ def list_permissions(
     return as_list(page, PermissionObject.of)
 
 
-@router.delete("/{checkpoint:path}/permissions/{permission_id}")
+@router.delete("/{checkpoint:path}/permissions/{permission_id}", dependencies=[needs(Scope.ADMIN)])
 def delete_permission(session: Transaction, caller: Caller, checkpoint: str, permission_id: str) -> DeletedObject:
     row_id = parse_id(IdKind.PERMISSION, permission_id)
     checkpoints.revoke_permission(session, caller.tenant_id, name=checkpoint, permission_id=row_id)
     return DeletedObject(id=permission_id, object="checkpoint.permission")
 
 
-@router.get("/{checkpoint:path}/download")
+@router.get("/{checkpoint:path}/download", dependencies=[needs(Scope.DOWNLOAD)])
 def download_checkpoint(
     session: Transaction, caller: Caller, store: Store, settings: Settings, now: Now, checkpoint: str
 ) -> DownloadObject:
@@ -86,6 +87,6 @@ def download_checkpoint(
     )
 
 
-@router.get("/{checkpoint:path}")
+@router.get("/{checkpoint:path}", dependencies=[needs(Scope.READ)])
 def get_checkpoint(session: Transaction, caller: Caller, checkpoint: str) -> CheckpointObject:
     return CheckpointObject.of(checkpoints.find_checkpoint(session, caller.tenant_id, name=checkpoint))

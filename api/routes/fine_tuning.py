@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from api.dependencies import Caller, Database, Now, Transaction
+from api.dependencies import Caller, Database, Now, Transaction, needs
 from api.schemas.objects import CheckpointObject, EventObject, JobObject, ListObject, as_list
 from api.schemas.requests import CreateJob
 from core.db.session import tenant_transaction
+from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters, events, jobs, submissions
 
@@ -19,7 +20,7 @@ IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, patt
 RetryCount = Annotated[int, Header(ge=0)]
 
 
-@router.post("")
+@router.post("", dependencies=[needs(Scope.SUBMIT)])
 def create_job(
     response: Response,
     database: Database,
@@ -47,7 +48,7 @@ def create_job(
     return JobObject.of(submission.job, now=now)
 
 
-@router.get("")
+@router.get("", dependencies=[needs(Scope.READ)])
 def list_jobs(
     request: Request,
     session: Transaction,
@@ -69,17 +70,17 @@ def list_jobs(
     return as_list(page, lambda row: JobObject.of(row, now=now))
 
 
-@router.get("/{job_id}")
+@router.get("/{job_id}", dependencies=[needs(Scope.READ)])
 def get_job(session: Transaction, caller: Caller, now: Now, job_id: str) -> JobObject:
     return JobObject.of(jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)), now=now)
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", dependencies=[needs(Scope.SUBMIT)])
 def cancel_job(session: Transaction, caller: Caller, now: Now, job_id: str) -> JobObject:
     return JobObject.of(jobs.cancel_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)), now=now)
 
 
-@router.get("/{job_id}/events")
+@router.get("/{job_id}/events", dependencies=[needs(Scope.READ)])
 def list_events(
     session: Transaction, caller: Caller, job_id: str, limit: Limit = 20, after: str | None = None
 ) -> ListObject[EventObject]:
@@ -89,7 +90,7 @@ def list_events(
     return as_list(page, EventObject.of)
 
 
-@router.get("/{job_id}/checkpoints")
+@router.get("/{job_id}/checkpoints", dependencies=[needs(Scope.READ)])
 def list_checkpoints(
     session: Transaction, caller: Caller, job_id: str, limit: Limit = 10, after: str | None = None
 ) -> ListObject[CheckpointObject]:

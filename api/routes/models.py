@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.dependencies import Caller, Transaction
+from api.dependencies import Caller, Transaction, needs
 from api.schemas.objects import DeletedObject, ListObject, ModelObject
+from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError
 from core.domain.jobs import is_checkpoint_model, is_fine_tuned_model
 from core.services import adapters, base_models, checkpoints
@@ -14,14 +15,14 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 _MAX_ADAPTERS = 10_000
 
 
-@router.get("")
+@router.get("", dependencies=[needs(Scope.READ)])
 def list_models(session: Transaction, caller: Caller) -> ListObject[ModelObject]:
     bases = [ModelObject.of_base(row) for row in base_models.list_base_models(session)]
     own = adapters.list_adapters(session, caller.tenant_id, after=None, limit=_MAX_ADAPTERS)
     return ListObject(data=bases + [ModelObject.of_adapter(row) for row in own.items], has_more=own.has_more)
 
 
-@router.get("/{model:path}")
+@router.get("/{model:path}", dependencies=[needs(Scope.READ)])
 def get_model(session: Transaction, caller: Caller, model: str) -> ModelObject:
     if is_checkpoint_model(model):
         return ModelObject.of_checkpoint(checkpoints.find_checkpoint(session, caller.tenant_id, name=model))
@@ -30,7 +31,7 @@ def get_model(session: Transaction, caller: Caller, model: str) -> ModelObject:
     return ModelObject.of_base(base_models.get_base_model(session, model))
 
 
-@router.delete("/{model:path}")
+@router.delete("/{model:path}", dependencies=[needs(Scope.SUBMIT)])
 def delete_model(session: Transaction, caller: Caller, model: str) -> DeletedObject:
     """Delete a fine-tuned model, or one checkpoint, and its objects."""
     if is_checkpoint_model(model):

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Request
 
-from api.dependencies import Body, Caller, Database, Now, Store, Transaction
+from api.dependencies import Body, Caller, Database, Now, Store, Transaction, needs
 from api.intake import store_dataset
 from api.schemas.uploads import (
     MAX_PART_BYTES,
@@ -23,6 +23,7 @@ from api.schemas.uploads import (
 from api.uploads import MultipartUpload, display_name
 from core.db.models import Upload
 from core.db.session import tenant_transaction
+from core.domain.api_keys import Scope
 from core.domain.errors import DomainError, InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, new_id, parse_id
 from core.domain.objects import upload_prefix
@@ -34,7 +35,7 @@ from core.storage import ObjectStore
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
 
-@router.post("")
+@router.post("", dependencies=[needs(Scope.SUBMIT)])
 def create_upload(session: Transaction, caller: Caller, now: Now, body: CreateUpload) -> UploadObject:
     require_trainable(body.purpose)
     new = NewUpload(
@@ -47,7 +48,7 @@ def create_upload(session: Transaction, caller: Caller, now: Now, body: CreateUp
     return UploadObject.of(uploads.create_upload(session, caller.tenant_id, new=new), now=now)
 
 
-@router.post("/{upload_id}/parts")
+@router.post("/{upload_id}/parts", dependencies=[needs(Scope.SUBMIT)])
 def add_part(
     request: Request, body: Body, caller: Caller, database: Database, store: Store, upload_id: str
 ) -> PartObject:
@@ -72,7 +73,7 @@ def add_part(
         raise
 
 
-@router.post("/{upload_id}/complete")
+@router.post("/{upload_id}/complete", dependencies=[needs(Scope.SUBMIT)])
 def complete_upload(
     caller: Caller, database: Database, store: Store, now: Now, upload_id: str, body: CompleteUpload
 ) -> UploadObject:
@@ -97,7 +98,7 @@ def complete_upload(
     return UploadObject.of(upload, now=now, file=row)
 
 
-@router.post("/{upload_id}/cancel")
+@router.post("/{upload_id}/cancel", dependencies=[needs(Scope.SUBMIT)])
 def cancel_upload(session: Transaction, caller: Caller, now: Now, upload_id: str) -> UploadObject:
     row_id = parse_id(IdKind.UPLOAD, upload_id)
     return UploadObject.of(uploads.cancel_upload(session, caller.tenant_id, upload_id=row_id), now=now)
