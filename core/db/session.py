@@ -9,10 +9,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.orm import Session, SessionTransaction
+
+# A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
+_IDLE_TRANSACTION_MILLISECONDS = 5000
 
 
 def connect(database_url: str, *, pool_size: int = 5) -> Engine:
@@ -23,7 +25,13 @@ def connect(database_url: str, *, pool_size: int = 5) -> Engine:
         max_overflow=pool_size,
         pool_timeout=5,
         pool_pre_ping=True,
-        connect_args={"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3},
+        connect_args={
+            "connect_timeout": 5,
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MILLISECONDS}",
+        },
     )
 
 
@@ -39,6 +47,12 @@ def key_transaction(engine: Engine, key_id: str) -> Iterator[Session]:
     """Open a transaction that sees one API key's row only: whose tenant it is is not yet known."""
     with _transaction(engine, {"app.key_id": key_id}) as session:
         yield session
+
+
+def enter_tenant(session: Session, tenant_id: uuid.UUID) -> None:
+    """Let a transaction that has found out whose key it holds see that tenant's rows too."""
+    session.info["app.tenant_id"] = str(tenant_id)
+    _announce(session.connection(), "app.tenant_id", str(tenant_id))
 
 
 @contextmanager
@@ -58,8 +72,11 @@ def _transaction(engine: Engine, identity: dict[str, str]) -> Iterator[Session]:
 @event.listens_for(Session, "after_begin")
 def _announce_identity(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
     for name, value in session.info.items():
-        parameters: dict[str, Any] = {"name": name, "value": value}
-        connection.execute(text("select set_config(:name, :value, true)"), parameters)
+        _announce(connection, name, value)
+
+
+def _announce(connection: Connection, name: str, value: str) -> None:
+    connection.execute(text("select set_config(:name, :value, true)"), {"name": name, "value": value})
 
 
 def ping(engine: Engine) -> None:
