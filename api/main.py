@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 
 from api.errors import install_error_handlers
+from api.feeds import EventFeed
 from api.middleware import RequestIdMiddleware
-from api.routes import adapters, files, fine_tuning, health, models
+from api.routes import adapters, files, fine_tuning, health, logs, metrics, models, streams
 from core.db.session import connect
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
 
 
 def create_app(settings: ApiSettings) -> FastAPI:
-    app = FastAPI(title="Espalier", version="0.1.0", description="OpenAI's fine-tuning API on your own GPUs.")
+    app = FastAPI(
+        title="Espalier", version="0.1.0", description="OpenAI's fine-tuning API on your own GPUs.", lifespan=_live
+    )
     app.state.settings = settings
-    app.state.engine = connect(settings.database_url.get_secret_value(), pool_size=20)
+    database_url = settings.database_url.get_secret_value()
+    app.state.engine = connect(database_url, pool_size=20)
+    app.state.feed = EventFeed(app.state.engine, database_url)
     app.state.store = S3ObjectStore(settings.storage_config)
-    for routes in (files, fine_tuning, models, adapters, health):
+    for routes in (files, fine_tuning, streams, metrics, logs, models, adapters, health):
         app.include_router(routes.router)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     return app
+
+
+@asynccontextmanager
+async def _live(app: FastAPI) -> AsyncIterator[None]:
+    feed: EventFeed = app.state.feed
+    async with feed.running():
+        yield
