@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from core.crashpoints import CrashPoint, reach
 from core.db.models import BaseModelRow, File, Job, Tenant
 from core.db.session import service_transaction
 from core.domain.ids import IdKind, format_id, new_id
@@ -179,6 +180,7 @@ class Runner:
             job = self._claim()
             if job is None:
                 return
+            reach(CrashPoint.POST_CLAIM)
             if not self._held:
                 self._keeper.reset()
             lease = _lease_of(job)
@@ -272,6 +274,7 @@ class Runner:
             size_bytes=report.result_file.size_bytes,
             sha256=report.result_file.sha256,
         )
+        reach(CrashPoint.PRE_FINISH)
         with service_transaction(self._engine) as session:
             attempts.succeed_attempt(
                 session,
@@ -280,6 +283,7 @@ class Runner:
                 result_file=result_file,
                 trained_tokens=report.trained_tokens,
             )
+        reach(CrashPoint.POST_FINISH)
         log.info("job.succeeded", job_id=format_id(IdKind.JOB, held.lease.job_id), lease_token=held.lease.token)
         self._drop(held)
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
-from sqlalchemy import func, select, text, update
+from sqlalchemy import event, func, select, text, update
 from sqlalchemy.orm import Session
 
+from core.crashpoints import CrashPoint, reach
 from core.db.models import Attempt, BaseModelRow, File, Job, Tenant
 from core.domain.errors import ConflictError, InvalidRequestError, NotFoundError, RateLimitedError
 from core.domain.ids import IdKind, format_id, new_id
@@ -96,6 +97,7 @@ def submit_job(session: Session, tenant_id: uuid.UUID, *, request: JobRequest) -
     session.flush()
     record_event(session, job, message="Validated the files and queued the job.")
     announce_work(session, job.pool)
+    event.listen(session, "after_commit", lambda _session: reach(CrashPoint.POST_INSERT), once=True)
     session.refresh(job)
     return job
 

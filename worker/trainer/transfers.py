@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import stamina
 
+from core.crashpoints import CrashPoint, reach
 from worker.messages import RemoteFile, StoredFile
 from worker.trainer.failures import TransferError
 
@@ -68,6 +69,7 @@ def upload(url: str, path: Path, *, name: str, on_progress: Callable[[], None]) 
 def _read_chunks(path: Path, on_chunk: Callable[[bytes], None], on_progress: Callable[[], None]) -> Iterator[bytes]:
     with path.open("rb") as content:
         while chunk := content.read(CHUNK_BYTES):
+            reach(CrashPoint.UPLOAD)
             on_chunk(chunk)
             on_progress()
             yield chunk
