@@ -262,7 +262,8 @@ def test_a_hostile_line_costs_about_as_much_as_an_honest_one(name: str) -> None:
     line = HOSTILE_LINES[name]
     started = time.process_time()
     report = check(line + b"\n")
-    assert time.process_time() - started < 1.0  # quadratic time would be minutes
+    # 0.4 s alone, over 1 s in a process whose heap the collector must walk; quadratic time would be minutes.
+    assert time.process_time() - started < 3.0
     assert report.num_problems == 1
     assert len(json.dumps(report.summarize())) < 500
 
