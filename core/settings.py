@@ -64,6 +64,7 @@ class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings):
     wake_interval_seconds: float = 1.0
     reap_interval_seconds: float = 5.0
     clean_interval_seconds: float = 60.0
+    leader_lease_seconds: float = Field(default=6.0, gt=0)
 
 
 class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings):

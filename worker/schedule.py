@@ -1,13 +1,17 @@
 """The clock beside the workers: wakes pools that have work, expires leases, deletes what tenants deleted.
 
-Every duty may be done twice or by two schedules at once: wake-ups are hints, and expiry re-checks the lease in the
-statement that locks it. A notification from PostgreSQL makes a wake-up quicker; the tick makes it certain.
+Several may run; the one that holds the leader's row does the duties, the others stand by. Every duty may still be done
+twice or by two schedules at once: wake-ups are hints, and expiry re-checks the lease in the statement that locks it. A
+notification from PostgreSQL makes a wake-up quicker; the tick makes it certain.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,12 +23,14 @@ import structlog
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from core.db.models import File
 from core.db.session import connect, service_transaction
 from core.queue import WakeUpPublisher
 from core.services.attempts import claimable_pools, expire_leases
 from core.services.jobs import WAKE_CHANNEL
+from core.services.leadership import lead, resign
 from core.settings import ScheduleSettings
 from core.storage import ObjectStore, S3ObjectStore, StorageError
 from core.telemetry import configure_logs
@@ -33,7 +39,7 @@ log = structlog.get_logger()
 
 
 class Schedule:
-    """Runs each duty at its interval until it is stopped."""
+    """Runs each duty at its interval, while it leads, until it is stopped."""
 
     def __init__(
         self, settings: ScheduleSettings, *, engine: Engine, store: ObjectStore, publisher: WakeUpPublisher
@@ -42,6 +48,8 @@ class Schedule:
         self._engine = engine
         self._store = store
         self._publisher = publisher
+        self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._is_leader = False
         self._due_at: dict[Callable[[], None], float] = {}
         self._stop_requested = threading.Event()
 
@@ -49,9 +57,18 @@ class Schedule:
         self._stop_requested.set()
 
     def run(self) -> None:
+        # Apart from the others, because an object store that hangs must not keep pools asleep.
+        cleaner = threading.Thread(target=self._run_cleaner, name="cleaner")
+        cleaner.start()
+        self._until_stopped(self._listen)
+        cleaner.join()
+        with contextlib.suppress(OperationalError), service_transaction(self._engine) as session:
+            resign(session, self._holder)
+
+    def _until_stopped(self, serve: Callable[[], None]) -> None:
         while not self._stop_requested.is_set():
             try:
-                self._listen()
+                serve()
             except (psycopg.OperationalError, OperationalError) as error:
                 log.warning("database.unavailable", error=str(error))
                 self._stop_requested.wait(self._settings.wake_interval_seconds)
@@ -63,19 +80,33 @@ class Schedule:
             while not self._stop_requested.is_set():
                 self._run_due(self.wake_pools, self._settings.wake_interval_seconds)
                 self._run_due(self.expire, self._settings.reap_interval_seconds)
-                self._run_due(self.clean, self._settings.clean_interval_seconds)
                 notifications = connection.notifies(timeout=self._settings.wake_interval_seconds / 4, stop_after=1)
                 if list(notifications):
                     self.wake_pools()
+
+    def _run_cleaner(self) -> None:
+        self._until_stopped(self._clean_at_intervals)
+
+    def _clean_at_intervals(self) -> None:
+        while not self._stop_requested.is_set():
+            self.clean()
+            self._stop_requested.wait(self._settings.clean_interval_seconds)
 
     def _run_due(self, duty: Callable[[], None], interval_seconds: float) -> None:
         if time.monotonic() >= self._due_at.get(duty, 0.0):
             duty()
             self._due_at[duty] = time.monotonic() + interval_seconds
 
+    def _leads(self, session: Session) -> bool:
+        is_leader = lead(session, self._holder, lease_seconds=self._settings.leader_lease_seconds)
+        if is_leader != self._is_leader:
+            log.info("schedule.leads" if is_leader else "schedule.stands_by", holder=self._holder)
+            self._is_leader = is_leader
+        return is_leader
+
     def wake_pools(self) -> None:
         with service_transaction(self._engine) as session:
-            pools = claimable_pools(session)
+            pools = claimable_pools(session) if self._leads(session) else ()
         try:
             for pool in pools:
                 if self._publisher.publish(pool):
@@ -85,16 +116,15 @@ class Schedule:
 
     def expire(self) -> None:
         with service_transaction(self._engine) as session:
-            num_expired = expire_leases(session)
+            num_expired = expire_leases(session) if self._leads(session) else 0
         if num_expired:
             log.warning("leases.expired", num_jobs=num_expired)
 
     def clean(self) -> None:
         """Delete the objects of deleted files; the row is marked only when its object is gone."""
         with service_transaction(self._engine) as session:
-            deleted = session.scalars(
-                select(File).where(File.deleted_at.is_not(None), File.purged_at.is_(None)).limit(100)
-            ).all()
+            query = select(File).where(File.deleted_at.is_not(None), File.purged_at.is_(None)).limit(100)
+            deleted = session.scalars(query).all() if self._leads(session) else ()
         for file in deleted:
             with contextlib.suppress(StorageError):
                 self._store.delete(file.object_key)

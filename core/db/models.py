@@ -320,3 +320,12 @@ class Usage(Row):
     gpu_seconds: Mapped[float]
     trained_tokens: Mapped[int]
     created_at: Mapped[CreatedAt]
+
+
+class Leader(Row):
+    """Who does a duty that one process of the cluster does for all: `name` is the duty."""
+
+    __tablename__ = "leaders"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str]
+    lease_until: Mapped[dt.datetime]

@@ -14,6 +14,9 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.orm import Session, SessionTransaction
 
+# A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
+_IDLE_TRANSACTION_MILLISECONDS = 5000
+
 
 def connect(database_url: str, *, pool_size: int = 5) -> Engine:
     """Return an engine for a `postgresql://` URL. A dead server is noticed within seconds, not minutes."""
@@ -23,7 +26,13 @@ def connect(database_url: str, *, pool_size: int = 5) -> Engine:
         max_overflow=pool_size,
         pool_timeout=5,
         pool_pre_ping=True,
-        connect_args={"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3},
+        connect_args={
+            "connect_timeout": 5,
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MILLISECONDS}",
+        },
     )
 
 

@@ -1,0 +1,202 @@
+"""One schedule leads: by the database's clock, taken over in time, and harmless when it does not know any better."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import Engine, func, select, text
+from sqlalchemy.exc import DBAPIError
+
+from cli.servers import ServerAddresses
+from core.db.models import Job, Leader
+from core.db.session import connect, service_transaction
+from core.services import attempts
+from core.services.leadership import lead, resign
+from tests.integration.conftest import Database, Tenant
+from tests.integration.test_attempts import claim, make_claimable, queue_job, status_of
+
+
+@pytest.fixture
+def schedule(database: Database, owner: Engine) -> Iterator[Engine]:
+    with service_transaction(owner) as session:
+        session.execute(text("delete from leaders"))
+    engine = connect(database.schedule_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def worker(database: Database, owner: Engine) -> Iterator[Engine]:
+    with service_transaction(owner) as session:
+        session.execute(text("truncate jobs cascade"))
+    engine = connect(database.worker_url)
+    yield engine
+    engine.dispose()
+
+
+def try_to_lead(engine: Engine, holder: str, lease_seconds: float = 60) -> bool:
+    with service_transaction(engine) as session:
+        return lead(session, holder, lease_seconds=lease_seconds)
+
+
+def test_one_leads_until_its_lease_is_over_and_then_another(schedule: Engine) -> None:
+    assert try_to_lead(schedule, "a", lease_seconds=60)
+    assert not try_to_lead(schedule, "b")
+    assert try_to_lead(schedule, "a", lease_seconds=-1), "the leader prolongs, or shortens, its own lease"
+    assert try_to_lead(schedule, "b")
+    assert not try_to_lead(schedule, "a")
+
+
+def test_a_leader_that_resigns_is_followed_at_once_and_only_the_leader_can_resign(schedule: Engine) -> None:
+    assert try_to_lead(schedule, "a")
+    with service_transaction(schedule) as session:
+        resign(session, "b")
+    assert not try_to_lead(schedule, "b")
+    with service_transaction(schedule) as session:
+        resign(session, "a")
+    assert try_to_lead(schedule, "b")
+
+
+@pytest.mark.parametrize("is_expired", [False, True])
+def test_of_many_that_ask_at_once_one_leads(schedule: Engine, is_expired: bool) -> None:
+    if is_expired:
+        try_to_lead(schedule, "old", lease_seconds=-1)
+    barrier = threading.Barrier(8)
+
+    def ask(number: int) -> bool:
+        barrier.wait()
+        return try_to_lead(schedule, str(number))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, range(8))) == 1
+
+
+def test_nobody_takes_over_in_the_middle_of_a_leaders_transaction(schedule: Engine, database: Database) -> None:
+    with service_transaction(schedule) as session:
+        assert lead(session, "a", lease_seconds=-1)  # over as soon as this transaction is
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(try_to_lead, schedule, "b")
+            wait_until(lambda: is_waiting_for_a_lock(database))
+            assert not asked.done()
+            session.commit()
+            # It began before the leader's lease was over, by its own transaction's clock; its next try succeeds.
+            asked.result()
+    assert try_to_lead(schedule, "b")
+
+
+def test_a_leader_stopped_inside_a_transaction_loses_it_and_another_leads_within_ten_seconds(schedule: Engine) -> None:
+    begun = time.monotonic()
+    with pytest.raises(DBAPIError), service_transaction(schedule) as session:
+        assert lead(session, "stopped", lease_seconds=1)
+        wait_until(lambda: try_to_lead(schedule, "b"))
+        session.execute(select(1))
+    assert time.monotonic() - begun < 10
+
+
+def is_waiting_for_a_lock(database: Database) -> bool:
+    engine = connect(database.owner_url)
+    query = text(
+        "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+    )
+    with service_transaction(engine) as session:
+        num_waiting = session.scalar(query)
+    engine.dispose()
+    return bool(num_waiting)
+
+
+def wait_until(condition, *, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+
+
+@contextmanager
+def schedule_process(
+    database: Database, servers: ServerAddresses, **settings: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    storage = servers.storage
+    env = {
+        **os.environ,
+        "ESPALIER_DATABASE_URL": database.schedule_url,
+        "ESPALIER_REDIS_URL": servers.redis_url.rpartition("/")[0] + "/7",
+        "ESPALIER_S3_ENDPOINT": storage.endpoint,
+        "ESPALIER_S3_ACCESS_KEY": storage.access_key,
+        "ESPALIER_S3_SECRET_KEY": storage.secret_key,
+        "ESPALIER_S3_BUCKET": storage.bucket,
+        **{f"ESPALIER_{name.upper()}": value for name, value in settings.items()},
+    }
+    with subprocess.Popen([sys.executable, "-m", "worker.schedule"], env=env, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+
+
+def leader_pid(owner: Engine) -> int | None:
+    with service_transaction(owner) as session:
+        holder = session.scalar(select(Leader.holder).where(Leader.lease_until > text("now()")))
+    return int(holder.split(":")[1]) if holder else None
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_row_25_of_two_schedules_one_leads_and_the_other_takes_over_within_ten_seconds(
+    blow: signal.Signals, owner: Engine, database: Database, servers: ServerAddresses
+) -> None:
+    with schedule_process(database, servers) as first, schedule_process(database, servers) as second:
+        pids = {first.pid, second.pid}
+        wait_until(lambda: leader_pid(owner) in pids)
+        leader, other = (first, second) if leader_pid(owner) == first.pid else (second, first)
+        begun = time.monotonic()
+        leader.send_signal(blow)
+        wait_until(lambda: leader_pid(owner) == other.pid)
+        seconds = time.monotonic() - begun
+        leader.send_signal(signal.SIGCONT)
+        assert seconds < (2.5 if blow == signal.SIGTERM else 10), f"{seconds:.1f} s"
+
+
+def test_row_53_a_reaper_that_goes_on_with_a_stale_view_expires_nobodys_live_lease(
+    schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant)
+    lost = claim(worker, lease_seconds=-1)
+    assert lost is not None
+    assert try_to_lead(schedule, "stopped", lease_seconds=-1)
+    with service_transaction(schedule) as stale:
+        # It has seen the expired lease, and stops here; meanwhile its successor does the same duty.
+        assert stale.scalar(select(Job.lease_until < func.now()).where(Job.id == lost.job_id))
+        with service_transaction(owner) as session:
+            assert lead(session, "next", lease_seconds=60)
+            assert attempts.expire_leases(session) == 1
+        make_claimable(owner, lost)
+        newer = claim(worker)
+        assert newer is not None
+        assert not lead(stale, "stopped", lease_seconds=60)
+        assert attempts.expire_leases(stale) == 0, "even a reaper that does not ask whether it leads"
+    with service_transaction(worker) as session:
+        attempts.heartbeat(session, newer, lease_seconds=60)
+
+
+def test_row_53_a_heartbeat_that_comes_before_the_reapers_lock_saves_the_lease(
+    schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant)
+    lease = claim(worker, lease_seconds=-1)
+    assert lease is not None
+    with service_transaction(schedule) as stale:
+        assert stale.scalar(select(Job.lease_until < func.now()).where(Job.id == lease.job_id))
+        with service_transaction(worker) as session:
+            attempts.heartbeat(session, lease, lease_seconds=60)
+        assert attempts.expire_leases(stale) == 0
+    assert status_of(owner, lease) == "running"
