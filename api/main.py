@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from api.errors import install_error_handlers
 from api.feeds import EventFeed
 from api.middleware import RequestIdMiddleware
-from api.routes import adapters, files, fine_tuning, health, logs, metrics, models, streams
+from api.routes import adapters, explanations, files, fine_tuning, health, logs, metrics, models, streams
 from core.db.session import connect
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
@@ -25,7 +25,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.engine = connect(database_url, pool_size=20)
     app.state.feed = EventFeed(app.state.engine, database_url)
     app.state.store = S3ObjectStore(settings.storage_config)
-    for routes in (files, fine_tuning, streams, metrics, logs, models, adapters, health):
+    for routes in (files, fine_tuning, streams, metrics, logs, explanations, models, adapters, health):
         app.include_router(routes.router)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)

@@ -11,14 +11,15 @@ from api.schemas.objects import CheckpointObject, EventObject, JobObject, ListOb
 from api.schemas.requests import CreateJob
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters, events, jobs
+from core.services.progress import estimate_jobs
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("")
-def create_job(session: Transaction, caller: Caller, now: Now, body: CreateJob) -> JobObject:
-    return JobObject.of(jobs.submit_job(session, caller.tenant_id, request=body.to_request()), now=now)
+def create_job(session: Transaction, caller: Caller, body: CreateJob) -> JobObject:
+    return JobObject.of(jobs.submit_job(session, caller.tenant_id, request=body.to_request()))
 
 
 @router.get("")
@@ -32,17 +33,19 @@ def list_jobs(
         if name.startswith("metadata[") and name.endswith("]")
     }
     page = jobs.list_jobs(session, caller.tenant_id, after=cursor, limit=limit, metadata=wanted)
-    return as_list(page, lambda row: JobObject.of(row, now=now))
+    estimates = estimate_jobs(session, caller.tenant_id, jobs=page.items, now=now)
+    return as_list(page, lambda row: JobObject.of(row, estimate=estimates.get(row.id)))
 
 
 @router.get("/{job_id}")
 def get_job(session: Transaction, caller: Caller, now: Now, job_id: str) -> JobObject:
-    return JobObject.of(jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)), now=now)
+    job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
+    return JobObject.of(job, estimate=estimate_jobs(session, caller.tenant_id, jobs=[job], now=now).get(job.id))
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(session: Transaction, caller: Caller, now: Now, job_id: str) -> JobObject:
-    return JobObject.of(jobs.cancel_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)), now=now)
+def cancel_job(session: Transaction, caller: Caller, job_id: str) -> JobObject:
+    return JobObject.of(jobs.cancel_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)))
 
 
 @router.get("/{job_id}/events")

@@ -179,6 +179,7 @@ class Attempt(Row):
         CheckConstraint(_one_of("outcome", AttemptOutcome), name="outcome_known"),
         CheckConstraint("(outcome is null) = (ended_at is null)", name="outcome_when_ended"),
         Index("ix_attempts_job_id", "job_id"),
+        Index("ix_attempts_succeeded", "ended_at", postgresql_where=text("outcome = 'succeeded'")),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]
