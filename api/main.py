@@ -7,10 +7,22 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from api.auth import Authenticator
 from api.errors import install_error_handlers
 from api.feeds import EventFeed
 from api.middleware import RequestIdMiddleware
-from api.routes import adapters, explanations, files, fine_tuning, health, logs, metrics, models, streams
+from api.routes import (
+    adapters,
+    api_keys,
+    explanations,
+    files,
+    fine_tuning,
+    health,
+    logs,
+    metrics,
+    models,
+    streams,
+)
 from core.db.session import connect
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
@@ -24,8 +36,9 @@ def create_app(settings: ApiSettings) -> FastAPI:
     database_url = settings.database_url.get_secret_value()
     app.state.engine = connect(database_url, pool_size=20)
     app.state.feed = EventFeed(app.state.engine, database_url)
+    app.state.authenticator = Authenticator(app.state.engine)
     app.state.store = S3ObjectStore(settings.storage_config)
-    for routes in (files, fine_tuning, streams, metrics, logs, explanations, models, adapters, health):
+    for routes in (files, fine_tuning, streams, metrics, logs, explanations, models, adapters, api_keys, health):
         app.include_router(routes.router)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)

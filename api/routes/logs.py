@@ -6,9 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.dependencies import Caller, Transaction
+from api.dependencies import Caller, Transaction, needs
 from api.schemas.objects import ListObject, as_list
 from api.schemas.observations import LogLineObject
+from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import jobs
 from core.services.logs import LogFilter, list_log_lines
@@ -16,7 +17,7 @@ from core.services.logs import LogFilter, list_log_lines
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
 
-@router.get("/{job_id}/logs")
+@router.get("/{job_id}/logs", dependencies=[needs(Scope.READ)])
 def list_logs(
     session: Transaction,
     caller: Caller,

@@ -6,8 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.dependencies import Caller, Transaction
+from api.dependencies import Caller, Transaction, needs
 from api.schemas.observations import MetricSeriesObject
+from core.domain.api_keys import Scope
 from core.domain.errors import InvalidRequestError
 from core.domain.ids import IdKind, parse_id
 from core.services import jobs
@@ -18,7 +19,7 @@ _MAX_STEP = 2**40
 Step = Annotated[int, Query(ge=1, le=_MAX_STEP)]
 
 
-@router.get("/{job_id}/metrics")
+@router.get("/{job_id}/metrics", dependencies=[needs(Scope.READ)])
 def get_metrics(
     session: Transaction,
     caller: Caller,

@@ -15,8 +15,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from api.dependencies import Caller, Feed, Transaction
+from api.dependencies import Caller, Feed, Transaction, needs
 from api.errors import error_body
+from core.domain.api_keys import Scope
 from core.domain.errors import InvalidRequestError
 from core.domain.ids import IdKind, parse_id
 from core.services import jobs
@@ -41,7 +42,7 @@ def begin_watch(
     return TenantWatch(caller.tenant_id, Watch(job.id, caller.key_id, _parse_number(last_event_id)))
 
 
-@router.get("/{job_id}/stream", response_class=EventSourceResponse)
+@router.get("/{job_id}/stream", dependencies=[needs(Scope.READ)], response_class=EventSourceResponse)
 async def stream_job(
     feed: Feed, watched: Annotated[TenantWatch, Depends(begin_watch, scope="function")]
 ) -> AsyncIterator[ServerSentEvent]:

@@ -13,8 +13,9 @@ from typing import Any
 from sqlalchemy import ARRAY, BigInteger, Integer, Uuid, and_, column, func, literal, select, true
 from sqlalchemy.orm import Session, aliased
 
-from core.db.models import ApiKeyRow, Event, Job
+from core.db.models import Event, Job
 from core.domain.jobs import TERMINAL_STATUSES
+from core.services.tenants import find_reading_keys
 
 BATCH_SIZE = 200
 
@@ -44,7 +45,7 @@ class WatchState:
 
 def read_watches(session: Session, tenant_id: uuid.UUID, *, watches: Sequence[Watch]) -> list[WatchState]:
     """Return the state of each of one tenant's watches, in their order. An unknown job reads as one without events."""
-    live_keys = _live_keys(session, tenant_id, {watch.key_id for watch in watches})
+    live_keys = find_reading_keys(session, tenant_id, {watch.key_id for watch in watches})
     events: list[list[Event]] = [[] for _ in watches]
     statuses: list[str | None] = [None] * len(watches)
     for position, status, event in session.execute(_missed_events(tenant_id, watches)).tuples():
@@ -66,16 +67,6 @@ def _conclude(missed: list[Event], *, status: str | None, is_key_live: bool) -> 
         is_key_live=is_key_live,
         has_more=has_more,
     )
-
-
-def _live_keys(session: Session, tenant_id: uuid.UUID, key_ids: set[str]) -> set[str]:
-    live = select(ApiKeyRow.key_id).where(
-        ApiKeyRow.tenant_id == tenant_id,
-        ApiKeyRow.key_id.in_(key_ids),
-        ApiKeyRow.revoked_at.is_(None),
-        func.coalesce(ApiKeyRow.expires_at > func.now(), true()),
-    )
-    return set(session.scalars(live))
 
 
 def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch]) -> Any:

@@ -148,7 +148,7 @@ def test_a_stream_closes_soon_after_its_key_is_revoked(api_url: str, owner: Engi
         assert [next(events).kind, next(events).kind] == ["message", "message"]
         revoked_at = time.monotonic()
         with service_transaction(owner) as session:
-            revoke_api_key(session, tenant.key_id)
+            revoke_api_key(session, tenant.id, key_id=tenant.key_id)
         last = next(events)
         assert time.monotonic() - revoked_at < 5
         assert (last.kind, last.body["error"]["code"]) == ("error", "invalid_api_key")
