@@ -14,6 +14,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from api.auth import Authenticator
+from api.feeds import EventFeed
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError
@@ -28,6 +29,10 @@ def get_engine(request: Request) -> Engine:
 
 def get_store(request: Request) -> ObjectStore:
     return cast("ObjectStore", request.app.state.store)
+
+
+def get_feed(request: Request) -> EventFeed:
+    return cast("EventFeed", request.app.state.feed)
 
 
 def get_settings(request: Request) -> ApiSettings:
@@ -95,6 +100,7 @@ Caller = Annotated[Identity, Depends(get_identity)]
 # "function" commits before the answer starts: no client ever holds an id that was not committed.
 Transaction = Annotated[Session, Depends(get_session, scope="function")]
 Store = Annotated[ObjectStore, Depends(get_store)]
+Feed = Annotated[EventFeed, Depends(get_feed)]
 Settings = Annotated[ApiSettings, Depends(get_settings)]
 Database = Annotated[Engine, Depends(get_engine)]
 Body = Annotated[Iterator[bytes], Depends(get_body)]

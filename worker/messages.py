@@ -104,6 +104,15 @@ class JobWarned(Frozen):
     message: str
 
 
+class JobLogged(Frozen):
+    """A line for the job's own log, which its tenant may read: a name and numbers, never a row's words."""
+
+    kind: Literal["job_logged"] = "job_logged"
+    lease_token: int
+    name: str = Field(max_length=100)
+    details: dict[str, str | int | float | bool | None]
+
+
 class StepDone(Frozen):
     kind: Literal["step_done"] = "step_done"
     lease_token: int
@@ -173,6 +182,7 @@ Report = Annotated[
     | BaseRefused
     | Alive
     | JobWarned
+    | JobLogged
     | StepDone
     | EvaluationDone
     | UrlsWanted

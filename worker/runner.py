@@ -26,6 +26,8 @@ from core.services import attempts
 from core.services.attempts import Lease, StaleLeaseError, StepRecord
 from core.services.base_models import list_base_models
 from core.services.files import NewFile
+from core.services.logs import record_log_line
+from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
 from core.storage import ObjectStore, StorageError
 from worker.artifacts import grant_file, grant_uploads, result_filename, verify_artifact
@@ -39,6 +41,7 @@ from worker.messages import (
     EvaluationDone,
     JobFacts,
     JobFailed,
+    JobLogged,
     JobSucceeded,
     JobWarned,
     LoadBase,
@@ -77,12 +80,31 @@ class Runner:
         self._trainer: TrainerChild | None = None
         self._pool: str | None = None
         self._slots = 0
+        self._is_loading = False
         self._held: dict[int, HeldJob] = {}
         self._stop_requested = threading.Event()
 
     def request_stop(self) -> None:
         """Ask `serve` to give its jobs back and return. Safe from a signal's thread."""
         self._stop_requested.set()
+
+    def describe(self) -> WorkerFacts:
+        """Say what this worker holds now. Called from another thread than `serve`."""
+        trainer, num_held = self._trainer, len(self._held)
+        pool = self._pool if trainer is not None and trainer.is_alive else None
+        state: WorkerState = "serving" if num_held else "idle"
+        if self._stop_requested.is_set():
+            state = "stopping"
+        elif self._is_loading:
+            state = "loading"
+        return WorkerFacts(
+            name=self._settings.worker_name,
+            pools=self._settings.worker_pools,
+            state=state,
+            pool=pool,
+            slots=max(self._slots, num_held) if pool else 0,
+            slots_in_use=num_held if pool else 0,
+        )
 
     def serve(self) -> None:
         """Work until none of this worker's pools has a claimable job and none is held."""
@@ -105,6 +127,7 @@ class Runner:
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None
+            self._is_loading = False
 
     def _hold_pool_with_work(self) -> bool:
         with service_transaction(self._engine) as session:
@@ -121,9 +144,12 @@ class Runner:
         self.close()
         self._pool, self._slots = pool, base.slots
         order = _load_order(base, pool, cache_dir=str(self._settings.cache_dir.resolve()))
+        self._is_loading = True
         self._trainer = TrainerChild(order, threads=self._settings.trainer_threads)
         log.info("trainer.started", pool=pool, trainer_pid=self._trainer.pid)
-        match self._trainer.receive(timeout_seconds=self._settings.trainer_start_seconds):
+        report = self._trainer.receive(timeout_seconds=self._settings.trainer_start_seconds)
+        self._is_loading = False
+        match report:
             case BaseLoaded() as loaded:
                 log.info("base_model.loaded", pool=pool, seconds=round(loaded.seconds, 2))
             case BaseRefused() as refused:
@@ -217,6 +243,9 @@ class Runner:
             case JobWarned(message=message):
                 with service_transaction(self._engine) as session:
                     attempts.record_message(session, held.lease, message=message, level="warn")
+            case JobLogged(name=name, details=details):
+                with service_transaction(self._engine) as session:
+                    record_log_line(session, held.lease.token, name=name, level="info", details=details)
             case UrlsWanted(artifact=artifact, names=names):
                 urls = grant_uploads(self._store, held.lease, artifact=artifact, names=names)
                 self._send(UrlsGranted(lease_token=held.lease.token, artifact=artifact, urls=urls))

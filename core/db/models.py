@@ -251,6 +251,7 @@ class Attempt(Row):
         CheckConstraint(_one_of("outcome", AttemptOutcome), name="outcome_known"),
         CheckConstraint("(outcome is null) = (ended_at is null)", name="outcome_when_ended"),
         Index("ix_attempts_job_id", "job_id"),
+        Index("ix_attempts_succeeded", "ended_at", postgresql_where=text("outcome = 'succeeded'")),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]
@@ -282,6 +283,48 @@ class Event(Row):
     message: Mapped[str]
     details: Mapped[Json | None]
     created_at: Mapped[CreatedAt]
+
+
+class LogLine(Row):
+    """A line that a worker wrote about one job: a name and numbers, never a row's words."""
+
+    __tablename__ = "log_lines"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
+        CheckConstraint("level in ('info', 'warn', 'error')", name="level_known"),
+        CheckConstraint("length(name) between 1 and 100", name="name_length"),
+        CheckConstraint("octet_length(details::text) <= 4096", name="details_size"),
+        Index("ix_log_lines_job_id_number", "job_id", "number"),
+    )
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(Identity(always=True), unique=True)
+    tenant_id: Mapped[uuid.UUID]
+    job_id: Mapped[uuid.UUID]
+    attempt_number: Mapped[int]
+    level: Mapped[str]
+    name: Mapped[str]
+    details: Mapped[Json]
+    created_at: Mapped[CreatedAt]
+
+
+class Worker(Row):
+    """A supervisor, as it said of itself at its last heartbeat. It counts as alive until `alive_until`."""
+
+    __tablename__ = "workers"
+    __table_args__ = (
+        CheckConstraint("state in ('idle', 'loading', 'serving', 'stopping')", name="state_known"),
+        CheckConstraint("slots_in_use between 0 and slots", name="slots_bounded"),
+        CheckConstraint("pool is not null or slots = 0", name="slots_of_a_pool"),
+    )
+    name: Mapped[str] = mapped_column(primary_key=True)
+    pools: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    state: Mapped[str]
+    pool: Mapped[str | None]
+    slots: Mapped[int] = mapped_column(server_default="0")
+    slots_in_use: Mapped[int] = mapped_column(server_default="0")
+    started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+    heartbeat_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+    alive_until: Mapped[dt.datetime]
 
 
 class Metric(Row):

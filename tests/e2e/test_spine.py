@@ -137,6 +137,9 @@ def test_a_job_ends_with_an_adapter_that_plain_peft_loads(
     assert csv[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert len(csv) == 1 + job.model_extra["total_steps"]
     headers = {"authorization": f"Bearer {api_key}"}
+    lines = httpx.get(f"{stack.api_url}/v1/fine_tuning/jobs/{job.id}/logs", headers=headers).json()["data"]
+    assert [line["data"]["num_examples"] for line in lines if line["name"] == "dataset.tokenized"] == [12, 12]
+    assert [line["name"] for line in lines].count("artifact.uploaded") == 4
     adapters = httpx.get(f"{stack.api_url}/v1/adapters", headers=headers).json()["data"]
     (adapter,) = (adapter for adapter in adapters if adapter["fine_tuning_job_id"] == job.id)
     url = f"{stack.api_url}/v1/adapters/{adapter['id']}/download"

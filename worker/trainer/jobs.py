@@ -6,6 +6,7 @@ A job's files live in a scratch directory of its own that vanishes with it.
 from __future__ import annotations
 
 import tempfile
+import time
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from worker.messages import (
     Alive,
     CheckpointSaved,
     EvaluationDone,
+    JobLogged,
     JobSucceeded,
     JobWarned,
     RemoteFile,
@@ -132,15 +134,30 @@ class TrainerJob:
             )
         )
 
+    def log(self, name: str, **details: str | float | None) -> None:
+        """Write a line into the job's own log."""
+        self._channel.send(JobLogged(lease_token=self.lease_token, name=name, details=details))
+
     def close(self) -> None:
         self._scratch.cleanup()
 
     def _tokenize(self, file: RemoteFile, name: str) -> TokenizedDataset:
+        started = time.monotonic()
         path = self._directory / f"{name}.jsonl"
         download(file, path, on_progress=self._show_life)
         max_seq_len = self._order.spec.max_seq_len
         dataset = tokenize_dataset(self._base.tokenizer, read_examples(path), max_seq_len=max_seq_len)
         path.unlink()
+        self.log(
+            "dataset.tokenized",
+            file=name,
+            size_bytes=file.size_bytes,
+            num_examples=len(dataset.examples),
+            num_tokens=sum(example.num_tokens for example in dataset.examples),
+            num_truncated=dataset.num_truncated,
+            num_dropped=dataset.num_dropped,
+            seconds=round(time.monotonic() - started, 3),
+        )
         if dataset.num_truncated:
             self._warn(
                 f"{dataset.num_truncated} rows of the {name} file are longer than max_seq_len={max_seq_len} tokens "
@@ -231,8 +248,13 @@ class TrainerJob:
 
     def _upload(self, artifact: str, directory: Path, names: tuple[str, ...]) -> tuple[StoredFile, ...]:
         wanted = UrlsWanted(lease_token=self.lease_token, artifact=artifact, names=names)
+        started = time.monotonic()
         urls = self._channel.request_urls(wanted)
-        return tuple(upload(urls[name], directory / name, name=name, on_progress=self._show_life) for name in names)
+        stored = tuple(upload(urls[name], directory / name, name=name, on_progress=self._show_life) for name in names)
+        size_bytes = sum(file.size_bytes for file in stored)
+        seconds = round(time.monotonic() - started, 3)
+        self.log("artifact.uploaded", artifact=artifact, size_bytes=size_bytes, seconds=seconds)
+        return stored
 
     def _checkpoint_directory(self, step: int) -> Path:
         return self._directory / f"step-{step}"

@@ -67,6 +67,7 @@ class TrainingLoop:
             self._waiting.append((job, prepared))
             return
         log.info("job.admitted", lease_token=job.lease_token, num_examples=len(prepared.training.examples))
+        job.log("job.admitted", num_examples=len(prepared.training.examples))
 
     def _admit_waiting(self) -> None:
         """Try those again that wait for memory, in their order; the engine may have room since the last step."""
