@@ -71,7 +71,7 @@ class JobRequest(Frozen):
 
 def submit_job(session: Session, tenant_id: uuid.UUID, *, request: JobRequest) -> Job:
     """Check a request and queue it. Raises InvalidRequestError naming the field, or RateLimitedError by quota."""
-    base = get_base_model(session, request.base_model_id)
+    base = get_base_model(session, tenant_id, base_model_id=request.base_model_id)
     training_file = _get_dataset(session, tenant_id, file_id=request.training_file_id, param="training_file")
     if request.validation_file_id is not None:
         _get_dataset(session, tenant_id, file_id=request.validation_file_id, param="validation_file")
