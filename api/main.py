@@ -13,6 +13,7 @@ from api.feeds import EventFeed
 from api.middleware import RequestIdMiddleware
 from api.routes import (
     adapters,
+    admin,
     api_keys,
     checkpoints,
     explanations,
@@ -54,6 +55,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
         models,
         adapters,
         api_keys,
+        admin,
         health,
     ):
         app.include_router(routes.router)

@@ -47,6 +47,11 @@ class Tenant(Row):
         CheckConstraint("slug ~ '^[a-z0-9][a-z0-9-]{0,31}$'", name="slug_form"),
         CheckConstraint("weight > 0", name="weight_positive"),
         CheckConstraint("max_running >= 0 and max_queued >= 0", name="quotas_not_negative"),
+        CheckConstraint(
+            "max_storage_bytes >= 0 and max_tokens_per_job >= 0 and max_gpu_seconds_per_month >= 0 "
+            "and requests_per_minute >= 1",
+            name="limits_not_negative",
+        ),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     slug: Mapped[str] = mapped_column(unique=True)
@@ -56,6 +61,12 @@ class Tenant(Row):
     usage_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     max_running: Mapped[int] = mapped_column(server_default="8")
     max_queued: Mapped[int] = mapped_column(server_default="1000")
+    # Where these are null there is no limit, and where the list is null every base is allowed.
+    max_storage_bytes: Mapped[int | None]
+    max_tokens_per_job: Mapped[int | None]
+    max_gpu_seconds_per_month: Mapped[float | None]
+    requests_per_minute: Mapped[int | None]
+    allowed_base_models: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
     disabled_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
 
@@ -79,6 +90,36 @@ class ApiKeyRow(Row):
     created_at: Mapped[CreatedAt]
 
 
+class OperatorKeyRow(Row):
+    __tablename__ = "operator_keys"
+    __table_args__ = (
+        CheckConstraint("length(secret_hash) = 32", name="secret_hash_length"),
+        CheckConstraint("length(name) between 1 and 64", name="name_length"),
+    )
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    key_id: Mapped[str] = mapped_column(unique=True)
+    secret_hash: Mapped[bytes]
+    name: Mapped[str]
+    last_used_at: Mapped[dt.datetime | None]
+    revoked_at: Mapped[dt.datetime | None]
+    created_at: Mapped[CreatedAt]
+
+
+class AuditEntry(Row):
+    """One change, written by a trigger in the change's own transaction; no runtime role may write here."""
+
+    __tablename__ = "audit_entries"
+    __table_args__ = (Index("ix_audit_entries_tenant_id_number", "tenant_id", "number"),)
+    number: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    tenant_id: Mapped[uuid.UUID | None]
+    actor: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str]
+    before: Mapped[Json]
+    after: Mapped[Json]
+    created_at: Mapped[CreatedAt]
+
+
 class BaseModelRow(Row):
     __tablename__ = "base_models"
     __table_args__ = (
@@ -95,7 +136,9 @@ class BaseModelRow(Row):
     slots: Mapped[int]
     max_tokens_per_step: Mapped[int]
     chat_template: Mapped[str | None]
+    # In the registry or not; `disabled_at` is the operator's own switch, which the registry does not move.
     is_enabled: Mapped[bool] = mapped_column(server_default=text("true"))
+    disabled_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
 
 

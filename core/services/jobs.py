@@ -194,7 +194,7 @@ def announce_work(session: Session, pool: str) -> None:
 
 def _get_trainable(session: Session, tenant_id: uuid.UUID, *, model: str) -> BaseModelRow:
     if not is_fine_tuned_model(model):
-        return get_base_model(session, model)
+        return get_base_model(session, tenant_id, base_model_id=model)
     adapter = find_adapter(session, tenant_id, name=model)
     raise InvalidRequestError(
         f"Training on from a fine-tuned model is not supported yet. Start from its base, {adapter.base_model_id!r}.",
