@@ -30,19 +30,21 @@ from core.services.events import record_event
 from core.services.files import NewFile, create_file
 from core.services.jobs import announce_work
 
-# The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. One index probe
-# a tenant; the tenant's row is locked so that two workers never both pass its quota.
+# The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` holds the
+# tenants that have queued jobs in that order, so the first row mostly is the answer, however many tenants and jobs there
+# are. The tenant's row is locked so that two workers never both pass its quota.
 _PICK = text("""
 select t.id as tenant_id, t.max_running, c.id as job_id
-from tenants t
+from queues q
+join tenants t on t.id = q.tenant_id
 cross join lateral (
     select j.id from jobs j
-    where j.pool = :pool and j.tenant_id = t.id and j.status = 'queued' and j.run_after <= now()
+    where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
     order by j.priority desc, j.id limit 1
 ) c
-where t.disabled_at is null
-  and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
-order by t.usage * power(0.5, extract(epoch from now() - t.usage_at) / :half_life) / t.weight, c.id
+where q.pool = :pool and q.num_queued > 0 and t.disabled_at is null
+  and (select count(*) from jobs r where r.tenant_id = q.tenant_id and r.status = 'running') < t.max_running
+order by q.rank, q.tenant_id
 limit 1
 for update of t skip locked
 """)
@@ -89,7 +91,7 @@ class StoredArtifact:
 
 def claim_job(session: Session, pool: str, *, worker_name: str, lease_seconds: float) -> Job | None:
     """Claim the fairest job of a pool, or None. The job's `lease_token` is the fence of everything that follows."""
-    picked = session.execute(_PICK, {"pool": pool, "half_life": USAGE_HALF_LIFE_SECONDS}).one_or_none()
+    picked = session.execute(_PICK, {"pool": pool}).one_or_none()
     if picked is None:
         return None
     # A second statement sees what committed before the tenant's row was locked, so the quota is counted exactly.
