@@ -1,4 +1,4 @@
-"""Does a claim take longer when more is queued? Measures `claim_job`, commit included, on real databases of three sizes.
+"""Does a claim take longer when more is queued? Measures `claim_job`, commit included, on databases of three sizes.
 
     python -m bench.claim [--claims 300] > bench/claim.md
 
@@ -90,17 +90,27 @@ def make_queue(owner_url: str, num_rows: int, num_tenants: int) -> Queue:
 
 
 def report(queues: list[Queue], num_claims: int) -> None:
-    print(f"# The latency of a claim\n\n`python -m bench.claim --claims {num_claims}`, {os.cpu_count()} cores, PostgreSQL")
+    print(
+        f"# The latency of a claim\n\n`python -m bench.claim --claims {num_claims}`, {os.cpu_count()} cores, PostgreSQL"
+    )
     print("with fsync on the same machine. A claim is six statements and a commit. Milliseconds, and the ratio to the")
     print("smallest queue.\n")
-    print("| queued jobs | tenants | min | median | p99 | min ratio | median ratio | p99 ratio |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| queued jobs | tenants | min | median | p99 | min ratio | median ratio | p99 ratio |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
     smallest = None
     for queue in queues:
         percentiles = statistics.quantiles(queue.milliseconds, n=100)
         numbers = (min(queue.milliseconds), percentiles[49], percentiles[98])
         smallest = smallest or numbers
         ratios = (number / first for number, first in zip(numbers, smallest, strict=True))
-        cells = [f"{queue.num_rows:,}", f"{queue.num_tenants:,}", *(f"{n:.2f}" for n in numbers), *(f"{r:.2f}" for r in ratios)]
+        cells = [
+            f"{queue.num_rows:,}",
+            f"{queue.num_tenants:,}",
+            *(f"{n:.2f}" for n in numbers),
+            *(f"{r:.2f}" for r in ratios),
+        ]
         print("| " + " | ".join(cells) + " |")
 
 

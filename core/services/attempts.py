@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.orm import Session
 
-from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Tenant, Usage
+from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Queue, Tenant, Usage
 from core.domain.errors import DomainError
 from core.domain.ids import new_id
 from core.domain.jobs import (
@@ -30,9 +30,9 @@ from core.services.events import record_event
 from core.services.files import NewFile, create_file
 from core.services.jobs import announce_work
 
-# The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` holds the
-# tenants that have queued jobs in that order, so the first row mostly is the answer, however many tenants and jobs there
-# are. The tenant's row is locked so that two workers never both pass its quota.
+# The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` has the
+# tenants that have queued jobs in that order, so that mostly its first row is the answer, however many tenants and jobs
+# there are. The tenant's row is locked so that two workers never both pass its quota.
 _PICK = text("""
 select t.id as tenant_id, t.max_running, c.id as job_id
 from queues q
@@ -278,8 +278,10 @@ def record_usage(session: Session, lease: Lease, *, gpu_seconds: float, trained_
 
 def claimable_pools(session: Session) -> Sequence[str]:
     """Return the pools that have at least one job to claim now."""
-    rows = select(Job.pool).where(Job.status == JobStatus.QUEUED, Job.run_after <= func.now()).distinct()
-    return session.scalars(rows.order_by(Job.pool)).all()
+    waiting = select(Queue.pool).where(Queue.num_queued > 0).distinct().subquery()
+    is_due = (Job.pool == waiting.c.pool, Job.status == JobStatus.QUEUED, Job.run_after <= func.now())
+    rows = select(waiting.c.pool).where(select(Job.id).where(*is_due).correlate(waiting).exists())
+    return session.scalars(rows.order_by(waiting.c.pool)).all()
 
 
 def _begin_attempt(session: Session, job: Job, worker_name: str) -> None:

@@ -25,10 +25,10 @@ $$;
 
 create function count_queued() returns trigger language plpgsql as $$
 begin
-    if tg_op = 'UPDATE' and old.status = 'queued' then
+    if tg_op <> 'INSERT' and old.status = 'queued' then
         update queues set num_queued = num_queued - 1 where tenant_id = old.tenant_id and pool = old.pool;
     end if;
-    if new.status = 'queued' then
+    if tg_op <> 'DELETE' and new.status = 'queued' then
         insert into queues (tenant_id, pool, num_queued, rank)
         select t.id, new.pool, 1, share_rank(t.usage, t.usage_at, t.weight) from tenants t where t.id = new.tenant_id
         on conflict (tenant_id, pool) do update set num_queued = queues.num_queued + 1;
@@ -39,6 +39,8 @@ create trigger count_queued_of_new after insert on jobs
     for each row when (new.status = 'queued') execute function count_queued();
 create trigger count_queued after update of status on jobs
     for each row when ((old.status = 'queued') <> (new.status = 'queued')) execute function count_queued();
+create trigger count_queued_of_old after delete on jobs
+    for each row when (old.status = 'queued') execute function count_queued();
 
 create function rank_queues() returns trigger language plpgsql as $$
 begin
@@ -84,6 +86,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.execute("drop trigger rank_queues on tenants")
+    op.execute("drop trigger count_queued_of_old on jobs")
     op.execute("drop trigger count_queued on jobs")
     op.execute("drop trigger count_queued_of_new on jobs")
     op.execute("drop function rank_queues")
