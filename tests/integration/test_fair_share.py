@@ -15,11 +15,12 @@ from sqlalchemy import Engine, func, select, text
 from core.db.models import Attempt, Job, Queue
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
+from core.domain.jobs import pool_name
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, decay_usage
 from core.services import attempts
 from core.services.attempts import Lease
 from core.services.jobs import cancel_job
-from tests.integration.conftest import Database, Tenant, add_tenant
+from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL, claim, queue_job
 
 
@@ -84,6 +85,50 @@ def test_row_26_one_wake_delivered_twenty_times_to_four_workers_is_one_claim_a_j
     assert not too_many.is_set()
     with service_transaction(owner) as session:
         assert session.scalar(select(func.count()).select_from(Attempt)) == 7
+
+
+NF4_POOL = pool_name(BASE_MODEL, "nf4")
+
+
+def move_half_to_another_pool(owner: Engine) -> None:
+    with service_transaction(owner) as session:
+        session.execute(text("delete from queues"))
+        moved = "update jobs set pool = :pool where id in (select id from jobs order by random() limit (select count(*) / 2 from jobs))"
+        session.execute(text(moved), {"pool": NF4_POOL})
+        counted = """insert into queues (tenant_id, pool, num_queued, rank)
+            select tenant_id, pool, count(*), '-infinity' from jobs group by tenant_id, pool"""
+        session.execute(text(counted))
+
+
+def claim_from(engine: Engine, pool: str) -> Lease | None:
+    with service_transaction(engine) as session:
+        job = attempts.claim_job(session, pool, worker_name="w", lease_seconds=60)
+    return Lease(job.id, job.tenant_id, job.lease_token) if job and job.lease_token else None
+
+
+def test_row_50_a_quota_is_one_for_all_pools_while_a_claim_is_not_committed(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    add_jobs(owner, tenant, 10)
+    move_half_to_another_pool(owner)
+    set_quota(owner, tenant, max_running=1)
+    with service_transaction(worker) as session:
+        assert attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60) is not None
+        assert claim_from(worker, NF4_POOL) is None
+    assert claim_from(worker, NF4_POOL) is None
+
+
+def test_row_50_four_claimers_of_two_pools_never_pass_a_quota_of_one(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    add_jobs(owner, tenant, 10)
+    move_half_to_another_pool(owner)
+    set_quota(owner, tenant, max_running=1)
+    for _ in range(60):
+        claims = [lease for lease in together(4, lambda n: claim_from(worker, (POOL, NF4_POOL)[n % 2])) if lease]
+        assert len(claims) == 1
+        with service_transaction(worker) as session:
+            attempts.requeue_attempt(session, claims[0])
 
 
 def count_running(owner: Engine, tenant: Tenant) -> int:
