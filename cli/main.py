@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
+from cli.audit import audit
 from cli.binaries import BinaryMissingError
 from cli.demo.run import run_demo
 from cli.external import ExternalServers, ExternalServersError
@@ -27,6 +28,7 @@ app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=F
 app.add_typer(tenants, name="tenants")
 app.add_typer(keys, name="keys")
 app.command()(migrate)
+app.command()(audit)
 console = Console(soft_wrap=True)
 
 _FAILURES = (
