@@ -1,20 +1,65 @@
-"""Who is asking: the Bearer key of a request, checked offline by its checksum, then against its row."""
+"""Who is asking: the Bearer key of a request, checked offline by its checksum, then against its row.
+
+A key that was found alive is believed for `TTL_SECONDS` without another look, so a revoked one is refused everywhere
+within that time. What lasts longer than a request asks again with `Authenticator.recheck`.
+"""
 
 from __future__ import annotations
+
+import hmac
+import time
+from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
 from core.db.session import key_transaction
-from core.domain.api_keys import parse_api_key
+from core.domain.api_keys import ApiKey, parse_api_key
 from core.domain.errors import UnauthenticatedError
-from core.services.tenants import Identity, authenticate
+from core.services.tenants import Identity, authenticate, reauthenticate
+
+TTL_SECONDS = 2.0
+_MAX_KEYS = 10_000
 
 
-def identify(engine: Engine, authorization: str | None) -> Identity:
-    """Return the owner of an Authorization header's key. Raises UnauthenticatedError."""
-    scheme, _, token = (authorization or "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise UnauthenticatedError("You didn't provide an API key. Send it as 'Authorization: Bearer <key>'.")
-    api_key = parse_api_key(token.strip())
-    with key_transaction(engine, api_key.key_id) as session:
-        return authenticate(session, api_key)
+@dataclass(frozen=True)
+class _LiveKey:
+    identity: Identity
+    secret_hash: bytes
+    until: float
+
+
+class Authenticator:
+    """Finds the owners of API keys, and remembers them for a moment. Shared by the threads of a process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._live: dict[str, _LiveKey] = {}
+
+    def identify(self, authorization: str | None) -> Identity:
+        """Return the owner of an Authorization header's key. Raises UnauthenticatedError."""
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise UnauthenticatedError("You didn't provide an API key. Send it as 'Authorization: Bearer <key>'.")
+        api_key = parse_api_key(token.strip())
+        known = self._find(api_key.key_id)
+        if known and hmac.compare_digest(known.secret_hash, api_key.secret_hash):
+            return known.identity
+        with key_transaction(self._engine, api_key.key_id) as session:
+            identity = authenticate(session, api_key)
+        self._remember(identity, api_key)
+        return identity
+
+    def recheck(self, identity: Identity) -> None:
+        """Return while the key of an open stream is alive. Raises UnauthenticatedError. May ask the database."""
+        if self._find(identity.key_id) is None:
+            with key_transaction(self._engine, identity.key_id) as session:
+                reauthenticate(session, identity.key_id)
+
+    def _find(self, key_id: str) -> _LiveKey | None:
+        known = self._live.get(key_id)
+        return known if known and time.monotonic() < known.until else None
+
+    def _remember(self, identity: Identity, api_key: ApiKey) -> None:
+        if len(self._live) >= _MAX_KEYS:
+            self._live.clear()
+        self._live[api_key.key_id] = _LiveKey(identity, api_key.secret_hash, time.monotonic() + TTL_SECONDS)

@@ -1,18 +1,22 @@
-"""What routes ask for: who calls, a transaction of that tenant, the object store, the settings, the raw body."""
+"""What routes ask for: who calls and what they may, a transaction of that tenant, the store, the settings, the body."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, cast
 
 import anyio.from_thread
 from fastapi import Depends, Header, Request
+from fastapi.params import Depends as Dependency
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from api.auth import identify
+from api.auth import Authenticator
 from core.db.session import tenant_transaction
+from core.domain.api_keys import Scope
+from core.domain.errors import PermissionDeniedError
 from core.services.tenants import Identity
 from core.settings import ApiSettings
 from core.storage import ObjectStore
@@ -30,10 +34,34 @@ def get_settings(request: Request) -> ApiSettings:
     return cast("ApiSettings", request.app.state.settings)
 
 
+def get_authenticator(request: Request) -> Authenticator:
+    return cast("Authenticator", request.app.state.authenticator)
+
+
 def get_identity(
-    engine: Annotated[Engine, Depends(get_engine)], authorization: Annotated[str | None, Header()] = None
+    authenticator: Annotated[Authenticator, Depends(get_authenticator)],
+    authorization: Annotated[str | None, Header()] = None,
 ) -> Identity:
-    return identify(engine, authorization)
+    return authenticator.identify(authorization)
+
+
+@dataclass(frozen=True)
+class ScopeGate:
+    """Lets a request pass whose key has the scope. Every route of a tenant stands behind exactly one."""
+
+    scope: Scope
+
+    def __call__(self, identity: Annotated[Identity, Depends(get_identity)]) -> None:
+        if self.scope not in identity.scopes:
+            raise PermissionDeniedError(
+                f"This API key lacks the scope {self.scope.value!r}; it has {', '.join(sorted(identity.scopes))}.",
+                code="insufficient_scope",
+            )
+
+
+def needs(scope: Scope) -> Dependency:
+    """Return what a route lists in `dependencies` to say which scope a key must have to use it."""
+    return cast("Dependency", Depends(ScopeGate(scope)))
 
 
 def get_session(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,10 @@ from cli.servers import find_addresses
 from cli.stack import prepare_database
 from core.db.migrate import RoleLogin
 from core.db.session import connect, service_transaction
+from core.domain.api_keys import ALL_SCOPES, DEFAULT_SCOPES, Scope
 from core.domain.errors import DomainError
 from core.services.base_models import read_registry
-from core.services.tenants import create_tenant, find_tenant, issue_api_key, revoke_api_key
+from core.services.tenants import create_tenant, find_key_owner, find_tenant, issue_api_key, revoke_api_key
 
 tenants = typer.Typer(no_args_is_help=True, help="Tenants of the service.")
 keys = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
@@ -37,23 +39,30 @@ def create(slug: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Add a tenant and print its first API key."""
     with _owner_session(data_dir) as session:
         tenant = create_tenant(session, slug)
-        print(issue_api_key(session, tenant.id, name="first"))
+        print(issue_api_key(session, tenant.id, name="first", scopes=ALL_SCOPES).api_key)
 
 
 @keys.command("create")
 def create_key(
-    slug: str, name: Annotated[str, typer.Option()] = "default", data_dir: DataDir = DEFAULT_DATA_DIR
+    slug: str,
+    name: Annotated[str, typer.Option()] = "default",
+    scope: Annotated[list[Scope] | None, typer.Option(help="Repeat it; all but admin by default.")] = None,
+    days: Annotated[int | None, typer.Option(min=1, help="How long it lives; for ever by default.")] = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Print a new API key of a tenant. It cannot be shown again."""
+    scopes = frozenset(scope or DEFAULT_SCOPES)
+    lifetime = timedelta(days=days) if days else None
     with _owner_session(data_dir) as session:
-        print(issue_api_key(session, find_tenant(session, slug).id, name=name))
+        tenant = find_tenant(session, slug)
+        print(issue_api_key(session, tenant.id, name=name, scopes=scopes, lifetime=lifetime).api_key)
 
 
 @keys.command("revoke")
 def revoke_key(key_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Revoke an API key by its id, the third part of the key."""
     with _owner_session(data_dir) as session:
-        revoke_api_key(session, key_id)
+        revoke_api_key(session, find_key_owner(session, key_id), key_id=key_id)
     print(f"Revoked {key_id}.")
 
 

@@ -23,10 +23,11 @@ from cli.servers import LocalServers, Secrets, ServerAddresses
 from cli.supervisor import Supervisor
 from core.db.migrate import RoleLogin, login_url, migrate_database
 from core.db.session import connect, service_transaction
+from core.domain.api_keys import ALL_SCOPES
 from core.domain.errors import NotFoundError
 from core.domain.jobs import pool_name
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry, read_registry, sync_base_models
-from core.services.tenants import create_tenant, find_tenant, issue_api_key
+from core.services.tenants import create_tenant, find_tenant, rotate_api_key
 
 _READY_SECONDS = 60.0
 
@@ -143,16 +144,16 @@ class LocalStack:
         return self._supervisor.process(name)
 
     def create_tenant(self, slug: str) -> str:
-        """Return a new API key of the tenant, which is made if need be."""
+        """Return a new API key of the tenant, which is made if need be. The one before it still works."""
         engine = connect(self.owner_url)
         with service_transaction(engine) as session:
             try:
                 tenant = find_tenant(session, slug)
             except NotFoundError:
                 tenant = create_tenant(session, slug)
-            api_key = issue_api_key(session, tenant.id, name="local")
+            issued = rotate_api_key(session, tenant.id, name="local", scopes=ALL_SCOPES)
         engine.dispose()
-        return str(api_key)
+        return str(issued.api_key)
 
     def restart_dead(self) -> tuple[str, ...]:
         """Start again the processes that have died, each after its delay, and return the names of those started.

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
-from api.dependencies import Caller, Now, Settings, Store, Transaction
+from api.dependencies import Caller, Now, Settings, Store, Transaction, needs
 from api.schemas.objects import AdapterObject, DownloadFile, DownloadObject, ListObject, as_list
+from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters
 from core.storage import ObjectStore
@@ -19,7 +20,7 @@ from core.storage import ObjectStore
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 
-@router.get("")
+@router.get("", dependencies=[needs(Scope.READ)])
 def list_adapters(
     session: Transaction, caller: Caller, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
 ) -> ListObject[AdapterObject]:
@@ -27,13 +28,13 @@ def list_adapters(
     return as_list(adapters.list_adapters(session, caller.tenant_id, after=cursor, limit=limit), AdapterObject.of)
 
 
-@router.get("/{adapter_id}")
+@router.get("/{adapter_id}", dependencies=[needs(Scope.READ)])
 def get_adapter(session: Transaction, caller: Caller, adapter_id: str) -> AdapterObject:
     found = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id))
     return AdapterObject.of(found)
 
 
-@router.get("/{adapter_id}/download", response_model=DownloadObject)
+@router.get("/{adapter_id}/download", response_model=DownloadObject, dependencies=[needs(Scope.DOWNLOAD)])
 def download_adapter(
     session: Transaction,
     caller: Caller,

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
-from api.dependencies import Body, Caller, Database, Settings, Store, Transaction
+from api.dependencies import Body, Caller, Database, Settings, Store, Transaction, needs
 from api.schemas.objects import DeletedObject, FileObject, ListObject, as_list
 from api.uploads import MultipartUpload
 from core.db.session import tenant_transaction
+from core.domain.api_keys import Scope
 from core.domain.datasets import DatasetChecker
 from core.domain.errors import DomainError, InvalidRequestError
 from core.domain.ids import IdKind, new_id, parse_id
@@ -23,7 +24,7 @@ from core.services.files import NewFile
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
-@router.post("")
+@router.post("", dependencies=[needs(Scope.SUBMIT)])
 def create_file(
     request: Request, body: Body, caller: Caller, database: Database, store: Store, settings: Settings
 ) -> FileObject:
@@ -40,7 +41,7 @@ def create_file(
     return FileObject.of(row)
 
 
-@router.get("")
+@router.get("", dependencies=[needs(Scope.READ)])
 def list_files(
     session: Transaction,
     caller: Caller,
@@ -54,20 +55,20 @@ def list_files(
     return as_list(page, FileObject.of)
 
 
-@router.get("/{file_id}")
+@router.get("/{file_id}", dependencies=[needs(Scope.READ)])
 def get_file(session: Transaction, caller: Caller, file_id: str) -> FileObject:
     row = file_service.get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
     return FileObject.of(row)
 
 
-@router.get("/{file_id}/content")
+@router.get("/{file_id}/content", dependencies=[needs(Scope.DOWNLOAD)])
 def get_file_content(session: Transaction, caller: Caller, store: Store, file_id: str) -> StreamingResponse:
     row = file_service.get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
     headers = {"content-length": str(row.size_bytes)}
     return StreamingResponse(store.get_stream(row.object_key), media_type="application/octet-stream", headers=headers)
 
 
-@router.delete("/{file_id}")
+@router.delete("/{file_id}", dependencies=[needs(Scope.SUBMIT)])
 def delete_file(session: Transaction, caller: Caller, file_id: str) -> DeletedObject:
     file_service.delete_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
     return DeletedObject(id=file_id, object="file")

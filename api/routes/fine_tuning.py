@@ -6,9 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from api.dependencies import Caller, Now, Transaction
+from api.dependencies import Caller, Now, Transaction, needs
 from api.schemas.objects import CheckpointObject, EventObject, JobObject, ListObject, as_list
 from api.schemas.requests import CreateJob
+from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters, events, jobs
 
@@ -16,12 +17,12 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
-@router.post("")
+@router.post("", dependencies=[needs(Scope.SUBMIT)])
 def create_job(session: Transaction, caller: Caller, now: Now, body: CreateJob) -> JobObject:
     return JobObject.of(jobs.submit_job(session, caller.tenant_id, request=body.to_request()), now=now)
 
 
-@router.get("")
+@router.get("", dependencies=[needs(Scope.READ)])
 def list_jobs(
     request: Request, session: Transaction, caller: Caller, now: Now, limit: Limit = 20, after: str | None = None
 ) -> ListObject[JobObject]:
@@ -35,17 +36,17 @@ def list_jobs(
     return as_list(page, lambda row: JobObject.of(row, now=now))
 
 
-@router.get("/{job_id}")
+@router.get("/{job_id}", dependencies=[needs(Scope.READ)])
 def get_job(session: Transaction, caller: Caller, now: Now, job_id: str) -> JobObject:
     return JobObject.of(jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)), now=now)
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", dependencies=[needs(Scope.SUBMIT)])
 def cancel_job(session: Transaction, caller: Caller, now: Now, job_id: str) -> JobObject:
     return JobObject.of(jobs.cancel_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)), now=now)
 
 
-@router.get("/{job_id}/events")
+@router.get("/{job_id}/events", dependencies=[needs(Scope.READ)])
 def list_events(
     session: Transaction, caller: Caller, job_id: str, limit: Limit = 20, after: str | None = None
 ) -> ListObject[EventObject]:
@@ -55,7 +56,7 @@ def list_events(
     return as_list(page, EventObject.of)
 
 
-@router.get("/{job_id}/checkpoints")
+@router.get("/{job_id}/checkpoints", dependencies=[needs(Scope.READ)])
 def list_checkpoints(
     session: Transaction, caller: Caller, job_id: str, limit: Limit = 10, after: str | None = None
 ) -> ListObject[CheckpointObject]:

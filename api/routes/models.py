@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.dependencies import Caller, Transaction
+from api.dependencies import Caller, Transaction, needs
 from api.schemas.objects import ListObject, ModelObject
+from core.domain.api_keys import Scope
 from core.services import adapters, base_models
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 _MAX_ADAPTERS = 10_000
 
 
-@router.get("")
+@router.get("", dependencies=[needs(Scope.READ)])
 def list_models(session: Transaction, caller: Caller) -> ListObject[ModelObject]:
     bases = [ModelObject.of_base(row) for row in base_models.list_base_models(session)]
     own = adapters.list_adapters(session, caller.tenant_id, after=None, limit=_MAX_ADAPTERS)
     return ListObject(data=bases + [ModelObject.of_adapter(row) for row in own.items], has_more=own.has_more)
 
 
-@router.get("/{model:path}")
+@router.get("/{model:path}", dependencies=[needs(Scope.READ)])
 def get_model(session: Transaction, caller: Caller, model: str) -> ModelObject:
     if model.startswith("ft:"):
         return ModelObject.of_adapter(adapters.find_adapter(session, caller.tenant_id, name=model))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from enum import StrEnum
 
 from sqlalchemy import (
     ARRAY,
@@ -25,13 +26,18 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db.base import CreatedAt, Json, Row
+from core.domain.api_keys import Scope
 from core.domain.jobs import MAX_ATTEMPTS, AttemptOutcome, JobStatus
 
 LEASE_TOKENS = Sequence("lease_tokens", metadata=Row.metadata)
 
 
-def _one_of(column: str, values: type[JobStatus | AttemptOutcome]) -> str:
-    return f"{column} in ({', '.join(repr(str(value)) for value in values)})"
+def _one_of(column: str, values: type[StrEnum]) -> str:
+    return f"{column} in ({_quoted(values)})"
+
+
+def _quoted(values: type[StrEnum]) -> str:
+    return ", ".join(repr(str(value)) for value in values)
 
 
 class Tenant(Row):
@@ -55,13 +61,19 @@ class Tenant(Row):
 
 class ApiKeyRow(Row):
     __tablename__ = "api_keys"
-    __table_args__ = (CheckConstraint("length(secret_hash) = 32", name="secret_hash_length"),)
+    __table_args__ = (
+        CheckConstraint("length(secret_hash) = 32", name="secret_hash_length"),
+        CheckConstraint(f"scopes <@ array[{_quoted(Scope)}] and scopes <> '{{}}'", name="scopes_known"),
+        CheckConstraint("length(name) between 1 and 64", name="name_length"),
+    )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), index=True)
     key_id: Mapped[str] = mapped_column(unique=True)
     secret_hash: Mapped[bytes]
     name: Mapped[str]
+    scopes: Mapped[list[str]] = mapped_column(ARRAY(Text))
     expires_at: Mapped[dt.datetime | None]
+    last_used_at: Mapped[dt.datetime | None]
     revoked_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.orm import Session, SessionTransaction
@@ -50,6 +49,12 @@ def key_transaction(engine: Engine, key_id: str) -> Iterator[Session]:
         yield session
 
 
+def enter_tenant(session: Session, tenant_id: uuid.UUID) -> None:
+    """Let a transaction that has found out whose key it holds see that tenant's rows too."""
+    session.info["app.tenant_id"] = str(tenant_id)
+    _announce(session.connection(), "app.tenant_id", str(tenant_id))
+
+
 @contextmanager
 def service_transaction(engine: Engine) -> Iterator[Session]:
     """Open a transaction with no tenant: what it sees is what its database role is granted."""
@@ -67,8 +72,11 @@ def _transaction(engine: Engine, identity: dict[str, str]) -> Iterator[Session]:
 @event.listens_for(Session, "after_begin")
 def _announce_identity(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
     for name, value in session.info.items():
-        parameters: dict[str, Any] = {"name": name, "value": value}
-        connection.execute(text("select set_config(:name, :value, true)"), parameters)
+        _announce(connection, name, value)
+
+
+def _announce(connection: Connection, name: str, value: str) -> None:
+    connection.execute(text("select set_config(:name, :value, true)"), {"name": name, "value": value})
 
 
 def ping(engine: Engine) -> None:

@@ -11,14 +11,34 @@ import secrets
 import string
 import zlib
 from dataclasses import dataclass, field
+from enum import StrEnum
 
-from core.domain.errors import UnauthenticatedError
+from core.domain.errors import NotFoundError, UnauthenticatedError
 
 PREFIX = "esp_live"
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 KEY_ID_LENGTH = 12
 SECRET_LENGTH = 30
 CHECKSUM_LENGTH = 6
+# Two secrets of one name, so that a new one can be rolled out while the old one still works.
+MAX_LIVE_KEYS_PER_NAME = 2
+MAX_LIVE_KEYS = 100
+
+_WIRE_PREFIX = "key_"
+
+
+class Scope(StrEnum):
+    """What an API key may do in its own tenant. Every route needs exactly one."""
+
+    READ = "read"
+    SUBMIT = "submit"
+    DOWNLOAD = "download"
+    ADMIN = "admin"
+
+
+# What a key can do unless it is asked for otherwise: everything but making keys.
+DEFAULT_SCOPES = frozenset({Scope.READ, Scope.SUBMIT, Scope.DOWNLOAD})
+ALL_SCOPES = frozenset(Scope)
 
 
 @dataclass(frozen=True)
@@ -44,11 +64,25 @@ def generate_api_key() -> ApiKey:
 def parse_api_key(text: str) -> ApiKey:
     """Return the parts of a key. Raises UnauthenticatedError when its form or its checksum is wrong."""
     body, checksum = text[:-CHECKSUM_LENGTH], text[-CHECKSUM_LENGTH:]
-    prefix, _, rest = body.rpartition(f"{PREFIX}_")
+    before, prefix, rest = body.partition(f"{PREFIX}_")
     key_id, _, secret = rest.partition("_")
-    if prefix or len(key_id) != KEY_ID_LENGTH or len(secret) != SECRET_LENGTH or _checksum(body) != checksum:
+    is_ours = prefix and not before and len(key_id) == KEY_ID_LENGTH and len(secret) == SECRET_LENGTH
+    if not is_ours or not set(key_id + secret) <= set(ALPHABET) or _checksum(body) != checksum:
         raise UnauthenticatedError("This is not an API key of this service: its form or checksum is wrong.")
     return ApiKey(key_id=key_id, secret=secret)
+
+
+def format_key_id(key_id: str) -> str:
+    """Return the wire id of a key: its public part, as it stands in the key itself."""
+    return _WIRE_PREFIX + key_id
+
+
+def parse_key_id(text: str) -> str:
+    """Return the public part in a key's wire id. A malformed id is an unknown one: NotFoundError."""
+    key_id = text.removeprefix(_WIRE_PREFIX)
+    if not text.startswith(_WIRE_PREFIX) or len(key_id) != KEY_ID_LENGTH or not set(key_id) <= set(ALPHABET):
+        raise NotFoundError(f"No such API key: {text[:100]!r}.")
+    return key_id
 
 
 def _random_text(length: int) -> str:

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hmac
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
+from core.db.locks import lock_for_tenant
 from core.db.models import ApiKeyRow, Tenant
-from core.domain.api_keys import ApiKey, generate_api_key
-from core.domain.errors import InvalidRequestError, NotFoundError, UnauthenticatedError
+from core.db.session import enter_tenant
+from core.domain.api_keys import (
+    DEFAULT_SCOPES,
+    MAX_LIVE_KEYS,
+    MAX_LIVE_KEYS_PER_NAME,
+    ApiKey,
+    Scope,
+    format_key_id,
+    generate_api_key,
+)
+from core.domain.errors import (
+    ConflictError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from core.domain.ids import new_id
+
+# How exact `last_used_at` is, and so how seldom using a key writes.
+LAST_USED_INTERVAL = dt.timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
@@ -21,6 +42,15 @@ class Identity:
 
     tenant_id: uuid.UUID
     key_id: str
+    scopes: frozenset[Scope]
+
+
+@dataclass(frozen=True)
+class IssuedKey:
+    """A fresh API key, whole, and its row. Nobody gets to see the secret again."""
+
+    api_key: ApiKey
+    row: ApiKeyRow
 
 
 def create_tenant(session: Session, slug: str, *, name: str | None = None) -> Tenant:
@@ -40,24 +70,76 @@ def find_tenant(session: Session, slug: str) -> Tenant:
     return tenant
 
 
-def issue_api_key(session: Session, tenant_id: uuid.UUID, *, name: str) -> ApiKey:
-    """Add an API key of the tenant and return it whole: its secret cannot be had again."""
+def issue_api_key(
+    session: Session,
+    tenant_id: uuid.UUID,
+    *,
+    name: str,
+    scopes: frozenset[Scope] = DEFAULT_SCOPES,
+    lifetime: dt.timedelta | None = None,
+) -> IssuedKey:
+    """Add an API key of the tenant. Raises ConflictError when two keys of this name, or very many, are alive."""
+    lock_for_tenant(session, tenant_id, purpose="api_keys")
+    live = list_api_keys(session, tenant_id)
+    if sum(row.name == name for row in live) >= MAX_LIVE_KEYS_PER_NAME or len(live) >= MAX_LIVE_KEYS:
+        raise ConflictError(
+            f"At most {MAX_LIVE_KEYS_PER_NAME} keys of one name may be alive, and {MAX_LIVE_KEYS} in all. "
+            f"Revoke one, or choose another name than {name!r}.",
+            code="too_many_live_keys",
+            param="name",
+        )
     api_key = generate_api_key()
-    row = ApiKeyRow(id=new_id(), tenant_id=tenant_id, key_id=api_key.key_id, secret_hash=api_key.secret_hash, name=name)
+    row = ApiKeyRow(
+        id=new_id(),
+        tenant_id=tenant_id,
+        key_id=api_key.key_id,
+        secret_hash=api_key.secret_hash,
+        name=name,
+        scopes=sorted(scopes),
+        expires_at=None if lifetime is None else func.now() + lifetime,
+    )
     session.add(row)
     session.flush()
-    return api_key
+    session.refresh(row)
+    return IssuedKey(api_key, row)
 
 
-def revoke_api_key(session: Session, key_id: str) -> None:
-    revoked = session.scalar(
-        update(ApiKeyRow)
-        .where(ApiKeyRow.key_id == key_id)
-        .values(revoked_at=func.coalesce(ApiKeyRow.revoked_at, func.now()))
-        .returning(ApiKeyRow.id)
-    )
-    if revoked is None:
+def rotate_api_key(
+    session: Session, tenant_id: uuid.UUID, *, name: str, scopes: frozenset[Scope] = DEFAULT_SCOPES
+) -> IssuedKey:
+    """Add a key of this name; where two are alive, the older one ends. The one before goes on working."""
+    same_name = [row for row in list_api_keys(session, tenant_id) if row.name == name]
+    for row in same_name[: 1 - MAX_LIVE_KEYS_PER_NAME]:
+        revoke_api_key(session, tenant_id, key_id=row.key_id)
+    return issue_api_key(session, tenant_id, name=name, scopes=scopes)
+
+
+def list_api_keys(session: Session, tenant_id: uuid.UUID) -> Sequence[ApiKeyRow]:
+    """Return the tenant's live keys, oldest first. They are few by `MAX_LIVE_KEYS`."""
+    query = select(ApiKeyRow).where(ApiKeyRow.tenant_id == tenant_id, *_is_live())
+    return session.scalars(query.order_by(ApiKeyRow.id)).all()
+
+
+def get_api_key(session: Session, tenant_id: uuid.UUID, *, key_id: str) -> ApiKeyRow:
+    query = select(ApiKeyRow).where(ApiKeyRow.tenant_id == tenant_id, ApiKeyRow.key_id == key_id, *_is_live())
+    row = session.scalar(query)
+    if row is None:
+        raise NotFoundError(f"No such API key: {format_key_id(key_id)!r}.")
+    return row
+
+
+def revoke_api_key(session: Session, tenant_id: uuid.UUID, *, key_id: str) -> None:
+    """End a key. It is refused everywhere within seconds, also on streams that it has opened."""
+    row = get_api_key(session, tenant_id, key_id=key_id)
+    session.execute(update(ApiKeyRow).where(ApiKeyRow.id == row.id).values(revoked_at=func.now()))
+
+
+def find_key_owner(session: Session, key_id: str) -> uuid.UUID:
+    """Return the tenant of a key. For operators, who may know any tenant."""
+    tenant_id = session.scalar(select(ApiKeyRow.tenant_id).where(ApiKeyRow.key_id == key_id))
+    if tenant_id is None:
         raise NotFoundError(f"There is no API key {key_id!r}.", param="key_id")
+    return tenant_id
 
 
 def authenticate(session: Session, api_key: ApiKey) -> Identity:
@@ -65,13 +147,38 @@ def authenticate(session: Session, api_key: ApiKey) -> Identity:
 
     Unknown, wrong, revoked and expired keys are all answered alike, so that nothing can be learned by asking.
     """
-    row = session.scalar(
-        select(ApiKeyRow).where(
-            ApiKeyRow.key_id == api_key.key_id,
-            ApiKeyRow.revoked_at.is_(None),
-            func.coalesce(ApiKeyRow.expires_at > func.now(), True),
-        )
-    )
+    row = _find_live_key(session, api_key.key_id)
     if not hmac.compare_digest(row.secret_hash if row else bytes(32), api_key.secret_hash) or row is None:
         raise UnauthenticatedError("Incorrect API key provided: it is unknown, expired or revoked.")
-    return Identity(tenant_id=row.tenant_id, key_id=row.key_id)
+    _note_use(session, row)
+    return _identity_of(session, row)
+
+
+def reauthenticate(session: Session, key_id: str) -> Identity:
+    """Return what a key that was good may do now: for a request that lasts. Raises as `authenticate` does."""
+    row = _find_live_key(session, key_id)
+    if row is None:
+        raise UnauthenticatedError("The API key has expired or was revoked.")
+    return _identity_of(session, row)
+
+
+def _is_live() -> tuple[ColumnElement[bool], ...]:
+    return (ApiKeyRow.revoked_at.is_(None), func.coalesce(ApiKeyRow.expires_at > func.now(), True))
+
+
+def _find_live_key(session: Session, key_id: str) -> ApiKeyRow | None:
+    return session.scalar(select(ApiKeyRow).where(ApiKeyRow.key_id == key_id, *_is_live()))
+
+
+def _note_use(session: Session, row: ApiKeyRow) -> None:
+    """Write down that a key is in use, at most once in LAST_USED_INTERVAL however many processes see it."""
+    is_stale = func.coalesce(ApiKeyRow.last_used_at < func.now() - LAST_USED_INTERVAL, True)
+    if row.last_used_at is None or dt.datetime.now(dt.UTC) - row.last_used_at >= LAST_USED_INTERVAL:
+        session.execute(update(ApiKeyRow).where(ApiKeyRow.id == row.id, is_stale).values(last_used_at=func.now()))
+
+
+def _identity_of(session: Session, row: ApiKeyRow) -> Identity:
+    enter_tenant(session, row.tenant_id)
+    if session.scalar(select(Tenant.disabled_at).where(Tenant.id == row.tenant_id)) is not None:
+        raise PermissionDeniedError("This organization is disabled. Ask the operator.", code="organization_disabled")
+    return Identity(tenant_id=row.tenant_id, key_id=row.key_id, scopes=frozenset(map(Scope, row.scopes)))

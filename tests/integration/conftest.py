@@ -22,6 +22,7 @@ from cli.servers import ServerAddresses
 from cli.stack import prepare_database
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
+from core.domain.api_keys import ALL_SCOPES
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
 from core.services.tenants import create_tenant, issue_api_key
 
@@ -79,7 +80,7 @@ def add_tenant(owner: Engine) -> Tenant:
     slug = f"t{uuid.uuid4().hex[:12]}"
     with service_transaction(owner) as session:
         tenant_id = create_tenant(session, slug).id
-        api_key = issue_api_key(session, tenant_id, name="test")
+        api_key = issue_api_key(session, tenant_id, name="test", scopes=ALL_SCOPES).api_key
     return Tenant(tenant_id, slug, str(api_key), api_key.key_id)
 
 

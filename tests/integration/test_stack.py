@@ -156,7 +156,7 @@ def test_an_operator_makes_tenants_and_keys_and_revokes_keys(up: Up) -> None:
     assert list_models(up.state.api_url, first).is_success
     assert list_models(up.state.api_url, second).is_success
     assert espalier("keys", "revoke", first.split("_")[2], *where).exit_code == 0
-    assert list_models(up.state.api_url, first).status_code == 401
+    wait_until(lambda: list_models(up.state.api_url, first).status_code == 401, seconds=5)
     assert list_models(up.state.api_url, second).is_success
 
 

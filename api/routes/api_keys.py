@@ -1,0 +1,39 @@
+"""/v1/api_keys: a tenant's own administrators make, see and end its API keys."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.dependencies import Caller, Transaction, needs
+from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
+from api.schemas.objects import DeletedObject, ListObject
+from core.domain.api_keys import Scope, parse_key_id
+from core.services import tenants
+
+router = APIRouter(prefix="/v1/api_keys", tags=["api-keys"])
+
+
+@router.post("", dependencies=[needs(Scope.ADMIN)])
+def create_api_key(session: Transaction, caller: Caller, body: CreateApiKey) -> IssuedApiKeyObject:
+    issued = tenants.issue_api_key(
+        session, caller.tenant_id, name=body.name, scopes=body.scopes, lifetime=body.lifetime
+    )
+    return IssuedApiKeyObject.of_issued(issued)
+
+
+@router.get("", dependencies=[needs(Scope.ADMIN)])
+def list_api_keys(session: Transaction, caller: Caller) -> ListObject[ApiKeyObject]:
+    """List the live keys, oldest first: there are never more than fit into one answer."""
+    rows = [ApiKeyObject.of(row) for row in tenants.list_api_keys(session, caller.tenant_id)]
+    return ListObject(data=rows)
+
+
+@router.get("/{key_id}", dependencies=[needs(Scope.ADMIN)])
+def get_api_key(session: Transaction, caller: Caller, key_id: str) -> ApiKeyObject:
+    return ApiKeyObject.of(tenants.get_api_key(session, caller.tenant_id, key_id=parse_key_id(key_id)))
+
+
+@router.delete("/{key_id}", dependencies=[needs(Scope.ADMIN)])
+def revoke_api_key(session: Transaction, caller: Caller, key_id: str) -> DeletedObject:
+    tenants.revoke_api_key(session, caller.tenant_id, key_id=parse_key_id(key_id))
+    return DeletedObject(id=key_id, object="organization.api_key")

@@ -1,0 +1,18 @@
+"""Locks that last as long as a transaction: what counts rows before it adds one is done by one at a time a tenant."""
+
+from __future__ import annotations
+
+import uuid
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+
+def lock_for_tenant(session: Session, tenant_id: uuid.UUID, *, purpose: str) -> None:
+    """Wait until no other transaction holds this purpose of this tenant, and hold it until the end of this one.
+
+    An advisory lock: locking the tenant's row would need the right to change it, and would wait for claims.
+    """
+    session.execute(
+        text("select pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": f"{purpose}:{tenant_id}"}
+    )

@@ -1,0 +1,42 @@
+"""No route of a tenant is open to every key: each says which scope it needs, once."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi.routing import APIRoute
+
+from api.dependencies import ScopeGate
+from core.domain.api_keys import Scope
+from tests.routes import all_routes
+
+TENANT_ROUTES = [
+    pytest.param(route, id=f"{'|'.join(sorted(route.methods))} {route.path}")
+    for route in all_routes()
+    if route.path.startswith("/v1/")
+]
+
+
+def gates_of(route: APIRoute) -> list[ScopeGate]:
+    return [each.dependency for each in route.dependencies if isinstance(each.dependency, ScopeGate)]
+
+
+def test_the_walk_finds_the_routes() -> None:
+    assert len(TENANT_ROUTES) >= 20
+
+
+@pytest.mark.parametrize("route", TENANT_ROUTES)
+def test_a_route_declares_one_scope(route: APIRoute) -> None:
+    assert len(gates_of(route)) == 1, "write dependencies=[needs(Scope....)] on the route"
+
+
+@pytest.mark.parametrize("route", TENANT_ROUTES)
+def test_reading_never_needs_more_than_a_key_for_reading_has(route: APIRoute) -> None:
+    scope = gates_of(route)[0].scope
+    assert scope != Scope.SUBMIT or route.methods != {"GET"}
+    assert scope != Scope.READ or route.methods == {"GET"}
+
+
+def test_keys_are_for_administrators_only() -> None:
+    of_keys = [route for route in all_routes() if route.path.startswith("/v1/api_keys")]
+    assert of_keys
+    assert {gate.scope for route in of_keys for gate in gates_of(route)} == {Scope.ADMIN}
