@@ -184,7 +184,7 @@ class Job(Row):
 
 
 class Queue(Row):
-    """What a tenant has queued in a pool, and its place in the order of fair share; triggers keep both (0004)."""
+    """What a tenant has queued in a pool, and its place in the order of fair share; the database's triggers keep both."""
 
     __tablename__ = "queues"
     __table_args__ = (
