@@ -184,7 +184,7 @@ class Job(Row):
 
 
 class Queue(Row):
-    """What a tenant has queued in a pool, and its place in the order of fair share; the database's triggers keep both."""
+    """What a tenant has queued in a pool, and its place in the order of fair share. Triggers keep both."""
 
     __tablename__ = "queues"
     __table_args__ = (
