@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from cli.binaries import BinaryMissingError
+from cli.contract import check_contract
 from cli.demo.run import run_demo
 from cli.external import ExternalServers, ExternalServersError
 from cli.locks import AlreadyRunningError, find_launcher, is_running
@@ -31,6 +32,7 @@ app.add_typer(base_models, name="base-models")
 app.add_typer(operators, name="operators")
 app.command()(migrate)
 app.command()(audit)
+app.command()(check_contract)
 console = Console(soft_wrap=True)
 
 _FAILURES = (

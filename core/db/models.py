@@ -286,6 +286,20 @@ class IdempotencyKey(Row):
     created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now(), index=True)
 
 
+class Queue(Row):
+    """What a tenant has queued in a pool, and its place in the order of fair share. Triggers keep both."""
+
+    __tablename__ = "queues"
+    __table_args__ = (
+        CheckConstraint("num_queued >= 0", name="num_queued_not_negative"),
+        Index("ix_queues_waiting", "pool", "rank", "tenant_id", postgresql_where=text("num_queued > 0")),
+    )
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    num_queued: Mapped[int]
+    rank: Mapped[float]
+
+
 class Attempt(Row):
     __tablename__ = "attempts"
     __table_args__ = (
