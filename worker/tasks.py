@@ -19,9 +19,11 @@ from worker.runner import Runner
 def build_worker(settings: WorkerSettings) -> Celery:
     """Return the Celery application with its one task registered."""
     celery = create_celery(settings)
+    database_url = settings.database_url.get_secret_value()
     runner = Runner(
         settings,
-        engine=connect(settings.database_url.get_secret_value(), pool_size=2),
+        engine=connect(database_url, pool_size=2),
+        heartbeat_engine=connect(database_url, pool_size=1),
         store=S3ObjectStore(settings.storage_config),
     )
     celery.task(name=TASK_NAME)(runner.serve)
