@@ -20,8 +20,14 @@ from worker.runner import Runner
 def build_worker(settings: WorkerSettings) -> Celery:
     """Return the Celery application with its one task registered."""
     celery = create_celery(settings)
-    engine = connect(settings.database_url.get_secret_value(), pool_size=2)
-    runner = Runner(settings, engine=engine, store=S3ObjectStore(settings.storage_config))
+    database_url = settings.database_url.get_secret_value()
+    engine = connect(database_url, pool_size=2)
+    runner = Runner(
+        settings,
+        engine=engine,
+        heartbeat_engine=connect(database_url, pool_size=1),
+        store=S3ObjectStore(settings.storage_config),
+    )
     presence = Presence(engine, interval_seconds=settings.heartbeat_seconds, describe=runner.describe)
     celery.task(name=TASK_NAME)(runner.serve)
 

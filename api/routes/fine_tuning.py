@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: submit, look, cancel."""
+"""/v1/fine_tuning/jobs: submit, look, cancel, pause, resume."""
 
 from __future__ import annotations
 
@@ -80,6 +80,16 @@ def get_job(session: Transaction, caller: Caller, now: Now, job_id: str) -> JobO
 @router.post("/{job_id}/cancel", dependencies=[needs(Scope.SUBMIT)])
 def cancel_job(session: Transaction, caller: Caller, job_id: str) -> JobObject:
     return JobObject.of(jobs.cancel_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)))
+
+
+@router.post("/{job_id}/pause", dependencies=[needs(Scope.SUBMIT)])
+def pause_job(session: Transaction, caller: Caller, job_id: str) -> JobObject:
+    return JobObject.of(jobs.pause_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)))
+
+
+@router.post("/{job_id}/resume", dependencies=[needs(Scope.SUBMIT)])
+def resume_job(session: Transaction, caller: Caller, job_id: str) -> JobObject:
+    return JobObject.of(jobs.resume_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)))
 
 
 @router.get("/{job_id}/events", dependencies=[needs(Scope.READ)])

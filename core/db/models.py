@@ -231,6 +231,7 @@ class Job(Row):
         CheckConstraint("(status = 'succeeded') = (fine_tuned_model is not null)", name="model_when_succeeded"),
         CheckConstraint("(status = 'failed') = (error is not null)", name="error_when_failed"),
         CheckConstraint("attempt_count between 0 and max_attempts", name="attempts_bounded"),
+        CheckConstraint("pause_requested_at is null or status = 'running'", name="pause_requested_while_running"),
         CheckConstraint("length(suffix) between 1 and 64", name="suffix_length"),
         Index(
             "ix_jobs_claimable",
@@ -241,6 +242,12 @@ class Job(Row):
             postgresql_where=text("status = 'queued'"),
         ),
         Index("ix_jobs_running", "tenant_id", "lease_until", postgresql_where=text("status = 'running'")),
+        Index(
+            "ix_jobs_suspect",
+            "pool",
+            "id",
+            postgresql_where=text("status = 'queued' and suspect_step is not null"),
+        ),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
@@ -262,6 +269,10 @@ class Job(Row):
     max_attempts: Mapped[int] = mapped_column(server_default=str(MAX_ATTEMPTS))
     lease_token: Mapped[int | None]
     lease_until: Mapped[dt.datetime | None]
+    pause_requested_at: Mapped[dt.datetime | None]
+    # The step it had reached when its trainer died with others in it; until it is acquitted it runs alone.
+    suspect_step: Mapped[int | None]
+    num_suspicions: Mapped[int] = mapped_column(server_default="0")
     trained_steps: Mapped[int] = mapped_column(server_default="0")
     trained_tokens: Mapped[int | None]
     fine_tuned_model: Mapped[str | None] = mapped_column(unique=True)
@@ -438,6 +449,25 @@ class CheckpointPermission(Row):
     tenant_id: Mapped[uuid.UUID]
     checkpoint_id: Mapped[uuid.UUID]
     project_id: Mapped[str] = mapped_column(index=True)
+    created_at: Mapped[CreatedAt]
+
+
+class ResumePoint(Row):
+    """A slot's stored state, from which the job's next attempt goes on."""
+
+    __tablename__ = "resume_points"
+    __table_args__ = (
+        UniqueConstraint("job_id", "lease_token", "step"),
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
+        CheckConstraint("step > 0", name="step_positive"),
+    )
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    job_id: Mapped[uuid.UUID]
+    lease_token: Mapped[int]
+    step: Mapped[int]
+    object_prefix: Mapped[str]
+    files: Mapped[list[Json]]
     created_at: Mapped[CreatedAt]
 
 
