@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from api.auth import Authenticator
 from api.feeds import EventFeed
+from api.previews import Previewer
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError
@@ -33,6 +34,10 @@ def get_store(request: Request) -> ObjectStore:
 
 def get_feed(request: Request) -> EventFeed:
     return cast("EventFeed", request.app.state.feed)
+
+
+def get_previewer(request: Request) -> Previewer:
+    return cast("Previewer", request.app.state.previewer)
 
 
 def get_settings(request: Request) -> ApiSettings:
@@ -101,6 +106,7 @@ Caller = Annotated[Identity, Depends(get_identity)]
 Transaction = Annotated[Session, Depends(get_session, scope="function")]
 Store = Annotated[ObjectStore, Depends(get_store)]
 Feed = Annotated[EventFeed, Depends(get_feed)]
+Previews = Annotated[Previewer, Depends(get_previewer)]
 Settings = Annotated[ApiSettings, Depends(get_settings)]
 Database = Annotated[Engine, Depends(get_engine)]
 Body = Annotated[Iterator[bytes], Depends(get_body)]

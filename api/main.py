@@ -11,6 +11,7 @@ from api.auth import Authenticator
 from api.errors import install_error_handlers
 from api.feeds import EventFeed
 from api.middleware import RequestIdMiddleware
+from api.previews import Previewer
 from api.routes import (
     adapters,
     api_keys,
@@ -21,6 +22,7 @@ from api.routes import (
     logs,
     metrics,
     models,
+    previews,
     streams,
 )
 from core.db.session import connect
@@ -38,7 +40,20 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.feed = EventFeed(app.state.engine, database_url)
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.store = S3ObjectStore(settings.storage_config)
-    for routes in (files, fine_tuning, streams, metrics, logs, explanations, models, adapters, api_keys, health):
+    app.state.previewer = Previewer(app.state.store)
+    for routes in (
+        files,
+        previews,
+        fine_tuning,
+        streams,
+        metrics,
+        logs,
+        explanations,
+        models,
+        adapters,
+        api_keys,
+        health,
+    ):
         app.include_router(routes.router)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)

@@ -22,11 +22,13 @@ from cli.operators import DEFAULT_DATA_DIR, DataDir, keys, migrate, tenants
 from cli.processes import ProcessFailedError
 from cli.servers import LocalServers
 from cli.stack import LocalStack, PortTakenError, StackState, answers
+from cli.validation import validate
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(tenants, name="tenants")
 app.add_typer(keys, name="keys")
 app.command()(migrate)
+app.command()(validate)
 console = Console(soft_wrap=True)
 
 _FAILURES = (

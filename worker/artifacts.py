@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import timedelta
+from pathlib import Path
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 
 from core.db.models import File, Job
-from core.domain.objects import attempt_prefix
+from core.db.session import service_transaction
+from core.domain.objects import attempt_prefix, tokenizer_key
 from core.services.attempts import Lease, StoredArtifact
+from core.services.base_models import record_tokenizer
 from core.storage import ObjectNotFoundError, ObjectStore, StorageError, StoredObject
 from worker.messages import RemoteFile, StoredFile
 
+log = structlog.get_logger()
 _URL_LIFETIME = timedelta(minutes=15)
 
 
@@ -49,3 +58,16 @@ def verify_artifact(
 
 def result_filename(job: Job) -> str:
     return f"step_metrics_{job.id.hex[-8:]}.csv"
+
+
+def publish_tokenizer(engine: Engine, store: ObjectStore, base_model_id: str, path: Path) -> None:
+    """Store a base's tokenizer, so that the API can show rows as the base sees them. Training does not wait for it."""
+    content = path.read_bytes()
+    object_key = tokenizer_key(hashlib.sha256(content).hexdigest())
+    try:
+        if store.stat(object_key) != len(content):
+            store.put_bytes(object_key, content, content_type="application/json")
+        with service_transaction(engine) as session:
+            record_tokenizer(session, base_model_id, object_key=object_key)
+    except (OperationalError, StorageError) as error:
+        log.warning("tokenizer.unpublished", base_model=base_model_id, error=type(error).__name__)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 from sqlalchemy import Engine
@@ -30,7 +31,7 @@ from core.services.logs import record_log_line
 from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
 from core.storage import ObjectStore, StorageError
-from worker.artifacts import grant_file, grant_uploads, result_filename, verify_artifact
+from worker.artifacts import grant_file, grant_uploads, publish_tokenizer, result_filename, verify_artifact
 from worker.children import TrainerChild, TrainerGoneError
 from worker.failures import LEASE_LOST, STALLED, STORAGE, Failure, explain_exit
 from worker.lease import LeaseKeeper
@@ -152,6 +153,7 @@ class Runner:
         match report:
             case BaseLoaded() as loaded:
                 log.info("base_model.loaded", pool=pool, seconds=round(loaded.seconds, 2))
+                publish_tokenizer(self._engine, self._store, base.id, Path(loaded.tokenizer_path))
             case BaseRefused() as refused:
                 log.error("base_model.refused", pool=pool, reason=refused.message)
                 self._fail_next_job(Failure("base_model_refused", refused.message))

@@ -97,4 +97,5 @@ def _store(upload: MultipartUpload, store: Store, caller: Caller) -> NewFile:
         num_examples=report.num_examples,
         status_details=report.summarize(),
         problems=tuple(asdict(problem) for problem in report.problems),
+        report=report.counts,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sqlalchemy import func, or_, select, update
@@ -29,6 +29,7 @@ class NewFile:
     num_examples: int = 0
     status_details: str | None = None
     problems: tuple[dict[str, Any], ...] = ()
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File:
@@ -45,6 +46,7 @@ def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File
         status="error" if new.status_details else "processed",
         status_details=new.status_details,
         problems=list(new.problems),
+        report=new.report,
     )
     session.add(row)
     session.flush()
