@@ -15,15 +15,18 @@ from api.previews import Previewer
 from api.routes import (
     adapters,
     api_keys,
+    checkpoints,
     explanations,
     files,
     fine_tuning,
+    graders,
     health,
     logs,
     metrics,
     models,
     previews,
     streams,
+    uploads,
 )
 from core.db.session import connect
 from core.settings import ApiSettings
@@ -43,12 +46,15 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.previewer = Previewer(app.state.store)
     for routes in (
         files,
+        uploads,
         previews,
         fine_tuning,
         streams,
         metrics,
         logs,
         explanations,
+        checkpoints,
+        graders,
         models,
         adapters,
         api_keys,
