@@ -17,7 +17,7 @@ from core.services.files import get_file
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
-@router.post("/{file_id}/preview", dependencies=[needs(Scope.READ)])
+@router.post("/{file_id}/preview", dependencies=[needs(Scope.DOWNLOAD)])
 def create_preview(
     previews: Previews, database: Database, caller: Caller, file_id: str, body: CreatePreview
 ) -> PreviewObject:
