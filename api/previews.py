@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from core.domain.datasets.statistics import NumberedLine, TokenReport
@@ -46,7 +47,6 @@ class Previewer:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._children = threading.BoundedSemaphore(_NUM_CHILDREN)
-        self._directory = tempfile.TemporaryDirectory(prefix="espalier-tokenizers-", ignore_cleanup_errors=True)
 
     def preview(self, order: PreviewOrder) -> Preview:
         """Raises InvalidRequestError for rows that are not there or pass a limit, UnavailableError when busy."""
@@ -63,6 +63,10 @@ class Previewer:
         finally:
             self._children.release()
         return Preview(report, is_whole_file)
+
+    @cached_property
+    def _directory(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="espalier-tokenizers-", ignore_cleanup_errors=True)
 
     def _fetch_tokenizer(self, object_key: str) -> Path:
         path = Path(self._directory.name) / object_key.rpartition("/")[2]
