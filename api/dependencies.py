@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from api.auth import Authenticator, identify_operator
 from api.feeds import EventFeed
+from api.previews import Previewer
 from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError
@@ -35,6 +36,10 @@ def get_store(request: Request) -> ObjectStore:
 
 def get_feed(request: Request) -> EventFeed:
     return cast("EventFeed", request.app.state.feed)
+
+
+def get_previewer(request: Request) -> Previewer:
+    return cast("Previewer", request.app.state.previewer)
 
 
 def get_settings(request: Request) -> ApiSettings:
@@ -121,6 +126,7 @@ Transaction = Annotated[Session, Depends(get_session, scope="function")]
 OperatorTransaction = Annotated[Session, Depends(get_operator_session, scope="function")]
 Store = Annotated[ObjectStore, Depends(get_store)]
 Feed = Annotated[EventFeed, Depends(get_feed)]
+Previews = Annotated[Previewer, Depends(get_previewer)]
 Settings = Annotated[ApiSettings, Depends(get_settings)]
 Database = Annotated[Engine, Depends(get_engine)]
 Body = Annotated[Iterator[bytes], Depends(get_body)]

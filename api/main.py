@@ -11,6 +11,7 @@ from api.auth import Authenticator
 from api.errors import install_error_handlers
 from api.feeds import EventFeed
 from api.middleware import RequestIdMiddleware
+from api.previews import Previewer
 from api.routes import (
     adapters,
     admin,
@@ -24,6 +25,7 @@ from api.routes import (
     logs,
     metrics,
     models,
+    previews,
     streams,
     uploads,
 )
@@ -42,9 +44,11 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.feed = EventFeed(app.state.engine, database_url)
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.store = S3ObjectStore(settings.storage_config)
+    app.state.previewer = Previewer(app.state.store)
     for routes in (
         files,
         uploads,
+        previews,
         fine_tuning,
         streams,
         metrics,

@@ -24,6 +24,7 @@ from cli.owner import DEFAULT_DATA_DIR, DataDir
 from cli.processes import ProcessFailedError
 from cli.servers import LocalServers
 from cli.stack import LocalStack, PortTakenError, StackState, answers
+from cli.validation import validate
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(tenants, name="tenants")
@@ -33,6 +34,7 @@ app.add_typer(operators, name="operators")
 app.command()(migrate)
 app.command()(audit)
 app.command()(check_contract)
+app.command()(validate)
 console = Console(soft_wrap=True)
 
 _FAILURES = (

@@ -7,17 +7,23 @@ holds up neither leases nor steps.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import stamina
+import structlog
+from sqlalchemy import Engine
 
 from core.db.models import File, Job, ResumePoint
-from core.domain.objects import attempt_prefix
+from core.db.session import DATABASE_ERRORS, service_transaction
+from core.domain.objects import attempt_prefix, tokenizer_key
 from core.services.attempts import Lease, StoredArtifact
+from core.services.base_models import record_tokenizer
 from core.storage import ObjectNotFoundError, ObjectStore, StorageError, StorageUnavailableError, StoredObject
 from worker.messages import (
     CheckpointSaved,
@@ -31,6 +37,7 @@ from worker.messages import (
 )
 
 ArtifactReport = CheckpointSaved | ResumePointSaved | JobSucceeded | JobYielded | JobFailed
+log = structlog.get_logger()
 _URL_LIFETIME = timedelta(minutes=15)
 
 
@@ -150,3 +157,16 @@ def _artifacts_of(report: ArtifactReport) -> tuple[tuple[str, tuple[StoredFile, 
 
 def result_filename(job: Job) -> str:
     return f"step_metrics_{job.id.hex[-8:]}.csv"
+
+
+def publish_tokenizer(engine: Engine, store: ObjectStore, base_model_id: str, path: Path) -> None:
+    """Store a base's tokenizer, so that the API can show rows as the base sees them. Training does not wait for it."""
+    content = path.read_bytes()
+    object_key = tokenizer_key(hashlib.sha256(content).hexdigest())
+    try:
+        if store.stat(object_key) != len(content):
+            store.put_bytes(object_key, content, content_type="application/json")
+        with service_transaction(engine) as session:
+            record_tokenizer(session, base_model_id, object_key=object_key)
+    except (*DATABASE_ERRORS, StorageError) as error:
+        log.warning("tokenizer.unpublished", base_model=base_model_id, error=type(error).__name__)

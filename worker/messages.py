@@ -111,6 +111,7 @@ class UrlsGranted(Frozen):
 class BaseLoaded(Frozen):
     kind: Literal["base_loaded"] = "base_loaded"
     seconds: float
+    tokenizer_path: str
 
 
 class BaseRefused(Frozen):

@@ -18,6 +18,7 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 from sqlalchemy import Engine
@@ -34,7 +35,7 @@ from core.services.base_models import list_base_models
 from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
 from core.storage import ObjectStore
-from worker.artifacts import ArtifactProver, Proof, grant_uploads, result_filename
+from worker.artifacts import ArtifactProver, Proof, grant_uploads, publish_tokenizer, result_filename
 from worker.children import TrainerChild, TrainerGoneError
 from worker.failures import LEASE_LOST, STALLED, STORAGE, Failure, explain_exit
 from worker.lease import LeaseKeeper
@@ -209,6 +210,7 @@ class Runner:
             return
         if isinstance(report, BaseLoaded):
             log.info("base_model.loaded", pool=pool, seconds=round(report.seconds, 2))
+            publish_tokenizer(self._engine, self._store, base.id, Path(report.tokenizer_path))
             return
         if isinstance(report, BaseRefused):
             log.error("base_model.refused", pool=pool, reason=report.message)

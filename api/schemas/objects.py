@@ -40,6 +40,7 @@ class FileObject(BaseModel):
     num_examples: int
     sha256: str
     problems: list[dict[str, Any]]
+    validation: dict[str, Any]
 
     @classmethod
     def of(cls, row: File) -> FileObject:
@@ -55,6 +56,7 @@ class FileObject(BaseModel):
             num_examples=row.num_examples,
             sha256=row.sha256,
             problems=row.problems,
+            validation=row.report,
         )
 
 

@@ -142,6 +142,15 @@ class BaseModelRow(Row):
     created_at: Mapped[CreatedAt]
 
 
+class BaseTokenizerRow(Row):
+    """Where the tokenizer of a base is stored, by the worker that loaded it last."""
+
+    __tablename__ = "base_tokenizers"
+    base_model_id: Mapped[str] = mapped_column(ForeignKey("base_models.id"), primary_key=True)
+    object_key: Mapped[str]
+    published_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+
+
 class File(Row):
     __tablename__ = "files"
     __table_args__ = (
@@ -169,6 +178,7 @@ class File(Row):
     status: Mapped[str]
     status_details: Mapped[str | None]
     problems: Mapped[list[Json]] = mapped_column(server_default=text("'[]'::jsonb"))
+    report: Mapped[Json] = mapped_column(server_default=text("'{}'::jsonb"))
     expires_at: Mapped[dt.datetime | None]
     deleted_at: Mapped[dt.datetime | None]
     purged_at: Mapped[dt.datetime | None]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import structlog
 import torch
 
+from core.domain.datasets.tokenizers import tokenizer_path
 from core.telemetry import configure_logs
 from worker.engine import Engine
 from worker.messages import OUT_OF_MEMORY_EXIT_CODE, BaseLoaded, BaseRefused, LoadBase
@@ -14,6 +16,7 @@ from worker.trainer.bases import load_base
 from worker.trainer.channel import Channel
 from worker.trainer.failures import BaseRefusedError
 from worker.trainer.loop import TrainingLoop
+from worker.trainer.tokenizers import write_bundle
 
 log = structlog.get_logger()
 
@@ -38,7 +41,9 @@ def main() -> None:
         max_tokens_per_step=order.max_tokens_per_step,
     )
     log.info("base_model.loaded", base_model=order.base_model_id, seconds=round(base.seconds, 2), pid=os.getpid())
-    channel.send(BaseLoaded(seconds=base.seconds))
+    bundle_path = tokenizer_path(Path(order.cache_dir), order.base_model_id)
+    write_bundle(base.bundle, bundle_path)
+    channel.send(BaseLoaded(seconds=base.seconds, tokenizer_path=str(bundle_path)))
     try:
         TrainingLoop(channel, engine, base, order).run()
     except MemoryError:
