@@ -35,7 +35,7 @@ def create_job(
     The transaction ends here and not in a dependency: others may wait for its locks in every thread there is, so it
     must not need another thread to end.
     """
-    with tenant_transaction(database, caller.tenant_id) as session:
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         submission = submissions.submit_once(
             session,
             caller.tenant_id,

@@ -54,7 +54,7 @@ def add_part(
 ) -> PartObject:
     """Store one part, of at most 64 MiB. No transaction is open while bytes flow."""
     row_id = parse_id(IdKind.UPLOAD, upload_id)
-    with tenant_transaction(database, caller.tenant_id) as session:
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         uploads.require_pending(session, caller.tenant_id, upload_id=row_id)
     form = MultipartUpload(request.headers.get("content-type", ""), body, MAX_PART_BYTES, file_field="data")
     part_id = new_id()
@@ -65,7 +65,7 @@ def add_part(
         form.drain()
         raise
     try:
-        with tenant_transaction(database, caller.tenant_id) as session:
+        with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
             new = NewPart(part_id, object_key, stored.size_bytes)
             return PartObject.of(uploads.add_part(session, caller.tenant_id, upload_id=row_id, new=new))
     except DomainError:
@@ -79,7 +79,7 @@ def complete_upload(
 ) -> UploadObject:
     """Compose the parts to a file, checked like any other. Completing a completed upload returns it."""
     row_id = parse_id(IdKind.UPLOAD, upload_id)
-    with tenant_transaction(database, caller.tenant_id) as session:
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         upload = uploads.get_upload(session, caller.tenant_id, upload_id=row_id)
         if upload.status == "completed":
             return UploadObject.of(upload, now=now, file=uploads.find_file(session, upload))
@@ -88,7 +88,7 @@ def complete_upload(
     chunks = _read_parts(store, [part.object_key for part in parts], md5=body.md5)
     file = _describe(store_dataset(chunks, store=store, tenant_id=caller.tenant_id), upload)
     try:
-        with tenant_transaction(database, caller.tenant_id) as session:
+        with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
             upload = uploads.complete_upload(session, caller.tenant_id, upload_id=row_id, file=file)
             row = uploads.find_file(session, upload)
             session.refresh(row)

@@ -168,7 +168,7 @@ def test_an_operator_sets_quotas_rotates_keys_switches_bases_and_reads_who_did_w
         assert done.exit_code == 0, done.stdout
         return done.stdout
 
-    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    base = BASE_MODEL
     run("tenants", "create", "hooli")
     run("tenants", "set", "hooli", "--weight", "2.5", "--max-tokens-per-job", "1000000", "--allow", base)
     assert all(word in run("tenants", "list") for word in ("hooli", "2.5", "1000000", base))
@@ -351,6 +351,8 @@ def test_migrate_prepares_a_database_and_lets_only_the_named_roles_in(registry: 
             assert espalier("migrate", "--registry", registry, env=env).exit_code == 0
         place = url.rpartition("@")[2]
         with psycopg.connect(f"postgresql://espalier_api:api-password@{place}") as connection:
+            assert connection.execute("select current_user").fetchone() == ("espalier_api",)
+        with psycopg.connect(url) as connection:
             assert connection.execute("select id from base_models").fetchall() == [(BASE_MODEL,)]
         with pytest.raises(psycopg.OperationalError, match="password"):
             psycopg.connect(f"postgresql://espalier_worker:api-password@{place}")

@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 
 from core.domain.datasets.rows import parse_example
 from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
-from core.domain.datasets.tokens import ConversationTokenizer
+from core.domain.datasets.tokens import ConversationTokenizer, TokenizedConversation
 from core.domain.datasets.values import Problem, ProblemError
 from core.domain.training import Frozen
 
@@ -111,16 +111,7 @@ def report_tokens(
         lengths.append(whole.num_tokens)
         counts.update(tokens=cut.num_tokens, learnt=cut.num_labels, dropped=not cut.num_labels)
         if len(rows) < num_shown:
-            rows.append(
-                PreviewRow(
-                    line=line.number,
-                    token_ids=cut.token_ids,
-                    tokens=[tokenizer.show_token(token_id) for token_id in cut.token_ids],
-                    loss_mask=[int(is_label) for is_label in cut.is_label],
-                    num_tokens=whole.num_tokens,
-                    is_truncated=whole.num_tokens > max_seq_len,
-                )
-            )
+            rows.append(_show_row(tokenizer, cut, line=line.number, num_tokens=whole.num_tokens))
     return TokenReport(
         max_seq_len=max_seq_len,
         num_rows=len(lengths),
@@ -133,6 +124,17 @@ def report_tokens(
         rows=rows,
         problems=problems[:MAX_PROBLEMS],
         num_problems=len(problems),
+    )
+
+
+def _show_row(tokenizer: BaseTokenizer, cut: TokenizedConversation, *, line: int, num_tokens: int) -> PreviewRow:
+    return PreviewRow(
+        line=line,
+        token_ids=cut.token_ids,
+        tokens=[tokenizer.show_token(token_id) for token_id in cut.token_ids],
+        loss_mask=[int(is_label) for is_label in cut.is_label],
+        num_tokens=num_tokens,
+        is_truncated=num_tokens > cut.num_tokens,
     )
 
 

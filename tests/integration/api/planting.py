@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 
 from sqlalchemy import Engine, func
 from sqlalchemy.orm import Session
 
-from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Event, Job, Metric, Usage
+from core.db.models import (
+    LEASE_TOKENS,
+    Adapter,
+    Attempt,
+    Checkpoint,
+    CheckpointPermission,
+    Event,
+    Job,
+    LogLine,
+    Metric,
+    ResumePoint,
+    Upload,
+    UploadPart,
+    Usage,
+)
 from core.db.session import service_transaction, tenant_transaction
 from core.domain.api_keys import format_key_id
 from core.domain.ids import IdKind, format_id, new_id
@@ -33,6 +48,9 @@ class Planted:
     adapter: str
     model: str
     checkpoint_model: str
+    permission: str
+    upload: str
+    part: str
     api_key: str
     tenant: str
     object_keys: tuple[str, ...]
@@ -95,6 +113,13 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
     session.add_all([attempt, checkpoint, event, adapter, metric])
     session.flush()
     session.add(Usage(id=new_id(), tenant_id=tenant.id, attempt_id=attempt.id, gpu_seconds=1, trained_tokens=1))
+    session.add(LogLine(id=new_id(), attempt_number=1, level="info", name="planted", details={}, **own))
+    session.add(ResumePoint(id=new_id(), lease_token=token, step=1, object_prefix=prefix, files=FILES, **own))
+    permission = CheckpointPermission(
+        id=new_id(), tenant_id=tenant.id, checkpoint_id=checkpoint.id, project_id="somebody-else"
+    )
+    session.add(permission)
+    upload, part = _plant_upload(session, tenant)
     store.put_bytes(prefix + FILES[0]["name"], ROW, content_type="application/json")
     return Planted(
         file=format_id(IdKind.FILE, file_id),
@@ -104,10 +129,30 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
         adapter=format_id(IdKind.ADAPTER, adapter.id),
         model=name,
         checkpoint_model=checkpoint.model_name,
+        permission=format_id(IdKind.PERMISSION, permission.id),
+        upload=format_id(IdKind.UPLOAD, upload.id),
+        part=format_id(IdKind.PART, part.id),
         api_key=format_key_id(tenant.key_id),
         tenant=format_id(IdKind.TENANT, tenant.id),
         object_keys=(object_key, prefix + FILES[0]["name"]),
     )
+
+
+def _plant_upload(session: Session, tenant: Tenant) -> tuple[Upload, UploadPart]:
+    upload = Upload(
+        id=new_id(),
+        tenant_id=tenant.id,
+        filename="a.jsonl",
+        purpose="fine-tune",
+        mime_type="application/jsonl",
+        size_bytes=len(ROW),
+        expires_at=func.now() + timedelta(hours=1),
+    )
+    session.add(upload)
+    session.flush()
+    part = UploadPart(id=new_id(), tenant_id=tenant.id, upload_id=upload.id, object_key="nowhere", size_bytes=len(ROW))
+    session.add(part)
+    return upload, part
 
 
 def _job(tenant: Tenant, job_id: uuid.UUID, file_id: uuid.UUID, name: str) -> Job:

@@ -40,6 +40,9 @@ PLACES = {
     "adapter_id": "adapter",
     "key_id": "api_key",
     "model": "model",
+    "checkpoint": "checkpoint_model",
+    "permission_id": "permission",
+    "upload_id": "upload",
 }
 # A good body for every route that wants one, so that nothing but the id can be at fault. `{kind}` is the crossed id.
 BODIES: dict[str, list[dict[str, Any]]] = {
@@ -49,9 +52,18 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {"model": "{model}", "training_file": "{own_file}"},
     ],
     "POST /v1/api_keys": [],  # names nothing of anybody's
+    "POST /v1/uploads": [{"filename": "a", "purpose": "fine-tune", "bytes": 9, "mime_type": "application/jsonl"}],
+    "POST /v1/uploads/{upload_id}/complete": [{"part_ids": ["{part}"]}],
+    "POST /v1/files/{file_id}/preview": [{"model": BASE_MODEL}],
+    # Whom a checkpoint is shared with is the tenant's own choice, and whether such a tenant exists is never told.
+    "POST /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": [{"project_ids": ["anybody"]}],
 }
-# Bodies that are forms, read as they stream; they name nothing but their own bytes.
-FORMS = {"POST /v1/files"}
+# What takes no JSON: forms, read as they stream, which name nothing but their own bytes, and what is refused unread.
+FORMS = {
+    "POST /v1/files",
+    "POST /v1/fine_tuning/alpha/graders/run",
+    "POST /v1/fine_tuning/alpha/graders/validate",
+}
 CURSORS = {"file": "/v1/files", "job": "/v1/fine_tuning/jobs", "adapter": "/v1/adapters"}
 VERBS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 CHANGING_HEADERS = {"x-request-id", "date", "ratelimit"}
@@ -178,6 +190,8 @@ def unwalled(database: Database, servers: ServerAddresses) -> Iterator[Watched]:
 
 def never_was(wire_id: str) -> str:
     """Return an id of the same form and age that names nothing: the last characters differ."""
+    if (step := wire_id.rfind(":ckpt-step-")) >= 0:
+        return never_was(wire_id[:step]) + wire_id[step:]
     swapped = wire_id[-4:].translate(str.maketrans("0123456789abcdefABCDEFGHIJ", "1032547698badcfeBADCFEHGJI"))
     if swapped == wire_id[-4:]:
         swapped = "0000" if wire_id[-4:] != "0000" else "1111"
@@ -195,7 +209,11 @@ def path_of(route: APIRoute, planted_ids: dict[str, str], place: str, wire_id: s
 
 def fill(body: dict[str, Any], own: Planted, kind: str, wire_id: str) -> dict[str, Any]:
     known = {f"{{own_{name}}}": value for name, value in own.ids.items()} | {f"{{{kind}}}": wire_id}
-    return {name: known.get(value, value) if isinstance(value, str) else value for name, value in body.items()}
+
+    def filled(value: Any) -> Any:
+        return [filled(each) for each in value] if isinstance(value, list) else known.get(value, value)
+
+    return {name: filled(value) for name, value in body.items()}
 
 
 def filled_path(name: str, own: Planted) -> tuple[str, str]:
@@ -273,7 +291,9 @@ def test_another_tenants_thing_is_a_thing_that_never_was(
                     answer = walled.ask(verb, path, asker, **options_of(verb, route, own))
                     told.append((seen(answer, each), list(walled.statements)))
                 assert told[0] == told[1], (verb, place, kind)
-                if verb in route.methods:
+                # An id with slashes in a place that takes none is another path, and says so by itself.
+                fits = "/" not in wire_id or f"{{{place}:path}}" in route.path
+                if verb in route.methods and fits:
                     assert answer.status_code == 404, (verb, place, kind, answer.text)
                 assert answer.status_code in {400, 404, 405}
     walled.is_stripping = False
@@ -360,15 +380,15 @@ def test_with_both_halves_of_the_wall_down_the_same_requests_do_leak(
 ) -> None:
     unwalled.is_stripping = True
     leaking = set()
-    for route in PLACED:
-        if route.methods == {"GET"}:
-            place = places_of(route)[0]
-            path = path_of(route, planted.ids, place, planted.ids[PLACES[place]])
-            answer = unwalled.ask("GET", path, asker, **options_of("GET", route, own))
-            leaking |= {route.path} if answer.status_code == 200 else set()
+    looking = [route for route in PLACED if route.methods == {"GET"} and not route.path.endswith("/stream")]
+    for route in looking:
+        place = places_of(route)[0]
+        path = path_of(route, planted.ids, place, planted.ids[PLACES[place]])
+        answer = unwalled.ask("GET", path, asker, **options_of("GET", route, own))
+        leaking |= {route.path} if answer.status_code == 200 else set()
     lists = {route.path for route in LISTS if planted.job in unwalled.ask("GET", route.path, asker).text}
     unwalled.is_stripping = False
-    assert leaking == {route.path for route in PLACED if route.methods == {"GET"}}
+    assert leaking == {route.path for route in looking}
     assert lists >= {"/v1/fine_tuning/jobs"}
 
 
@@ -379,6 +399,7 @@ def test_the_database_alone_keeps_every_table_apart(
     del planted, own
     before = snapshot(owner, victim)
     with service_transaction(owner) as session:
+        may_look = session.scalars(text("select has_table_privilege('espalier_api', :t, 'SELECT')"), {"t": table}).one()
         columns = list(
             session.scalars(
                 text(
@@ -391,8 +412,8 @@ def test_the_database_alone_keeps_every_table_apart(
             text("select has_table_privilege('espalier_api', :t, 'DELETE')"), {"t": table}
         ).one()
     with tenant_transaction(api, asker.id) as session:
-        tenants = set(session.scalars(text(f"select distinct tenant_id from {table}")))
-        assert tenants == {asker.id}
+        if may_look:
+            assert set(session.scalars(text(f"select distinct tenant_id from {table}"))) == {asker.id}
         for column in columns:
             changed = session.execute(
                 text(f"update {table} set {column} = {column} where tenant_id = :id"), {"id": victim.id}
