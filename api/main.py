@@ -6,7 +6,8 @@ from fastapi import FastAPI
 
 from api.auth import Authenticator
 from api.errors import install_error_handlers
-from api.middleware import RequestIdMiddleware
+from api.middleware import BodyCapMiddleware, RequestIdMiddleware
+from api.rate_limits import RateLimiter
 from api.routes import adapters, admin, api_keys, files, fine_tuning, health, models
 from core.db.session import connect
 from core.settings import ApiSettings
@@ -14,13 +15,19 @@ from core.storage import S3ObjectStore
 
 
 def create_app(settings: ApiSettings) -> FastAPI:
-    app = FastAPI(title="Espalier", version="0.1.0", description="OpenAI's fine-tuning API on your own GPUs.")
+    app = FastAPI(
+        title="Espalier",
+        version="0.1.0",
+        description="OpenAI's fine-tuning API on your own GPUs.",
+    )
     app.state.settings = settings
     app.state.engine = connect(settings.database_url.get_secret_value(), pool_size=20)
     app.state.authenticator = Authenticator(app.state.engine)
+    app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
     app.state.store = S3ObjectStore(settings.storage_config)
     for routes in (files, fine_tuning, models, adapters, api_keys, admin, health):
         app.include_router(routes.router)
+    app.add_middleware(BodyCapMiddleware, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     return app

@@ -6,9 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from api.dependencies import Caller, Now, Transaction, needs
+from api.dependencies import Caller, Database, Now, Transaction, needs
 from api.schemas.objects import CheckpointObject, EventObject, JobObject, ListObject, as_list
 from api.schemas.requests import CreateJob
+from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters, events, jobs
@@ -18,8 +19,11 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 @router.post("", dependencies=[needs(Scope.SUBMIT)])
-def create_job(session: Transaction, caller: Caller, now: Now, body: CreateJob) -> JobObject:
-    return JobObject.of(jobs.submit_job(session, caller.tenant_id, request=body.to_request()), now=now)
+def create_job(database: Database, caller: Caller, now: Now, body: CreateJob) -> JobObject:
+    """Submit a job. The transaction ends here: others may wait for its lock in every thread that there is."""
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
+        job = jobs.submit_job(session, caller.tenant_id, request=body.to_request())
+    return JobObject.of(job, now=now)
 
 
 @router.get("", dependencies=[needs(Scope.READ)])

@@ -41,6 +41,7 @@ cross join lateral (
     order by j.priority desc, j.id limit 1
 ) c
 where t.disabled_at is null
+  and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
   and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
 order by t.usage * power(0.5, extract(epoch from now() - t.usage_at) / :half_life) / t.weight, c.id
 limit 1
