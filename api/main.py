@@ -8,7 +8,7 @@ from api.auth import Authenticator
 from api.errors import install_error_handlers
 from api.middleware import BodyCapMiddleware, RequestIdMiddleware
 from api.rate_limits import RateLimiter
-from api.routes import adapters, admin, api_keys, files, fine_tuning, health, models
+from api.routes import adapters, admin, api_keys, checkpoints, files, fine_tuning, graders, health, models, uploads
 from core.db.session import connect
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
@@ -25,7 +25,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
     app.state.store = S3ObjectStore(settings.storage_config)
-    for routes in (files, fine_tuning, models, adapters, api_keys, admin, health):
+    for routes in (files, uploads, fine_tuning, checkpoints, graders, models, adapters, api_keys, admin, health):
         app.include_router(routes.router)
     app.add_middleware(BodyCapMiddleware, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestIdMiddleware)

@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
-from core.db.models import Adapter, File, Job, Tenant
+from core.db.models import Adapter, File, Job, Tenant, Upload
 from core.domain.errors import InvalidRequestError, PermissionDeniedError, RateLimitedError
 from core.domain.jobs import JobStatus
 from core.domain.training import TrainingSpec
@@ -40,8 +40,13 @@ def check_storage(session: Session, tenant_id: uuid.UUID, *, num_bytes: int = 0)
     if quota is None:
         return
     in_files = select(func.sum(File.size_bytes)).where(File.tenant_id == tenant_id, File.deleted_at.is_(None))
-    in_adapters = select(func.sum(Adapter.size_bytes)).where(Adapter.tenant_id == tenant_id)
-    stored = sum(int(session.scalar(query) or 0) for query in (in_files, in_adapters))
+    in_adapters = select(func.sum(Adapter.size_bytes)).where(
+        Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None)
+    )
+    promised = select(func.sum(Upload.size_bytes)).where(
+        Upload.tenant_id == tenant_id, Upload.status == "pending", Upload.expires_at > func.now()
+    )
+    stored = sum(int(session.scalar(query) or 0) for query in (in_files, in_adapters, promised))
     if stored + num_bytes > quota:
         raise PermissionDeniedError(
             f"{stored} bytes are stored, of {quota} that may be. Delete files that you need no more.",

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 
 from sqlalchemy import Engine, func
 from sqlalchemy.orm import Session
 
-from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Event, Job, Metric, Usage
+from core.db.models import (
+    LEASE_TOKENS,
+    Adapter,
+    Attempt,
+    Checkpoint,
+    CheckpointPermission,
+    Event,
+    IdempotencyKey,
+    Job,
+    Metric,
+    Upload,
+    UploadPart,
+    Usage,
+)
 from core.db.session import service_transaction, tenant_transaction
 from core.domain.api_keys import format_key_id
 from core.domain.ids import IdKind, format_id, new_id
@@ -35,6 +49,9 @@ class Planted:
     checkpoint_model: str
     api_key: str
     tenant: str
+    upload: str
+    part: str
+    permission: str
     object_keys: tuple[str, ...]
 
     @property
@@ -95,6 +112,25 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
     session.add_all([attempt, checkpoint, event, adapter, metric])
     session.flush()
     session.add(Usage(id=new_id(), tenant_id=tenant.id, attempt_id=attempt.id, gpu_seconds=1, trained_tokens=1))
+    upload = Upload(
+        id=new_id(),
+        tenant_id=tenant.id,
+        filename="a.jsonl",
+        purpose="fine-tune",
+        mime_type="text/plain",
+        size_bytes=10**6,
+        expires_at=func.now() + timedelta(hours=1),
+    )
+    session.add(upload)
+    session.flush()
+    part = UploadPart(id=new_id(), tenant_id=tenant.id, upload_id=upload.id, object_key=object_key, size_bytes=1)
+    permission = CheckpointPermission(
+        id=new_id(), tenant_id=tenant.id, checkpoint_id=checkpoint.id, project_id="nobody-here"
+    )
+    session.add_all(
+        [part, permission, IdempotencyKey(tenant_id=tenant.id, key="planted", request_hash=bytes(32), job_id=job_id)]
+    )
+    session.flush()
     store.put_bytes(prefix + FILES[0]["name"], ROW, content_type="application/json")
     return Planted(
         file=format_id(IdKind.FILE, file_id),
@@ -106,6 +142,9 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
         checkpoint_model=checkpoint.model_name,
         api_key=format_key_id(tenant.key_id),
         tenant=format_id(IdKind.TENANT, tenant.id),
+        upload=format_id(IdKind.UPLOAD, upload.id),
+        part=format_id(IdKind.PART, part.id),
+        permission=format_id(IdKind.PERMISSION, permission.id),
         object_keys=(object_key, prefix + FILES[0]["name"]),
     )
 
