@@ -18,7 +18,7 @@ from cli.binaries import BinaryMissingError
 from cli.demo.run import run_demo
 from cli.external import ExternalServers, ExternalServersError
 from cli.locks import AlreadyRunningError, find_launcher, is_running
-from cli.operators import audit, base_models, keys, migrate, operators, tenants
+from cli.operators import audit_log, base_models, keys, migrate, operators, tenants
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from cli.processes import ProcessFailedError
 from cli.servers import LocalServers
@@ -30,7 +30,7 @@ app.add_typer(keys, name="keys")
 app.add_typer(base_models, name="base-models")
 app.add_typer(operators, name="operators")
 app.command()(migrate)
-app.command()(audit)
+app.command()(audit_log)
 console = Console(soft_wrap=True)
 
 _FAILURES = (

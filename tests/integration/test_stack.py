@@ -187,7 +187,7 @@ def test_an_operator_sets_quotas_rotates_keys_switches_bases_and_reads_who_did_w
     assert httpx.get(f"{up.state.api_url}/admin/tenants/hooli", **asked).json()["max_tokens_per_job"] is None
     run("operators", "revoke", operator.split("_")[2])
     assert httpx.get(f"{up.state.api_url}/admin/tenants/hooli", **asked).status_code == 401
-    said = run("audit", "--tenant", "hooli")
+    said = run("audit-log", "--tenant", "hooli")
     assert said.index("tenant.changed") < said.index("tenant.created")
     assert "cli:" in said
 
