@@ -15,6 +15,8 @@ from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 
 from api.auth import Authenticator, identify_operator
+from api.feeds import EventFeed
+from api.previews import Previewer
 from api.rate_limits import RateLimiter
 from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
@@ -31,6 +33,14 @@ def get_engine(request: Request) -> Engine:
 
 def get_store(request: Request) -> ObjectStore:
     return cast("ObjectStore", request.app.state.store)
+
+
+def get_feed(request: Request) -> EventFeed:
+    return cast("EventFeed", request.app.state.feed)
+
+
+def get_previewer(request: Request) -> Previewer:
+    return cast("Previewer", request.app.state.previewer)
 
 
 def get_settings(request: Request) -> ApiSettings:
@@ -138,6 +148,8 @@ Transaction = Annotated[Session, Depends(get_session, scope="function")]
 Operator = Annotated[OperatorIdentity, Depends(get_operator)]
 OperatorTransaction = Annotated[Session, Depends(get_operator_session, scope="function")]
 Store = Annotated[ObjectStore, Depends(get_store)]
+Feed = Annotated[EventFeed, Depends(get_feed)]
+Previews = Annotated[Previewer, Depends(get_previewer)]
 Settings = Annotated[ApiSettings, Depends(get_settings)]
 Database = Annotated[Engine, Depends(get_engine)]
 Body = Annotated[Iterator[bytes], Depends(get_body)]

@@ -20,7 +20,7 @@ from cli.stack import prepare_database
 from core.db.migrate import RoleLogin
 from core.domain.api_keys import ALL_SCOPES, DEFAULT_SCOPES, Scope
 from core.domain.errors import InvalidRequestError
-from core.services import audit_log as changes
+from core.services import audit as changes
 from core.services import base_models as bases
 from core.services import operators as operator_keys
 from core.services import tenants as services
@@ -184,7 +184,7 @@ def revoke_operator(key_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     print(f"Revoked {key_id}.")
 
 
-def audit_log(
+def audit(
     tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
     limit: Annotated[int, typer.Option(min=1)] = 50,
     data_dir: DataDir = DEFAULT_DATA_DIR,

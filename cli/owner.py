@@ -16,7 +16,7 @@ import typer
 from sqlalchemy.orm import Session
 
 from cli.external import OWNER_URL_SETTING
-from cli.servers import find_postgres_url
+from cli.servers import find_addresses
 from core.db.session import connect, operator_transaction
 from core.domain.errors import DomainError
 
@@ -39,7 +39,8 @@ def operator_session(data_dir: Path) -> Iterator[Session]:
 
 
 def owner_url(data_dir: Path) -> str:
-    url = os.environ.get(OWNER_URL_SETTING) or find_postgres_url(data_dir)
+    addresses = find_addresses(data_dir)
+    url = os.environ.get(OWNER_URL_SETTING) or (addresses.postgres_url if addresses else None)
     if not url:
         print(
             f"Set {OWNER_URL_SETTING} to the URL of the database's owner, postgresql://..., "

@@ -12,7 +12,7 @@ from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
 from api.schemas.objects import DeletedObject, ListObject, as_list
 from core.db.session import operator_transaction
 from core.domain.api_keys import parse_key_id
-from core.services import audit_log, base_models, tenants
+from core.services import audit, base_models, tenants
 from core.services.tenants import TenantChange
 
 router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(get_operator)])
@@ -87,4 +87,4 @@ def list_audit_entries(
 ) -> ListObject[AuditObject]:
     """List changes, newest first, of one tenant (by slug) or of all."""
     tenant_id = tenants.find_tenant(session, tenant).id if tenant is not None else None
-    return as_list(audit_log.list_audit_entries(session, tenant_id, before=after, limit=limit), AuditObject.of)
+    return as_list(audit.list_audit_entries(session, tenant_id, before=after, limit=limit), AuditObject.of)

@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
+# What is raised when the database is away, comes back, or has ended the connection; the transaction may be tried again.
+DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
 # A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
 _IDLE_TRANSACTION_MILLISECONDS = 5000
 

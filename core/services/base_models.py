@@ -13,8 +13,8 @@ from sqlalchemy import ColumnElement, and_, any_, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from core.db.models import BaseModelRow, Tenant
-from core.domain.errors import NotFoundError
+from core.db.models import BaseModelRow, BaseTokenizerRow, Tenant
+from core.domain.errors import ConflictError, NotFoundError
 from core.domain.training import Frozen, Quantization
 
 
@@ -58,6 +58,27 @@ def sync_base_models(session: Session, registry: Registry) -> None:
         values = entry.model_dump(mode="json") | {"is_enabled": True}
         statement = insert(BaseModelRow).values(values)
         session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=values))
+
+
+def record_tokenizer(session: Session, base_model_id: str, *, object_key: str) -> None:
+    """Say where the tokenizer of a base is, as the worker that loaded it last has stored it."""
+    values = {"base_model_id": base_model_id, "object_key": object_key, "published_at": func.now()}
+    session.execute(
+        insert(BaseTokenizerRow).values(values).on_conflict_do_update(index_elements=["base_model_id"], set_=values)
+    )
+
+
+def find_tokenizer(session: Session, base_model_id: str) -> str:
+    """Return the object key of a base's tokenizer. Raises ConflictError before any worker has loaded the base."""
+    query = select(BaseTokenizerRow.object_key).where(BaseTokenizerRow.base_model_id == base_model_id)
+    object_key = session.scalar(query)
+    if object_key is None:
+        raise ConflictError(
+            f"No worker has loaded {base_model_id!r} yet, so its tokenizer is not known here. Try again once one has.",
+            code="tokenizer_unknown",
+            param="model",
+        )
+    return object_key
 
 
 def list_base_models(session: Session) -> Sequence[BaseModelRow]:

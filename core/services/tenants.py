@@ -6,12 +6,12 @@ import datetime as dt
 import hmac
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, StringConstraints
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, any_, func, literal, select, update
 from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
@@ -236,6 +236,17 @@ def reauthenticate(session: Session, key_id: str) -> Identity:
     if row is None:
         raise UnauthenticatedError("The API key has expired or was revoked.")
     return _identity_of(session, row)
+
+
+def find_reading_keys(session: Session, tenant_id: uuid.UUID, key_ids: Iterable[str]) -> set[str]:
+    """Return those of a tenant's keys that are alive and may read; none where the tenant is disabled."""
+    query = (
+        select(ApiKeyRow.key_id)
+        .join(Tenant, Tenant.id == ApiKeyRow.tenant_id)
+        .where(ApiKeyRow.tenant_id == tenant_id, ApiKeyRow.key_id.in_(key_ids), *_is_live())
+        .where(literal(Scope.READ.value) == any_(ApiKeyRow.scopes), Tenant.disabled_at.is_(None))
+    )
+    return set(session.scalars(query))
 
 
 def _is_live() -> tuple[ColumnElement[bool], ...]:

@@ -168,7 +168,7 @@ def test_an_operator_sets_quotas_rotates_keys_switches_bases_and_reads_who_did_w
         assert done.exit_code == 0, done.stdout
         return done.stdout
 
-    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    base = BASE_MODEL
     run("tenants", "create", "hooli")
     run("tenants", "set", "hooli", "--weight", "2.5", "--max-tokens-per-job", "1000000", "--allow", base)
     assert all(word in run("tenants", "list") for word in ("hooli", "2.5", "1000000", base))
@@ -187,7 +187,7 @@ def test_an_operator_sets_quotas_rotates_keys_switches_bases_and_reads_who_did_w
     assert httpx.get(f"{up.state.api_url}/admin/tenants/hooli", **asked).json()["max_tokens_per_job"] is None
     run("operators", "revoke", operator.split("_")[2])
     assert httpx.get(f"{up.state.api_url}/admin/tenants/hooli", **asked).status_code == 401
-    said = run("audit-log", "--tenant", "hooli")
+    said = run("audit", "--tenant", "hooli")
     assert said.index("tenant.changed") < said.index("tenant.created")
     assert "cli:" in said
 
@@ -351,6 +351,8 @@ def test_migrate_prepares_a_database_and_lets_only_the_named_roles_in(registry: 
             assert espalier("migrate", "--registry", registry, env=env).exit_code == 0
         place = url.rpartition("@")[2]
         with psycopg.connect(f"postgresql://espalier_api:api-password@{place}") as connection:
+            assert connection.execute("select id from base_models").fetchall() == []  # it is nobody's tenant
+        with psycopg.connect(url) as connection:
             assert connection.execute("select id from base_models").fetchall() == [(BASE_MODEL,)]
         with pytest.raises(psycopg.OperationalError, match="password"):
             psycopg.connect(f"postgresql://espalier_worker:api-password@{place}")

@@ -18,7 +18,9 @@ from core.db.models import (
     Event,
     IdempotencyKey,
     Job,
+    LogLine,
     Metric,
+    ResumePoint,
     Upload,
     UploadPart,
     Usage,
@@ -52,6 +54,7 @@ class Planted:
     upload: str
     part: str
     permission: str
+    log_line: str
     object_keys: tuple[str, ...]
 
     @property
@@ -81,6 +84,7 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
     prefix = attempt_prefix(tenant.id, job_id, token)
     own = {"tenant_id": tenant.id, "job_id": job_id}
     session.add(_job(tenant, job_id, file_id, name))
+    session.add(_job(tenant, new_id(), file_id, None))
     session.flush()
     attempt = Attempt(
         id=new_id(),
@@ -127,8 +131,15 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
     permission = CheckpointPermission(
         id=new_id(), tenant_id=tenant.id, checkpoint_id=checkpoint.id, project_id="nobody-here"
     )
+    log_line = LogLine(id=new_id(), attempt_number=1, level="info", name="planted", details={}, **own)
     session.add_all(
-        [part, permission, IdempotencyKey(tenant_id=tenant.id, key="planted", request_hash=bytes(32), job_id=job_id)]
+        [
+            part,
+            permission,
+            log_line,
+            IdempotencyKey(tenant_id=tenant.id, key="planted", request_hash=bytes(32), job_id=job_id),
+            ResumePoint(id=new_id(), lease_token=token, step=1, object_prefix=prefix, files=FILES, **own),
+        ]
     )
     session.flush()
     store.put_bytes(prefix + FILES[0]["name"], ROW, content_type="application/json")
@@ -145,11 +156,13 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
         upload=format_id(IdKind.UPLOAD, upload.id),
         part=format_id(IdKind.PART, part.id),
         permission=format_id(IdKind.PERMISSION, permission.id),
+        log_line=format_id(IdKind.LOG_LINE, log_line.id),
         object_keys=(object_key, prefix + FILES[0]["name"]),
     )
 
 
-def _job(tenant: Tenant, job_id: uuid.UUID, file_id: uuid.UUID, name: str) -> Job:
+def _job(tenant: Tenant, job_id: uuid.UUID, file_id: uuid.UUID, name: str | None) -> Job:
+    """Return a job that has succeeded under a name, or one that is queued."""
     adapter = {"rank": 8, "alpha": 16, "dropout": 0, "target_modules": ["q_proj"], "use_rslora": False}
     spec = {
         "adapter": adapter,
@@ -174,7 +187,7 @@ def _job(tenant: Tenant, job_id: uuid.UUID, file_id: uuid.UUID, name: str) -> Jo
         spec=spec,
         total_steps=1,
         trained_steps=1,
-        status="succeeded",
+        status="succeeded" if name else "queued",
         fine_tuned_model=name,
-        finished_at=func.now(),
+        finished_at=func.now() if name else None,
     )

@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0006"
-down_revision = "0005"
+revision = "0008"
+down_revision = "0007"
 branch_labels = None
 depends_on = None
 
@@ -59,9 +59,6 @@ RECORDED = {
     "files": ("insert or delete or update", BY_PEOPLE, "'file', 'id'"),
     "jobs": ("insert or delete or update", BY_PEOPLE, "'job', 'id'"),
     "adapters": ("insert or delete or update", BY_PEOPLE, "'adapter', 'id'"),
-    "checkpoints": ("insert or delete or update", BY_PEOPLE, "'checkpoint', 'id'"),
-    "checkpoint_permissions": ("insert or delete or update", "", "'checkpoint_permission', 'id'"),
-    "uploads": ("insert or delete or update", BY_PEOPLE, "'upload', 'id'"),
 }
 OPERATOR_ROLE = """
 do $$ begin
