@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,9 @@ from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import DomainError, RateLimitedError
 from core.domain.ids import new_id
 from core.domain.jobs import pool_name
+from core.domain.outlook import WaitCode
 from core.services import attempts
+from core.services.explanations import explain_job
 from core.services.files import NewFile, create_file
 from core.services.jobs import JobRequest, submit_job
 from core.services.quotas import reserve_storage
@@ -171,6 +174,11 @@ def test_a_tenant_that_has_used_its_gpu_seconds_of_the_month_waits_and_loses_not
         session.add(Usage(id=new_id(), tenant_id=tenant.id, attempt_id=attempt_id, gpu_seconds=100, trained_tokens=1))
     limit(owner, tenant, max_gpu_seconds_per_month=100)
     assert claim(worker) is None
+    with tenant_transaction(api, tenant.id) as session:
+        waiting = session.scalars(select(Job.id).where(Job.status == "queued")).one()
+        told = explain_job(session, tenant.id, job_id=waiting, now=dt.datetime.now(dt.UTC))
+    assert told.reason is not None
+    assert told.reason.code == WaitCode.QUOTA
     with service_transaction(owner) as session:
         session.execute(text("update usage set created_at = date_trunc('month', now(), 'UTC') - interval '1 second'"))
     second = claim(worker)
