@@ -22,7 +22,7 @@ def create_preview(
     previews: Previews, database: Database, caller: Caller, file_id: str, body: CreatePreview
 ) -> PreviewObject:
     """Show rows as they will be trained on, and count tokens. No transaction is open while the child renders."""
-    with tenant_transaction(database, caller.tenant_id) as session:
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         file = get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
         base = get_base_model(session, caller.tenant_id, base_model_id=body.model)
         tokenizer_key = find_tokenizer(session, base.id)

@@ -85,7 +85,7 @@ def _read_tenant(session: Session, tenant_id: uuid.UUID) -> TenantState:
     is_within = func.within_gpu_quota(Tenant.id, Tenant.max_gpu_seconds_per_month, type_=Boolean)
     query = select(num_running, Tenant.max_running, Tenant.disabled_at.is_not(None), is_within)
     query = query.where(Tenant.id == tenant_id)
-    return TenantState(*session.execute(query).tuples().one())
+    return TenantState(*session.execute(query).one())
 
 
 def _last_outcome(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> str | None:
@@ -131,5 +131,5 @@ def _read_workers(session: Session, pool: str) -> PoolWorkers:
         func.coalesce(func.sum(Worker.slots_in_use).filter(holds), 0),
         func.max(Worker.heartbeat_at),
     ).where(literal(pool) == any_(Worker.pools))
-    alive, serving, loading, elsewhere, slots, in_use, last_seen_at = session.execute(query).tuples().one()
+    alive, serving, loading, elsewhere, slots, in_use, last_seen_at = session.execute(query).one()
     return PoolWorkers(alive, serving, loading, elsewhere, int(slots), int(in_use), last_seen_at)

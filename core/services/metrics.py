@@ -44,7 +44,7 @@ def read_metrics(
     """Return at most `points` (3 at least) steps of a job within a range, in order."""
     own = (Metric.tenant_id == tenant_id, Metric.job_id == job_id, Metric.step.between(steps.first, steps.last))
     counted = select(func.count(), func.min(Metric.step), func.max(Metric.step)).where(*own)
-    num_steps, first, last = session.execute(counted).tuples().one()
+    num_steps, first, last = session.execute(counted).one()
     wanted = select(Metric).where(*own).order_by(Metric.step)
     if num_steps > points:
         kept = _kept_steps(own, StepRange(first, last), num_buckets=points // _ROWS_A_BUCKET)

@@ -49,6 +49,6 @@ def _last_steps(
         .where(Job.tenant_id == tenant_id, Job.id.in_(job_ids))
         .order_by(Job.id, last.c.step)
     )
-    for job_id, recorded_at in session.execute(query).tuples():
+    for job_id, recorded_at in session.execute(query):
         instants[job_id].append(recorded_at)
     return instants

@@ -48,7 +48,7 @@ def read_watches(session: Session, tenant_id: uuid.UUID, *, watches: Sequence[Wa
     live_keys = find_reading_keys(session, tenant_id, {watch.key_id for watch in watches})
     events: list[list[Event]] = [[] for _ in watches]
     statuses: list[str | None] = [None] * len(watches)
-    for position, status, event in session.execute(_missed_events(tenant_id, watches)).tuples():
+    for position, status, event in session.execute(_missed_events(tenant_id, watches)):
         statuses[position - 1] = status
         if event is not None:
             events[position - 1].append(event)
