@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ operators = typer.Typer(no_args_is_help=True, help="Keys of operators, which ope
 
 _ROLES = ("espalier_api", "espalier_worker", "espalier_schedule")
 _NO_LIMIT = "none"
+_UNCUT_WIDTH = 1000
 Limit = Annotated[str | None, typer.Option(help="A number, or none.")]
 
 
@@ -227,7 +229,8 @@ def _print_table(columns: Iterable[str], rows: Iterable[list[Any]]) -> None:
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(escape(_text(value)) for value in row))
-    Console(soft_wrap=True).print(table)
+    # A file or a pipe has no width: nothing is cut for it.
+    Console(width=None if sys.stdout.isatty() else _UNCUT_WIDTH).print(table)
 
 
 def _text(value: Any) -> str:
