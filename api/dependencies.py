@@ -17,9 +17,10 @@ from starlette.exceptions import HTTPException
 from api.auth import Authenticator, identify_operator
 from api.feeds import EventFeed
 from api.previews import Previewer
+from api.rate_limits import RateLimiter
 from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
-from core.domain.errors import PermissionDeniedError
+from core.domain.errors import PermissionDeniedError, RateLimitedError
 from core.services.operators import OperatorIdentity
 from core.services.tenants import Identity
 from core.settings import ApiSettings
@@ -51,10 +52,29 @@ def get_authenticator(request: Request) -> Authenticator:
 
 
 def get_identity(
+    request: Request,
     authenticator: Annotated[Authenticator, Depends(get_authenticator)],
     authorization: Annotated[str | None, Header()] = None,
 ) -> Identity:
-    return authenticator.identify(authorization)
+    identity = authenticator.identify(authorization)
+    _count_request(request, identity)
+    return identity
+
+
+def _count_request(request: Request, identity: Identity) -> None:
+    limiter: RateLimiter | None = request.app.state.rate_limiter
+    if limiter is None:
+        return
+    limit = identity.requests_per_minute or get_settings(request).requests_per_minute
+    standing = limiter.count(identity.tenant_id, limit=limit)
+    if standing is None:
+        return
+    request.state.rate_limit = standing.headers  # the middleware puts them on whatever is answered
+    if standing.is_exceeded:
+        raise RateLimitedError(
+            f"Your organization may send {limit} requests a minute. Try again in {standing.seconds_left} s.",
+            code="rate_limit_exceeded",
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,8 @@ def get_session(
 
 
 def get_body(request: Request) -> Iterator[bytes]:
+    """Return the body as it arrives, of any length: whoever reads it keeps to caps of its own."""
+    request.state.is_body_streamed = True
     return _iterate_body(request)  # FastAPI would enter a generator function itself
 
 
@@ -123,6 +145,7 @@ def get_now() -> dt.datetime:
 Caller = Annotated[Identity, Depends(get_identity)]
 # "function" commits before the answer starts: no client ever holds an id that was not committed.
 Transaction = Annotated[Session, Depends(get_session, scope="function")]
+Operator = Annotated[OperatorIdentity, Depends(get_operator)]
 OperatorTransaction = Annotated[Session, Depends(get_operator_session, scope="function")]
 Store = Annotated[ObjectStore, Depends(get_store)]
 Feed = Annotated[EventFeed, Depends(get_feed)]

@@ -106,7 +106,9 @@ def _field_of(problem: dict[str, Any]) -> str | None:
 def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
-    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    code = {404: "unknown_url", 405: "method_not_allowed", 413: "payload_too_large"}.get(
+        error.status_code, "http_error"
+    )
     return error_answer(error.status_code, message, code=code, headers=dict(error.headers or {}))
 
 

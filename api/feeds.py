@@ -181,7 +181,7 @@ class EventFeed:
 
     def _read_tenant(self, tenant_id: uuid.UUID, watches: list[Watch]) -> list[Batch] | None:
         try:
-            with tenant_transaction(self._engine, tenant_id) as session:
+            with tenant_transaction(self._engine, tenant_id, actor="event feed") as session:
                 states = read_watches(session, tenant_id, watches=watches)
         except (OperationalError, PoolTimeoutError) as error:
             log.warning("database.unavailable", error=type(error).__name__)

@@ -10,8 +10,9 @@ from fastapi import FastAPI
 from api.auth import Authenticator
 from api.errors import install_error_handlers
 from api.feeds import EventFeed
-from api.middleware import RequestIdMiddleware
+from api.middleware import BodyCapMiddleware, RequestIdMiddleware
 from api.previews import Previewer
+from api.rate_limits import RateLimiter
 from api.routes import (
     adapters,
     admin,
@@ -43,6 +44,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.engine = connect(database_url, pool_size=20)
     app.state.feed = EventFeed(app.state.engine, database_url)
     app.state.authenticator = Authenticator(app.state.engine)
+    app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
     app.state.store = S3ObjectStore(settings.storage_config)
     app.state.previewer = Previewer(app.state.store)
     for routes in (
@@ -63,6 +65,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
         health,
     ):
         app.include_router(routes.router)
+    app.add_middleware(BodyCapMiddleware, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     return app

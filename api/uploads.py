@@ -17,6 +17,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from core.domain.errors import InvalidRequestError, PayloadTooLargeError
 
 _MAX_FIELD_BYTES = 4096
+_MAX_FIELDS = 32
 
 
 @dataclass
@@ -123,6 +124,8 @@ class _PartCollector:
 
     def _end_part(self) -> None:
         if self._name != self._file_field:
+            if len(self.fields) >= _MAX_FIELDS:
+                raise PayloadTooLargeError(f"The form has more than {_MAX_FIELDS} fields.")
             name = self._name.decode(errors="replace")
             self.fields[name] = self._value.decode(errors="replace")
 

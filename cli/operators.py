@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from cli.stack import prepare_database
 from core.db.migrate import RoleLogin
 from core.domain.api_keys import ALL_SCOPES, DEFAULT_SCOPES, Scope
 from core.domain.errors import InvalidRequestError
-from core.services import audit as audit_log
+from core.services import audit as changes
 from core.services import base_models as bases
 from core.services import operators as operator_keys
 from core.services import tenants as services
@@ -33,6 +34,7 @@ operators = typer.Typer(no_args_is_help=True, help="Keys of operators, which ope
 
 _ROLES = ("espalier_api", "espalier_worker", "espalier_schedule")
 _NO_LIMIT = "none"
+_UNCUT_WIDTH = 1000
 Limit = Annotated[str | None, typer.Option(help="A number, or none.")]
 
 
@@ -192,7 +194,7 @@ def audit(
     """Show who changed what, newest first."""
     with operator_session(data_dir) as session:
         tenant_id = services.find_tenant(session, tenant).id if tenant else None
-        rows = audit_log.list_audit_entries(session, tenant_id, before=None, limit=limit).items
+        rows = changes.list_audit_entries(session, tenant_id, before=None, limit=limit).items
     columns = ("created_at", "actor", "action", "subject", "before", "after")
     _print_table(columns, ([getattr(row, column) for column in columns] for row in rows))
 
@@ -227,7 +229,8 @@ def _print_table(columns: Iterable[str], rows: Iterable[list[Any]]) -> None:
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(escape(_text(value)) for value in row))
-    Console(soft_wrap=True).print(table)
+    # A file or a pipe has no width: nothing is cut for it.
+    Console(width=None if sys.stdout.isatty() else _UNCUT_WIDTH).print(table)
 
 
 def _text(value: Any) -> str:

@@ -22,7 +22,7 @@ from cli.processes import ChildProcess, ProcessSpec
 from cli.servers import LocalServers, Secrets, ServerAddresses
 from cli.supervisor import Supervisor
 from core.db.migrate import RoleLogin, login_url, migrate_database
-from core.db.session import connect, service_transaction
+from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.errors import NotFoundError
 from core.domain.jobs import pool_name
@@ -146,7 +146,7 @@ class LocalStack:
     def create_tenant(self, slug: str) -> str:
         """Return a new API key of the tenant, which is made if need be. The one before it still works."""
         engine = connect(self.owner_url)
-        with service_transaction(engine) as session:
+        with operator_transaction(engine, actor="local stack") as session:
             try:
                 tenant = find_tenant(session, slug)
             except NotFoundError:

@@ -54,6 +54,11 @@ class S3Settings(_Settings):
 
 
 class ApiSettings(DatabaseSettings, S3Settings):
+    """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's."""
+
+    redis_url: SecretStr | None = None
+    requests_per_minute: int = Field(default=60_000, ge=1)
+    max_body_bytes: int = 2 * 2**20
     api_host: str = "127.0.0.1"
     api_port: int = 8000
     max_file_bytes: int = 512 * 2**20

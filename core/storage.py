@@ -24,10 +24,12 @@ from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 from urllib3 import BaseHTTPResponse
 
+from core.domain.objects import OBJECTS_PREFIX
 from core.settings import StorageConfig
 
 PART_BYTES = 8 * 2**20
 CHUNK_BYTES = 256 * 2**10
+MAX_URL_LIFETIME = timedelta(minutes=15)
 _NOT_FOUND_CODES = {"NoSuchKey", "NoSuchObject", "NotFound"}
 _BUCKET_EXISTS_CODES = {"BucketAlreadyExists", "BucketAlreadyOwnedByYou"}
 # A hung server holds a caller for two read timeouts, 30 s, at most; its Retry-After is not obeyed, it could say hours.
@@ -174,6 +176,7 @@ class S3ObjectStore:
                 yield str(entry.object_name)
 
     def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:
+        _check_url(object_key, expires)
         headers: dict[str, Any] = {"response-content-disposition": _attachment(filename)}
         with _translated_errors():
             return str(
@@ -183,12 +186,22 @@ class S3ObjectStore:
             )
 
     def presign_put(self, object_key: str, *, expires: timedelta) -> str:
+        _check_url(object_key, expires)
         with _translated_errors():
             return str(self._client.presigned_put_object(self._bucket, object_key, expires=expires))
 
     def presign_internal_get(self, object_key: str, *, expires: timedelta) -> str:
+        _check_url(object_key, expires)
         with _translated_errors():
             return str(self._client.presigned_get_object(self._bucket, object_key, expires=expires))
+
+
+def _check_url(object_key: str, expires: timedelta) -> None:
+    """A URL is a secret that whoever holds it may use: it is for one object of one tenant, and soon worth nothing."""
+    if not object_key.startswith(OBJECTS_PREFIX) or ".." in object_key.split("/"):
+        raise ValueError("Only keys that core.domain.objects has made are signed.")
+    if not timedelta() < expires <= MAX_URL_LIFETIME:
+        raise ValueError(f"A URL lives for {MAX_URL_LIFETIME} at most.")
 
 
 def _iterate_response(response: BaseHTTPResponse) -> Iterator[bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,8 @@ import time
 from core.domain.training import Frozen
 from worker.messages import REPORTS, Alive, BaseLoaded, LoadBase, Report, encode_line
 
-_SECRET_WORDS = ("DATABASE", "REDIS", "S3_", "PASSWORD", "SECRET", "TOKEN", "KEY")
+_SECRET_WORDS = ("DATABASE", "REDIS", "BROKER", "S3_", "PASS", "SECRET", "TOKEN", "KEY", "CREDENTIAL", "DSN")
+_URL_WITH_CREDENTIALS = re.compile(r"://[^/\s]*@")
 _STOP_SECONDS = 5.0
 
 
@@ -96,20 +98,26 @@ class TrainerChild:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
 
     def _read_reports(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._reports.put(REPORTS.validate_json(line))
+        with self._process.stdout as lines:
+            for line in lines:
+                self._reports.put(REPORTS.validate_json(line))
         self._reports.put(None)
 
 
 def _child_environment(threads: int | None) -> dict[str, str]:
-    environment = {
-        name: value for name, value in os.environ.items() if not any(word in name.upper() for word in _SECRET_WORDS)
-    }
+    environment = {name: value for name, value in os.environ.items() if not _is_secret(name, value)}
     environment["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
     environment["TOKENIZERS_PARALLELISM"] = "false"
     if threads is not None:
         environment["ESPALIER_TRAINER_THREADS"] = str(threads)
     return environment
+
+
+def _is_secret(name: str, value: str) -> bool:
+    return any(word in name.upper() for word in _SECRET_WORDS) or _URL_WITH_CREDENTIALS.search(value) is not None

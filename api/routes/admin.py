@@ -6,10 +6,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 
-from api.dependencies import OperatorTransaction, get_operator
+from api.dependencies import Database, Operator, OperatorTransaction, get_operator
 from api.schemas.admin import AuditObject, CreateTenant, KnownBaseModelObject, SwitchBaseModel, TenantObject
 from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
 from api.schemas.objects import DeletedObject, ListObject, as_list
+from core.db.session import operator_transaction
 from core.domain.api_keys import parse_key_id
 from core.services import audit, base_models, tenants
 from core.services.tenants import TenantChange
@@ -44,9 +45,11 @@ def change_tenant(session: OperatorTransaction, slug: str, body: TenantChange) -
 
 
 @router.post("/tenants/{slug}/api_keys")
-def create_api_key(session: OperatorTransaction, slug: str, body: CreateApiKey) -> IssuedApiKeyObject:
-    tenant = tenants.find_tenant(session, slug)
-    issued = tenants.issue_api_key(session, tenant.id, name=body.name, scopes=body.scopes, lifetime=body.lifetime)
+def create_api_key(database: Database, operator: Operator, slug: str, body: CreateApiKey) -> IssuedApiKeyObject:
+    """Make a key. The transaction ends here: others may wait for its lock in every thread that there is."""
+    with operator_transaction(database, actor=operator.actor) as session:
+        tenant = tenants.find_tenant(session, slug)
+        issued = tenants.issue_api_key(session, tenant.id, name=body.name, scopes=body.scopes, lifetime=body.lifetime)
     return IssuedApiKeyObject.of_issued(issued)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.dependencies import Caller, Transaction, needs
+from api.dependencies import Caller, Database, Transaction, needs
 from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
 from api.schemas.objects import DeletedObject, ListObject
+from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope, parse_key_id
 from core.services import tenants
 
@@ -14,10 +15,12 @@ router = APIRouter(prefix="/v1/api_keys", tags=["api-keys"])
 
 
 @router.post("", dependencies=[needs(Scope.ADMIN)])
-def create_api_key(session: Transaction, caller: Caller, body: CreateApiKey) -> IssuedApiKeyObject:
-    issued = tenants.issue_api_key(
-        session, caller.tenant_id, name=body.name, scopes=body.scopes, lifetime=body.lifetime
-    )
+def create_api_key(database: Database, caller: Caller, body: CreateApiKey) -> IssuedApiKeyObject:
+    """Make a key. The transaction ends here: others may wait for its lock in every thread that there is."""
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
+        issued = tenants.issue_api_key(
+            session, caller.tenant_id, name=body.name, scopes=body.scopes, lifetime=body.lifetime
+        )
     return IssuedApiKeyObject.of_issued(issued)
 
 

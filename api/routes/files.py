@@ -20,6 +20,7 @@ from core.domain.api_keys import Scope
 from core.domain.errors import DomainError
 from core.domain.ids import IdKind, parse_id
 from core.services import files as file_service
+from core.services import quotas
 from core.services.files import NewFile
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -32,13 +33,20 @@ def create_file(
     """Store an upload and say what is wrong with its rows, if anything. No transaction is open while bytes flow."""
     upload = MultipartUpload(request.headers.get("content-type", ""), body, settings.max_file_bytes)
     try:
+        with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
+            quotas.check_storage(session, caller.tenant_id)
         new = _store(upload, store, caller)
     except DomainError:
         upload.drain()
         raise
-    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
-        row = file_service.create_file(session, caller.tenant_id, new=new)
-        session.refresh(row)
+    try:
+        with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
+            quotas.reserve_storage(session, caller.tenant_id, num_bytes=new.size_bytes)
+            row = file_service.create_file(session, caller.tenant_id, new=new)
+            session.refresh(row)
+    except DomainError:
+        store.delete(new.object_key)
+        raise
     return FileObject.of(row)
 
 

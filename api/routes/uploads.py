@@ -27,7 +27,7 @@ from core.domain.api_keys import Scope
 from core.domain.errors import DomainError, InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, new_id, parse_id
 from core.domain.objects import upload_prefix
-from core.services import uploads
+from core.services import quotas, uploads
 from core.services.files import NewFile
 from core.services.uploads import NewPart, NewUpload
 from core.storage import ObjectStore
@@ -36,7 +36,11 @@ router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
 
 @router.post("", dependencies=[needs(Scope.SUBMIT)])
-def create_upload(session: Transaction, caller: Caller, now: Now, body: CreateUpload) -> UploadObject:
+def create_upload(database: Database, caller: Caller, now: Now, body: CreateUpload) -> UploadObject:
+    """Begin an upload. What it promises to hold counts as stored from here on.
+
+    The transaction ends here: others may wait for its lock in every thread that there is.
+    """
     require_trainable(body.purpose)
     new = NewUpload(
         filename=display_name(body.filename.encode()),
@@ -45,7 +49,10 @@ def create_upload(session: Transaction, caller: Caller, now: Now, body: CreateUp
         size_bytes=body.bytes,
         file_lifetime=timedelta(seconds=body.expires_after.seconds) if body.expires_after else None,
     )
-    return UploadObject.of(uploads.create_upload(session, caller.tenant_id, new=new), now=now)
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
+        quotas.reserve_storage(session, caller.tenant_id, num_bytes=new.size_bytes)
+        upload = uploads.create_upload(session, caller.tenant_id, new=new)
+    return UploadObject.of(upload, now=now)
 
 
 @router.post("/{upload_id}/parts", dependencies=[needs(Scope.SUBMIT)])

@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import stamina
 from alembic import command
 from alembic.config import Config
 from psycopg import sql
+from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 
 from core.db.session import connect
 
@@ -30,6 +33,13 @@ class RoleLogin:
 def migrate_database(owner_url: str, *, logins: tuple[RoleLogin, ...] = ()) -> None:
     """Apply every migration and set the logins. `owner_url` is the owner's `postgresql://` URL."""
     engine = connect(owner_url)
+    for attempt in stamina.retry_context(on=_is_race_for_roles, attempts=10, wait_initial=0.1, wait_max=2.0):
+        with attempt:
+            _migrate(engine, logins)
+    engine.dispose()
+
+
+def _migrate(engine: Engine, logins: tuple[RoleLogin, ...]) -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS_DIR))
     with engine.begin() as connection:
@@ -42,7 +52,14 @@ def migrate_database(owner_url: str, *, logins: tuple[RoleLogin, ...] = ()) -> N
             driver = connection.connection.driver_connection
             assert driver is not None
             connection.exec_driver_sql(statement.as_string(driver))
-    engine.dispose()
+
+
+def _is_race_for_roles(error: Exception) -> bool:
+    """Return whether another database of the cluster was migrated just now: roles belong to all of them.
+
+    Nothing has been done then, and it may be tried again: "tuple concurrently updated", or a role made twice.
+    """
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", "") in ("XX000", "23505")
 
 
 def login_url(owner_url: str, login: RoleLogin) -> str:

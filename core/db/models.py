@@ -251,6 +251,7 @@ class Job(Row):
             "id",
             postgresql_where=text("status = 'queued'"),
         ),
+        Index("ix_jobs_waiting", "tenant_id", postgresql_where=text("status in ('validating_files', 'queued')")),
         Index("ix_jobs_running", "tenant_id", "lease_until", postgresql_where=text("status = 'running'")),
         Index(
             "ix_jobs_suspect",
@@ -507,6 +508,7 @@ class Usage(Row):
     __table_args__ = (
         UniqueConstraint("attempt_id"),
         ForeignKeyConstraint(["tenant_id", "attempt_id"], ["attempts.tenant_id", "attempts.id"]),
+        Index("ix_usage_tenant_id_created_at", "tenant_id", "created_at"),
         CheckConstraint("gpu_seconds >= 0 and trained_tokens >= 0", name="amounts_not_negative"),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import uuid
 
+OBJECTS_PREFIX = "tenants/"
+
 
 def tenant_prefix(tenant_id: uuid.UUID) -> str:
-    return f"tenants/{tenant_id}/"
+    return f"{OBJECTS_PREFIX}{tenant_id}/"
 
 
 def file_key(tenant_id: uuid.UUID, file_id: uuid.UUID) -> str:

@@ -23,6 +23,7 @@ class WaitCode(StrEnum):
     RETRY_BACKOFF = "retry_backoff"
     TENANT_DISABLED = "tenant_disabled"
     TENANT_CONCURRENCY = "tenant_concurrency"
+    QUOTA = "quota"
     NO_WORKER = "no_worker"
     BASE_LOADING = "base_loading"
     PREEMPTED = "preempted"
@@ -72,6 +73,7 @@ class TenantState:
     num_running: int
     max_running: int
     is_disabled: bool
+    is_within_gpu_quota: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ def explain_wait(
     if job.run_after > now:
         seconds = math.ceil((job.run_after - now).total_seconds())
         return Reason(WaitCode.RETRY_BACKOFF, f"The last attempt failed; the next may start in {seconds} s.")
+    if not tenant.is_within_gpu_quota:
+        sentence = (
+            "Your organization has used its GPU-seconds of this month; its jobs go on when the month (UTC) turns."
+        )
+        return Reason(WaitCode.QUOTA, sentence)
     if tenant.num_running >= tenant.max_running:
         sentence = f"{tenant.num_running} of your jobs are running and {tenant.max_running} may run at a time."
         return Reason(WaitCode.TENANT_CONCURRENCY, sentence)
@@ -132,7 +139,13 @@ def estimate_wait(
     Jobs ahead leave the slots in waves: the quick bound is waves of quick jobs, the slow one of slow jobs and one wave
     more, because nobody knows how far those that run now have come.
     """
-    unknowable = (WaitCode.PAUSED, WaitCode.TENANT_DISABLED, WaitCode.TENANT_CONCURRENCY, WaitCode.NO_WORKER)
+    unknowable = (
+        WaitCode.PAUSED,
+        WaitCode.TENANT_DISABLED,
+        WaitCode.QUOTA,
+        WaitCode.TENANT_CONCURRENCY,
+        WaitCode.NO_WORKER,
+    )
     if reason.code in unknowable or queue.job_seconds is None or queue.step_seconds is None or not workers.slots:
         return None
     to_leave = max(0, queue.num_ahead + 1 - workers.free_slots)

@@ -45,6 +45,7 @@ cross join lateral (
     order by j.priority desc, j.id limit 1
 ) c
 where q.pool = :pool and q.num_queued > 0 and t.disabled_at is null
+  and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
   and (select count(*) from jobs r where r.tenant_id = q.tenant_id and r.status = 'running') < t.max_running
 order by q.rank, q.tenant_id
 limit 1
@@ -57,7 +58,7 @@ _PICK_SUSPECT = text("""
 select t.id as tenant_id, t.max_running, j.id as job_id
 from jobs j join tenants t on t.id = j.tenant_id
 where j.pool = :pool and j.status = 'queued' and j.suspect_step is not null and j.run_after <= now()
-  and t.disabled_at is null
+  and t.disabled_at is null and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
   and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
 order by j.id
 limit 1

@@ -10,7 +10,7 @@ import datetime as dt
 import uuid
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, any_, func, literal, or_, select, text
+from sqlalchemy import Boolean, ColumnElement, and_, any_, func, literal, or_, select, text
 from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, Job, Tenant, Worker
@@ -82,7 +82,9 @@ def _read_tenant(session: Session, tenant_id: uuid.UUID) -> TenantState:
     num_running = (
         select(func.count()).where(Job.tenant_id == tenant_id, Job.status == JobStatus.RUNNING).scalar_subquery()
     )
-    query = select(num_running, Tenant.max_running, Tenant.disabled_at.is_not(None)).where(Tenant.id == tenant_id)
+    is_within = func.within_gpu_quota(Tenant.id, Tenant.max_gpu_seconds_per_month, type_=Boolean)
+    query = select(num_running, Tenant.max_running, Tenant.disabled_at.is_not(None), is_within)
+    query = query.where(Tenant.id == tenant_id)
     return TenantState(*session.execute(query).one())
 
 

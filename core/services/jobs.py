@@ -17,8 +17,8 @@ from sqlalchemy import and_, case, event, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from core.crashpoints import CrashPoint, reach
-from core.db.models import Attempt, BaseModelRow, File, Job, Tenant
-from core.domain.errors import ConflictError, InvalidRequestError, NotFoundError, RateLimitedError
+from core.db.models import Attempt, BaseModelRow, File, Job
+from core.domain.errors import ConflictError, InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, format_id, new_id
 from core.domain.jobs import UNFINISHED_STATUSES, AttemptOutcome, JobStatus, is_fine_tuned_model, pool_name
 from core.domain.training import (
@@ -39,6 +39,7 @@ from core.services.base_models import get_base_model
 from core.services.events import record_event
 from core.services.files import get_file
 from core.services.pages import Page
+from core.services.quotas import check_tokens, reserve_queue_place
 
 WAKE_CHANNEL = "espalier_wake"
 
@@ -79,8 +80,9 @@ def submit_job(
     if request.validation_file_id is not None:
         _get_dataset(session, tenant_id, file_id=request.validation_file_id, param="validation_file")
     _check_quantization(base, request.quantization)
-    _check_queue_quota(session, tenant_id)
     spec = resolve_spec(request, base=base, num_examples=training_file.num_examples)
+    check_tokens(session, tenant_id, spec=spec, dataset=training_file)
+    reserve_queue_place(session, tenant_id)
     job = Job(
         id=new_id(),
         tenant_id=tenant_id,
@@ -279,13 +281,6 @@ def _check_quantization(base: BaseModelRow, quantization: str | None) -> None:
     if quantization is not None and quantization not in base.quantizations:
         known = ", ".join(base.quantizations) or "none"
         raise _invalid(f"{base.id} cannot be quantized to {quantization!r}; allowed: {known}.", "quantization")
-
-
-def _check_queue_quota(session: Session, tenant_id: uuid.UUID) -> None:
-    num_queued = select(func.count()).where(Job.tenant_id == tenant_id, Job.status == JobStatus.QUEUED)
-    quota = select(Tenant.max_queued).where(Tenant.id == tenant_id)
-    if session.scalars(num_queued).one() >= session.scalars(quota).one():
-        raise RateLimitedError("Too many jobs are queued; wait until some have started.", code="queue_quota_exceeded")
 
 
 def _resolve_target_modules(request: JobRequest, base: BaseModelRow) -> tuple[str, ...]:

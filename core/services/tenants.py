@@ -51,6 +51,7 @@ class Identity:
     tenant_id: uuid.UUID
     key_id: str
     scopes: frozenset[Scope]
+    requests_per_minute: int | None = None
 
     @property
     def actor(self) -> str:
@@ -265,6 +266,12 @@ def _note_use(session: Session, row: ApiKeyRow) -> None:
 
 def _identity_of(session: Session, row: ApiKeyRow) -> Identity:
     enter_tenant(session, row.tenant_id)
-    if session.scalar(select(Tenant.disabled_at).where(Tenant.id == row.tenant_id)) is not None:
+    tenant = session.scalars(select(Tenant).where(Tenant.id == row.tenant_id)).one()
+    if tenant.disabled_at is not None:
         raise PermissionDeniedError("This organization is disabled. Ask the operator.", code="organization_disabled")
-    return Identity(tenant_id=row.tenant_id, key_id=row.key_id, scopes=frozenset(map(Scope, row.scopes)))
+    return Identity(
+        tenant_id=row.tenant_id,
+        key_id=row.key_id,
+        scopes=frozenset(map(Scope, row.scopes)),
+        requests_per_minute=tenant.requests_per_minute,
+    )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
@@ -15,12 +18,18 @@ from sqlalchemy import Connection, text
 from cli.servers import ServerAddresses
 from core.db.migrate import MIGRATIONS_DIR
 from core.db.session import connect
+from tests.integration.conftest import PASSWORD
 
 SCHEMA = """
     select table_name, column_name, data_type, is_nullable from information_schema.columns
     where table_schema = 'public' and table_name <> 'alembic_version' order by 1, 2
 """
 POLICIES = "select tablename, policyname, roles::text, qual, with_check from pg_policies order by 1, 2"
+MIGRATE = f"""
+import sys
+from core.db.migrate import RoleLogin, migrate_database
+migrate_database(sys.argv[1], logins=(RoleLogin("espalier_api", {PASSWORD!r}), RoleLogin("espalier_worker", {PASSWORD!r})))
+"""
 GRANTS = """
     select grantee, table_name, column_name, privilege_type from information_schema.column_privileges
     where grantee like 'espalier%' and table_name <> 'alembic_version' order by 1, 2, 3, 4
@@ -68,3 +77,20 @@ def test_every_migration_can_be_taken_back_and_made_again(connection: Connection
     assert facts(connection) == newest
     command.downgrade(config, "base")
     assert facts(connection) == [[], [], []]
+
+
+def test_databases_of_one_cluster_can_be_migrated_at_once(servers: ServerAddresses) -> None:
+    """They share their roles: whoever comes second must wait for the first, not fail."""
+    names = [f"test_{uuid.uuid4().hex}" for _ in range(4)]
+    with psycopg.connect(servers.postgres_url, autocommit=True) as owner:
+        for name in names:
+            owner.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+        urls = [servers.postgres_url.rpartition("/")[0] + f"/{name}" for name in names]
+        with ThreadPoolExecutor(len(urls)) as threads:
+            migrations = [
+                threads.submit(subprocess.run, [sys.executable, "-c", MIGRATE, url], check=True) for url in urls
+            ]
+        for migration in migrations:
+            migration.result()
+        for name in names:
+            owner.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

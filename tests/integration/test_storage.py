@@ -42,7 +42,7 @@ def store(config: StorageConfig) -> S3ObjectStore:
 
 @pytest.fixture
 def prefix() -> str:
-    return f"tests/{uuid.uuid4()}/"
+    return f"tenants/{uuid.uuid4()}/"
 
 
 @pytest.fixture
@@ -261,3 +261,19 @@ def _answer_once(listener: socket.socket, answer: bytes) -> None:
     with connection:
         connection.recv(65536)
         connection.sendall(answer)
+
+
+@pytest.mark.parametrize("key", ["other/x", "/tenants/x", "tenants/../x", ""])
+def test_only_keys_that_the_service_has_made_are_signed(store: S3ObjectStore, key: str) -> None:
+    for sign in (store.presign_put, store.presign_internal_get):
+        with pytest.raises(ValueError, match="Only keys"):
+            sign(key, expires=MINUTE)
+    with pytest.raises(ValueError, match="Only keys"):
+        store.presign_get(key, expires=MINUTE, filename="x")
+
+
+def test_no_url_lives_longer_than_fifteen_minutes(store: S3ObjectStore, prefix: str) -> None:
+    assert store.presign_put(prefix + "x", expires=timedelta(minutes=15))
+    for lifetime in (timedelta(minutes=15, seconds=1), timedelta()):
+        with pytest.raises(ValueError, match="at most"):
+            store.presign_put(prefix + "x", expires=lifetime)

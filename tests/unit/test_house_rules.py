@@ -74,3 +74,10 @@ def test_routes_are_plain_functions(path: Path) -> None:
     if path.name == "streams.py":  # an open stream must not hold a thread
         return
     assert not [node for node in walk(path) if isinstance(node, ast.AsyncFunctionDef)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "api").rglob("*.py")), ids=lambda path: path.name)
+def test_a_transaction_of_a_tenant_names_who_acts(path: Path) -> None:
+    calls = [node for node in walk(path) if isinstance(node, ast.Call)]
+    opened = [call for call in calls if getattr(call.func, "id", "") == "tenant_transaction"]
+    assert all("actor" in {keyword.arg for keyword in call.keywords} for call in opened), "the audit log wants a name"

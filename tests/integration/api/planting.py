@@ -16,6 +16,7 @@ from core.db.models import (
     Checkpoint,
     CheckpointPermission,
     Event,
+    IdempotencyKey,
     Job,
     LogLine,
     Metric,
@@ -48,11 +49,12 @@ class Planted:
     adapter: str
     model: str
     checkpoint_model: str
-    permission: str
-    upload: str
-    part: str
     api_key: str
     tenant: str
+    upload: str
+    part: str
+    permission: str
+    log_line: str
     object_keys: tuple[str, ...]
 
     @property
@@ -82,6 +84,7 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
     prefix = attempt_prefix(tenant.id, job_id, token)
     own = {"tenant_id": tenant.id, "job_id": job_id}
     session.add(_job(tenant, job_id, file_id, name))
+    session.add(_job(tenant, new_id(), file_id, None))
     session.flush()
     attempt = Attempt(
         id=new_id(),
@@ -113,13 +116,32 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
     session.add_all([attempt, checkpoint, event, adapter, metric])
     session.flush()
     session.add(Usage(id=new_id(), tenant_id=tenant.id, attempt_id=attempt.id, gpu_seconds=1, trained_tokens=1))
-    session.add(LogLine(id=new_id(), attempt_number=1, level="info", name="planted", details={}, **own))
-    session.add(ResumePoint(id=new_id(), lease_token=token, step=1, object_prefix=prefix, files=FILES, **own))
-    permission = CheckpointPermission(
-        id=new_id(), tenant_id=tenant.id, checkpoint_id=checkpoint.id, project_id="somebody-else"
+    upload = Upload(
+        id=new_id(),
+        tenant_id=tenant.id,
+        filename="a.jsonl",
+        purpose="fine-tune",
+        mime_type="text/plain",
+        size_bytes=10**6,
+        expires_at=func.now() + timedelta(hours=1),
     )
-    session.add(permission)
-    upload, part = _plant_upload(session, tenant)
+    session.add(upload)
+    session.flush()
+    part = UploadPart(id=new_id(), tenant_id=tenant.id, upload_id=upload.id, object_key=object_key, size_bytes=1)
+    permission = CheckpointPermission(
+        id=new_id(), tenant_id=tenant.id, checkpoint_id=checkpoint.id, project_id="nobody-here"
+    )
+    log_line = LogLine(id=new_id(), attempt_number=1, level="info", name="planted", details={}, **own)
+    session.add_all(
+        [
+            part,
+            permission,
+            log_line,
+            IdempotencyKey(tenant_id=tenant.id, key="planted", request_hash=bytes(32), job_id=job_id),
+            ResumePoint(id=new_id(), lease_token=token, step=1, object_prefix=prefix, files=FILES, **own),
+        ]
+    )
+    session.flush()
     store.put_bytes(prefix + FILES[0]["name"], ROW, content_type="application/json")
     return Planted(
         file=format_id(IdKind.FILE, file_id),
@@ -129,33 +151,18 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
         adapter=format_id(IdKind.ADAPTER, adapter.id),
         model=name,
         checkpoint_model=checkpoint.model_name,
-        permission=format_id(IdKind.PERMISSION, permission.id),
-        upload=format_id(IdKind.UPLOAD, upload.id),
-        part=format_id(IdKind.PART, part.id),
         api_key=format_key_id(tenant.key_id),
         tenant=format_id(IdKind.TENANT, tenant.id),
+        upload=format_id(IdKind.UPLOAD, upload.id),
+        part=format_id(IdKind.PART, part.id),
+        permission=format_id(IdKind.PERMISSION, permission.id),
+        log_line=format_id(IdKind.LOG_LINE, log_line.id),
         object_keys=(object_key, prefix + FILES[0]["name"]),
     )
 
 
-def _plant_upload(session: Session, tenant: Tenant) -> tuple[Upload, UploadPart]:
-    upload = Upload(
-        id=new_id(),
-        tenant_id=tenant.id,
-        filename="a.jsonl",
-        purpose="fine-tune",
-        mime_type="application/jsonl",
-        size_bytes=len(ROW),
-        expires_at=func.now() + timedelta(hours=1),
-    )
-    session.add(upload)
-    session.flush()
-    part = UploadPart(id=new_id(), tenant_id=tenant.id, upload_id=upload.id, object_key="nowhere", size_bytes=len(ROW))
-    session.add(part)
-    return upload, part
-
-
-def _job(tenant: Tenant, job_id: uuid.UUID, file_id: uuid.UUID, name: str) -> Job:
+def _job(tenant: Tenant, job_id: uuid.UUID, file_id: uuid.UUID, name: str | None) -> Job:
+    """Return a job that has succeeded under a name, or one that is queued."""
     adapter = {"rank": 8, "alpha": 16, "dropout": 0, "target_modules": ["q_proj"], "use_rslora": False}
     spec = {
         "adapter": adapter,
@@ -180,7 +187,7 @@ def _job(tenant: Tenant, job_id: uuid.UUID, file_id: uuid.UUID, name: str) -> Jo
         spec=spec,
         total_steps=1,
         trained_steps=1,
-        status="succeeded",
+        status="succeeded" if name else "queued",
         fine_tuned_model=name,
-        finished_at=func.now(),
+        finished_at=func.now() if name else None,
     )

@@ -40,9 +40,9 @@ PLACES = {
     "adapter_id": "adapter",
     "key_id": "api_key",
     "model": "model",
+    "upload_id": "upload",
     "checkpoint": "checkpoint_model",
     "permission_id": "permission",
-    "upload_id": "upload",
 }
 # A good body for every route that wants one, so that nothing but the id can be at fault. `{kind}` is the crossed id.
 BODIES: dict[str, list[dict[str, Any]]] = {
@@ -51,20 +51,25 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {"model": BASE_MODEL, "training_file": "{own_file}", "validation_file": "{file}"},
         {"model": "{model}", "training_file": "{own_file}"},
     ],
-    "POST /v1/api_keys": [],  # names nothing of anybody's
-    "POST /v1/uploads": [{"filename": "a", "purpose": "fine-tune", "bytes": 9, "mime_type": "application/jsonl"}],
+    "POST /v1/files/{file_id}/preview": [{"model": BASE_MODEL}, {"model": "{model}"}],
+    "POST /v1/api_keys": [{"name": "ci"}],
+    "POST /v1/uploads": [{"bytes": 10, "filename": "a.jsonl", "mime_type": "text/plain", "purpose": "fine-tune"}],
     "POST /v1/uploads/{upload_id}/complete": [{"part_ids": ["{part}"]}],
-    "POST /v1/files/{file_id}/preview": [{"model": BASE_MODEL}],
-    # Whom a checkpoint is shared with is the tenant's own choice, and whether such a tenant exists is never told.
-    "POST /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": [{"project_ids": ["anybody"]}],
+    "POST /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": [{"project_ids": ["nobody-there"]}],
 }
-# What takes no JSON: forms, read as they stream, which name nothing but their own bytes, and what is refused unread.
-FORMS = {
-    "POST /v1/files",
-    "POST /v1/fine_tuning/alpha/graders/run",
-    "POST /v1/fine_tuning/alpha/graders/validate",
+# Bodies that are forms, read as they stream; they name nothing but their own bytes.
+FORMS = {"POST /v1/files"}
+# Routes that refuse whatever they are sent.
+REFUSING = {"POST /v1/fine_tuning/alpha/graders/validate", "POST /v1/fine_tuning/alpha/graders/run"}
+CURSORS = {
+    "/v1/files": "file",
+    "/v1/fine_tuning/jobs": "job",
+    "/v1/adapters": "adapter",
+    "/v1/fine_tuning/jobs/{job_id}/events": "event",
+    "/v1/fine_tuning/jobs/{job_id}/checkpoints": "checkpoint",
+    "/v1/fine_tuning/jobs/{job_id}/logs": "log_line",
+    "/v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": "permission",
 }
-CURSORS = {"file": "/v1/files", "job": "/v1/fine_tuning/jobs", "adapter": "/v1/adapters"}
 VERBS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 CHANGING_HEADERS = {"x-request-id", "date", "ratelimit"}
 
@@ -111,7 +116,7 @@ class Watched:
         self.is_stripping = was_stripping
 
 
-_FILTER = re.compile(r"\b(\w+\.tenant_id|tenants\.id) = %\(\w+\)s(::UUID)?")
+_FILTER = re.compile(r"\b\w+\.tenant_id = %\(\w+\)s(::UUID)?")
 
 
 @contextmanager
@@ -190,8 +195,9 @@ def unwalled(database: Database, servers: ServerAddresses) -> Iterator[Watched]:
 
 def never_was(wire_id: str) -> str:
     """Return an id of the same form and age that names nothing: the last characters differ."""
-    if (step := wire_id.rfind(":ckpt-step-")) >= 0:
-        return never_was(wire_id[:step]) + wire_id[step:]
+    head, step, number = wire_id.partition(":ckpt-step-")
+    if step:
+        return never_was(head) + step + number
     swapped = wire_id[-4:].translate(str.maketrans("0123456789abcdefABCDEFGHIJ", "1032547698badcfeBADCFEHGJI"))
     if swapped == wire_id[-4:]:
         swapped = "0000" if wire_id[-4:] != "0000" else "1111"
@@ -257,9 +263,9 @@ def test_no_route_is_uncovered() -> None:
     with_body = {name for name, route in asking.items() if route.body_field}
     assert with_body <= set(BODIES), "say in BODIES what a good body is, with the ids that it may name"
     forms = {name for name in asking if name.startswith("POST") and "{" not in name} - with_body
-    assert forms == FORMS, "say in FORMS that it reads its body itself"
-    cursors = {route.path for route in LISTS if any(each.name == "after" for each in route.dependant.query_params)}
-    assert cursors == set(CURSORS.values()), "say in CURSORS which kind of id continues the list"
+    assert forms == FORMS | REFUSING, "say in FORMS that it reads its body itself"
+    cursors = {route.path for route in ROUTES if any(each.name == "after" for each in route.dependant.query_params)}
+    assert cursors == set(CURSORS), "say in CURSORS which kind of id continues the list"
 
 
 def test_every_table_with_a_tenant_is_planted(owner: Engine, planted: Planted, victim: Tenant) -> None:
@@ -314,14 +320,14 @@ def test_a_list_shows_nothing_of_another_tenants(
     assert not [name for name, value in planted.ids.items() if value in answer.text]
 
 
-@pytest.mark.parametrize("kind", CURSORS)
+@pytest.mark.parametrize("route", CURSORS)
 def test_a_cursor_of_another_tenants_is_one_that_never_was(
-    walled: Watched, planted: Planted, own: Planted, asker: Tenant, kind: str
+    walled: Watched, planted: Planted, own: Planted, asker: Tenant, route: str
 ) -> None:
-    del own
-    told = []
+    kind, told = CURSORS[route], []
+    _, path = filled_path(f"GET {route}", own)
     for each in (planted.ids[kind], never_was(planted.ids[kind])):
-        answer = walled.ask("GET", CURSORS[kind], asker, params={"after": each})
+        answer = walled.ask("GET", path, asker, params={"after": each})
         told.append((seen(answer, each), list(walled.statements)))
     assert told[0] == told[1]
 
@@ -358,7 +364,7 @@ def test_nobody_chooses_an_id_or_a_tenant(
     walled: Watched, own: Planted, planted: Planted, asker: Tenant, route: str
 ) -> None:
     verb, path = filled_path(route, own)
-    good: dict[str, Any] = fill(BODIES[route][0], own, "file", own.file) if BODIES[route] else {"name": "ci"}
+    good = fill(BODIES[route][0], own, "file", own.file)
     for name, value in (("id", planted.job), ("tenant_id", planted.tenant), ("organization_id", planted.tenant)):
         answer = walled.ask(verb, path, asker, json=good | {name: value})
         assert answer.status_code == 400, (name, answer.text)
@@ -423,6 +429,31 @@ def test_the_database_alone_keeps_every_table_apart(
             assert session.execute(text(f"delete from {table} where tenant_id = :id"), {"id": victim.id}).rowcount == 0
         session.rollback()
     assert snapshot(owner, victim) == before
+
+
+def test_sharing_with_a_tenant_does_not_tell_whether_there_is_one(
+    walled: Watched, planted: Planted, own: Planted, asker: Tenant, victim: Tenant
+) -> None:
+    path, told = f"/v1/fine_tuning/checkpoints/{own.checkpoint_model}/permissions", []
+    for each in (planted.tenant, never_was(planted.tenant), victim.slug, never_was(victim.slug)):
+        answer = walled.ask("POST", path, asker, json={"project_ids": [each]})
+        shown = answer.json()["data"][0]
+        told.append((answer.status_code, sorted(shown), list(walled.statements)))
+        walled.ask("DELETE", f"{path}/{shown['id']}", asker)
+    assert told == [told[0]] * 4
+
+
+def test_a_shared_checkpoint_is_read_by_whom_it_names_and_ends_with_the_permission(
+    walled: Watched, planted: Planted, own: Planted, asker: Tenant, victim: Tenant
+) -> None:
+    path = f"/v1/fine_tuning/checkpoints/{planted.checkpoint_model}"
+    made = walled.ask("POST", f"{path}/permissions", victim, json={"project_ids": [own.tenant]}).json()["data"][0]
+    assert walled.ask("GET", path, asker).status_code == 200
+    for verb, refused in (("DELETE", f"/v1/models/{planted.checkpoint_model}"), ("GET", f"{path}/permissions")):
+        assert walled.ask(verb, refused, asker).status_code == 404
+    assert walled.ask("DELETE", f"{path}/permissions/{made['id']}", asker).status_code == 404
+    assert walled.ask("DELETE", f"{path}/permissions/{made['id']}", victim).status_code == 200
+    assert walled.ask("GET", path, asker).status_code == 404
 
 
 def test_a_presigned_url_opens_one_object_of_its_tenant_for_fifteen_minutes_and_nothing_else(

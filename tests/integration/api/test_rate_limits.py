@@ -1,0 +1,120 @@
+"""How fast a tenant may ask: told on every answer, refused beyond it, and never in the way when Redis is away."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import Engine, text
+
+from api.main import create_app
+from api.rate_limits import WINDOW_SECONDS, RateLimiter
+from cli.ports import free_ports
+from cli.servers import ServerAddresses
+from core.db.session import service_transaction
+from core.settings import ApiSettings
+from tests.faults import FaultProxy, Hang, port_of, with_port
+from tests.integration.conftest import Database, Tenant
+
+
+def settings_of(database: Database, servers: ServerAddresses, redis_url: str | None) -> ApiSettings:
+    storage = servers.storage
+    return ApiSettings(
+        database_url=database.api_url,
+        redis_url=redis_url,
+        s3_endpoint=storage.endpoint,
+        s3_access_key=storage.access_key,
+        s3_secret_key=storage.secret_key,
+        requests_per_minute=5,
+    )
+
+
+@pytest.fixture
+def client(database: Database, servers: ServerAddresses) -> Iterator[TestClient]:
+    app = create_app(settings_of(database, servers, servers.redis_url))
+    with TestClient(app) as made:
+        yield made
+    app.state.engine.dispose()
+
+
+def await_window(seconds: float) -> None:
+    """Wait until the present window has some time left, so that a test does not straddle two."""
+    while WINDOW_SECONDS - time.time() % WINDOW_SECONDS < seconds:
+        time.sleep(0.1)
+
+
+def auth(tenant: Tenant) -> dict[str, str]:
+    return {"authorization": f"Bearer {tenant.api_key}"}
+
+
+def test_the_sixth_request_of_five_a_minute_is_refused_and_told_when_to_come_back(
+    client: TestClient, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    await_window(10)
+    answers = [client.get("/v1/models", headers=auth(tenant)) for _ in range(6)]
+    assert [answer.status_code for answer in answers] == [200] * 5 + [429]
+    assert [re.fullmatch(r'"requests";r=(\d);t=\d+', answer.headers["ratelimit"])[1] for answer in answers] == list(
+        "432100"
+    )  # type: ignore[index]
+    assert {answer.headers["ratelimit-policy"] for answer in answers} == {'"requests";q=5;w=60'}
+    refused = answers[-1]
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert 1 <= int(refused.headers["retry-after"]) <= WINDOW_SECONDS
+    assert "retry-after" not in answers[0].headers
+    assert client.get("/v1/models", headers=auth(other_tenant)).status_code == 200
+
+
+def test_an_error_counts_and_is_told_the_standing_too(client: TestClient, tenant: Tenant) -> None:
+    await_window(10)
+    answer = client.get(f"/v1/files/file-{'0' * 32}", headers=auth(tenant))
+    assert (answer.status_code, answer.headers["ratelimit"][:14]) == (404, '"requests";r=4')
+
+
+def test_an_operator_sets_one_tenants_own_limit(client: TestClient, owner: Engine, tenant: Tenant) -> None:
+    with service_transaction(owner) as session:
+        session.execute(text("update tenants set requests_per_minute = 2 where id = :id"), {"id": tenant.id})
+    await_window(10)
+    assert [client.get("/v1/models", headers=auth(tenant)).status_code for _ in range(3)] == [200, 200, 429]
+
+
+def test_a_hundred_requests_at_once_pass_exactly_as_many_as_the_limit(servers: ServerAddresses) -> None:
+    limiters = [RateLimiter(servers.redis_url) for _ in range(2)]  # as two processes
+    tenant_id = uuid.uuid4()
+    await_window(20)
+
+    def count(number: int) -> bool:
+        standing = limiters[number % 2].count(tenant_id, limit=30)
+        assert standing is not None
+        return not standing.is_exceeded
+
+    with ThreadPoolExecutor(20) as threads:
+        assert sum(threads.map(count, range(100))) == 30
+
+
+def test_without_redis_requests_pass_and_none_waits(
+    database: Database, servers: ServerAddresses, tenant: Tenant
+) -> None:
+    (port,) = free_ports(1)
+    app = create_app(settings_of(database, servers, f"redis://127.0.0.1:{port}/0"))
+    with TestClient(app) as client:
+        answers = [client.get("/v1/models", headers=auth(tenant)) for _ in range(8)]
+    app.state.engine.dispose()
+    assert {answer.status_code for answer in answers} == {200}
+    assert not [answer for answer in answers if "ratelimit" in answer.headers]
+
+
+def test_a_redis_that_does_not_answer_costs_one_request_a_tenth_of_a_second_and_the_others_nothing(
+    servers: ServerAddresses,
+) -> None:
+    with FaultProxy(port_of(servers.redis_url)) as proxy:
+        limiter = RateLimiter(with_port(servers.redis_url, proxy.port))
+        assert limiter.count(uuid.uuid4(), limit=5) is not None
+        with proxy.during(Hang()):
+            started = time.monotonic()
+            assert [limiter.count(uuid.uuid4(), limit=5) for _ in range(20)] == [None] * 20
+            assert time.monotonic() - started < 1.0

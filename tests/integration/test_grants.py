@@ -1,0 +1,115 @@
+"""What each database role may do, verb by verb: least is granted, and what is dangerous is granted to nobody."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Engine, text
+
+from core.db.session import service_transaction
+
+ROLES = ("espalier_api", "espalier_operator", "espalier_worker", "espalier_schedule")
+# Verbs by role on the tables that decide who may do what, or that must not be rewritten. "update" may be of columns only.
+EXACTLY = {
+    "api_keys": {"espalier_api": "insert select update", "espalier_operator": "insert select update"},
+    "operator_keys": {"espalier_operator": "insert select update"},
+    "audit_entries": {"espalier_api": "select", "espalier_operator": "select"},
+    "base_models": {
+        "espalier_api": "select",
+        "espalier_operator": "select update",
+        "espalier_worker": "select",
+        "espalier_schedule": "select",
+    },
+    "tenants": {
+        "espalier_api": "select",
+        "espalier_operator": "insert select update",
+        "espalier_worker": "select update",
+        "espalier_schedule": "select",
+    },
+}
+COLUMNS = {
+    ("espalier_api", "api_keys"): {"revoked_at", "last_used_at"},
+    ("espalier_operator", "api_keys"): {"revoked_at"},
+    ("espalier_operator", "operator_keys"): {"revoked_at", "last_used_at"},
+    ("espalier_operator", "base_models"): {"disabled_at"},
+    ("espalier_worker", "tenants"): {"usage", "usage_at"},
+}
+# A history is added to, never rewritten; and nobody deletes what others stand on.
+NEVER = {
+    "events": {"update", "delete"},
+    "usage": {"delete"},
+    "audit_entries": {"insert", "update", "delete"},
+    "tenants": {"delete"},
+    "jobs": {"delete"},
+    "files": {"delete"},
+    "api_keys": {"delete"},
+    "adapters": {"delete"},
+}
+# The operator's role is for settings; the worker's and the schedule's have no business with keys.
+NOT_THE_OPERATORS = ("files", "jobs", "events", "metrics", "checkpoints", "adapters", "attempts", "usage")
+
+
+@pytest.fixture(scope="module")
+def verbs(owner: Engine) -> dict[tuple[str, str], set[str]]:
+    query = text("""
+        select r.role, c.relname, v.verb from unnest(cast(:roles as text[])) r (role)
+        cross join pg_class c join pg_namespace n on n.oid = c.relnamespace and n.nspname = 'public'
+        cross join unnest(array['select', 'insert', 'update', 'delete', 'truncate', 'references', 'trigger']) v (verb)
+        where c.relkind in ('r', 'p') and (has_table_privilege(r.role, c.oid, v.verb) or (
+            v.verb in ('select', 'insert', 'update') and has_any_column_privilege(r.role, c.oid, v.verb)))
+    """)
+    found: dict[tuple[str, str], set[str]] = {}
+    with service_transaction(owner) as session:
+        for role, table, verb in session.execute(query, {"roles": list(ROLES)}):
+            found.setdefault((role, table), set()).add(verb)
+    return found
+
+
+@pytest.mark.parametrize("table", sorted(EXACTLY))
+def test_the_tables_of_rights_are_open_exactly_as_far_as_needed(
+    verbs: dict[tuple[str, str], set[str]], table: str
+) -> None:
+    granted = {role: " ".join(sorted(verbs[role, table])) for role in ROLES if (role, table) in verbs}
+    assert granted == EXACTLY[table]
+
+
+@pytest.mark.parametrize(("role", "table"), sorted(COLUMNS))
+def test_an_update_is_of_those_columns_only(owner: Engine, role: str, table: str) -> None:
+    query = text("""
+        select column_name from information_schema.column_privileges
+        where grantee = :role and table_name = :table and privilege_type = 'UPDATE'
+    """)
+    with service_transaction(owner) as session:
+        assert set(session.scalars(query, {"role": role, "table": table})) == COLUMNS[role, table]
+
+
+def test_no_runtime_role_rewrites_a_history_or_empties_a_table(verbs: dict[tuple[str, str], set[str]]) -> None:
+    for (role, table), granted in verbs.items():
+        assert not granted & {"truncate", "references", "trigger"}, (role, table)
+        assert not granted & NEVER.get(table, set()), (role, table)
+
+
+def test_the_operators_role_reads_nothing_that_tenants_own(verbs: dict[tuple[str, str], set[str]]) -> None:
+    assert not [table for table in NOT_THE_OPERATORS if ("espalier_operator", table) in verbs]
+
+
+def test_no_runtime_role_owns_makes_or_becomes_anything(owner: Engine) -> None:
+    with service_transaction(owner) as session:
+        owned = text(
+            "select count(*) from pg_class c join pg_roles r on r.oid = c.relowner where r.rolname = any(:roles)"
+        )
+        assert session.scalar(owned, {"roles": list(ROLES)}) == 0
+        powers = text("""
+            select count(*) from pg_roles where rolname = any(:roles)
+            and (rolsuper or rolbypassrls or rolcreaterole or rolcreatedb or rolreplication)
+        """)
+        assert session.scalar(powers, {"roles": list(ROLES)}) == 0
+        assert session.scalar(text("select rolcanlogin from pg_roles where rolname = 'espalier_operator'")) is False
+        schema = text(
+            "select count(*) from unnest(cast(:roles as text[])) r (role) where has_schema_privilege(role, 'public', 'create')"
+        )
+        assert session.scalar(schema, {"roles": list(ROLES)}) == 0
+        members = text("""
+            select m.rolname || ' in ' || g.rolname from pg_auth_members a
+            join pg_roles m on m.oid = a.member join pg_roles g on g.oid = a.roleid where m.rolname = any(:roles)
+        """)
+        assert session.scalars(members, {"roles": list(ROLES)}).all() == ["espalier_api in espalier_operator"]

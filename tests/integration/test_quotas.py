@@ -1,0 +1,202 @@
+"""Quotas hold exactly, however many ask at once: what can wait waits, the rest is refused with a code."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine, func, select, text
+
+from core.db.models import Attempt, File, Job, Usage
+from core.db.session import connect, service_transaction, tenant_transaction
+from core.domain.errors import DomainError, RateLimitedError
+from core.domain.ids import new_id
+from core.domain.jobs import pool_name
+from core.domain.outlook import WaitCode
+from core.services import attempts
+from core.services.explanations import explain_job
+from core.services.files import NewFile, create_file
+from core.services.jobs import JobRequest, submit_job
+from core.services.quotas import reserve_storage
+from tests.integration.conftest import BASE_MODEL, Database, Tenant
+
+POOL = pool_name(BASE_MODEL, None)
+NUM_AT_ONCE = 20
+
+
+@pytest.fixture
+def api(database: Database) -> Iterator[Engine]:
+    engine = connect(database.api_url, pool_size=NUM_AT_ONCE)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def worker(database: Database, owner: Engine) -> Iterator[Engine]:
+    with service_transaction(owner) as session:
+        session.execute(text("truncate jobs cascade"))
+    engine = connect(database.worker_url)
+    yield engine
+    engine.dispose()
+
+
+def limit(owner: Engine, tenant: Tenant, **quotas: float) -> None:
+    with service_transaction(owner) as session:
+        for name, value in quotas.items():
+            session.execute(
+                text(f"update tenants set {name} = :value where id = :id"), {"value": value, "id": tenant.id}
+            )
+
+
+def add_file(engine: Engine, tenant: Tenant, *, size_bytes: int = 100, num_examples: int = 4) -> Any:
+    file_id = new_id()
+    new = NewFile(file_id, "a", "fine-tune", "k", size_bytes, "0" * 64, num_examples=num_examples)
+    with tenant_transaction(engine, tenant.id) as session:
+        create_file(session, tenant.id, new=new)
+    return file_id
+
+
+def submit(engine: Engine, tenant: Tenant, file_id: Any, **options: Any) -> None:
+    request = JobRequest(base_model_id=BASE_MODEL, training_file_id=file_id, **options)
+    with tenant_transaction(engine, tenant.id) as session:
+        submit_job(session, tenant.id, request=request)
+
+
+def codes_at_once(attempt: Callable[[], None]) -> list[str]:
+    def run(_number: int) -> str:
+        try:
+            attempt()
+        except DomainError as error:
+            return error.code
+        return "ok"
+
+    with ThreadPoolExecutor(NUM_AT_ONCE) as threads:
+        return sorted(threads.map(run, range(NUM_AT_ONCE)))
+
+
+def claim(worker: Engine) -> Job | None:
+    with service_transaction(worker) as session:
+        return attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60)
+
+
+def test_twenty_submits_at_once_take_the_one_place_that_is_left(api: Engine, owner: Engine, tenant: Tenant) -> None:
+    limit(owner, tenant, max_queued=3)
+    file_id = add_file(api, tenant)
+    for _ in range(2):
+        submit(api, tenant, file_id)
+    codes = codes_at_once(lambda: submit(api, tenant, file_id))
+    assert codes == ["ok", *["queue_quota_exceeded"] * (NUM_AT_ONCE - 1)][::-1] or codes.count("ok") == 1
+    assert set(codes) == {"ok", "queue_quota_exceeded"}
+    with tenant_transaction(api, tenant.id) as session:
+        assert session.scalar(select(func.count()).select_from(Job)) == 3
+
+
+def test_twenty_uploads_at_once_never_store_more_than_the_quota(api: Engine, owner: Engine, tenant: Tenant) -> None:
+    limit(owner, tenant, max_storage_bytes=550)
+
+    def upload() -> None:
+        new = NewFile(new_id(), "a", "fine-tune", "k", 100, "0" * 64)
+        with tenant_transaction(api, tenant.id) as session:
+            reserve_storage(session, tenant.id, num_bytes=100)
+            create_file(session, tenant.id, new=new)
+
+    codes = codes_at_once(upload)
+    assert (codes.count("ok"), codes.count("storage_quota_exceeded")) == (5, NUM_AT_ONCE - 5)
+    with tenant_transaction(api, tenant.id) as session:
+        assert session.scalar(select(func.sum(File.size_bytes))) == 500
+
+
+def test_many_submits_at_once_over_the_wire_are_all_answered(
+    api_url: str, api: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    """More than the threads of the API, all after one lock: whoever holds it needs no further thread to let go."""
+    limit(owner, tenant, max_queued=5)
+    file_id = add_file(api, tenant)
+    headers = {"authorization": f"Bearer {tenant.api_key}"}
+    body = {"model": BASE_MODEL, "training_file": f"file-{file_id.hex}"}
+
+    def post(_number: int) -> int:
+        return httpx.post(
+            f"{api_url}/v1/fine_tuning/jobs", headers=headers, json=body, timeout=60, trust_env=False
+        ).status_code
+
+    with ThreadPoolExecutor(60) as threads:
+        statuses = list(threads.map(post, range(60)))
+    assert (statuses.count(200), statuses.count(429)) == (5, 55)
+
+
+def test_a_file_over_the_storage_quota_is_refused_and_its_object_is_gone(
+    api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    row = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}'
+    headers = {"authorization": f"Bearer {tenant.api_key}"}
+
+    def upload() -> httpx.Response:
+        form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", row)}}
+        return httpx.post(f"{api_url}/v1/files", headers=headers, timeout=60, trust_env=False, **form)
+
+    limit(owner, tenant, max_storage_bytes=len(row) + 1)
+    kept = upload()
+    assert kept.status_code == 200
+    refused = upload()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "storage_quota_exceeded")
+    httpx.delete(f"{api_url}/v1/files/{kept.json()['id']}", headers=headers, trust_env=False).raise_for_status()
+    assert upload().status_code == 200
+
+
+def test_a_job_that_may_train_more_tokens_than_the_quota_is_refused(api: Engine, owner: Engine, tenant: Tenant) -> None:
+    limit(owner, tenant, max_tokens_per_job=1000)
+    by_length = add_file(api, tenant, size_bytes=10**6, num_examples=2)
+    submit(api, tenant, by_length, n_epochs=1)  # 2 rows of at most 256 tokens
+    with pytest.raises(DomainError, match="up to 1024 tokens") as refused:
+        submit(api, tenant, by_length, n_epochs=2)
+    assert refused.value.code == "token_quota_exceeded"
+    by_bytes = add_file(api, tenant, size_bytes=100, num_examples=4)
+    submit(api, tenant, by_bytes, n_epochs=2)
+    with pytest.raises(DomainError, match="up to 1068 tokens"):
+        submit(api, tenant, by_bytes, n_epochs=3)
+
+
+def test_a_tenant_that_has_used_its_gpu_seconds_of_the_month_waits_and_loses_nothing(
+    api: Engine, worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    file_id = add_file(api, tenant)
+    for _ in range(2):
+        submit(api, tenant, file_id)
+    first = claim(worker)
+    assert first is not None
+    with service_transaction(owner) as session:
+        attempt_id = session.scalars(select(Attempt.id).where(Attempt.job_id == first.id)).one()
+        session.add(Usage(id=new_id(), tenant_id=tenant.id, attempt_id=attempt_id, gpu_seconds=100, trained_tokens=1))
+    limit(owner, tenant, max_gpu_seconds_per_month=100)
+    assert claim(worker) is None
+    with tenant_transaction(api, tenant.id) as session:
+        waiting = session.scalars(select(Job.id).where(Job.status == "queued")).one()
+        told = explain_job(session, tenant.id, job_id=waiting, now=dt.datetime.now(dt.UTC))
+    assert told.reason is not None
+    assert told.reason.code == WaitCode.QUOTA
+    with service_transaction(owner) as session:
+        session.execute(text("update usage set created_at = date_trunc('month', now(), 'UTC') - interval '1 second'"))
+    second = claim(worker)
+    assert second is not None
+    assert second.tenant_id == tenant.id
+
+
+def test_a_tenant_without_quotas_asks_nothing_of_them(api: Engine, tenant: Tenant) -> None:
+    with tenant_transaction(api, tenant.id) as session:
+        reserve_storage(session, tenant.id, num_bytes=2**60)
+    submit(api, tenant, add_file(api, tenant, size_bytes=2**40, num_examples=10**6))
+
+
+def test_a_refused_submit_leaves_its_place_free(api: Engine, owner: Engine, tenant: Tenant) -> None:
+    limit(owner, tenant, max_queued=1)
+    file_id = add_file(api, tenant)
+    submit(api, tenant, file_id)
+    with pytest.raises(RateLimitedError):
+        submit(api, tenant, file_id)
+    limit(owner, tenant, max_queued=2)
+    submit(api, tenant, file_id)
