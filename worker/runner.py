@@ -121,6 +121,7 @@ class Runner:
         self._slots = 0
         self._is_loading = False
         self._held: dict[int, HeldJob] = {}
+        self._unbooked: list[HeldJob] = []
         self._unrecorded: list[tuple[HeldJob, ProgressReport]] = []
         self._unpublished: Proof | None = None
         self._serving = threading.Lock()
@@ -191,6 +192,7 @@ class Runner:
     def _turn(self) -> bool:
         """Do what is due now. False when there is nothing left to do."""
         self._settle_loss()
+        self._book_usage()
         if not self._held and not self._hold_pool_with_work():
             return False
         self._fill_slots()
@@ -462,7 +464,15 @@ class Runner:
             return
         self._keeper.let_go(held.lease)
         self._send(StopJob(lease_token=held.lease.token))
+        self._unbooked.append(held)
         try:
+            self._book_usage()
+        except DATABASE_ERRORS as error:  # it is tried again with the next turn
+            log.warning("usage.unrecorded", lease_token=held.lease.token, error=type(error).__name__)
+
+    def _book_usage(self) -> None:
+        while self._unbooked:
+            held = self._unbooked[0]
             with service_transaction(self._engine) as session:
                 attempts.record_usage(
                     session,
@@ -470,8 +480,7 @@ class Runner:
                     gpu_seconds=held.usage.gpu_seconds if held.usage else 0.0,
                     trained_tokens=held.usage.trained_tokens if held.usage else 0,
                 )
-        except DATABASE_ERRORS as error:
-            log.warning("usage.unrecorded", lease_token=held.lease.token, error=type(error).__name__)
+            self._unbooked.pop(0)
 
     def _give_back_if_stopping(self) -> None:
         if self._stop_requested.is_set():
