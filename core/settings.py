@@ -76,7 +76,8 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings):
     """`worker_pools`: the pools this worker may serve, "<base model id>@none" or "...@nf4".
 
     A slot's state is stored every `resume_steps` steps or `resume_seconds`, whichever comes first. `grace_seconds` is
-    what a stopping worker takes at most to store its slots and give its jobs back.
+    what a stopping worker takes at most to store its slots and give its jobs back. A worker that nobody has woken for
+    `deaf_seconds`, though there is work, claims by itself.
     """
 
     worker_name: str = ""
@@ -90,5 +91,7 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings):
     resume_seconds: float = Field(default=60.0, gt=0)
     grace_seconds: float = Field(default=25.0, gt=0)
     storage_patience_seconds: float = Field(default=120.0, gt=0)
+    deaf_seconds: float = Field(default=60.0, gt=0)
+    liveness_file: Path | None = None
     trainer_start_seconds: float = Field(default=900.0, gt=0)
     trainer_threads: int | None = None

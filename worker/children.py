@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from core.domain.training import Frozen
 from worker.messages import REPORTS, Alive, BaseLoaded, LoadBase, Report, encode_line
@@ -37,12 +38,12 @@ class TrainerGoneError(Exception):
 class TrainerChild:
     """One trainer process, for one base model."""
 
-    def __init__(self, order: LoadBase, *, threads: int | None) -> None:
+    def __init__(self, order: LoadBase, *, threads: int | None, scratch_dir: Path | None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worker.trainer"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=_child_environment(threads),
+            env=_child_environment(threads, scratch_dir),
             start_new_session=True,  # a terminal's Ctrl-C is the supervisor's to answer
         )
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
@@ -110,10 +111,12 @@ class TrainerChild:
         self._reports.put(None)
 
 
-def _child_environment(threads: int | None) -> dict[str, str]:
+def _child_environment(threads: int | None, scratch_dir: Path | None) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not _is_secret(name, value)}
     environment["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    if scratch_dir is not None:
+        environment["TMPDIR"] = str(scratch_dir)
     if threads is not None:
         environment["ESPALIER_TRAINER_THREADS"] = str(threads)
     return environment

@@ -6,10 +6,10 @@ recorded because the database was away is recorded when it is back.
 
 Who pays for a trainer that dies: a job that was alone in it is charged the attempt, and fails at once where another
 attempt would meet the same end. When several were in it, nobody can say whose doing it was, so nobody is charged: all
-are queued again under suspicion, and a suspect is claimed by an idle worker only and trained alone. One that gets past
-the step at which its trainer died is acquitted; it is given back while other suspects wait for their turn, and trains
-beside others again. The killer dies alone, and is charged, every time, until it has no attempt left. A job that comes
-under suspicion again and again is not acquitted any more but stays alone, so that this ends.
+are queued again under suspicion, and a suspect is claimed by an idle worker only and trained alone. One that gets ten
+steps past the one at which its trainer died is acquitted; it is given back while other suspects wait for their turn,
+and trains beside others again. The killer dies alone, is charged, and stays alone, until it has no attempt left. A job
+that comes under suspicion again and again is not acquitted any more, so that this ends.
 """
 
 from __future__ import annotations
@@ -121,9 +121,11 @@ class Runner:
         self._slots = 0
         self._is_loading = False
         self._held: dict[int, HeldJob] = {}
+        self._unbooked: list[HeldJob] = []
         self._unrecorded: list[tuple[HeldJob, ProgressReport]] = []
         self._unpublished: Proof | None = None
         self._serving = threading.Lock()
+        self._turned_at = self._idle_since = time.monotonic()
         self._stop_requested = threading.Event()
 
     def request_stop(self) -> None:
@@ -148,17 +150,39 @@ class Runner:
             slots_in_use=num_held if pool else 0,
         )
 
+    @property
+    def idle_seconds(self) -> float:
+        """How long this worker has had nothing to do; 0 while it serves."""
+        return 0.0 if self._serving.locked() else time.monotonic() - self._idle_since
+
+    @property
+    def is_turning(self) -> bool:
+        """False when the loop serves and has not come round for as long as a trainer may stall."""
+        return not self._serving.locked() or time.monotonic() - self._turned_at < self._settings.stall_seconds
+
+    def has_claimable_work(self) -> bool:
+        """Say whether a pool of this worker's has a job to claim. Raises the database's errors."""
+        with service_transaction(self._engine) as session:
+            return any(pool in self._settings.worker_pools for pool in attempts.claimable_pools(session))
+
     def serve(self) -> None:
-        """Work until none of this worker's pools has a claimable job and none is held."""
+        """Work until none of this worker's pools has a claimable job and none is held. One caller at a time serves."""
         with self._serving:
             while not self._stop_requested.is_set():
+                self._turned_at = time.monotonic()
                 try:
                     if not self._turn():
-                        return
+                        break
                 except DATABASE_ERRORS as error:
                     log.warning("database.unavailable", error=type(error).__name__)
                     self._stop_requested.wait(_AWAY_SECONDS)
-            self._give_back()
+            self._give_back_if_stopping()
+            self._idle_since = time.monotonic()
+
+    def wait_until_idle(self) -> None:
+        """Wait, after `request_stop`, until whoever serves has given its jobs back, for the grace at most."""
+        if self._serving.acquire(timeout=self._settings.grace_seconds):
+            self._serving.release()
 
     def close(self) -> None:
         if self._trainer is not None:
@@ -168,21 +192,24 @@ class Runner:
     def _turn(self) -> bool:
         """Do what is due now. False when there is nothing left to do."""
         self._settle_loss()
+        self._book_usage()
         if not self._held and not self._hold_pool_with_work():
             return False
         self._fill_slots()
+        if not self._held:  # the jobs that wait are not to be had now: by quota, or because others were quicker
+            self._stop_requested.wait(_AWAY_SECONDS)
         self._advance()
         return True
 
     def _advance(self) -> None:
         try:
             self._take_reports()
+            self._stop_stalled()  # with nothing left unheard, and before the database can take its time
         except TrainerGoneError as error:
-            self._lose_trainer(LEASE_LOST if self._keeper.is_fenced else explain_exit(error.exit_code))
+            self._lose_trainer(explain_exit(error.exit_code))
         self._record_progress()
         self._publish_proofs()
         self._heed_news()
-        self._stop_stalled()
 
     def _hold_pool_with_work(self) -> bool:
         with service_transaction(self._engine) as session:
@@ -199,7 +226,9 @@ class Runner:
         self.close()
         self._pool, self._slots = pool, base.slots
         order = order_base(base, pool, settings=self._settings)
-        self._trainer = TrainerChild(order, threads=self._settings.trainer_threads)
+        self._trainer = TrainerChild(
+            order, threads=self._settings.trainer_threads, scratch_dir=self._settings.scratch_dir
+        )
         log.info("trainer.started", pool=pool, trainer_pid=self._trainer.pid)
         try:
             report = self._await_base(self._trainer)
@@ -401,6 +430,7 @@ class Runner:
 
     def _lose_trainer(self, failure: Failure) -> None:
         num_jobs = sum(not held.is_delivered for held in self._held.values())
+        failure = LEASE_LOST if self._keeper.is_fenced else failure
         log.error("trainer.lost", code=failure.code, num_jobs=num_jobs)
         self.close()
         self._loss = Loss(failure, is_shared=num_jobs > 1)
@@ -423,7 +453,9 @@ class Runner:
                 attempts.suspect_attempt(session, held.lease, code=code, message=message)
             else:
                 is_final = loss.failure.is_final_alone
-                attempts.fail_attempt(session, held.lease, code=code, message=message, is_job_fault=is_final)
+                attempts.fail_attempt(
+                    session, held.lease, code=code, message=message, is_job_fault=is_final, is_suspect=True
+                )
         self._drop(held)
 
     def _drop(self, held: HeldJob | None) -> None:
@@ -432,7 +464,15 @@ class Runner:
             return
         self._keeper.let_go(held.lease)
         self._send(StopJob(lease_token=held.lease.token))
+        self._unbooked.append(held)
         try:
+            self._book_usage()
+        except DATABASE_ERRORS as error:  # it is tried again with the next turn
+            log.warning("usage.unrecorded", lease_token=held.lease.token, error=type(error).__name__)
+
+    def _book_usage(self) -> None:
+        while self._unbooked:
+            held = self._unbooked[0]
             with service_transaction(self._engine) as session:
                 attempts.record_usage(
                     session,
@@ -440,8 +480,11 @@ class Runner:
                     gpu_seconds=held.usage.gpu_seconds if held.usage else 0.0,
                     trained_tokens=held.usage.trained_tokens if held.usage else 0,
                 )
-        except DATABASE_ERRORS as error:
-            log.warning("usage.unrecorded", lease_token=held.lease.token, error=type(error).__name__)
+            self._unbooked.pop(0)
+
+    def _give_back_if_stopping(self) -> None:
+        if self._stop_requested.is_set():
+            self._give_back()
 
     def _give_back(self) -> None:
         """Store every slot at its step boundary and queue the jobs again, all within the grace."""

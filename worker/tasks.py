@@ -6,6 +6,7 @@ import socket
 
 from celery import Celery
 from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
+from sqlalchemy import Engine
 
 from core.db.session import connect
 from core.queue import TASK_NAME
@@ -15,19 +16,12 @@ from core.telemetry import configure_logs
 from worker.app import create_celery
 from worker.presence import Presence
 from worker.runner import Runner
+from worker.watchdog import Watchdog
 
 
-def build_worker(settings: WorkerSettings) -> Celery:
+def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine) -> Celery:
     """Return the Celery application with its one task registered."""
     celery = create_celery(settings)
-    database_url = settings.database_url.get_secret_value()
-    engine = connect(database_url, pool_size=2)
-    runner = Runner(
-        settings,
-        engine=engine,
-        heartbeat_engine=connect(database_url, pool_size=1),
-        store=S3ObjectStore(settings.storage_config),
-    )
     presence = Presence(engine, interval_seconds=settings.heartbeat_seconds, describe=runner.describe)
     celery.task(name=TASK_NAME)(runner.serve)
 
@@ -50,6 +44,18 @@ def main() -> None:
     configure_logs("worker")
     settings = WorkerSettings()  # read from the environment
     settings = settings.model_copy(update={"worker_name": settings.worker_name or socket.gethostname()})
-    build_worker(settings).worker_main(
-        ["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--without-mingle"]
+    database_url = settings.database_url.get_secret_value()
+    engine = connect(database_url, pool_size=2)
+    runner = Runner(
+        settings,
+        engine=engine,
+        heartbeat_engine=connect(database_url, pool_size=1),
+        store=S3ObjectStore(settings.storage_config),
     )
+    Watchdog(settings, runner).start()
+    try:
+        build_worker(settings, runner, engine=engine).worker_main(
+            ["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--without-mingle"]
+        )
+    finally:
+        runner.wait_until_idle()  # the watchdog may be the one who serves, and Celery does not know it

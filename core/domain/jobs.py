@@ -34,6 +34,8 @@ MAX_SUFFIX_LENGTH = 64
 RETRY_DELAYS_SECONDS = (5.0, 30.0)
 # So often may a job have been in a trainer that died with others; from then on it is alone to its end.
 MAX_SUSPICIONS = 3
+# So many steps beyond the one at which its trainer died must a suspect train alone.
+ACQUITTAL_STEPS = 10
 
 
 def retry_delay_seconds(attempts_made: int) -> float:
@@ -42,7 +44,7 @@ def retry_delay_seconds(attempts_made: int) -> float:
 
 def is_acquitted(step: int, *, suspect_step: int, num_suspicions: int) -> bool:
     """Say whether a job that is tried alone has outlived what may have killed its trainer."""
-    return step > suspect_step and num_suspicions < MAX_SUSPICIONS
+    return step > suspect_step + ACQUITTAL_STEPS and num_suspicions < MAX_SUSPICIONS
 
 
 def pool_name(base_model_id: str, quantization: str | None) -> str:

@@ -252,9 +252,16 @@ def succeed_attempt(
     record_event(session, job, message="The job has successfully completed.")
 
 
-def fail_attempt(session: Session, lease: Lease, *, code: str, message: str, is_job_fault: bool) -> None:
-    """End an attempt that failed. The job's own fault is final; ours is another attempt, until there are too many."""
+def fail_attempt(
+    session: Session, lease: Lease, *, code: str, message: str, is_job_fault: bool, is_suspect: bool = False
+) -> None:
+    """End an attempt that failed. The job's own fault is final; ours is another attempt, until there are too many.
+
+    A job that `is_suspect`, because its trainer died with it alone, is tried alone next.
+    """
     job = lock_held(session, lease)
+    if is_suspect:
+        job.suspect_step = job.trained_steps
     error = {"code": code, "message": message, "param": None}
     _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, error=error)
     _retry_or_fail(session, job, lease, error=error, is_final=is_job_fault)

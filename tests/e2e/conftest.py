@@ -16,6 +16,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lab(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def module_lab(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with running_lab(tiny_base, tmp_path_factory.mktemp("lab")) as made:
         yield made
+
+
+@pytest.fixture
+def lab(module_lab: Lab) -> Iterator[Lab]:
+    yield module_lab
+    module_lab.cancel_all()

@@ -37,7 +37,7 @@ SETTINGS = {
     "ESPALIER_RESUME_STEPS": "5",
     "ESPALIER_RESUME_SECONDS": "1000",
     "ESPALIER_GRACE_SECONDS": "8",
-    "ESPALIER_STORAGE_PATIENCE_SECONDS": "6",
+    "ESPALIER_STORAGE_PATIENCE_SECONDS": "4",
     "ESPALIER_STALL_SECONDS": "4",
 }
 
@@ -96,6 +96,12 @@ class Lab:
     @property
     def workers(self) -> list[ChildProcess]:
         return [worker for worker in self._workers if worker.is_alive]
+
+    def cancel_all(self) -> None:
+        """Leave no job to the next test."""
+        for job in self.client.fine_tuning.jobs.list(limit=50):
+            if job.status not in ENDED:
+                self.post(job.id, "cancel")
 
     def close(self) -> None:
         for worker in self.workers:

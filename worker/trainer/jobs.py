@@ -12,6 +12,9 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from core.domain.training import count_steps
 from worker.engine import Engine, EngineJob, Evaluation, InvalidJobError, SlotReport, SlotState, StepMetrics
 from worker.messages import (
     CheckpointSaved,
@@ -112,6 +115,8 @@ class TrainerJob:
     def begin(self, engine: Engine, prepared: PreparedJob) -> None:
         """Go on from the resume point, if there is one, and say from where."""
         step = self._restore(engine, prepared.resume) if prepared.resume else 0
+        # Stored between its last step and the evaluation that follows, a job has only that left to do.
+        self._is_last_step_taken = step == count_steps(self._order.spec, len(prepared.training.examples))
         self._pace.begin(step)
         self._channel.send(JobStarted(lease_token=self.lease_token, step=step))
         if self._is_epoch_open:
@@ -242,14 +247,14 @@ class TrainerJob:
     def _store_resume_point(self, state: SlotState, progress: Progress, earlier: tuple[Future[None], ...]) -> None:
         directory = self._directory / f"resume-{state.step}"
         artifact = f"resume/step-{state.step}"
-        write_resume_point(directory, state, progress)
         try:
+            write_resume_point(directory, state, progress)
             files = self._upload(artifact, directory, RESUME_FILES)
-        except TransferError as error:
+        except (TransferError, OSError, SafetensorError) as error:
             self._warn(f"The resume point of step {state.step} could not be stored: {error}")
             return
         finally:
-            shutil.rmtree(directory)
+            shutil.rmtree(directory, ignore_errors=True)
         wait(earlier)  # a checkpoint of this step or before is told of first
         self._channel.send(
             ResumePointSaved(lease_token=self.lease_token, step=state.step, artifact=artifact, files=files)

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import structlog
+from safetensors import SafetensorError
 
 from worker.engine import Engine, EngineError, NoFreeSlotError, SlotReport
 from worker.messages import Alive, JobFailed, LoadBase, StartJob, StopJob, YieldJob
@@ -23,6 +24,8 @@ from worker.trainer.jobs import PreparedJob, TrainerJob
 
 log = structlog.get_logger()
 _LIFE_SECONDS = 1.0
+# What ends one job and not the trainer; OSError and SafetensorError are a scratch disk that is full or broken.
+JOB_ERRORS = (TrainerError, EngineError, OSError, SafetensorError)
 
 
 class TrainingLoop:
@@ -114,7 +117,7 @@ class TrainingLoop:
             return
         try:
             is_trained = job.take_report(self._engine, report)
-        except (TrainerError, EngineError) as error:
+        except JOB_ERRORS as error:
             self._fail(job, error)
             return
         if is_trained:
@@ -148,7 +151,7 @@ class TrainingLoop:
         code, is_job_fault = _classify(error)
         job.bill()
         self._channel.send(
-            JobFailed(lease_token=job.lease_token, code=code, message=str(error), is_job_fault=is_job_fault)
+            JobFailed(lease_token=job.lease_token, code=code, message=_explain(error), is_job_fault=is_job_fault)
         )
         self._stop(job.lease_token)
 
@@ -164,14 +167,22 @@ class TrainingLoop:
                 return
             try:
                 apply(job, done.result())
-            except (TrainerError, EngineError) as error:
+            except JOB_ERRORS as error:
                 self._fail(job, error)
 
         return take
 
 
 def _classify(error: Exception) -> tuple[str, bool]:
+    if isinstance(error, OSError | SafetensorError):
+        return "worker_disk", False
     if isinstance(error, TrainerError):
         return error.code, error.is_job_fault
     assert isinstance(error, EngineError)
     return error.code, error.is_job_fault
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, OSError | SafetensorError):  # its own words name paths of the worker
+        return "The worker's scratch disk is full or broken."
+    return str(error)

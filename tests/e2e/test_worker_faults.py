@@ -1,0 +1,271 @@
+"""What a worker, its trainer and their servers may suffer; the numbers are the rows of the table of faults."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.lab import LEASE_SECONDS, Lab, continue_process, stop_process, wait_until
+from tests.faults import Answer503, Cut, FlipByte, Hang
+
+LONG = {"n_epochs": 4, "num_rows": 80}  # 80 steps, 20 an epoch
+MB = 2**20
+
+
+def limit_attempts(lab: Lab, job_id: str, number: int) -> None:
+    lab.sql(f"update jobs set max_attempts = {number} where id = %s returning 1", job_id)
+
+
+def test_03_a_job_that_kills_its_trainer_every_time_fails_and_its_neighbours_are_not_charged(lab: Lab) -> None:
+    poison = lab.submit(**LONG, seed=1)
+    limit_attempts(lab, poison, 2)
+    neighbours = [lab.submit(**LONG, seed=seed) for seed in (2, 3)]
+    worker = lab.only_worker()
+    query = "select status, lease_token from jobs where id = %s"
+    num_kills = 0
+    for job_id in neighbours:
+        lab.wait_for_step(job_id, 1)
+    while (row := lab.sql(query, poison)[0])[0] != "failed":
+        started = "select max(step) from metrics where job_id = %s and lease_token = " + str(row[1] or 0)
+        if row[0] == "running" and lab.sql(started, poison)[0][0] is not None:
+            lab.trainer_of(worker).send_signal(signal.SIGSEGV)
+            num_kills += 1
+            wait_until(lambda token=row[1]: lab.sql(query, poison)[0][1] != token)
+        time.sleep(0.05)
+    assert num_kills == 3, "once with its neighbours, uncharged, and twice alone"
+    assert lab.job(poison).error.code == "trainer_crashed"
+    assert lab.attempt_count(poison) == 2
+    for job_id in neighbours:
+        lab.succeed(job_id)
+        assert lab.attempt_count(job_id) == 1, lab.messages(job_id)
+
+
+def test_04_a_trainer_killed_in_an_upload_leaves_no_row_and_its_job_goes_on_under_a_new_prefix(
+    lab: Lab, tmp_path: Path
+) -> None:
+    fuse = tmp_path / "fuse"
+    fuse.touch()
+    job_id = lab.submit(n_epochs=2)
+    lab.only_worker(CRASHPOINT=f"upload:2:{fuse}")
+    lab.succeed(job_id)
+    assert not fuse.exists()
+    assert lab.outcomes(job_id) == ["failed", "succeeded"]
+    tokens = [row[0] for row in lab.sql("select lease_token from attempts where job_id = %s order by 1", job_id)]
+    for table in ("checkpoints", "adapters"):
+        prefixes = [row[0] for row in lab.sql(f"select object_prefix from {table} where job_id = %s", job_id)]
+        assert all(f"/{tokens[1]}/" in prefix for prefix in prefixes)
+
+
+@pytest.mark.parametrize(
+    ("point", "outcomes"),
+    [
+        pytest.param("pre_finish:1", ["lost", "succeeded"], id="05_between_upload_and_commit"),
+        pytest.param("post_finish:1", ["succeeded"], id="06_after_the_commit"),
+        pytest.param("post_claim:1", ["lost", "succeeded"], id="54_right_after_the_claim"),
+    ],
+)
+def test_05_06_54_a_worker_killed_around_its_commits_leaves_one_result(
+    lab: Lab, point: str, outcomes: list[str]
+) -> None:
+    job_id = lab.submit(n_epochs=1)
+    worker = lab.only_worker(CRASHPOINT=point)
+    wait_until(lambda: not worker.is_alive, what="the crash")
+    lab.start_worker()
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id) == outcomes
+    ((prefix, files),) = lab.sql("select object_prefix, files from adapters where job_id = %s", job_id)
+    for file in files:
+        assert lab.store.hash_object(prefix + file["name"]).sha256 == file["sha256"]
+
+
+def test_11_jobs_run_although_redis_hangs_because_a_worker_that_nobody_wakes_claims(lab: Lab) -> None:
+    lab.only_worker(ESPALIER_DEAF_SECONDS="2")
+    lab.succeed(lab.submit(n_epochs=1))
+    with lab.servers.redis.during(Hang()):
+        lab.succeed(lab.submit(n_epochs=1))
+
+
+def test_13_a_database_that_goes_away_for_a_moment_costs_no_attempt(lab: Lab) -> None:
+    job_id = lab.submit(**LONG)
+    lab.ensure_worker()
+    lab.wait_for_step(job_id, 3)
+    with lab.servers.postgres.during(Cut()):
+        time.sleep(1)
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id) == ["succeeded"]
+    assert lab.metric_steps(job_id) == list(range(1, 81))
+
+
+def test_14_a_database_away_for_longer_than_a_lease_stops_the_training_before_its_end(lab: Lab) -> None:
+    job_id = lab.submit(**LONG)
+    worker = lab.ensure_worker()
+    lab.wait_for_resume_point(job_id)
+    trainer = lab.trainer_of(worker)
+    with lab.servers.postgres.during(Hang()):
+        hung_at = time.monotonic()
+        wait_until(lambda: not is_running(trainer), seconds=LEASE_SECONDS, what="the self-fence")
+        time.sleep(max(0.0, hung_at + 1.5 * LEASE_SECONDS - time.monotonic()))  # the outage that is too long
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id)[-1] == "succeeded"
+    assert len(lab.outcomes(job_id)) == 2
+
+
+def is_running(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_19_an_object_store_that_is_away_at_the_finish_costs_attempts_and_not_the_job(lab: Lab) -> None:
+    job_id = lab.submit(n_epochs=2)
+    lab.ensure_worker()
+    lab.wait_for_step(job_id, 1)
+    with lab.servers.s3.during(Cut()):
+        wait_until(lambda: lab.has_said(job_id, "The object store did not answer"))
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id) == ["failed", "succeeded"]
+
+
+@pytest.mark.parametrize("fault", [pytest.param(Answer503(), id="20_slow_down"), pytest.param(Hang(), id="21_hung")])
+def test_20_21_an_object_store_that_falters_for_a_moment_costs_nothing(lab: Lab, fault: Hang | Answer503) -> None:
+    job_id = lab.submit(**LONG)
+    lab.ensure_worker()
+    lab.wait_for_step(job_id, 16)
+    with lab.servers.s3.during(fault):
+        time.sleep(2)
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id) == ["succeeded"]
+
+
+def test_22_a_dataset_that_arrives_damaged_is_tried_again_and_then_reported(lab: Lab) -> None:
+    lab.ensure_worker()
+    with lab.servers.s3.during(FlipByte()):
+        job_id = lab.submit(n_epochs=1)
+        limit_attempts(lab, job_id, 1)
+        job = lab.wait_for_end(job_id)
+    assert (job.status, job.error.code) == ("failed", "integrity")
+    assert lab.outcomes(job_id) == ["failed"]
+
+
+def test_23_a_scratch_disk_that_is_full_ends_the_job_and_not_the_trainer(lab: Lab) -> None:
+    worker = lab.ensure_worker()
+    lab.succeed(lab.submit(n_epochs=1))
+    trainer = lab.trainer_of(worker)
+    unlimited = resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    job_id = lab.submit(n_epochs=1)
+    limit_attempts(lab, job_id, 1)
+    job = lab.wait_for_end(job_id)
+    assert (job.status, job.error.code) == ("failed", "worker_disk")
+    resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, unlimited)
+    lab.succeed(lab.submit(n_epochs=1))
+    assert is_running(trainer)
+
+
+def test_27_a_worker_that_was_frozen_beyond_its_lease_changes_nothing_when_it_wakes(lab: Lab) -> None:
+    job_id = lab.submit(**LONG)
+    zombie = lab.only_worker()
+    lab.wait_for_resume_point(job_id)
+    trainer = lab.trainer_of(zombie)
+    stop_process(zombie.pid)
+    heir = lab.start_worker()
+    wait_until(lambda: lab.outcomes(job_id)[:1] == ["lost"])
+    wait_until(lambda: lab.has_said(job_id, "Attempt 2"))
+    continue_process(zombie.pid)
+    wait_until(lambda: not is_running(trainer), what="the end of the frozen worker's trainer")
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id) == ["lost", "succeeded"]
+    rows = lab.sql("select step, lease_token from metrics where job_id = %s order by step", job_id)
+    assert [step for step, _ in rows] == list(range(1, 81))
+    assert [token for _, token in rows] == sorted(token for _, token in rows), "no step of the elder among the heir's"
+    zombie.kill()
+    assert heir.is_alive
+
+
+def test_31_a_worker_stopped_while_idle_or_claiming_leaves_no_job_behind(lab: Lab) -> None:
+    worker = lab.only_worker()
+    lab.succeed(lab.submit(n_epochs=1))
+    job_id = lab.submit(**LONG)
+    worker.ask_to_stop()  # somewhere around the claim
+    wait_until(lambda: not worker.is_alive, seconds=12)
+    assert (lab.job(job_id).status, lab.attempt_count(job_id)) == ("queued", 0)
+
+
+def test_33_a_host_without_memory_for_a_job_is_told_and_not_tried_again(lab: Lab) -> None:
+    job_id = lab.submit(**LONG)
+    worker = lab.ensure_worker()
+    lab.wait_for_step(job_id, 2)
+    trainer = lab.trainer_of(worker)
+    used = trainer.memory_info().vms
+    resource.prlimit(trainer.pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+    job = lab.wait_for_end(job_id)
+    assert (job.status, job.error.code) == ("failed", "oom_host")
+    assert lab.outcomes(job_id) == ["failed"]
+    assert worker.is_alive
+
+
+def test_35_a_job_that_diverges_is_stopped_and_its_events_are_numbers(lab: Lab) -> None:
+    for worker in lab.workers:
+        worker.kill()
+    job_id = lab.submit(**LONG)
+    # The API refuses such a learning rate; what makes a real job diverge is its data.
+    lab.sql("update jobs set spec = jsonb_set(spec, '{learning_rate}', '1e30') where id = %s returning 1", job_id)
+    lab.start_worker()
+    job = lab.wait_for_end(job_id)
+    assert (job.status, job.error.code) == ("failed", "diverged")
+    assert lab.outcomes(job_id) == ["failed"]
+    details = lab.sql("select details from events where job_id = %s and details is not null", job_id)
+    json.dumps([row[0] for row in details], allow_nan=False)
+
+
+def test_36_a_training_that_hangs_is_stopped_although_its_process_lives(lab: Lab) -> None:
+    job_id = lab.submit(**LONG)
+    worker = lab.ensure_worker()
+    lab.wait_for_step(job_id, 2)
+    stop_process(lab.trainer_of(worker).pid)
+    job = lab.wait_for_end(job_id)
+    assert (job.status, job.error.code) == ("failed", "stalled")
+    assert lab.outcomes(job_id) == ["failed"]
+    assert worker.is_alive
+
+
+def test_43_cancelling_at_any_moment_ends_once_and_frees_the_slot(lab: Lab) -> None:
+    for worker in lab.workers:
+        worker.kill()
+    early = lab.submit(**LONG)
+    assert [lab.post(early, "cancel").json()["status"] for _ in range(2)] == ["cancelled"] * 2
+    lab.start_worker()
+    running = lab.submit(**LONG)
+    lab.wait_for_step(running, 2)
+    cancelled_at = time.monotonic()
+    assert [lab.post(running, "cancel").json()["status"] for _ in range(2)] == ["cancelled"] * 2
+    booked = "select gpu_seconds from usage join attempts a on a.id = attempt_id where a.job_id = %s"
+    wait_until(lambda: bool(lab.sql(booked, running)), seconds=10, what="the end of the training")
+    assert time.monotonic() - cancelled_at < 10
+    at_claim = lab.submit(**LONG)
+    wait_until(lambda: lab.job(at_claim).status == "running")
+    assert lab.post(at_claim, "cancel").json()["status"] == "cancelled"
+    done = lab.submit(n_epochs=1)
+    lab.succeed(done)
+    assert lab.post(done, "cancel").status_code == 409
+    for job_id in (early, running, at_claim):
+        assert lab.job(job_id).status == "cancelled"
+        assert not lab.sql("select id from adapters where job_id = %s", job_id)
+
+
+def test_44_a_job_cancelled_while_its_worker_is_frozen_stays_cancelled_when_it_wakes(lab: Lab) -> None:
+    job_id = lab.submit(**LONG)
+    worker = lab.ensure_worker()
+    lab.wait_for_step(job_id, 2)
+    stop_process(worker.pid)
+    assert lab.post(job_id, "cancel").json()["status"] == "cancelled"
+    time.sleep(LEASE_SECONDS)  # so that the frozen worker's lease would be over
+    num_told = len(lab.messages(job_id))
+    continue_process(worker.pid)
+    lab.succeed(lab.submit(n_epochs=1))
+    assert lab.job(job_id).status == "cancelled"
+    assert len(lab.messages(job_id)) == num_told
+    assert lab.outcomes(job_id) == ["cancelled"]

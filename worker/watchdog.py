@@ -1,0 +1,79 @@
+"""Watches over the supervisor from a thread of its own: is it alive, and does anybody wake it?
+
+Two ways in which wake-ups stop are known. Redis is away: then this worker claims by itself whatever may be claimed.
+Redis is there and wake-ups wait in it, but the consumer does not take them (a timed-out acknowledgement can leave it
+deaf for ever, while it answers every ping): then the process ends, holding no job, to be started afresh. Liveness is a
+file that is touched while the loop turns, never a question to the consumer.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import redis
+import structlog
+
+from core.db.session import DATABASE_ERRORS
+from core.queue import queue_name
+from core.settings import WorkerSettings
+from worker.runner import Runner
+
+log = structlog.get_logger()
+_LOOKS_PER_DEAF_TIME = 6
+_REDIS_TIMEOUT_SECONDS = 2.0
+_DEAF_EXIT_CODE = 1
+
+
+class Watchdog:
+    """Looks several times within `deaf_seconds`; `end_process` is called with the exit code of a deaf worker."""
+
+    def __init__(
+        self, settings: WorkerSettings, runner: Runner, *, end_process: Callable[[int], None] = os._exit
+    ) -> None:
+        self._settings = settings
+        self._runner = runner
+        self._end_process = end_process
+        self._redis = redis.Redis.from_url(
+            settings.redis_url.get_secret_value(),
+            socket_timeout=_REDIS_TIMEOUT_SECONDS,
+            socket_connect_timeout=_REDIS_TIMEOUT_SECONDS,
+            retry=None,
+        )
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch_forever, daemon=True, name="watchdog").start()
+
+    def _watch_forever(self) -> None:
+        while True:
+            self._touch_liveness_file()
+            time.sleep(self._settings.deaf_seconds / _LOOKS_PER_DEAF_TIME)
+            self._heed_silence()
+
+    def _touch_liveness_file(self) -> None:
+        if self._settings.liveness_file is not None and self._runner.is_turning:
+            self._settings.liveness_file.touch()
+
+    def _heed_silence(self) -> None:
+        """Work, or end, when nobody has woken this worker for long although there is work for it."""
+        if self._runner.idle_seconds < self._settings.deaf_seconds:
+            return
+        try:
+            has_work = self._runner.has_claimable_work()
+        except DATABASE_ERRORS:
+            return
+        if not has_work:
+            return
+        if self._is_wake_up_waiting():
+            log.error("worker.deaf")
+            self._end_process(_DEAF_EXIT_CODE)
+        log.warning("worker.claims_unwoken")
+        self._runner.serve()
+
+    def _is_wake_up_waiting(self) -> bool:
+        try:
+            return any(self._redis.llen(queue_name(pool)) for pool in self._settings.worker_pools)
+        except redis.RedisError:
+            return False
