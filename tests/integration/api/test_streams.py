@@ -272,6 +272,6 @@ def test_a_reader_never_misses_the_event_of_a_slower_writer(api_url: str, owner:
     numbers = [event.id for event in told if event.id is not None]
     assert numbers == sorted(numbers)
     assert [event.body["message"] for event in told[2:-1]] == [
-        "The worker is stopping; the job is queued again.",
+        "The worker gives the job back; it is queued again.",
         "The job was cancelled.",
     ]
