@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install demo demo-quick up down test test-unit check format lint types contracts
+.PHONY: openapi install demo demo-quick up down test test-unit check format lint types contracts
 
 install: $(INSTALLED)
 
@@ -34,6 +34,10 @@ test-unit: $(INSTALLED)
 
 test: test-unit
 	$(BIN)/pytest tests/integration tests/e2e
+
+# The contract as a file, so that a change of it is seen; a test compares it.
+openapi: $(INSTALLED)
+	$(BIN)/python -m api.openapi > openapi.json
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

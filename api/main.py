@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from api.auth import Authenticator
+from api.contract import DescribedApp
 from api.errors import install_error_handlers
 from api.middleware import RequestIdMiddleware
 from api.routes import adapters, api_keys, checkpoints, files, fine_tuning, graders, health, models, uploads
@@ -14,7 +15,7 @@ from core.storage import S3ObjectStore
 
 
 def create_app(settings: ApiSettings) -> FastAPI:
-    app = FastAPI(title="Espalier", version="0.1.0", description="OpenAI's fine-tuning API on your own GPUs.")
+    app = DescribedApp(title="Espalier", version="0.1.0", description="OpenAI's fine-tuning API on your own GPUs.")
     app.state.settings = settings
     app.state.engine = connect(settings.database_url.get_secret_value(), pool_size=20)
     app.state.authenticator = Authenticator(app.state.engine)
