@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Annotated, cast
 
+import anyio
 import anyio.from_thread
 from fastapi import Depends, Header, Request
 from fastapi.params import Depends as Dependency
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from api.admission import CHUNK_SECONDS, UploadGate
 from api.auth import Authenticator
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
-from core.domain.errors import PermissionDeniedError
+from core.domain.errors import InvalidRequestError, PermissionDeniedError
 from core.services.tenants import Identity
 from core.settings import ApiSettings
 from core.storage import ObjectStore
@@ -71,8 +73,12 @@ def get_session(
         yield session
 
 
-def get_body(request: Request) -> Iterator[bytes]:
-    return _iterate_body(request)  # FastAPI would enter a generator function itself
+async def get_body(
+    request: Request, identity: Annotated[Identity, Depends(get_identity)]
+) -> AsyncIterator[Iterator[bytes]]:
+    gate = cast("UploadGate", request.app.state.upload_gate)
+    with gate.admit(identity.tenant_id):
+        yield _iterate_body(request)
 
 
 def _iterate_body(request: Request) -> Iterator[bytes]:
@@ -80,7 +86,12 @@ def _iterate_body(request: Request) -> Iterator[bytes]:
     chunks = request.stream()
 
     async def next_chunk() -> bytes | None:
-        return await anext(chunks, None)
+        try:
+            with anyio.fail_after(CHUNK_SECONDS):
+                return await anext(chunks, None)
+        except TimeoutError as error:
+            message = f"Nothing more of the body came for {CHUNK_SECONDS:.0f} seconds."
+            raise InvalidRequestError(message, code="upload_stalled") from error
 
     while (chunk := anyio.from_thread.run(next_chunk)) is not None:
         if chunk:
