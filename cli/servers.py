@@ -158,10 +158,14 @@ class LocalServers:
             self._s3.remove_sockets()
 
 
-def find_postgres_url(data_dir: Path) -> str | None:
-    """Return the owner's URL of the database that another process runs on a data directory, or None."""
+def find_addresses(data_dir: Path) -> ServerAddresses | None:
+    """Return where the servers answer that another process runs on a data directory, or None."""
     ports = Ports.read(data_dir / "ports.json")
     if ports is None or find_launcher(data_dir) is None:
         return None
-    password = Secrets.load(data_dir / "secrets.json").postgres
-    return PostgresServer(data_dir, port=ports.postgres, password=password, is_durable=True).url
+    made = Secrets.load(data_dir / "secrets.json")
+    return ServerAddresses(
+        PostgresServer(data_dir, port=ports.postgres, password=made.postgres, is_durable=True).url,
+        RedisServer(data_dir, port=ports.redis, password=made.redis, is_durable=True).url,
+        S3Server(data_dir, ports=ports.s3, access_key=made.s3_access, secret_key=made.s3_secret).config,
+    )

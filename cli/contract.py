@@ -1,0 +1,70 @@
+"""`espalier check-contract`: the contract, checked on the live system, read only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from sqlalchemy.exc import OperationalError
+
+from cli.external import OWNER_URL_SETTING
+from cli.owner import DEFAULT_DATA_DIR, DataDir
+from cli.servers import ServerAddresses, find_addresses
+from core.db.session import connect, service_transaction
+from core.services.contract import Finding, check_objects, check_rows
+from core.settings import S3Settings, StorageConfig
+from core.storage import S3ObjectStore, StorageError
+
+
+def check_contract(
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    *,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every object and compare its sha256.")] = False,
+) -> None:
+    """Check the promises of docs/contract.md on the live system; exit code 1 when one is broken. Changes nothing."""
+    console = Console(soft_wrap=True)
+    owner_url, storage = _find_servers(data_dir)
+    try:
+        findings = run_checks(owner_url, storage, is_deep=deep)
+    except (OperationalError, StorageError) as error:
+        console.print(f"[red]The check could not be finished: {escape(str(error))}[/]")
+        raise typer.Exit(2) from error
+    console.print(as_table(findings))
+    if any(finding.num_broken for finding in findings):
+        raise typer.Exit(1)
+
+
+def run_checks(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tuple[Finding, ...]:
+    """Return one finding a promise, in their order. Raises OperationalError and StorageError."""
+    engine = connect(owner_url)
+    try:
+        with service_transaction(engine) as session:
+            rows = check_rows(session)
+        with service_transaction(engine) as session:
+            objects = check_objects(session, S3ObjectStore(storage), is_deep=is_deep)
+    finally:
+        engine.dispose()
+    return tuple(sorted((*rows, objects), key=lambda finding: int(finding.promise[1:])))
+
+
+def as_table(findings: tuple[Finding, ...]) -> Table:
+    table = Table("", "promise", "checked", "broken", "which", box=None)
+    for each in findings:
+        broken = f"[red]{each.num_broken}[/]" if each.num_broken else "0"
+        table.add_row(each.promise, each.says, str(each.num_checked), broken, escape("\n".join(each.broken)))
+    return table
+
+
+def _find_servers(data_dir: Path) -> tuple[str, StorageConfig]:
+    if owner_url := os.environ.get(OWNER_URL_SETTING):
+        return owner_url, S3Settings().storage_config  # read from the environment
+    addresses: ServerAddresses | None = find_addresses(data_dir)
+    if addresses is None:
+        print(f"Set {OWNER_URL_SETTING} and ESPALIER_S3_*, or start a local stack: no servers run on {data_dir}.")
+        raise typer.Exit(2)
+    return addresses.postgres_url, addresses.storage
