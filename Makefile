@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 BENCHES := .venv/.benches
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install demo demo-quick up down test test-unit test-gpu bench bench-gpu check format lint types contracts
+.PHONY: install openapi demo demo-quick up down test test-unit test-gpu bench bench-gpu check format lint types contracts
 
 install: $(INSTALLED)
 
@@ -40,6 +40,10 @@ test-unit: $(INSTALLED)
 
 test: test-unit
 	$(BIN)/pytest tests/integration tests/e2e
+
+# The contract as a file, so that a change of it is seen; a test compares it.
+openapi: $(INSTALLED)
+	$(BIN)/python -m api.openapi > openapi.json
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest tests/gpu

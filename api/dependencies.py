@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Annotated, cast
 
+import anyio
 import anyio.from_thread
 from fastapi import Depends, Header, Request
 from fastapi.params import Depends as Dependency
@@ -14,13 +15,14 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 
+from api.admission import CHUNK_SECONDS, UploadGate
 from api.auth import Authenticator, identify_operator
 from api.feeds import EventFeed
 from api.previews import Previewer
 from api.rate_limits import RateLimiter
 from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
-from core.domain.errors import PermissionDeniedError, RateLimitedError
+from core.domain.errors import InvalidRequestError, PermissionDeniedError, RateLimitedError
 from core.services.operators import OperatorIdentity
 from core.services.tenants import Identity
 from core.settings import ApiSettings
@@ -120,10 +122,14 @@ def get_session(
         yield session
 
 
-def get_body(request: Request) -> Iterator[bytes]:
-    """Return the body as it arrives, of any length: whoever reads it keeps to caps of its own."""
+async def get_body(
+    request: Request, identity: Annotated[Identity, Depends(get_identity)]
+) -> AsyncIterator[Iterator[bytes]]:
+    """Yield the body as it arrives, of any length: whoever reads it keeps to caps of its own."""
     request.state.is_body_streamed = True
-    return _iterate_body(request)  # FastAPI would enter a generator function itself
+    gate = cast("UploadGate", request.app.state.upload_gate)
+    with gate.admit(identity.tenant_id):
+        yield _iterate_body(request)
 
 
 def _iterate_body(request: Request) -> Iterator[bytes]:
@@ -131,7 +137,12 @@ def _iterate_body(request: Request) -> Iterator[bytes]:
     chunks = request.stream()
 
     async def next_chunk() -> bytes | None:
-        return await anext(chunks, None)
+        try:
+            with anyio.fail_after(CHUNK_SECONDS):
+                return await anext(chunks, None)
+        except TimeoutError as error:
+            message = f"Nothing more of the body came for {CHUNK_SECONDS:.0f} seconds."
+            raise InvalidRequestError(message, code="upload_stalled") from error
 
     while (chunk := anyio.from_thread.run(next_chunk)) is not None:
         if chunk:

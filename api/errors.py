@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from core.domain.errors import (
     ConflictError,
@@ -43,6 +44,7 @@ STATUSES: dict[type[DomainError], int] = {
     DomainError: 500,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "payload_too_large"}
 _KINDS = {"int", "float", "str", "bool", "dict"}
 _RETRY_AFTER = {"retry-after": "2"}
 _FINAL = {"x-should-retry": "false"}
@@ -62,6 +64,7 @@ def install_error_handlers(app: FastAPI) -> None:
     for kind in (OperationalError, PoolTimeoutError, StorageError):
         app.add_exception_handler(kind, _answer_unavailable)
     app.add_exception_handler(DataError, _answer_unstorable)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_bug)
 
 
@@ -106,9 +109,7 @@ def _field_of(problem: dict[str, Any]) -> str | None:
 def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
-    code = {404: "unknown_url", 405: "method_not_allowed", 413: "payload_too_large"}.get(
-        error.status_code, "http_error"
-    )
+    code = _HTTP_CODES.get(error.status_code, "http_error")
     return error_answer(error.status_code, message, code=code, headers=dict(error.headers or {}))
 
 
@@ -117,6 +118,12 @@ def _answer_unavailable(_request: Request, error: Exception) -> JSONResponse:
         return error_answer(404, "The content is gone.", code="not_found")
     log.warning("dependency.unavailable", error=type(error).__name__)
     return error_answer(503, "The service is not ready; try again.", code="unavailable", headers=_RETRY_AFTER)
+
+
+def _answer_nobody(_request: Request, _error: Exception) -> JSONResponse:
+    """Answer for form's sake a client that has gone in the middle of its body."""
+    log.info("request.abandoned")
+    return error_answer(400, "The body has ended early.", code="body_cut")
 
 
 def _answer_unstorable(_request: Request, error: Exception) -> JSONResponse:

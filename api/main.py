@@ -7,7 +7,9 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from api.admission import UploadGate
 from api.auth import Authenticator
+from api.contract import DescribedApp
 from api.errors import install_error_handlers
 from api.feeds import EventFeed
 from api.middleware import BodyCapMiddleware, RequestIdMiddleware
@@ -36,15 +38,16 @@ from core.storage import S3ObjectStore
 
 
 def create_app(settings: ApiSettings) -> FastAPI:
-    app = FastAPI(
+    app = DescribedApp(
         title="Espalier", version="0.1.0", description="OpenAI's fine-tuning API on your own GPUs.", lifespan=_live
     )
     app.state.settings = settings
     database_url = settings.database_url.get_secret_value()
-    app.state.engine = connect(database_url, pool_size=20)
+    app.state.engine = connect(database_url, pool_size=20, lock_timeout_seconds=10)
     app.state.feed = EventFeed(app.state.engine, database_url)
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
+    app.state.upload_gate = UploadGate()
     app.state.store = S3ObjectStore(settings.storage_config)
     app.state.previewer = Previewer(app.state.store)
     for routes in (

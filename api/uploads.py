@@ -20,6 +20,12 @@ _MAX_FIELD_BYTES = 4096
 _MAX_FIELDS = 32
 
 
+def describe_form(fields: dict[str, Any], *, required: list[str]) -> dict[str, Any]:
+    """Return the OpenAPI of a form that is read as a stream, which FastAPI does not see."""
+    schema = {"type": "object", "properties": fields, "required": required}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
 @dataclass
 class MultipartUpload:
     """One form. `fields` and `filename` are complete once `iterate_file` is exhausted; `file_field` holds the file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
@@ -13,8 +13,8 @@ from fastapi.responses import StreamingResponse
 from api.dependencies import Body, Caller, Database, Settings, Store, Transaction, needs
 from api.intake import store_dataset
 from api.schemas.objects import DeletedObject, FileObject, ListObject, as_list
-from api.schemas.uploads import read_lifetime, require_trainable
-from api.uploads import MultipartUpload
+from api.schemas.uploads import MAX_SECONDS, MIN_SECONDS, read_lifetime, require_trainable
+from api.uploads import MultipartUpload, describe_form
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import DomainError
@@ -24,9 +24,20 @@ from core.services import quotas
 from core.services.files import NewFile
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
+_BINARY = {"type": "string", "format": "binary"}
+_BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {"schema": _BINARY}}}}
+_FORM = describe_form(
+    {
+        "file": _BINARY,
+        "purpose": {"type": "string", "enum": ["fine-tune"]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": MIN_SECONDS, "maximum": MAX_SECONDS},
+    },
+    required=["file", "purpose"],
+)
 
 
-@router.post("", dependencies=[needs(Scope.SUBMIT)])
+@router.post("", dependencies=[needs(Scope.SUBMIT)], openapi_extra=_FORM)
 def create_file(
     request: Request, body: Body, caller: Caller, database: Database, store: Store, settings: Settings
 ) -> FileObject:
@@ -70,7 +81,9 @@ def get_file(session: Transaction, caller: Caller, file_id: str) -> FileObject:
     return FileObject.of(row)
 
 
-@router.get("/{file_id}/content", dependencies=[needs(Scope.DOWNLOAD)])
+@router.get(
+    "/{file_id}/content", dependencies=[needs(Scope.DOWNLOAD)], responses=_BYTES, response_class=StreamingResponse
+)
 def get_file_content(session: Transaction, caller: Caller, store: Store, file_id: str) -> StreamingResponse:
     row = file_service.get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
     headers = {"content-length": str(row.size_bytes)}

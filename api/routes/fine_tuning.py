@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
@@ -18,10 +18,16 @@ from core.services.progress import estimate_jobs
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 Limit = Annotated[int, Query(ge=1, le=100)]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
+_KEY_REUSED: dict[int | str, dict[str, Any]] = {
+    422: {
+        "description": "The Idempotency-Key stands for another request",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+}
 RetryCount = Annotated[int, Header(ge=0)]
 
 
-@router.post("", dependencies=[needs(Scope.SUBMIT)])
+@router.post("", dependencies=[needs(Scope.SUBMIT)], responses=_KEY_REUSED)
 def create_job(
     response: Response,
     database: Database,

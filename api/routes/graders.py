@@ -11,7 +11,7 @@ from core.domain.errors import UnsupportedError
 router = APIRouter(prefix="/v1/fine_tuning/alpha/graders", tags=["graders"])
 
 
-@router.post("/validate", dependencies=[needs(Scope.SUBMIT)])
-@router.post("/run", dependencies=[needs(Scope.SUBMIT)])
+@router.post("/validate", dependencies=[needs(Scope.SUBMIT)], status_code=501, operation_id="validate_grader")
+@router.post("/run", dependencies=[needs(Scope.SUBMIT)], status_code=501, operation_id="run_grader")
 def refuse_grader() -> None:
     raise UnsupportedError("Graders are not supported: this service has no reinforcement fine-tuning.")

@@ -20,7 +20,7 @@ from api.schemas.uploads import (
     UploadObject,
     require_trainable,
 )
-from api.uploads import MultipartUpload, display_name
+from api.uploads import MultipartUpload, describe_form, display_name
 from core.db.models import Upload
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
@@ -33,6 +33,7 @@ from core.services.uploads import NewPart, NewUpload
 from core.storage import ObjectStore
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+_PART_FORM = describe_form({"data": {"type": "string", "format": "binary"}}, required=["data"])
 
 
 @router.post("", dependencies=[needs(Scope.SUBMIT)])
@@ -55,7 +56,7 @@ def create_upload(database: Database, caller: Caller, now: Now, body: CreateUplo
     return UploadObject.of(upload, now=now)
 
 
-@router.post("/{upload_id}/parts", dependencies=[needs(Scope.SUBMIT)])
+@router.post("/{upload_id}/parts", dependencies=[needs(Scope.SUBMIT)], openapi_extra=_PART_FORM)
 def add_part(
     request: Request, body: Body, caller: Caller, database: Database, store: Store, upload_id: str
 ) -> PartObject:

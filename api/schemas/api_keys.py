@@ -30,7 +30,8 @@ class ExpiresAfter(BaseModel):
 class CreateApiKey(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: KeyName
-    scopes: frozenset[Scope] = Field(default=DEFAULT_SCOPES, min_length=1)
+    # A scope named twice is no error.
+    scopes: frozenset[Scope] = Field(default=DEFAULT_SCOPES, min_length=1, json_schema_extra={"uniqueItems": False})
     expires_after: ExpiresAfter | None = None
 
     @property

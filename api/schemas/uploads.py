@@ -17,7 +17,7 @@ from core.domain.ids import IdKind, format_id
 
 MAX_UPLOAD_BYTES = 8 * 2**30
 MAX_PART_BYTES = 64 * 2**20
-_MIN_SECONDS, _MAX_SECONDS = 3600, 2_592_000
+MIN_SECONDS, MAX_SECONDS = 3600, 2_592_000
 ShortText = Annotated[Text, StringConstraints(min_length=1, max_length=255)]
 
 
@@ -27,7 +27,7 @@ class _Body(BaseModel):
 
 class ExpiresAfter(_Body):
     anchor: Literal["created_at"]
-    seconds: int = Field(ge=_MIN_SECONDS, le=_MAX_SECONDS)
+    seconds: int = Field(ge=MIN_SECONDS, le=MAX_SECONDS)
 
 
 class CreateUpload(_Body):
@@ -99,11 +99,11 @@ def read_lifetime(form: Mapping[str, str]) -> timedelta | None:
     if anchor != "created_at":
         raise InvalidRequestError("`expires_after[anchor]` is 'created_at'.", param="expires_after.anchor")
     is_number = (
-        seconds is not None and seconds.isascii() and seconds.isdigit() and len(seconds) <= len(str(_MAX_SECONDS))
+        seconds is not None and seconds.isascii() and seconds.isdigit() and len(seconds) <= len(str(MAX_SECONDS))
     )
-    if not is_number or not _MIN_SECONDS <= int(seconds or 0) <= _MAX_SECONDS:
+    if not is_number or not MIN_SECONDS <= int(seconds or 0) <= MAX_SECONDS:
         raise InvalidRequestError(
-            f"`expires_after[seconds]` is a whole number from {_MIN_SECONDS} to {_MAX_SECONDS}.",
+            f"`expires_after[seconds]` is a whole number from {MIN_SECONDS} to {MAX_SECONDS}.",
             param="expires_after.seconds",
         )
     return timedelta(seconds=int(seconds or 0))

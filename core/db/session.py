@@ -22,8 +22,11 @@ DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeoutE
 _IDLE_TRANSACTION_MILLISECONDS = 5000
 
 
-def connect(database_url: str, *, pool_size: int = 5) -> Engine:
-    """Return an engine for a `postgresql://` URL. A dead server is noticed within seconds, not minutes."""
+def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: float = 0) -> Engine:
+    """Return an engine for a `postgresql://` URL. A dead server is noticed within seconds, not minutes.
+
+    `lock_timeout_seconds` bounds each wait for another transaction; it ends in an OperationalError. 0 waits for ever.
+    """
     return create_engine(
         database_url.replace("postgresql://", "postgresql+psycopg://", 1),
         pool_size=pool_size,
@@ -35,7 +38,8 @@ def connect(database_url: str, *, pool_size: int = 5) -> Engine:
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
-            "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MILLISECONDS}",
+            "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MILLISECONDS}"
+            f" -c lock_timeout={int(lock_timeout_seconds * 1000)}",
         },
     )
 

@@ -1,0 +1,86 @@
+"""The OpenAPI document: what every operation can answer, errors included, and the key that it needs.
+
+FastAPI knows the answers of a route that succeeds. The refusals that any request may meet are added here, from what an
+operation is: nobody has to remember them, route by route.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+
+_OPEN_PREFIXES = ("/livez", "/readyz", "/startupz", "/metrics")
+_TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_ERROR = {
+    "title": "Error",
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _TEXT_OR_NULL,
+                "code": _TEXT_OR_NULL,
+            },
+        }
+    },
+}
+_BEARER = {"type": "http", "scheme": "bearer", "description": "An API key of this service."}
+
+
+class DescribedApp(FastAPI):
+    """An application whose document tells its errors."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            _complete(super().openapi())
+        assert self.openapi_schema is not None
+        return self.openapi_schema
+
+
+def _complete(document: dict[str, Any]) -> None:
+    components = document.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    for ours_differ in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(ours_differ, None)
+    schemas["Error"] = _ERROR
+    components["securitySchemes"] = {"bearer": _BEARER}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            _complete_operation(operation, path=path, method=method)
+
+
+def _complete_operation(operation: dict[str, Any], *, path: str, method: str) -> None:
+    parameters = operation.get("parameters", [])
+    operation["parameters"] = [each for each in parameters if each["name"] != "authorization"]
+    responses = operation["responses"]
+    if "HTTPValidationError" in str(responses.get("422")):
+        del responses["422"]
+    for status in _refusals(operation, path=path, method=method):
+        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        responses.setdefault(str(status.value), {"description": status.phrase, "content": content})
+    if not path.startswith(_OPEN_PREFIXES):
+        operation["security"] = [{"bearer": []}]
+
+
+def _refusals(operation: dict[str, Any], *, path: str, method: str) -> set[HTTPStatus]:
+    statuses = {HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE}
+    if path.startswith(_OPEN_PREFIXES):
+        return statuses
+    statuses |= {
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.FORBIDDEN,
+        HTTPStatus.NOT_FOUND,  # a thing of the path, or a cursor
+        HTTPStatus.TOO_MANY_REQUESTS,
+    }
+    if method != "get":
+        statuses.add(HTTPStatus.CONFLICT)
+    if "requestBody" in operation:
+        statuses.add(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+    return statuses

@@ -1,0 +1,54 @@
+"""The real OpenAI client, in its last versions of three majors, against the whole service with a real worker.
+
+Each version has an environment of its own in `.venv-clients/`, made once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.stack import LocalStack
+from core.db.models import Tenant
+from core.db.session import connect, service_transaction
+from core.domain.api_keys import ALL_SCOPES
+from core.services.tenants import create_tenant, issue_api_key
+from tests.e2e.test_spine import BASE_MODEL, base_dir, stack  # noqa: F401 (fixtures)
+
+ROOT = Path(__file__).resolve().parents[2]
+MATRIX = Path(__file__).with_name("client_matrix.py")
+
+
+def make_environment(version: str) -> Path:
+    """Return the Python of an environment that holds one version of the client and nothing of ours."""
+    directory = ROOT / ".venv-clients" / f"openai-{version}"
+    python = directory / "bin/python"
+    if not (directory / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"openai=={version}"]
+        subprocess.run(pip, check=True)
+        (directory / "installed").touch()
+    return python
+
+
+def add_tenant(stack: LocalStack, slug: str, *, max_queued: int) -> str:  # noqa: F811
+    engine = connect(stack.owner_url)
+    with service_transaction(engine) as session:
+        tenant = create_tenant(session, slug)
+        session.get_one(Tenant, tenant.id).max_queued = max_queued
+        api_key = issue_api_key(session, tenant.id, name="matrix", scopes=ALL_SCOPES).api_key
+    engine.dispose()
+    return str(api_key)
+
+
+@pytest.mark.parametrize("version", ["1.109.1", "2.24.0", "3.54.0"])
+def test_the_real_client_gets_everything_it_asks_for(stack: LocalStack, version: str) -> None:  # noqa: F811
+    slug = f"v{version.replace('.', '-')}"
+    keys = [add_tenant(stack, slug, max_queued=1000), add_tenant(stack, f"{slug}-full", max_queued=0)]
+    argv = [str(make_environment(version)), "-I", str(MATRIX), f"{stack.api_url}/v1", *keys, BASE_MODEL]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=280)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,61 @@
+"""The OpenAPI document is what the service does: kept in a file, and tried by a machine that generates requests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from api.openapi import render_document
+from tests.integration.conftest import Tenant
+
+ROOT = Path(__file__).resolve().parents[3]
+SCHEMATHESIS = "4.32.5"
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "ignored_auth",
+    "use_after_free",
+)
+
+
+def test_the_committed_document_is_the_services_own() -> None:
+    assert (ROOT / "openapi.json").read_text() == render_document(), "run `make openapi` and look at the difference"
+
+
+def find_schemathesis() -> Path:
+    """Return the program, in an environment of its own: what it needs has nothing to do with what we need."""
+    directory = ROOT / ".venv-clients" / f"schemathesis-{SCHEMATHESIS}"
+    if not (directory / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
+        pip = [str(directory / "bin/pip"), "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, f"schemathesis=={SCHEMATHESIS}"], check=True)
+        (directory / "installed").touch()
+    return directory / "bin/schemathesis"
+
+
+def test_generated_requests_meet_no_server_error_and_no_undocumented_answer(
+    api_url: str, tenant: Tenant, tmp_path: Path
+) -> None:
+    argv = [
+        str(find_schemathesis()),
+        "--no-color",
+        "run",
+        f"{api_url}/openapi.json",
+        f"--header=Authorization: Bearer {tenant.api_key}",
+        f"--checks={','.join(CHECKS)}",
+        "--phases=examples,coverage,fuzzing,stateful",
+        "--max-examples=10",
+        "--seed=5",
+        "--suppress-health-check=filter_too_much",
+        "--exclude-path-regex=/graders/",  # they answer 501 and nothing else, as their own test says
+        "--request-timeout=20",
+        "--generation-database=none",
+    ]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2000:]
+    print(done.stdout[-1500:])

@@ -1,0 +1,114 @@
+"""Clients that upload slowly, or vanish, hold up nobody else."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from openai import OpenAI
+from sqlalchemy import Engine
+
+from api.admission import MAX_UPLOADS, MAX_UPLOADS_OF_TENANT
+from tests.integration.api.test_bad_input import GOOD, upload
+from tests.integration.conftest import Tenant, add_tenant
+
+BEGINNING = '--b\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{"messa'
+
+
+def begin_upload(api_url: str, tenant: Tenant) -> socket.socket:
+    """Send the beginning of an upload, and no more."""
+    address = urlsplit(api_url)
+    made = socket.create_connection((address.hostname, address.port), timeout=20)
+    headers = {
+        "host": "x",
+        "authorization": f"Bearer {tenant.api_key}",
+        "content-type": "multipart/form-data; boundary=b",
+        "content-length": "100000",
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    made.sendall(f"POST /v1/files HTTP/1.1\r\n{lines}\r\n{BEGINNING}".encode())
+    return made
+
+
+@pytest.fixture
+def slow_uploads(api_url: str) -> Iterator[Callable[[Tenant, int], list[socket.socket]]]:
+    with ExitStack() as stack:
+        yield lambda tenant, count: [stack.enter_context(begin_upload(api_url, tenant)) for _ in range(count)]
+
+
+def answer_of_one(held: list[socket.socket]) -> bytes:
+    """Return what the first to be answered is told; which of them came last is the service's to say."""
+    (answered, *_), _, _ = select.select(held, [], [], 20)
+    answer = b""
+    while b"\r\n\r\n{" not in answer:
+        answer += answered.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 429")
+    return bytes(answer)
+
+
+def until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_one_tenant_can_hold_up_neither_others_uploads_nor_anything_else(
+    client: OpenAI,
+    other_client: OpenAI,
+    api_url: str,
+    tenant: Tenant,
+    slow_uploads: Callable[[Tenant, int], list[socket.socket]],
+) -> None:
+    held = slow_uploads(tenant, MAX_UPLOADS_OF_TENANT + 1)
+    assert b"too_many_uploads" in answer_of_one(held)
+    assert upload(other_client, GOOD).status == "processed"
+    assert client.models.list().data
+    for each in held:
+        each.close()
+    headers = {"authorization": f"Bearer {tenant.api_key}"}
+    form = {"files": {"file": ("a.jsonl", GOOD)}, "data": {"purpose": "fine-tune"}}
+    until(lambda: httpx.post(f"{api_url}/v1/files", headers=headers, **form).is_success)  # type: ignore[arg-type]
+
+
+def test_all_slow_uploads_together_leave_threads_for_everything_else(
+    api_url: str, owner: Engine, slow_uploads: Callable[[Tenant, int], list[socket.socket]]
+) -> None:
+    tenants = [add_tenant(owner) for _ in range(MAX_UPLOADS // MAX_UPLOADS_OF_TENANT)]
+    held = [each for tenant in tenants for each in slow_uploads(tenant, MAX_UPLOADS_OF_TENANT)]
+    held += slow_uploads(add_tenant(owner), 1)
+    assert b"too_many_uploads" in answer_of_one(held)
+    assert httpx.get(f"{api_url}/readyz", timeout=5).is_success
+
+
+@pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/uploads", "/v1/fine_tuning/jobs/x/cancel"])
+def test_a_body_that_would_be_read_whole_has_a_cap(api_url: str, tenant: Tenant, path: str) -> None:
+    headers = {"authorization": f"Bearer {tenant.api_key}", "content-type": "application/json"}
+    body = b'{"model": "' + b"x" * 2**21 + b'"}'
+    answer = httpx.post(f"{api_url}{path}", headers=headers, content=body)
+    if path.endswith("cancel"):  # nobody reads it
+        assert answer.status_code == 404
+    else:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
+
+
+def test_a_client_that_vanishes_in_the_middle_leaves_nothing_behind(
+    client: OpenAI, api_url: str, tenant: Tenant, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begin_upload(api_url, tenant).close()
+    told = ""
+
+    def is_noticed() -> bool:
+        nonlocal told
+        told += capfd.readouterr().err
+        return "request.abandoned" in told
+
+    until(is_noticed)
+    assert "Traceback" not in told
+    assert client.files.list().data == []
