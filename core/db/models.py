@@ -152,6 +152,7 @@ class Job(Row):
             "id",
             postgresql_where=text("status = 'queued'"),
         ),
+        Index("ix_jobs_unswept", "finished_at", postgresql_where=text("swept_at is null")),
         Index("ix_jobs_running", "tenant_id", "lease_until", postgresql_where=text("status = 'running'")),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -180,6 +181,7 @@ class Job(Row):
     error: Mapped[Json | None]
     started_at: Mapped[dt.datetime | None]
     finished_at: Mapped[dt.datetime | None]
+    swept_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
 
 
@@ -205,6 +207,7 @@ class Attempt(Row):
         CheckConstraint(_one_of("outcome", AttemptOutcome), name="outcome_known"),
         CheckConstraint("(outcome is null) = (ended_at is null)", name="outcome_when_ended"),
         Index("ix_attempts_job_id", "job_id"),
+        Index("ix_attempts_ended_at", "ended_at"),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]

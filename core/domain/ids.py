@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from enum import StrEnum
 
@@ -26,6 +27,11 @@ class IdKind(StrEnum):
 def new_id() -> uuid.UUID:
     """Return a fresh UUIDv7 (RFC 9562): it sorts by the time it was made."""
     return uuid.UUID(int=uuid_utils.uuid7().int)
+
+
+def created_at_of(value: uuid.UUID) -> dt.datetime:
+    """Return when a UUIDv7 was made, by the clock of the process that made it."""
+    return dt.datetime.fromtimestamp((value.int >> 80) / 1000, dt.UTC)
 
 
 def format_id(kind: IdKind, value: uuid.UUID) -> str:
