@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from enum import StrEnum
 
@@ -21,11 +22,19 @@ class IdKind(StrEnum):
     CHECKPOINT = "ftckpt_"
     ADAPTER = "adapter-"
     TENANT = "org-"
+    UPLOAD = "upload_"
+    PART = "part_"
+    PERMISSION = "cp_"
 
 
 def new_id() -> uuid.UUID:
     """Return a fresh UUIDv7 (RFC 9562): it sorts by the time it was made."""
     return uuid.UUID(int=uuid_utils.uuid7().int)
+
+
+def first_id_at(instant: dt.datetime) -> uuid.UUID:
+    """Return the least id that can have been made at an instant or later: ids are ranges of time, too."""
+    return uuid.UUID(int=int(instant.timestamp() * 1000) << 80)
 
 
 def format_id(kind: IdKind, value: uuid.UUID) -> str:
