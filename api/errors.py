@@ -8,13 +8,14 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from core.domain.errors import (
     ConflictError,
     DomainError,
+    IdempotencyKeyReusedError,
     InvalidRequestError,
     NotFoundError,
     PayloadTooLargeError,
@@ -22,6 +23,7 @@ from core.domain.errors import (
     RateLimitedError,
     UnauthenticatedError,
     UnavailableError,
+    UnsupportedError,
 )
 from core.storage import ObjectNotFoundError, StorageError
 
@@ -34,13 +36,23 @@ STATUSES: dict[type[DomainError], int] = {
     PermissionDeniedError: 403,
     NotFoundError: 404,
     ConflictError: 409,
+    IdempotencyKeyReusedError: 422,
     RateLimitedError: 429,
+    UnsupportedError: 501,
     UnavailableError: 503,
     DomainError: 500,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _KINDS = {"int", "float", "str", "bool", "dict"}
 _RETRY_AFTER = {"retry-after": "2"}
+_FINAL = {"x-should-retry": "false"}
+# A conflict of states stays one, however often the client asks again; what is too much or too fast needs a while.
+_HEADERS: dict[type[DomainError], dict[str, str]] = {
+    ConflictError: _FINAL,
+    UnsupportedError: _FINAL,
+    RateLimitedError: {"retry-after": "10"},
+    UnavailableError: _RETRY_AFTER,
+}
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -49,6 +61,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _answer_http_error)
     for kind in (OperationalError, PoolTimeoutError, StorageError):
         app.add_exception_handler(kind, _answer_unavailable)
+    app.add_exception_handler(DataError, _answer_unstorable)
     app.add_exception_handler(Exception, _answer_bug)
 
 
@@ -67,8 +80,7 @@ def error_answer(
 def _answer_domain_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, DomainError)
     status = status_of(error)
-    # A conflict of states stays one, however often the client asks again.
-    headers = {"x-should-retry": "false"} if isinstance(error, ConflictError) else None
+    headers = next((_HEADERS[kind] for kind in type(error).__mro__ if kind in _HEADERS), None)
     return error_answer(status, error.message, code=error.code, param=error.param, headers=headers)
 
 
@@ -100,6 +112,11 @@ def _answer_unavailable(_request: Request, error: Exception) -> JSONResponse:
         return error_answer(404, "The content is gone.", code="not_found")
     log.warning("dependency.unavailable", error=type(error).__name__)
     return error_answer(503, "The service is not ready; try again.", code="unavailable", headers=_RETRY_AFTER)
+
+
+def _answer_unstorable(_request: Request, error: Exception) -> JSONResponse:
+    log.info("request.unstorable", error=type(error.__cause__).__name__)
+    return error_answer(400, "A value holds what cannot be stored, such as a NUL.", code="invalid_request")
 
 
 def _answer_bug(_request: Request, error: Exception) -> JSONResponse:

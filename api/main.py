@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from api.auth import Authenticator
 from api.errors import install_error_handlers
 from api.middleware import RequestIdMiddleware
-from api.routes import adapters, api_keys, files, fine_tuning, health, models
+from api.routes import adapters, api_keys, checkpoints, files, fine_tuning, graders, health, models, uploads
 from core.db.session import connect
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
@@ -19,7 +19,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.engine = connect(settings.database_url.get_secret_value(), pool_size=20)
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.store = S3ObjectStore(settings.storage_config)
-    for routes in (files, fine_tuning, models, adapters, api_keys, health):
+    for routes in (files, uploads, fine_tuning, checkpoints, graders, models, adapters, api_keys, health):
         app.include_router(routes.router)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)

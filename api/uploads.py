@@ -17,16 +17,16 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from core.domain.errors import InvalidRequestError, PayloadTooLargeError
 
 _MAX_FIELD_BYTES = 4096
-_FILE_FIELD = b"file"
 
 
 @dataclass
 class MultipartUpload:
-    """The parts of one upload. `fields` and `filename` are complete once `iterate_file` is exhausted."""
+    """One form. `fields` and `filename` are complete once `iterate_file` is exhausted; `file_field` holds the file."""
 
     content_type: str
     body: Iterator[bytes]
     max_file_bytes: int
+    file_field: str = "file"
     fields: dict[str, str] = field(default_factory=dict)
     filename: str | None = None
 
@@ -37,7 +37,9 @@ class MultipartUpload:
         except MultipartParseError as error:
             raise InvalidRequestError(f"The multipart body is malformed: {error}") from error
         if self.filename is None:
-            raise InvalidRequestError("The form has no file. Send it as the field `file`.", param="file")
+            raise InvalidRequestError(
+                f"The form has no file. Send it as the field `{self.file_field}`.", param=self.file_field
+            )
 
     def drain(self) -> None:
         """Read what is left of the body, without keeping it, up to the largest body that could have been meant."""
@@ -51,8 +53,8 @@ class MultipartUpload:
     def _parse(self) -> Iterator[bytes]:
         kind, options = parse_options_header(self.content_type)
         if kind != b"multipart/form-data" or b"boundary" not in options:
-            raise InvalidRequestError("Send the file as multipart/form-data.", param="file")
-        collector = _PartCollector()
+            raise InvalidRequestError("Send the file as multipart/form-data.", param=self.file_field)
+        collector = _PartCollector(self.file_field.encode())
         parser = MultipartParser(options[b"boundary"], collector.callbacks)
         num_bytes = 0
         for chunk in self.body:
@@ -62,7 +64,7 @@ class MultipartUpload:
                 num_bytes += len(part)
                 if num_bytes > self.max_file_bytes:
                     raise PayloadTooLargeError(
-                        f"The file is larger than {self.max_file_bytes} bytes. Split it.", param="file"
+                        f"The file is larger than {self.max_file_bytes} bytes. Split it.", param=self.file_field
                     )
                 yield part
         parser.finalize()
@@ -72,7 +74,8 @@ class MultipartUpload:
 class _PartCollector:
     """Callbacks of the push parser: sorts parts into the file's chunks and the fields."""
 
-    def __init__(self) -> None:
+    def __init__(self, file_field: bytes) -> None:
+        self._file_field = file_field
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.file_chunks: deque[bytes] = deque()
@@ -106,12 +109,12 @@ class _PartCollector:
         if self._header_name.lower() == b"content-disposition":
             _, options = parse_options_header(self._header_value)
             self._name = options.get(b"name", b"")
-            if self._name == _FILE_FIELD:
-                self.filename = _display_name(options.get(b"filename", b""))
+            if self._name == self._file_field:
+                self.filename = display_name(options.get(b"filename", b""))
         self._header_name = self._header_value = b""
 
     def _take(self, chunk: bytes, start: int, end: int) -> None:
-        if self._name == _FILE_FIELD:
+        if self._name == self._file_field:
             self.file_chunks.append(chunk[start:end])
             return
         self._value += chunk[start:end]
@@ -119,13 +122,13 @@ class _PartCollector:
             raise PayloadTooLargeError("A form field is too long.", param=self._name.decode(errors="replace")[:50])
 
     def _end_part(self) -> None:
-        if self._name != _FILE_FIELD:
+        if self._name != self._file_field:
             name = self._name.decode(errors="replace")
             self.fields[name] = self._value.decode(errors="replace")
 
 
-def _display_name(raw: bytes) -> str:
-    """Return a filename fit to be shown; it never becomes part of a path or a key."""
+def display_name(raw: bytes) -> str:
+    """Return a file name fit to be shown; it never becomes part of a path or a key."""
     name = raw.decode(errors="replace").replace("\\", "/").rpartition("/")[2]
     shown = "".join(character for character in name if character.isprintable())
     return shown[:255] or "upload.jsonl"

@@ -27,13 +27,12 @@ from bench.workload import (
     packed_batch,
     padded_batch,
     qwen3,
+    roofline,
     seconds_of,
     smollm2_135m,
     spread,
 )
 from worker.engine import Engine, EngineJob
-
-H100_BF16_FLOPS = 790e12  # dense, at the card's boost under load; the roofline of ENGINE's limits
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,7 @@ def describe(point: Point, ratios: dict[str, list[float]], step_seconds: float, 
         f" in {len(point.lengths)}" if len(point.lengths) > 1 else ""
     )
     rate = point.num_jobs * point.tokens_per_job / step_seconds
-    num_parameters = sum(k * n for k, n in engine._shape.linears.values()) + engine._head.weight.numel()  # noqa: SLF001
-    mfu = f"{4 * num_parameters * rate / H100_BF16_FLOPS:.1%}" if DEVICE.type == "cuda" else "-"
-    return f"| {point.base.label} | {tokens} | {' | '.join(columns)} | {rate:.0f} | {mfu} |"
+    return f"| {point.base.label} | {tokens} | {' | '.join(columns)} | {rate:.0f} | {roofline(engine, rate)} |"
 
 
 def train_fused(engine: Engine, num_steps: int) -> None:

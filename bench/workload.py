@@ -32,6 +32,7 @@ transformers_logging.set_verbosity_error()
 
 MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-4
+H100_BF16_FLOPS = 790e12  # dense, at the card's boost under load; the roofline of ENGINE's limits
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -187,6 +188,14 @@ def seconds_of(work: Callable[[], object]) -> float:
 def synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def roofline(engine: Engine, tokens_per_second: float) -> str:
+    """Return the share of the card's dense bf16 peak that the base's products take: 4 FLOP a weight and token."""
+    if DEVICE.type != "cuda":
+        return "-"
+    num_weights = sum(k * n for k, n in engine._shape.linears.values()) + engine._head.weight.numel()  # noqa: SLF001
+    return f"{4 * num_weights * tokens_per_second / H100_BF16_FLOPS:.1%}"
 
 
 def spread(ratios: Sequence[float]) -> str:

@@ -22,16 +22,18 @@ import psycopg
 import redis
 import structlog
 from kombu.exceptions import OperationalError as BrokerError
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from core.db.models import File
 from core.db.session import connect, service_transaction
 from core.queue import WakeUpPublisher
 from core.services.attempts import claimable_pools, expire_leases
+from core.services.files import expire_files
 from core.services.jobs import WAKE_CHANNEL
 from core.services.leadership import lead, resign
+from core.services.purges import find_purges, mark_purged
+from core.services.submissions import forget_expired_keys
 from core.settings import ScheduleSettings
 from core.storage import ObjectStore, S3ObjectStore, StorageError
 from core.telemetry import configure_logs
@@ -124,16 +126,20 @@ class Schedule:
             log.warning("leases.expired", num_jobs=num_expired)
 
     def clean(self) -> None:
-        """Delete the objects of deleted files; the row is marked only when its object is gone."""
+        """Delete what is over; a row is marked only when its objects are gone."""
         with service_transaction(self._engine) as session:
-            query = select(File).where(File.deleted_at.is_not(None), File.purged_at.is_(None)).limit(100)
-            deleted = session.scalars(query).all() if self._leads(session) else ()
-        for file in deleted:
+            if not self._leads(session):
+                return
+            forget_expired_keys(session)
+            expire_files(session)
+            due = find_purges(session)
+        for purge in due:
             with contextlib.suppress(StorageError):
-                self._store.delete(file.object_key)
+                remove = self._store.delete_prefix if purge.location.endswith("/") else self._store.delete
+                remove(purge.location)
                 with service_transaction(self._engine) as session:
-                    session.merge(file).purged_at = func.now()  # the database's clock
-                log.info("file.purged", file_id=str(file.id))
+                    mark_purged(session, purge)
+                log.info("objects.purged", kind=purge.row.__tablename__, id=str(purge.row.id))
 
     def sweep(self) -> None:
         """Delete what no row names, and settle what lost workers have not reported."""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
+from datetime import timedelta
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
 from api.dependencies import Body, Caller, Database, Settings, Store, Transaction, needs
+from api.intake import store_dataset
 from api.schemas.objects import DeletedObject, FileObject, ListObject, as_list
+from api.schemas.uploads import read_lifetime, require_trainable
 from api.uploads import MultipartUpload
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
-from core.domain.datasets import DatasetChecker
-from core.domain.errors import DomainError, InvalidRequestError
-from core.domain.ids import IdKind, new_id, parse_id
-from core.domain.objects import file_key
+from core.domain.errors import DomainError
+from core.domain.ids import IdKind, parse_id
 from core.services import files as file_service
 from core.services.files import NewFile
 
@@ -75,26 +76,13 @@ def delete_file(session: Transaction, caller: Caller, file_id: str) -> DeletedOb
 
 
 def _store(upload: MultipartUpload, store: Store, caller: Caller) -> NewFile:
-    checker, file_id = DatasetChecker(), new_id()
-    object_key = file_key(caller.tenant_id, file_id)
+    lifetime: timedelta | None = None
 
     def checked() -> Iterator[bytes]:
-        for chunk in upload.iterate_file():
-            checker.feed(chunk)
-            yield chunk
-        if upload.fields.get("purpose") != "fine-tune":
-            raise InvalidRequestError("This service takes files of purpose 'fine-tune' only.", param="purpose")
+        nonlocal lifetime
+        yield from upload.iterate_file()
+        require_trainable(upload.fields.get("purpose"))
+        lifetime = read_lifetime(upload.fields)
 
-    stored = store.put_stream(object_key, checked(), content_type="application/jsonl")
-    report = checker.close()
-    return NewFile(
-        id=file_id,
-        filename=upload.filename or "upload.jsonl",
-        purpose="fine-tune",
-        object_key=object_key,
-        size_bytes=stored.size_bytes,
-        sha256=stored.sha256,
-        num_examples=report.num_examples,
-        status_details=report.summarize(),
-        problems=tuple(asdict(problem) for problem in report.problems),
-    )
+    new = store_dataset(checked(), store=store, tenant_id=caller.tenant_id)
+    return replace(new, filename=upload.filename or new.filename, lifetime=lifetime)

@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Header, Query, Request, Response
 
-from api.dependencies import Caller, Now, Transaction, needs
+from api.dependencies import Caller, Database, Now, Transaction, needs
 from api.schemas.objects import CheckpointObject, EventObject, JobObject, ListObject, as_list
 from api.schemas.requests import CreateJob
+from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
-from core.services import adapters, events, jobs
+from core.services import adapters, events, jobs, submissions
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 Limit = Annotated[int, Query(ge=1, le=100)]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
+RetryCount = Annotated[int, Header(ge=0)]
 
 
 @router.post("", dependencies=[needs(Scope.SUBMIT)])
-def create_job(session: Transaction, caller: Caller, now: Now, body: CreateJob) -> JobObject:
-    return JobObject.of(jobs.submit_job(session, caller.tenant_id, request=body.to_request()), now=now)
+def create_job(
+    response: Response,
+    database: Database,
+    caller: Caller,
+    now: Now,
+    body: CreateJob,
+    idempotency_key: IdempotencyKey = None,
+    x_stainless_retry_count: RetryCount = 0,
+) -> JobObject:
+    """Submit a job, once for all the tries of one submission.
+
+    The transaction ends here and not in a dependency: others may wait for its locks in every thread there is, so it
+    must not need another thread to end.
+    """
+    with tenant_transaction(database, caller.tenant_id) as session:
+        submission = submissions.submit_once(
+            session,
+            caller.tenant_id,
+            request=body.to_request(),
+            idempotency_key=idempotency_key,
+            is_retry=x_stainless_retry_count > 0,
+        )
+    if submission.is_replayed:
+        response.headers["idempotent-replayed"] = "true"
+    return JobObject.of(submission.job, now=now)
 
 
 @router.get("", dependencies=[needs(Scope.READ)])
 def list_jobs(
-    request: Request, session: Transaction, caller: Caller, now: Now, limit: Limit = 20, after: str | None = None
+    request: Request,
+    session: Transaction,
+    caller: Caller,
+    now: Now,
+    limit: Limit = 20,
+    after: str | None = None,
+    metadata: Literal["null"] | None = None,
 ) -> ListObject[JobObject]:
+    """List jobs, newest first. `metadata[key]=value` keeps those with all the pairs, `metadata=null` those without."""
     cursor = parse_id(IdKind.JOB, after, param="after") if after else None
-    wanted = {
+    pairs = {
         name.removeprefix("metadata[").removesuffix("]"): value
         for name, value in request.query_params.items()
         if name.startswith("metadata[") and name.endswith("]")
     }
+    wanted = pairs or ({} if metadata else None)
     page = jobs.list_jobs(session, caller.tenant_id, after=cursor, limit=limit, metadata=wanted)
     return as_list(page, lambda row: JobObject.of(row, now=now))
 

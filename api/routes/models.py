@@ -1,13 +1,15 @@
-"""/v1/models: the base models to train against, and the caller's own fine-tuned models."""
+"""/v1/models: the base models to train against, and the caller's own fine-tuned models and checkpoints."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
 from api.dependencies import Caller, Transaction, needs
-from api.schemas.objects import ListObject, ModelObject
+from api.schemas.objects import DeletedObject, ListObject, ModelObject
 from core.domain.api_keys import Scope
-from core.services import adapters, base_models
+from core.domain.errors import PermissionDeniedError
+from core.domain.jobs import is_checkpoint_model, is_fine_tuned_model
+from core.services import adapters, base_models, checkpoints
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 _MAX_ADAPTERS = 10_000
@@ -22,6 +24,21 @@ def list_models(session: Transaction, caller: Caller) -> ListObject[ModelObject]
 
 @router.get("/{model:path}", dependencies=[needs(Scope.READ)])
 def get_model(session: Transaction, caller: Caller, model: str) -> ModelObject:
-    if model.startswith("ft:"):
+    if is_checkpoint_model(model):
+        return ModelObject.of_checkpoint(checkpoints.find_checkpoint(session, caller.tenant_id, name=model))
+    if is_fine_tuned_model(model):
         return ModelObject.of_adapter(adapters.find_adapter(session, caller.tenant_id, name=model))
     return ModelObject.of_base(base_models.get_base_model(session, model))
+
+
+@router.delete("/{model:path}", dependencies=[needs(Scope.SUBMIT)])
+def delete_model(session: Transaction, caller: Caller, model: str) -> DeletedObject:
+    """Delete a fine-tuned model, or one checkpoint, and its objects."""
+    if is_checkpoint_model(model):
+        checkpoints.delete_checkpoint(session, caller.tenant_id, name=model)
+    elif is_fine_tuned_model(model):
+        adapters.delete_adapter(session, caller.tenant_id, name=model)
+    else:
+        base = base_models.get_base_model(session, model)
+        raise PermissionDeniedError(f"{base.id} is a base model; only the operator can remove it.", param="model")
+    return DeletedObject(id=model, object="model")

@@ -31,6 +31,7 @@ class FileObject(BaseModel):
     object: str = "file"
     bytes: int
     created_at: int
+    expires_at: int | None
     filename: str
     purpose: str
     status: str
@@ -45,6 +46,7 @@ class FileObject(BaseModel):
             id=format_id(IdKind.FILE, row.id),
             bytes=row.size_bytes,
             created_at=_seconds(row.created_at),
+            expires_at=_seconds(row.expires_at) if row.expires_at else None,
             filename=row.filename,
             purpose=row.purpose,
             status=row.status,
@@ -77,7 +79,7 @@ class JobObject(BaseModel):
     method: dict[str, Any]
     result_files: list[str]
     integrations: list[dict[str, Any]]
-    metadata: dict[str, str]
+    metadata: dict[str, str] | None
     seed: int
     trained_tokens: int | None
     error: dict[str, Any] | None
@@ -113,7 +115,7 @@ class JobObject(BaseModel):
             method={"type": "supervised", "supervised": {"hyperparameters": shown}},
             result_files=[format_id(IdKind.FILE, row.result_file_id)] if row.result_file_id else [],
             integrations=[],
-            metadata=row.job_metadata,
+            metadata=row.job_metadata or None,
             seed=spec.seed,
             trained_tokens=row.trained_tokens,
             error=row.error,
@@ -191,6 +193,11 @@ class ModelObject(BaseModel):
     def of_adapter(cls, row: Adapter) -> ModelObject:
         owner = format_id(IdKind.TENANT, row.tenant_id)
         return cls(id=row.name, created=_seconds(row.created_at), owned_by=owner)
+
+    @classmethod
+    def of_checkpoint(cls, row: Checkpoint) -> ModelObject:
+        owner = format_id(IdKind.TENANT, row.tenant_id)
+        return cls(id=row.model_name, created=_seconds(row.created_at), owned_by=owner)
 
 
 class AdapterObject(BaseModel):

@@ -12,6 +12,10 @@ from core.domain.training import MAX_BATCH_SIZE, MAX_EPOCHS, LearningRateSchedul
 from core.services.jobs import JobRequest
 
 Auto = Literal["auto"]
+# PostgreSQL stores no NUL; half surrogate pairs are refused by pydantic itself.
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
+MetadataKey = Annotated[Text, StringConstraints(max_length=64)]
+MetadataValue = Annotated[Text, StringConstraints(max_length=512)]
 
 
 class _Body(BaseModel):
@@ -25,34 +29,33 @@ class Hyperparameters(_Body):
 
 
 class Supervised(_Body):
-    hyperparameters: Hyperparameters = Hyperparameters()
+    hyperparameters: Hyperparameters | None = None
 
 
 class Method(_Body):
-    type: str
+    """The union of methods. Whatever has another `type` than ours is refused by that name, its own fields unread."""
+
+    model_config = ConfigDict(extra="allow")
+    type: Text
     supervised: Supervised | None = None
-    dpo: dict[str, Any] | None = None
-    reinforcement: dict[str, Any] | None = None
 
 
 class AdapterBody(_Body):
     rank: int = 16
     alpha: float = Field(default=32.0, gt=0, le=1e6)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | list[Text] = "all-linear"
     use_rslora: bool = False
 
 
 class CreateJob(_Body):
-    model: str
-    training_file: str
-    validation_file: str | None = None
+    model: Text
+    training_file: Text
+    validation_file: Text | None = None
     suffix: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] | None = None
     seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
-    metadata: (
-        dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]] | None
-    ) = Field(default=None, max_length=16)
-    integrations: list[Any] | None = Field(default=None, max_length=0)
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
+    integrations: list[Any] | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     adapter: AdapterBody = AdapterBody()
@@ -67,6 +70,7 @@ class CreateJob(_Body):
 
     def to_request(self) -> JobRequest:
         """Return the service's request, with None for every "auto". Raises InvalidRequestError for other methods."""
+        self._check_integrations()
         numbers = self._hyperparameters()
         validation_id = self.validation_file and parse_id(IdKind.FILE, self.validation_file, param="validation_file")
         return JobRequest(
@@ -98,6 +102,14 @@ class CreateJob(_Body):
             use_rslora=self.adapter.use_rslora,
         )
 
+    def _check_integrations(self) -> None:
+        if self.integrations:
+            raise InvalidRequestError(
+                "Integrations are not supported. Leave them out, or read the job's events and metrics.",
+                code="unsupported_integration",
+                param="integrations",
+            )
+
     def _hyperparameters(self) -> Hyperparameters:
         if self.method is None:
             return self.hyperparameters or Hyperparameters()
@@ -107,8 +119,12 @@ class CreateJob(_Body):
                 code="unsupported_method",
                 param="method.type",
             )
-        if self.hyperparameters is not None:
+        if self.method.model_extra:
+            name = next(iter(self.method.model_extra))
+            raise InvalidRequestError(f"A supervised method has no field {name[:50]!r}.", param="method")
+        chosen = self.method.supervised and self.method.supervised.hyperparameters
+        if chosen is not None and self.hyperparameters is not None:
             raise InvalidRequestError(
                 "Give hyperparameters in `method` or at the top, not both.", param="hyperparameters"
             )
-        return (self.method.supervised or Supervised()).hyperparameters
+        return chosen or self.hyperparameters or Hyperparameters()

@@ -30,6 +30,7 @@ from core.domain.api_keys import Scope
 from core.domain.jobs import MAX_ATTEMPTS, AttemptOutcome, JobStatus
 
 LEASE_TOKENS = Sequence("lease_tokens", metadata=Row.metadata)
+_UNPURGED = text("deleted_at is not null and purged_at is null")
 
 
 def _one_of(column: str, values: type[StrEnum]) -> str:
@@ -107,7 +108,12 @@ class File(Row):
         CheckConstraint("size_bytes >= 0 and num_examples >= 0", name="counts_not_negative"),
         CheckConstraint("length(sha256) = 64", name="sha256_form"),
         Index("ix_files_tenant_id_id_live", "tenant_id", "id", postgresql_where=text("deleted_at is null")),
-        Index("ix_files_deleted", "deleted_at", postgresql_where=text("deleted_at is not null and purged_at is null")),
+        Index("ix_files_deleted", "deleted_at", postgresql_where=_UNPURGED),
+        Index(
+            "ix_files_expires_at",
+            "expires_at",
+            postgresql_where=text("deleted_at is null and expires_at is not null"),
+        ),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
@@ -120,8 +126,47 @@ class File(Row):
     status: Mapped[str]
     status_details: Mapped[str | None]
     problems: Mapped[list[Json]] = mapped_column(server_default=text("'[]'::jsonb"))
+    expires_at: Mapped[dt.datetime | None]
     deleted_at: Mapped[dt.datetime | None]
     purged_at: Mapped[dt.datetime | None]
+    created_at: Mapped[CreatedAt]
+
+
+class Upload(Row):
+    __tablename__ = "uploads"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "id"),
+        ForeignKeyConstraint(["tenant_id", "file_id"], ["files.tenant_id", "files.id"]),
+        CheckConstraint("status in ('pending', 'completed', 'cancelled')", name="status_known"),
+        CheckConstraint("(status = 'completed') = (file_id is not null)", name="file_when_completed"),
+        CheckConstraint("size_bytes > 0", name="size_positive"),
+        Index("ix_uploads_unpurged", "expires_at", postgresql_where=text("purged_at is null")),
+    )
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    mime_type: Mapped[str]
+    size_bytes: Mapped[int]
+    file_lifetime_seconds: Mapped[int | None]
+    status: Mapped[str] = mapped_column(server_default="pending")
+    file_id: Mapped[uuid.UUID | None]
+    expires_at: Mapped[dt.datetime]
+    purged_at: Mapped[dt.datetime | None]
+    created_at: Mapped[CreatedAt]
+
+
+class UploadPart(Row):
+    __tablename__ = "upload_parts"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "upload_id"], ["uploads.tenant_id", "uploads.id"]),
+        Index("ix_upload_parts_tenant_id_upload_id", "tenant_id", "upload_id"),
+    )
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    upload_id: Mapped[uuid.UUID]
+    object_key: Mapped[str]
+    size_bytes: Mapped[int]
     created_at: Mapped[CreatedAt]
 
 
@@ -166,6 +211,7 @@ class Job(Row):
     # `metadata` is taken by SQLAlchemy; `job_metadata` maps to the column of that name.
     job_metadata: Mapped[Json] = mapped_column("metadata", server_default=text("'{}'::jsonb"))
     spec: Mapped[Json]
+    request_hash: Mapped[bytes | None]
     total_steps: Mapped[int]
     priority: Mapped[int] = mapped_column(server_default="0")
     status: Mapped[str]
@@ -197,6 +243,20 @@ class Queue(Row):
     pool: Mapped[str] = mapped_column(primary_key=True)
     num_queued: Mapped[int]
     rank: Mapped[float]
+
+
+class IdempotencyKey(Row):
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"], ondelete="CASCADE"),
+        CheckConstraint("length(key) between 1 and 255", name="key_length"),
+        CheckConstraint("length(request_hash) = 32", name="request_hash_length"),
+    )
+    tenant_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request_hash: Mapped[bytes]
+    job_id: Mapped[uuid.UUID]
+    created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now(), index=True)
 
 
 class Attempt(Row):
@@ -262,7 +322,10 @@ class Checkpoint(Row):
     __tablename__ = "checkpoints"
     __table_args__ = (
         UniqueConstraint("job_id", "lease_token", "step"),
+        UniqueConstraint("tenant_id", "id"),
         ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
+        Index("ix_checkpoints_tenant_id_model_name", "tenant_id", "model_name"),
+        Index("ix_checkpoints_deleted", "deleted_at", postgresql_where=_UNPURGED),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]
@@ -273,6 +336,25 @@ class Checkpoint(Row):
     object_prefix: Mapped[str]
     files: Mapped[list[Json]]
     metrics: Mapped[Json]
+    deleted_at: Mapped[dt.datetime | None]
+    purged_at: Mapped[dt.datetime | None]
+    created_at: Mapped[CreatedAt]
+
+
+class CheckpointPermission(Row):
+    """Lets another tenant, by its wire id or slug, read a checkpoint."""
+
+    __tablename__ = "checkpoint_permissions"
+    __table_args__ = (
+        UniqueConstraint("checkpoint_id", "project_id"),
+        ForeignKeyConstraint(
+            ["tenant_id", "checkpoint_id"], ["checkpoints.tenant_id", "checkpoints.id"], ondelete="CASCADE"
+        ),
+    )
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    checkpoint_id: Mapped[uuid.UUID]
+    project_id: Mapped[str] = mapped_column(index=True)
     created_at: Mapped[CreatedAt]
 
 
@@ -282,6 +364,7 @@ class Adapter(Row):
         UniqueConstraint("job_id"),
         ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
         Index("ix_adapters_tenant_id_id", "tenant_id", "id"),
+        Index("ix_adapters_deleted", "deleted_at", postgresql_where=_UNPURGED),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]
@@ -291,6 +374,8 @@ class Adapter(Row):
     object_prefix: Mapped[str]
     files: Mapped[list[Json]]
     size_bytes: Mapped[int]
+    deleted_at: Mapped[dt.datetime | None]
+    purged_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
 
 

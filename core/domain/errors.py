@@ -7,7 +7,9 @@
     |- PermissionDeniedError    a live key that may not do this
     |- NotFoundError            no such thing for this tenant (another tenant's thing is no thing)
     |- ConflictError            the thing's present state forbids this
+    |- IdempotencyKeyReusedError  an Idempotency-Key that stands for another request
     |- RateLimitedError         too much or too fast; later may work
+    |- UnsupportedError         a call of OpenAI's that this service does not have
     '- UnavailableError         our fault, and passing
 
 `code` is public and stable; `param` names the field to change. Only `api/errors.py` knows HTTP statuses.
@@ -60,8 +62,16 @@ class ConflictError(DomainError):
     default_code = "conflict"
 
 
+class IdempotencyKeyReusedError(DomainError):
+    default_code = "idempotency_key_reused"
+
+
 class RateLimitedError(DomainError):
     default_code = "rate_limited"
+
+
+class UnsupportedError(DomainError):
+    default_code = "not_supported"
 
 
 class UnavailableError(DomainError):

@@ -22,6 +22,9 @@ class IdKind(StrEnum):
     CHECKPOINT = "ftckpt_"
     ADAPTER = "adapter-"
     TENANT = "org-"
+    UPLOAD = "upload_"
+    PART = "part_"
+    PERMISSION = "cp_"
 
 
 def new_id() -> uuid.UUID:
@@ -29,9 +32,9 @@ def new_id() -> uuid.UUID:
     return uuid.UUID(int=uuid_utils.uuid7().int)
 
 
-def created_at_of(value: uuid.UUID) -> dt.datetime:
-    """Return when a UUIDv7 was made, by the clock of the process that made it."""
-    return dt.datetime.fromtimestamp((value.int >> 80) / 1000, dt.UTC)
+def first_id_at(instant: dt.datetime) -> uuid.UUID:
+    """Return the least id that can have been made at an instant or later: ids are ranges of time, too."""
+    return uuid.UUID(int=int(instant.timestamp() * 1000) << 80)
 
 
 def format_id(kind: IdKind, value: uuid.UUID) -> str:

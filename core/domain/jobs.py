@@ -47,5 +47,13 @@ def fine_tuned_model_name(base_model_id: str, *, tenant_slug: str, suffix: str |
     return f"ft:{base_model_id}:{tenant_slug}:{suffix or ''}:{job_id.hex[-8:]}"
 
 
+def is_fine_tuned_model(model: str) -> bool:
+    return model.startswith("ft:")
+
+
+def is_checkpoint_model(model: str) -> bool:
+    return is_fine_tuned_model(model) and ":ckpt-step-" in model
+
+
 def checkpoint_model_name(fine_tuned_model: str, step: int) -> str:
     return f"{fine_tuned_model}:ckpt-step-{step}"

@@ -31,6 +31,11 @@ def job_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID) -> str:
     return f"{tenant_prefix(tenant_id)}jobs/{job_id}/"
 
 
+def upload_prefix(tenant_id: uuid.UUID, upload_id: uuid.UUID) -> str:
+    """Return where the parts of one upload lie until it is completed, cancelled or expired."""
+    return f"{tenant_prefix(tenant_id)}uploads/{upload_id}/"
+
+
 def attempt_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID, lease_token: int) -> str:
     """Return where one attempt may write, and nobody else: S3 has no fences, so every fence has its own prefix."""
     return f"{job_prefix(tenant_id, job_id)}{lease_token}/"

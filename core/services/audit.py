@@ -182,7 +182,8 @@ def _named_objects(session: Session) -> Iterator[_NamedObject]:
     for object_key, size_bytes, sha256 in session.execute(files):
         yield _NamedObject(object_key, StoredObject(size_bytes, sha256))
     for model in (Adapter, Checkpoint):
-        for prefix, stored in session.execute(select(model.object_prefix, model.files)):
+        rows = select(model.object_prefix, model.files).where(model.deleted_at.is_(None))
+        for prefix, stored in session.execute(rows):
             yield from (_named_file(prefix, file) for file in stored)
 
 

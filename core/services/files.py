@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import File, Job
@@ -29,6 +30,7 @@ class NewFile:
     num_examples: int = 0
     status_details: str | None = None
     problems: tuple[dict[str, Any], ...] = ()
+    lifetime: timedelta | None = None
 
 
 def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File:
@@ -45,6 +47,7 @@ def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File
         status="error" if new.status_details else "processed",
         status_details=new.status_details,
         problems=list(new.problems),
+        expires_at=None if new.lifetime is None else func.now() + new.lifetime,
     )
     session.add(row)
     session.flush()
@@ -89,3 +92,18 @@ def delete_file(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID) -
             code="file_in_use",
         )
     session.execute(update(File).where(File.tenant_id == tenant_id, File.id == file_id).values(deleted_at=func.now()))
+
+
+def expire_files(session: Session) -> None:
+    """Delete the files of all tenants whose time has come, but none that an unfinished job still needs."""
+    uses_file = and_(
+        Job.tenant_id == File.tenant_id,
+        or_(Job.training_file_id == File.id, Job.validation_file_id == File.id),
+        Job.status.in_(UNFINISHED_STATUSES),
+    )
+    session.execute(
+        update(File)
+        .where(File.deleted_at.is_(None), File.expires_at < func.now(), ~select(Job.id).where(uses_file).exists())
+        .values(deleted_at=func.now())
+        .execution_options(synchronize_session=False)
+    )

@@ -15,7 +15,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Attempt, Checkpoint, File, Job, Tenant, Usage
-from core.domain.ids import created_at_of
+from core.domain.ids import first_id_at
 from core.domain.objects import file_id_of, job_prefix
 from core.services.attempts import Lease, record_usage
 
@@ -59,7 +59,8 @@ def list_tenant_ids(session: Session) -> Sequence[uuid.UUID]:
 def find_orphaned_files(session: Session, object_keys: Iterable[str], *, min_age: dt.timedelta) -> tuple[str, ...]:
     """Return those keys of files that are older than `min_age` and have no row."""
     now = session.scalars(select(func.now())).one()
-    old = {key: id_ for key in object_keys if (id_ := file_id_of(key)) and created_at_of(id_) < now - min_age}
+    too_young = first_id_at(now - min_age)
+    old = {key: id_ for key in object_keys if (id_ := file_id_of(key)) and id_ < too_young}
     known = set(session.scalars(select(File.id).where(File.id.in_(old.values()))).all())
     return tuple(key for key, file_id in old.items() if file_id not in known)
 
@@ -78,8 +79,10 @@ def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
 
 def _named_by_rows(session: Session, job_id: uuid.UUID, result_file_id: uuid.UUID | None) -> tuple[str, ...]:
     prefixes = [
-        *session.scalars(select(Adapter.object_prefix).where(Adapter.job_id == job_id)),
-        *session.scalars(select(Checkpoint.object_prefix).where(Checkpoint.job_id == job_id)),
+        *session.scalars(select(Adapter.object_prefix).where(Adapter.job_id == job_id, Adapter.purged_at.is_(None))),
+        *session.scalars(
+            select(Checkpoint.object_prefix).where(Checkpoint.job_id == job_id, Checkpoint.purged_at.is_(None))
+        ),
     ]
     results = session.scalars(select(File.object_key).where(File.id == result_file_id, File.purged_at.is_(None)))
     return (*prefixes, *results)

@@ -20,7 +20,7 @@ from core.crashpoints import CrashPoint, reach
 from core.db.models import Attempt, BaseModelRow, File, Job, Tenant
 from core.domain.errors import ConflictError, InvalidRequestError, NotFoundError, RateLimitedError
 from core.domain.ids import IdKind, format_id, new_id
-from core.domain.jobs import UNFINISHED_STATUSES, AttemptOutcome, JobStatus, pool_name
+from core.domain.jobs import UNFINISHED_STATUSES, AttemptOutcome, JobStatus, is_fine_tuned_model, pool_name
 from core.domain.training import (
     ALL_LINEAR,
     BASE_LEARNING_RATE,
@@ -34,6 +34,7 @@ from core.domain.training import (
     resolve_epochs,
     resolve_learning_rate,
 )
+from core.services.adapters import find_adapter
 from core.services.base_models import get_base_model
 from core.services.events import record_event
 from core.services.files import get_file
@@ -69,9 +70,11 @@ class JobRequest(Frozen):
     use_rslora: bool = False
 
 
-def submit_job(session: Session, tenant_id: uuid.UUID, *, request: JobRequest) -> Job:
+def submit_job(
+    session: Session, tenant_id: uuid.UUID, *, request: JobRequest, request_hash: bytes | None = None
+) -> Job:
     """Check a request and queue it. Raises InvalidRequestError naming the field, or RateLimitedError by quota."""
-    base = get_base_model(session, request.base_model_id)
+    base = _get_trainable(session, tenant_id, model=request.base_model_id)
     training_file = _get_dataset(session, tenant_id, file_id=request.training_file_id, param="training_file")
     if request.validation_file_id is not None:
         _get_dataset(session, tenant_id, file_id=request.validation_file_id, param="validation_file")
@@ -89,6 +92,7 @@ def submit_job(session: Session, tenant_id: uuid.UUID, *, request: JobRequest) -
         suffix=request.suffix,
         job_metadata=request.metadata,
         spec=spec.model_dump(mode="json"),
+        request_hash=request_hash,
         total_steps=count_steps(spec, training_file.num_examples),
         priority=request.priority,
         status=JobStatus.QUEUED,
@@ -148,12 +152,12 @@ def list_jobs(
     limit: int,
     metadata: dict[str, str] | None = None,
 ) -> Page[Job]:
-    """Return the tenant's jobs, newest first; `metadata` keeps those that carry all the pairs."""
+    """Return the tenant's jobs, newest first. `metadata` keeps those that carry all the pairs; {} those with none."""
     query = select(Job).where(Job.tenant_id == tenant_id)
     if after is not None:
         query = query.where(Job.id < after)
-    if metadata:
-        query = query.where(Job.job_metadata.contains(metadata))
+    if metadata is not None:
+        query = query.where(Job.job_metadata.contains(metadata) if metadata else Job.job_metadata == {})
     rows: Sequence[Job] = session.scalars(query.order_by(Job.id.desc()).limit(limit + 1)).all()
     return Page.cut(rows, limit)
 
@@ -186,6 +190,17 @@ def cancel_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
 def announce_work(session: Session, pool: str) -> None:
     """Tell the schedule process, once this transaction is committed, that a pool has work."""
     session.execute(text("select pg_notify(:channel, :pool)"), {"channel": WAKE_CHANNEL, "pool": pool})
+
+
+def _get_trainable(session: Session, tenant_id: uuid.UUID, *, model: str) -> BaseModelRow:
+    if not is_fine_tuned_model(model):
+        return get_base_model(session, model)
+    adapter = find_adapter(session, tenant_id, name=model)
+    raise InvalidRequestError(
+        f"Training on from a fine-tuned model is not supported yet. Start from its base, {adapter.base_model_id!r}.",
+        code="warm_start_unsupported",
+        param="model",
+    )
 
 
 def _get_dataset(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID, param: str) -> File:

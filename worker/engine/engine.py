@@ -20,7 +20,8 @@ from worker.engine.attention import IMPLEMENTATION
 from worker.engine.banks import BYTES_PER_PARAMETER, Bank, Layout
 from worker.engine.bases import freeze_base, inspect_base, recompute_layers
 from worker.engine.errors import DivergedError, InvalidJobError, JobTooLargeError, NoFreeSlotError
-from worker.engine.examples import EngineJob, Evaluation, Example, SlotReport, StepMetrics
+from worker.engine.evaluations import PendingEvaluation
+from worker.engine.examples import EngineJob, Example, SlotReport, StepMetrics
 from worker.engine.limits import JobLimits
 from worker.engine.linears import FusedLinear, StepContext
 from worker.engine.losses import RowLosses, cross_entropy, loss_bytes
@@ -107,36 +108,27 @@ class Engine:
         self._banks = [bank for bank in self._banks if bank.num_rows]
         self._budget_tokens = self._max_tokens_per_step
 
-    def step(self) -> tuple[SlotReport, ...]:
-        """Train on one token budget's worth of examples of all jobs. Empty when no job has work left."""
-        while plans := self._plan():
-            try:
-                batch = self._pack(plans)
-                losses = self._forward_backward(plans, batch)
-            except torch.OutOfMemoryError:
-                is_too_large = len(plans) == 1 and len(plans[0].example_indices) == 1
-            else:
-                return self._commit(plans, batch, losses)
-            # Out of the except clause, whose traceback would keep the failed step's activations alive.
-            for plan in plans:
-                plan.slot.restart_batch()
-            if is_too_large:
-                return (_report(plans[0], JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
-            self._halve_budget(sum(plan.num_tokens for plan in plans))
-        return ()
+    def begin_evaluation(self, job_id: str, examples: Sequence[Example]) -> None:
+        """Let the coming steps score the job on other examples, before it trains on: no dropout, nothing changes.
 
-    def evaluate(self, job_id: str, examples: Sequence[Example]) -> Evaluation:
-        """Return the job's loss and accuracy on other examples: no dropout, nothing of its training changes.
-
-        Raises InvalidJobError for examples that `admit` would refuse.
+        The report of the last of those steps carries the evaluation. Raises InvalidJobError for examples that `admit`
+        would refuse.
         """
         self._limits.check_examples(examples)
-        slot = self._slots[job_id]
-        scored = [losses for chunk in _cut(examples, self._budget_tokens) for losses in self._score(slot, chunk)]
-        num_labels = sum(len(losses.losses_M) for losses in scored)
-        loss_sum = sum(float(losses.weighted_sum) for losses in scored)
-        num_right = sum(int(losses.is_right_M.sum()) for losses in scored)
-        return Evaluation(loss_sum / num_labels, num_right / num_labels, num_labels)
+        self._slots[job_id].evaluation = PendingEvaluation(examples)
+
+    def step(self) -> tuple[SlotReport, ...]:
+        """Train on one token budget's worth of examples of all jobs, and score one's worth of those evaluated.
+
+        Empty when no job has work left.
+        """
+        scored = self._evaluate()
+        trained = self._train(scored)
+        for slot in self._slots.values():
+            # Not before: its caller wants to see the weights that were judged.
+            if slot.evaluation is not None and slot.evaluation.is_complete:
+                slot.evaluation = None
+        return trained + scored
 
     def export_adapter(self, job_id: str, directory: Path) -> None:
         """Write the job's adapter as it is now in PEFT's format."""
@@ -151,6 +143,42 @@ class Engine:
 
     def load_state(self, job_id: str, directory: Path) -> None:
         load_state(self._slots[job_id], directory)
+
+    def _train(self, scored: tuple[SlotReport, ...]) -> tuple[SlotReport, ...]:
+        while plans := self._plan():
+            try:
+                batch = self._pack(plans)
+                losses = self._forward_backward(plans, batch)
+            except torch.OutOfMemoryError:
+                is_too_large = len(plans) == 1 and len(plans[0].example_indices) == 1
+            else:
+                return self._commit(plans, batch, losses, scored)
+            # Out of the except clause, whose traceback would keep the failed step's activations alive.
+            for plan in plans:
+                plan.slot.restart_batch()
+            if is_too_large:
+                return (_report(plans[0], JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
+            self._halve_budget(sum(plan.num_tokens for plan in plans))
+        return ()
+
+    def _evaluate(self) -> tuple[SlotReport, ...]:
+        """Score the next part of the evaluation that has waited longest."""
+        slot = next((slot for slot in self._slots.values() if slot.evaluation is not None), None)
+        if slot is None or slot.evaluation is None:
+            return ()
+        job_id, evaluation = slot.job.job_id, slot.evaluation
+        self._slots[job_id] = self._slots.pop(job_id)  # the others come first next time
+        part = evaluation.next_part(self._budget_tokens)
+        try:
+            evaluation.count(part, self._score(slot, part))
+        except JobTooLargeError as error:
+            return (SlotReport(job_id, failure=error),)
+        num_tokens = sum(example.num_tokens for example in part)
+        if not evaluation.is_complete:
+            return (SlotReport(job_id, num_scored_tokens=num_tokens),)
+        result = evaluation.result()
+        failure = None if math.isfinite(result.loss) else DivergedError("The validation loss is not finite.")
+        return (SlotReport(job_id, num_scored_tokens=num_tokens, evaluation=result, failure=failure),)
 
     def _plan(self) -> list[SlotPlan]:
         plans = self._planner.plan(tuple(self._slots.values()), self._budget_tokens)
@@ -207,7 +235,9 @@ class Engine:
             raise JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)
         return self._score(slot, examples[:middle]) + self._score(slot, examples[middle:])
 
-    def _commit(self, plans: list[SlotPlan], batch: PackedBatch, losses: RowLosses) -> tuple[SlotReport, ...]:
+    def _commit(
+        self, plans: list[SlotPlan], batch: PackedBatch, losses: RowLosses, scored: tuple[SlotReport, ...]
+    ) -> tuple[SlotReport, ...]:
         """Add up what the step has found, and update the slots whose optimizer batch is complete."""
         counted = [
             torch.stack(
@@ -220,7 +250,8 @@ class Engine:
             for plan, group in zip(plans, batch.groups, strict=True)
         ]
         numbers = torch.stack(counted).tolist()  # the one read that waits for the device
-        self._planner.charge(plans, tuple(self._slots.values()), self._budget_tokens)
+        costs = {self._slots[report.job_id].job.tenant: report.cost_tokens for report in scored}
+        self._planner.charge(plans, tuple(self._slots.values()), self._budget_tokens, scored=costs)
         reports = []
         for plan, (loss_sum, num_right, grad_norm) in zip(plans, numbers, strict=True):
             plan.slot.count(
@@ -311,16 +342,3 @@ class Engine:
 
 def _report(plan: SlotPlan, failure: JobTooLargeError | None = None) -> SlotReport:
     return SlotReport(plan.slot.job.job_id, plan.num_tokens, failure=failure)
-
-
-def _cut(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Cut examples into runs of at most `max_tokens` tokens each."""
-    chunks: list[list[Example]] = [[]]
-    num_tokens = 0
-    for example in examples:
-        if chunks[-1] and num_tokens + example.num_tokens > max_tokens:
-            chunks.append([])
-            num_tokens = 0
-        chunks[-1].append(example)
-        num_tokens += example.num_tokens
-    return chunks

@@ -59,17 +59,24 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
-class SlotReport:
-    """What one fused step did for one job. `num_tokens` are its tokens in this fused step."""
-
-    job_id: str
-    num_tokens: int
-    update: StepMetrics | None = None
-    failure: EngineError | None = None
-
-
-@dataclass(frozen=True)
 class Evaluation:
     loss: float
     token_accuracy: float
     num_label_tokens: int
+
+
+@dataclass(frozen=True)
+class SlotReport:
+    """What one step did for one job: its tokens that were trained, or those of its validation that were scored."""
+
+    job_id: str
+    num_tokens: int = 0
+    num_scored_tokens: int = 0
+    update: StepMetrics | None = None
+    evaluation: Evaluation | None = None
+    failure: EngineError | None = None
+
+    @property
+    def cost_tokens(self) -> float:
+        """The job's part of the step's cost, in trained tokens: through a frozen base, a forward is half of the way."""
+        return self.num_tokens + self.num_scored_tokens / 2

@@ -8,7 +8,7 @@ consumes nothing: a plan that failed can be made again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from worker.engine.slots import Slot
 
@@ -72,13 +72,19 @@ class Planner:
             _least_served(plans).take()
         return [plan for plan in plans if plan.num_tokens]
 
-    def charge(self, plans: Sequence[SlotPlan], slots: Sequence[Slot], budget_tokens: int) -> None:
-        """Book a step that has succeeded. Call it before the slots move on."""
-        tenants = _by_tenant(plan for plan in map(SlotPlan, slots) if plan.has_waiting)
-        balances = self._allow(tenants, sum(plan.num_tokens for plan in plans))
+    def charge(
+        self, plans: Sequence[SlotPlan], slots: Sequence[Slot], budget_tokens: int, *, scored: Mapping[str, float]
+    ) -> None:
+        """Book a step that has succeeded, and what tenants' evaluations cost it. Call it before the slots move on."""
+        tenants = _by_tenant(
+            plan for plan in map(SlotPlan, slots) if plan.has_waiting or plan.slot.job.tenant in scored
+        )
+        balances = self._allow(tenants, sum(plan.num_tokens for plan in plans) + sum(scored.values()))
         for plan in plans:
             balances[plan.slot.job.tenant] -= plan.num_tokens
             plan.slot.served_tokens += plan.num_tokens
+        for tenant, cost_tokens in scored.items():
+            balances[tenant] -= cost_tokens
         # A tenant that cannot use its share saves up one step's budget; beyond that its share is the others'.
         balances = {tenant: min(credit, float(budget_tokens)) for tenant, credit in balances.items()}
         surplus, total_share = sum(balances.values()), sum(_share(tenants[tenant]) for tenant in tenants)
@@ -86,7 +92,7 @@ class Planner:
             tenant: credit - surplus * _share(tenants[tenant]) / total_share for tenant, credit in balances.items()
         }
 
-    def _allow(self, tenants: dict[str, list[SlotPlan]], num_tokens: int) -> dict[str, float]:
+    def _allow(self, tenants: dict[str, list[SlotPlan]], num_tokens: float) -> dict[str, float]:
         """Return every tenant's credit and its share of so many tokens."""
         total_share = sum(_share(plans) for plans in tenants.values())
         return {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.domain.training import count_steps, order_examples
 from worker.engine.banks import Bank
+from worker.engine.evaluations import PendingEvaluation
 from worker.engine.examples import EngineJob, Example
 
 
@@ -45,6 +46,7 @@ class Slot:
         self.num_fused_steps = 0
         self.served_tokens = 0
         self.tally = BatchTally()
+        self.evaluation: PendingEvaluation | None = None
         self.total_steps = count_steps(job.spec, len(job.examples))
         self._order: tuple[int, list[int]] = (-1, [])
         self._initialise()
@@ -87,8 +89,9 @@ class Slot:
         return self._order[1][start : start + self.job.spec.batch_size]
 
     def waiting_indices(self) -> list[int]:
-        """Return those of the current batch that no fused step has taken yet."""
-        return [] if self.is_finished else self.batch_indices()[self.tally.position :]
+        """Return those of the current batch that no fused step has taken yet; none while the slot is evaluated."""
+        is_resting = self.is_finished or self.evaluation is not None
+        return [] if is_resting else self.batch_indices()[self.tally.position :]
 
     def batch_examples(self) -> list[Example]:
         return [self.job.examples[index] for index in self.batch_indices()]

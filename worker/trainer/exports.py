@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from core.domain.training import AdapterConfig, TrainingSpec
 from worker.messages import JobFacts
@@ -73,7 +75,9 @@ def describe_adapter(directory: Path, provenance: Provenance) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def verify_adapter(directory: Path, *, adapter: AdapterConfig, base_model_id: str) -> None:
+def verify_adapter(
+    directory: Path, *, adapter: AdapterConfig, base_model_id: str, base_config: PreTrainedConfig
+) -> None:
     """Inspect an adapter as its reader will. Raises AdapterInvalidError saying what is wrong."""
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     for described in manifest["files"]:
@@ -84,6 +88,7 @@ def verify_adapter(directory: Path, *, adapter: AdapterConfig, base_model_id: st
     if (config.base_model_name_or_path, config.r, config.lora_alpha, config.use_rslora) != expected:
         raise AdapterInvalidError("adapter_config.json does not say what was trained.")
     _verify_weights(load_file(directory / WEIGHTS), adapter)
+    _load_with_peft(directory, config, base_config)
 
 
 def write_result_csv(path: Path, rows: Iterable[ResultRow]) -> None:
@@ -114,6 +119,24 @@ def _verify_weights(tensors: dict[str, torch.Tensor], adapter: AdapterConfig) ->
         raise AdapterInvalidError("The adapter has numbers that are not finite.")
     if not any(bool(tensors[name].any()) for name in b_names):
         raise AdapterInvalidError("Every lora_B is zero: nothing was learned.")
+
+
+def _load_with_peft(directory: Path, config: PeftConfig, base_config: PreTrainedConfig) -> None:
+    """Let PEFT load the adapter onto the base's skeleton, which has every module and no weights."""
+    dense_config = copy.deepcopy(base_config)
+    if hasattr(dense_config, "quantization_config"):
+        del dense_config.quantization_config
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(dense_config)
+    model = PeftModel(skeleton, config, low_cpu_mem_usage=True)
+    try:
+        loaded = model.load_adapter(str(directory), "inspected", low_cpu_mem_usage=True, torch_device="cpu")
+    except RuntimeError as error:
+        raise AdapterInvalidError("A tensor of the adapter has not the shape that PEFT expects.") from error
+    missing = [name for name in loaded.missing_keys if ".inspected." in name]
+    if missing or loaded.unexpected_keys:
+        strange = ", ".join([*missing, *loaded.unexpected_keys][:3])
+        raise AdapterInvalidError(f"PEFT misses tensors of the adapter, or does not know them: {strange}.")
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker.engine import Engine, EngineJob, StepMetrics
+from worker.engine import Engine, EngineJob, Evaluation, SlotReport, StepMetrics
 from worker.messages import (
     Alive,
     CheckpointSaved,
@@ -58,6 +58,7 @@ class TrainerJob:
         self._directory = Path(self._scratch.name)
         self._validation: TokenizedDataset | None = None
         self._rows: list[ResultRow] = []
+        self._is_last_step_taken = False
         self._uploads: list[Future[None]] = []
         self._device_seconds = 0.0
         self._trained_tokens = 0
@@ -93,22 +94,30 @@ class TrainerJob:
             )
         )
 
-    def take_update(self, engine: Engine, update: StepMetrics) -> bool:
-        """Report a completed optimizer step, save what an epoch's end calls for, and say whether it was the last."""
-        self._trained_tokens += update.num_tokens
-        if update.is_skipped:
-            self._warn(f"Step {update.step} was skipped: its gradient was not finite.")
-        else:
-            self._report_step(update)
-        if update.is_epoch_end:
+    def take_report(self, engine: Engine, report: SlotReport) -> bool:
+        """Take what a step did for the job; at an epoch's end, evaluate, then save. True when the engine is done."""
+        if report.update is not None:
+            self._take_update(report.update)
+            if not report.update.is_epoch_end:
+                return False
             self.bill()
-            self._evaluate(engine)
-            self._save_checkpoint(engine)
-        return update.is_last
+            if self._validation is not None and self._rows:
+                engine.begin_evaluation(report.job_id, self._validation.examples)
+                return False
+        elif report.evaluation is not None:
+            self._take_evaluation(report.evaluation)
+        else:
+            return False
+        self._save_checkpoint(engine)
+        return self._is_last_step_taken
 
     def publish(self) -> None:
-        """Upload the last checkpoint's files as the adapter, and the result file. Runs on a background thread."""
-        wait(self._uploads)  # so that the job's last checkpoint is known before its end
+        """Upload the last checkpoint's files as the adapter, and the result file. Runs on a background thread.
+
+        Raises AdapterInvalidError when a checkpoint did not pass its inspection.
+        """
+        for upload_of_checkpoint in self._uploads:  # the job's last checkpoint is known before its end
+            upload_of_checkpoint.result()
         step = self._rows[-1].step if self._rows else 0
         adapter_files = self._upload("adapter", self._checkpoint_directory(step), ADAPTER_FILES)
         write_result_csv(self._directory / RESULT_FILE, self._rows)
@@ -139,6 +148,14 @@ class TrainerJob:
             )
         return dataset
 
+    def _take_update(self, update: StepMetrics) -> None:
+        self._is_last_step_taken = update.is_last
+        self._trained_tokens += update.num_tokens
+        if update.is_skipped:
+            self._warn(f"Step {update.step} was skipped: its gradient was not finite.")
+        else:
+            self._report_step(update)
+
     def _report_step(self, update: StepMetrics) -> None:
         self._rows.append(ResultRow(update.step, update.loss, update.token_accuracy))
         self._channel.send(
@@ -154,10 +171,7 @@ class TrainerJob:
             )
         )
 
-    def _evaluate(self, engine: Engine) -> None:
-        if self._validation is None or not self._rows:
-            return
-        result = engine.evaluate(str(self.lease_token), self._validation.examples)
+    def _take_evaluation(self, result: Evaluation) -> None:
         self._rows[-1].valid_loss = result.loss
         self._rows[-1].valid_mean_token_accuracy = result.token_accuracy
         self._channel.send(
@@ -170,26 +184,12 @@ class TrainerJob:
         )
 
     def _save_checkpoint(self, engine: Engine) -> None:
-        """Write and inspect the adapter as it is now; its upload goes on in the background."""
+        """Write the adapter as it is now; its inspection and its upload go on in the background."""
         step = self._rows[-1].step if self._rows else 0
         directory = self._checkpoint_directory(step)
         directory.mkdir()
         engine.export_adapter(str(self.lease_token), directory)
         metrics = self._last_metrics()
-        facts = self._order.facts.model_copy(update={"base_revision": self._base.revision})
-        validation_file = self._order.validation_file
-        describe_adapter(
-            directory,
-            Provenance(
-                facts=facts,
-                spec=self._order.spec,
-                training_sha256=self._order.training_file.sha256,
-                validation_sha256=validation_file.sha256 if validation_file else None,
-                step=step,
-                metrics=metrics,
-            ),
-        )
-        verify_adapter(directory, adapter=self._order.spec.adapter, base_model_id=facts.base_model_id)
         earlier = tuple(self._uploads)
         self._uploads.append(
             self._channel.run_in_background(lambda: self._publish_checkpoint(step, directory, metrics, earlier))
@@ -199,6 +199,7 @@ class TrainerJob:
         self, step: int, directory: Path, metrics: dict[str, float], earlier: tuple[Future[None], ...]
     ) -> None:
         artifact = f"checkpoints/step-{step}"
+        self._inspect_adapter(step, directory, metrics)
         try:
             files = self._upload(artifact, directory, ADAPTER_FILES)
             wait(earlier)  # they are listed in the order in which they are told of
@@ -207,6 +208,25 @@ class TrainerJob:
             return
         self._channel.send(
             CheckpointSaved(lease_token=self.lease_token, step=step, artifact=artifact, files=files, metrics=metrics)
+        )
+
+    def _inspect_adapter(self, step: int, directory: Path, metrics: dict[str, float]) -> None:
+        facts = self._order.facts.model_copy(update={"base_revision": self._base.revision})
+        validation_file = self._order.validation_file
+        provenance = Provenance(
+            facts=facts,
+            spec=self._order.spec,
+            training_sha256=self._order.training_file.sha256,
+            validation_sha256=validation_file.sha256 if validation_file else None,
+            step=step,
+            metrics=metrics,
+        )
+        describe_adapter(directory, provenance)
+        verify_adapter(
+            directory,
+            adapter=self._order.spec.adapter,
+            base_model_id=facts.base_model_id,
+            base_config=self._base.model.config,
         )
 
     def _upload(self, artifact: str, directory: Path, names: tuple[str, ...]) -> tuple[StoredFile, ...]:

@@ -83,25 +83,25 @@ class TrainingLoop:
         if not reports:
             return
         seconds = time.monotonic() - started
-        num_tokens = sum(report.num_tokens for report in reports)
+        cost_tokens = sum(report.cost_tokens for report in reports)
         self._channel.send(Alive())
         for report in reports:
             job = self._jobs[int(report.job_id)]
-            job.use_device(seconds * report.num_tokens / num_tokens)
+            job.use_device(seconds * report.cost_tokens / cost_tokens)
             self._take_report(job, report)
 
     def _take_report(self, job: TrainerJob, report: SlotReport) -> None:
         if report.failure is not None:
             self._fail(job, report.failure)
-        elif report.update is not None:
-            try:
-                is_last = job.take_update(self._engine, report.update)
-            except (TrainerError, EngineError) as error:
-                self._fail(job, error)
-                return
-            if is_last:
-                self._engine.evict(report.job_id)
-                self._channel.run_in_background(job.publish, then=self._guarded(job, self._finish))
+            return
+        try:
+            is_trained = job.take_report(self._engine, report)
+        except (TrainerError, EngineError) as error:
+            self._fail(job, error)
+            return
+        if is_trained:
+            self._engine.evict(report.job_id)
+            self._channel.run_in_background(job.publish, then=self._guarded(job, self._finish))
 
     def _finish(self, job: TrainerJob, _result: None) -> None:
         del self._jobs[job.lease_token]

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 
 from tests.unit.engine.tiny import (
     ALL_MODULES,
+    evaluate,
     make_engine,
     make_job,
     make_spec,
@@ -169,7 +170,7 @@ def test_evaluation_does_not_disturb_training_and_knows_no_dropout() -> None:
         engine.admit(make_job("mine", dropout=0.5))
         train(engine, num_fused_steps=3)
     validation = random_examples(60, 9)
-    first, second = (watched.evaluate("mine", validation) for _ in range(2))
+    first, second = (evaluate(watched, "mine", validation) for _ in range(2))
     assert first == second
     assert first.num_label_tokens == sum(example.num_labels for example in validation)
     assert 0 <= first.token_accuracy <= 1
@@ -184,7 +185,49 @@ def test_examples_that_cannot_be_evaluated_are_refused(examples: list[Example]) 
     engine = make_engine()
     engine.admit(make_job("mine"))
     with pytest.raises(InvalidJobError):
-        engine.evaluate("mine", examples)
+        engine.begin_evaluation("mine", examples)
+
+
+def test_a_large_validation_set_is_scored_between_the_others_steps_and_the_weights_rest() -> None:
+    engine = make_engine(max_tokens=64)
+    engine.admit(make_job("mine"))
+    engine.admit(make_job("other", seed=5, n_epochs=50))
+    validation = random_examples(60, 40)
+    train(engine, num_fused_steps=3)
+    before, position = weights_of(engine, "mine"), engine._slots["mine"].step
+    engine.begin_evaluation("mine", validation)
+    num_scored, num_parts, evaluation = 0, 0, None
+    while evaluation is None:
+        reports = {report.job_id: report for report in engine.step()}
+        assert reports["other"].num_tokens > 0
+        assert 0 < reports["mine"].num_scored_tokens <= 64
+        assert reports["mine"].num_tokens == 0
+        num_scored += reports["mine"].num_scored_tokens
+        num_parts += 1
+        evaluation = reports["mine"].evaluation
+    assert num_parts > 5
+    assert num_scored == sum(example.num_tokens for example in validation)
+    assert all(torch.equal(weights, before[name]) for name, weights in weights_of(engine, "mine").items())
+    assert evaluation.num_label_tokens == sum(example.num_labels for example in validation)
+    train(engine, num_fused_steps=5)
+    assert engine._slots["mine"].step > position
+
+
+def test_evaluations_of_two_jobs_take_turns() -> None:
+    engine = make_engine(max_tokens=64)
+    for index in range(2):
+        engine.admit(make_job(str(index), seed=index))
+        engine.begin_evaluation(str(index), random_examples(60, 40))
+    order = [report.job_id for _ in range(6) for report in engine.step()]
+    assert order == ["0", "1"] * 3
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_job() -> None:
+    engine = make_engine()
+    engine.admit(make_job("broken"))
+    engine._slots["broken"].weights_P.fill_(float("nan"))
+    with pytest.raises(DivergedError):
+        evaluate(engine, "broken", random_examples(60, 3))
 
 
 def test_three_steps_in_a_row_that_are_not_finite_end_the_job_and_only_that_job() -> None:
@@ -214,7 +257,7 @@ def test_one_step_that_is_not_finite_is_skipped_without_touching_weights_or_mome
     batch = engine._pack(plans)
     losses = engine._forward_backward(plans, batch)
     slot.weights_P.copy_(good)
-    (report,) = engine._commit(plans, batch, losses)
+    (report,) = engine._commit(plans, batch, losses, ())
     assert report.update is not None
     assert report.update.is_skipped
     after = (slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P)
@@ -298,13 +341,13 @@ def test_an_evaluation_that_does_not_fit_is_scored_in_parts_and_one_example_too_
     engine = small_device()
     engine.admit(make_job("mine"))
     examples = random_examples(60, 9)
-    whole = engine.evaluate("mine", examples)
+    whole = evaluate(engine, "mine", examples)
     engine.fits_evaluating = 30
-    parts = engine.evaluate("mine", examples)
+    parts = evaluate(engine, "mine", examples)
     assert (parts.loss, parts.token_accuracy) == pytest.approx((whole.loss, whole.token_accuracy), abs=1e-5)
     assert parts.num_label_tokens == whole.num_label_tokens
     with pytest.raises(JobTooLargeError):
-        engine.evaluate("mine", random_examples(1, 2, low=40, high=41))
+        evaluate(engine, "mine", random_examples(1, 2, low=40, high=41))
 
 
 def test_a_slot_holds_16_bytes_for_every_parameter_of_its_rank_rounded_up_to_8() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from tests.unit.engine.tiny import (
     batch_loss,
+    evaluate,
     load_with_peft,
     make_engine,
     make_job,
@@ -29,7 +30,7 @@ def test_an_exported_adapter_loads_in_plain_peft_and_scores_the_same(tmp_path: P
     train(engine)
     engine.export_adapter("mine", tmp_path)
     examples = random_examples(50, 8)
-    evaluation = engine.evaluate("mine", examples)
+    evaluation = evaluate(engine, "mine", examples)
     with torch.no_grad():
         expected = batch_loss(load_with_peft(tiny_llama(), tmp_path).eval(), examples).item()
     assert evaluation.loss == pytest.approx(expected, abs=1e-5)

@@ -28,10 +28,12 @@ def slot_of(
     return Slot(job, Bank(LAYOUT, 0, torch.device("cpu")))
 
 
-def run_step(planner: Planner, slots: list[Slot], budget: int) -> dict[str, int]:
+def run_step(
+    planner: Planner, slots: list[Slot], budget: int, *, scored: dict[str, float] | None = None
+) -> dict[str, int]:
     """Plan one step, book its examples as trained, and return each job's tokens."""
     plans = planner.plan(slots, budget)
-    planner.charge(plans, slots, budget)
+    planner.charge(plans, slots, budget, scored=scored or {})
     for plan in plans:
         plan.slot.count(num_examples=len(plan.example_indices), num_tokens=plan.num_tokens, loss_sum=0, num_right=0)
         if plan.slot.is_batch_complete:
@@ -64,6 +66,16 @@ def test_a_tenant_with_one_job_beside_a_tenant_with_twenty_gets_its_share(one_sh
     totals = run_steps(slots, 512, 200)
     entitled = one_share / (one_share + many_share)
     assert totals["one"] / sum(totals.values()) == pytest.approx(entitled, rel=0.05)
+
+
+def test_what_a_tenant_has_scored_counts_as_half_of_what_it_could_have_trained() -> None:
+    """One job of the tenant is evaluated all the time, at a cost of 20 of its 50 tokens a step; another trains."""
+    slots = [slot_of("trains", [5, 9] * 32, tenant="mine"), slot_of("yours", [5, 9] * 32)]
+    planner, totals = Planner(), {"trains": 0, "yours": 0}
+    for _ in range(200):
+        for job_id, num_tokens in run_step(planner, slots, 100, scored={"mine": 20.0}).items():
+            totals[job_id] += num_tokens
+    assert (totals["trains"] + 200 * 20) / totals["yours"] == pytest.approx(1.0, rel=0.05)
 
 
 def test_the_jobs_of_one_tenant_get_the_same() -> None:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from core.domain.training import AdapterConfig, TrainingSpec, count_steps, learning_rate_at, order_examples
-from worker.engine import Engine, EngineJob, Example, StepMetrics
+from worker.engine import Engine, EngineJob, Evaluation, Example, StepMetrics
 from worker.engine.slots import LoraPair, Slot
 
 VOCABULARY = 128
@@ -92,6 +92,17 @@ def train(engine: Engine, *, num_fused_steps: int = 1_000_000) -> dict[str, list
             if report.update is not None:
                 updates[report.job_id].append(report.update)
     return updates
+
+
+def evaluate(engine: Engine, job_id: str, examples: Sequence[Example]) -> Evaluation:
+    """Step until the job's evaluation is there. Raises the failure that ended it."""
+    engine.begin_evaluation(job_id, examples)
+    while True:
+        for report in engine.step():
+            if report.failure is not None:
+                raise report.failure
+            if report.evaluation is not None:
+                return report.evaluation
 
 
 def randomise_weights(engine: Engine, job_id: str, *, seed: int = 7) -> None:
@@ -177,9 +188,9 @@ def batch_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Ten
     """Return the mean cross-entropy over the batch's label tokens, one example at a time, by transformers' own code."""
     sums = []
     for example in examples:
-        ids = torch.from_numpy(example.token_ids)[None]
+        ids = torch.from_numpy(example.token_ids)[None].to(model.device)
         losses = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
-        sums.append(losses[torch.from_numpy(example.is_label[1:])].sum())
+        sums.append(losses[torch.from_numpy(example.is_label[1:]).to(model.device)].sum())
     return torch.stack(sums).sum() / sum(example.num_labels for example in examples)
 
 

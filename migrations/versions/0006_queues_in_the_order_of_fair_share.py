@@ -10,8 +10,8 @@ orders tenants as their decayed usages per weight do, at any time, and changes o
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "0006"
+down_revision = "0005"
 branch_labels = None
 depends_on = None
 

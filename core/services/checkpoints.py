@@ -1,0 +1,111 @@
+"""Published checkpoints, and who else may read them.
+
+A permission names another tenant by its wire id or its slug. Whether there is such a tenant is not checked, since the
+answer would tell. Row-level security lets exactly the named read exactly that checkpoint.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Literal
+
+from sqlalchemy import ColumnElement, Select, delete, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from core.db.models import Checkpoint, CheckpointPermission, Job, Tenant
+from core.domain.errors import ConflictError, NotFoundError
+from core.domain.ids import IdKind, format_id, new_id
+from core.domain.jobs import UNFINISHED_STATUSES
+from core.services.pages import Page
+
+
+def find_checkpoint(session: Session, tenant_id: uuid.UUID, *, name: str) -> Checkpoint:
+    """Return the checkpoint of that model name, the tenant's own or one shared with it."""
+    slug = select(Tenant.slug).where(Tenant.id == tenant_id).scalar_subquery()
+    names_tenant = CheckpointPermission.project_id.in_((format_id(IdKind.TENANT, tenant_id), slug))
+    shared = select(CheckpointPermission.checkpoint_id).where(names_tenant)
+    return _find(session, name, or_(Checkpoint.tenant_id == tenant_id, Checkpoint.id.in_(shared)))
+
+
+def find_own_checkpoint(session: Session, tenant_id: uuid.UUID, *, name: str) -> Checkpoint:
+    return _find(session, name, Checkpoint.tenant_id == tenant_id)
+
+
+def delete_checkpoint(session: Session, tenant_id: uuid.UUID, *, name: str) -> None:
+    """Delete a checkpoint. Raises ConflictError while its job may still go on from it."""
+    checkpoint = find_own_checkpoint(session, tenant_id, name=name)
+    job = select(Job.id).where(
+        Job.tenant_id == tenant_id, Job.id == checkpoint.job_id, Job.status.in_(UNFINISHED_STATUSES)
+    )
+    if session.scalar(job) is not None:
+        raise ConflictError("The checkpoint's job has not ended. Cancel it, or wait.", code="model_in_use")
+    session.execute(
+        update(Checkpoint)
+        .where(Checkpoint.tenant_id == tenant_id, Checkpoint.id == checkpoint.id)
+        .values(deleted_at=func.now())
+    )
+
+
+def share_checkpoint(
+    session: Session, tenant_id: uuid.UUID, *, name: str, project_ids: Sequence[str]
+) -> Sequence[CheckpointPermission]:
+    """Let others read a checkpoint; those who may already keep the permission that they have."""
+    checkpoint = find_own_checkpoint(session, tenant_id, name=name)
+    rows = [
+        {"id": new_id(), "tenant_id": tenant_id, "checkpoint_id": checkpoint.id, "project_id": project_id}
+        for project_id in dict.fromkeys(project_ids)
+    ]
+    session.execute(insert(CheckpointPermission).values(rows).on_conflict_do_nothing())
+    query = _permissions(tenant_id, checkpoint).where(CheckpointPermission.project_id.in_(project_ids))
+    return session.scalars(query.order_by(CheckpointPermission.id)).all()
+
+
+def list_permissions(
+    session: Session,
+    tenant_id: uuid.UUID,
+    *,
+    name: str,
+    after: uuid.UUID | None,
+    limit: int,
+    order: Literal["ascending", "descending"],
+    project_id: str | None,
+) -> Page[CheckpointPermission]:
+    query = _permissions(tenant_id, find_own_checkpoint(session, tenant_id, name=name))
+    if project_id is not None:
+        query = query.where(CheckpointPermission.project_id == project_id)
+    key = CheckpointPermission.id
+    if after is not None:
+        query = query.where(key > after if order == "ascending" else key < after)
+    query = query.order_by(key if order == "ascending" else key.desc())
+    return Page.cut(session.scalars(query.limit(limit + 1)).all(), limit)
+
+
+def revoke_permission(session: Session, tenant_id: uuid.UUID, *, name: str, permission_id: uuid.UUID) -> None:
+    checkpoint = find_own_checkpoint(session, tenant_id, name=name)
+    revoked = session.scalar(
+        delete(CheckpointPermission)
+        .where(
+            CheckpointPermission.tenant_id == tenant_id,
+            CheckpointPermission.checkpoint_id == checkpoint.id,
+            CheckpointPermission.id == permission_id,
+        )
+        .returning(CheckpointPermission.id)
+    )
+    if revoked is None:
+        raise NotFoundError(f"No such permission: {format_id(IdKind.PERMISSION, permission_id)}")
+
+
+def _find(session: Session, name: str, is_readable: ColumnElement[bool]) -> Checkpoint:
+    query = select(Checkpoint).where(Checkpoint.model_name == name, Checkpoint.deleted_at.is_(None), is_readable)
+    row = session.scalar(query.order_by(Checkpoint.id.desc()).limit(1))
+    if row is None:
+        raise NotFoundError(f"The model {name[:200]!r} does not exist.", code="model_not_found", param="model")
+    return row
+
+
+def _permissions(tenant_id: uuid.UUID, checkpoint: Checkpoint) -> Select[CheckpointPermission]:
+    return select(CheckpointPermission).where(
+        CheckpointPermission.tenant_id == tenant_id, CheckpointPermission.checkpoint_id == checkpoint.id
+    )

@@ -1,0 +1,148 @@
+"""Uploads: files that arrive in parts, in any order, and become one file when they are completed.
+
+A part is an object of its own from its first byte on, so nothing is ever held in memory; a row is added only when its
+object is whole. Every change locks the upload's row, so a part never slips into an upload that has ended.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from core.db.models import File, Upload, UploadPart
+from core.domain.errors import ConflictError, InvalidRequestError, NotFoundError, PayloadTooLargeError
+from core.domain.ids import IdKind, format_id, new_id
+from core.services.files import NewFile, create_file
+
+UPLOAD_LIFETIME = timedelta(hours=1)
+MAX_PARTS = 10_000
+
+
+@dataclass(frozen=True)
+class NewUpload:
+    """What a client says of a file before it sends it. `size_bytes` is a promise that completion keeps it to."""
+
+    filename: str
+    purpose: str
+    mime_type: str
+    size_bytes: int
+    file_lifetime: timedelta | None = None
+
+
+@dataclass(frozen=True)
+class NewPart:
+    id: uuid.UUID
+    object_key: str
+    size_bytes: int
+
+
+def create_upload(session: Session, tenant_id: uuid.UUID, *, new: NewUpload) -> Upload:
+    row = Upload(
+        id=new_id(),
+        tenant_id=tenant_id,
+        filename=new.filename,
+        purpose=new.purpose,
+        mime_type=new.mime_type,
+        size_bytes=new.size_bytes,
+        file_lifetime_seconds=None if new.file_lifetime is None else int(new.file_lifetime.total_seconds()),
+        expires_at=func.now() + UPLOAD_LIFETIME,
+    )
+    session.add(row)
+    session.flush()
+    session.refresh(row)
+    return row
+
+
+def get_upload(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
+    row = session.scalar(select(Upload).where(Upload.tenant_id == tenant_id, Upload.id == upload_id))
+    if row is None:
+        raise NotFoundError(f"No such Upload object: {format_id(IdKind.UPLOAD, upload_id)}")
+    return row
+
+
+def find_file(session: Session, upload: Upload) -> File | None:
+    """Return the file that an upload has become, deleted since or not."""
+    query = select(File).where(File.tenant_id == upload.tenant_id, File.id == upload.file_id)
+    return session.scalar(query) if upload.file_id else None
+
+
+def require_pending(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
+    """Return an upload that still takes parts, its row locked. Raises NotFoundError or ConflictError."""
+    row = session.scalar(
+        select(Upload)
+        .where(
+            Upload.tenant_id == tenant_id,
+            Upload.id == upload_id,
+            Upload.status == "pending",
+            Upload.expires_at > func.now(),
+        )
+        .with_for_update()
+    )
+    if row is None:
+        status = get_upload(session, tenant_id, upload_id=upload_id).status
+        shown = "expired" if status == "pending" else status
+        raise ConflictError(f"The upload is {shown}; only a pending one can be changed.", code="upload_not_pending")
+    return row
+
+
+def add_part(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, new: NewPart) -> UploadPart:
+    """Add a part whose object is stored. Raises PayloadTooLargeError where there is more than was promised."""
+    upload = require_pending(session, tenant_id, upload_id=upload_id)
+    parts = select(func.count(), func.coalesce(func.sum(UploadPart.size_bytes), 0)).where(
+        UploadPart.tenant_id == tenant_id, UploadPart.upload_id == upload_id
+    )
+    num_parts, num_bytes = session.execute(parts).one()
+    if num_bytes + new.size_bytes > upload.size_bytes:
+        raise PayloadTooLargeError(
+            f"The parts hold more than the {upload.size_bytes} bytes of the upload.", param="data"
+        )
+    if num_parts >= MAX_PARTS:
+        raise PayloadTooLargeError(f"An upload has at most {MAX_PARTS} parts.", param="data")
+    row = UploadPart(
+        id=new.id, tenant_id=tenant_id, upload_id=upload_id, object_key=new.object_key, size_bytes=new.size_bytes
+    )
+    session.add(row)
+    session.flush()
+    session.refresh(row)
+    return row
+
+
+def order_parts(
+    session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, part_ids: Sequence[uuid.UUID]
+) -> tuple[UploadPart, ...]:
+    """Return the named parts in their order. Raises InvalidRequestError unless they are what was promised."""
+    upload = require_pending(session, tenant_id, upload_id=upload_id)
+    query = select(UploadPart).where(UploadPart.tenant_id == tenant_id, UploadPart.upload_id == upload_id)
+    known = {row.id: row for row in session.scalars(query)}
+    if len(set(part_ids)) < len(part_ids) or not known.keys() >= set(part_ids):
+        raise InvalidRequestError("`part_ids` names a part twice, or one that is not there.", param="part_ids")
+    parts = tuple(known[part_id] for part_id in part_ids)
+    num_bytes = sum(part.size_bytes for part in parts)
+    if num_bytes != upload.size_bytes:
+        raise InvalidRequestError(
+            f"The parts hold {num_bytes} bytes; the upload was to have {upload.size_bytes}.",
+            code="upload_size_mismatch",
+            param="part_ids",
+        )
+    return parts
+
+
+def complete_upload(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, file: NewFile) -> Upload:
+    """Turn an upload into the file that its parts were composed to."""
+    upload = require_pending(session, tenant_id, upload_id=upload_id)
+    upload.file_id = create_file(session, tenant_id, new=file).id
+    upload.status = "completed"
+    session.flush()
+    return upload
+
+
+def cancel_upload(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
+    upload = require_pending(session, tenant_id, upload_id=upload_id)
+    upload.status = "cancelled"
+    session.flush()
+    return upload
