@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
-from core.db.session import key_transaction
-from core.domain.api_keys import ApiKey, parse_api_key
+from core.db.session import key_transaction, operator_transaction
+from core.domain.api_keys import OPERATOR_PREFIX, ApiKey, parse_api_key
 from core.domain.errors import UnauthenticatedError
+from core.services.operators import OperatorIdentity, authenticate_operator
 from core.services.tenants import Identity, authenticate, reauthenticate
 
 TTL_SECONDS = 2.0
@@ -37,10 +38,10 @@ class Authenticator:
 
     def identify(self, authorization: str | None) -> Identity:
         """Return the owner of an Authorization header's key. Raises UnauthenticatedError."""
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
+        token = _bearer_of(authorization)
+        if not token:
             raise UnauthenticatedError("You didn't provide an API key. Send it as 'Authorization: Bearer <key>'.")
-        api_key = parse_api_key(token.strip())
+        api_key = parse_api_key(token)
         known = self._find(api_key.key_id)
         if known and hmac.compare_digest(known.secret_hash, api_key.secret_hash):
             return known.identity
@@ -63,3 +64,21 @@ class Authenticator:
         if len(self._live) >= _MAX_KEYS:
             self._live.clear()
         self._live[api_key.key_id] = _LiveKey(identity, api_key.secret_hash, time.monotonic() + TTL_SECONDS)
+
+
+def identify_operator(engine: Engine, authorization: str | None) -> OperatorIdentity | None:
+    """Return the owner of an operator key, or None for whoever does not even claim to have one.
+
+    Raises UnauthenticatedError for an operator key that is none of ours, or dead.
+    """
+    token = _bearer_of(authorization)
+    if not token.startswith(OPERATOR_PREFIX):
+        return None
+    api_key = parse_api_key(token, prefix=OPERATOR_PREFIX)
+    with operator_transaction(engine, actor=f"operator key {api_key.key_id}") as session:
+        return authenticate_operator(session, api_key)
+
+
+def _bearer_of(authorization: str | None) -> str:
+    scheme, _, token = (authorization or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""

@@ -12,11 +12,15 @@ from fastapi import Depends, Header, Request
 from fastapi.params import Depends as Dependency
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
+from starlette.exceptions import HTTPException
 
-from api.auth import Authenticator
-from core.db.session import tenant_transaction
+from api.auth import Authenticator, identify_operator
+from api.feeds import EventFeed
+from api.previews import Previewer
+from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError
+from core.services.operators import OperatorIdentity
 from core.services.tenants import Identity
 from core.settings import ApiSettings
 from core.storage import ObjectStore
@@ -28,6 +32,14 @@ def get_engine(request: Request) -> Engine:
 
 def get_store(request: Request) -> ObjectStore:
     return cast("ObjectStore", request.app.state.store)
+
+
+def get_feed(request: Request) -> EventFeed:
+    return cast("EventFeed", request.app.state.feed)
+
+
+def get_previewer(request: Request) -> Previewer:
+    return cast("Previewer", request.app.state.previewer)
 
 
 def get_settings(request: Request) -> ApiSettings:
@@ -64,10 +76,27 @@ def needs(scope: Scope) -> Dependency:
     return cast("Dependency", Depends(ScopeGate(scope)))
 
 
+def get_operator(
+    engine: Annotated[Engine, Depends(get_engine)], authorization: Annotated[str | None, Header()] = None
+) -> OperatorIdentity:
+    """Return the calling operator. For everybody else there is nothing here: the answer is that of an unknown URL."""
+    operator = identify_operator(engine, authorization)
+    if operator is None:
+        raise HTTPException(404)
+    return operator
+
+
+def get_operator_session(
+    engine: Annotated[Engine, Depends(get_engine)], operator: Annotated[OperatorIdentity, Depends(get_operator)]
+) -> Iterator[Session]:
+    with operator_transaction(engine, actor=operator.actor) as session:
+        yield session
+
+
 def get_session(
     engine: Annotated[Engine, Depends(get_engine)], identity: Annotated[Identity, Depends(get_identity)]
 ) -> Iterator[Session]:
-    with tenant_transaction(engine, identity.tenant_id) as session:
+    with tenant_transaction(engine, identity.tenant_id, actor=identity.actor) as session:
         yield session
 
 
@@ -94,7 +123,10 @@ def get_now() -> dt.datetime:
 Caller = Annotated[Identity, Depends(get_identity)]
 # "function" commits before the answer starts: no client ever holds an id that was not committed.
 Transaction = Annotated[Session, Depends(get_session, scope="function")]
+OperatorTransaction = Annotated[Session, Depends(get_operator_session, scope="function")]
 Store = Annotated[ObjectStore, Depends(get_store)]
+Feed = Annotated[EventFeed, Depends(get_feed)]
+Previews = Annotated[Previewer, Depends(get_previewer)]
 Settings = Annotated[ApiSettings, Depends(get_settings)]
 Database = Annotated[Engine, Depends(get_engine)]
 Body = Annotated[Iterator[bytes], Depends(get_body)]

@@ -69,12 +69,15 @@ def status_of(error: DomainError) -> int:
     return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
 
 
+def error_body(status: int, message: str, *, code: str | None, param: str | None = None) -> dict[str, Any]:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")  # noqa: PLR2004
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
 def error_answer(
     status: int, message: str, *, code: str | None, param: str | None = None, headers: dict[str, str] | None = None
 ) -> JSONResponse:
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")  # noqa: PLR2004
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status_code=status, headers=headers)
+    return JSONResponse(error_body(status, message, code=code, param=param), status_code=status, headers=headers)
 
 
 def _answer_domain_error(_request: Request, error: Exception) -> JSONResponse:

@@ -35,4 +35,5 @@ def store_dataset(chunks: Iterable[bytes], *, store: ObjectStore, tenant_id: UUI
         num_examples=report.num_examples,
         status_details=report.summarize(),
         problems=tuple(asdict(problem) for problem in report.problems),
+        report=report.counts,
     )

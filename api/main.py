@@ -2,25 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 
 from api.auth import Authenticator
 from api.errors import install_error_handlers
+from api.feeds import EventFeed
 from api.middleware import RequestIdMiddleware
-from api.routes import adapters, api_keys, checkpoints, files, fine_tuning, graders, health, models, uploads
+from api.previews import Previewer
+from api.routes import (
+    adapters,
+    admin,
+    api_keys,
+    checkpoints,
+    explanations,
+    files,
+    fine_tuning,
+    graders,
+    health,
+    logs,
+    metrics,
+    models,
+    previews,
+    streams,
+    uploads,
+)
 from core.db.session import connect
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
 
 
 def create_app(settings: ApiSettings) -> FastAPI:
-    app = FastAPI(title="Espalier", version="0.1.0", description="OpenAI's fine-tuning API on your own GPUs.")
+    app = FastAPI(
+        title="Espalier", version="0.1.0", description="OpenAI's fine-tuning API on your own GPUs.", lifespan=_live
+    )
     app.state.settings = settings
-    app.state.engine = connect(settings.database_url.get_secret_value(), pool_size=20)
+    database_url = settings.database_url.get_secret_value()
+    app.state.engine = connect(database_url, pool_size=20)
+    app.state.feed = EventFeed(app.state.engine, database_url)
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.store = S3ObjectStore(settings.storage_config)
-    for routes in (files, uploads, fine_tuning, checkpoints, graders, models, adapters, api_keys, health):
+    app.state.previewer = Previewer(app.state.store)
+    for routes in (
+        files,
+        uploads,
+        previews,
+        fine_tuning,
+        streams,
+        metrics,
+        logs,
+        explanations,
+        checkpoints,
+        graders,
+        models,
+        adapters,
+        api_keys,
+        admin,
+        health,
+    ):
         app.include_router(routes.router)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     return app
+
+
+@asynccontextmanager
+async def _live(app: FastAPI) -> AsyncIterator[None]:
+    feed: EventFeed = app.state.feed
+    async with feed.running():
+        yield

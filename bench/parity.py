@@ -20,10 +20,12 @@ from bench.workload import MODULES, command, machine, make_engine
 from cli.binaries import find_smollm2
 from cli.demo.documentation import build_documentation
 from core.domain.datasets import parse_example
+from core.domain.datasets.tokenizers import BaseTokenizer
 from core.domain.training import AdapterConfig, TrainingSpec, count_steps, learning_rate_at, order_examples
 from worker.engine import EngineJob, Example
 from worker.trainer.bases import materialize_base
 from worker.trainer.datasets import tokenize_dataset
+from worker.trainer.tokenizers import describe_tokenizer
 
 BATCH_SIZE = 4
 
@@ -52,7 +54,7 @@ def make_job(base_dir: Path, modules: tuple[str, ...], *, rank: int, num_steps: 
     rows = documentation.training.splitlines()[: num_steps * BATCH_SIZE]
     conversations = [parse_example(row, line_number=number) for number, row in enumerate(rows, start=1)]
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
-    dataset = tokenize_dataset(tokenizer, conversations, max_seq_len=512)
+    dataset = tokenize_dataset(BaseTokenizer(describe_tokenizer(tokenizer)), conversations, max_seq_len=512)
     spec = TrainingSpec(
         adapter=AdapterConfig(rank=rank, alpha=32, target_modules=MODULES),
         n_epochs=-(-num_steps * BATCH_SIZE // len(dataset.examples)),

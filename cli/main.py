@@ -14,21 +14,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
-from cli.audit import audit
 from cli.binaries import BinaryMissingError
+from cli.contract import check_contract
 from cli.demo.run import run_demo
 from cli.external import ExternalServers, ExternalServersError
 from cli.locks import AlreadyRunningError, find_launcher, is_running
-from cli.operators import DEFAULT_DATA_DIR, DataDir, keys, migrate, tenants
+from cli.operators import audit, base_models, keys, migrate, operators, tenants
+from cli.owner import DEFAULT_DATA_DIR, DataDir
 from cli.processes import ProcessFailedError
 from cli.servers import LocalServers
 from cli.stack import LocalStack, PortTakenError, StackState, answers
+from cli.validation import validate
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(tenants, name="tenants")
 app.add_typer(keys, name="keys")
+app.add_typer(base_models, name="base-models")
+app.add_typer(operators, name="operators")
 app.command()(migrate)
 app.command()(audit)
+app.command()(check_contract)
+app.command()(validate)
 console = Console(soft_wrap=True)
 
 _FAILURES = (

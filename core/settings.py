@@ -70,7 +70,11 @@ class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings):
 
 
 class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings):
-    """`worker_pools`: the pools this worker may serve, "<base model id>@none" or "...@nf4"."""
+    """`worker_pools`: the pools this worker may serve, "<base model id>@none" or "...@nf4".
+
+    A slot's state is stored every `resume_steps` steps or `resume_seconds`, whichever comes first. `grace_seconds` is
+    what a stopping worker takes at most to store its slots and give its jobs back.
+    """
 
     worker_name: str = ""
     worker_pools: tuple[str, ...] = ()
@@ -79,5 +83,9 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings):
     lease_seconds: float = Field(default=60.0, gt=0)
     heartbeat_seconds: float = Field(default=5.0, gt=0)
     stall_seconds: float = Field(default=600.0, gt=0)
+    resume_steps: int = Field(default=200, ge=1)
+    resume_seconds: float = Field(default=60.0, gt=0)
+    grace_seconds: float = Field(default=25.0, gt=0)
+    storage_patience_seconds: float = Field(default=120.0, gt=0)
     trainer_start_seconds: float = Field(default=900.0, gt=0)
     trainer_threads: int | None = None

@@ -1,15 +1,43 @@
-"""What a trainer may read and write: presigned URLs under its own fence, and proof of what it says it has stored."""
+"""What a trainer may read and write: presigned URLs under its own fence, and proof of what it says it has stored.
+
+Reading back goes on on a thread of its own, in the order of the trainer's reports, so that an object store that is slow
+holds up neither leases nor steps.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
-from core.db.models import File, Job
-from core.domain.objects import attempt_prefix
+import stamina
+import structlog
+from sqlalchemy import Engine
+
+from core.db.models import File, Job, ResumePoint
+from core.db.session import DATABASE_ERRORS, service_transaction
+from core.domain.objects import attempt_prefix, tokenizer_key
 from core.services.attempts import Lease, StoredArtifact
-from core.storage import ObjectNotFoundError, ObjectStore, StorageError, StoredObject
-from worker.messages import RemoteFile, StoredFile
+from core.services.base_models import record_tokenizer
+from core.storage import ObjectNotFoundError, ObjectStore, StorageError, StorageUnavailableError, StoredObject
+from worker.messages import (
+    CheckpointSaved,
+    JobFailed,
+    JobSucceeded,
+    JobYielded,
+    RemoteFile,
+    RemoteResumePoint,
+    ResumePointSaved,
+    StoredFile,
+)
 
+ArtifactReport = CheckpointSaved | ResumePointSaved | JobSucceeded | JobYielded | JobFailed
+log = structlog.get_logger()
 _URL_LIFETIME = timedelta(minutes=15)
 
 
@@ -24,6 +52,18 @@ def grant_file(store: ObjectStore, file: File) -> RemoteFile:
 
 def artifact_prefix(lease: Lease, artifact: str) -> str:
     return f"{attempt_prefix(lease.tenant_id, lease.job_id, lease.token)}{artifact}/"
+
+
+def grant_resume_point(store: ObjectStore, point: ResumePoint) -> RemoteResumePoint:
+    files = {
+        file["name"]: RemoteFile(
+            url=store.presign_internal_get(point.object_prefix + file["name"], expires=_URL_LIFETIME),
+            sha256=file["sha256"],
+            size_bytes=file["size_bytes"],
+        )
+        for file in point.files
+    }
+    return RemoteResumePoint(step=point.step, files=files)
 
 
 def grant_uploads(store: ObjectStore, lease: Lease, *, artifact: str, names: tuple[str, ...]) -> dict[str, str]:
@@ -47,5 +87,86 @@ def verify_artifact(
     return StoredArtifact(object_prefix=prefix, files=tuple(file.model_dump() for file in files))
 
 
+@dataclass(frozen=True)
+class Proof:
+    """A report whose artifacts have been read back: they are what it says, or `error` says why not."""
+
+    lease: Lease
+    report: ArtifactReport
+    artifacts: tuple[StoredArtifact, ...] = ()
+    error: StorageError | None = None
+
+
+class ArtifactProver:
+    """Proves reports one after another; those that name no artifact keep their place in the order."""
+
+    def __init__(self, store: ObjectStore, *, patience_seconds: float) -> None:
+        self._store = store
+        self._patience_seconds = patience_seconds
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._proofs: queue.SimpleQueue[Proof] = queue.SimpleQueue()
+        threading.Thread(target=self._work_forever, daemon=True, name="proofs").start()
+
+    def submit(self, lease: Lease, report: ArtifactReport) -> None:
+        self._work.put(lambda: self._proofs.put(self._prove(lease, report)))
+
+    def delete_prefixes(self, prefixes: tuple[str, ...]) -> None:
+        """Delete what no row names any more; what fails is left to garbage collection."""
+        for prefix in prefixes:
+            self._work.put(lambda prefix=prefix: self._delete(prefix))  # type: ignore[misc]
+
+    def take(self) -> Proof | None:
+        """Return the next proof, if there is one."""
+        try:
+            return self._proofs.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _work_forever(self) -> None:
+        while True:
+            self._work.get()()
+
+    def _prove(self, lease: Lease, report: ArtifactReport) -> Proof:
+        try:
+            for attempt in stamina.retry_context(
+                on=StorageUnavailableError, attempts=None, timeout=self._patience_seconds, wait_max=5
+            ):
+                with attempt:
+                    artifacts = tuple(
+                        verify_artifact(self._store, lease, artifact=artifact, files=files)
+                        for artifact, files in _artifacts_of(report)
+                    )
+        except StorageError as error:
+            return Proof(lease, report, error=error)
+        return Proof(lease, report, artifacts)
+
+    def _delete(self, prefix: str) -> None:
+        with contextlib.suppress(StorageError):
+            self._store.delete_prefix(prefix)
+
+
+def _artifacts_of(report: ArtifactReport) -> tuple[tuple[str, tuple[StoredFile, ...]], ...]:
+    match report:
+        case CheckpointSaved() | ResumePointSaved():
+            return ((report.artifact, report.files),)
+        case JobSucceeded():
+            return (("adapter", report.adapter_files), ("result", (report.result_file,)))
+        case _:
+            return ()
+
+
 def result_filename(job: Job) -> str:
     return f"step_metrics_{job.id.hex[-8:]}.csv"
+
+
+def publish_tokenizer(engine: Engine, store: ObjectStore, base_model_id: str, path: Path) -> None:
+    """Store a base's tokenizer, so that the API can show rows as the base sees them. Training does not wait for it."""
+    content = path.read_bytes()
+    object_key = tokenizer_key(hashlib.sha256(content).hexdigest())
+    try:
+        if store.stat(object_key) != len(content):
+            store.put_bytes(object_key, content, content_type="application/json")
+        with service_transaction(engine) as session:
+            record_tokenizer(session, base_model_id, object_key=object_key)
+    except (*DATABASE_ERRORS, StorageError) as error:
+        log.warning("tokenizer.unpublished", base_model=base_model_id, error=type(error).__name__)

@@ -15,7 +15,7 @@ import threading
 import time
 
 from core.domain.training import Frozen
-from worker.messages import REPORTS, LoadBase, Report, encode_line
+from worker.messages import REPORTS, Alive, BaseLoaded, LoadBase, Report, encode_line
 
 _SECRET_WORDS = ("DATABASE", "REDIS", "S3_", "PASSWORD", "SECRET", "TOKEN", "KEY")
 _STOP_SECONDS = 5.0
@@ -44,7 +44,7 @@ class TrainerChild:
             start_new_session=True,  # a terminal's Ctrl-C is the supervisor's to answer
         )
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
-        self._last_report_at = time.monotonic()
+        self._alive_at = time.monotonic()
         threading.Thread(target=self._read_reports, daemon=True, name="reports").start()
         self.send(order)
 
@@ -58,8 +58,8 @@ class TrainerChild:
 
     @property
     def silent_seconds(self) -> float:
-        """How long the trainer has reported nothing at all."""
-        return time.monotonic() - self._last_report_at
+        """How long ago the training loop was last known to turn."""
+        return time.monotonic() - self._alive_at
 
     def send(self, order: Frozen) -> None:
         """Send an order. A trainer that is gone is noticed by `receive`, not here."""
@@ -79,7 +79,8 @@ class TrainerChild:
         if report is None:
             self._reports.put(None)
             raise TrainerGoneError(self._process.wait())
-        self._last_report_at = time.monotonic()
+        if isinstance(report, BaseLoaded | Alive):
+            self._alive_at = time.monotonic()
         return report
 
     def close(self) -> None:

@@ -5,22 +5,35 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
+from worker.messages import OUT_OF_MEMORY_EXIT_CODE
+
 
 @dataclass(frozen=True)
 class Failure:
-    """`code` is public; `message` is a sentence a tenant understands."""
+    """`code` is public; `message` is a sentence a tenant understands.
+
+    `is_final_alone`: a job that was alone in its trainer would meet this again, so another attempt is no use.
+    """
 
     code: str
     message: str
+    is_final_alone: bool = False
 
 
-STALLED = Failure("trainer_stalled", "The trainer made no progress for too long and was stopped.")
+STALLED = Failure("stalled", "The training made no progress for too long and was stopped.", is_final_alone=True)
 STORAGE = Failure("storage_unavailable", "What the trainer wrote could not be confirmed in the object store.")
 LEASE_LOST = Failure("lease_lost", "The worker lost touch with the database and stopped itself.")
+_OOM_HOST = Failure(
+    "oom_host",
+    "The worker's memory did not suffice for this job. Lower max_seq_len, the rank or the size of the dataset.",
+    is_final_alone=True,
+)
 
 
 def explain_exit(exit_code: int) -> Failure:
     """Say how a trainer process died; a negative exit code is a signal's number."""
+    if exit_code == OUT_OF_MEMORY_EXIT_CODE:
+        return _OOM_HOST
     if exit_code == -signal.SIGKILL:
         return Failure("trainer_killed", "The trainer process was killed, perhaps for want of memory.")
     if exit_code < 0:

@@ -1,54 +1,123 @@
 """The leases a supervisor holds: prolonged while its trainer lives, given up when the database cannot be reached.
 
-Deadlines are the database's clock. This process measures only how long ago its last good heartbeat was, by its
-monotonic clock, so as to stop itself before somebody else may start the same job.
+Two threads, so that nothing else can starve a lease: one prolongs, over a connection of its own; the other only looks
+at the clock, so that a database that hangs cannot keep it from stopping the trainer. Deadlines are the database's
+clock. This process measures only how long ago its last good heartbeat was sent, by its monotonic clock, and stops
+itself well before somebody else may start the same job.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import structlog
 from sqlalchemy import Engine
 
-from core.db.session import service_transaction
+from core.db.session import DATABASE_ERRORS, service_transaction
 from core.services.attempts import Lease, StaleLeaseError, heartbeat
 
+log = structlog.get_logger()
 _SELF_FENCE_FRACTION = 2 / 3
+_LOOKS_PER_LEASE = 50
+
+
+@dataclass(frozen=True)
+class LeaseNews:
+    """What a heartbeat found: the lease is lost, or else its job is to pause."""
+
+    lease: Lease
+    is_lost: bool
 
 
 class LeaseKeeper:
-    """Prolongs leases at intervals and says which were lost."""
+    """Prolongs leases at intervals. `engine` is its own; `is_live` says whether the leases are deserved.
 
-    def __init__(self, engine: Engine, *, lease_seconds: float, heartbeat_seconds: float) -> None:
+    When no heartbeat has succeeded for two thirds of a lease, `fence` is called, on a thread of the keeper's.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        lease_seconds: float,
+        heartbeat_seconds: float,
+        is_live: Callable[[], bool],
+        fence: Callable[[], None],
+    ) -> None:
         self._engine = engine
         self._lease_seconds = lease_seconds
         self._heartbeat_seconds = heartbeat_seconds
-        self._beat_at = time.monotonic()
-
-    def reset(self) -> None:
-        """Start the clock anew: a lease was just claimed while none was held."""
-        self._beat_at = time.monotonic()
+        self._is_live = is_live
+        self._fence = fence
+        self._lock = threading.Lock()
+        self._leases: dict[int, Lease] = {}
+        self._beat_at = 0.0
+        self._is_fenced = False
+        self._news: queue.SimpleQueue[LeaseNews] = queue.SimpleQueue()
+        threading.Thread(target=self._prolong_forever, daemon=True, name="heartbeats").start()
+        threading.Thread(target=self._watch_clock, daemon=True, name="self-fence").start()
 
     @property
-    def is_due(self) -> bool:
-        return time.monotonic() - self._beat_at >= self._heartbeat_seconds
+    def is_fenced(self) -> bool:
+        """True when the leases may soon be another worker's, until all of them are let go."""
+        return self._is_fenced
 
-    @property
-    def must_stop(self) -> bool:
-        """True when the leases may soon be another worker's."""
-        return time.monotonic() - self._beat_at > self._lease_seconds * _SELF_FENCE_FRACTION
+    def hold(self, lease: Lease, *, since: float) -> None:
+        """Prolong a lease from now on. `since` is the monotonic time just before it was claimed."""
+        with self._lock:
+            if not self._leases:
+                self._beat_at, self._is_fenced = since, False
+            self._leases[lease.token] = lease
 
-    def beat(self, leases: tuple[Lease, ...]) -> tuple[Lease, ...]:
-        """Prolong every lease and return those that are not held any more. Raises the database's errors."""
+    def let_go(self, lease: Lease) -> None:
+        with self._lock:
+            self._leases.pop(lease.token, None)
+
+    def take_news(self) -> tuple[LeaseNews, ...]:
+        """Return what the heartbeats have found since the last call."""
+        return tuple(self._news.get() for _ in range(self._news.qsize()))
+
+    def _prolong_forever(self) -> None:
+        while True:
+            time.sleep(self._heartbeat_seconds)
+            if not self._is_live():
+                continue
+            try:
+                self._prolong_all()
+            except DATABASE_ERRORS as error:
+                log.warning("heartbeat.failed", error=type(error).__name__)
+
+    def _prolong_all(self) -> None:
         started = time.monotonic()
-        lost = tuple(lease for lease in leases if not self._prolong(lease))
-        self._beat_at = started
-        return lost
+        with self._lock:
+            leases = tuple(self._leases.values())
+        for lease in leases:
+            self._prolong(lease)
+        with self._lock:
+            self._beat_at = max(self._beat_at, started)
 
-    def _prolong(self, lease: Lease) -> bool:
+    def _prolong(self, lease: Lease) -> None:
         try:
             with service_transaction(self._engine) as session:
-                heartbeat(session, lease, lease_seconds=self._lease_seconds)
+                must_pause = heartbeat(session, lease, lease_seconds=self._lease_seconds)
         except StaleLeaseError:
-            return False
-        return True
+            self._news.put(LeaseNews(lease, is_lost=True))
+            return
+        if must_pause:
+            self._news.put(LeaseNews(lease, is_lost=False))
+
+    def _watch_clock(self) -> None:
+        while True:
+            time.sleep(self._lease_seconds / _LOOKS_PER_LEASE)
+            with self._lock:
+                silent_seconds = time.monotonic() - self._beat_at
+                is_late = bool(self._leases) and silent_seconds > self._lease_seconds * _SELF_FENCE_FRACTION
+                must_fence = is_late and not self._is_fenced
+                self._is_fenced |= is_late
+            if must_fence:
+                log.error("worker.self_fenced", silent_seconds=round(silent_seconds, 2))
+                self._fence()

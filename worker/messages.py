@@ -12,6 +12,9 @@ from pydantic import Field, TypeAdapter
 
 from core.domain.training import Frozen, TrainingSpec
 
+# What the trainer exits with when the host has no memory left for it.
+OUT_OF_MEMORY_EXIT_CODE = 71
+
 
 class RemoteFile(Frozen):
     """A dataset to fetch: its presigned URL and what its bytes must hash to."""
@@ -29,6 +32,13 @@ class StoredFile(Frozen):
     sha256: str
 
 
+class RemoteResumePoint(Frozen):
+    """A stored slot state to go on from; its files by name."""
+
+    step: int
+    files: dict[str, RemoteFile]
+
+
 class JobFacts(Frozen):
     """What the manifest and the model card say of a job, beyond its spec."""
 
@@ -42,6 +52,8 @@ class JobFacts(Frozen):
 
 
 class LoadBase(Frozen):
+    """The base to hold, and how: slot states are due every `resume_steps` steps or `resume_seconds`."""
+
     kind: Literal["load_base"] = "load_base"
     base_model_id: str
     source_kind: Literal["path", "gguf", "hub"]
@@ -55,10 +67,16 @@ class LoadBase(Frozen):
     max_rank: int
     max_tokens_per_step: int
     cache_dir: str
+    resume_steps: int
+    resume_seconds: float
+    storage_patience_seconds: float
 
 
 class StartJob(Frozen):
-    """`share` weighs what the tenant, by its id, may use of a step, however many jobs it has here."""
+    """`share` weighs what the tenant, by its id, may use of a step, however many jobs it has here.
+
+    `resume_points` are there when an earlier attempt left some, the newest first.
+    """
 
     kind: Literal["start_job"] = "start_job"
     lease_token: int
@@ -68,10 +86,18 @@ class StartJob(Frozen):
     facts: JobFacts
     training_file: RemoteFile
     validation_file: RemoteFile | None
+    resume_points: tuple[RemoteResumePoint, ...] = ()
 
 
 class StopJob(Frozen):
     kind: Literal["stop_job"] = "stop_job"
+    lease_token: int
+
+
+class YieldJob(Frozen):
+    """Store the job's slot at this step boundary, free it, and say so with JobYielded."""
+
+    kind: Literal["yield_job"] = "yield_job"
     lease_token: int
 
 
@@ -85,6 +111,7 @@ class UrlsGranted(Frozen):
 class BaseLoaded(Frozen):
     kind: Literal["base_loaded"] = "base_loaded"
     seconds: float
+    tokenizer_path: str
 
 
 class BaseRefused(Frozen):
@@ -93,15 +120,32 @@ class BaseRefused(Frozen):
 
 
 class Alive(Frozen):
-    """The trainer has done something since it last said so: a step, a row, a part of a transfer."""
+    """The training loop has turned: sent once a second at most, and by nothing but the loop itself."""
 
     kind: Literal["alive"] = "alive"
+
+
+class JobStarted(Frozen):
+    """The job has a slot, and goes on behind this step; 0 is the start."""
+
+    kind: Literal["job_started"] = "job_started"
+    lease_token: int
+    step: int
 
 
 class JobWarned(Frozen):
     kind: Literal["job_warned"] = "job_warned"
     lease_token: int
     message: str
+
+
+class JobLogged(Frozen):
+    """A line for the job's own log, which its tenant may read: a name and numbers, never a row's words."""
+
+    kind: Literal["job_logged"] = "job_logged"
+    lease_token: int
+    name: str = Field(max_length=100)
+    details: dict[str, str | int | float | bool | None]
 
 
 class StepDone(Frozen):
@@ -125,7 +169,10 @@ class EvaluationDone(Frozen):
 
 
 class UrlsWanted(Frozen):
-    """Asks for one presigned PUT URL a file of an artifact: "adapter", "result" or "checkpoints/step-<n>"."""
+    """Asks for one presigned PUT URL a file of an artifact.
+
+    Artifacts are "adapter", "result", "checkpoints/step-<n>" and "resume/step-<n>".
+    """
 
     kind: Literal["urls_wanted"] = "urls_wanted"
     lease_token: int
@@ -140,6 +187,21 @@ class CheckpointSaved(Frozen):
     artifact: str
     files: tuple[StoredFile, ...]
     metrics: dict[str, float]
+
+
+class ResumePointSaved(Frozen):
+    kind: Literal["resume_point_saved"] = "resume_point_saved"
+    lease_token: int
+    step: int
+    artifact: str
+    files: tuple[StoredFile, ...]
+
+
+class JobYielded(Frozen):
+    """The job is out of its slot, and what could be stored of it is."""
+
+    kind: Literal["job_yielded"] = "job_yielded"
+    lease_token: int
 
 
 class UsageCounted(Frozen):
@@ -167,16 +229,20 @@ class JobFailed(Frozen):
     is_job_fault: bool
 
 
-Order = Annotated[LoadBase | StartJob | StopJob | UrlsGranted, Field(discriminator="kind")]
+Order = Annotated[LoadBase | StartJob | StopJob | YieldJob | UrlsGranted, Field(discriminator="kind")]
 Report = Annotated[
     BaseLoaded
     | BaseRefused
     | Alive
+    | JobStarted
     | JobWarned
+    | JobLogged
     | StepDone
     | EvaluationDone
     | UrlsWanted
     | CheckpointSaved
+    | ResumePointSaved
+    | JobYielded
     | UsageCounted
     | JobSucceeded
     | JobFailed,

@@ -1,34 +1,41 @@
 """The supervisor's loop: claim, hand to the trainer, record what it reports, end.
 
 One base model is held at a time, and kept hot between jobs; the worker switches pools only when its own has no work and
-another has. No transaction is open while the trainer, the object store or a clock is waited for.
+another has. No transaction is open while the trainer, the object store or a clock is waited for, and what could not be
+recorded because the database was away is recorded when it is back.
+
+Who pays for a trainer that dies: a job that was alone in it is charged the attempt, and fails at once where another
+attempt would meet the same end. When several were in it, nobody can say whose doing it was, so nobody is charged: all
+are queued again under suspicion, and a suspect is claimed by an idle worker only and trained alone. One that gets past
+the step at which its trainer died is acquitted; it is given back while other suspects wait for their turn, and trains
+beside others again. The killer dies alone, and is charged, every time, until it has no attempt left. A job that comes
+under suspicion again and again is not acquitted any more but stays alone, so that this ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from core.crashpoints import CrashPoint, reach
-from core.db.models import BaseModelRow, File, Job, Tenant
-from core.db.session import service_transaction
-from core.domain.ids import IdKind, format_id, new_id
-from core.domain.jobs import fine_tuned_model_name, pool_name
-from core.domain.training import TrainingSpec
+from core.db.models import BaseModelRow, Job
+from core.db.session import DATABASE_ERRORS, service_transaction
+from core.domain.ids import IdKind, format_id
+from core.domain.jobs import is_acquitted
 from core.services import attempts
-from core.services.attempts import Lease, StaleLeaseError, StepRecord
+from core.services.attempts import Lease, StaleLeaseError
 from core.services.base_models import list_base_models
-from core.services.files import NewFile
+from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
-from core.storage import ObjectStore, StorageError
-from worker.artifacts import grant_file, grant_uploads, result_filename, verify_artifact
+from core.storage import ObjectStore
+from worker.artifacts import ArtifactProver, Proof, grant_uploads, publish_tokenizer, result_filename
 from worker.children import TrainerChild, TrainerGoneError
 from worker.failures import LEASE_LOST, STALLED, STORAGE, Failure, explain_exit
 from worker.lease import LeaseKeeper
@@ -37,74 +44,145 @@ from worker.messages import (
     BaseRefused,
     CheckpointSaved,
     EvaluationDone,
-    JobFacts,
     JobFailed,
+    JobLogged,
+    JobStarted,
     JobSucceeded,
     JobWarned,
-    LoadBase,
+    JobYielded,
     Report,
+    ResumePointSaved,
     StartJob,
     StepDone,
     StopJob,
     UrlsGranted,
     UrlsWanted,
     UsageCounted,
+    YieldJob,
 )
+from worker.orders import lease_of, order_base, order_job, pools_of
+from worker.records import ProgressReport, record_progress, record_proof
 
 log = structlog.get_logger()
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.1
+_AWAY_SECONDS = 0.5  # between two tries to reach a database that is away
+_RELOAD_SECONDS = 5.0  # before a base whose trainer died while loading it is loaded again
+_MAX_REPORTS = 500  # of one turn of the loop
 
 
 @dataclass
 class HeldJob:
-    """A claimed job; `usage` is what the trainer last counted."""
+    """A claimed job; `usage` is what the trainer last counted, `is_delivered` when only the proof of its end lacks."""
 
     lease: Lease
     result_filename: str
+    suspect_step: int | None
+    num_suspicions: int
     usage: UsageCounted | None = None
+    is_yielding: bool = False
+    is_delivered: bool = False
+
+    def is_acquitted_by(self, report: ProgressReport) -> bool:
+        return (
+            isinstance(report, StepDone)
+            and self.suspect_step is not None
+            and is_acquitted(report.step, suspect_step=self.suspect_step, num_suspicions=self.num_suspicions)
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A trainer that is gone, and whether several jobs were in it."""
+
+    failure: Failure
+    is_shared: bool
 
 
 class Runner:
-    """Serves pools until there is no work. One at a time: Celery runs it with a concurrency of one."""
+    """Serves pools until there is no work. `heartbeat_engine` is the leases' own, so that nothing else starves them."""
 
-    def __init__(self, settings: WorkerSettings, *, engine: Engine, store: ObjectStore) -> None:
+    def __init__(
+        self, settings: WorkerSettings, *, engine: Engine, heartbeat_engine: Engine, store: ObjectStore
+    ) -> None:
         self._settings = settings
         self._engine = engine
         self._store = store
         self._keeper = LeaseKeeper(
-            engine, lease_seconds=settings.lease_seconds, heartbeat_seconds=settings.heartbeat_seconds
+            heartbeat_engine,
+            lease_seconds=settings.lease_seconds,
+            heartbeat_seconds=settings.heartbeat_seconds,
+            is_live=self._is_live,
+            fence=self._kill_trainer,
         )
+        self._prover = ArtifactProver(store, patience_seconds=settings.storage_patience_seconds)
         self._trainer: TrainerChild | None = None
+        self._loss: Loss | None = None
         self._pool: str | None = None
         self._slots = 0
+        self._is_loading = False
         self._held: dict[int, HeldJob] = {}
+        self._unrecorded: list[tuple[HeldJob, ProgressReport]] = []
+        self._unpublished: Proof | None = None
+        self._serving = threading.Lock()
         self._stop_requested = threading.Event()
 
     def request_stop(self) -> None:
-        """Ask `serve` to give its jobs back and return. Safe from a signal's thread."""
+        """Ask `serve` to give its jobs back and return. Safe from a signal's thread, and any number of times."""
         self._stop_requested.set()
+
+    def describe(self) -> WorkerFacts:
+        """Say what this worker holds now. Called from another thread than `serve`."""
+        trainer, num_held = self._trainer, len(self._held)
+        pool = self._pool if trainer is not None and trainer.is_alive else None
+        state: WorkerState = "serving" if num_held else "idle"
+        if self._stop_requested.is_set():
+            state = "stopping"
+        elif self._is_loading:
+            state = "loading"
+        return WorkerFacts(
+            name=self._settings.worker_name,
+            pools=self._settings.worker_pools,
+            state=state,
+            pool=pool,
+            slots=max(self._slots, num_held) if pool else 0,
+            slots_in_use=num_held if pool else 0,
+        )
 
     def serve(self) -> None:
         """Work until none of this worker's pools has a claimable job and none is held."""
-        while not self._stop_requested.is_set():
-            try:
-                if not self._held and not self._hold_pool_with_work():
-                    return
-                self._fill_slots()
-                self._take_reports()
-                self._keep_leases()
-            except TrainerGoneError as error:
-                self._lose_trainer(explain_exit(error.exit_code))
-            except OperationalError:
-                log.warning("database.unavailable", exc_info=True)
-                self._stop_requested.wait(_POLL_SECONDS)
-                self._fence_self()
-        self._give_back()
+        with self._serving:
+            while not self._stop_requested.is_set():
+                try:
+                    if not self._turn():
+                        return
+                except DATABASE_ERRORS as error:
+                    log.warning("database.unavailable", error=type(error).__name__)
+                    self._stop_requested.wait(_AWAY_SECONDS)
+            self._give_back()
 
     def close(self) -> None:
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None
+
+    def _turn(self) -> bool:
+        """Do what is due now. False when there is nothing left to do."""
+        self._settle_loss()
+        if not self._held and not self._hold_pool_with_work():
+            return False
+        self._fill_slots()
+        self._advance()
+        return True
+
+    def _advance(self) -> None:
+        try:
+            self._take_reports()
+        except TrainerGoneError as error:
+            self._lose_trainer(LEASE_LOST if self._keeper.is_fenced else explain_exit(error.exit_code))
+        self._record_progress()
+        self._publish_proofs()
+        self._heed_news()
+        self._stop_stalled()
 
     def _hold_pool_with_work(self) -> bool:
         with service_transaction(self._engine) as session:
@@ -112,7 +190,7 @@ class Runner:
             if not waiting:
                 return False
             pool = self._pool if self._pool in waiting else waiting[0]
-            base = next(base for base in list_base_models(session) if pool in _pools_of(base))
+            base = next(base for base in list_base_models(session) if pool in pools_of(base))
         if pool != self._pool or self._trainer is None or not self._trainer.is_alive:
             self._load_base(pool, base)
         return True
@@ -120,244 +198,270 @@ class Runner:
     def _load_base(self, pool: str, base: BaseModelRow) -> None:
         self.close()
         self._pool, self._slots = pool, base.slots
-        order = _load_order(base, pool, cache_dir=str(self._settings.cache_dir.resolve()))
+        order = order_base(base, pool, settings=self._settings)
         self._trainer = TrainerChild(order, threads=self._settings.trainer_threads)
         log.info("trainer.started", pool=pool, trainer_pid=self._trainer.pid)
-        match self._trainer.receive(timeout_seconds=self._settings.trainer_start_seconds):
-            case BaseLoaded() as loaded:
-                log.info("base_model.loaded", pool=pool, seconds=round(loaded.seconds, 2))
-            case BaseRefused() as refused:
-                log.error("base_model.refused", pool=pool, reason=refused.message)
-                self._fail_next_job(Failure("base_model_refused", refused.message))
-            case _:
-                self._trainer.kill()
-                raise TrainerGoneError(-9)
+        try:
+            report = self._await_base(self._trainer)
+        except TrainerGoneError as error:
+            log.error("trainer.lost", code=explain_exit(error.exit_code).code, num_jobs=0)  # noqa: TRY400 (its log tells)
+            self.close()
+            self._stop_requested.wait(_RELOAD_SECONDS)
+            return
+        if isinstance(report, BaseLoaded):
+            log.info("base_model.loaded", pool=pool, seconds=round(report.seconds, 2))
+            publish_tokenizer(self._engine, self._store, base.id, Path(report.tokenizer_path))
+            return
+        if isinstance(report, BaseRefused):
+            log.error("base_model.refused", pool=pool, reason=report.message)
+            self._fail_next_job(Failure("base_model_refused", report.message))
+        self._kill_trainer()
+        self.close()
+
+    def _await_base(self, trainer: TrainerChild) -> Report | None:
+        """Wait for the base; None when it takes too long or the worker is to stop. Raises TrainerGoneError."""
+        deadline = time.monotonic() + self._settings.trainer_start_seconds
+        report, self._is_loading = None, True
+        try:
+            while report is None and time.monotonic() < deadline and not self._stop_requested.is_set():
+                report = trainer.receive(timeout_seconds=_POLL_SECONDS)
+        finally:
+            self._is_loading = False
+        return report
 
     def _fail_next_job(self, failure: Failure) -> None:
         """Charge a job of the pool for a base that cannot be loaded, so that its tenant is told why."""
-        job = self._claim()
-        if job is not None:
-            self._end(_lease_of(job), failure)
-
-    def _claim(self) -> Job | None:
-        assert self._pool is not None
         with service_transaction(self._engine) as session:
-            return attempts.claim_job(
-                session,
-                self._pool,
-                worker_name=self._settings.worker_name,
-                lease_seconds=self._settings.lease_seconds,
-            )
+            job = self._claim(session)
+            if job is not None:
+                attempts.fail_attempt(
+                    session, lease_of(job), code=failure.code, message=failure.message, is_job_fault=False
+                )
 
     def _fill_slots(self) -> None:
-        while len(self._held) < self._slots and not self._stop_requested.is_set():
-            job = self._claim()
-            if job is None:
+        while self._has_room():
+            started = time.monotonic()
+            with service_transaction(self._engine) as session:
+                job = self._claim(session)
+                order = order_job(session, job, store=self._store) if job is not None else None
+            if job is None or order is None:
                 return
             reach(CrashPoint.POST_CLAIM)
-            if not self._held:
-                self._keeper.reset()
-            lease = _lease_of(job)
-            self._held[lease.token] = HeldJob(lease, result_filename(job))
-            self._send(self._start_order(job))
-            log.info("job.claimed", job_id=format_id(IdKind.JOB, job.id), lease_token=lease.token, pool=self._pool)
+            self._hold(job, order, since=started)
 
-    def _start_order(self, job: Job) -> StartJob:
-        with service_transaction(self._engine) as session:
-            tenant = session.get_one(Tenant, job.tenant_id)
-            training_file = session.get_one(File, job.training_file_id)
-            validation_file = session.get(File, job.validation_file_id) if job.validation_file_id else None
-        assert job.lease_token is not None
-        name = fine_tuned_model_name(job.base_model_id, tenant_slug=tenant.slug, suffix=job.suffix, job_id=job.id)
-        return StartJob(
-            lease_token=job.lease_token,
-            tenant_id=str(job.tenant_id),
-            share=tenant.weight,
-            spec=TrainingSpec.model_validate(job.spec),
-            facts=JobFacts(
-                job_id=format_id(IdKind.JOB, job.id),
-                tenant=tenant.slug,
-                model_name=name,
-                base_model_id=job.base_model_id,
-                base_revision="",
-                quantization=job.quantization,
-                created_at=int(job.created_at.timestamp()),
-            ),
-            training_file=grant_file(self._store, training_file),
-            validation_file=grant_file(self._store, validation_file) if validation_file else None,
+    def _has_room(self) -> bool:
+        is_trying = any(held.suspect_step is not None for held in self._held.values())
+        is_ready = self._trainer is not None and self._loss is None and not self._stop_requested.is_set()
+        return is_ready and not is_trying and len(self._held) < self._slots
+
+    def _claim(self, session: Session) -> Job | None:
+        assert self._pool is not None
+        return attempts.claim_job(
+            session,
+            self._pool,
+            worker_name=self._settings.worker_name,
+            lease_seconds=self._settings.lease_seconds,
+            is_idle=not self._held,
         )
 
+    def _hold(self, job: Job, order: StartJob, *, since: float) -> None:
+        lease = lease_of(job)
+        self._keeper.hold(lease, since=since)
+        self._held[lease.token] = HeldJob(lease, result_filename(job), job.suspect_step, job.num_suspicions)
+        self._send(order)
+        log.info("job.claimed", job_id=format_id(IdKind.JOB, job.id), lease_token=lease.token, pool=self._pool)
+
     def _take_reports(self) -> None:
-        assert self._trainer is not None
+        if self._trainer is None:
+            time.sleep(_POLL_SECONDS)
+            return
         report = self._trainer.receive(timeout_seconds=_POLL_SECONDS)
-        while report is not None:
+        for _ in range(_MAX_REPORTS):
+            if report is None:
+                return
             self._take(report)
             report = self._trainer.receive(timeout_seconds=0)
+        if report is not None:
+            self._take(report)
 
     def _take(self, report: Report) -> None:
         held = self._held.get(getattr(report, "lease_token", -1))
         if held is None:
             return
-        try:
-            self._record(held, report)
-        except StaleLeaseError:
-            self._drop(held)
-        except StorageError as error:
-            log.warning("artifact.unconfirmed", lease_token=held.lease.token, error=str(error))
-            self._end(held.lease, STORAGE)
-
-    def _record(self, held: HeldJob, report: Report) -> None:
         match report:
-            case StepDone():
-                with service_transaction(self._engine) as session:
-                    _record_step(session, held.lease, report)
-            case EvaluationDone(step=step, loss=loss, accuracy=accuracy):
-                with service_transaction(self._engine) as session:
-                    attempts.record_evaluation(session, held.lease, step=step, loss=loss, accuracy=accuracy)
-            case JobWarned(message=message):
-                with service_transaction(self._engine) as session:
-                    attempts.record_message(session, held.lease, message=message, level="warn")
+            case JobStarted() | StepDone() | EvaluationDone() | JobWarned() | JobLogged():
+                self._unrecorded.append((held, report))
             case UrlsWanted(artifact=artifact, names=names):
                 urls = grant_uploads(self._store, held.lease, artifact=artifact, names=names)
                 self._send(UrlsGranted(lease_token=held.lease.token, artifact=artifact, urls=urls))
-            case CheckpointSaved():
-                self._publish_checkpoint(held.lease, report)
             case UsageCounted():
                 held.usage = report
-            case JobSucceeded():
-                self._publish_adapter(held, report)
-            case JobFailed(code=code, message=message, is_job_fault=is_job_fault):
-                self._end(held.lease, Failure(code, message), is_job_fault=is_job_fault)
+            case CheckpointSaved() | ResumePointSaved():
+                self._prover.submit(held.lease, report)
+            case JobSucceeded() | JobFailed() | JobYielded():
+                held.is_delivered = True
+                self._prover.submit(held.lease, report)
 
-    def _publish_checkpoint(self, lease: Lease, report: CheckpointSaved) -> None:
-        artifact = verify_artifact(self._store, lease, artifact=report.artifact, files=report.files)
+    def _record_progress(self) -> None:
+        """Store what the jobs have done, all in one transaction: a step of many jobs costs one commit."""
+        if not self._unrecorded:
+            return
+        spent: list[str] = []
+        stale: set[int] = set()
+        acquitted: dict[int, bool] = {}
         with service_transaction(self._engine) as session:
-            attempts.record_checkpoint(session, lease, step=report.step, artifact=artifact, metrics=report.metrics)
+            for held, report in self._unrecorded:
+                token = held.lease.token
+                try:
+                    if token not in stale:
+                        spent += record_progress(session, held.lease, report)
+                        if token not in acquitted and held.is_acquitted_by(report):
+                            acquitted[token] = attempts.acquit_job(session, held.lease)
+                except StaleLeaseError:
+                    stale.add(token)
+        self._unrecorded.clear()
+        self._prover.delete_prefixes(tuple(spent))
+        for token in stale:
+            self._drop(self._held.get(token))
+        for token, must_make_room in acquitted.items():
+            self._acquit(self._held.get(token), must_make_room=must_make_room)
 
-    def _publish_adapter(self, held: HeldJob, report: JobSucceeded) -> None:
-        adapter = verify_artifact(self._store, held.lease, artifact="adapter", files=report.adapter_files)
-        result = verify_artifact(self._store, held.lease, artifact="result", files=(report.result_file,))
-        result_file = NewFile(
-            id=new_id(),
-            filename=held.result_filename,
-            purpose="fine-tune-results",
-            object_key=result.object_prefix + report.result_file.name,
-            size_bytes=report.result_file.size_bytes,
-            sha256=report.result_file.sha256,
-        )
-        reach(CrashPoint.PRE_FINISH)
-        with service_transaction(self._engine) as session:
-            attempts.succeed_attempt(
-                session,
-                held.lease,
-                adapter=adapter,
-                result_file=result_file,
-                trained_tokens=report.trained_tokens,
-            )
-        reach(CrashPoint.POST_FINISH)
-        log.info("job.succeeded", job_id=format_id(IdKind.JOB, held.lease.job_id), lease_token=held.lease.token)
-        self._drop(held)
+    def _acquit(self, held: HeldJob | None, *, must_make_room: bool) -> None:
+        if held is not None:
+            log.info("job.acquitted", lease_token=held.lease.token)
+            held.suspect_step = None
+            if must_make_room:
+                self._yield(held)
 
-    def _keep_leases(self) -> None:
-        assert self._trainer is not None
-        if self._held and self._trainer.silent_seconds > self._settings.stall_seconds:
-            self._trainer.kill()
-            self._lose_trainer(STALLED)
-        if self._held and self._keeper.is_due:
-            lost = self._keeper.beat(tuple(held.lease for held in self._held.values()))
-            for lease in lost:
-                self._drop(self._held[lease.token])
+    def _publish_proofs(self) -> None:
+        while (proof := self._unpublished or self._prover.take()) is not None:
+            self._unpublished = proof  # until the database has it
+            self._publish(proof)
+            self._unpublished = None
 
-    def _fence_self(self) -> None:
-        """Stop training before the leases run out: without the database nobody can say whose the jobs are."""
-        if self._held and self._keeper.must_stop:
-            log.error("worker.self_fenced", num_jobs=len(self._held))
-            assert self._trainer is not None
-            self._trainer.kill()
-            self._lose_trainer(LEASE_LOST)
-
-    def _lose_trainer(self, failure: Failure) -> None:
-        log.error("trainer.lost", code=failure.code, num_jobs=len(self._held))
-        self.close()
-        for held in tuple(self._held.values()):
-            with self._best_effort():
-                self._end(held.lease, failure)
-        self._held.clear()
-
-    def _end(self, lease: Lease, failure: Failure, *, is_job_fault: bool = False) -> None:
-        with service_transaction(self._engine) as session:
-            attempts.fail_attempt(session, lease, code=failure.code, message=failure.message, is_job_fault=is_job_fault)
-        if held := self._held.get(lease.token):
+    def _publish(self, proof: Proof) -> None:
+        held = self._held.get(proof.lease.token)
+        if held is None:
+            return
+        try:
+            if proof.error is not None:
+                self._report_unproven(held, proof)
+                return
+            if isinstance(proof.report, JobSucceeded):
+                reach(CrashPoint.PRE_FINISH)
+            with service_transaction(self._engine) as session:
+                spent = record_proof(session, proof, result_filename=held.result_filename)
+            if isinstance(proof.report, JobSucceeded):
+                reach(CrashPoint.POST_FINISH)
+            self._prover.delete_prefixes(spent)
+        except StaleLeaseError:
+            self._drop(held)
+            return
+        if isinstance(proof.report, JobSucceeded | JobFailed | JobYielded):
+            log.info("job.left", job_id=format_id(IdKind.JOB, held.lease.job_id), reason=proof.report.kind)
             self._drop(held)
 
-    def _drop(self, held: HeldJob) -> None:
+    def _report_unproven(self, held: HeldJob, proof: Proof) -> None:
+        log.warning("artifact.unconfirmed", lease_token=held.lease.token, error=str(proof.error))
+        with service_transaction(self._engine) as session:
+            if isinstance(proof.report, ResumePointSaved):
+                message = f"The resume point of step {proof.report.step} could not be confirmed."
+                attempts.record_message(session, held.lease, message=message, level="warn")
+                return
+            attempts.fail_attempt(session, held.lease, code=STORAGE.code, message=STORAGE.message, is_job_fault=False)
+        self._drop(held)
+
+    def _heed_news(self) -> None:
+        for news in self._keeper.take_news():
+            held = self._held.get(news.lease.token)
+            if news.is_lost:
+                self._drop(held)
+            elif held is not None:
+                self._yield(held)
+
+    def _yield(self, held: HeldJob) -> None:
+        if not held.is_yielding:
+            held.is_yielding = True
+            self._send(YieldJob(lease_token=held.lease.token))
+
+    def _stop_stalled(self) -> None:
+        if self._held and not self._is_live():
+            self._kill_trainer()
+            self._lose_trainer(STALLED)
+
+    def _is_live(self) -> bool:
+        """Say whether the training loop has turned lately, as far as this process has looked."""
+        trainer = self._trainer
+        return trainer is None or trainer.silent_seconds <= self._settings.stall_seconds
+
+    def _kill_trainer(self) -> None:
+        trainer = self._trainer
+        if trainer is not None:
+            trainer.kill()
+
+    def _lose_trainer(self, failure: Failure) -> None:
+        num_jobs = sum(not held.is_delivered for held in self._held.values())
+        log.error("trainer.lost", code=failure.code, num_jobs=num_jobs)
+        self.close()
+        self._loss = Loss(failure, is_shared=num_jobs > 1)
+
+    def _settle_loss(self) -> None:
+        """End the attempts that a lost trainer took with it; those whose result is stored already go on."""
+        if self._loss is None:
+            return
+        for held in tuple(self._held.values()):
+            if not held.is_delivered:
+                self._end_lost(held, self._loss)
+        self._loss = None
+
+    def _end_lost(self, held: HeldJob, loss: Loss) -> None:
+        code, message = loss.failure.code, loss.failure.message
+        with contextlib.suppress(StaleLeaseError), service_transaction(self._engine) as session:
+            if loss.failure is LEASE_LOST:
+                attempts.requeue_attempt(session, held.lease)
+            elif loss.is_shared:
+                attempts.suspect_attempt(session, held.lease, code=code, message=message)
+            else:
+                is_final = loss.failure.is_final_alone
+                attempts.fail_attempt(session, held.lease, code=code, message=message, is_job_fault=is_final)
+        self._drop(held)
+
+    def _drop(self, held: HeldJob | None) -> None:
         """Forget a job that has ended here, stop its training if it goes on, and book what it used."""
-        self._held.pop(held.lease.token, None)
+        if held is None or self._held.pop(held.lease.token, None) is None:
+            return
+        self._keeper.let_go(held.lease)
         self._send(StopJob(lease_token=held.lease.token))
-        with self._best_effort(), service_transaction(self._engine) as session:
-            attempts.record_usage(
-                session,
-                held.lease,
-                gpu_seconds=held.usage.gpu_seconds if held.usage else 0.0,
-                trained_tokens=held.usage.trained_tokens if held.usage else 0,
-            )
+        try:
+            with service_transaction(self._engine) as session:
+                attempts.record_usage(
+                    session,
+                    held.lease,
+                    gpu_seconds=held.usage.gpu_seconds if held.usage else 0.0,
+                    trained_tokens=held.usage.trained_tokens if held.usage else 0,
+                )
+        except DATABASE_ERRORS as error:
+            log.warning("usage.unrecorded", lease_token=held.lease.token, error=type(error).__name__)
 
     def _give_back(self) -> None:
+        """Store every slot at its step boundary and queue the jobs again, all within the grace."""
+        deadline = time.monotonic() + self._settings.grace_seconds
+        for held in self._held.values():
+            self._yield(held)
+        while self._held and time.monotonic() < deadline:
+            try:
+                self._settle_loss()
+                self._advance()
+            except DATABASE_ERRORS as error:
+                log.warning("database.unavailable", error=type(error).__name__)
+                time.sleep(_AWAY_SECONDS)
         for held in tuple(self._held.values()):
-            with self._best_effort(), service_transaction(self._engine) as session:
+            log.warning("job.left_without_state", lease_token=held.lease.token)
+            with contextlib.suppress(StaleLeaseError, *DATABASE_ERRORS), service_transaction(self._engine) as session:
                 attempts.requeue_attempt(session, held.lease)
             self._drop(held)
         self.close()
 
-    @contextmanager
-    def _best_effort(self) -> Iterator[None]:
-        """Go on when the database is away or the lease lost: expiry does what could not be done here."""
-        try:
-            yield
-        except (OperationalError, StaleLeaseError) as error:
-            log.warning("attempt.left_to_expire", error=type(error).__name__)
-
-    def _send(self, order: StartJob | StopJob | UrlsGranted) -> None:
+    def _send(self, order: StartJob | StopJob | YieldJob | UrlsGranted) -> None:
         if self._trainer is not None:
             self._trainer.send(order)
-
-
-def _lease_of(job: Job) -> Lease:
-    assert job.lease_token is not None
-    return Lease(job_id=job.id, tenant_id=job.tenant_id, token=job.lease_token)
-
-
-def _pools_of(base: BaseModelRow) -> tuple[str, ...]:
-    return tuple(pool_name(base.id, quantization) for quantization in (None, *base.quantizations))
-
-
-def _load_order(base: BaseModelRow, pool: str, *, cache_dir: str) -> LoadBase:
-    quantization = next(q for q in (None, *base.quantizations) if pool_name(base.id, q) == pool)
-    return LoadBase.model_validate(
-        {
-            "base_model_id": base.id,
-            "source_kind": base.source["kind"],
-            "location": base.source["location"],
-            "revision": base.source["revision"],
-            "dtype": base.dtype,
-            "quantization": quantization,
-            "target_modules": tuple(base.target_modules),
-            "chat_template": base.chat_template,
-            "slots": base.slots,
-            "max_rank": base.max_rank,
-            "max_tokens_per_step": base.max_tokens_per_step,
-            "cache_dir": cache_dir,
-        }
-    )
-
-
-def _record_step(session: Session, lease: Lease, report: StepDone) -> None:
-    record = StepRecord(
-        step=report.step,
-        train_loss=report.train_loss,
-        train_accuracy=report.train_accuracy,
-        learning_rate=report.learning_rate,
-        grad_norm=report.grad_norm,
-        num_tokens=report.num_tokens,
-    )
-    attempts.record_step(session, lease, record=record, total_steps=report.total_steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 from celery import Celery
-from celery.signals import worker_shutting_down
+from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
 
 from core.db.session import connect
 from core.queue import TASK_NAME
@@ -13,22 +13,35 @@ from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from core.telemetry import configure_logs
 from worker.app import create_celery
+from worker.presence import Presence
 from worker.runner import Runner
 
 
 def build_worker(settings: WorkerSettings) -> Celery:
     """Return the Celery application with its one task registered."""
     celery = create_celery(settings)
+    database_url = settings.database_url.get_secret_value()
+    engine = connect(database_url, pool_size=2)
     runner = Runner(
         settings,
-        engine=connect(settings.database_url.get_secret_value(), pool_size=2),
+        engine=engine,
+        heartbeat_engine=connect(database_url, pool_size=1),
         store=S3ObjectStore(settings.storage_config),
     )
+    presence = Presence(engine, interval_seconds=settings.heartbeat_seconds, describe=runner.describe)
     celery.task(name=TASK_NAME)(runner.serve)
+
+    @worker_ready.connect(weak=False)
+    def show_presence(**_details: object) -> None:
+        presence.start()
 
     @worker_shutting_down.connect(weak=False)
     def stop_serving(**_details: object) -> None:
         runner.request_stop()
+
+    @worker_shutdown.connect(weak=False)
+    def end_presence(**_details: object) -> None:
+        presence.close()
 
     return celery
 

@@ -36,7 +36,7 @@ def create_file(
     except DomainError:
         upload.drain()
         raise
-    with tenant_transaction(database, caller.tenant_id) as session:
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         row = file_service.create_file(session, caller.tenant_id, new=new)
         session.refresh(row)
     return FileObject.of(row)

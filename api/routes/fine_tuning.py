@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: submit, look, cancel."""
+"""/v1/fine_tuning/jobs: submit, look, cancel, pause, resume."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters, events, jobs, submissions
+from core.services.progress import estimate_jobs
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -25,7 +26,6 @@ def create_job(
     response: Response,
     database: Database,
     caller: Caller,
-    now: Now,
     body: CreateJob,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
@@ -45,7 +45,7 @@ def create_job(
         )
     if submission.is_replayed:
         response.headers["idempotent-replayed"] = "true"
-    return JobObject.of(submission.job, now=now)
+    return JobObject.of(submission.job)
 
 
 @router.get("", dependencies=[needs(Scope.READ)])
@@ -67,17 +67,29 @@ def list_jobs(
     }
     wanted = pairs or ({} if metadata else None)
     page = jobs.list_jobs(session, caller.tenant_id, after=cursor, limit=limit, metadata=wanted)
-    return as_list(page, lambda row: JobObject.of(row, now=now))
+    estimates = estimate_jobs(session, caller.tenant_id, jobs=page.items, now=now)
+    return as_list(page, lambda row: JobObject.of(row, estimate=estimates.get(row.id)))
 
 
 @router.get("/{job_id}", dependencies=[needs(Scope.READ)])
 def get_job(session: Transaction, caller: Caller, now: Now, job_id: str) -> JobObject:
-    return JobObject.of(jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)), now=now)
+    job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
+    return JobObject.of(job, estimate=estimate_jobs(session, caller.tenant_id, jobs=[job], now=now).get(job.id))
 
 
 @router.post("/{job_id}/cancel", dependencies=[needs(Scope.SUBMIT)])
-def cancel_job(session: Transaction, caller: Caller, now: Now, job_id: str) -> JobObject:
-    return JobObject.of(jobs.cancel_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)), now=now)
+def cancel_job(session: Transaction, caller: Caller, job_id: str) -> JobObject:
+    return JobObject.of(jobs.cancel_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)))
+
+
+@router.post("/{job_id}/pause", dependencies=[needs(Scope.SUBMIT)])
+def pause_job(session: Transaction, caller: Caller, job_id: str) -> JobObject:
+    return JobObject.of(jobs.pause_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)))
+
+
+@router.post("/{job_id}/resume", dependencies=[needs(Scope.SUBMIT)])
+def resume_job(session: Transaction, caller: Caller, job_id: str) -> JobObject:
+    return JobObject.of(jobs.resume_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)))
 
 
 @router.get("/{job_id}/events", dependencies=[needs(Scope.READ)])

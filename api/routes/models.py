@@ -17,7 +17,7 @@ _MAX_ADAPTERS = 10_000
 
 @router.get("", dependencies=[needs(Scope.READ)])
 def list_models(session: Transaction, caller: Caller) -> ListObject[ModelObject]:
-    bases = [ModelObject.of_base(row) for row in base_models.list_base_models(session)]
+    bases = [ModelObject.of_base(row) for row in base_models.list_allowed_base_models(session, caller.tenant_id)]
     own = adapters.list_adapters(session, caller.tenant_id, after=None, limit=_MAX_ADAPTERS)
     return ListObject(data=bases + [ModelObject.of_adapter(row) for row in own.items], has_more=own.has_more)
 
@@ -28,7 +28,7 @@ def get_model(session: Transaction, caller: Caller, model: str) -> ModelObject:
         return ModelObject.of_checkpoint(checkpoints.find_checkpoint(session, caller.tenant_id, name=model))
     if is_fine_tuned_model(model):
         return ModelObject.of_adapter(adapters.find_adapter(session, caller.tenant_id, name=model))
-    return ModelObject.of_base(base_models.get_base_model(session, model))
+    return ModelObject.of_base(base_models.get_base_model(session, caller.tenant_id, base_model_id=model))
 
 
 @router.delete("/{model:path}", dependencies=[needs(Scope.SUBMIT)])
@@ -39,6 +39,6 @@ def delete_model(session: Transaction, caller: Caller, model: str) -> DeletedObj
     elif is_fine_tuned_model(model):
         adapters.delete_adapter(session, caller.tenant_id, name=model)
     else:
-        base = base_models.get_base_model(session, model)
+        base = base_models.get_base_model(session, caller.tenant_id, base_model_id=model)
         raise PermissionDeniedError(f"{base.id} is a base model; only the operator can remove it.", param="model")
     return DeletedObject(id=model, object="model")

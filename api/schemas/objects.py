@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from core.db.models import Adapter, BaseModelRow, Checkpoint, Event, File, Job
 from core.domain.ids import IdKind, format_id
+from core.domain.progress import Estimate
 from core.domain.training import TrainingSpec
 from core.services.pages import Page
 
@@ -39,6 +40,7 @@ class FileObject(BaseModel):
     num_examples: int
     sha256: str
     problems: list[dict[str, Any]]
+    validation: dict[str, Any]
 
     @classmethod
     def of(cls, row: File) -> FileObject:
@@ -54,6 +56,7 @@ class FileObject(BaseModel):
             num_examples=row.num_examples,
             sha256=row.sha256,
             problems=row.problems,
+            validation=row.report,
         )
 
 
@@ -61,6 +64,13 @@ class DeletedObject(BaseModel):
     id: str
     object: str
     deleted: bool = True
+
+
+class IntervalObject(BaseModel):
+    """What the fastest and the slowest stretch of the job's last steps would give."""
+
+    earliest: int
+    latest: int
 
 
 class JobObject(BaseModel):
@@ -75,6 +85,8 @@ class JobObject(BaseModel):
     fine_tuned_model: str | None
     finished_at: int | None
     estimated_finish: int | None
+    estimated_finish_interval: IntervalObject | None
+    progress: float
     hyperparameters: dict[str, Any]
     method: dict[str, Any]
     result_files: list[str]
@@ -93,7 +105,7 @@ class JobObject(BaseModel):
     trained_steps: int
 
     @classmethod
-    def of(cls, row: Job, *, now: dt.datetime) -> JobObject:
+    def of(cls, row: Job, *, estimate: Estimate | None = None) -> JobObject:
         spec = TrainingSpec.model_validate(row.spec)
         shown = {
             "n_epochs": spec.n_epochs,
@@ -110,7 +122,9 @@ class JobObject(BaseModel):
             status=row.status,
             fine_tuned_model=row.fine_tuned_model,
             finished_at=_seconds(row.finished_at) if row.finished_at else None,
-            estimated_finish=_estimate_finish(row, now),
+            estimated_finish=_seconds(estimate.finish_at) if estimate else None,
+            estimated_finish_interval=_interval(estimate) if estimate else None,
+            progress=row.trained_steps / max(1, row.total_steps),
             hyperparameters=shown,
             method={"type": "supervised", "supervised": {"hyperparameters": shown}},
             result_files=[format_id(IdKind.FILE, row.result_file_id)] if row.result_file_id else [],
@@ -252,9 +266,6 @@ def _optional_id(kind: IdKind, value: uuid.UUID | None) -> str | None:
     return None if value is None else format_id(kind, value)
 
 
-def _estimate_finish(row: Job, now: dt.datetime) -> int | None:
-    """Extrapolate the steps so far; None until there is something to extrapolate."""
-    if row.status != "running" or not row.trained_steps or row.started_at is None:
-        return None
-    seconds_a_step = (now - row.started_at).total_seconds() / row.trained_steps
-    return _seconds(now) + round(seconds_a_step * (row.total_steps - row.trained_steps))
+def _interval(estimate: Estimate) -> IntervalObject:
+    earliest, latest = estimate.interval.earliest, estimate.interval.latest
+    return IntervalObject(earliest=_seconds(earliest), latest=_seconds(latest))

@@ -47,6 +47,11 @@ class Tenant(Row):
         CheckConstraint("slug ~ '^[a-z0-9][a-z0-9-]{0,31}$'", name="slug_form"),
         CheckConstraint("weight > 0", name="weight_positive"),
         CheckConstraint("max_running >= 0 and max_queued >= 0", name="quotas_not_negative"),
+        CheckConstraint(
+            "max_storage_bytes >= 0 and max_tokens_per_job >= 0 and max_gpu_seconds_per_month >= 0 "
+            "and requests_per_minute >= 1",
+            name="limits_not_negative",
+        ),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     slug: Mapped[str] = mapped_column(unique=True)
@@ -56,6 +61,12 @@ class Tenant(Row):
     usage_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     max_running: Mapped[int] = mapped_column(server_default="8")
     max_queued: Mapped[int] = mapped_column(server_default="1000")
+    # Where these are null there is no limit, and where the list is null every base is allowed.
+    max_storage_bytes: Mapped[int | None]
+    max_tokens_per_job: Mapped[int | None]
+    max_gpu_seconds_per_month: Mapped[float | None]
+    requests_per_minute: Mapped[int | None]
+    allowed_base_models: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
     disabled_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
 
@@ -79,6 +90,36 @@ class ApiKeyRow(Row):
     created_at: Mapped[CreatedAt]
 
 
+class OperatorKeyRow(Row):
+    __tablename__ = "operator_keys"
+    __table_args__ = (
+        CheckConstraint("length(secret_hash) = 32", name="secret_hash_length"),
+        CheckConstraint("length(name) between 1 and 64", name="name_length"),
+    )
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    key_id: Mapped[str] = mapped_column(unique=True)
+    secret_hash: Mapped[bytes]
+    name: Mapped[str]
+    last_used_at: Mapped[dt.datetime | None]
+    revoked_at: Mapped[dt.datetime | None]
+    created_at: Mapped[CreatedAt]
+
+
+class AuditEntry(Row):
+    """One change, written by a trigger in the change's own transaction; no runtime role may write here."""
+
+    __tablename__ = "audit_entries"
+    __table_args__ = (Index("ix_audit_entries_tenant_id_number", "tenant_id", "number"),)
+    number: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    tenant_id: Mapped[uuid.UUID | None]
+    actor: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str]
+    before: Mapped[Json]
+    after: Mapped[Json]
+    created_at: Mapped[CreatedAt]
+
+
 class BaseModelRow(Row):
     __tablename__ = "base_models"
     __table_args__ = (
@@ -95,8 +136,19 @@ class BaseModelRow(Row):
     slots: Mapped[int]
     max_tokens_per_step: Mapped[int]
     chat_template: Mapped[str | None]
+    # In the registry or not; `disabled_at` is the operator's own switch, which the registry does not move.
     is_enabled: Mapped[bool] = mapped_column(server_default=text("true"))
+    disabled_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
+
+
+class BaseTokenizerRow(Row):
+    """Where the tokenizer of a base is stored, by the worker that loaded it last."""
+
+    __tablename__ = "base_tokenizers"
+    base_model_id: Mapped[str] = mapped_column(ForeignKey("base_models.id"), primary_key=True)
+    object_key: Mapped[str]
+    published_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
 
 
 class File(Row):
@@ -126,6 +178,7 @@ class File(Row):
     status: Mapped[str]
     status_details: Mapped[str | None]
     problems: Mapped[list[Json]] = mapped_column(server_default=text("'[]'::jsonb"))
+    report: Mapped[Json] = mapped_column(server_default=text("'{}'::jsonb"))
     expires_at: Mapped[dt.datetime | None]
     deleted_at: Mapped[dt.datetime | None]
     purged_at: Mapped[dt.datetime | None]
@@ -188,6 +241,7 @@ class Job(Row):
         CheckConstraint("(status = 'succeeded') = (fine_tuned_model is not null)", name="model_when_succeeded"),
         CheckConstraint("(status = 'failed') = (error is not null)", name="error_when_failed"),
         CheckConstraint("attempt_count between 0 and max_attempts", name="attempts_bounded"),
+        CheckConstraint("pause_requested_at is null or status = 'running'", name="pause_requested_while_running"),
         CheckConstraint("length(suffix) between 1 and 64", name="suffix_length"),
         Index(
             "ix_jobs_claimable",
@@ -199,6 +253,12 @@ class Job(Row):
         ),
         Index("ix_jobs_unswept", "finished_at", postgresql_where=text("swept_at is null")),
         Index("ix_jobs_running", "tenant_id", "lease_until", postgresql_where=text("status = 'running'")),
+        Index(
+            "ix_jobs_suspect",
+            "pool",
+            "id",
+            postgresql_where=text("status = 'queued' and suspect_step is not null"),
+        ),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
@@ -220,6 +280,10 @@ class Job(Row):
     max_attempts: Mapped[int] = mapped_column(server_default=str(MAX_ATTEMPTS))
     lease_token: Mapped[int | None]
     lease_until: Mapped[dt.datetime | None]
+    pause_requested_at: Mapped[dt.datetime | None]
+    # The step it had reached when its trainer died with others in it; until it is acquitted it runs alone.
+    suspect_step: Mapped[int | None]
+    num_suspicions: Mapped[int] = mapped_column(server_default="0")
     trained_steps: Mapped[int] = mapped_column(server_default="0")
     trained_tokens: Mapped[int | None]
     fine_tuned_model: Mapped[str | None] = mapped_column(unique=True)
@@ -229,20 +293,6 @@ class Job(Row):
     finished_at: Mapped[dt.datetime | None]
     swept_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
-
-
-class Queue(Row):
-    """What a tenant has queued in a pool, and its place in the order of fair share. Triggers keep both."""
-
-    __tablename__ = "queues"
-    __table_args__ = (
-        CheckConstraint("num_queued >= 0", name="num_queued_not_negative"),
-        Index("ix_queues_waiting", "pool", "rank", "tenant_id", postgresql_where=text("num_queued > 0")),
-    )
-    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
-    pool: Mapped[str] = mapped_column(primary_key=True)
-    num_queued: Mapped[int]
-    rank: Mapped[float]
 
 
 class IdempotencyKey(Row):
@@ -259,6 +309,20 @@ class IdempotencyKey(Row):
     created_at: Mapped[dt.datetime] = mapped_column(server_default=func.now(), index=True)
 
 
+class Queue(Row):
+    """What a tenant has queued in a pool, and its place in the order of fair share. Triggers keep both."""
+
+    __tablename__ = "queues"
+    __table_args__ = (
+        CheckConstraint("num_queued >= 0", name="num_queued_not_negative"),
+        Index("ix_queues_waiting", "pool", "rank", "tenant_id", postgresql_where=text("num_queued > 0")),
+    )
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    num_queued: Mapped[int]
+    rank: Mapped[float]
+
+
 class Attempt(Row):
     __tablename__ = "attempts"
     __table_args__ = (
@@ -268,6 +332,7 @@ class Attempt(Row):
         CheckConstraint("(outcome is null) = (ended_at is null)", name="outcome_when_ended"),
         Index("ix_attempts_job_id", "job_id"),
         Index("ix_attempts_ended_at", "ended_at"),
+        Index("ix_attempts_succeeded", "ended_at", postgresql_where=text("outcome = 'succeeded'")),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]
@@ -299,6 +364,48 @@ class Event(Row):
     message: Mapped[str]
     details: Mapped[Json | None]
     created_at: Mapped[CreatedAt]
+
+
+class LogLine(Row):
+    """A line that a worker wrote about one job: a name and numbers, never a row's words."""
+
+    __tablename__ = "log_lines"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
+        CheckConstraint("level in ('info', 'warn', 'error')", name="level_known"),
+        CheckConstraint("length(name) between 1 and 100", name="name_length"),
+        CheckConstraint("octet_length(details::text) <= 4096", name="details_size"),
+        Index("ix_log_lines_job_id_number", "job_id", "number"),
+    )
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(Identity(always=True), unique=True)
+    tenant_id: Mapped[uuid.UUID]
+    job_id: Mapped[uuid.UUID]
+    attempt_number: Mapped[int]
+    level: Mapped[str]
+    name: Mapped[str]
+    details: Mapped[Json]
+    created_at: Mapped[CreatedAt]
+
+
+class Worker(Row):
+    """A supervisor, as it said of itself at its last heartbeat. It counts as alive until `alive_until`."""
+
+    __tablename__ = "workers"
+    __table_args__ = (
+        CheckConstraint("state in ('idle', 'loading', 'serving', 'stopping')", name="state_known"),
+        CheckConstraint("slots_in_use between 0 and slots", name="slots_bounded"),
+        CheckConstraint("pool is not null or slots = 0", name="slots_of_a_pool"),
+    )
+    name: Mapped[str] = mapped_column(primary_key=True)
+    pools: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    state: Mapped[str]
+    pool: Mapped[str | None]
+    slots: Mapped[int] = mapped_column(server_default="0")
+    slots_in_use: Mapped[int] = mapped_column(server_default="0")
+    started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+    heartbeat_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+    alive_until: Mapped[dt.datetime]
 
 
 class Metric(Row):
@@ -355,6 +462,25 @@ class CheckpointPermission(Row):
     tenant_id: Mapped[uuid.UUID]
     checkpoint_id: Mapped[uuid.UUID]
     project_id: Mapped[str] = mapped_column(index=True)
+    created_at: Mapped[CreatedAt]
+
+
+class ResumePoint(Row):
+    """A slot's stored state, from which the job's next attempt goes on."""
+
+    __tablename__ = "resume_points"
+    __table_args__ = (
+        UniqueConstraint("job_id", "lease_token", "step"),
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
+        CheckConstraint("step > 0", name="step_positive"),
+    )
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    job_id: Mapped[uuid.UUID]
+    lease_token: Mapped[int]
+    step: Mapped[int]
+    object_prefix: Mapped[str]
+    files: Mapped[list[Json]]
     created_at: Mapped[CreatedAt]
 
 

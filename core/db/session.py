@@ -1,7 +1,8 @@
 """Transactions: the only place that commits, and the place that tells PostgreSQL whose transaction it is.
 
-Row-level security reads the settings `app.tenant_id` and `app.key_id`. They are set locally at the begin of every
-transaction and vanish with it, so a pooled connection never carries one tenant's identity to the next borrower.
+Row-level security reads the settings `app.tenant_id` and `app.key_id`, the audit log reads `app.actor`. They are set
+locally at the begin of every transaction and vanish with it, so a pooled connection never carries one tenant's identity
+to the next borrower.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
+# What is raised when the database is away, comes back, or has ended the connection; the transaction may be tried again.
+DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
 # A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
 _IDLE_TRANSACTION_MILLISECONDS = 5000
 
@@ -36,9 +41,16 @@ def connect(database_url: str, *, pool_size: int = 5) -> Engine:
 
 
 @contextmanager
-def tenant_transaction(engine: Engine, tenant_id: uuid.UUID) -> Iterator[Session]:
-    """Open a transaction that sees and writes this tenant's rows only."""
-    with _transaction(engine, {"app.tenant_id": str(tenant_id)}) as session:
+def tenant_transaction(engine: Engine, tenant_id: uuid.UUID, *, actor: str = "") -> Iterator[Session]:
+    """Open a transaction that sees and writes this tenant's rows only. `actor` is who the audit log will name."""
+    with _transaction(engine, {"app.tenant_id": str(tenant_id), "app.actor": actor}) as session:
+        yield session
+
+
+@contextmanager
+def operator_transaction(engine: Engine, *, actor: str) -> Iterator[Session]:
+    """Open a transaction in the operator's role, which sees every tenant's settings and nobody's files or jobs."""
+    with _transaction(engine, {"role": "espalier_operator", "app.actor": actor}) as session:
         yield session
 
 

@@ -1,4 +1,4 @@
-"""API keys: `esp_live_<key_id>_<30 random base62><6 base62 of CRC-32>`.
+"""API keys: `esp_live_<key_id>_<30 random base62><6 base62 of CRC-32>`, and `esp_oper_...` for operators.
 
 The checksum lets a mistyped or truncated key be refused without a look at the database, and a leaked one be recognised
 by secret scanners. Only the SHA-256 of the secret is stored: 178 random bits need no slow hash.
@@ -16,6 +16,7 @@ from enum import StrEnum
 from core.domain.errors import NotFoundError, UnauthenticatedError
 
 PREFIX = "esp_live"
+OPERATOR_PREFIX = "esp_oper"
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 KEY_ID_LENGTH = 12
 SECRET_LENGTH = 30
@@ -47,9 +48,10 @@ class ApiKey:
 
     key_id: str
     secret: str = field(repr=False)
+    prefix: str = PREFIX
 
     def __str__(self) -> str:
-        body = f"{PREFIX}_{self.key_id}_{self.secret}"
+        body = f"{self.prefix}_{self.key_id}_{self.secret}"
         return body + _checksum(body)
 
     @property
@@ -57,19 +59,19 @@ class ApiKey:
         return hashlib.sha256(self.secret.encode()).digest()
 
 
-def generate_api_key() -> ApiKey:
-    return ApiKey(key_id=_random_text(KEY_ID_LENGTH), secret=_random_text(SECRET_LENGTH))
+def generate_api_key(prefix: str = PREFIX) -> ApiKey:
+    return ApiKey(key_id=_random_text(KEY_ID_LENGTH), secret=_random_text(SECRET_LENGTH), prefix=prefix)
 
 
-def parse_api_key(text: str) -> ApiKey:
+def parse_api_key(text: str, *, prefix: str = PREFIX) -> ApiKey:
     """Return the parts of a key. Raises UnauthenticatedError when its form or its checksum is wrong."""
     body, checksum = text[:-CHECKSUM_LENGTH], text[-CHECKSUM_LENGTH:]
-    before, prefix, rest = body.partition(f"{PREFIX}_")
+    before, found, rest = body.partition(f"{prefix}_")
     key_id, _, secret = rest.partition("_")
-    is_ours = prefix and not before and len(key_id) == KEY_ID_LENGTH and len(secret) == SECRET_LENGTH
+    is_ours = found and not before and len(key_id) == KEY_ID_LENGTH and len(secret) == SECRET_LENGTH
     if not is_ours or not set(key_id + secret) <= set(ALPHABET) or _checksum(body) != checksum:
         raise UnauthenticatedError("This is not an API key of this service: its form or checksum is wrong.")
-    return ApiKey(key_id=key_id, secret=secret)
+    return ApiKey(key_id=key_id, secret=secret, prefix=prefix)
 
 
 def format_key_id(key_id: str) -> str:

@@ -19,6 +19,7 @@ class IdKind(StrEnum):
     FILE = "file-"
     JOB = "ftjob-"
     EVENT = "ftevent-"
+    LOG_LINE = "ftlog-"
     CHECKPOINT = "ftckpt_"
     ADAPTER = "adapter-"
     TENANT = "org-"

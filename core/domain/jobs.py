@@ -21,6 +21,7 @@ class AttemptOutcome(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     PREEMPTED = "preempted"
+    PAUSED = "paused"
     LOST = "lost"
 
 
@@ -31,10 +32,17 @@ MAX_ATTEMPTS = 3
 MAX_SUFFIX_LENGTH = 64
 # Seconds before the second and the third attempt: long enough for a passing fault to pass.
 RETRY_DELAYS_SECONDS = (5.0, 30.0)
+# So often may a job have been in a trainer that died with others; from then on it is alone to its end.
+MAX_SUSPICIONS = 3
 
 
 def retry_delay_seconds(attempts_made: int) -> float:
     return RETRY_DELAYS_SECONDS[min(attempts_made, len(RETRY_DELAYS_SECONDS)) - 1]
+
+
+def is_acquitted(step: int, *, suspect_step: int, num_suspicions: int) -> bool:
+    """Say whether a job that is tried alone has outlived what may have killed its trainer."""
+    return step > suspect_step and num_suspicions < MAX_SUSPICIONS
 
 
 def pool_name(base_model_id: str, quantization: str | None) -> str:

@@ -39,3 +39,8 @@ def upload_prefix(tenant_id: uuid.UUID, upload_id: uuid.UUID) -> str:
 def attempt_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID, lease_token: int) -> str:
     """Return where one attempt may write, and nobody else: S3 has no fences, so every fence has its own prefix."""
     return f"{job_prefix(tenant_id, job_id)}{lease_token}/"
+
+
+def tokenizer_key(sha256: str) -> str:
+    """Return where a base model's tokenizer is kept: the operator's, no tenant's."""
+    return f"bases/tokenizers/{sha256}.json"

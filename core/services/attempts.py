@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import delete, func, select, text, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
 from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Queue, Tenant, Usage
@@ -32,7 +32,8 @@ from core.services.jobs import announce_work
 
 # The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` has the
 # tenants that have queued jobs in that order, so that mostly its first row is the answer, however many tenants and jobs
-# there are. The tenant's row is locked so that two workers never both pass its quota.
+# there are. The tenant's row is locked so that two workers never both pass its quota; whoever submits jobs
+# of the tenant meanwhile is not in the way.
 _PICK = text("""
 select t.id as tenant_id, t.max_running, c.id as job_id
 from queues q
@@ -40,13 +41,27 @@ join tenants t on t.id = q.tenant_id
 cross join lateral (
     select j.id from jobs j
     where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
+      and j.suspect_step is null
     order by j.priority desc, j.id limit 1
 ) c
 where q.pool = :pool and q.num_queued > 0 and t.disabled_at is null
   and (select count(*) from jobs r where r.tenant_id = q.tenant_id and r.status = 'running') < t.max_running
 order by q.rank, q.tenant_id
 limit 1
-for update of t skip locked
+for no key update of t skip locked
+""")
+
+
+# A job that may have killed its trainer runs alone: only an idle worker takes it, and before any other job.
+_PICK_SUSPECT = text("""
+select t.id as tenant_id, t.max_running, j.id as job_id
+from jobs j join tenants t on t.id = j.tenant_id
+where j.pool = :pool and j.status = 'queued' and j.suspect_step is not null and j.run_after <= now()
+  and t.disabled_at is null
+  and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
+order by j.id
+limit 1
+for no key update of t skip locked
 """)
 
 
@@ -89,9 +104,16 @@ class StoredArtifact:
         return sum(int(file["size_bytes"]) for file in self.files)
 
 
-def claim_job(session: Session, pool: str, *, worker_name: str, lease_seconds: float) -> Job | None:
-    """Claim the fairest job of a pool, or None. The job's `lease_token` is the fence of everything that follows."""
-    picked = session.execute(_PICK, {"pool": pool}).one_or_none()
+def claim_job(
+    session: Session, pool: str, *, worker_name: str, lease_seconds: float, is_idle: bool = False
+) -> Job | None:
+    """Claim the fairest job of a pool, or None. The job's `lease_token` is the fence of everything that follows.
+
+    A worker that `is_idle`, holding no job, takes one that must be tried alone first.
+    """
+    picked = session.execute(_PICK_SUSPECT, {"pool": pool}).one_or_none() if is_idle else None
+    if picked is None:
+        picked = session.execute(_PICK, {"pool": pool}).one_or_none()
     if picked is None:
         return None
     # A second statement sees what committed before the tenant's row was locked, so the quota is counted exactly.
@@ -111,7 +133,6 @@ def claim_job(session: Session, pool: str, *, worker_name: str, lease_seconds: f
             lease_token=LEASE_TOKENS.next_value(),
             lease_until=func.now() + timedelta(seconds=lease_seconds),
             started_at=func.coalesce(Job.started_at, func.now()),
-            trained_steps=0,
         )
         .returning(Job)
         .execution_options(synchronize_session=False)
@@ -121,21 +142,24 @@ def claim_job(session: Session, pool: str, *, worker_name: str, lease_seconds: f
     return job
 
 
-def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> None:
-    """Prolong a lease by the database's clock."""
-    held = session.scalar(
+def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
+    """Prolong a lease by the database's clock, and return whether its job is to pause."""
+    held = session.execute(
         update(Job)
         .where(*_held(lease))
         .values(lease_until=func.now() + timedelta(seconds=lease_seconds))
-        .returning(Job.id)
-    )
+        .returning(Job.pause_requested_at)
+    ).one_or_none()
     if held is None:
         raise StaleLeaseError("The lease is not held any more.")
+    return held.pause_requested_at is not None
 
 
 def record_step(session: Session, lease: Lease, *, record: StepRecord, total_steps: int) -> None:
-    """Store one step's metrics and show them as an event."""
-    job = _lock_held(session, lease)
+    """Store one step's metrics and show them as an event. A step that is stored already stays as it is."""
+    job = lock_held(session, lease)
+    if record.step <= job.trained_steps:
+        return
     job.trained_steps = record.step
     numbers = record.__dict__
     session.add(Metric(job_id=job.id, tenant_id=job.tenant_id, lease_token=lease.token, **numbers))
@@ -156,7 +180,7 @@ def record_step(session: Session, lease: Lease, *, record: StepRecord, total_ste
 
 def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float, accuracy: float) -> None:
     """Store the validation result that belongs to a step."""
-    job = _lock_held(session, lease)
+    job = lock_held(session, lease)
     session.execute(
         update(Metric)
         .where(Metric.job_id == job.id, Metric.step == step)
@@ -167,14 +191,17 @@ def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float,
 
 
 def record_message(session: Session, lease: Lease, *, message: str, level: str) -> None:
-    record_event(session, _lock_held(session, lease), message=message, level="warn" if level == "warn" else "info")
+    record_event(session, lock_held(session, lease), message=message, level="warn" if level == "warn" else "info")
 
 
 def record_checkpoint(
     session: Session, lease: Lease, *, step: int, artifact: StoredArtifact, metrics: dict[str, Any]
 ) -> None:
-    """Publish a checkpoint whose objects are stored and verified."""
-    job = _lock_held(session, lease)
+    """Publish a checkpoint, once, whose objects are stored and verified."""
+    job = lock_held(session, lease)
+    is_same = (Checkpoint.job_id == job.id, Checkpoint.lease_token == lease.token, Checkpoint.step == step)
+    if session.scalar(select(Checkpoint.id).where(*is_same)):
+        return
     session.add(
         Checkpoint(
             id=new_id(),
@@ -195,7 +222,7 @@ def succeed_attempt(
     session: Session, lease: Lease, *, adapter: StoredArtifact, result_file: NewFile, trained_tokens: int
 ) -> None:
     """Publish the adapter and end the job: the one guarded UPDATE that makes the result real."""
-    job = _lock_held(session, lease)
+    job = lock_held(session, lease)
     name = _model_name(session, job)
     result = create_file(session, job.tenant_id, new=result_file)
     session.add(
@@ -226,19 +253,53 @@ def succeed_attempt(
 
 def fail_attempt(session: Session, lease: Lease, *, code: str, message: str, is_job_fault: bool) -> None:
     """End an attempt that failed. The job's own fault is final; ours is another attempt, until there are too many."""
-    job = _lock_held(session, lease)
+    job = lock_held(session, lease)
     error = {"code": code, "message": message, "param": None}
     _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, error=error)
     _retry_or_fail(session, job, lease, error=error, is_final=is_job_fault)
 
 
 def requeue_attempt(session: Session, lease: Lease) -> None:
-    """Give a job back because its worker must stop; the attempt does not count."""
-    job = _lock_held(session, lease)
+    """Give a job back before its end: paused if that was asked, else queued again. The attempt does not count."""
+    job = lock_held(session, lease)
+    uncharged = {"attempt_count": Job.attempt_count - 1, "run_after": func.now()}
+    if job.pause_requested_at is not None:
+        _end_attempt(session, lease, outcome=AttemptOutcome.PAUSED)
+        _leave_running(session, lease, status=JobStatus.PAUSED, **uncharged)
+        record_event(session, job, message="The job is paused.")
+        return
     _end_attempt(session, lease, outcome=AttemptOutcome.PREEMPTED)
-    _leave_running(session, lease, status=JobStatus.QUEUED, attempt_count=Job.attempt_count - 1, run_after=func.now())
-    record_event(session, job, message="The worker is stopping; the job is queued again.")
+    _leave_running(session, lease, status=JobStatus.QUEUED, **uncharged)
+    record_event(session, job, message="The worker gives the job back; it is queued again.")
     announce_work(session, job.pool)
+
+
+def suspect_attempt(session: Session, lease: Lease, *, code: str, message: str) -> None:
+    """End an attempt whose trainer died with several jobs in it: not charged, and tried alone next."""
+    job = lock_held(session, lease)
+    _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, error={"code": code, "message": message, "param": None})
+    _leave_running(
+        session,
+        lease,
+        status=JobStatus.QUEUED if job.pause_requested_at is None else JobStatus.PAUSED,
+        attempt_count=Job.attempt_count - 1,
+        run_after=func.now(),
+        suspect_step=Job.trained_steps,
+        num_suspicions=Job.num_suspicions + 1,
+    )
+    told = f"{message} Several jobs were in it; this attempt does not count, and the job is tried alone next."
+    record_event(session, job, level="warn", message=told)
+    announce_work(session, job.pool)
+
+
+def acquit_job(session: Session, lease: Lease) -> bool:
+    """Let a job train beside others again, and return whether another of its pool waits to be tried alone."""
+    job = lock_held(session, lease)
+    job.suspect_step = None
+    waiting = select(Job.id).where(
+        Job.pool == job.pool, Job.status == JobStatus.QUEUED, Job.suspect_step.is_not(None), Job.run_after <= func.now()
+    )
+    return session.scalar(waiting.limit(1)) is not None
 
 
 def expire_leases(session: Session, *, limit: int = 100) -> int:
@@ -284,10 +345,15 @@ def claimable_pools(session: Session) -> Sequence[str]:
     return session.scalars(rows.order_by(waiting.c.pool)).all()
 
 
+def lock_held(session: Session, lease: Lease) -> Job:
+    """Return the lease's job, locked until the transaction ends. Raises StaleLeaseError."""
+    job = session.scalar(select(Job).where(*_held(lease)).with_for_update())
+    if job is None:
+        raise StaleLeaseError("The lease is not held any more.")
+    return job
+
+
 def _begin_attempt(session: Session, job: Job, worker_name: str) -> None:
-    # A new attempt starts from the first step, so what an earlier one showed of its steps goes.
-    session.execute(delete(Metric).where(Metric.job_id == job.id))
-    session.execute(delete(Checkpoint).where(Checkpoint.job_id == job.id))
     session.add(
         Attempt(
             id=new_id(),
@@ -307,18 +373,11 @@ def _held(lease: Lease) -> tuple[Any, ...]:
     return (Job.id == lease.job_id, Job.lease_token == lease.token, Job.status == JobStatus.RUNNING)
 
 
-def _lock_held(session: Session, lease: Lease) -> Job:
-    job = session.scalar(select(Job).where(*_held(lease)).with_for_update())
-    if job is None:
-        raise StaleLeaseError("The lease is not held any more.")
-    return job
-
-
 def _leave_running(session: Session, lease: Lease, **values: Any) -> None:
     left = session.scalar(
         update(Job)
         .where(*_held(lease))
-        .values(lease_token=None, lease_until=None, **values)
+        .values(lease_token=None, lease_until=None, pause_requested_at=None, **values)
         .returning(Job.id)
         .execution_options(synchronize_session=False)
     )
@@ -342,6 +401,10 @@ def _retry_or_fail(session: Session, job: Job, lease: Lease, *, error: dict[str,
         record_event(session, job, level="error", message=f"The job has failed: {error['message']}")
         return
     delay = timedelta(seconds=retry_delay_seconds(job.attempt_count))
+    if job.pause_requested_at is not None:
+        _leave_running(session, lease, status=JobStatus.PAUSED, run_after=func.now() + delay)
+        record_event(session, job, level="warn", message=f"{error['message']} The job is paused.")
+        return
     _leave_running(session, lease, status=JobStatus.QUEUED, run_after=func.now() + delay)
     record_event(session, job, level="warn", message=f"{error['message']} It is queued again.")
     announce_work(session, job.pool)

@@ -1,200 +1,25 @@
-"""The contract I1-I10 as questions to a live system: each counts what it looked at and names what breaks the promise.
-
-Nothing is changed or locked. One statement sees one moment, so that work in progress is no finding. What rows cannot
-know, they are asked for as far as they go: docs/contract.md says which tests prove the rest.
-"""
+"""The audit log, as it is read. It is written by triggers, in the transactions of the changes themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import uuid
+from collections.abc import Sequence
 
-from sqlalchemy import select, text
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from core.db.models import Adapter, Checkpoint, File
-from core.storage import ObjectNotFoundError, ObjectStore, StoredObject
-
-_MAX_SHOWN = 5
+from core.db.models import AuditEntry
+from core.services.pages import Page
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one promise's check has seen. `broken` names rows or objects, a few of them."""
-
-    promise: str
-    says: str
-    num_checked: int
-    num_broken: int
-    broken: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Check:
-    """`seen` counts what is looked at; `broken` selects one text a broken promise."""
-
-    promise: str
-    says: str
-    seen: str
-    broken: str
-
-
-_CHECKS = (
-    _Check(
-        "I1",
-        "No accepted job is forgotten: it is counted in its queue, under a lease that is watched, paused, or over.",
-        "select count(*) from jobs",
-        """select q.pool || ' of tenant ' || q.tenant_id || ' counts ' || q.num_queued || ', not ' || coalesce(j.num, 0)
-           from queues q full join (
-               select pool, tenant_id, count(*) as num from jobs where status = 'queued' group by pool, tenant_id
-           ) j using (pool, tenant_id) where coalesce(q.num_queued, 0) <> coalesce(j.num, 0)
-           union all select 'job ' || id || ' has an expired lease that nobody ends' from jobs
-           where status = 'running' and lease_until < now() - interval '2 minutes'""",
-    ),
-    _Check(
-        "I2",
-        "Exactly one committed outcome a job: a success has one adapter and one successful attempt, others have none.",
-        "select count(*) from jobs where finished_at is not null",
-        """select 'job ' || j.id from jobs j
-           where (select count(*) from attempts a where a.job_id = j.id and a.outcome = 'succeeded')
-                 <> (j.status = 'succeeded')::int
-              or (select count(*) from adapters d where d.job_id = j.id) <> (j.status = 'succeeded')::int""",
-    ),
-    _Check(
-        "I3",
-        "Only the newest fence has written: leases, steps and artifacts are those of the attempt that held the job.",
-        "select (select count(*) from attempts) + (select count(*) from metrics) + (select count(*) from checkpoints)",
-        """select 'job ' || j.id || ' is held by an old attempt' from jobs j where j.status = 'running'
-               and j.lease_token <> (select max(a.lease_token) from attempts a where a.job_id = j.id)
-           union all select 'attempt ' || a.id || ' is open and does not hold its job' from attempts a
-           join jobs j on j.id = a.job_id where a.outcome is null and j.lease_token is distinct from a.lease_token
-           union all select 'step ' || m.step || ' of job ' || m.job_id from (
-               select *, max(lease_token) over (partition by job_id order by step) as newest from metrics
-           ) m where m.lease_token < m.newest
-           union all select 'adapter ' || d.id from adapters d where not exists (
-               select from attempts a where a.job_id = d.job_id and a.outcome = 'succeeded' and d.object_prefix
-                   = format('tenants/%s/jobs/%s/%s/adapter/', d.tenant_id, d.job_id, a.lease_token))
-           union all select 'checkpoint ' || c.id from checkpoints c
-           where not starts_with(
-               c.object_prefix, format('tenants/%s/jobs/%s/%s/', c.tenant_id, c.job_id, c.lease_token))""",
-    ),
-    _Check(
-        "I4",
-        "A job that has ended stays as it ended: nothing of it began or was written afterwards.",
-        "select count(*) from jobs where finished_at is not null",
-        """select 'job ' || j.id from jobs j where j.finished_at is not null and (
-               exists (select from attempts a
-                   where a.job_id = j.id and (a.outcome is null or a.started_at > j.finished_at))
-               or exists (select from metrics m where m.job_id = j.id and m.created_at > j.finished_at)
-               or exists (select from adapters d where d.job_id = j.id and d.created_at > j.finished_at))""",
-    ),
-    _Check(
-        "I5",
-        "No job has more attempts counted than its maximum.",
-        "select count(*) from jobs",
-        """select 'job ' || j.id from jobs j where j.attempt_count > j.max_attempts
-              or exists (select from attempts a where a.job_id = j.id and a.number > j.max_attempts)""",
-    ),
-    _Check(
-        "I6",
-        "Usage is booked once an attempt, to the tenant whose it was.",
-        "select count(*) from usage",
-        """select 'attempt ' || a.id || ' has ' || count(u.id) || ' bookings' from attempts a
-           left join usage u on u.attempt_id = a.id and u.tenant_id = a.tenant_id
-           where a.ended_at < now() - interval '1 hour' group by a.id having count(u.id) <> 1
-           union all select 'booking ' || u.id from usage u join attempts a on a.id = u.attempt_id
-           where a.tenant_id <> u.tenant_id""",
-    ),
-    _Check(
-        "I8",
-        "No row points out of its tenant, and every table of tenants is behind forced row-level security.",
-        "select (select count(*) from files) + (select count(*) from checkpoints) + (select count(*) from adapters)",
-        """select 'file ' || id from files where not starts_with(object_key, 'tenants/' || tenant_id || '/')
-           union all select 'checkpoint ' || id from checkpoints
-           where not starts_with(object_prefix, 'tenants/' || tenant_id || '/')
-           union all select 'adapter ' || id from adapters
-           where not starts_with(object_prefix, 'tenants/' || tenant_id || '/')
-           union all select 'table ' || c.relname from pg_class c
-           join pg_attribute a on a.attrelid = c.oid and a.attname = 'tenant_id' and not a.attisdropped
-           where c.relkind = 'r' and c.relnamespace = 'public'::regnamespace
-             and not (c.relrowsecurity and c.relforcerowsecurity)""",
-    ),
-    _Check(
-        "I9",
-        "Nobody below a quota waits for more than 26 minutes while its pool takes others' later jobs.",
-        "select count(*) from jobs where status = 'queued'",
-        """select distinct 'tenant ' || q.tenant_id || ' in ' || q.pool from queues q
-           join tenants t on t.id = q.tenant_id
-           cross join lateral (select min(run_after) as since from jobs j where j.pool = q.pool
-               and j.tenant_id = q.tenant_id and j.status = 'queued') w
-           where q.num_queued > 0 and t.disabled_at is null and w.since < now() - interval '26 minutes'
-             and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
-             and exists (select from attempts a join jobs o on o.id = a.job_id where o.pool = q.pool
-                 and o.tenant_id <> q.tenant_id and a.started_at > w.since + interval '26 minutes'
-                 and o.created_at > w.since)
-             and not exists (select from attempts a join jobs o on o.id = a.job_id where o.pool = q.pool
-                 and o.tenant_id = q.tenant_id and a.started_at > now() - interval '26 minutes')""",
-    ),
-    _Check(
-        "I10",
-        "A cancelled job's device was free, and its use booked, within 10 seconds.",
-        "select count(*) from attempts where outcome = 'cancelled'",
-        """select 'attempt ' || a.id from attempts a join usage u on u.attempt_id = a.id
-           where a.outcome = 'cancelled' and u.gpu_seconds > 0 and u.created_at > a.ended_at + interval '10 seconds'""",
-    ),
-)
-
-
-def audit_rows(session: Session) -> tuple[Finding, ...]:
-    """Check what rows can tell: every promise but I7."""
-    return tuple(_ask(session, check) for check in _CHECKS)
-
-
-def audit_objects(session: Session, store: ObjectStore, *, is_deep: bool) -> Finding:
-    """Check I7: what rows name is in the object store, at its size, and with `is_deep` byte for byte.
-
-    The rows are read first; one whose object is missing is asked for again, in case it was deleted meanwhile.
-    """
-    named = list(_named_objects(session))
-    session.rollback()  # no transaction is open while the object store is asked
-    suspects = [each for each in named if not _is_stored(store, each, is_deep=is_deep)]
-    still_named = {each.object_key for each in _named_objects(session)} if suspects else set()
-    broken = [each.object_key for each in suspects if each.object_key in still_named]
-    says = "What a row names is stored, " + ("with the recorded sha256." if is_deep else "at the recorded size.")
-    return Finding("I7", says, len(named), len(broken), tuple(broken[:_MAX_SHOWN]))
-
-
-@dataclass(frozen=True)
-class _NamedObject:
-    object_key: str
-    stored: StoredObject
-
-
-def _ask(session: Session, check: _Check) -> Finding:
-    num_checked = session.scalars(text(check.seen)).one()
-    broken: Sequence[str] = session.scalars(text(check.broken)).all()
-    return Finding(check.promise, check.says, num_checked, len(broken), tuple(broken[:_MAX_SHOWN]))
-
-
-def _named_objects(session: Session) -> Iterator[_NamedObject]:
-    files = select(File.object_key, File.size_bytes, File.sha256).where(File.deleted_at.is_(None))
-    for object_key, size_bytes, sha256 in session.execute(files):
-        yield _NamedObject(object_key, StoredObject(size_bytes, sha256))
-    for model in (Adapter, Checkpoint):
-        rows = select(model.object_prefix, model.files).where(model.deleted_at.is_(None))
-        for prefix, stored in session.execute(rows):
-            yield from (_named_file(prefix, file) for file in stored)
-
-
-def _named_file(prefix: str, file: dict[str, Any]) -> _NamedObject:
-    return _NamedObject(prefix + file["name"], StoredObject(file["size_bytes"], file["sha256"]))
-
-
-def _is_stored(store: ObjectStore, named: _NamedObject, *, is_deep: bool) -> bool:
-    if not is_deep:
-        return store.stat(named.object_key) == named.stored.size_bytes
-    try:
-        return store.hash_object(named.object_key) == named.stored
-    except ObjectNotFoundError:
-        return False
+def list_audit_entries(
+    session: Session, tenant_id: uuid.UUID | None, *, before: int | None, limit: int
+) -> Page[AuditEntry]:
+    """Return changes, newest first, of one tenant or (for operators) of all."""
+    query = select(AuditEntry)
+    if tenant_id is not None:
+        query = query.where(AuditEntry.tenant_id == tenant_id)
+    if before is not None:
+        query = query.where(AuditEntry.number < before)
+    rows: Sequence[AuditEntry] = session.scalars(query.order_by(AuditEntry.number.desc()).limit(limit + 1)).all()
+    return Page.cut(rows, limit)

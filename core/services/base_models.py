@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from pydantic import Field
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, and_, any_, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from core.db.models import BaseModelRow
-from core.domain.errors import NotFoundError
+from core.db.models import BaseModelRow, BaseTokenizerRow, Tenant
+from core.domain.errors import ConflictError, NotFoundError
 from core.domain.training import Frozen, Quantization
 
 
@@ -59,17 +60,75 @@ def sync_base_models(session: Session, registry: Registry) -> None:
         session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=values))
 
 
+def record_tokenizer(session: Session, base_model_id: str, *, object_key: str) -> None:
+    """Say where the tokenizer of a base is, as the worker that loaded it last has stored it."""
+    values = {"base_model_id": base_model_id, "object_key": object_key, "published_at": func.now()}
+    session.execute(
+        insert(BaseTokenizerRow).values(values).on_conflict_do_update(index_elements=["base_model_id"], set_=values)
+    )
+
+
+def find_tokenizer(session: Session, base_model_id: str) -> str:
+    """Return the object key of a base's tokenizer. Raises ConflictError before any worker has loaded the base."""
+    query = select(BaseTokenizerRow.object_key).where(BaseTokenizerRow.base_model_id == base_model_id)
+    object_key = session.scalar(query)
+    if object_key is None:
+        raise ConflictError(
+            f"No worker has loaded {base_model_id!r} yet, so its tokenizer is not known here. Try again once one has.",
+            code="tokenizer_unknown",
+            param="model",
+        )
+    return object_key
+
+
 def list_base_models(session: Session) -> Sequence[BaseModelRow]:
-    return session.scalars(select(BaseModelRow).where(BaseModelRow.is_enabled).order_by(BaseModelRow.id)).all()
+    """Return every base that is served, whoever may use it."""
+    return session.scalars(select(BaseModelRow).where(_is_served()).order_by(BaseModelRow.id)).all()
 
 
-def get_base_model(session: Session, base_model_id: str) -> BaseModelRow:
-    row = session.scalar(select(BaseModelRow).where(BaseModelRow.id == base_model_id, BaseModelRow.is_enabled))
+def list_known_base_models(session: Session) -> Sequence[BaseModelRow]:
+    """Return every base that ever stood in the registry. For operators."""
+    return session.scalars(select(BaseModelRow).order_by(BaseModelRow.id)).all()
+
+
+def switch_base_model(session: Session, base_model_id: str, *, is_disabled: bool) -> BaseModelRow:
+    """Let tenants use a base or not, whatever the registry says. Jobs that have been submitted go on."""
+    row = session.get(BaseModelRow, base_model_id)
     if row is None:
-        known = ", ".join(base.id for base in list_base_models(session)) or "none"
+        raise NotFoundError(f"There is no base model {base_model_id[:200]!r}.", code="model_not_found")
+    session.execute(
+        update(BaseModelRow)
+        .where(BaseModelRow.id == base_model_id)
+        .values(disabled_at=func.coalesce(BaseModelRow.disabled_at, func.now()) if is_disabled else None)
+    )
+    session.refresh(row)
+    return row
+
+
+def list_allowed_base_models(session: Session, tenant_id: uuid.UUID) -> Sequence[BaseModelRow]:
+    """Return the bases that the tenant may train against."""
+    query = select(BaseModelRow).where(_is_served(), _is_allowed(tenant_id))
+    return session.scalars(query.order_by(BaseModelRow.id)).all()
+
+
+def get_base_model(session: Session, tenant_id: uuid.UUID, *, base_model_id: str) -> BaseModelRow:
+    """Return a base that the tenant may use. One that it may not use does not exist for it."""
+    query = select(BaseModelRow).where(BaseModelRow.id == base_model_id, _is_served(), _is_allowed(tenant_id))
+    row = session.scalar(query)
+    if row is None:
+        known = ", ".join(base.id for base in list_allowed_base_models(session, tenant_id)) or "none"
         raise NotFoundError(
             f"The model {base_model_id[:200]!r} does not exist. Base models here: {known}.",
             code="model_not_found",
             param="model",
         )
     return row
+
+
+def _is_served() -> ColumnElement[bool]:
+    return and_(BaseModelRow.is_enabled, BaseModelRow.disabled_at.is_(None))
+
+
+def _is_allowed(tenant_id: uuid.UUID) -> ColumnElement[bool]:
+    allowed = or_(Tenant.allowed_base_models.is_(None), BaseModelRow.id == any_(Tenant.allowed_base_models))
+    return select(Tenant.id).where(Tenant.id == tenant_id, allowed).correlate(BaseModelRow).exists()

@@ -1,4 +1,9 @@
-"""The append-only history of a job."""
+"""The append-only history of a job.
+
+Events of one job are committed in the order of their numbers: whoever records one holds the lock on the job's row until
+the end of its transaction. A reader that has seen number n of a job therefore never meets a lower one later, though
+numbers are drawn at the insert and not at the commit. Between jobs there is no such order.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,15 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from core.db.models import Event, Job
 from core.domain.errors import NotFoundError
 from core.domain.ids import new_id
 from core.services.pages import Page
+
+EVENT_CHANNEL = "espalier_events"
 
 
 def record_event(
@@ -23,7 +30,10 @@ def record_event(
     level: Literal["info", "warn", "error"] = "info",
     metrics: dict[str, Any] | None = None,
 ) -> None:
-    """Append one event; with `metrics` it is of type "metrics"."""
+    """Append one event and wake those who follow the job. The caller holds the lock on the job's row, or made it.
+
+    With `metrics` the event is of type "metrics".
+    """
     session.add(
         Event(
             id=new_id(),
@@ -35,6 +45,7 @@ def record_event(
             details=metrics,
         )
     )
+    session.execute(text("select pg_notify(:channel, :job_id)"), {"channel": EVENT_CHANNEL, "job_id": str(job.id)})
 
 
 def list_events(

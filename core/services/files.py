@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ class NewFile:
     num_examples: int = 0
     status_details: str | None = None
     problems: tuple[dict[str, Any], ...] = ()
+    report: dict[str, Any] = field(default_factory=dict)
     lifetime: timedelta | None = None
 
 
@@ -47,6 +48,7 @@ def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File
         status="error" if new.status_details else "processed",
         status_details=new.status_details,
         problems=list(new.problems),
+        report=new.report,
         expires_at=None if new.lifetime is None else func.now() + new.lifetime,
     )
     session.add(row)

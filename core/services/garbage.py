@@ -11,10 +11,10 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Adapter, Attempt, Checkpoint, File, Job, Tenant, Usage
+from core.db.models import Adapter, Attempt, Checkpoint, File, Job, ResumePoint, Tenant, Usage
 from core.domain.ids import first_id_at
 from core.domain.objects import file_id_of, job_prefix
 from core.services.attempts import Lease, record_usage
@@ -37,11 +37,15 @@ class EndedJob:
 
 
 def find_unswept_jobs(session: Session, *, min_age: dt.timedelta) -> tuple[EndedJob, ...]:
-    """Return some jobs that ended longer ago than `min_age` and whose prefixes have not been swept."""
+    """Return some jobs that ended longer ago than `min_age` and whose prefixes have not been swept.
+
+    Nobody goes on from their resume points, so these are let go first, in the same transaction.
+    """
     is_over = (Job.finished_at < func.now() - min_age, Job.swept_at.is_(None))
     jobs = session.execute(
         select(Job.id, Job.tenant_id, Job.result_file_id).where(*is_over).order_by(Job.finished_at).limit(_LIMIT)
     ).all()
+    session.execute(delete(ResumePoint).where(ResumePoint.job_id.in_(job.id for job in jobs)))
     return tuple(
         EndedJob(job.id, job_prefix(job.tenant_id, job.id), _named_by_rows(session, job.id, job.result_file_id))
         for job in jobs

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
-from sqlalchemy import event, func, select, text, update
+from sqlalchemy import and_, case, event, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from core.crashpoints import CrashPoint, reach
@@ -171,7 +171,13 @@ def cancel_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
     cancelled = session.scalar(
         update(Job)
         .where(Job.tenant_id == tenant_id, Job.id == job_id, Job.status.in_(UNFINISHED_STATUSES))
-        .values(status=JobStatus.CANCELLED, lease_token=None, lease_until=None, finished_at=func.now())
+        .values(
+            status=JobStatus.CANCELLED,
+            lease_token=None,
+            lease_until=None,
+            pause_requested_at=None,
+            finished_at=func.now(),
+        )
         .returning(Job.id)
     )
     session.refresh(job)
@@ -187,6 +193,56 @@ def cancel_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
     return job
 
 
+def pause_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
+    """Pause a queued job at once, and a running one as soon as its worker has stored where it stands.
+
+    Pausing a paused job changes nothing. Raises ConflictError when the job has ended.
+    """
+    job = get_job(session, tenant_id, job_id=job_id)
+    is_queued, is_running = Job.status == JobStatus.QUEUED, Job.status == JobStatus.RUNNING
+    can_pause = or_(is_queued, and_(is_running, Job.pause_requested_at.is_(None)))
+    changed = session.scalar(
+        update(Job)
+        .where(Job.tenant_id == tenant_id, Job.id == job_id, can_pause)
+        .values(
+            status=case((is_queued, JobStatus.PAUSED), else_=Job.status),
+            pause_requested_at=case((is_running, func.now()), else_=None),
+        )
+        .returning(Job.id)
+        .execution_options(synchronize_session=False)
+    )
+    session.refresh(job)
+    if changed is not None:
+        is_paused = job.status == JobStatus.PAUSED
+        record_event(session, job, message="The job is paused." if is_paused else "The job will pause.")
+    elif job.status not in (JobStatus.RUNNING, JobStatus.PAUSED):
+        raise ConflictError(f"The job is {job.status}; only a queued or running job can be paused.")
+    return job
+
+
+def resume_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
+    """Queue a paused job again, at its old place; a running one that was about to pause goes on.
+
+    Resuming a job that is queued or running changes nothing. Raises ConflictError when the job has ended.
+    """
+    job = get_job(session, tenant_id, job_id=job_id)
+    is_paused = Job.status == JobStatus.PAUSED
+    changed = session.scalar(
+        update(Job)
+        .where(Job.tenant_id == tenant_id, Job.id == job_id, or_(is_paused, Job.pause_requested_at.is_not(None)))
+        .values(status=case((is_paused, JobStatus.QUEUED), else_=Job.status), pause_requested_at=None)
+        .returning(Job.id)
+        .execution_options(synchronize_session=False)
+    )
+    session.refresh(job)
+    if changed is not None:
+        record_event(session, job, message="The job was resumed.")
+        announce_work(session, job.pool)
+    elif job.status not in (JobStatus.QUEUED, JobStatus.RUNNING):
+        raise ConflictError(f"The job is {job.status}; only a paused job can be resumed.")
+    return job
+
+
 def announce_work(session: Session, pool: str) -> None:
     """Tell the schedule process, once this transaction is committed, that a pool has work."""
     session.execute(text("select pg_notify(:channel, :pool)"), {"channel": WAKE_CHANNEL, "pool": pool})
@@ -194,7 +250,7 @@ def announce_work(session: Session, pool: str) -> None:
 
 def _get_trainable(session: Session, tenant_id: uuid.UUID, *, model: str) -> BaseModelRow:
     if not is_fine_tuned_model(model):
-        return get_base_model(session, model)
+        return get_base_model(session, tenant_id, base_model_id=model)
     adapter = find_adapter(session, tenant_id, name=model)
     raise InvalidRequestError(
         f"Training on from a fine-tuned model is not supported yet. Start from its base, {adapter.base_model_id!r}.",

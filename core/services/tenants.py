@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import datetime as dt
 import hmac
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
-from sqlalchemy import ColumnElement, func, select, update
+from pydantic import Field, StringConstraints
+from sqlalchemy import ColumnElement, any_, func, literal, select, update
 from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
-from core.db.models import ApiKeyRow, Tenant
+from core.db.models import ApiKeyRow, BaseModelRow, Tenant
 from core.db.session import enter_tenant
 from core.domain.api_keys import (
     DEFAULT_SCOPES,
@@ -31,7 +34,12 @@ from core.domain.errors import (
     UnauthenticatedError,
 )
 from core.domain.ids import new_id
+from core.domain.training import Frozen
+from core.services.pages import Page
 
+SLUG_PATTERN = r"[a-z0-9][a-z0-9-]{0,31}"
+TenantName = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+MAX_COUNT = 2**53
 # How exact `last_used_at` is, and so how seldom using a key writes.
 LAST_USED_INTERVAL = dt.timedelta(minutes=1)
 
@@ -44,6 +52,11 @@ class Identity:
     key_id: str
     scopes: frozenset[Scope]
 
+    @property
+    def actor(self) -> str:
+        """Return the name under which the audit log knows this key."""
+        return f"key:{self.key_id}"
+
 
 @dataclass(frozen=True)
 class IssuedKey:
@@ -53,8 +66,48 @@ class IssuedKey:
     row: ApiKeyRow
 
 
+class TenantChange(Frozen):
+    """What an operator may set of a tenant. A field that is not given stays; None is no limit, or every base."""
+
+    LIMITS: ClassVar = (
+        "weight",
+        "max_running",
+        "max_queued",
+        "max_storage_bytes",
+        "max_tokens_per_job",
+        "max_gpu_seconds_per_month",
+        "requests_per_minute",
+    )
+    name: TenantName = ""
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+    max_running: int = Field(default=0, ge=0, le=MAX_COUNT)
+    max_queued: int = Field(default=0, ge=0, le=MAX_COUNT)
+    max_storage_bytes: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    max_tokens_per_job: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    max_gpu_seconds_per_month: float | None = Field(default=None, ge=0, le=MAX_COUNT)
+    requests_per_minute: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    allowed_base_models: tuple[str, ...] | None = None
+    is_disabled: bool = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Return the fields that were given, as columns."""
+        values = self.model_dump(exclude_unset=True)
+        if "allowed_base_models" in values and values["allowed_base_models"] is not None:
+            values["allowed_base_models"] = sorted(values["allowed_base_models"])
+        if "is_disabled" in values:
+            disabled_at = func.coalesce(Tenant.disabled_at, func.now())
+            values["disabled_at"] = disabled_at if values.pop("is_disabled") else None
+        return values
+
+
 def create_tenant(session: Session, slug: str, *, name: str | None = None) -> Tenant:
-    """Add a tenant. Raises InvalidRequestError when the slug is taken."""
+    """Add a tenant. Raises InvalidRequestError when the slug is taken or malformed."""
+    if not re.fullmatch(SLUG_PATTERN, slug):
+        raise InvalidRequestError(
+            "A tenant's slug is 1 to 32 lower-case letters, digits and hyphens, and does not start with a hyphen.",
+            param="slug",
+        )
     if session.scalar(select(Tenant.id).where(Tenant.slug == slug)):
         raise InvalidRequestError(f"There is a tenant {slug!r} already.", code="tenant_exists", param="slug")
     tenant = Tenant(id=new_id(), slug=slug, name=name or slug)
@@ -67,6 +120,24 @@ def find_tenant(session: Session, slug: str) -> Tenant:
     tenant = session.scalar(select(Tenant).where(Tenant.slug == slug))
     if tenant is None:
         raise NotFoundError(f"There is no tenant {slug!r}.", param="slug")
+    return tenant
+
+
+def list_tenants(session: Session, *, after: str | None, limit: int) -> Page[Tenant]:
+    """Return tenants in the order of their slugs. For operators."""
+    query = select(Tenant).where(Tenant.slug > after) if after is not None else select(Tenant)
+    return Page.cut(session.scalars(query.order_by(Tenant.slug).limit(limit + 1)).all(), limit)
+
+
+def change_tenant(session: Session, slug: str, *, change: TenantChange) -> Tenant:
+    """Set what is given. Raises NotFoundError for the tenant, InvalidRequestError for a base nobody knows."""
+    tenant = find_tenant(session, slug)
+    known = set(session.scalars(select(BaseModelRow.id)))
+    if unknown := sorted(set(change.allowed_base_models or ()) - known):
+        raise InvalidRequestError(f"There is no base model {unknown[0][:200]!r}.", param="allowed_base_models")
+    if change.given:
+        session.execute(update(Tenant).where(Tenant.id == tenant.id).values(change.given))
+        session.refresh(tenant)
     return tenant
 
 
@@ -105,13 +176,17 @@ def issue_api_key(
 
 
 def rotate_api_key(
-    session: Session, tenant_id: uuid.UUID, *, name: str, scopes: frozenset[Scope] = DEFAULT_SCOPES
+    session: Session, tenant_id: uuid.UUID, *, name: str, scopes: frozenset[Scope] | None = None
 ) -> IssuedKey:
-    """Add a key of this name; where two are alive, the older one ends. The one before goes on working."""
+    """Add a key of this name, with the scopes of the newest unless others are given; that one goes on working.
+
+    Where two are alive already, the older one ends.
+    """
     same_name = [row for row in list_api_keys(session, tenant_id) if row.name == name]
     for row in same_name[: 1 - MAX_LIVE_KEYS_PER_NAME]:
         revoke_api_key(session, tenant_id, key_id=row.key_id)
-    return issue_api_key(session, tenant_id, name=name, scopes=scopes)
+    kept = frozenset(map(Scope, same_name[-1].scopes)) if same_name else DEFAULT_SCOPES
+    return issue_api_key(session, tenant_id, name=name, scopes=scopes or kept)
 
 
 def list_api_keys(session: Session, tenant_id: uuid.UUID) -> Sequence[ApiKeyRow]:
@@ -160,6 +235,17 @@ def reauthenticate(session: Session, key_id: str) -> Identity:
     if row is None:
         raise UnauthenticatedError("The API key has expired or was revoked.")
     return _identity_of(session, row)
+
+
+def find_reading_keys(session: Session, tenant_id: uuid.UUID, key_ids: Iterable[str]) -> set[str]:
+    """Return those of a tenant's keys that are alive and may read; none where the tenant is disabled."""
+    query = (
+        select(ApiKeyRow.key_id)
+        .join(Tenant, Tenant.id == ApiKeyRow.tenant_id)
+        .where(ApiKeyRow.tenant_id == tenant_id, ApiKeyRow.key_id.in_(key_ids), *_is_live())
+        .where(literal(Scope.READ.value) == any_(ApiKeyRow.scopes), Tenant.disabled_at.is_(None))
+    )
+    return set(session.scalars(query))
 
 
 def _is_live() -> tuple[ColumnElement[bool], ...]:

@@ -123,6 +123,20 @@ def messages(client: OpenAI, job_id: str) -> list[str]:
     return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)][::-1]
 
 
+def assert_preview_is_what_is_served(stack: LocalStack, headers: dict[str, str], file_id: str, base_dir: Path) -> None:
+    """The tokenizer that the worker left is the one that transformers loads from the base's directory."""
+    url = f"{stack.api_url}/v1/files/{file_id}/preview"
+    shown = httpx.post(url, json={"model": BASE_MODEL, "rows": 12}, headers=headers, timeout=60).json()
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    for row, line in zip(shown["data"], ROWS.splitlines(), strict=True):
+        served = tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False)
+        assert row["token_ids"] == served
+        assert tokenizer.decode([i for i, learns in zip(served, row["loss_mask"], strict=True) if learns]).startswith(
+            "It is"
+        )
+    assert shown["statistics"]["is_whole_file"]
+
+
 def test_a_job_ends_with_an_adapter_that_plain_peft_loads(
     client: OpenAI, stack: LocalStack, api_key: str, base_dir: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +151,10 @@ def test_a_job_ends_with_an_adapter_that_plain_peft_loads(
     assert csv[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert len(csv) == 1 + job.model_extra["total_steps"]
     headers = {"authorization": f"Bearer {api_key}"}
+    lines = httpx.get(f"{stack.api_url}/v1/fine_tuning/jobs/{job.id}/logs", headers=headers).json()["data"]
+    assert [line["data"]["num_examples"] for line in lines if line["name"] == "dataset.tokenized"] == [12, 12]
+    assert [line["name"] for line in lines].count("artifact.uploaded") == 4
+    assert_preview_is_what_is_served(stack, headers, job.training_file, base_dir)
     adapters = httpx.get(f"{stack.api_url}/v1/adapters", headers=headers).json()["data"]
     (adapter,) = (adapter for adapter in adapters if adapter["fine_tuning_job_id"] == job.id)
     url = f"{stack.api_url}/v1/adapters/{adapter['id']}/download"

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -25,6 +26,7 @@ from core.db.session import connect, service_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
 from core.services.tenants import create_tenant, issue_api_key
+from core.settings import StorageConfig
 
 BASE_MODEL = "acme-labs/tiny-base"
 PASSWORD = "test-password"
@@ -98,10 +100,16 @@ def other_tenant(owner: Engine) -> Tenant:
 def api_url(database: Database, servers: ServerAddresses) -> Iterator[str]:
     """The base URL of a real API process."""
     (port,) = free_ports(1)
-    storage = servers.storage
+    with running_api(database.api_url, servers.storage, port=port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def running_api(database_url: str, storage: StorageConfig, *, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run an API process on a port and wait until it is ready."""
     env = {
         **os.environ,
-        "ESPALIER_DATABASE_URL": database.api_url,
+        "ESPALIER_DATABASE_URL": database_url,
         "ESPALIER_S3_ENDPOINT": storage.endpoint,
         "ESPALIER_S3_ACCESS_KEY": storage.access_key,
         "ESPALIER_S3_SECRET_KEY": storage.secret_key,
@@ -115,7 +123,7 @@ def api_url(database: Database, servers: ServerAddresses) -> Iterator[str]:
         while not _is_ready(url):
             assert process.poll() is None, "the API has ended"
             assert time.monotonic() < deadline, "the API does not answer"
-        yield url
+        yield process
         process.terminate()
 
 

@@ -32,7 +32,7 @@ from core.domain.jobs import MAX_ATTEMPTS
 from core.domain.objects import attempt_prefix
 from core.services import attempts
 from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
-from core.services.audit import audit_rows
+from core.services.contract import check_rows
 from core.services.files import NewFile
 from core.services.jobs import cancel_job
 from tests.integration.conftest import Database, Tenant, add_tenant
@@ -201,7 +201,7 @@ class JobMachine(RuleBasedStateMachine):
     @invariant()
     def the_contract_holds(self) -> None:
         with service_transaction(self.owner) as session:
-            broken = [finding for finding in audit_rows(session) if finding.num_broken]
+            broken = [finding for finding in check_rows(session) if finding.num_broken]
         assert broken == []
 
     def _try(self, lease: Lease, act) -> bool:  # type: ignore[no-untyped-def]

@@ -160,11 +160,45 @@ def test_an_operator_makes_tenants_and_keys_and_revokes_keys(up: Up) -> None:
     assert list_models(up.state.api_url, second).is_success
 
 
+def test_an_operator_sets_quotas_rotates_keys_switches_bases_and_reads_who_did_what(up: Up) -> None:
+    where = ("--data-dir", up.data_dir)
+
+    def run(*words: str) -> str:
+        done = espalier(*words, *where)
+        assert done.exit_code == 0, done.stdout
+        return done.stdout
+
+    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    run("tenants", "create", "hooli")
+    run("tenants", "set", "hooli", "--weight", "2.5", "--max-tokens-per-job", "1000000", "--allow", base)
+    assert all(word in run("tenants", "list") for word in ("hooli", "2.5", "1000000", base))
+    run("tenants", "set", "hooli", "--max-tokens-per-job", "none", "--allow", "none")
+    rotated = run("keys", "rotate", "hooli", "first").strip()
+    assert list_models(up.state.api_url, rotated).is_success
+    assert run("keys", "list", "hooli").count("first") == 2
+    run("tenants", "disable", "hooli")
+    wait_until(lambda: list_models(up.state.api_url, rotated).status_code == 403, seconds=5)
+    run("tenants", "enable", "hooli")
+    run("base-models", "disable", base)
+    wait_until(lambda: not list_models(up.state.api_url, rotated).json().get("data", [0]), seconds=5)
+    run("base-models", "enable", base)
+    operator = run("operators", "create", "olga").strip()
+    asked = {"headers": {"Authorization": f"Bearer {operator}"}, "trust_env": False}
+    assert httpx.get(f"{up.state.api_url}/admin/tenants/hooli", **asked).json()["max_tokens_per_job"] is None
+    run("operators", "revoke", operator.split("_")[2])
+    assert httpx.get(f"{up.state.api_url}/admin/tenants/hooli", **asked).status_code == 401
+    said = run("audit", "--tenant", "hooli")
+    assert said.index("tenant.changed") < said.index("tenant.created")
+    assert "cli:" in said
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (("tenants", "create", "local"), "There is a tenant 'local' already."),
         (("keys", "create", "nobody"), "There is no tenant 'nobody'."),
+        (("tenants", "set", "local", "--weight", "0"), "weight: Input should be greater than 0."),
+        (("base-models", "disable", "gpt-9"), "There is no base model 'gpt-9'."),
         (("keys", "revoke", "nothing"), "There is no API key 'nothing'."),
     ],
 )

@@ -18,7 +18,7 @@ from core.domain.ids import new_id
 from core.domain.objects import attempt_prefix, file_key
 from core.services import attempts
 from core.services.attempts import Lease, StoredArtifact
-from core.services.audit import audit_objects
+from core.services.contract import check_objects
 from core.services.files import NewFile, create_file
 from core.storage import S3ObjectStore
 from tests.integration.conftest import Database, Tenant
@@ -101,7 +101,7 @@ def test_what_an_attempt_that_did_not_win_has_left_goes_a_day_after_the_job_and_
     assert keys(store, tenant) == {"a", "r.csv"}
     assert sweep(schedule, store, min_age=DAY) == 0
     with service_transaction(owner) as session:
-        assert audit_objects(session, store, is_deep=True).num_broken == 1, (
+        assert check_objects(session, store, is_deep=True).num_broken == 1, (
             "the dataset's row of this test has no object"
         )
 

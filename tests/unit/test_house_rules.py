@@ -71,4 +71,6 @@ def test_no_code_or_pickle_of_others_is_ever_run(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "api/routes").glob("*.py")), ids=lambda path: path.name)
 def test_routes_are_plain_functions(path: Path) -> None:
+    if path.name == "streams.py":  # an open stream must not hold a thread
+        return
     assert not [node for node in walk(path) if isinstance(node, ast.AsyncFunctionDef)]

@@ -14,8 +14,11 @@ from worker.engine.errors import (
     UnsupportedBaseError,
 )
 from worker.engine.examples import EngineJob, Evaluation, Example, SlotReport, StepMetrics
+from worker.engine.states import CURSOR_FILE, TENSORS_FILE, SlotState
 
 __all__ = [
+    "CURSOR_FILE",
+    "TENSORS_FILE",
     "BaseShape",
     "DivergedError",
     "Engine",
@@ -27,6 +30,7 @@ __all__ = [
     "JobTooLargeError",
     "NoFreeSlotError",
     "SlotReport",
+    "SlotState",
     "StepMetrics",
     "UnsupportedBaseError",
     "inspect_base",

@@ -31,7 +31,7 @@ from worker.engine.packing import GroupExamples, PackedBatch, pack
 from worker.engine.planner import Planner, SlotPlan
 from worker.engine.runs import SlotRows, make_runs, stream_order
 from worker.engine.slots import Slot
-from worker.engine.states import load_state, save_state
+from worker.engine.states import SlotState, capture_state, load_state
 
 log = structlog.get_logger()
 MAX_SKIPPED_STEPS = 3
@@ -138,11 +138,13 @@ class Engine:
         """Start the job from an adapter in PEFT's format."""
         import_adapter(self._slots[job_id], directory)
 
-    def save_state(self, job_id: str, directory: Path) -> None:
-        save_state(self._slots[job_id], directory)
+    def capture_state(self, job_id: str) -> SlotState:
+        """Copy what the job's training resumes from, to be written at leisure."""
+        return capture_state(self._slots[job_id])
 
-    def load_state(self, job_id: str, directory: Path) -> None:
-        load_state(self._slots[job_id], directory)
+    def load_state(self, job_id: str, directory: Path) -> int:
+        """Go on from a written state, and return its step. Raises InvalidJobError when it is another job's."""
+        return load_state(self._slots[job_id], directory)
 
     def _train(self, scored: tuple[SlotReport, ...]) -> tuple[SlotReport, ...]:
         while plans := self._plan():

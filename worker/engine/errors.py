@@ -35,5 +35,5 @@ class DivergedError(EngineError):
 
 
 class JobTooLargeError(EngineError):
-    code = "out_of_memory"
+    code = "oom_gpu"
     is_job_fault = True

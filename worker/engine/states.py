@@ -6,9 +6,12 @@ A state saved in the middle of an optimizer batch resumes at that batch's beginn
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from worker.engine.errors import InvalidJobError
 from worker.engine.slots import Slot
@@ -16,9 +19,25 @@ from worker.engine.slots import Slot
 TENSORS_FILE, CURSOR_FILE = "slot_state.safetensors", "slot_state.json"
 
 
-def save_state(slot: Slot, directory: Path) -> None:
+@dataclass(frozen=True, eq=False)
+class SlotState:
+    """A slot as it stood at one moment, copied off the device."""
+
+    tensors: dict[str, Tensor]
+    cursor: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.cursor["step"])
+
+    def write(self, directory: Path) -> None:
+        """Write both files. Safe on any thread."""
+        save_file(self.tensors, directory / TENSORS_FILE)
+        (directory / CURSOR_FILE).write_text(json.dumps(self.cursor), encoding="utf-8")
+
+
+def capture_state(slot: Slot) -> SlotState:
     tensors = {"weights": slot.weights_P, "exp_avg": slot.exp_avg_P, "exp_avg_sq": slot.exp_avg_sq_P}
-    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, directory / TENSORS_FILE)
     cursor = {
         "format": "espalier-slot-1",
         "step": slot.step,
@@ -27,11 +46,11 @@ def save_state(slot: Slot, directory: Path) -> None:
         "spec": slot.job.spec.model_dump(mode="json"),
         "num_examples": len(slot.job.examples),
     }
-    (directory / CURSOR_FILE).write_text(json.dumps(cursor), encoding="utf-8")
+    return SlotState({name: tensor.cpu().clone() for name, tensor in tensors.items()}, cursor)
 
 
-def load_state(slot: Slot, directory: Path) -> None:
-    """Go on from a saved state. Raises InvalidJobError when it is another job's."""
+def load_state(slot: Slot, directory: Path) -> int:
+    """Go on from a saved state, and return its step. Raises InvalidJobError when it is another job's."""
     cursor = json.loads((directory / CURSOR_FILE).read_text(encoding="utf-8"))
     tensors = load_file(directory / TENSORS_FILE)
     # The whole spec: with another batch size, for one, the same step number is another place in the data.
@@ -45,3 +64,4 @@ def load_state(slot: Slot, directory: Path) -> None:
     slot.step, slot.num_updates = cursor["step"], cursor["num_updates"]
     slot.num_skipped_in_a_row = cursor["num_skipped_in_a_row"]
     slot.restart_batch()
+    return slot.step

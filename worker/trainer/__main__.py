@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import structlog
 import torch
 
+from core.domain.datasets.tokenizers import tokenizer_path
 from core.telemetry import configure_logs
 from worker.engine import Engine
-from worker.messages import BaseLoaded, BaseRefused, LoadBase
+from worker.messages import OUT_OF_MEMORY_EXIT_CODE, BaseLoaded, BaseRefused, LoadBase
 from worker.trainer.bases import load_base
 from worker.trainer.channel import Channel
 from worker.trainer.failures import BaseRefusedError
 from worker.trainer.loop import TrainingLoop
+from worker.trainer.tokenizers import write_bundle
 
 log = structlog.get_logger()
 
@@ -23,7 +26,7 @@ def main() -> None:
     if threads := os.environ.get("ESPALIER_TRAINER_THREADS"):
         torch.set_num_threads(int(threads))
     channel = Channel()
-    order = channel.receive(is_waiting=True)
+    order = channel.receive(wait_seconds=None)
     assert isinstance(order, LoadBase)
     try:
         base = load_base(order)
@@ -38,8 +41,19 @@ def main() -> None:
         max_tokens_per_step=order.max_tokens_per_step,
     )
     log.info("base_model.loaded", base_model=order.base_model_id, seconds=round(base.seconds, 2), pid=os.getpid())
-    channel.send(BaseLoaded(seconds=base.seconds))
-    TrainingLoop(channel, engine, base).run()
+    bundle_path = tokenizer_path(Path(order.cache_dir), order.base_model_id)
+    write_bundle(base.bundle, bundle_path)
+    channel.send(BaseLoaded(seconds=base.seconds, tokenizer_path=str(bundle_path)))
+    try:
+        TrainingLoop(channel, engine, base, order).run()
+    except MemoryError:
+        log.exception("memory.exhausted")
+        os._exit(OUT_OF_MEMORY_EXIT_CODE)
+    except RuntimeError as error:  # what torch raises when the host's allocator fails
+        if "allocate memory" not in str(error):
+            raise
+        log.exception("memory.exhausted")
+        os._exit(OUT_OF_MEMORY_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from worker.messages import LoadBase
 from worker.trainer.failures import BaseRefusedError
+from worker.trainer.tokenizers import describe_tokenizer
 
 _HASH_CHUNK_BYTES = 2**20
 
@@ -26,7 +28,8 @@ _HASH_CHUNK_BYTES = 2**20
 @dataclass(frozen=True)
 class LoadedBase:
     model: Any
-    tokenizer: Any
+    tokenizer: BaseTokenizer
+    bundle: TokenizerBundle
     revision: str
     seconds: float
 
@@ -52,7 +55,8 @@ def load_base(order: LoadBase) -> LoadedBase:
     )
     _check_target_modules(model, order)
     revision = order.revision or directory.name
-    return LoadedBase(model=model, tokenizer=tokenizer, revision=revision, seconds=time.monotonic() - started)
+    bundle = describe_tokenizer(tokenizer)
+    return LoadedBase(model, BaseTokenizer(bundle), bundle, revision, seconds=time.monotonic() - started)
 
 
 def materialize_base(source_kind: str, location: str, cache_dir: Path, *, revision: str = "") -> Path:

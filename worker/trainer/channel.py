@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from core.domain.training import Frozen
 from worker.messages import ORDERS, UrlsGranted, UrlsWanted, encode_line
+from worker.trainer.failures import TransferError
 
 _URL_WAIT_SECONDS = 60.0
 _ORPHANED_EXIT_CODE = 3
@@ -32,17 +33,17 @@ class Channel:
         self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str]]] = {}
-        self._background = ThreadPoolExecutor(max_workers=2, thread_name_prefix="background")
+        self._background = ThreadPoolExecutor(max_workers=4, thread_name_prefix="background")
         threading.Thread(target=self._read_orders, daemon=True, name="orders").start()
 
     def send(self, report: Frozen) -> None:
         with self._send_lock:
             self._out.write(encode_line(report))
 
-    def receive(self, *, is_waiting: bool) -> Any:
-        """Return the next order or deferred call; None when there is none and the caller has better to do."""
+    def receive(self, *, wait_seconds: float | None) -> Any:
+        """Return the next order or deferred call; None when none comes in that time (None waits for ever)."""
         try:
-            return self._inbox.get(block=is_waiting)
+            return self._inbox.get(block=wait_seconds != 0, timeout=wait_seconds)
         except queue.Empty:
             return None
 
@@ -54,10 +55,13 @@ class Channel:
         return future
 
     def request_urls(self, wanted: UrlsWanted) -> dict[str, str]:
-        """Ask for presigned URLs and wait for them. For background threads only."""
+        """Ask for presigned URLs and wait for them. For background threads only. Raises TransferError."""
         grants = self._grants.setdefault((wanted.lease_token, wanted.artifact), queue.SimpleQueue())
         self.send(wanted)
-        return grants.get(timeout=_URL_WAIT_SECONDS)
+        try:
+            return grants.get(timeout=_URL_WAIT_SECONDS)
+        except queue.Empty:
+            raise TransferError("No upload was granted in time.") from None
 
     def _read_orders(self) -> None:
         # A reader of its own: a thread that waits in sys.stdin would hold its lock against the interpreter's end.

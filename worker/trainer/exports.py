@@ -54,7 +54,7 @@ class ResultRow:
 def describe_adapter(directory: Path, provenance: Provenance) -> None:
     """Write the model card and, last, the manifest with the hashes of all the other files."""
     (directory / CARD).write_text(_model_card(provenance), encoding="utf-8")
-    files = [_describe_file(directory / name) for name in (WEIGHTS, CONFIG, CARD)]
+    files = [describe_file(directory / name) for name in (WEIGHTS, CONFIG, CARD)]
     facts = provenance.facts
     manifest = {
         "format": "espalier-adapter-1",
@@ -81,7 +81,7 @@ def verify_adapter(
     """Inspect an adapter as its reader will. Raises AdapterInvalidError saying what is wrong."""
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     for described in manifest["files"]:
-        if _describe_file(directory / described["name"]) != described:
+        if describe_file(directory / described["name"]) != described:
             raise AdapterInvalidError(f"{described['name']} is not what the manifest says.")
     config = PeftConfig.from_pretrained(str(directory))
     expected = (base_model_id, adapter.rank, adapter.alpha, adapter.use_rslora)
@@ -99,6 +99,12 @@ def write_result_csv(path: Path, rows: Iterable[ResultRow]) -> None:
         for row in rows:
             values = (getattr(row, column) for column in _RESULT_COLUMNS)
             writer.writerow("" if value is None else value for value in values)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return a file's name, size and hash, as manifests have them."""
+    content = path.read_bytes()
+    return {"name": path.name, "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _verify_weights(tensors: dict[str, torch.Tensor], adapter: AdapterConfig) -> None:
@@ -137,11 +143,6 @@ def _load_with_peft(directory: Path, config: PeftConfig, base_config: PreTrained
     if missing or loaded.unexpected_keys:
         strange = ", ".join([*missing, *loaded.unexpected_keys][:3])
         raise AdapterInvalidError(f"PEFT misses tensors of the adapter, or does not know them: {strange}.")
-
-
-def _describe_file(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    return {"name": path.name, "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _model_card(provenance: Provenance) -> str:

@@ -5,19 +5,25 @@ A job's files live in a scratch directory of its own that vanishes with it.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import time
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker.engine import Engine, EngineJob, Evaluation, SlotReport, StepMetrics
+from worker.engine import Engine, EngineJob, Evaluation, InvalidJobError, SlotReport, SlotState, StepMetrics
 from worker.messages import (
-    Alive,
     CheckpointSaved,
     EvaluationDone,
+    JobLogged,
+    JobStarted,
     JobSucceeded,
     JobWarned,
+    JobYielded,
+    LoadBase,
     RemoteFile,
+    ResumePointSaved,
     StartJob,
     StepDone,
     StoredFile,
@@ -37,6 +43,14 @@ from worker.trainer.exports import (
     write_result_csv,
 )
 from worker.trainer.failures import TransferError
+from worker.trainer.resume import (
+    RESUME_FILES,
+    FetchedPoint,
+    Pace,
+    Progress,
+    fetch_resume_point,
+    write_resume_point,
+)
 from worker.trainer.transfers import download, upload
 
 
@@ -44,12 +58,16 @@ from worker.trainer.transfers import download, upload
 class PreparedJob:
     training: TokenizedDataset
     validation: TokenizedDataset | None
+    resume: FetchedPoint | None
 
 
 class TrainerJob:
-    """The life of one job here, known by its lease token. `close` removes its scratch directory."""
+    """The life of one job here, known by its lease token. `close` removes its scratch directory.
 
-    def __init__(self, order: StartJob, *, channel: Channel, base: LoadedBase) -> None:
+    `is_ending` when it has left its slot, or will not get one.
+    """
+
+    def __init__(self, order: StartJob, *, channel: Channel, base: LoadedBase, base_order: LoadBase) -> None:
         self.lease_token = order.lease_token
         self._order = order
         self._channel = channel
@@ -59,9 +77,14 @@ class TrainerJob:
         self._validation: TokenizedDataset | None = None
         self._rows: list[ResultRow] = []
         self._is_last_step_taken = False
+        self._is_epoch_open = False
+        self._pace = Pace(num_steps=base_order.resume_steps, seconds=base_order.resume_seconds)
+        self._patience_seconds = base_order.storage_patience_seconds
         self._uploads: list[Future[None]] = []
         self._device_seconds = 0.0
         self._trained_tokens = 0
+        self._tokens_before = 0
+        self.is_ending = False
 
     def prepare(self) -> PreparedJob:
         """Fetch and tokenise the datasets. Runs on a background thread."""
@@ -69,7 +92,12 @@ class TrainerJob:
         validation = None
         if self._order.validation_file is not None:
             validation = self._tokenize(self._order.validation_file, "validation")
-        return PreparedJob(training=training, validation=validation)
+        resume = fetch_resume_point(
+            self._order.resume_points, self._directory, patience_seconds=self._patience_seconds, warn=self._warn
+        )
+        if resume is None and self._order.resume_points:
+            self._warn("No resume point can be used; the job starts from its first step.")
+        return PreparedJob(training=training, validation=validation, resume=resume)
 
     def as_engine_job(self, prepared: PreparedJob) -> EngineJob:
         self._validation = prepared.validation
@@ -80,6 +108,14 @@ class TrainerJob:
             tenant=self._order.tenant_id,
             share=self._order.share,
         )
+
+    def begin(self, engine: Engine, prepared: PreparedJob) -> None:
+        """Go on from the resume point, if there is one, and say from where."""
+        step = self._restore(engine, prepared.resume) if prepared.resume else 0
+        self._pace.begin(step)
+        self._channel.send(JobStarted(lease_token=self.lease_token, step=step))
+        if self._is_epoch_open:
+            self._end_epoch(engine)
 
     def use_device(self, seconds: float) -> None:
         self._device_seconds += seconds
@@ -98,18 +134,32 @@ class TrainerJob:
         """Take what a step did for the job; at an epoch's end, evaluate, then save. True when the engine is done."""
         if report.update is not None:
             self._take_update(report.update)
-            if not report.update.is_epoch_end:
-                return False
-            self.bill()
-            if self._validation is not None and self._rows:
-                engine.begin_evaluation(report.job_id, self._validation.examples)
-                return False
+            if report.update.is_epoch_end:
+                self._end_epoch(engine)
+            elif self._pace.is_due(report.update.step):
+                self.save_resume_point(engine)
         elif report.evaluation is not None:
             self._take_evaluation(report.evaluation)
-        else:
-            return False
-        self._save_checkpoint(engine)
-        return self._is_last_step_taken
+            self._publish_epoch(engine)
+        return self._is_last_step_taken and not self._is_epoch_open
+
+    def save_resume_point(self, engine: Engine) -> None:
+        """Copy the slot's state; writing and storing it go on in the background."""
+        state = engine.capture_state(str(self.lease_token))
+        if state.step == self._pace.step:
+            return
+        tokens = self._tokens_before + self._trained_tokens
+        progress = Progress(trained_tokens=tokens, is_epoch_open=self._is_epoch_open, rows=tuple(self._rows))
+        earlier = tuple(self._uploads)
+        upload = self._channel.run_in_background(lambda: self._store_resume_point(state, progress, earlier))
+        self._pace.send(state.step, upload)
+        self._uploads.append(upload)
+
+    def give_back(self) -> None:
+        """Wait for what is on its way, and report that the job has left. Runs on a background thread."""
+        wait(self._uploads)
+        self.bill()
+        self._channel.send(JobYielded(lease_token=self.lease_token))
 
     def publish(self) -> None:
         """Upload the last checkpoint's files as the adapter, and the result file. Runs on a background thread.
@@ -128,25 +178,82 @@ class TrainerJob:
                 lease_token=self.lease_token,
                 adapter_files=adapter_files,
                 result_file=result_file,
-                trained_tokens=self._trained_tokens,
+                trained_tokens=self._tokens_before + self._trained_tokens,
             )
         )
+
+    def log(self, name: str, **details: str | float | None) -> None:
+        """Write a line into the job's own log."""
+        self._channel.send(JobLogged(lease_token=self.lease_token, name=name, details=details))
 
     def close(self) -> None:
         self._scratch.cleanup()
 
     def _tokenize(self, file: RemoteFile, name: str) -> TokenizedDataset:
+        started = time.monotonic()
         path = self._directory / f"{name}.jsonl"
-        download(file, path, on_progress=self._show_life)
+        download(file, path, patience_seconds=self._patience_seconds)
         max_seq_len = self._order.spec.max_seq_len
         dataset = tokenize_dataset(self._base.tokenizer, read_examples(path), max_seq_len=max_seq_len)
         path.unlink()
+        self.log(
+            "dataset.tokenized",
+            file=name,
+            size_bytes=file.size_bytes,
+            num_examples=len(dataset.examples),
+            num_tokens=sum(example.num_tokens for example in dataset.examples),
+            num_truncated=dataset.num_truncated,
+            num_dropped=dataset.num_dropped,
+            seconds=round(time.monotonic() - started, 3),
+        )
         if dataset.num_truncated:
             self._warn(
                 f"{dataset.num_truncated} rows of the {name} file are longer than max_seq_len={max_seq_len} tokens "
                 f"and were truncated; {dataset.num_dropped} of them had nothing left to learn and were dropped."
             )
         return dataset
+
+    def _restore(self, engine: Engine, point: FetchedPoint) -> int:
+        """Return the step from which the slot goes on."""
+        try:
+            step = engine.load_state(str(self.lease_token), point.directory)
+        except InvalidJobError as error:
+            self._warn(f"{error} The job starts from its first step.")
+            return 0
+        self._rows = list(point.progress.rows)
+        self._tokens_before = point.progress.trained_tokens
+        self._is_epoch_open = point.progress.is_epoch_open
+        return step
+
+    def _end_epoch(self, engine: Engine) -> None:
+        self._is_epoch_open = True
+        self.bill()
+        if self._validation is not None and self._rows:
+            engine.begin_evaluation(str(self.lease_token), self._validation.examples)
+        else:
+            self._publish_epoch(engine)
+
+    def _publish_epoch(self, engine: Engine) -> None:
+        self._save_checkpoint(engine)
+        self._is_epoch_open = False
+        if not self._is_last_step_taken and self._pace.is_free:
+            self.save_resume_point(engine)
+
+    def _store_resume_point(self, state: SlotState, progress: Progress, earlier: tuple[Future[None], ...]) -> None:
+        directory = self._directory / f"resume-{state.step}"
+        artifact = f"resume/step-{state.step}"
+        write_resume_point(directory, state, progress)
+        try:
+            files = self._upload(artifact, directory, RESUME_FILES)
+        except TransferError as error:
+            self._warn(f"The resume point of step {state.step} could not be stored: {error}")
+            return
+        finally:
+            shutil.rmtree(directory)
+        wait(earlier)  # a checkpoint of this step or before is told of first
+        self._channel.send(
+            ResumePointSaved(lease_token=self.lease_token, step=state.step, artifact=artifact, files=files)
+        )
 
     def _take_update(self, update: StepMetrics) -> None:
         self._is_last_step_taken = update.is_last
@@ -231,8 +338,13 @@ class TrainerJob:
 
     def _upload(self, artifact: str, directory: Path, names: tuple[str, ...]) -> tuple[StoredFile, ...]:
         wanted = UrlsWanted(lease_token=self.lease_token, artifact=artifact, names=names)
+        started = time.monotonic()
         urls = self._channel.request_urls(wanted)
-        return tuple(upload(urls[name], directory / name, name=name, on_progress=self._show_life) for name in names)
+        stored = tuple(upload(urls[name], directory / name, patience_seconds=self._patience_seconds) for name in names)
+        size_bytes = sum(file.size_bytes for file in stored)
+        seconds = round(time.monotonic() - started, 3)
+        self.log("artifact.uploaded", artifact=artifact, size_bytes=size_bytes, seconds=seconds)
+        return stored
 
     def _checkpoint_directory(self, step: int) -> Path:
         return self._directory / f"step-{step}"
@@ -248,6 +360,3 @@ class TrainerJob:
 
     def _warn(self, message: str) -> None:
         self._channel.send(JobWarned(lease_token=self.lease_token, message=message))
-
-    def _show_life(self) -> None:
-        self._channel.send(Alive())

@@ -15,19 +15,22 @@ from typing import Any
 import structlog
 
 from worker.engine import Engine, EngineError, NoFreeSlotError, SlotReport
-from worker.messages import Alive, JobFailed, StartJob, StopJob
+from worker.messages import Alive, JobFailed, LoadBase, StartJob, StopJob, YieldJob
 from worker.trainer.bases import LoadedBase
 from worker.trainer.channel import Channel
 from worker.trainer.failures import TrainerError
 from worker.trainer.jobs import PreparedJob, TrainerJob
 
 log = structlog.get_logger()
+_LIFE_SECONDS = 1.0
 
 
 class TrainingLoop:
     """Drives the engine through admit, step and evict on behalf of the supervisor's orders."""
 
-    def __init__(self, channel: Channel, engine: Engine, base: LoadedBase) -> None:
+    def __init__(self, channel: Channel, engine: Engine, base: LoadedBase, order: LoadBase) -> None:
+        self._order = order
+        self._shown_at = 0.0
         self._channel = channel
         self._engine = engine
         self._base = base
@@ -37,7 +40,8 @@ class TrainingLoop:
 
     def run(self) -> None:
         while True:
-            while (item := self._channel.receive(is_waiting=self._is_idle)) is not None:
+            self._show_life()
+            while (item := self._channel.receive(wait_seconds=_LIFE_SECONDS if self._is_idle else 0)) is not None:
                 self._apply(item)
             self._admit_waiting()
             self._step()
@@ -46,27 +50,42 @@ class TrainingLoop:
     def _is_idle(self) -> bool:
         return not self._engine.job_ids and not self._waiting
 
+    def _show_life(self) -> None:
+        """Say that this loop turns, and what its jobs have used: a thread that lives on must not hide a hung step."""
+        if time.monotonic() - self._shown_at < _LIFE_SECONDS:
+            return
+        self._shown_at = time.monotonic()
+        self._channel.send(Alive())
+        for job in self._jobs.values():
+            job.bill()
+
     def _apply(self, item: Any) -> None:
         match item:
             case StartJob():
                 self._start(item)
             case StopJob():
                 self._stop(item.lease_token)
+            case YieldJob():
+                self._yield(item.lease_token)
             case _:
                 item()
 
     def _start(self, order: StartJob) -> None:
-        job = TrainerJob(order, channel=self._channel, base=self._base)
+        job = TrainerJob(order, channel=self._channel, base=self._base, base_order=self._order)
         self._jobs[order.lease_token] = job
         self._channel.run_in_background(job.prepare, then=self._guarded(job, self._admit))
 
     def _admit(self, job: TrainerJob, prepared: PreparedJob) -> None:
+        if job.is_ending:
+            return
         try:
             self._engine.admit(job.as_engine_job(prepared))
         except NoFreeSlotError:
             self._waiting.append((job, prepared))
             return
+        job.begin(self._engine, prepared)
         log.info("job.admitted", lease_token=job.lease_token, num_examples=len(prepared.training.examples))
+        job.log("job.admitted", num_examples=len(prepared.training.examples))
 
     def _admit_waiting(self) -> None:
         """Try those again that wait for memory, in their order; the engine may have room since the last step."""
@@ -84,7 +103,6 @@ class TrainingLoop:
             return
         seconds = time.monotonic() - started
         cost_tokens = sum(report.cost_tokens for report in reports)
-        self._channel.send(Alive())
         for report in reports:
             job = self._jobs[int(report.job_id)]
             job.use_device(seconds * report.cost_tokens / cost_tokens)
@@ -100,6 +118,7 @@ class TrainingLoop:
             self._fail(job, error)
             return
         if is_trained:
+            job.is_ending = True
             self._engine.evict(report.job_id)
             self._channel.run_in_background(job.publish, then=self._guarded(job, self._finish))
 
@@ -112,6 +131,17 @@ class TrainingLoop:
         if job is not None:
             self._evict(job)
             job.close()
+
+    def _yield(self, lease_token: int) -> None:
+        """Store a job's slot as it stands and free it. A job that is on its way out already ends as it would."""
+        job = self._jobs.get(lease_token)
+        if job is None or job.is_ending:
+            return
+        job.is_ending = True
+        if str(lease_token) in self._engine.job_ids:
+            job.save_resume_point(self._engine)
+            self._engine.evict(str(lease_token))
+        self._channel.run_in_background(job.give_back, then=self._guarded(job, self._finish))
 
     def _fail(self, job: TrainerJob, error: Exception) -> None:
         log.warning("job.failed", lease_token=job.lease_token, error=type(error).__name__)

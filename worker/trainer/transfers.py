@@ -7,10 +7,12 @@ never on a refusal.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import httpx
 import stamina
@@ -21,7 +23,8 @@ from worker.trainer.failures import TransferError
 
 CHUNK_BYTES = 2**20
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
-_ATTEMPTS = 5
+_LONGEST_PAUSE_SECONDS = 5.0
+_MAX_MISMATCHES = 3
 
 
 class IntegrityError(TransferError):
@@ -30,13 +33,17 @@ class IntegrityError(TransferError):
     code = "integrity"
 
 
+class ObjectMissingError(TransferError):
+    """There is no such object."""
+
+
 class _PassingError(TransferError):
     """A fault that another try may not meet."""
 
 
-def download(file: RemoteFile, destination: Path, *, on_progress: Callable[[], None]) -> None:
-    """Fetch a file and check its size and SHA-256. Raises TransferError, or IntegrityError after the last try."""
-    for attempt in stamina.retry_context(on=_is_passing, attempts=_ATTEMPTS):
+def download(file: RemoteFile, destination: Path, *, patience_seconds: float) -> None:
+    """Fetch a file and check its SHA-256. Raises TransferError, or IntegrityError after the last try."""
+    for attempt in _tries(patience_seconds):
         with attempt, _translated(), httpx.stream("GET", file.url, timeout=_TIMEOUT, trust_env=False) as response:
             response.raise_for_status()
             digest = hashlib.sha256()
@@ -44,34 +51,46 @@ def download(file: RemoteFile, destination: Path, *, on_progress: Callable[[], N
                 for chunk in response.iter_bytes(CHUNK_BYTES):
                     digest.update(chunk)
                     out.write(chunk)
-                    on_progress()
             if digest.hexdigest() != file.sha256:
-                raise IntegrityError("A dataset's bytes are not the ones that were uploaded.")
+                raise IntegrityError("Its bytes are not the ones that were stored.")
 
 
-def upload(url: str, path: Path, *, name: str, on_progress: Callable[[], None]) -> StoredFile:
+def upload(url: str, path: Path, *, patience_seconds: float) -> StoredFile:
     """Store a file under its URL and say what it is. Raises TransferError."""
     size_bytes = path.stat().st_size
-    for attempt in stamina.retry_context(on=_is_passing, attempts=_ATTEMPTS):
+    for attempt in _tries(patience_seconds):
         with attempt, _translated():
             digest = hashlib.sha256()
             response = httpx.put(
                 url,
-                content=_read_chunks(path, digest.update, on_progress),
+                content=_read_chunks(path, digest.update),
                 headers={"content-length": str(size_bytes)},
                 timeout=_TIMEOUT,
                 trust_env=False,
             )
             response.raise_for_status()
-    return StoredFile(name=name, size_bytes=size_bytes, sha256=digest.hexdigest())
+    return StoredFile(name=path.name, size_bytes=size_bytes, sha256=digest.hexdigest())
 
 
-def _read_chunks(path: Path, on_chunk: Callable[[bytes], None], on_progress: Callable[[], None]) -> Iterator[bytes]:
+def _tries(patience_seconds: float) -> Iterable[AbstractContextManager[Any]]:
+    """Try until patience ends, with growing pauses and jitter; bytes that differ again and again are not waited for."""
+    mismatches = itertools.count(1)
+
+    def is_passing(error: Exception) -> bool:
+        if isinstance(error, IntegrityError):
+            return next(mismatches) < _MAX_MISMATCHES
+        return isinstance(error, _PassingError)
+
+    return stamina.retry_context(
+        on=is_passing, attempts=None, timeout=patience_seconds, wait_max=_LONGEST_PAUSE_SECONDS
+    )
+
+
+def _read_chunks(path: Path, on_chunk: Callable[[bytes], None]) -> Iterator[bytes]:
     with path.open("rb") as content:
         while chunk := content.read(CHUNK_BYTES):
             reach(CrashPoint.UPLOAD)
             on_chunk(chunk)
-            on_progress()
             yield chunk
 
 
@@ -80,12 +99,14 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except httpx.HTTPStatusError as error:
-        status = error.response.status_code
-        kind = TransferError if status < HTTPStatus.INTERNAL_SERVER_ERROR else _PassingError
-        raise kind(f"The object store answered {status}.") from None  # the URL in the cause is a bearer secret
+        raise _kind_of(error.response.status_code)(
+            f"The object store answered {error.response.status_code}."
+        ) from None  # the URL in the cause is a bearer secret
     except httpx.TransportError as error:
         raise _PassingError(f"The object store did not answer: {type(error).__name__}.") from None
 
 
-def _is_passing(error: Exception) -> bool:
-    return isinstance(error, _PassingError | IntegrityError)
+def _kind_of(status: int) -> type[TransferError]:
+    if status == HTTPStatus.NOT_FOUND:
+        return ObjectMissingError
+    return TransferError if status < HTTPStatus.INTERNAL_SERVER_ERROR else _PassingError

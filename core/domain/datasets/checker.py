@@ -5,6 +5,7 @@ A problem with a row is collected and reported with its line. Only what would br
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from core.domain.datasets.rows import parse_example
@@ -31,6 +32,9 @@ class DatasetChecker:
         self._num_examples = 0
         self._num_problems = 0
         self._problems: list[Problem] = []
+        self._codes: Counter[str] = Counter()
+        self._seen: set[int] = set()
+        self._num_compared = self._num_duplicates = 0
 
     def feed(self, chunk: bytes) -> None:
         """Check the lines that `chunk` completes. Raises PayloadTooLargeError for a line or a file beyond its cap."""
@@ -56,6 +60,9 @@ class DatasetChecker:
             problems=tuple(self._problems),
             num_problems=self._num_problems,
             is_complete=self._is_reading,
+            problem_counts=dict(self._codes),
+            num_duplicates=self._num_duplicates,
+            num_compared=self._num_compared,
         )
 
     @property
@@ -81,10 +88,14 @@ class DatasetChecker:
         except ProblemError as error:
             self._add(_explain_cut(error.problem) if is_last else error.problem)
         else:
-            self._count_example()
+            self._count_example(line)
 
-    def _count_example(self) -> None:
+    def _count_example(self, line: bytes) -> None:
         self._num_examples += 1
+        if self._num_compared < self._limits.max_compared:
+            self._num_compared += 1
+            self._seen.add(hash(line.strip()))  # 64 bits, keyed anew in every process: nobody can aim at a collision
+            self._num_duplicates = self._num_compared - len(self._seen)
         if self._num_examples > self._limits.max_examples:
             raise PayloadTooLargeError(
                 f"The file has more than {self._limits.max_examples} examples. Split it.",
@@ -94,6 +105,7 @@ class DatasetChecker:
 
     def _add(self, problem: Problem) -> None:
         self._num_problems += 1
+        self._codes[problem.code] += 1
         if len(self._problems) < self._limits.max_problems:
             self._problems.append(problem)
 

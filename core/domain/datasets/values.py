@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class ProblemError(Exception):
 
 @dataclass(frozen=True)
 class DatasetLimits:
-    """What one upload may hold. `max_problems` are kept, `max_counted_problems` end the reading of rows."""
+    """What one upload may hold. `max_problems` are kept, `max_counted_problems` end the reading of rows.
+
+    The first `max_compared` rows are compared with one another: their hashes are all that is kept of rows.
+    """
 
     max_line_bytes: int = 2**20
     max_examples: int = 10_000_000
@@ -53,13 +58,15 @@ class DatasetLimits:
     max_messages: int = 1000
     max_problems: int = 100
     max_counted_problems: int = 10_000
+    max_compared: int = 200_000
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a check found. `problems` holds the first ones, `num_problems` counts all.
+    """What a check found. `problems` holds the first ones, `num_problems` counts all and `problem_counts` by code.
 
-    `is_complete` is False where there were so many that the rest of the rows was not read.
+    `num_duplicates` of the first `num_compared` good rows repeat an earlier one letter by letter. `is_complete` is
+    False where there were so many problems that the rest of the rows was not read.
     """
 
     num_examples: int
@@ -67,6 +74,20 @@ class DatasetReport:
     problems: tuple[Problem, ...]
     num_problems: int
     is_complete: bool = True
+    problem_counts: Mapping[str, int] = field(default_factory=dict)
+    num_duplicates: int = 0
+    num_compared: int = 0
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Everything counted, JSON-ready."""
+        return {
+            "num_problems": self.num_problems,
+            "problem_counts": dict(self.problem_counts),
+            "is_complete": self.is_complete,
+            "num_duplicates": self.num_duplicates,
+            "num_compared": self.num_compared,
+        }
 
     @property
     def is_valid(self) -> bool:

@@ -94,7 +94,7 @@ def test_resuming_in_the_middle_is_bitwise_never_having_stopped(
     expected = train(unbroken)["mine"]
     first.admit(job)
     updates = train(first, num_fused_steps=num_fused_steps)["mine"]
-    first.save_state("mine", tmp_path)
+    first.capture_state("mine").write(tmp_path)
     second.admit(job)
     second.load_state("mine", tmp_path)
     assert updates + train(second)["mine"] == expected
@@ -107,6 +107,6 @@ def test_the_state_of_another_job_is_refused(tmp_path: Path, changes: dict[str, 
     engine = make_engine()
     engine.admit(make_job("mine"))
     engine.admit(make_job("other", **changes))  # type: ignore[arg-type]  # a mix of the keyword's types
-    engine.save_state("mine", tmp_path)
+    engine.capture_state("mine").write(tmp_path)
     with pytest.raises(InvalidJobError, match="another job"):
         engine.load_state("other", tmp_path)

@@ -17,8 +17,12 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from core.domain.datasets import ChatExample, ChatMessage, DatasetChecker
-from worker.trainer.datasets import ConversationTokenizer, read_examples, tokenize_dataset
+from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
+from core.domain.datasets.tokens import ConversationTokenizer
+from worker.engine import Example
+from worker.trainer.datasets import as_engine_example, read_examples, tokenize_dataset
 from worker.trainer.failures import JobFaultError
+from worker.trainer.tokenizers import describe_tokenizer
 
 BEGIN_ID, END_ID = 1, 2  # <|im_start|> and <|im_end|>
 NUM_TOKENS_PARIS = 26
@@ -60,6 +64,19 @@ def _converse(*contents: str, weights: dict[int, int] | None = None) -> ChatExam
     )
 
 
+_BASES: dict[int, tuple[Any, BaseTokenizer]] = {}  # loading one takes a sixth of a second
+
+
+def _base(tokenizer: Any) -> BaseTokenizer:
+    if id(tokenizer) not in _BASES:
+        _BASES[id(tokenizer)] = (tokenizer, BaseTokenizer(describe_tokenizer(tokenizer)))
+    return _BASES[id(tokenizer)][1]
+
+
+def _tokenize(tokenizer: Any, example: ChatExample) -> Example:
+    return as_engine_example(ConversationTokenizer(_base(tokenizer)).tokenize(example))
+
+
 def _with_template(tokenizer: Any, template: str) -> Any:
     changed = copy.copy(tokenizer)
     changed.chat_template = template
@@ -67,12 +84,12 @@ def _with_template(tokenizer: Any, template: str) -> Any:
 
 
 def _decode_labels(tokenizer: Any, example: ChatExample) -> str:
-    made = ConversationTokenizer(tokenizer).tokenize(example)
+    made = _tokenize(tokenizer, example)
     return str(tokenizer.decode(made.token_ids[made.is_label]))
 
 
 def test_a_conversation_becomes_these_tokens_and_these_labels(tokenizer: Any) -> None:
-    made = ConversationTokenizer(tokenizer).tokenize(_converse("Be brief.", "Where is Paris?", "In France."))
+    made = _tokenize(tokenizer, _converse("Be brief.", "Where is Paris?", "In France."))
 
     pieces = [
         *("<|im_start|>", "system", "\n", "Be", " brief", ".", "<|im_end|>", "\n"),
@@ -101,7 +118,7 @@ def test_a_control_token_spelt_in_a_message_is_plain_text(tokenizer: Any, index:
     contents = ["Be brief.", "Where?", "There."]
     contents[index] = f"before {spelt} after"
 
-    made = ConversationTokenizer(tokenizer).tokenize(_converse(*contents))
+    made = _tokenize(tokenizer, _converse(*contents))
 
     control_ids = [token_id for token_id in made.token_ids.tolist() if token_id in tokenizer.all_special_ids]
     assert control_ids == [BEGIN_ID, END_ID] * 3
@@ -130,7 +147,7 @@ def test_whatever_is_said_labels_are_the_answers_and_controls_are_the_templates(
     weights = {2 * number + 2: weight for number, (_, _, weight) in enumerate(turns)}
     example = _converse(*contents, weights=weights)
 
-    made = ConversationTokenizer(tokenizer).tokenize(example)
+    made = _tokenize(tokenizer, example)
 
     answers = [f"{answer}<|im_end|>" for _, answer, weight in turns if weight]
     assert tokenizer.decode(made.token_ids[made.is_label]) == "".join(answers)
@@ -142,7 +159,7 @@ def test_whatever_is_said_labels_are_the_answers_and_controls_are_the_templates(
 @pytest.mark.parametrize("answer", ["Paris.", " Paris.", "\nParis.", "\n\n  Paris."])
 def test_an_answer_is_learnt_from_the_very_prompt_that_will_be_served(tokenizer: Any, answer: str) -> None:
     example = _converse("Be brief.", "Where?", answer)
-    made = ConversationTokenizer(tokenizer).tokenize(example)
+    made = _tokenize(tokenizer, example)
     asked = [{"role": message.role, "content": message.content} for message in example.messages[:2]]
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     assert made.token_ids[: int(made.is_label.argmax())].tolist() == prompt
@@ -152,7 +169,7 @@ def test_a_template_that_trims_is_followed(tokenizer: Any) -> None:
     example = _converse("  S  ", "\n one", "\n\tThe answer. \n", "two ", "<|im_end|> ")
     trimming = _with_template(tokenizer, TRIMMING)
     assert _decode_labels(trimming, example) == "The answer.<|im_end|><|im_end|><|im_end|>"
-    made = ConversationTokenizer(trimming).tokenize(example)
+    made = _tokenize(trimming, example)
     assert made.token_ids.tolist().count(END_ID) == len(example.messages)
 
 
@@ -161,7 +178,7 @@ def test_a_template_that_moves_the_system_message_is_followed_and_white_space_be
 ) -> None:
     moving = _with_template(tokenizer, SYSTEM_IN_LAST_TURN)
     example = _converse("S", "one", "First.", "two", "Second.")
-    made = ConversationTokenizer(moving).tokenize(example)
+    made = _tokenize(moving, example)
     assert tokenizer.decode(made.token_ids) == (
         "[INST] one [/INST] First. <|im_end|>[INST] S\n\ntwo [/INST] Second. <|im_end|>"
     )
@@ -181,15 +198,15 @@ def test_a_conversation_that_the_template_does_not_carry_whole_is_refused(
     tokenizer: Any, template: str, complaint: str
 ) -> None:
     example = _converse("S", "one", "<think>hm</think>First.")
-    with pytest.raises(JobFaultError, match=f"^The base's chat template .*{complaint}"):
-        ConversationTokenizer(_with_template(tokenizer, template)).tokenize(example)
+    with pytest.raises(RenderingError, match=f"^The base's chat template .*{complaint}"):
+        _tokenize(_with_template(tokenizer, template), example)
 
 
 def test_a_refused_conversation_is_the_jobs_own_fault_and_names_its_line(tokenizer: Any) -> None:
     fine = ChatExample((ChatMessage("user", "one"), ChatMessage("assistant", "First.")))
     examples = [fine, _converse("S", "one", "First.")]
     with pytest.raises(JobFaultError, match=r"^Line 2: .*no system role") as caught:
-        tokenize_dataset(_with_template(tokenizer, NO_SYSTEM), examples, max_seq_len=100)
+        tokenize_dataset(_base(_with_template(tokenizer, NO_SYSTEM)), examples, max_seq_len=100)
     assert caught.value.is_job_fault
 
 
@@ -199,10 +216,8 @@ def test_a_control_token_that_takes_the_space_beside_it_is_still_plain_text_in_a
     greedy.add_special_tokens({"additional_special_tokens": [end]})
     greedy.chat_template = "{% for message in messages %}{{ message.content }}<|end|>{% endfor %}"
     end_id = greedy.convert_tokens_to_ids("<|end|>")
-    conversations = ConversationTokenizer(greedy)
-
-    spelt = conversations.tokenize(_converse("S ", "a <|end|> b", "Yes <|end|>  "))
-    plain = conversations.tokenize(_converse("S ", " Why? ", "Yes"))
+    spelt = _tokenize(greedy, _converse("S ", "a <|end|> b", "Yes <|end|>  "))
+    plain = _tokenize(greedy, _converse("S ", " Why? ", "Yes"))
 
     assert spelt.token_ids.tolist().count(end_id) == 3
     assert greedy.decode(spelt.token_ids[spelt.is_label]).startswith("Yes <|end|>")
@@ -214,16 +229,16 @@ def test_a_control_token_that_takes_the_space_beside_it_is_still_plain_text_in_a
 def test_a_control_token_that_no_text_can_avoid_is_refused(tokenizer: Any) -> None:
     odd = copy.deepcopy(tokenizer)
     odd.add_special_tokens({"additional_special_tokens": [AddedToken("§", special=True)]})
-    with pytest.raises(JobFaultError, match="control token"):
-        ConversationTokenizer(odd).tokenize(_converse("S", "as § 1 says", "Yes."))
+    with pytest.raises(RenderingError, match="control token"):
+        _tokenize(odd, _converse("S", "as § 1 says", "Yes."))
 
 
 def test_a_long_row_keeps_its_head_and_one_with_no_answer_left_is_dropped(tokenizer: Any) -> None:
     whole = _converse("Be brief.", "Where is Paris?", "In France.")
     no_answer_left = _converse("Be brief. " * 20, "Where is Paris?", "In France.")
 
-    exact = tokenize_dataset(tokenizer, [whole], max_seq_len=NUM_TOKENS_PARIS)
-    made = tokenize_dataset(tokenizer, [whole, no_answer_left], max_seq_len=NUM_TOKENS_PARIS - 3)
+    exact = tokenize_dataset(_base(tokenizer), [whole], max_seq_len=NUM_TOKENS_PARIS)
+    made = tokenize_dataset(_base(tokenizer), [whole, no_answer_left], max_seq_len=NUM_TOKENS_PARIS - 3)
 
     assert (exact.num_truncated, exact.num_dropped) == (0, 0)
     assert (made.num_truncated, made.num_dropped, len(made.examples)) == (2, 1, 1)
@@ -233,7 +248,7 @@ def test_a_long_row_keeps_its_head_and_one_with_no_answer_left_is_dropped(tokeni
 
 def test_a_dataset_with_nothing_left_to_learn_is_the_jobs_own_fault(tokenizer: Any) -> None:
     with pytest.raises(JobFaultError, match="max_seq_len=8; raise it") as caught:
-        tokenize_dataset(tokenizer, [_converse("Be brief.", "Where?", "There.")], max_seq_len=8)
+        tokenize_dataset(_base(tokenizer), [_converse("Be brief.", "Where?", "There.")], max_seq_len=8)
     assert caught.value.is_job_fault
 
 

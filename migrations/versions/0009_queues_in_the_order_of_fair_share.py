@@ -10,8 +10,8 @@ orders tenants as their decayed usages per weight do, at any time, and changes o
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0006"
-down_revision = "0005"
+revision = "0009"
+down_revision = "0008"
 branch_labels = None
 depends_on = None
 
@@ -53,6 +53,7 @@ create trigger rank_queues after update of usage, usage_at, weight on tenants
 GRANTS = """
 grant select, insert, update (num_queued) on queues to espalier_api;
 grant select, insert, update on queues to espalier_worker, espalier_schedule;
+grant select, update (rank) on queues to espalier_operator;
 """
 
 
@@ -75,6 +76,8 @@ def upgrade() -> None:
     own = f"tenant_id = {CURRENT_TENANT}"
     op.execute(f"create policy tenant_rows on queues to espalier_api using ({own}) with check ({own})")
     op.execute("create policy service_rows on queues to espalier_worker, espalier_schedule using (true)")
+    # A tenant's weight is an operator's to change, and the trigger acts in the changer's name.
+    op.execute("create policy operator_rows on queues to espalier_operator using (true) with check (true)")
     op.execute(GRANTS)
     op.execute(TRIGGERS)
     op.execute("""

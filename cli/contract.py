@@ -1,4 +1,4 @@
-"""`espalier audit`: the contract, checked on the live system, read only."""
+"""`espalier check-contract`: the contract, checked on the live system, read only."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rich.table import Table
 from sqlalchemy.exc import OperationalError
 
 from cli.external import OWNER_URL_SETTING
-from cli.operators import DEFAULT_DATA_DIR, DataDir
+from cli.owner import DEFAULT_DATA_DIR, DataDir
 from cli.servers import ServerAddresses, find_addresses
 from core.db.session import connect, service_transaction
-from core.services.audit import Finding, audit_objects, audit_rows
+from core.services.contract import Finding, check_objects, check_rows
 from core.settings import S3Settings, StorageConfig
 from core.storage import S3ObjectStore, StorageError
 
 
-def audit(
+def check_contract(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     *,
     deep: Annotated[bool, typer.Option("--deep", help="Read every object and compare its sha256.")] = False,
@@ -30,23 +30,23 @@ def audit(
     console = Console(soft_wrap=True)
     owner_url, storage = _find_servers(data_dir)
     try:
-        findings = run_audit(owner_url, storage, is_deep=deep)
+        findings = run_checks(owner_url, storage, is_deep=deep)
     except (OperationalError, StorageError) as error:
-        console.print(f"[red]The audit could not be finished: {escape(str(error))}[/]")
+        console.print(f"[red]The check could not be finished: {escape(str(error))}[/]")
         raise typer.Exit(2) from error
     console.print(as_table(findings))
     if any(finding.num_broken for finding in findings):
         raise typer.Exit(1)
 
 
-def run_audit(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tuple[Finding, ...]:
+def run_checks(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tuple[Finding, ...]:
     """Return one finding a promise, in their order. Raises OperationalError and StorageError."""
     engine = connect(owner_url)
     try:
         with service_transaction(engine) as session:
-            rows = audit_rows(session)
+            rows = check_rows(session)
         with service_transaction(engine) as session:
-            objects = audit_objects(session, S3ObjectStore(storage), is_deep=is_deep)
+            objects = check_objects(session, S3ObjectStore(storage), is_deep=is_deep)
     finally:
         engine.dispose()
     return tuple(sorted((*rows, objects), key=lambda finding: int(finding.promise[1:])))

@@ -10,12 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jinja2
-
-from core.domain.datasets import ChatExample
-from worker.trainer.failures import JobFaultError
+from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
+from core.domain.datasets.values import ChatExample
 
 # A marker is an index between two private characters, in white space that no template writes of itself: what comes back
 # without it is trimmed.
@@ -39,27 +36,24 @@ class Rendering:
     contents: tuple[Span, ...]
 
 
-def render_conversation(tokenizer: Any, example: ChatExample) -> Rendering:
-    """Write a conversation as the tokenizer's chat template does. Raises JobFaultError where it cannot be followed."""
+def render_conversation(tokenizer: BaseTokenizer, example: ChatExample) -> Rendering:
+    """Write a conversation as the tokenizer's chat template does. Raises RenderingError where it cannot be followed."""
     contents = [message.content for message in example.messages]
     markers = [f"{_PADDING}\ue000{index}\ue001{_PADDING}" for index in range(len(contents))]
     rendering = _fill(_apply_template(tokenizer, example, markers), contents)
     if rendering.text != _apply_template(tokenizer, example, contents):
-        raise JobFaultError(
+        raise RenderingError(
             "The base's chat template rewrites the text of this conversation, so its answers cannot be told from the "
             "rest. Remove markup that the template acts on, such as thinking tags."
         )
     return rendering
 
 
-def _apply_template(tokenizer: Any, example: ChatExample, contents: Sequence[str]) -> str:
+def _apply_template(tokenizer: BaseTokenizer, example: ChatExample, contents: Sequence[str]) -> str:
     messages = [
         {"role": message.role, "content": content} for message, content in zip(example.messages, contents, strict=True)
     ]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except jinja2.TemplateError as error:
-        raise JobFaultError(f"The base's chat template refuses this conversation: {error}") from error
+    return tokenizer.render(messages)
 
 
 def _fill(template: str, contents: Sequence[str]) -> Rendering:
@@ -69,7 +63,7 @@ def _fill(template: str, contents: Sequence[str]) -> Rendering:
     for marker in _MARKER.finditer(template):
         index = int(marker[2])
         if index in spans:
-            raise JobFaultError(f"The base's chat template writes message {index + 1} of this conversation twice.")
+            raise RenderingError(f"The base's chat template writes message {index + 1} of this conversation twice.")
         text += template[cursor : marker.start()]
         words = contents[index] if marker[1] else contents[index].lstrip()
         words = words if marker[3] else words.rstrip()
@@ -78,5 +72,5 @@ def _fill(template: str, contents: Sequence[str]) -> Rendering:
         cursor = marker.end()
     for index in range(len(contents)):
         if index not in spans:
-            raise JobFaultError(f"The base's chat template leaves out message {index + 1} of this conversation.")
+            raise RenderingError(f"The base's chat template leaves out message {index + 1} of this conversation.")
     return Rendering(text + template[cursor:], tuple(spans[index] for index in range(len(contents))))

@@ -1,0 +1,102 @@
+"""Previews of rows: fetches the base's tokenizer once, reads the rows asked for, has a limited child render them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from core.domain.datasets.statistics import NumberedLine, TokenReport
+from core.domain.errors import InvalidRequestError, UnavailableError
+from core.previews import PreviewLimitError, preview_lines
+from core.storage import ObjectStore
+
+MAX_ROWS = 2000
+MAX_ROW_BYTES = 2 * 2**20
+_MAX_SKIPPED_BYTES = 64 * 2**20
+_NUM_CHILDREN = 2
+_WAIT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class PreviewOrder:
+    """Which rows of which object, for which tokenizer."""
+
+    object_key: str
+    tokenizer_key: str
+    from_line: int
+    num_shown: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """`report` counts the rows that were read; `is_whole_file` says that they are all."""
+
+    report: TokenReport
+    is_whole_file: bool
+
+
+class Previewer:
+    """Renders previews, a few at a time: each costs a process and about a second of the processor."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._children = threading.BoundedSemaphore(_NUM_CHILDREN)
+
+    def preview(self, order: PreviewOrder) -> Preview:
+        """Raises InvalidRequestError for rows that are not there or pass a limit, UnavailableError when busy."""
+        lines, is_whole_file = self._read_lines(order)
+        if not lines:
+            raise InvalidRequestError(f"The file has no line {order.from_line}.", param="from_line")
+        bundle_path = self._fetch_tokenizer(order.tokenizer_key)
+        if not self._children.acquire(timeout=_WAIT_SECONDS):
+            raise UnavailableError("Too many previews are being made; try again.", code="previews_busy")
+        try:
+            report = preview_lines(bundle_path, lines, max_seq_len=order.max_seq_len, num_shown=order.num_shown)
+        except PreviewLimitError as error:
+            raise InvalidRequestError(str(error), code="preview_limit") from error
+        finally:
+            self._children.release()
+        return Preview(report, is_whole_file)
+
+    @cached_property
+    def _directory(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="espalier-tokenizers-", ignore_cleanup_errors=True)
+
+    def _fetch_tokenizer(self, object_key: str) -> Path:
+        path = Path(self._directory.name) / object_key.rpartition("/")[2]
+        if not path.exists():
+            descriptor, unfinished = tempfile.mkstemp(dir=self._directory.name)
+            with os.fdopen(descriptor, "wb") as out:
+                out.writelines(self._store.get_stream(object_key))
+            Path(unfinished).replace(path)
+        return path
+
+    def _read_lines(self, order: PreviewOrder) -> tuple[list[NumberedLine], bool]:
+        """Return the lines from `from_line` on, up to the caps, and whether they are the whole file."""
+        kept: list[NumberedLine] = []
+        num_skipped_bytes = num_kept_bytes = 0
+        for number, content in enumerate(self._iterate_lines(order.object_key), start=1):
+            if number < order.from_line:
+                num_skipped_bytes += len(content)
+                if num_skipped_bytes > _MAX_SKIPPED_BYTES:
+                    raise InvalidRequestError(f"Line {order.from_line} is too far into the file.", param="from_line")
+                continue
+            if kept and (len(kept) == MAX_ROWS or num_kept_bytes + len(content) > MAX_ROW_BYTES):
+                return kept, False
+            kept.append(NumberedLine(number=number, content=content))
+            num_kept_bytes += len(content)
+        return kept, order.from_line == 1
+
+    def _iterate_lines(self, object_key: str) -> Iterator[bytes]:
+        pending = b""
+        for chunk in self._store.get_stream(object_key):
+            *whole, pending = (pending + chunk).split(b"\n")
+            yield from whole
+        if pending:
+            yield pending

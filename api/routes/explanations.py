@@ -1,0 +1,19 @@
+"""/v1/fine_tuning/jobs/{id}/explain: why a job waits, and when it may end."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.dependencies import Caller, Now, Transaction, needs
+from api.schemas.explanations import ExplanationObject
+from core.domain.api_keys import Scope
+from core.domain.ids import IdKind, parse_id
+from core.services.explanations import explain_job
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+
+
+@router.get("/{job_id}/explain", dependencies=[needs(Scope.READ)])
+def get_explanation(session: Transaction, caller: Caller, now: Now, job_id: str) -> ExplanationObject:
+    parsed = parse_id(IdKind.JOB, job_id)
+    return ExplanationObject.of(explain_job(session, caller.tenant_id, job_id=parsed, now=now))

@@ -1,0 +1,32 @@
+"""/v1/fine_tuning/jobs/{id}/logs: what the workers did for a job, line by line, oldest first."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from api.dependencies import Caller, Transaction, needs
+from api.schemas.objects import ListObject, as_list
+from api.schemas.observations import LogLineObject
+from core.domain.api_keys import Scope
+from core.domain.ids import IdKind, parse_id
+from core.services import jobs
+from core.services.logs import LogFilter, list_log_lines
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+
+
+@router.get("/{job_id}/logs", dependencies=[needs(Scope.READ)])
+def list_logs(
+    session: Transaction,
+    caller: Caller,
+    job_id: str,
+    attempt: Annotated[int | None, Query(ge=1, le=1000)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: str | None = None,
+) -> ListObject[LogLineObject]:
+    job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
+    cursor = parse_id(IdKind.LOG_LINE, after, param="after") if after else None
+    wanted = LogFilter(attempt, cursor, limit)
+    return as_list(list_log_lines(session, caller.tenant_id, job_id=job.id, wanted=wanted), LogLineObject.of)

@@ -1,0 +1,36 @@
+"""/v1/fine_tuning/jobs/{id}/metrics: the numbers of a job's steps, thinned out to what a chart can show."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from api.dependencies import Caller, Transaction, needs
+from api.schemas.observations import MetricSeriesObject
+from core.domain.api_keys import Scope
+from core.domain.errors import InvalidRequestError
+from core.domain.ids import IdKind, parse_id
+from core.services import jobs
+from core.services.metrics import StepRange, read_metrics
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+_MAX_STEP = 2**40
+Step = Annotated[int, Query(ge=1, le=_MAX_STEP)]
+
+
+@router.get("/{job_id}/metrics", dependencies=[needs(Scope.READ)])
+def get_metrics(
+    session: Transaction,
+    caller: Caller,
+    job_id: str,
+    from_step: Step = 1,
+    to_step: Step = _MAX_STEP,
+    points: Annotated[int, Query(ge=3, le=3000)] = 600,
+) -> MetricSeriesObject:
+    """Return at most `points` steps: of every stretch the least and the greatest training loss, and one evaluation."""
+    if from_step > to_step:
+        raise InvalidRequestError(f"from_step is {from_step}, behind to_step {to_step}.", param="from_step")
+    job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
+    steps = StepRange(from_step, to_step)
+    return MetricSeriesObject.of(read_metrics(session, caller.tenant_id, job_id=job.id, steps=steps, points=points))

@@ -1,0 +1,114 @@
+"""`espalier validate`: the check that an upload gets, and the counts that a base would see, without any service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cli.owner import DEFAULT_DATA_DIR, DataDir
+from core.domain.datasets import DatasetChecker, DatasetReport
+from core.domain.datasets.statistics import NumberedLine, TokenReport
+from core.domain.datasets.tokenizers import tokenizer_path
+from core.domain.errors import PayloadTooLargeError
+from core.previews import PreviewLimitError, PreviewLimits, preview_lines
+
+_CHUNK_BYTES = 2**20
+_PART_ROWS = 2000
+_LIMITS = PreviewLimits(cpu_seconds=60, wall_seconds=120.0)
+_INVALID, _CANNOT_SAY = 1, 2
+
+console = Console(soft_wrap=True)
+
+
+def validate(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A JSON Lines file of conversations.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Count tokens as this base model sees them; a local worker must have loaded it.")
+    ] = None,
+    max_seq_len: Annotated[int, typer.Option(min=8, help="Rows longer than this lose their tail.")] = 2048,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Check a dataset as an upload is checked. Exit code 0: it can be trained on; 1: it cannot; 2: cannot say."""
+    try:
+        report = _check(file)
+    except PayloadTooLargeError as error:
+        console.print(f"[red]{error.message}[/]", markup=True)
+        raise typer.Exit(_INVALID) from error
+    _show_report(report)
+    if not report.is_valid:
+        raise typer.Exit(_INVALID)
+    if base_model is not None:
+        _show_tokens(_count_tokens(file, tokenizer_path(data_dir / "cache", base_model), max_seq_len))
+
+
+def _check(file: Path) -> DatasetReport:
+    checker = DatasetChecker()
+    with file.open("rb") as content:
+        while chunk := content.read(_CHUNK_BYTES):
+            checker.feed(chunk)
+    return checker.close()
+
+
+def _count_tokens(file: Path, bundle_path: Path, max_seq_len: int) -> TokenReport:
+    if not bundle_path.exists():
+        console.print(
+            f"[red]There is no tokenizer at {bundle_path}: no worker of this data directory has loaded it.[/]"
+        )
+        raise typer.Exit(_CANNOT_SAY)
+    try:
+        report = TokenReport.joined(
+            preview_lines(bundle_path, part, max_seq_len=max_seq_len, num_shown=0, limits=_LIMITS)
+            for part in _iterate_parts(file)
+        )
+    except PreviewLimitError as error:
+        console.print(f"[red]{error}[/]")
+        raise typer.Exit(_CANNOT_SAY) from error
+    if report.num_problems or report.num_nothing_to_learn == report.num_rows:
+        _show_tokens(report)
+        raise typer.Exit(_INVALID)
+    return report
+
+
+def _iterate_parts(file: Path) -> Iterator[list[NumberedLine]]:
+    with file.open("rb") as content:
+        lines = (
+            NumberedLine(number=number, content=line.removesuffix(b"\n"))
+            for number, line in enumerate(content, start=1)
+        )
+        while part := list(islice(lines, _PART_ROWS)):
+            yield part
+
+
+def _show_report(report: DatasetReport) -> None:
+    state = "[green]can be trained on[/]" if report.is_valid else "[red]cannot be trained on[/]"
+    console.print(f"{report.num_examples} good rows, {report.num_problems} problems: it {state}.")
+    if report.num_duplicates:
+        console.print(f"{report.num_duplicates} of the first {report.num_compared} good rows repeat an earlier one.")
+    if not report.problems:
+        return
+    table = Table("line", "where", "code", "problem", "what to do")
+    for problem in report.problems:
+        table.add_row(str(problem.line), problem.path, problem.code, problem.message, problem.hint)
+    console.print(table)
+    for code, count in sorted(report.problem_counts.items()):
+        console.print(f"  {count:>7}  {code}")
+
+
+def _show_tokens(report: TokenReport) -> None:
+    console.print(
+        f"{report.num_tokens} tokens an epoch, {report.num_learnt_tokens} of them learnt; the longest row has "
+        f"{report.longest_row_tokens}. {report.num_truncated} rows are longer than {report.max_seq_len} and lose their "
+        f"tail; {report.num_nothing_to_learn} of all have nothing left to learn."
+    )
+    table = Table("tokens up to", "rows")
+    for bucket in report.histogram:
+        table.add_row(str(bucket.max_tokens), str(bucket.num_rows))
+    console.print(table)
+    for problem in report.problems:
+        console.print(f"[red]Line {problem.line}:[/] {problem.message}")

@@ -1,0 +1,78 @@
+"""A base's tokenizer and chat template without its base: what the trainer, a preview and a check offline all read.
+
+The `tokenizers` package alone does it: it is the very library that transformers calls, takes a sixth of a second to
+load a vocabulary, and needs neither transformers nor torch. The worker that holds a base writes the bundle from the
+tokenizer it has loaded, so that nobody else has to guess how transformers would have loaded it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import jinja2
+from tokenizers import Tokenizer
+
+from core.domain.datasets.templates import compile_template
+from core.domain.training import Frozen
+
+
+class RenderingError(Exception):
+    """A conversation that the base's chat template or tokenizer cannot write faithfully. The message is a sentence."""
+
+
+class TokenizerBundle(Frozen):
+    """`backend` is the tokenizers package's own JSON; `special_tokens` are the template's variables, "eos_token" ..."""
+
+    backend: str
+    chat_template: str
+    special_tokens: dict[str, str]
+
+
+def tokenizer_path(cache_dir: Path, base_model_id: str) -> Path:
+    """Return where a worker on this machine leaves the bundle of a base."""
+    return cache_dir / "tokenizers" / f"{quote(base_model_id, safe='')}.json"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids, and where in the text each token starts and ends."""
+
+    token_ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class BaseTokenizer:
+    """Renders and encodes as the base's own tokenizer does. `control_tokens` are those marked as special, by id."""
+
+    def __init__(self, bundle: TokenizerBundle) -> None:
+        self._backend = Tokenizer.from_str(bundle.backend)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._variables = dict(bundle.special_tokens)
+        self._source = bundle.chat_template
+        self._template: jinja2.Template | None = None
+        added = self._backend.get_added_tokens_decoder()
+        self.control_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
+        self.eos_token = bundle.special_tokens.get("eos_token")
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """Write messages as the chat template does. Raises RenderingError where it refuses them, or is broken."""
+        try:
+            if self._template is None:
+                self._template = compile_template(self._source)
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError, ZeroDivisionError, LookupError) as error:
+            raise RenderingError(f"The base's chat template refuses this conversation: {error}") from error
+
+    def encode(self, pieces: Sequence[str]) -> list[Encoding]:
+        encodings = self._backend.encode_batch(list(pieces), add_special_tokens=False)
+        return [Encoding(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def show_token(self, token_id: int) -> str:
+        """Return a token as text; part of a character shows as U+FFFD."""
+        return str(self._backend.decode([token_id], skip_special_tokens=False))

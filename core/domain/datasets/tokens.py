@@ -1,0 +1,145 @@
+"""From conversations to tokens and labels, as the base's own chat template writes them.
+
+Labels are the assistant's words of weight 1 and what ends the turn, nothing else: not the role header, not white space
+after the turn. A tenant's text never becomes a control token: where it spells one, it is tokenised as plain text. The
+trainer and the preview of a file both come here, so that what is shown is what is learnt.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+from core.domain.datasets.rendering import Rendering, Span, render_conversation
+from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
+from core.domain.datasets.values import ChatExample
+
+
+@dataclass(frozen=True)
+class TokenizedConversation:
+    """Token ids and label marks of one conversation, of equal length."""
+
+    token_ids: list[int]
+    is_label: list[bool]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_labels(self) -> int:
+        return sum(self.is_label)
+
+    def cut(self, max_seq_len: int) -> TokenizedConversation:
+        """Return the head that is trained on."""
+        return TokenizedConversation(self.token_ids[:max_seq_len], self.is_label[:max_seq_len])
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Token ids and where each token starts and ends in the text. Starts never go backwards."""
+
+    token_ids: list[int]
+    starts: list[int]
+    ends: list[int]
+
+
+class ConversationTokenizer:
+    """Tokenises conversations with a base's tokenizer.
+
+    A conversation is tokenised whole, as a serving stack does, and cut in two places only: where a token would join a
+    prompt to its answer (a serving stack never sees them joined), and inside a control token that a tenant's text
+    spells, which makes plain text of it. Control tokens are those that the tokenizer marks as special; other added
+    tokens (thinking tags, say) are words that a tenant may write.
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self._tokenizer = tokenizer
+        controls = sorted(tokenizer.control_tokens.values(), key=len, reverse=True)
+        endings = [re.escape(token) for token in controls]
+        # Some templates write white space before the end-of-sequence token: what must be said before it is learnt too.
+        if tokenizer.eos_token:
+            endings.insert(0, rf"\s*{re.escape(tokenizer.eos_token)}")
+        self._ending = re.compile("|".join(endings))
+
+    def tokenize(self, example: ChatExample) -> TokenizedConversation:
+        """Return the whole conversation. Raises RenderingError."""
+        rendering = render_conversation(self._tokenizer, example)
+        answers = [
+            Span(span.start, self._find_turn_end(rendering.text, span.end))
+            for message, span in zip(example.messages, rendering.contents, strict=True)
+            if message.role == "assistant" and message.weight
+        ]
+        tokens = self._encode_apart(rendering, answers)
+        is_label = [False] * len(tokens.token_ids)
+        for answer in answers:
+            first, end = bisect_left(tokens.starts, answer.start), bisect_left(tokens.starts, answer.end)
+            is_label[first:end] = [True] * (end - first)
+        is_label[0] = False  # nothing comes before the first token to predict it from
+        return TokenizedConversation(tokens.token_ids, is_label)
+
+    def _find_turn_end(self, text: str, content_end: int) -> int:
+        """Return where the control token that closes a turn ends; the words' own end where there is none."""
+        ending = self._ending.match(text, content_end)
+        return ending.end() if ending else content_end
+
+    def _encode_apart(self, rendering: Rendering, answers: list[Span]) -> _Positions:
+        """Return the tokens once every cut has been made."""
+        cuts: set[int] = set()
+        while True:
+            tokens = self._encode(rendering.text, cuts)
+            needed = _find_joints(tokens, answers) | self._find_spelt_controls(rendering, tokens)
+            if not needed:
+                return tokens
+            if needed <= cuts:
+                raise RenderingError("A message spells a control token of the base that cannot be written as text.")
+            cuts |= needed
+
+    def _encode(self, text: str, cuts: set[int]) -> _Positions:
+        borders = sorted(cuts | {0, len(text)})
+        token_ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        pieces = [text[start:end] for start, end in pairwise(borders)]
+        for border, encoding in zip(borders[:-1], self._tokenizer.encode(pieces), strict=True):
+            token_ids += encoding.token_ids
+            starts += [border + start for start, _ in encoding.offsets]
+            ends += [border + end for _, end in encoding.offsets]
+        if not token_ids:
+            raise RenderingError("The base's tokenizer makes no token of this conversation.")
+        if starts != sorted(starts):
+            raise RenderingError("The base's tokenizer reorders this conversation's text.")
+        return _Positions(token_ids, starts, ends)
+
+    def _find_spelt_controls(self, rendering: Rendering, tokens: _Positions) -> set[int]:
+        """Return a cut inside every control token that takes words of a message."""
+        contents = sorted((span for span in rendering.contents if span.end > span.start), key=lambda span: span.start)
+        content_ends = [span.end for span in contents]
+        controls = self._tokenizer.control_tokens
+        cuts = set()
+        for token_id, token_start, token_end in zip(tokens.token_ids, tokens.starts, tokens.ends, strict=True):
+            if token_id not in controls:
+                continue
+            # Some control tokens take the white space beside them; a serving stack does that too.
+            taken = rendering.text[token_start:token_end]
+            start = token_start + len(taken) - len(taken.lstrip())
+            end = start + len(taken.strip())
+            index = bisect_right(content_ends, start)  # the first message whose words end behind the token's start
+            if index < len(contents) and contents[index].start < end:
+                cuts.add(start + 1)
+        return cuts
+
+
+def _find_joints(tokens: _Positions, answers: list[Span]) -> set[int]:
+    """Return the starts of answers that lie within a token."""
+    joints = set()
+    for answer in answers:
+        index = bisect_left(tokens.starts, answer.start) - 1
+        # Tokens that make up one character share its start; one of them reaching over is enough.
+        while index >= 0 and tokens.ends[index] <= answer.start and tokens.starts[index - 1] == tokens.starts[index]:
+            index -= 1
+        if index >= 0 and tokens.ends[index] > answer.start:
+            joints.add(answer.start)
+    return joints

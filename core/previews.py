@@ -1,0 +1,122 @@
+"""Runs a base's chat template on rows in a process of its own, which the kernel ends at its limits.
+
+A template is a program. jinja2's sandbox keeps it from the interpreter, but `9**(9**8)`, nested loops or a string of
+half a gigabyte are all legal in it. So rows are rendered by a child without credentials that may use so much processor
+time and memory, may write no file, and is killed when the wall clock says so; what it answers is read up to a cap.
+`python -m core.previews` is that child.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from core.domain.datasets.statistics import NumberedLine, TokenReport, report_tokens
+from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
+from core.domain.training import Frozen
+
+_ENVIRONMENT = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "HOME")
+_OUT_OF_MEMORY = 3
+
+
+@dataclass(frozen=True)
+class PreviewLimits:
+    """Loading a tokenizer takes about a second of the processor's time, a megabyte of rows another."""
+
+    cpu_seconds: int = 5
+    wall_seconds: float = 20.0
+    memory_bytes: int = 2**30
+    answer_bytes: int = 8 * 2**20
+
+
+DEFAULT_LIMITS = PreviewLimits()
+
+
+class PreviewLimitError(Exception):
+    """The rows could not be rendered within the limits. The message says which one."""
+
+
+class _Order(Frozen):
+    bundle_path: str
+    max_seq_len: int
+    num_shown: int
+    cpu_seconds: int
+    memory_bytes: int
+    lines: tuple[NumberedLine, ...]
+
+
+def preview_lines(
+    bundle_path: Path,
+    lines: Sequence[NumberedLine],
+    *,
+    max_seq_len: int,
+    num_shown: int,
+    limits: PreviewLimits = DEFAULT_LIMITS,
+) -> TokenReport:
+    """Report on lines as the base of a bundle sees them. Raises PreviewLimitError."""
+    order = _Order(
+        bundle_path=str(bundle_path),
+        max_seq_len=max_seq_len,
+        num_shown=num_shown,
+        cpu_seconds=limits.cpu_seconds,
+        memory_bytes=limits.memory_bytes,
+        lines=tuple(lines),
+    )
+    answer, exit_code = _run_child(order.model_dump_json().encode(), limits)
+    if len(answer) > limits.answer_bytes:
+        raise PreviewLimitError(f"The rows as tokens take more than {limits.answer_bytes} bytes; ask for fewer.")
+    if exit_code == _OUT_OF_MEMORY:
+        raise PreviewLimitError(f"The chat template needs more than {limits.memory_bytes >> 20} MiB of memory.")
+    try:
+        return TokenReport.model_validate_json(answer)
+    except ValidationError as error:
+        message = f"The chat template did not end within {limits.cpu_seconds} s, or broke its process ({exit_code})."
+        raise PreviewLimitError(message) from error
+
+
+def _run_child(order: bytes, limits: PreviewLimits) -> tuple[bytes, int]:
+    """Return what the child wrote, up to one byte more than it may, and its exit code."""
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    argv = [sys.executable, "-m", "core.previews"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(argv, env=environment, **pipes) as child:  # type: ignore[call-overload]
+        timer = threading.Timer(limits.wall_seconds, child.kill)
+        timer.start()
+        try:
+            child.stdin.write(order)  # the child reads all of it before it writes
+            child.stdin.close()
+            answer: bytes = child.stdout.read(limits.answer_bytes + 1)
+        except BrokenPipeError:
+            answer = b""
+        finally:
+            child.kill()
+            timer.cancel()
+    return answer, child.returncode
+
+
+def _be_child() -> None:
+    order = _Order.model_validate_json(sys.stdin.buffer.read())
+    resource.setrlimit(resource.RLIMIT_CPU, (order.cpu_seconds, order.cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (order.memory_bytes, order.memory_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    try:
+        bundle = TokenizerBundle.model_validate_json(Path(order.bundle_path).read_bytes())
+        report = report_tokens(
+            BaseTokenizer(bundle), order.lines, max_seq_len=order.max_seq_len, num_shown=order.num_shown
+        )
+        sys.stdout.buffer.write(report.model_dump_json().encode())
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
+
+
+if __name__ == "__main__":
+    _be_child()

@@ -1,0 +1,133 @@
+"""Why a job is where it is: its own row, its tenant's limits, the workers alive, and its place among everybody's jobs.
+
+Only the last crosses tenants, and it is counted inside the database: `pool_outlook` answers with sums for the tenant
+that the transaction names.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, and_, any_, func, literal, or_, select, text
+from sqlalchemy.orm import Session
+
+from core.db.models import Attempt, Job, Tenant, Worker
+from core.domain.jobs import JobStatus
+from core.domain.outlook import (
+    PoolQueue,
+    PoolWorkers,
+    Reason,
+    TenantState,
+    WaitingJob,
+    estimate_wait,
+    explain_wait,
+)
+from core.domain.progress import Estimate, Interval
+from core.domain.scheduling import ENTRY_CHARGE_SECONDS, USAGE_HALF_LIFE_SECONDS
+from core.services.jobs import get_job
+from core.services.progress import estimate_jobs
+
+_WAITING_STATUSES = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.PAUSED)
+_OUTLOOK = text("select * from pool_outlook(:pool, :job_id, :half_life, :charge)")
+
+
+@dataclass(frozen=True)
+class Eta:
+    """When a job may end. `basis` says on how many measurements of what the interval stands."""
+
+    interval: Interval
+    basis: str
+    num_measured: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`reason`, `queue` and `workers` are of a job that waits; `eta` is None where nothing honest can be said."""
+
+    job: Job
+    tenant: TenantState
+    reason: Reason | None = None
+    queue: PoolQueue | None = None
+    workers: PoolWorkers | None = None
+    eta: Eta | None = None
+
+
+def explain_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, now: dt.datetime) -> Explanation:
+    """Explain a job's state. Raises NotFoundError."""
+    job = get_job(session, tenant_id, job_id=job_id)
+    tenant = _read_tenant(session, tenant_id)
+    if job.status not in _WAITING_STATUSES:
+        measured = estimate_jobs(session, tenant_id, jobs=[job], now=now).get(job.id)
+        return Explanation(job, tenant, eta=_measured_eta(measured) if measured else None)
+    waiting = WaitingJob(
+        is_paused=job.status == JobStatus.PAUSED,
+        run_after=job.run_after,
+        total_steps=job.total_steps - job.trained_steps,
+        last_outcome=_last_outcome(session, tenant_id, job_id),
+    )
+    queue, workers = _read_queue(session, job), _read_workers(session, job.pool)
+    reason = explain_wait(waiting, tenant=tenant, workers=workers, queue=queue, now=now)
+    interval = estimate_wait(waiting, reason=reason, workers=workers, queue=queue, now=now)
+    eta = Eta(interval, "recent_jobs", queue.num_measured) if interval else None
+    return Explanation(job, tenant, reason, queue, workers, eta)
+
+
+def _measured_eta(estimate: Estimate) -> Eta:
+    return Eta(estimate.interval, "measured_steps", estimate.num_measured)
+
+
+def _read_tenant(session: Session, tenant_id: uuid.UUID) -> TenantState:
+    num_running = (
+        select(func.count()).where(Job.tenant_id == tenant_id, Job.status == JobStatus.RUNNING).scalar_subquery()
+    )
+    query = select(num_running, Tenant.max_running, Tenant.disabled_at.is_not(None)).where(Tenant.id == tenant_id)
+    return TenantState(*session.execute(query).tuples().one())
+
+
+def _last_outcome(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> str | None:
+    own = (Attempt.tenant_id == tenant_id, Attempt.job_id == job_id)
+    return session.scalar(select(Attempt.outcome).where(*own).order_by(Attempt.lease_token.desc()).limit(1))
+
+
+def _read_queue(session: Session, job: Job) -> PoolQueue:
+    parameters = {
+        "pool": job.pool,
+        "job_id": job.id,
+        "half_life": USAGE_HALF_LIFE_SECONDS,
+        "charge": ENTRY_CHARGE_SECONDS,
+    }
+    row = session.execute(_OUTLOOK, parameters).one_or_none()
+    if row is None:  # the tenant has no queued or running job in this pool: this one is paused
+        return PoolQueue(0, 0, 0.0, 0.0, 0, None, None)
+    return PoolQueue(
+        num_waiting=row.num_waiting,
+        num_ahead=row.num_ahead,
+        share_now=row.share_now,
+        share_entitled=row.share_entitled,
+        num_measured=row.num_measured,
+        job_seconds=tuple(row.job_seconds) if row.job_seconds else None,
+        step_seconds=tuple(row.step_seconds) if row.step_seconds else None,
+    )
+
+
+def _read_workers(session: Session, pool: str) -> PoolWorkers:
+    is_alive = and_(Worker.alive_until > func.now(), Worker.state != "stopping")
+    holds = and_(is_alive, Worker.pool == pool, Worker.state != "loading")
+    is_elsewhere = and_(is_alive, Worker.pool != pool, or_(Worker.slots_in_use > 0, Worker.state == "loading"))
+
+    def count(condition: ColumnElement[bool]) -> ColumnElement[int]:
+        return func.count().filter(condition)
+
+    query = select(
+        count(is_alive),
+        count(holds),
+        count(and_(is_alive, Worker.pool == pool, Worker.state == "loading")),
+        count(is_elsewhere),
+        func.coalesce(func.sum(Worker.slots).filter(holds), 0),
+        func.coalesce(func.sum(Worker.slots_in_use).filter(holds), 0),
+        func.max(Worker.heartbeat_at),
+    ).where(literal(pool) == any_(Worker.pools))
+    alive, serving, loading, elsewhere, slots, in_use, last_seen_at = session.execute(query).tuples().one()
+    return PoolWorkers(alive, serving, loading, elsewhere, int(slots), int(in_use), last_seen_at)

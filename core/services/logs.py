@@ -1,0 +1,64 @@
+"""Log lines of jobs: what a worker did for one job, in names and numbers, for that job's tenant alone.
+
+A line names its job by the lease under which it was written, and its tenant is taken from that attempt's row: no worker
+can write into another tenant's log, and no process-wide log is ever cut up for tenants.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import insert, literal, select
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Session
+
+from core.db.models import Attempt, LogLine
+from core.domain.errors import NotFoundError
+from core.domain.ids import new_id
+from core.services.pages import Page
+
+LogLevel = Literal["info", "warn", "error"]
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class LogFilter:
+    """Which of a job's lines: those of one attempt, if named, from behind the line `after`."""
+
+    attempt_number: int | None
+    after: uuid.UUID | None
+    limit: int
+
+
+def record_log_line(
+    session: Session, lease_token: int, *, name: str, level: LogLevel, details: Mapping[str, Scalar]
+) -> None:
+    """Append a line to the log of the attempt that the lease token names; without such an attempt nothing is kept."""
+    attempt = select(
+        literal(new_id()),
+        Attempt.tenant_id,
+        Attempt.job_id,
+        Attempt.number,
+        literal(level),
+        literal(name),
+        literal(dict(details), JSONB),
+    ).where(Attempt.lease_token == lease_token)
+    columns = ["id", "tenant_id", "job_id", "attempt_number", "level", "name", "details"]
+    session.execute(insert(LogLine).from_select(columns, attempt))
+
+
+def list_log_lines(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, wanted: LogFilter) -> Page[LogLine]:
+    """Return a job's lines, oldest first."""
+    own = (LogLine.tenant_id == tenant_id, LogLine.job_id == job_id)
+    query = select(LogLine).where(*own)
+    if wanted.attempt_number is not None:
+        query = query.where(LogLine.attempt_number == wanted.attempt_number)
+    if wanted.after is not None:
+        number = session.scalar(select(LogLine.number).where(*own, LogLine.id == wanted.after))
+        if number is None:
+            raise NotFoundError("No such log line to continue after.", param="after")
+        query = query.where(LogLine.number > number)
+    return Page.cut(session.scalars(query.order_by(LogLine.number).limit(wanted.limit + 1)).all(), wanted.limit)

@@ -1,0 +1,65 @@
+"""Operators and their keys. A key of an operator opens /admin and nothing of a tenant's."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from core.db.models import OperatorKeyRow
+from core.domain.api_keys import OPERATOR_PREFIX, ApiKey, generate_api_key
+from core.domain.errors import NotFoundError, UnauthenticatedError
+from core.domain.ids import new_id
+from core.services.tenants import LAST_USED_INTERVAL
+
+
+@dataclass(frozen=True)
+class OperatorIdentity:
+    """Who is asking: the owner of a live operator key."""
+
+    name: str
+    key_id: str
+
+    @property
+    def actor(self) -> str:
+        return f"operator:{self.name}:{self.key_id}"
+
+
+def issue_operator_key(session: Session, *, name: str) -> ApiKey:
+    """Add an operator key and return it whole: its secret cannot be had again."""
+    api_key = generate_api_key(OPERATOR_PREFIX)
+    row = OperatorKeyRow(id=new_id(), key_id=api_key.key_id, secret_hash=api_key.secret_hash, name=name)
+    session.add(row)
+    session.flush()
+    return api_key
+
+
+def list_operator_keys(session: Session) -> Sequence[OperatorKeyRow]:
+    query = select(OperatorKeyRow).where(OperatorKeyRow.revoked_at.is_(None))
+    return session.scalars(query.order_by(OperatorKeyRow.id)).all()
+
+
+def revoke_operator_key(session: Session, key_id: str) -> None:
+    revoked = session.scalar(
+        update(OperatorKeyRow)
+        .where(OperatorKeyRow.key_id == key_id, OperatorKeyRow.revoked_at.is_(None))
+        .values(revoked_at=func.now())
+        .returning(OperatorKeyRow.id)
+    )
+    if revoked is None:
+        raise NotFoundError(f"There is no operator key {key_id!r}.", param="key_id")
+
+
+def authenticate_operator(session: Session, api_key: ApiKey) -> OperatorIdentity:
+    """Return whose live operator key this is. Unknown, wrong and revoked ones are answered alike."""
+    query = select(OperatorKeyRow).where(OperatorKeyRow.key_id == api_key.key_id, OperatorKeyRow.revoked_at.is_(None))
+    row = session.scalar(query)
+    if not hmac.compare_digest(row.secret_hash if row else bytes(32), api_key.secret_hash) or row is None:
+        raise UnauthenticatedError("Incorrect operator key provided: it is unknown or revoked.")
+    if row.last_used_at is None or dt.datetime.now(dt.UTC) - row.last_used_at >= LAST_USED_INTERVAL:
+        session.execute(update(OperatorKeyRow).where(OperatorKeyRow.id == row.id).values(last_used_at=func.now()))
+    return OperatorIdentity(name=row.name, key_id=row.key_id)

@@ -1,0 +1,73 @@
+"""Resume points: stored slot states from which a job's next attempt goes on, on any worker.
+
+A row is published by the fence only when its objects are there. The newest two are kept, so that one that turns out to
+be damaged has another behind it; what an attempt does not build on goes with everything beyond it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from core.db.models import Checkpoint, Metric, ResumePoint
+from core.domain.ids import new_id
+from core.services.attempts import Lease, StoredArtifact, lock_held
+from core.services.events import record_event
+
+KEPT_RESUME_POINTS = 2
+
+
+def list_resume_points(session: Session, lease: Lease) -> Sequence[ResumePoint]:
+    """Return the job's resume points, newest first."""
+    query = select(ResumePoint).where(ResumePoint.job_id == lease.job_id)
+    return session.scalars(query.order_by(ResumePoint.step.desc(), ResumePoint.lease_token.desc())).all()
+
+
+def record_resume_point(session: Session, lease: Lease, *, step: int, artifact: StoredArtifact) -> tuple[str, ...]:
+    """Publish a stored slot state, once, and return the object prefixes that the job needs no longer."""
+    job = lock_held(session, lease)
+    points = list_resume_points(session, lease)
+    if any((point.lease_token, point.step) == (lease.token, step) for point in points):
+        return ()
+    session.add(
+        ResumePoint(
+            id=new_id(),
+            tenant_id=job.tenant_id,
+            job_id=job.id,
+            lease_token=lease.token,
+            step=step,
+            object_prefix=artifact.object_prefix,
+            files=list(artifact.files),
+        )
+    )
+    spent = points[KEPT_RESUME_POINTS - 1 :]
+    for point in spent:
+        session.delete(point)
+    return tuple(point.object_prefix for point in spent)
+
+
+def begin_steps(session: Session, lease: Lease, *, step: int) -> tuple[str, ...]:
+    """Note that an attempt goes on behind `step` (0 is the start): what earlier ones showed beyond it goes.
+
+    Returns the object prefixes of the resume points that went.
+    """
+    job = lock_held(session, lease)
+    job.trained_steps = step
+    session.execute(delete(Metric).where(Metric.job_id == job.id, Metric.step > step))
+    session.execute(delete(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step > step))
+    lost = session.scalars(
+        delete(ResumePoint)
+        .where(ResumePoint.job_id == job.id, ResumePoint.step > step)
+        .returning(ResumePoint.object_prefix)
+    ).all()
+    if step:
+        record_event(session, job, message=f"Resumed from step {step}.")
+    return tuple(lost)
+
+
+def forget_resume_points(session: Session, lease: Lease) -> tuple[str, ...]:
+    """Drop the resume points of a job that has ended, and return their object prefixes."""
+    dropped = delete(ResumePoint).where(ResumePoint.job_id == lease.job_id).returning(ResumePoint.object_prefix)
+    return tuple(session.scalars(dropped).all())

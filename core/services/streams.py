@@ -1,0 +1,95 @@
+"""Following jobs: what has happened behind each watch's last event, and which watches are over.
+
+One statement reads the events and the job's status in one snapshot, so that a job seen as ended has no event to come.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ARRAY, BigInteger, Integer, Uuid, and_, column, func, literal, select, true
+from sqlalchemy.orm import Session, aliased
+
+from core.db.models import Event, Job
+from core.domain.jobs import TERMINAL_STATUSES
+from core.services.tenants import find_reading_keys
+
+BATCH_SIZE = 200
+
+
+@dataclass(frozen=True)
+class Watch:
+    """One follower of one job: by which API key, and behind which event number."""
+
+    job_id: uuid.UUID
+    key_id: str
+    after: int
+
+
+@dataclass(frozen=True)
+class WatchState:
+    """What a watch has missed, oldest first and at most BATCH_SIZE, and whether there can be more.
+
+    `final_status` is set once the job has ended and `events` are its last; `is_key_live` is False for a key that was
+    revoked or has expired.
+    """
+
+    events: tuple[Event, ...]
+    final_status: str | None
+    is_key_live: bool
+    has_more: bool
+
+
+def read_watches(session: Session, tenant_id: uuid.UUID, *, watches: Sequence[Watch]) -> list[WatchState]:
+    """Return the state of each of one tenant's watches, in their order. An unknown job reads as one without events."""
+    live_keys = find_reading_keys(session, tenant_id, {watch.key_id for watch in watches})
+    events: list[list[Event]] = [[] for _ in watches]
+    statuses: list[str | None] = [None] * len(watches)
+    for position, status, event in session.execute(_missed_events(tenant_id, watches)).tuples():
+        statuses[position - 1] = status
+        if event is not None:
+            events[position - 1].append(event)
+    return [
+        _conclude(missed, status=status, is_key_live=watch.key_id in live_keys)
+        for watch, missed, status in zip(watches, events, statuses, strict=True)
+    ]
+
+
+def _conclude(missed: list[Event], *, status: str | None, is_key_live: bool) -> WatchState:
+    has_more = len(missed) == BATCH_SIZE
+    has_ended = status in TERMINAL_STATUSES and not has_more
+    return WatchState(
+        events=tuple(missed) if is_key_live else (),
+        final_status=status if has_ended else None,
+        is_key_live=is_key_live,
+        has_more=has_more,
+    )
+
+
+def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch]) -> Any:
+    """Rows of (position of the watch from 1, the job's status, an event or None), each watch's events in order."""
+    positions = func.unnest(
+        literal(list(range(1, len(watches) + 1)), ARRAY(Integer)),
+        literal([watch.job_id for watch in watches], ARRAY(Uuid)),
+        literal([watch.after for watch in watches], ARRAY(BigInteger)),
+    )
+    watched = positions.table_valued(
+        column("position", Integer), column("job_id", Uuid), column("after", BigInteger)
+    ).render_derived(name="watched")
+    missed = (
+        select(Event)
+        .where(Event.tenant_id == tenant_id, Event.job_id == watched.c.job_id, Event.number > watched.c.after)
+        .order_by(Event.number)
+        .limit(BATCH_SIZE)
+        .lateral("missed")
+    )
+    event = aliased(Event, missed)
+    return (
+        select(watched.c.position, Job.status, event)
+        .join(Job, and_(Job.id == watched.c.job_id, Job.tenant_id == tenant_id))
+        .outerjoin(event, true())
+        .order_by(watched.c.position, event.number)
+    )

@@ -1,0 +1,226 @@
+"""The whole service with real processes behind proxies that break, and workers that a test starts, kills and counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import psycopg
+import torch
+import yaml
+from openai import OpenAI
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from cli.binaries import find_smollm2
+from cli.processes import ChildProcess
+from cli.stack import LocalStack
+from core.storage import S3ObjectStore
+from tests.faults import FaultyServers
+
+BASE_MODEL = "acme-labs/tiny-llama"
+ENDED = ("succeeded", "failed", "cancelled")
+LEASE_SECONDS = 3.0
+SETTINGS = {
+    "ESPALIER_LEASE_SECONDS": str(LEASE_SECONDS),
+    "ESPALIER_HEARTBEAT_SECONDS": "0.4",
+    "ESPALIER_REAP_INTERVAL_SECONDS": "0.3",
+    "ESPALIER_TRAINER_THREADS": "1",
+    "ESPALIER_RESUME_STEPS": "5",
+    "ESPALIER_RESUME_SECONDS": "1000",
+    "ESPALIER_GRACE_SECONDS": "8",
+    "ESPALIER_STORAGE_PATIENCE_SECONDS": "6",
+    "ESPALIER_STALL_SECONDS": "4",
+}
+
+
+def write_tiny_base(directory: Path) -> Path:
+    """A tiny random Llama with a real tokenizer and chat template."""
+    gguf = find_smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def wait_until(is_true: Callable[[], bool], *, seconds: float = 150, what: str = "the condition") -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, f"{what} did not come true in time"
+        time.sleep(0.05)
+
+
+class Lab:
+    """A running service whose workers are the test's own."""
+
+    def __init__(self, stack: LocalStack, servers: FaultyServers, directory: Path) -> None:
+        self.stack, self.servers = stack, servers
+        self._directory = directory
+        self._spec = stack.process("worker").spec
+        stack.process("worker").stop()
+        self._workers: list[ChildProcess] = []
+        self.store = S3ObjectStore(servers.direct.storage)
+        self.api_key = stack.create_tenant("acme")
+        self.client = OpenAI(base_url=f"{stack.api_url}/v1", api_key=self.api_key, max_retries=0)
+
+    def start_worker(self, **env: str) -> ChildProcess:
+        name = f"worker-{len(self._workers)}"
+        spec = replace(self._spec, name=name, env={**self._spec.env, "ESPALIER_WORKER_NAME": name, **env})
+        worker = ChildProcess(spec, self._directory)
+        self._workers.append(worker)
+        return worker
+
+    def ensure_worker(self) -> ChildProcess:
+        """Return a worker without any crash point, started if none lives."""
+        living = [worker for worker in self.workers if "CRASHPOINT" not in worker.spec.env]
+        return living[0] if living else self.start_worker()
+
+    @property
+    def workers(self) -> list[ChildProcess]:
+        return [worker for worker in self._workers if worker.is_alive]
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        self.client.close()
+
+    def only_worker(self, **env: str) -> ChildProcess:
+        """Kill every worker and start a fresh one."""
+        for worker in self.workers:
+            worker.kill()
+        return self.start_worker(**env)
+
+    @staticmethod
+    def trainer_of(worker: ChildProcess) -> psutil.Process:
+        def trainers() -> list[psutil.Process]:
+            return [
+                child
+                for child in psutil.Process(worker.pid).children(recursive=True)
+                if "worker.trainer" in child.cmdline()
+            ]
+
+        wait_until(lambda: bool(trainers()), what="a trainer")
+        return trainers()[0]
+
+    def submit(
+        self, *, n_epochs: int = 2, num_rows: int = 12, lines: list[dict[str, Any]] | None = None, **extra: Any
+    ) -> str:
+        lines = lines or [
+            {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}]}
+            for n in range(num_rows)
+        ]
+        content = "\n".join(json.dumps(line) for line in lines).encode()
+        file = self.client.files.create(file=("rows.jsonl", content), purpose="fine-tune")
+        return self.client.fine_tuning.jobs.create(
+            model=BASE_MODEL,
+            training_file=file.id,
+            validation_file=file.id if extra.pop("validation", False) else None,
+            hyperparameters={"n_epochs": n_epochs, "batch_size": 4},
+            seed=extra.pop("seed", 7),
+            extra_body={"learning_rate": 0.001, **extra},
+        ).id
+
+    def job(self, job_id: str) -> Any:
+        return self.client.fine_tuning.jobs.retrieve(job_id)
+
+    def post(self, job_id: str, verb: str) -> httpx.Response:
+        url = f"{self.stack.api_url}/v1/fine_tuning/jobs/{job_id}/{verb}"
+        return httpx.post(url, headers={"authorization": f"Bearer {self.api_key}"}, timeout=30, trust_env=False)
+
+    def messages(self, job_id: str) -> list[str]:
+        return [
+            message for (message,) in self.sql("select message from events where job_id = %s order by number", job_id)
+        ]
+
+    def has_said(self, job_id: str, start: str) -> bool:
+        return any(message.startswith(start) for message in self.messages(job_id))
+
+    def wait_for_step(self, job_id: str, step: int) -> None:
+        wait_until(
+            lambda: self.sql("select trained_steps from jobs where id = %s", job_id)[0][0] >= step, what=f"step {step}"
+        )
+
+    def wait_for_resume_point(self, job_id: str) -> int:
+        query = "select max(step) from resume_points where job_id = %s"
+        wait_until(lambda: self.sql(query, job_id)[0][0] is not None, what="a resume point")
+        return int(self.sql(query, job_id)[0][0])
+
+    def wait_for_status(self, job_id: str, *statuses: str, seconds: float = 150) -> Any:
+        wait_until(lambda: self.job(job_id).status in statuses, seconds=seconds, what=f"{job_id} {statuses}")
+        return self.job(job_id)
+
+    def wait_for_end(self, job_id: str, *, seconds: float = 150) -> Any:
+        return self.wait_for_status(job_id, *ENDED, seconds=seconds)
+
+    def succeed(self, job_id: str, *, seconds: float = 150) -> str:
+        """Wait for the job's success and return the SHA-256 of its weights."""
+        job = self.wait_for_end(job_id, seconds=seconds)
+        assert job.status == "succeeded", (job.error, self.messages(job_id))
+        assert self.messages(job_id).count("The job has successfully completed.") == 1
+        ((files,),) = self.sql("select files from adapters where job_id = %s", job_id)
+        (weights,) = (file["sha256"] for file in files if file["name"] == "adapter_model.safetensors")
+        return str(weights)
+
+    def outcomes(self, job_id: str) -> list[str]:
+        return [
+            row[0] for row in self.sql("select outcome from attempts where job_id = %s order by lease_token", job_id)
+        ]
+
+    def attempt_count(self, job_id: str) -> int:
+        return int(self.sql("select attempt_count from jobs where id = %s", job_id)[0][0])
+
+    def metric_steps(self, job_id: str) -> list[int]:
+        return [row[0] for row in self.sql("select step from metrics where job_id = %s order by step", job_id)]
+
+    def sql(self, query: str, job_id: str) -> list[Any]:
+        with psycopg.connect(self.servers.direct.postgres_url) as connection:
+            return connection.execute(query, (job_id.removeprefix("ftjob-"),)).fetchall()
+
+
+@contextmanager
+def running_lab(base_dir: Path, directory: Path, **env: str) -> Iterator[Lab]:
+    entry = {
+        "id": BASE_MODEL,
+        "source": {"kind": "path", "location": str(base_dir)},
+        "dtype": "float32",
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "max_seq_len": 256,
+        "slots": 4,
+        "max_tokens_per_step": 512,
+    }
+    registry = directory / "registry.yaml"
+    registry.write_text(yaml.safe_dump({"base_models": [entry]}))
+    servers = FaultyServers(directory / "data")
+    with ExitStack() as exits:
+        stack = exits.enter_context(
+            LocalStack(directory / "data", registry_path=registry, env={**SETTINGS, **env}, servers=servers)
+        )
+        lab = Lab(stack, servers, directory)
+        exits.callback(lab.close)
+        yield lab
+
+
+def stop_process(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+def continue_process(pid: int) -> None:
+    os.kill(pid, signal.SIGCONT)

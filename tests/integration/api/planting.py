@@ -1,0 +1,141 @@
+"""A tenant with one row in every table, and the ids by which the wire would name them."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from sqlalchemy import Engine, func
+from sqlalchemy.orm import Session
+
+from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Event, Job, Metric, Usage
+from core.db.session import service_transaction, tenant_transaction
+from core.domain.api_keys import format_key_id
+from core.domain.ids import IdKind, format_id, new_id
+from core.domain.jobs import checkpoint_model_name, fine_tuned_model_name, pool_name
+from core.domain.objects import attempt_prefix, file_key
+from core.services.files import NewFile, create_file
+from core.storage import ObjectStore
+from tests.integration.conftest import BASE_MODEL, Tenant
+
+ROW = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Planted."}]}'
+FILES = [{"name": "adapter_config.json", "size_bytes": len(ROW), "sha256": "0" * 64}]
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Every kind of id of one tenant, as the wire has it."""
+
+    file: str
+    job: str
+    event: str
+    checkpoint: str
+    adapter: str
+    model: str
+    checkpoint_model: str
+    api_key: str
+    tenant: str
+    object_keys: tuple[str, ...]
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """Return the ids by kind."""
+        return {name: value for name, value in self.__dict__.items() if isinstance(value, str)}
+
+
+def plant(owner: Engine, api: Engine, store: ObjectStore, tenant: Tenant) -> Planted:
+    """Add a file, a queued job and a succeeded one with all that it leaves behind, their objects included."""
+    file_id = new_id()
+    object_key = file_key(tenant.id, file_id)
+    store.put_bytes(object_key, ROW, content_type="application/jsonl")
+    with tenant_transaction(api, tenant.id, actor="planting") as session:
+        create_file(
+            session,
+            tenant.id,
+            new=NewFile(file_id, "a.jsonl", "fine-tune", object_key, len(ROW), "0" * 64, num_examples=1),
+        )
+    with service_transaction(owner) as session:
+        return _plant_job(session, store, tenant, file_id, object_key)
+
+
+def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uuid.UUID, object_key: str) -> Planted:
+    job_id, token = new_id(), session.scalars(LEASE_TOKENS.next_value()).one()
+    name = fine_tuned_model_name(BASE_MODEL, tenant_slug=tenant.slug, suffix=None, job_id=job_id)
+    prefix = attempt_prefix(tenant.id, job_id, token)
+    own = {"tenant_id": tenant.id, "job_id": job_id}
+    session.add(_job(tenant, job_id, file_id, name))
+    session.flush()
+    attempt = Attempt(
+        id=new_id(),
+        number=1,
+        lease_token=token,
+        worker_name="w",
+        entry_charge_seconds=0,
+        outcome="succeeded",
+        ended_at=func.now(),
+        **own,
+    )
+    checkpoint = Checkpoint(
+        id=new_id(),
+        lease_token=token,
+        step=1,
+        model_name=checkpoint_model_name(name, 1),
+        object_prefix=prefix,
+        files=FILES,
+        metrics={},
+        **own,
+    )
+    event = Event(id=new_id(), level="info", type="message", message="Planted.", **own)
+    adapter = Adapter(
+        id=new_id(), name=name, base_model_id=BASE_MODEL, object_prefix=prefix, files=FILES, size_bytes=1, **own
+    )
+    metric = Metric(
+        step=1, lease_token=token, train_loss=1, train_accuracy=1, learning_rate=1, grad_norm=1, num_tokens=1, **own
+    )
+    session.add_all([attempt, checkpoint, event, adapter, metric])
+    session.flush()
+    session.add(Usage(id=new_id(), tenant_id=tenant.id, attempt_id=attempt.id, gpu_seconds=1, trained_tokens=1))
+    store.put_bytes(prefix + FILES[0]["name"], ROW, content_type="application/json")
+    return Planted(
+        file=format_id(IdKind.FILE, file_id),
+        job=format_id(IdKind.JOB, job_id),
+        event=format_id(IdKind.EVENT, event.id),
+        checkpoint=format_id(IdKind.CHECKPOINT, checkpoint.id),
+        adapter=format_id(IdKind.ADAPTER, adapter.id),
+        model=name,
+        checkpoint_model=checkpoint.model_name,
+        api_key=format_key_id(tenant.key_id),
+        tenant=format_id(IdKind.TENANT, tenant.id),
+        object_keys=(object_key, prefix + FILES[0]["name"]),
+    )
+
+
+def _job(tenant: Tenant, job_id: uuid.UUID, file_id: uuid.UUID, name: str) -> Job:
+    adapter = {"rank": 8, "alpha": 16, "dropout": 0, "target_modules": ["q_proj"], "use_rslora": False}
+    spec = {
+        "adapter": adapter,
+        "n_epochs": 1,
+        "batch_size": 1,
+        "learning_rate": 1e-4,
+        "learning_rate_multiplier": 1.0,
+        "learning_rate_schedule": "cosine",
+        "warmup_ratio": 0,
+        "weight_decay": 0,
+        "max_grad_norm": 1,
+        "max_seq_len": 128,
+        "seed": 1,
+    }
+    return Job(
+        id=job_id,
+        tenant_id=tenant.id,
+        base_model_id=BASE_MODEL,
+        pool=pool_name(BASE_MODEL, None),
+        training_file_id=file_id,
+        validation_file_id=file_id,
+        spec=spec,
+        total_steps=1,
+        trained_steps=1,
+        status="succeeded",
+        fine_tuned_model=name,
+        finished_at=func.now(),
+    )

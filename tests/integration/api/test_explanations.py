@@ -1,0 +1,179 @@
+"""Why a job waits, where it stands among everybody's jobs, and when it may end."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import ProgrammingError
+
+from core.db.session import connect, service_transaction, tenant_transaction
+from core.domain.ids import IdKind, format_id
+from core.services import attempts
+from core.services.workers import WorkerFacts, record_worker
+from tests.integration.conftest import Database, Tenant, add_tenant
+from tests.integration.training import POOL, fail_job, queue_job, record_step, start_job
+
+
+@pytest.fixture(autouse=True)
+def empty(owner: Engine) -> None:
+    with service_transaction(owner) as session:
+        session.execute(text("truncate jobs, workers cascade"))
+        session.execute(text("update tenants set usage = 0"))
+
+
+@pytest.fixture
+def api(database: Database) -> Iterator[Engine]:
+    engine = connect(database.api_url)
+    yield engine
+    engine.dispose()
+
+
+def explain(api_url: str, tenant: Tenant, job_id: uuid.UUID) -> dict[str, Any]:
+    return get(api_url, tenant, f"/{format_id(IdKind.JOB, job_id)}/explain").json()
+
+
+def get(api_url: str, tenant: Tenant, path: str) -> httpx.Response:
+    headers = {"authorization": f"Bearer {tenant.api_key}"}
+    return httpx.get(f"{api_url}/v1/fine_tuning/jobs{path}", headers=headers, trust_env=False)
+
+
+def add_worker(owner: Engine, facts: WorkerFacts, *, alive_seconds: float = 60) -> None:
+    with service_transaction(owner) as session:
+        record_worker(session, facts, alive_seconds=alive_seconds, is_start=True)
+
+
+def test_the_reason_follows_what_workers_say_of_themselves(api_url: str, owner: Engine, tenant: Tenant) -> None:
+    job = queue_job(owner, tenant.id)
+    told = explain(api_url, tenant, job.id)
+    assert (told["status"], told["reason"]["code"], told["eta"]) == ("queued", "no_worker", None)
+    assert told["workers"] == {
+        "num_alive": 0, "num_serving": 0, "num_loading": 0, "slots": 0, "slots_in_use": 0, "last_seen_at": None,
+    }  # fmt: skip
+    for state, code in (
+        (WorkerFacts("w", (POOL,), "idle"), "base_loading"),
+        (WorkerFacts("w", (POOL,), "loading", POOL, 4, 0), "base_loading"),
+        (WorkerFacts("w", (POOL, "x"), "serving", "x", 4, 4), "no_free_slot"),
+        (WorkerFacts("w", (POOL,), "serving", POOL, 4, 4), "no_free_slot"),
+        (WorkerFacts("w", (POOL,), "serving", POOL, 4, 3), "starting"),
+        (WorkerFacts("w", (POOL,), "stopping", POOL, 4, 3), "no_worker"),
+        (WorkerFacts("w", ("x",), "idle"), "no_worker"),
+    ):
+        add_worker(owner, state)
+        assert explain(api_url, tenant, job.id)["reason"]["code"] == code
+    add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 4, 3), alive_seconds=-1)
+    stale = explain(api_url, tenant, job.id)
+    assert (stale["reason"]["code"], stale["workers"]["num_alive"]) == ("no_worker", 0)
+    assert abs(stale["workers"]["last_seen_at"] - time.time()) < 30
+
+
+def test_quota_and_backoff_come_before_the_workers(api_url: str, owner: Engine, tenant: Tenant) -> None:
+    lease = start_job(owner, tenant.id)
+    with service_transaction(owner) as session:
+        attempts.fail_attempt(session, lease, code="trainer_crashed", message="It crashed.", is_job_fault=False)
+    told = explain(api_url, tenant, lease.job_id)
+    assert told["reason"]["code"] == "retry_backoff"
+    start_job(owner, tenant.id)
+    with service_transaction(owner) as session:
+        session.execute(text("update tenants set max_running = 1 where id = :id"), {"id": tenant.id})
+    told = explain(api_url, tenant, queue_job(owner, tenant.id).id)
+    assert told["reason"]["code"] == "tenant_concurrency"
+    assert (told["share"]["num_running"], told["share"]["max_running"]) == (1, 1)
+
+
+def test_others_jobs_are_not_found_and_ended_ones_wait_for_nothing(
+    api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    assert get(api_url, other_tenant, f"/{format_id(IdKind.JOB, lease.job_id)}/explain").status_code == 404
+    fail_job(owner, lease)
+    told = explain(api_url, tenant, lease.job_id)
+    assert (told["status"], told["reason"], told["place"], told["eta"]) == ("failed", None, None, None)
+
+
+def test_the_outlook_answers_about_the_transactions_own_tenant_alone(
+    api: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant.id)
+    query = text("select num_ahead from pool_outlook(:pool, :job, 21600, 60)")
+    for asker, expected in ((tenant, 1), (other_tenant, 0)):
+        with tenant_transaction(api, asker.id) as session:
+            assert len(session.execute(query, {"pool": POOL, "job": job.id}).all()) == expected
+    with service_transaction(api) as session:
+        assert session.execute(query, {"pool": POOL, "job": job.id}).all() == []
+    with pytest.raises(ProgrammingError, match="permission denied"), service_transaction(api) as session:
+        session.execute(text("set role espalier_outlook"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_place_told_is_the_place_at_which_the_job_is_claimed(api_url: str, owner: Engine, seed: int) -> None:
+    """Tenants of random weights, usages, quotas and numbers of jobs; every job is told its place, then all are claimed."""
+    rng = random.Random(seed)
+    tenants = [add_tenant(owner) for _ in range(5)]
+    jobs = {}
+    with service_transaction(owner) as session:
+        for each in tenants:
+            numbers = {"id": each.id, "weight": rng.choice([0.5, 1, 3]), "usage": rng.uniform(0, 300)}
+            session.execute(text("update tenants set weight = :weight, usage = :usage where id = :id"), numbers)
+            session.execute(text("update tenants set max_running = 1000 where id = :id"), {"id": each.id})
+    for each in tenants:
+        for _ in range(rng.randint(0, 6)):
+            jobs[queue_job(owner, each.id, priority=rng.choice([0, 0, 5])).id] = each
+    told = {job_id: explain(api_url, each, job_id) for job_id, each in jobs.items()}
+    claimed = []
+    while True:
+        with service_transaction(owner) as session:
+            job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60)
+        if job is None:
+            break
+        claimed.append(job.id)
+    assert [told[job_id]["place"]["position"] for job_id in claimed] == list(range(1, len(jobs) + 1))
+    assert {each["place"]["num_waiting"] for each in told.values()} == {len(jobs)}
+    shares = {each.id: told[job_id]["share"] for job_id, each in jobs.items()}
+    assert sum(share["entitled"] for share in shares.values()) == pytest.approx(1)
+    assert sum(share["now"] for share in shares.values()) == pytest.approx(1)
+
+
+def test_a_running_job_has_an_interval_from_its_own_steps(api_url: str, owner: Engine, tenant: Tenant) -> None:
+    lease = start_job(owner, tenant.id)
+    for step in range(1, 5):
+        record_step(owner, lease, step)
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set total_steps = 104 where id = :id"), {"id": lease.job_id})
+        spread = "update metrics set created_at = now() - (4 - step) * interval '10 s' where job_id = :id"
+        session.execute(text(spread), {"id": lease.job_id})
+    now = time.time()
+    job = get(api_url, tenant, f"/{format_id(IdKind.JOB, lease.job_id)}").json()
+    assert job["progress"] == pytest.approx(4 / 104)
+    assert job["estimated_finish"] == pytest.approx(now + 1000, abs=15)
+    assert job["estimated_finish_interval"]["earliest"] == pytest.approx(now + 500, abs=15)
+    assert job["estimated_finish_interval"]["latest"] == pytest.approx(now + 2000, abs=15)
+    told = explain(api_url, tenant, lease.job_id)
+    assert (told["status"], told["reason"], told["eta"]["basis"]) == ("running", None, "measured_steps")
+    assert told["eta"]["num_measured"] == 3
+    listed = get(api_url, tenant, "?limit=1").json()
+    assert listed["data"][0]["estimated_finish"] == job["estimated_finish"]
+
+
+def test_a_queued_job_has_an_interval_from_what_recent_jobs_took(
+    api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant.id)
+    add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 4, 3))
+    assert explain(api_url, tenant, job.id)["eta"] is None
+    ended = """
+        update attempts set outcome = 'succeeded', ended_at = now(), started_at = now() - interval '30 s'
+    """
+    start_job(owner, other_tenant.id)
+    with service_transaction(owner) as session:
+        session.execute(text(ended))
+        session.execute(text("update jobs set run_after = now()"))
+    told = explain(api_url, tenant, job.id)
+    assert (told["reason"]["code"], told["eta"]["basis"], told["eta"]["num_measured"]) == ("starting", "recent_jobs", 1)
+    assert told["eta"]["earliest"] == pytest.approx(time.time() + 30, abs=15)

@@ -1,0 +1,110 @@
+"""A job's metrics, thinned out without losing a spike, and its own log lines, nobody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import IntegrityError
+
+from core.db.session import connect, service_transaction
+from core.domain.ids import IdKind, format_id
+from core.services.attempts import Lease
+from core.services.logs import record_log_line
+from tests.integration.conftest import Database, Tenant
+from tests.integration.training import record_step, start_job
+
+
+@pytest.fixture
+def worker(database: Database) -> Iterator[Engine]:
+    engine = connect(database.worker_url)
+    yield engine
+    engine.dispose()
+
+
+def get(api_url: str, tenant: Tenant, lease: Lease, what: str, **params: Any) -> httpx.Response:
+    url = f"{api_url}/v1/fine_tuning/jobs/{format_id(IdKind.JOB, lease.job_id)}/{what}"
+    return httpx.get(url, params=params, headers={"authorization": f"Bearer {tenant.api_key}"}, trust_env=False)
+
+
+def add_steps(owner: Engine, lease: Lease, losses: str, *, last: int) -> None:
+    statement = f"""
+        insert into metrics (job_id, tenant_id, step, lease_token, train_loss, train_accuracy, learning_rate, grad_norm,
+            num_tokens, valid_loss)
+        select :job, :tenant, s, :token, {losses}, 0.5, 0.1, 1, 10, case when s % 1000 = 0 then 7.5 end
+        from generate_series(1, :last) s
+    """
+    with service_transaction(owner) as session:
+        values = {"job": lease.job_id, "tenant": lease.tenant_id, "token": lease.token, "last": last}
+        session.execute(text(statement), values)
+
+
+def test_a_spike_of_one_step_in_ten_thousand_survives_the_thinning(api_url: str, owner: Engine, tenant: Tenant) -> None:
+    lease = start_job(owner, tenant.id)
+    add_steps(owner, lease, "case s when 4711 then 99 when 1234 then -5 else 1 + 1.0 / s end", last=10_000)
+    series = get(api_url, tenant, lease, "metrics", points=60).json()
+    steps = [row["step"] for row in series["data"]]
+    assert (series["num_steps"], series["is_thinned"]) == (10_000, True)
+    assert 20 <= len(steps) <= 60
+    assert steps == sorted(set(steps))
+    assert {1, 4711, 1234, 10_000} <= set(steps)
+    assert {row["full_valid_loss"] for row in series["data"]} == {None, 7.5}
+    for low in range(1, 10_001, 500):  # 20 equal stretches, none of them empty
+        assert any(low <= step < low + 500 for step in steps)
+
+
+def test_few_steps_are_all_there_and_a_range_is_kept(api_url: str, owner: Engine, tenant: Tenant) -> None:
+    lease = start_job(owner, tenant.id)
+    for step in range(1, 13):
+        record_step(owner, lease, step, loss=step / 10)
+    series = get(api_url, tenant, lease, "metrics", from_step=3, to_step=5).json()
+    assert [(row["step"], row["train_loss"]) for row in series["data"]] == [(3, 0.3), (4, 0.4), (5, 0.5)]
+    assert not series["is_thinned"]
+    assert get(api_url, tenant, lease, "metrics", from_step=100).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"points": 2}, {"points": 3001}, {"from_step": 0}, {"to_step": -1}, {"from_step": 5, "to_step": 4}, {"to_step": 2**70}, {"points": "x"}],
+)  # fmt: skip
+def test_bounds_of_metrics_are_strict(api_url: str, owner: Engine, tenant: Tenant, params: dict[str, Any]) -> None:
+    assert get(api_url, tenant, start_job(owner, tenant.id), "metrics", **params).status_code == 400
+
+
+def log(worker: Engine, lease: Lease, name: str, **details: Any) -> None:
+    with service_transaction(worker) as session:
+        record_log_line(session, lease.token, name=name, level="info", details=details)
+
+
+def test_a_log_holds_the_lines_of_its_job_in_order_and_no_other_tenants(
+    api_url: str, owner: Engine, worker: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    own, others = start_job(owner, tenant.id), start_job(owner, other_tenant.id)
+    for number in range(5):
+        log(worker, own, "dataset.tokenized", number=number)
+        log(worker, others, "theirs")
+    first = get(api_url, tenant, own, "logs", limit=3).json()
+    rest = get(api_url, tenant, own, "logs", limit=3, after=first["last_id"]).json()
+    assert [line["data"]["number"] for line in first["data"] + rest["data"]] == [0, 1, 2, 3, 4]
+    assert (first["has_more"], rest["has_more"]) == (True, False)
+    assert {(line["name"], line["attempt"], line["level"]) for line in first["data"]} == {
+        ("dataset.tokenized", 1, "info")
+    }
+    assert get(api_url, tenant, own, "logs", attempt=2).json()["data"] == []
+    for what in ("logs", "metrics"):
+        assert get(api_url, tenant, others, what).status_code == 404
+    theirs = get(api_url, other_tenant, others, "logs").json()["first_id"]
+    assert get(api_url, tenant, own, "logs", after=theirs).status_code == 404
+
+
+def test_a_line_of_no_attempt_is_not_kept_and_a_huge_one_is_refused(
+    api_url: str, owner: Engine, worker: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    log(worker, Lease(lease.job_id, lease.tenant_id, 10**12), "of.nobody")
+    assert get(api_url, tenant, lease, "logs").json()["data"] == []
+    with pytest.raises(IntegrityError, match="details_size"):
+        log(worker, lease, "huge", words="x" * 5000)

@@ -1,0 +1,277 @@
+"""A job's events as they happen: all of them, once, in order, whatever is started again in between."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from sqlalchemy import Engine, text
+
+from cli.ports import free_ports
+from cli.servers import LocalServers, ServerAddresses
+from cli.stack import prepare_database
+from core.db.migrate import login_url
+from core.db.session import connect, service_transaction
+from core.domain.ids import IdKind, format_id
+from core.services.attempts import Lease, requeue_attempt
+from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
+from core.services.jobs import cancel_job
+from core.services.tenants import revoke_api_key
+from tests.integration.api.events import Received, open_stream
+from tests.integration.conftest import BASE_MODEL, LOGINS, Database, Tenant, add_tenant, running_api
+from tests.integration.training import fail_job, queue_job, record_step, start_job
+
+
+def wire_id(lease: Lease) -> str:
+    return format_id(IdKind.JOB, lease.job_id)
+
+
+def test_events_come_as_they_happen_and_the_stream_ends_with_the_job(
+    api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    with open_stream(api_url, tenant.api_key, wire_id(lease)) as events:
+        told = [next(events).body["message"], next(events).body["message"]]
+        assert told == ["Validated the files and queued the job.", "Attempt 1 has started."]
+        for step in (1, 2, 3):
+            started = time.monotonic()
+            record_step(owner, lease, step)
+            event = next(events)
+            assert (event.kind, event.step) == ("metrics", step)
+            assert time.monotonic() - started < 1.5  # a notification, not the sweep every 2 s
+        fail_job(owner, lease)
+        assert next(events).body["message"] == "The job has failed: It diverged."
+        assert next(events) == Received(None, "end", {"status": "failed"})
+        assert next(events, None) is None
+
+
+def test_a_stream_goes_on_behind_the_last_event_that_its_client_has(
+    api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    for step in range(1, 301):  # more than one batch
+        record_step(owner, lease, step)
+    fail_job(owner, lease)
+    with open_stream(api_url, tenant.api_key, wire_id(lease)) as stream:
+        whole = list(stream)
+    assert len(whole) == 2 + 300 + 1 + 1
+    numbers = [event.id for event in whole[:-1]]
+    for seen in (0, 1, 150, 299, 302):
+        with open_stream(api_url, tenant.api_key, wire_id(lease), after=numbers[seen]) as stream:
+            assert list(stream) == whole[seen + 1 :]
+    listed = httpx.get(
+        f"{api_url}/v1/fine_tuning/jobs/{wire_id(lease)}/events",
+        params={"limit": 100},
+        headers={"authorization": f"Bearer {tenant.api_key}"},
+    ).json()["data"]
+    assert [event.body for event in whole[-2:-102:-1]] == listed
+
+
+def follow_to_the_end(api_url: str, tenant: Tenant, job_id: str) -> list[Received]:
+    """Read a stream as a browser does: after a break, again from behind the last event."""
+    events: list[Received] = []
+    while True:
+        try:
+            after = events[-1].id if events else None
+            with open_stream(api_url, tenant.api_key, job_id, after=after) as stream:
+                for event in stream:
+                    if event.kind == "end":
+                        return events
+                    events.append(event)
+        except (httpx.TransportError, AssertionError):
+            time.sleep(0.05)
+
+
+def test_nothing_is_lost_or_repeated_when_the_api_is_killed_again_and_again(
+    database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant
+) -> None:
+    (port,) = free_ports(1)
+    lease = start_job(owner, tenant.id)
+    with ThreadPoolExecutor(1) as client:
+        following = client.submit(follow_to_the_end, f"http://127.0.0.1:{port}", tenant, wire_id(lease))
+        step = 0
+        for _ in range(3):
+            with running_api(database.api_url, servers.storage, port=port) as api:
+                for _ in range(60):
+                    record_step(owner, lease, step := step + 1)
+                api.kill()
+            record_step(owner, lease, step := step + 1)
+        with running_api(database.api_url, servers.storage, port=port):
+            fail_job(owner, lease)
+            events = following.result(timeout=60)
+    assert [event.step for event in events if event.kind == "metrics"] == list(range(1, step + 1))
+    assert len(events) == step + 3
+
+
+def test_an_open_stream_outlives_a_restart_of_the_database(tmp_path: Path) -> None:
+    entry = BaseModelEntry(
+        id=BASE_MODEL,
+        source=BaseModelSource(kind="path", location="/nowhere"),
+        target_modules=("q_proj",),
+        max_seq_len=256,
+    )
+    servers = LocalServers(tmp_path / "servers", is_durable=False)
+    with servers:
+        url = servers.addresses.postgres_url
+        prepare_database(url, Registry(base_models=(entry,)), logins=LOGINS)
+        owner = connect(url)
+        tenant = add_tenant(owner)
+        lease = start_job(owner, tenant.id)
+        (port,) = free_ports(1)
+        with (
+            running_api(login_url(url, LOGINS[0]), servers.addresses.storage, port=port),
+            open_stream(f"http://127.0.0.1:{port}", tenant.api_key, wire_id(lease)) as events,
+        ):
+            record_step(owner, lease, 1)
+            assert [next(events).kind for _ in range(3)] == ["message", "message", "metrics"]
+            owner.dispose()
+            servers.stop()
+            servers.start()
+            assert servers.addresses.postgres_url == url
+            record_step(owner, lease, 2)
+            record_step(owner, lease, 3)
+            assert [next(events).step, next(events).step] == [2, 3]
+            fail_job(owner, lease)
+            assert [next(events).kind, next(events).kind] == ["message", "end"]
+        owner.dispose()
+
+
+def test_a_stream_closes_soon_after_its_key_is_revoked(api_url: str, owner: Engine, tenant: Tenant) -> None:
+    lease = start_job(owner, tenant.id)
+    with open_stream(api_url, tenant.api_key, wire_id(lease)) as events:
+        assert [next(events).kind, next(events).kind] == ["message", "message"]
+        revoked_at = time.monotonic()
+        with service_transaction(owner) as session:
+            revoke_api_key(session, tenant.id, key_id=tenant.key_id)
+        last = next(events)
+        assert time.monotonic() - revoked_at < 5
+        assert (last.kind, last.body["error"]["code"]) == ("error", "invalid_api_key")
+        assert next(events, None) is None
+
+
+def test_a_key_that_expires_ends_its_stream_and_reads_no_event_more(
+    api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    with open_stream(api_url, tenant.api_key, wire_id(lease)) as events:
+        assert [next(events).kind, next(events).kind] == ["message", "message"]
+        with service_transaction(owner) as session:
+            session.execute(text("update api_keys set expires_at = now() where key_id = :id"), {"id": tenant.key_id})
+        record_step(owner, lease, 1)
+        assert next(events).kind == "error"
+
+
+def test_streams_of_others_and_of_nothing_are_not_found(
+    api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    job_id = wire_id(start_job(owner, tenant.id))
+    url = f"{api_url}/v1/fine_tuning/jobs/{job_id}/stream"
+    for headers, status in (
+        ({"authorization": f"Bearer {other_tenant.api_key}"}, 404),
+        ({"authorization": "Bearer x"}, 401),
+        ({"authorization": f"Bearer {tenant.api_key}", "last-event-id": "-1"}, 400),
+        ({"authorization": f"Bearer {tenant.api_key}", "last-event-id": "9" * 30}, 400),
+    ):
+        answer = httpx.get(url, headers=headers)
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+
+
+def test_many_open_streams_hold_few_connections_and_threads(
+    database: Database, servers: ServerAddresses, owner: Engine
+) -> None:
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    leases = [(each, start_job(owner, each.id)) for each in (add_tenant(owner) for _ in range(5))]
+    in_api = "select count(*) from pg_stat_activity where usename = 'espalier_api' and datname = current_database()"
+    with running_api(database.api_url, servers.storage, port=port) as api, ExitStack() as stack:
+        streams = [
+            stack.enter_context(open_stream(url, owned.api_key, wire_id(lease)))
+            for owned, lease in leases
+            for _ in range(40)
+        ]
+        for events in streams:
+            assert [next(events).kind, next(events).kind] == ["message", "message"]
+        for _, lease in leases:
+            record_step(owner, lease, 1)
+        assert {next(events).kind for events in streams} == {"metrics"}
+        with service_transaction(owner) as session:
+            assert session.scalar(text(in_api)) <= 41  # the pool at its largest and one that listens
+        assert psutil.Process(api.pid).num_threads() < 60
+        started = time.monotonic()
+        api.terminate()
+        api.wait()
+        assert time.monotonic() - started < 5  # open streams do not hold the API's end up
+
+
+def test_events_of_a_job_are_recorded_under_the_lock_on_its_row(
+    owner: Engine, database: Database, tenant: Tenant
+) -> None:
+    """The order of numbers is the order of commits only because of it."""
+    guard = """
+        create function refuse_unlocked() returns trigger language plpgsql as $$ begin
+            if not exists (select from jobs where id = new.job_id and pg_current_xact_id()::xid in (xmin, xmax)) then
+                raise exception 'an event without the lock on its job';
+            end if;
+            return new;
+        end $$;
+        create trigger refuse_unlocked before insert on events for each row execute function refuse_unlocked();
+    """
+    with service_transaction(owner) as session:
+        session.execute(text(guard))
+    try:
+        worker = connect(database.worker_url)
+        lease = start_job(owner, tenant.id)
+        record_step(worker, lease, 1)
+        with service_transaction(worker) as session:
+            requeue_attempt(session, lease)
+        fail_job(worker, start_job(owner, tenant.id))
+        with service_transaction(owner) as session:
+            cancel_job(session, tenant.id, job_id=queue_job(owner, tenant.id).id)
+        worker.dispose()
+        unlocked = "insert into events (id, tenant_id, job_id, level, type, message) values (gen_random_uuid(), :t, :j, 'info', 'message', '')"
+        with pytest.raises(Exception, match="without the lock"), service_transaction(owner) as session:
+            session.execute(text(unlocked), {"t": tenant.id, "j": lease.job_id})
+    finally:
+        with service_transaction(owner) as session:
+            session.execute(text("drop function refuse_unlocked cascade"))
+
+
+def test_a_reader_never_misses_the_event_of_a_slower_writer(api_url: str, owner: Engine, tenant: Tenant) -> None:
+    """Two writers of one job: the second draws its number only when the first has committed."""
+    lease = start_job(owner, tenant.id)
+    first_holds, may_commit = threading.Event(), threading.Event()
+
+    def write_slowly() -> None:
+        with service_transaction(owner) as session:
+            session.execute(text("select from jobs where id = :id for update"), {"id": lease.job_id})
+            requeue_attempt(session, lease)
+            session.flush()
+            first_holds.set()
+            may_commit.wait(10)
+
+    with ThreadPoolExecutor(2) as pool, open_stream(api_url, tenant.api_key, wire_id(lease)) as events:
+        slow = pool.submit(write_slowly)
+        first_holds.wait(10)
+
+        def cancel() -> None:
+            with service_transaction(owner) as session:
+                cancel_job(session, tenant.id, job_id=lease.job_id)
+
+        quick = pool.submit(cancel)
+        may_commit.set()
+        slow.result(10)
+        quick.result(10)
+        told = list(events)
+    numbers = [event.id for event in told if event.id is not None]
+    assert numbers == sorted(numbers)
+    assert [event.body["message"] for event in told[2:-1]] == [
+        "The worker is stopping; the job is queued again.",
+        "The job was cancelled.",
+    ]

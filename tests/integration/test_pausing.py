@@ -1,0 +1,195 @@
+"""Pause, resume, suspicion and resume points in SQL: race-free against claim, end and each other."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Engine, text
+
+from core.db.models import Job
+from core.db.session import connect, service_transaction
+from core.domain.errors import ConflictError
+from core.services import attempts, resume_points
+from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
+from core.services.jobs import cancel_job, pause_job, resume_job
+from tests.integration.conftest import Database, Tenant
+from tests.integration.test_attempts import POOL, claim, make_claimable, queue_job, status_of, worker
+
+__all__ = ["worker"]  # the fixture
+
+
+@pytest.fixture
+def api(database: Database) -> Engine:
+    return connect(database.api_url)
+
+
+def pause(owner: Engine, tenant: Tenant, job: Job) -> str:
+    with service_transaction(owner) as session:
+        return pause_job(session, tenant.id, job_id=job.id).status
+
+
+def resume(owner: Engine, tenant: Tenant, job: Job) -> str:
+    with service_transaction(owner) as session:
+        return resume_job(session, tenant.id, job_id=job.id).status
+
+
+def must_claim(worker: Engine, *, lease_seconds: float = 60) -> Lease:
+    lease = claim(worker, lease_seconds)
+    assert lease is not None
+    return lease
+
+
+def beat(worker: Engine, lease: Lease) -> bool:
+    with service_transaction(worker) as session:
+        return attempts.heartbeat(session, lease, lease_seconds=60)
+
+
+def requeue(worker: Engine, lease: Lease) -> None:
+    with service_transaction(worker) as session:
+        attempts.requeue_attempt(session, lease)
+
+
+def test_a_queued_job_is_paused_at_once_is_not_claimed_and_comes_back_at_its_place(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    first, second = queue_job(owner, tenant), queue_job(owner, tenant)
+    assert [pause(owner, tenant, first) for _ in range(2)] == ["paused", "paused"]
+    assert must_claim(worker).job_id == second.id
+    assert claim(worker) is None
+    third = queue_job(owner, tenant)
+    assert [resume(owner, tenant, first) for _ in range(2)] == ["queued", "queued"]
+    assert [must_claim(worker).job_id for _ in range(2)] == [first.id, third.id]
+
+
+def test_a_running_job_is_asked_to_pause_and_is_paused_when_its_worker_gives_it_back(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant)
+    lease = must_claim(worker)
+    assert not beat(worker, lease)
+    assert pause(owner, tenant, job) == "running"
+    assert beat(worker, lease)
+    requeue(worker, lease)
+    assert status_of(owner, lease) == "paused"
+    with pytest.raises(StaleLeaseError):
+        requeue(worker, lease)
+    assert resume(owner, tenant, job) == "queued"
+
+
+def test_a_job_resumed_before_it_has_paused_is_queued_again_when_it_is_given_back(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant)
+    lease = must_claim(worker)
+    pause(owner, tenant, job)
+    assert resume(owner, tenant, job) == "running"
+    assert not beat(worker, lease)
+    requeue(worker, lease)
+    assert status_of(owner, lease) == "queued"
+
+
+def test_a_job_whose_worker_is_lost_while_it_pauses_is_paused(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    job = queue_job(owner, tenant)
+    lease = must_claim(worker, lease_seconds=-1)
+    pause(owner, tenant, job)
+    with service_transaction(owner) as session:
+        assert attempts.expire_leases(session) == 1
+    assert status_of(owner, lease) == "paused"
+
+
+def test_a_job_that_has_ended_is_neither_paused_nor_resumed_and_a_pausing_one_can_be_cancelled(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant)
+    must_claim(worker)
+    pause(owner, tenant, job)
+    with service_transaction(owner) as session:
+        assert cancel_job(session, tenant.id, job_id=job.id).status == "cancelled"
+    for verb in (pause, resume):
+        with pytest.raises(ConflictError):
+            verb(owner, tenant, job)
+
+
+def suspect(worker: Engine, lease: Lease) -> None:
+    with service_transaction(worker) as session:
+        attempts.suspect_attempt(session, lease, code="trainer_crashed", message="It crashed.")
+
+
+def claim_idle(worker: Engine, *, is_idle: bool) -> Lease | None:
+    with service_transaction(worker) as session:
+        job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60, is_idle=is_idle)
+    return None if job is None or job.lease_token is None else Lease(job.id, job.tenant_id, job.lease_token)
+
+
+def test_a_suspect_is_not_charged_and_only_an_idle_worker_takes_it_and_first(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    first, second = queue_job(owner, tenant), queue_job(owner, tenant)
+    leases = [must_claim(worker), must_claim(worker)]
+    for lease in leases:
+        suspect(worker, lease)
+    other = queue_job(owner, tenant, priority=9)
+    busy = claim_idle(worker, is_idle=False)
+    assert busy is not None
+    assert busy.job_id == other.id
+    assert claim_idle(worker, is_idle=False) is None
+    tried = claim_idle(worker, is_idle=True)
+    assert tried is not None
+    assert tried.job_id == first.id
+    with service_transaction(owner) as session:
+        assert session.get_one(Job, first.id).attempt_count == 1
+        assert session.get_one(Job, second.id).attempt_count == 0
+    with service_transaction(worker) as session:
+        assert attempts.acquit_job(session, tried), "the second waits for its trial"
+    requeue(worker, tried)
+    assert claim_idle(worker, is_idle=False) is not None, "an acquitted job trains beside others"
+
+
+def record_step(worker: Engine, lease: Lease, step: int) -> None:
+    record = StepRecord(step, 1.0, train_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
+    with service_transaction(worker) as session:
+        attempts.record_step(session, lease, record=record, total_steps=100)
+
+
+def record_point(worker: Engine, lease: Lease, step: int) -> tuple[str, ...]:
+    with service_transaction(worker) as session:
+        artifact = StoredArtifact(f"p/{lease.token}/{step}/", ({"name": "a", "size_bytes": 1, "sha256": "0" * 64},))
+        return resume_points.record_resume_point(session, lease, step=step, artifact=artifact)
+
+
+def points(worker: Engine, lease: Lease) -> list[int]:
+    with service_transaction(worker) as session:
+        return [point.step for point in resume_points.list_resume_points(session, lease)]
+
+
+def test_two_resume_points_are_kept_and_what_went_is_named_for_deletion(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant)
+    lease = must_claim(worker)
+    gone = [record_point(worker, lease, step) for step in (5, 10, 10, 15)]
+    assert gone == [(), (), (), (f"p/{lease.token}/5/",)]
+    assert points(worker, lease) == [15, 10]
+
+
+def test_a_new_attempt_drops_what_was_shown_beyond_its_resume_point_and_keeps_the_rest(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant)
+    first = must_claim(worker)
+    for step in range(1, 8):
+        record_step(worker, first, step)
+    record_step(worker, first, 7)  # told twice, stored once
+    record_point(worker, first, 3)
+    record_point(worker, first, 6)
+    requeue(worker, first)
+    make_claimable(owner, first)
+    second = must_claim(worker)
+    with service_transaction(worker) as session:
+        assert resume_points.begin_steps(session, second, step=3) == (f"p/{first.token}/6/",)
+    record_step(worker, second, 4)
+    with service_transaction(owner) as session:
+        rows = session.execute(text("select step, lease_token from metrics order by step")).all()
+        assert [tuple(row) for row in rows] == [(1, first.token), (2, first.token), (3, first.token), (4, second.token)]
+    assert points(worker, second) == [3]
+    with pytest.raises(StaleLeaseError):
+        record_point(worker, first, 7)

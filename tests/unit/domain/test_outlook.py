@@ -1,0 +1,83 @@
+"""Why a job waits: one code, the first thing that must change."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+from typing import Any
+
+import pytest
+
+from core.domain.outlook import (
+    PoolQueue,
+    PoolWorkers,
+    TenantState,
+    WaitCode,
+    WaitingJob,
+    estimate_wait,
+    explain_wait,
+)
+
+NOW = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
+JOB = WaitingJob(is_paused=False, run_after=NOW, total_steps=100, last_outcome=None)
+TENANT = TenantState(num_running=0, max_running=8, is_disabled=False)
+WORKERS = PoolWorkers(
+    num_alive=2, num_serving=2, num_loading=0, num_elsewhere=0, slots=8, slots_in_use=8, last_seen_at=NOW
+)
+QUEUE = PoolQueue(20, 12, 0.5, 0.25, 9, job_seconds=(60.0, 300.0), step_seconds=(0.5, 2.0))
+
+
+def seconds(number: float) -> dt.timedelta:
+    return dt.timedelta(seconds=number)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"is_paused": True, "is_disabled": True}, WaitCode.PAUSED, "resume it"),
+        ({"is_disabled": True, "num_running": 8}, WaitCode.TENANT_DISABLED, "operator"),
+        ({"run_after": NOW + seconds(4.2), "num_alive": 0}, WaitCode.RETRY_BACKOFF, "in 5 s"),
+        ({"num_running": 8, "num_alive": 0}, WaitCode.TENANT_CONCURRENCY, "8 of your jobs are running and 8 may"),
+        ({"num_alive": 0, "last_seen_at": NOW - seconds(90)}, WaitCode.NO_WORKER, "90 s ago"),
+        ({"num_alive": 0, "last_seen_at": None}, WaitCode.NO_WORKER, "none has been seen"),
+        ({"num_serving": 0, "num_loading": 1}, WaitCode.BASE_LOADING, "loading"),
+        ({"num_serving": 0, "num_elsewhere": 1}, WaitCode.BASE_LOADING, "about to"),
+        ({"num_serving": 0, "num_elsewhere": 2}, WaitCode.NO_FREE_SLOT, "busy with another"),
+        ({"slots_in_use": 7, "num_ahead": 0}, WaitCode.STARTING, "this job's turn"),
+        ({"slots_in_use": 7, "num_ahead": 1}, WaitCode.NO_FREE_SLOT, "7 of 8 slots are in use, and 1 jobs"),
+        ({"last_outcome": "preempted"}, WaitCode.PREEMPTED, "gave it back"),
+        ({"last_outcome": "preempted", "num_alive": 0}, WaitCode.NO_WORKER, "alive"),
+        ({}, WaitCode.NO_FREE_SLOT, "8 of 8 slots are in use, and 12 jobs come first"),
+    ],
+)
+def test_a_wait_has_one_reason(changes: dict[str, Any], code: WaitCode, words: str) -> None:
+    def changed(value: Any) -> Any:
+        fields = {field.name for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: changes[name] for name in fields & changes.keys()})
+
+    reason = explain_wait(changed(JOB), tenant=changed(TENANT), workers=changed(WORKERS), queue=changed(QUEUE), now=NOW)
+    assert reason.code == code
+    assert words in reason.sentence
+
+
+def eta(*, queue: PoolQueue = QUEUE, workers: PoolWorkers = WORKERS, job: WaitingJob = JOB) -> Any:
+    reason = explain_wait(job, tenant=TENANT, workers=workers, queue=queue, now=NOW)
+    return estimate_wait(job, reason=reason, workers=workers, queue=queue, now=NOW)
+
+
+def test_an_estimate_counts_the_waves_of_jobs_that_come_first() -> None:
+    """13 jobs must leave 8 slots: two waves; the quick bound counts one of them, since some may be almost done."""
+    interval = eta()
+    assert interval.earliest == NOW + seconds(60 + 50)
+    assert interval.latest == NOW + seconds(600 + 200)
+
+
+def test_a_job_whose_turn_it_is_takes_its_own_steps_only() -> None:
+    interval = eta(queue=dataclasses.replace(QUEUE, num_ahead=0), workers=dataclasses.replace(WORKERS, slots_in_use=0))
+    assert (interval.earliest, interval.latest) == (NOW + seconds(50), NOW + seconds(200))
+
+
+def test_nothing_is_guessed_without_measurements_or_workers() -> None:
+    assert eta(queue=dataclasses.replace(QUEUE, job_seconds=None)) is None
+    assert eta(workers=dataclasses.replace(WORKERS, num_alive=0)) is None
+    assert eta(job=dataclasses.replace(JOB, is_paused=True)) is None

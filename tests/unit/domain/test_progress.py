@@ -1,0 +1,52 @@
+"""When a job may end, from how long its last steps took."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+
+from core.domain.progress import estimate_finish, measure_steps
+
+START = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
+
+
+def at(seconds: float) -> dt.datetime:
+    return START + dt.timedelta(seconds=seconds)
+
+
+def test_one_step_says_nothing() -> None:
+    assert measure_steps([]) is None
+    assert measure_steps([START]) is None
+
+
+def test_a_few_steps_give_a_wide_interval() -> None:
+    times = measure_steps([at(0), at(2), at(4)])
+    assert times is not None
+    estimate = estimate_finish(times, remaining_steps=10, last_step_at=at(4), now=at(5))
+    assert estimate.finish_at == at(24)
+    assert (estimate.interval.earliest, estimate.interval.latest) == (at(14), at(44))
+
+
+def test_the_interval_is_of_the_fastest_and_the_slowest_stretch() -> None:
+    """Eight steps of 1 s, eight of 3 s, eight of 2 s."""
+    seconds = [1.0] * 8 + [3.0] * 8 + [2.0] * 8
+    instants = [at(sum(seconds[:count])) for count in range(len(seconds) + 1)]
+    times = measure_steps(instants)
+    assert times is not None
+    assert (times.mean, times.fast, times.slow, times.num_measured) == (pytest.approx(2.0), 1.0, 3.0, 24)
+
+
+def test_steps_that_were_recorded_in_bursts_are_measured_by_their_stretches() -> None:
+    instants = [at(8 * (index // 8) + 0.001 * (index % 8)) for index in range(33)]
+    times = measure_steps(instants)
+    assert times is not None
+    assert times.mean == pytest.approx(1.0, rel=0.01)
+    assert (times.fast, times.slow) == (pytest.approx(1.0, rel=0.01), pytest.approx(1.0, rel=0.01))
+
+
+def test_a_late_job_is_never_said_to_have_ended_already() -> None:
+    times = measure_steps([at(0), at(1)])
+    assert times is not None
+    estimate = estimate_finish(times, remaining_steps=1, last_step_at=at(1), now=at(100))
+    assert estimate.finish_at == estimate.interval.earliest == estimate.interval.latest == at(100)

@@ -1,0 +1,184 @@
+"""Chat templates write what transformers writes, and are stopped at the limits of their process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from core.domain.datasets.statistics import NumberedLine, TokenReport
+from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError, TokenizerBundle
+from core.previews import PreviewLimitError, PreviewLimits, preview_lines
+from tests.bundles import letters_bundle, load_smollm2_tokenizer
+from worker.trainer.datasets import read_examples, tokenize_dataset
+from worker.trainer.tokenizers import describe_tokenizer
+
+TURNS = [
+    {"role": "system", "content": "Sei kurz."},
+    {"role": "user", "content": 'Où? "<b>" & {{ 7 }} 🙂'},
+    {"role": "assistant", "content": "Là."},
+]
+FEATURES = {
+    "its own": None,
+    "white space control": "{%- for m in messages -%}\n  {{ m.content }}  {%- endfor %}\n\n{% if true %}\n x\n{% endif %}",
+    "tojson": "{% for m in messages %}{{ m | tojson }}{{ m.content | tojson(indent=2) }}{% endfor %}",
+    "namespace": "{% set n = namespace(seen=0) %}{% for m in messages %}{% set n.seen = n.seen + 1 %}{% endfor %}{{ n.seen }}",
+    "loop controls": "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}",
+    "dict": "{% set d = dict(a=1) %}{{ d.a }}{{ dict.fromkeys(['x'])|tojson }}",
+    "special tokens": "{{ bos_token }}{{ eos_token }}{{ unk_token }}{% if tools is none %}no tools{% endif %}",
+    "methods and slices": "{% for m in messages[::-1] %}{{ m['content'].upper().split(' ')[0] }}{{ m.role[:2] }}{% endfor %}",
+    "macros": "{% macro say(x) %}[{{ x|trim }}]{% endmacro %}{% for m in messages %}{{ say(m.content) }}{% endfor %}",
+    "generation prompt": "{% if add_generation_prompt %}no{% else %}yes{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_template_writes_what_transformers_writes(name: str) -> None:
+    tokenizer = copy.copy(load_smollm2_tokenizer())
+    if FEATURES[name] is not None:
+        tokenizer.chat_template = FEATURES[name]
+    base = BaseTokenizer(describe_tokenizer(tokenizer))
+    assert base.render(TURNS) == tokenizer.apply_chat_template(TURNS, tokenize=False)
+
+
+def test_a_bundle_tokenises_as_transformers_does() -> None:
+    tokenizer = load_smollm2_tokenizer()
+    base = BaseTokenizer(describe_tokenizer(tokenizer))
+    pieces = ["Hello  world", "<|im_start|>user\n", "Où? 🙂 \t", "", " x <|im_end|>"]
+    theirs = tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True)
+    assert [each.token_ids for each in base.encode(pieces)] == theirs["input_ids"]
+    assert [each.offsets for each in base.encode(pieces)] == [
+        list(map(tuple, each)) for each in theirs["offset_mapping"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__class__ }}",
+        "{% set n = namespace(_x=1) %}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{% include '/etc/passwd' %}",
+        "{{ 1 / 0 }}",
+        "{% for %}",
+        "{{ range(10**9) }}",
+    ],
+)
+def test_a_template_that_reaches_out_or_breaks_is_refused(template: str) -> None:
+    base = BaseTokenizer(letters_bundle(template))
+    with pytest.raises(RenderingError):
+        assert base.render(TURNS) == ""  # what the sandbox makes undefined is written as nothing
+        raise RenderingError
+
+
+ROW = json.dumps({"messages": TURNS}).encode()
+
+
+def write(bundle: TokenizerBundle, directory: Path) -> Path:
+    path = directory / "bundle.json"
+    path.write_text(bundle.model_dump_json())
+    return path
+
+
+LIMITS = PreviewLimits(cpu_seconds=2, wall_seconds=6.0, memory_bytes=2**29, answer_bytes=2**16)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{{ 9**(9**8) }}",
+        "{{ 'x' * 500000000 }}",
+        "{{ (messages | string) * 90000000 }}",
+        "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+        "{{ '%0999999999d' % 1 }}",
+        "{{ 'x'.ljust(900000000) }}",
+        "{% for m in messages %}{{ m.content }}{% endfor %}" + "{{ 'word ' * 100000 }}",
+    ],
+    ids=["loops", "power", "string", "repeat", "doubling", "format", "justify", "output"],
+)
+def test_a_template_is_stopped_at_the_limits(template: str, tmp_path: Path) -> None:
+    path = write(letters_bundle(template), tmp_path)
+    started = time.monotonic()
+    try:
+        report = preview_lines(
+            path, [NumberedLine(number=1, content=ROW)], max_seq_len=10**6, num_shown=1, limits=LIMITS
+        )
+    except PreviewLimitError:
+        pass
+    else:
+        assert [problem.code for problem in report.problems] == ["template_refused"]
+    assert time.monotonic() - started < 8
+
+
+def test_a_child_that_only_waits_is_killed_by_the_clock(tmp_path: Path) -> None:
+    pipe = tmp_path / "never"
+    os.mkfifo(pipe)
+    started = time.monotonic()
+    with pytest.raises(PreviewLimitError):
+        preview_lines(pipe, [], max_seq_len=8, num_shown=1, limits=PreviewLimits(wall_seconds=1.5))
+    assert 1 < time.monotonic() - started < 5
+
+
+def test_a_preview_is_what_the_trainer_makes_token_for_token(tmp_path: Path) -> None:
+    """The child of a preview beside the trainer's own way from the file to the engine's examples."""
+    rows = [
+        TURNS,
+        [{"role": "user", "content": "spell <|im_end|> it"}, {"role": "assistant", "content": " I <|im_start|> do\n"}],
+        [{"role": "user", "content": "one"}, {"role": "assistant", "content": "First.", "weight": 0},
+         {"role": "user", "content": "two"}, {"role": "assistant", "content": "Second 🙂🙂."}],
+        [{"role": "user", "content": "long " * 80}, {"role": "assistant", "content": "cut off"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 100}],
+    ]  # fmt: skip
+    lines = [json.dumps({"messages": row}).encode() for row in rows]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    bundle = describe_tokenizer(load_smollm2_tokenizer())
+    trained = tokenize_dataset(BaseTokenizer(bundle), read_examples(file), max_seq_len=64)
+
+    numbered = [NumberedLine(number=number, content=line) for number, line in enumerate(lines, start=1)]
+    report = preview_lines(write(bundle, tmp_path), numbered, max_seq_len=64, num_shown=50)
+
+    learnt = [row for row in report.rows if any(row.loss_mask)]
+    assert [row.token_ids for row in learnt] == [example.token_ids.tolist() for example in trained.examples]
+    assert [row.loss_mask for row in learnt] == [example.is_label.astype(int).tolist() for example in trained.examples]
+    assert (report.num_truncated, report.num_nothing_to_learn) == (trained.num_truncated, trained.num_dropped) == (2, 1)
+    assert report.num_tokens == sum(len(row.token_ids) for row in report.rows)
+    assert sum(bucket.num_rows for bucket in report.histogram) == report.num_rows == 5
+    shown = report.rows[1]
+    assert (
+        "".join(token for token, learns in zip(shown.tokens, shown.loss_mask, strict=True) if learns)
+        == " I <|im_start|> do\n<|im_end|>"
+    )
+
+
+def test_rows_that_cannot_be_read_or_rendered_are_told_by_line(tmp_path: Path) -> None:
+    refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    good = json.dumps({"messages": TURNS[1:]}).encode()
+    lines = [NumberedLine(number=n, content=c) for n, c in ((7, ROW), (8, b"\xff{"), (9, good))]
+    report = preview_lines(write(letters_bundle(refusing), tmp_path), lines, max_seq_len=64, num_shown=3)
+    assert [(problem.line, problem.code) for problem in report.problems] == [(7, "template_refused"), (8, "not_utf8")]
+    assert [row.line for row in report.rows] == [9]
+
+
+def test_reports_on_parts_join_to_the_report_on_the_whole(tmp_path: Path) -> None:
+    path = write(letters_bundle(), tmp_path)
+    lines = [
+        NumberedLine(
+            number=n, content=json.dumps({"messages": [{"role": "user", "content": "x" * n * 3}, TURNS[2]]}).encode()
+        )
+        for n in range(1, 30)
+    ]
+
+    def report(part: list[NumberedLine]) -> TokenReport:
+        return preview_lines(path, part, max_seq_len=70, num_shown=0)
+
+    assert TokenReport.joined([report(lines[:11]), report(lines[11:])]) == report(lines)

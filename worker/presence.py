@@ -1,0 +1,63 @@
+"""Tells the database that this worker is alive and what it holds, whether it trains or idles.
+
+A thread of its own, because an idle worker's only task has returned and a busy one waits for its trainer. It vouches
+for the supervisor process alone: whether the trainer makes progress is the leases' matter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from core.db.session import service_transaction
+from core.services.workers import WorkerFacts, forget_worker, record_worker
+
+log = structlog.get_logger()
+_MISSED_BEATS = 3
+
+
+class Presence:
+    """Upserts the worker's row at every interval, and at once when asked to; removes it when closed."""
+
+    def __init__(self, engine: Engine, *, interval_seconds: float, describe: Callable[[], WorkerFacts]) -> None:
+        self._engine, self._interval_seconds, self._describe = engine, interval_seconds, describe
+        self._woken = threading.Event()
+        self._stop_requested = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="presence")
+        self._is_start = True
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, and take the row away. An unreachable database is left to forget the worker by itself."""
+        self._stop_requested.set()
+        self._woken.set()
+        if not self._thread.is_alive():
+            return
+        self._thread.join()
+        try:
+            with service_transaction(self._engine) as session:
+                forget_worker(session, self._describe().name)
+        except (OperationalError, PoolTimeoutError) as error:
+            log.warning("database.unavailable", error=type(error).__name__)
+
+    def _run(self) -> None:
+        while not self._stop_requested.is_set():
+            try:
+                self._beat()
+            except (OperationalError, PoolTimeoutError) as error:
+                log.warning("database.unavailable", error=type(error).__name__)
+            self._woken.wait(self._interval_seconds)
+            self._woken.clear()
+
+    def _beat(self) -> None:
+        with service_transaction(self._engine) as session:
+            alive_seconds = self._interval_seconds * _MISSED_BEATS
+            record_worker(session, self._describe(), alive_seconds=alive_seconds, is_start=self._is_start)
+        self._is_start = False

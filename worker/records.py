@@ -1,0 +1,90 @@
+"""Reports as rows: what the trainer's words become in the database. The caller's transaction holds them all."""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from core.domain.ids import new_id
+from core.services import attempts, resume_points
+from core.services.attempts import Lease, StepRecord
+from core.services.files import NewFile
+from core.services.logs import record_log_line
+from worker.artifacts import Proof
+from worker.messages import (
+    CheckpointSaved,
+    EvaluationDone,
+    JobFailed,
+    JobLogged,
+    JobStarted,
+    JobSucceeded,
+    JobWarned,
+    JobYielded,
+    ResumePointSaved,
+    StepDone,
+)
+
+ProgressReport = JobStarted | StepDone | EvaluationDone | JobWarned | JobLogged
+
+
+def record_progress(session: Session, lease: Lease, report: ProgressReport) -> tuple[str, ...]:
+    """Record what a job has done. Returns the object prefixes that nothing names any more. Raises StaleLeaseError."""
+    match report:
+        case JobStarted(step=step):
+            return resume_points.begin_steps(session, lease, step=step)
+        case StepDone():
+            attempts.record_step(session, lease, record=_step_record(report), total_steps=report.total_steps)
+        case EvaluationDone(step=step, loss=loss, accuracy=accuracy):
+            attempts.record_evaluation(session, lease, step=step, loss=loss, accuracy=accuracy)
+        case JobWarned(message=message):
+            attempts.record_message(session, lease, message=message, level="warn")
+        case JobLogged(name=name, details=details):
+            record_log_line(session, lease.token, name=name, level="info", details=details)
+    return ()
+
+
+def record_proof(session: Session, proof: Proof, *, result_filename: str) -> tuple[str, ...]:
+    """Publish what a trainer has stored, or end the attempt as it reports. Returns and raises as record_progress."""
+    lease, report = proof.lease, proof.report
+    match report:
+        case CheckpointSaved():
+            (artifact,) = proof.artifacts
+            attempts.record_checkpoint(session, lease, step=report.step, artifact=artifact, metrics=report.metrics)
+        case ResumePointSaved():
+            (artifact,) = proof.artifacts
+            return resume_points.record_resume_point(session, lease, step=report.step, artifact=artifact)
+        case JobYielded():
+            attempts.requeue_attempt(session, lease)
+        case JobFailed():
+            attempts.fail_attempt(
+                session, lease, code=report.code, message=report.message, is_job_fault=report.is_job_fault
+            )
+        case JobSucceeded():
+            return _record_success(session, proof, report, result_filename=result_filename)
+    return ()
+
+
+def _record_success(session: Session, proof: Proof, report: JobSucceeded, *, result_filename: str) -> tuple[str, ...]:
+    adapter, result = proof.artifacts
+    result_file = NewFile(
+        id=new_id(),
+        filename=result_filename,
+        purpose="fine-tune-results",
+        object_key=result.object_prefix + report.result_file.name,
+        size_bytes=report.result_file.size_bytes,
+        sha256=report.result_file.sha256,
+    )
+    attempts.succeed_attempt(
+        session, proof.lease, adapter=adapter, result_file=result_file, trained_tokens=report.trained_tokens
+    )
+    return resume_points.forget_resume_points(session, proof.lease)
+
+
+def _step_record(report: StepDone) -> StepRecord:
+    return StepRecord(
+        step=report.step,
+        train_loss=report.train_loss,
+        train_accuracy=report.train_accuracy,
+        learning_rate=report.learning_rate,
+        grad_norm=report.grad_norm,
+        num_tokens=report.num_tokens,
+    )

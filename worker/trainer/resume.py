@@ -1,0 +1,93 @@
+"""Resume points inside the trainer: what a job goes on from after a break, when to store it, how to fetch it again.
+
+One is a slot's state, what the job has shown so far, and a manifest, which is written last and sent last: where it is,
+the rest is. A point whose bytes are not the stored ones is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from core.domain.training import Frozen
+from worker.engine import CURSOR_FILE, TENSORS_FILE, SlotState
+from worker.messages import RemoteResumePoint
+from worker.trainer.exports import MANIFEST, ResultRow, describe_file
+from worker.trainer.transfers import IntegrityError, ObjectMissingError, download
+
+PROGRESS_FILE = "progress.json"
+_STATE_FILES = (TENSORS_FILE, CURSOR_FILE, PROGRESS_FILE)
+RESUME_FILES = (*_STATE_FILES, MANIFEST)
+
+
+class Progress(Frozen):
+    """What a job has shown up to its resume point; `is_epoch_open` when its last epoch is not yet evaluated."""
+
+    format: Literal["espalier-resume-1"] = "espalier-resume-1"
+    trained_tokens: int
+    is_epoch_open: bool
+    rows: tuple[ResultRow, ...]
+
+
+@dataclass(frozen=True)
+class FetchedPoint:
+    directory: Path
+    progress: Progress
+
+
+class Pace:
+    """Says when a slot's state is due: after so many steps or seconds, and never while the last is on its way."""
+
+    def __init__(self, *, num_steps: int, seconds: float) -> None:
+        self._num_steps = num_steps
+        self._seconds = seconds
+        self._on_its_way: Future[None] | None = None
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Count from here: this step's state is stored, or about to be."""
+        self.step, self._begun_at = step, time.monotonic()
+
+    def send(self, step: int, upload: Future[None]) -> None:
+        self.begin(step)
+        self._on_its_way = upload
+
+    @property
+    def is_free(self) -> bool:
+        return self._on_its_way is None or self._on_its_way.done()
+
+    def is_due(self, step: int) -> bool:
+        is_time = step - self.step >= self._num_steps or time.monotonic() - self._begun_at >= self._seconds
+        return is_time and self.is_free
+
+
+def write_resume_point(directory: Path, state: SlotState, progress: Progress) -> None:
+    directory.mkdir()
+    state.write(directory)
+    (directory / PROGRESS_FILE).write_text(progress.model_dump_json(), encoding="utf-8")
+    files = [describe_file(directory / name) for name in _STATE_FILES]
+    manifest = {"format": "espalier-resume-1", "step": state.step, "files": files}
+    (directory / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def fetch_resume_point(
+    points: tuple[RemoteResumePoint, ...], scratch: Path, *, patience_seconds: float, warn: Callable[[str], None]
+) -> FetchedPoint | None:
+    """Return the newest point that is whole, or None. Raises TransferError when the store does not answer."""
+    for point in points:
+        directory = scratch / f"from-step-{point.step}"
+        directory.mkdir()
+        try:
+            for name in _STATE_FILES:
+                download(point.files[name], directory / name, patience_seconds=patience_seconds)
+        except (IntegrityError, ObjectMissingError) as error:
+            warn(f"The resume point of step {point.step} cannot be used, so an earlier one is: {error}")
+            continue
+        progress = Progress.model_validate_json((directory / PROGRESS_FILE).read_bytes())
+        return FetchedPoint(directory, progress)
+    return None

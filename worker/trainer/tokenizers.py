@@ -1,0 +1,28 @@
+"""From the tokenizer that transformers has loaded to the bundle that everybody reads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from core.domain.datasets.tokenizers import TokenizerBundle
+
+
+def describe_tokenizer(tokenizer: Any) -> TokenizerBundle:
+    """Return what a fast tokenizer of transformers is, as it stands after loading."""
+    return TokenizerBundle(
+        backend=tokenizer.backend_tokenizer.to_str(),
+        chat_template=tokenizer.chat_template,
+        special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    )
+
+
+def write_bundle(bundle: TokenizerBundle, path: Path) -> None:
+    """Write a bundle whole or not at all; another worker on the same cache may do the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, unfinished = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+        out.write(bundle.model_dump_json())
+    Path(unfinished).replace(path)
