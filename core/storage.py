@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import quote
+from xml.etree.ElementTree import ParseError
 
 import urllib3
 from minio import Minio
@@ -259,7 +260,8 @@ def _translated_errors() -> Iterator[None]:
         if error.code in _NOT_FOUND_CODES:
             raise ObjectNotFoundError(f"There is no object {error.object_name!r}.") from error
         raise StorageUnavailableError(f"The object store refused: {error.code}.") from error
-    except (MinioException, urllib3.exceptions.HTTPError) as error:
+    # A body that is no XML was cut or changed on its way.
+    except (MinioException, urllib3.exceptions.HTTPError, ParseError) as error:
         raise StorageUnavailableError(f"The object store did not answer: {type(error).__name__}.") from error
 
 
