@@ -5,7 +5,8 @@ INSTALLED := .venv/.installed
 BENCHES := .venv/.benches
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install openapi demo demo-quick up down test test-unit test-gpu bench bench-gpu check format lint types contracts
+.PHONY: install openapi demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint types \
+	contracts
 
 install: $(INSTALLED)
 
@@ -61,6 +62,11 @@ bench-gpu: $(BENCHES)
 	$(BIN)/python -m bench.slots
 	$(BIN)/python -m bench.solo
 	$(BIN)/python -m bench.fused --peers
+
+MINUTES ?= 5
+SEED ?= $(shell date +%s)
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.e2e.chaos --minutes $(MINUTES) --seed $(SEED)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -69,6 +69,8 @@ class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings):
     wake_interval_seconds: float = 1.0
     reap_interval_seconds: float = 5.0
     clean_interval_seconds: float = 60.0
+    sweep_interval_seconds: float = 3600.0
+    garbage_age_seconds: float = Field(default=24 * 3600.0, ge=3600)
     leader_lease_seconds: float = Field(default=6.0, gt=0)
 
 

@@ -10,6 +10,7 @@ endpoint that clients see, which may differ from the one that this process uses.
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import quote
+from xml.etree.ElementTree import ParseError
 
 import urllib3
 from minio import Minio
@@ -86,6 +88,9 @@ class ObjectStore(Protocol):
         """Delete every object behind a prefix that ends in a slash, and say how many there were."""
 
     def list_keys(self, prefix: str) -> Iterator[str]: ...
+
+    def abort_uploads(self, prefix: str, *, begun_before: dt.datetime) -> int:
+        """Give up multipart uploads that nobody will complete, and say how many there were."""
 
     def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:
         """Return a URL on the public endpoint that downloads the object under that name."""
@@ -175,6 +180,19 @@ class S3ObjectStore:
             for entry in self._client.list_objects(self._bucket, prefix=prefix, recursive=True):
                 yield str(entry.object_name)
 
+    def abort_uploads(self, prefix: str, *, begun_before: dt.datetime) -> int:
+        with _translated_errors():
+            # minio has these requests, and names them as its own.
+            found = self._client._list_multipart_uploads(self._bucket, prefix=prefix)  # noqa: SLF001
+            stale = [
+                (each.object_name, each.upload_id)
+                for each in found.uploads
+                if each.upload_id and each.initiated_time and each.initiated_time < begun_before
+            ]
+            for object_key, upload_id in stale:
+                self._client._abort_multipart_upload(self._bucket, object_key, upload_id)  # noqa: SLF001
+        return len(stale)
+
     def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:
         _check_url(object_key, expires)
         headers: dict[str, Any] = {"response-content-disposition": _attachment(filename)}
@@ -255,7 +273,8 @@ def _translated_errors() -> Iterator[None]:
         if error.code in _NOT_FOUND_CODES:
             raise ObjectNotFoundError(f"There is no object {error.object_name!r}.") from error
         raise StorageUnavailableError(f"The object store refused: {error.code}.") from error
-    except (MinioException, urllib3.exceptions.HTTPError) as error:
+    # A body that is no XML was cut or changed on its way.
+    except (MinioException, urllib3.exceptions.HTTPError, ParseError) as error:
         raise StorageUnavailableError(f"The object store did not answer: {type(error).__name__}.") from error
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +21,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
+from cli.processes import ChildProcess
 from cli.servers import LocalServers, ServerAddresses
 
 _CHUNK_BYTES = 64 * 1024
@@ -62,9 +67,13 @@ class Answer503(Fault):
 
 @dataclass(frozen=True)
 class CutAfter(Fault):
-    """The server gets what the client sends up to a word and all of its message; the client never gets the answer."""
+    """The server gets a word and what comes with it; the client never gets the answer, and its connection ends.
+
+    With `once_sent`, only connections count on which the client has sent that before.
+    """
 
     word: bytes
+    once_sent: bytes = b""
 
 
 @dataclass(eq=False)
@@ -75,6 +84,7 @@ class _Link:
     server: asyncio.StreamWriter | None = None
     is_get: bool = False
     is_body_flipped: bool = False
+    is_marked: bool = False  # what `once_sent` names has passed
     is_deaf: bool = False  # the word has passed: no answer may
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -183,13 +193,18 @@ class FaultProxy:
                 self.num_hits += 1
                 await self._refuse(link, reader)
                 return
-            if isinstance(self._fault, CutAfter) and self._fault.word in chunk:
-                self.num_hits += 1
-                link.is_deaf = True
+            if isinstance(self._fault, CutAfter):
+                self._listen(link, chunk, self._fault)
             link.server.write(chunk)
             await link.server.drain()
         with contextlib.suppress(OSError):
             link.server.write_eof()
+
+    def _listen(self, link: _Link, chunk: bytes, fault: CutAfter) -> None:
+        link.is_marked = link.is_marked or fault.once_sent in chunk
+        if link.is_marked and fault.word in chunk:
+            self.num_hits += 1
+            link.is_deaf = True
 
     async def _pass_answers(self, link: _Link, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(OSError):
@@ -256,6 +271,17 @@ class FaultyServers(LocalServers):
             replace(self.direct.storage, endpoint=f"127.0.0.1:{self.s3.port}"),
         )
         return self.addresses
+
+    def restart(self, name: str, *, blow: signal.Signals, lost: tuple[str, ...] = ()) -> None:
+        """End a server by a signal, delete these of its directories, and start it again in its place."""
+        number = next(n for n, child in enumerate(self._children) if child.spec.name == name)
+        child = self._children[number]
+        os.kill(child.pid, blow)
+        while child.is_alive:
+            time.sleep(0.01)
+        for directory in lost:
+            shutil.rmtree(self.data_dir / name / directory, ignore_errors=True)
+        self._children[number] = ChildProcess(child.spec, self.data_dir / "logs")
 
     def stop(self) -> None:
         self._proxies.close()

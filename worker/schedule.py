@@ -8,6 +8,7 @@ notification from PostgreSQL makes a wake-up quicker; the tick makes it certain.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import os
 import secrets
 import signal
@@ -36,6 +37,7 @@ from core.services.submissions import forget_expired_keys
 from core.settings import ScheduleSettings
 from core.storage import ObjectStore, S3ObjectStore, StorageError
 from core.telemetry import configure_logs
+from worker.sweeper import settle, sweep
 
 log = structlog.get_logger()
 
@@ -91,8 +93,9 @@ class Schedule:
 
     def _clean_at_intervals(self) -> None:
         while not self._stop_requested.is_set():
-            self.clean()
-            self._stop_requested.wait(self._settings.clean_interval_seconds)
+            self._run_due(self.clean, self._settings.clean_interval_seconds)
+            self._run_due(self.sweep, self._settings.sweep_interval_seconds)
+            self._stop_requested.wait(self._settings.wake_interval_seconds)
 
     def _run_due(self, duty: Callable[[], None], interval_seconds: float) -> None:
         if time.monotonic() >= self._due_at.get(duty, 0.0):
@@ -137,6 +140,20 @@ class Schedule:
                 with service_transaction(self._engine) as session:
                     mark_purged(session, purge)
                 log.info("objects.purged", kind=purge.row.__tablename__, id=str(purge.row.id))
+
+    def sweep(self) -> None:
+        """Delete what no row names, and settle what lost workers have not reported."""
+        with service_transaction(self._engine) as session:
+            if not self._leads(session):
+                return
+        try:
+            num_settled = settle(self._engine)
+            num_deleted = sweep(
+                self._engine, self._store, min_age=dt.timedelta(seconds=self._settings.garbage_age_seconds)
+            )
+            log.info("objects.swept", num_objects=num_deleted, num_attempts_settled=num_settled)
+        except StorageError as error:
+            log.warning("storage.unavailable", error=str(error))
 
 
 def main() -> None:

@@ -252,6 +252,7 @@ class Job(Row):
             postgresql_where=text("status = 'queued'"),
         ),
         Index("ix_jobs_waiting", "tenant_id", postgresql_where=text("status in ('validating_files', 'queued')")),
+        Index("ix_jobs_unswept", "finished_at", postgresql_where=text("swept_at is null")),
         Index("ix_jobs_running", "tenant_id", "lease_until", postgresql_where=text("status = 'running'")),
         Index(
             "ix_jobs_suspect",
@@ -291,6 +292,7 @@ class Job(Row):
     error: Mapped[Json | None]
     started_at: Mapped[dt.datetime | None]
     finished_at: Mapped[dt.datetime | None]
+    swept_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
 
 
@@ -330,6 +332,7 @@ class Attempt(Row):
         CheckConstraint(_one_of("outcome", AttemptOutcome), name="outcome_known"),
         CheckConstraint("(outcome is null) = (ended_at is null)", name="outcome_when_ended"),
         Index("ix_attempts_job_id", "job_id"),
+        Index("ix_attempts_ended_at", "ended_at"),
         Index("ix_attempts_succeeded", "ended_at", postgresql_where=text("outcome = 'succeeded'")),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 
 OBJECTS_PREFIX = "tenants/"
+_UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_FILE_KEY = re.compile(rf"{OBJECTS_PREFIX}{_UUID}/files/({_UUID})/content\.jsonl")
 
 
 def tenant_prefix(tenant_id: uuid.UUID) -> str:
     return f"{OBJECTS_PREFIX}{tenant_id}/"
 
 
+def files_prefix(tenant_id: uuid.UUID) -> str:
+    return f"{tenant_prefix(tenant_id)}files/"
+
+
 def file_key(tenant_id: uuid.UUID, file_id: uuid.UUID) -> str:
-    return f"{tenant_prefix(tenant_id)}files/{file_id}/content.jsonl"
+    return f"{files_prefix(tenant_id)}{file_id}/content.jsonl"
+
+
+def file_id_of(object_key: str) -> uuid.UUID | None:
+    """Return whose key this is if it is a file's, else None."""
+    match = _FILE_KEY.fullmatch(object_key)
+    return uuid.UUID(match[1]) if match else None
+
+
+def job_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID) -> str:
+    return f"{tenant_prefix(tenant_id)}jobs/{job_id}/"
 
 
 def upload_prefix(tenant_id: uuid.UUID, upload_id: uuid.UUID) -> str:
@@ -22,7 +39,7 @@ def upload_prefix(tenant_id: uuid.UUID, upload_id: uuid.UUID) -> str:
 
 def attempt_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID, lease_token: int) -> str:
     """Return where one attempt may write, and nobody else: S3 has no fences, so every fence has its own prefix."""
-    return f"{tenant_prefix(tenant_id)}jobs/{job_id}/{lease_token}/"
+    return f"{job_prefix(tenant_id, job_id)}{lease_token}/"
 
 
 def tokenizer_key(sha256: str) -> str:

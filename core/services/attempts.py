@@ -330,7 +330,7 @@ def expire_leases(session: Session, *, limit: int = 100) -> int:
 
 def record_usage(session: Session, lease: Lease, *, gpu_seconds: float, trained_tokens: int) -> None:
     """Book what an attempt used, once, and correct the tenant's entry charge. Allowed after the attempt has ended."""
-    attempt = session.scalars(select(Attempt).where(Attempt.lease_token == lease.token)).one()
+    attempt = session.scalars(select(Attempt).where(Attempt.lease_token == lease.token).with_for_update()).one()
     if session.scalar(select(Usage.id).where(Usage.attempt_id == attempt.id)):
         return
     session.add(

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from core.db.models import Adapter, Checkpoint, File
+from core.db.models import Adapter, Checkpoint, File, ResumePoint
 from core.storage import ObjectNotFoundError, ObjectStore, StoredObject
 
 _MAX_SHOWN = 5
@@ -186,6 +186,8 @@ def _named_objects(session: Session) -> Iterator[_NamedObject]:
             select(model.object_prefix, model.files).where(model.deleted_at.is_(None))
         ):
             yield from (_named_file(prefix, file) for file in stored)
+    for prefix, stored in session.execute(select(ResumePoint.object_prefix, ResumePoint.files)):
+        yield from (_named_file(prefix, file) for file in stored)
 
 
 def _named_file(prefix: str, file: dict[str, Any]) -> _NamedObject:

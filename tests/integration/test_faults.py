@@ -101,6 +101,13 @@ def test_a_flipped_byte_changes_what_is_read_and_not_what_is_stored(store: S3Obj
     store.delete(key)
 
 
+def test_a_listing_that_was_changed_on_its_way_is_a_store_that_did_not_answer(
+    store: S3ObjectStore, s3_proxy: FaultProxy
+) -> None:
+    with s3_proxy.during(FlipByte()), pytest.raises(StorageUnavailableError):
+        list(store.list_keys("faults/"))
+
+
 def test_a_cut_after_commit_leaves_the_row_and_takes_the_answer(servers: ServerAddresses) -> None:
     with FaultProxy(port_of(servers.postgres_url)) as proxy:
         table = f"faults_{uuid.uuid4().hex}"

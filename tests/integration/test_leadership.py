@@ -122,10 +122,10 @@ def wait_until(condition, *, seconds: float = 20.0) -> None:
 
 @contextmanager
 def schedule_process(
-    database: Database, servers: ServerAddresses, **settings: str
+    database: Database, servers: ServerAddresses, *, env: dict[str, str] | None = None, **settings: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     storage = servers.storage
-    env = {
+    environment = {
         **os.environ,
         "ESPALIER_DATABASE_URL": database.schedule_url,
         "ESPALIER_REDIS_URL": servers.redis_url.rpartition("/")[0] + "/7",
@@ -134,8 +134,11 @@ def schedule_process(
         "ESPALIER_S3_SECRET_KEY": storage.secret_key,
         "ESPALIER_S3_BUCKET": storage.bucket,
         **{f"ESPALIER_{name.upper()}": value for name, value in settings.items()},
+        **{name.upper(): value for name, value in (env or {}).items()},
     }
-    with subprocess.Popen([sys.executable, "-m", "worker.schedule"], env=env, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "worker.schedule"], env=environment, stderr=subprocess.DEVNULL
+    ) as process:
         try:
             yield process
         finally:

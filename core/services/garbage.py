@@ -1,0 +1,92 @@
+"""Objects that no row names: what attempts left that did not win, and uploads whose process died before their row.
+
+Only what has been over for long is looked at, so that no late write and no row to come can be meant. A row's claim goes
+before its objects do; what any row still names is never garbage.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
+
+from core.db.models import Adapter, Attempt, Checkpoint, File, Job, ResumePoint, Tenant, Usage
+from core.domain.ids import first_id_at
+from core.domain.objects import file_id_of, job_prefix
+from core.services.attempts import Lease, record_usage
+
+_LIMIT = 100
+_SETTLED_WITHIN = dt.timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class EndedJob:
+    """A job that is over, where its attempts wrote, and the keys and prefixes there that rows name."""
+
+    id: uuid.UUID
+    prefix: str
+    named: tuple[str, ...]
+
+    def is_garbage(self, object_key: str) -> bool:
+        assert object_key.startswith(self.prefix)
+        return not any(object_key == name or (name[-1] == "/" and object_key.startswith(name)) for name in self.named)
+
+
+def find_unswept_jobs(session: Session, *, min_age: dt.timedelta) -> tuple[EndedJob, ...]:
+    """Return some jobs that ended longer ago than `min_age` and whose prefixes have not been swept.
+
+    Nobody goes on from their resume points, so these are let go first, in the same transaction.
+    """
+    is_over = (Job.finished_at < func.now() - min_age, Job.swept_at.is_(None))
+    jobs = session.execute(
+        select(Job.id, Job.tenant_id, Job.result_file_id).where(*is_over).order_by(Job.finished_at).limit(_LIMIT)
+    ).all()
+    session.execute(delete(ResumePoint).where(ResumePoint.job_id.in_(job.id for job in jobs)))
+    return tuple(
+        EndedJob(job.id, job_prefix(job.tenant_id, job.id), _named_by_rows(session, job.id, job.result_file_id))
+        for job in jobs
+    )
+
+
+def mark_swept(session: Session, job_id: uuid.UUID) -> None:
+    session.execute(update(Job).where(Job.id == job_id).values(swept_at=func.now()))
+
+
+def list_tenant_ids(session: Session) -> Sequence[uuid.UUID]:
+    return session.scalars(select(Tenant.id).order_by(Tenant.id)).all()
+
+
+def find_orphaned_files(session: Session, object_keys: Iterable[str], *, min_age: dt.timedelta) -> tuple[str, ...]:
+    """Return those keys of files that are older than `min_age` and have no row."""
+    now = session.scalars(select(func.now())).one()
+    too_young = first_id_at(now - min_age)
+    old = {key: id_ for key in object_keys if (id_ := file_id_of(key)) and id_ < too_young}
+    known = set(session.scalars(select(File.id).where(File.id.in_(old.values()))).all())
+    return tuple(key for key, file_id in old.items() if file_id not in known)
+
+
+def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
+    """Book nothing for attempts whose workers were lost with their counts, and return their entry charges."""
+    is_booked = select(Usage.id).where(Usage.attempt_id == Attempt.id).exists()
+    is_recent = Attempt.ended_at.between(func.now() - _SETTLED_WITHIN, func.now() - min_age)
+    unbooked = select(Attempt).where(is_recent, ~is_booked).order_by(Attempt.ended_at).limit(_LIMIT)
+    attempts = session.scalars(unbooked).all()
+    for attempt in attempts:
+        lease = Lease(attempt.job_id, attempt.tenant_id, attempt.lease_token)
+        record_usage(session, lease, gpu_seconds=0.0, trained_tokens=0)
+    return len(attempts)
+
+
+def _named_by_rows(session: Session, job_id: uuid.UUID, result_file_id: uuid.UUID | None) -> tuple[str, ...]:
+    prefixes = [
+        *session.scalars(select(Adapter.object_prefix).where(Adapter.job_id == job_id, Adapter.purged_at.is_(None))),
+        *session.scalars(
+            select(Checkpoint.object_prefix).where(Checkpoint.job_id == job_id, Checkpoint.purged_at.is_(None))
+        ),
+    ]
+    results = session.scalars(select(File.object_key).where(File.id == result_file_id, File.purged_at.is_(None)))
+    return (*prefixes, *results)

@@ -1,0 +1,207 @@
+"""Redis, PostgreSQL and the API fail around a submission: accepted jobs run, once, and soon. Rows of docs/contract.md."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+import redis
+
+from cli.ports import free_ports
+from cli.processes import ChildProcess
+from cli.stack import answers
+from core.domain.jobs import pool_name
+from core.queue import queue_name
+from tests.e2e.lab import BASE_MODEL, LEASE_SECONDS, Lab, wait_until
+from tests.faults import Cut, CutAfter, Fault
+
+QUEUE = queue_name(pool_name(BASE_MODEL, None))
+
+
+@contextmanager
+def redis_client(lab: Lab) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(lab.servers.direct.redis_url, socket_timeout=5) as client:
+        yield client
+
+
+def kill_workers(lab: Lab) -> None:
+    for worker in lab.workers:
+        worker.kill()
+
+
+def body_of_a_job(lab: Lab) -> dict[str, object]:
+    line = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    file = lab.client.files.create(file=("rows.jsonl", line), purpose="fine-tune")
+    return {"model": BASE_MODEL, "training_file": file.id, "hyperparameters": {"n_epochs": 1, "batch_size": 1}}
+
+
+def post_job(lab: Lab, body: dict[str, object], *, url: str | None = None, key: str | None = None) -> httpx.Response:
+    headers = {"authorization": f"Bearer {lab.api_key}"} | ({"idempotency-key": key} if key else {})
+    place = f"{url or lab.stack.api_url}/v1/fine_tuning/jobs"
+    return httpx.post(place, json=body, headers=headers, timeout=30, trust_env=False)
+
+
+def test_row_7_redis_emptied_again_and_again_delays_no_job_by_more_than_five_seconds(lab: Lab) -> None:
+    lab.ensure_worker()
+    job_ids = [lab.submit(n_epochs=1) for _ in range(6)]
+    with redis_client(lab) as client:
+        while not all(lab.job(job_id).status in ("succeeded", "failed") for job_id in job_ids):
+            client.flushall()
+            time.sleep(0.2)
+        for job_id in job_ids:
+            lab.succeed(job_id)
+        kill_workers(lab)
+        waiting = lab.submit(n_epochs=1)
+        wait_until(lambda: client.llen(QUEUE) == 1, what="a wake-up")
+        client.flushall()
+        begun = time.monotonic()
+        wait_until(lambda: client.llen(QUEUE) == 1, what="the next wake-up")
+        assert time.monotonic() - begun <= 5
+    lab.ensure_worker()
+    lab.succeed(waiting)
+
+
+def test_row_8_redis_killed_and_back_empty_disturbs_no_running_job_and_the_next_starts_within_ten_seconds(
+    lab: Lab,
+) -> None:
+    lab.ensure_worker()
+    busy = lab.submit(n_epochs=30)
+    lab.wait_for_step(busy, 3)
+    lab.servers.restart("redis", blow=signal.SIGKILL, lost=("appendonlydir",))
+    following = lab.submit(n_epochs=1)
+    lab.wait_for_status(following, "running", "succeeded", seconds=10)
+    lab.succeed(following)
+    lab.succeed(busy)
+    assert lab.outcomes(busy) == ["succeeded"]
+    lab.servers.restart("redis", blow=signal.SIGKILL, lost=("appendonlydir",))  # while the worker has nothing to do
+    last = lab.submit(n_epochs=1)
+    lab.wait_for_status(last, "running", "succeeded", seconds=10)
+    lab.succeed(last)
+
+
+def test_row_9_a_job_is_accepted_while_redis_is_down_and_starts_when_it_is_back(lab: Lab) -> None:
+    lab.ensure_worker()
+    with lab.servers.redis.during(Cut()):
+        job_id = lab.submit(n_epochs=1)
+        assert lab.job(job_id).status in ("queued", "running")
+    lab.wait_for_status(job_id, "running", "succeeded", seconds=10)
+    lab.succeed(job_id)
+
+
+def test_row_10_a_submission_takes_no_longer_while_redis_hangs(lab: Lab) -> None:
+    body = body_of_a_job(lab)
+    post_job(lab, body)
+    pid = lab.servers.pids["redis"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        seconds = []
+        for _ in range(50):
+            begun = time.monotonic()
+            assert post_job(lab, body).is_success
+            seconds.append(time.monotonic() - begun)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    p99 = statistics.quantiles(seconds, n=100)[98]
+    assert p99 < 0.3, f"median {statistics.median(seconds):.3f} s, p99 {p99:.3f} s"
+    for (job_id,) in lab.sql("select id::text from jobs where status = 'queued' and %s <> ''", "x"):
+        lab.post(f"ftjob-{uuid.UUID(job_id).hex}", "cancel")
+
+
+def test_row_12_a_redis_that_is_full_stops_no_schedule_and_wake_ups_go_on_when_there_is_room(lab: Lab) -> None:
+    kill_workers(lab)
+    schedule = lab.stack.process("schedule")
+    with redis_client(lab) as client:
+        client.flushall()
+        client.config_set("maxmemory", 1)
+        try:
+            num_told = schedule.log_path.read_text().count("broker.unavailable")
+            job_id = lab.submit(n_epochs=1)
+            wait_until(lambda: schedule.log_path.read_text().count("broker.unavailable") > num_told, what="a warning")
+        finally:
+            client.config_set("maxmemory", 0)
+        wait_until(lambda: client.llen(QUEUE) == 1, seconds=10, what="a wake-up")
+    assert schedule.is_alive
+    lab.ensure_worker()
+    lab.succeed(job_id)
+
+
+def test_row_15_a_commit_whose_answer_is_lost_and_the_clients_retry_are_one_job(lab: Lab) -> None:
+    body, key = body_of_a_job(lab), uuid.uuid4().hex
+    lab.servers.postgres.inject(Cut())  # so that statements are sent in words again, not by their names
+    lab.servers.postgres.inject(Fault())
+    wait_until(lambda: answers(lab.stack.api_url), what="the API")
+    with lab.servers.postgres.during(CutAfter(b"COMMIT", once_sent=b"INSERT INTO jobs")):
+        assert post_job(lab, body, key=key).status_code == 503
+        assert lab.servers.postgres.num_hits
+    again = [post_job(lab, body, key=key) for _ in range(2)]
+    assert [answer.status_code for answer in again] == [200, 200]
+    assert len({answer.json()["id"] for answer in again}) == 1
+    query = "select count(*) from jobs where training_file_id = (select training_file_id from jobs where id = %s)"
+    assert lab.sql(query, again[0].json()["id"]) == [(1,)]
+    lab.post(again[0].json()["id"], "cancel")
+
+
+def test_row_16_a_deadlock_is_retried_and_its_client_never_hears_of_it(lab: Lab) -> None:
+    kill_workers(lab)
+    job_id = lab.submit(n_epochs=1)
+    row_id = job_id.removeprefix("ftjob-")
+    with psycopg.connect(lab.servers.direct.postgres_url) as ours:
+        ours.execute("select from queues for update")
+        client = lab.client.with_options(max_retries=3)
+        with ThreadPoolExecutor(1) as pool:
+            cancelled = pool.submit(client.fine_tuning.jobs.cancel, job_id)
+            wait_until(lambda: is_locked(lab, row_id), what="the API's lock on the job")
+            ours.execute("select from jobs where id = %s for update", (row_id,))  # returns when the API was the victim
+            ours.commit()
+            assert cancelled.result(30).status == "cancelled"
+    assert "deadlock detected" in (lab.stack.data_dir / "logs" / "postgres.log").read_text()
+
+
+def is_locked(lab: Lab, row_id: str) -> bool:
+    with psycopg.connect(lab.servers.direct.postgres_url) as connection:
+        query = "select from jobs where id = %s for update skip locked"
+        return connection.execute(query, (row_id,)).fetchone() is None
+
+
+def test_row_24_a_job_whose_api_died_before_it_could_answer_runs_within_five_seconds(lab: Lab, tmp_path: Path) -> None:
+    lab.ensure_worker()
+    body = body_of_a_job(lab)
+    spec, (port,) = lab.stack.process("api").spec, free_ports(1)
+    env = {**spec.env, "ESPALIER_API_PORT": str(port), "CRASHPOINT": "post_insert:1"}
+    url = f"http://127.0.0.1:{port}"
+    api = ChildProcess(replace(spec, name="api-that-dies", env=env), tmp_path)
+    api.wait_until(lambda: answers(url), timeout_seconds=60)
+    with pytest.raises(httpx.TransportError):
+        post_job(lab, body, url=url)
+    died = time.monotonic()
+    file_id = str(body["training_file"]).removeprefix("file-")
+    query = "select id::text, status from jobs where training_file_id = %s"
+    ((job_id, _),) = lab.sql(query, file_id)
+    wait_until(lambda: lab.sql(query, file_id)[0][1] != "queued", what="a claim")
+    assert time.monotonic() - died <= 5
+    assert not api.is_alive
+    lab.succeed(f"ftjob-{uuid.UUID(job_id).hex}")
+
+
+def test_row_54_a_worker_that_dies_right_after_its_claim_costs_one_lease(lab: Lab) -> None:
+    kill_workers(lab)
+    doomed = lab.start_worker(CRASHPOINT="post_claim:1")
+    job_id = lab.submit(n_epochs=1)
+    wait_until(lambda: not doomed.is_alive, what="the crash")
+    died = time.monotonic()
+    wait_until(lambda: lab.outcomes(job_id) == ["lost"], what="expiry")
+    assert time.monotonic() - died <= LEASE_SECONDS + 2
+    lab.ensure_worker()
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id) == ["lost", "succeeded"]

@@ -1,0 +1,191 @@
+"""Garbage goes, and nothing that a row names ever does."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, select, text
+
+from cli.servers import ServerAddresses
+from core.db.models import Job, Usage
+from core.db.models import Tenant as TenantRow
+from core.db.session import connect, service_transaction
+from core.domain.ids import new_id
+from core.domain.objects import attempt_prefix, file_key
+from core.services import attempts
+from core.services.attempts import Lease, StoredArtifact
+from core.services.contract import check_objects
+from core.services.files import NewFile, create_file
+from core.storage import S3ObjectStore
+from tests.integration.conftest import Database, Tenant
+from tests.integration.test_attempts import claim, queue_job
+from worker.sweeper import settle, sweep
+
+DAY = dt.timedelta(days=1)
+
+
+@pytest.fixture
+def schedule(database: Database, owner: Engine) -> Iterator[Engine]:
+    with service_transaction(owner) as session:
+        session.execute(text("truncate jobs, queues, files cascade"))
+    engine = connect(database.schedule_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def worker(database: Database) -> Iterator[Engine]:
+    engine = connect(database.worker_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def store(servers: ServerAddresses) -> S3ObjectStore:
+    return S3ObjectStore(servers.storage)
+
+
+def put(store: S3ObjectStore, key: str) -> tuple[dict[str, object], ...]:
+    stored = store.put_bytes(key, key.encode(), content_type="text/plain")
+    return ({"name": key.rpartition("/")[2], "size_bytes": stored.size_bytes, "sha256": stored.sha256},)
+
+
+def finish(worker: Engine, store: S3ObjectStore, lease: Lease) -> None:
+    """End a job with an adapter, a checkpoint and a result file that are all stored."""
+    prefix = attempt_prefix(lease.tenant_id, lease.job_id, lease.token)
+    checkpoint = StoredArtifact(prefix + "checkpoints/step-1/", put(store, prefix + "checkpoints/step-1/a"))
+    adapter = StoredArtifact(prefix + "adapter/", put(store, prefix + "adapter/a"))
+    stored = store.put_bytes(prefix + "result/r.csv", b"r", content_type="text/csv")
+    result = NewFile(new_id(), "r.csv", "fine-tune-results", prefix + "result/r.csv", stored.size_bytes, stored.sha256)
+    with service_transaction(worker) as session:
+        attempts.record_checkpoint(session, lease, step=1, artifact=checkpoint, metrics={})
+    with service_transaction(worker) as session:
+        attempts.succeed_attempt(session, lease, adapter=adapter, result_file=result, trained_tokens=1)
+
+
+def age_jobs(owner: Engine, days: float) -> None:
+    with service_transaction(owner) as session:
+        older = "update jobs set finished_at = finished_at - make_interval(secs => :s) where finished_at is not null"
+        session.execute(text(older), {"s": days * 86400})
+
+
+def keys(store: S3ObjectStore, tenant: Tenant) -> set[str]:
+    return {key.rpartition("/")[2] for key in store.list_keys(f"tenants/{tenant.id}/")}
+
+
+def test_what_an_attempt_that_did_not_win_has_left_goes_a_day_after_the_job_and_what_rows_name_stays(
+    schedule: Engine, worker: Engine, owner: Engine, store: S3ObjectStore, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant)
+    lost = claim(worker, lease_seconds=-1)
+    assert lost is not None
+    put(store, attempt_prefix(lost.tenant_id, lost.job_id, lost.token) + "adapter/from-the-lost")
+    with service_transaction(schedule) as session:
+        assert attempts.expire_leases(session) == 1
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set run_after = now()"))
+    lease = claim(worker)
+    assert lease is not None
+    put(store, attempt_prefix(lease.tenant_id, lease.job_id, lease.token) + "checkpoints/step-9/never-named")
+    sweep(schedule, store, min_age=DAY)
+    finish(worker, store, lease)
+    age_jobs(owner, 0.9)
+    assert sweep(schedule, store, min_age=DAY) == 0
+    assert keys(store, tenant) == {"from-the-lost", "never-named", "a", "r.csv"}
+    age_jobs(owner, 0.2)
+    assert sweep(schedule, store, min_age=DAY) == 2
+    assert keys(store, tenant) == {"a", "r.csv"}
+    assert sweep(schedule, store, min_age=DAY) == 0
+    with service_transaction(owner) as session:
+        assert check_objects(session, store, is_deep=True).num_broken == 1, (
+            "the dataset's row of this test has no object"
+        )
+
+
+def test_a_job_that_has_not_ended_is_not_swept_however_old(
+    schedule: Engine, worker: Engine, owner: Engine, store: S3ObjectStore, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant)
+    lease = claim(worker)
+    assert lease is not None
+    put(store, attempt_prefix(lease.tenant_id, lease.job_id, lease.token) + "resume/state")
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set created_at = now() - interval '9 days'"))
+    assert sweep(schedule, store, min_age=DAY) == 0
+    assert keys(store, tenant) == {"state"}
+
+
+def old_id(age: dt.timedelta) -> uuid.UUID:
+    milliseconds = int((dt.datetime.now(dt.UTC) - age).timestamp() * 1000)
+    return uuid.UUID(int=(milliseconds << 80) | (new_id().int & ((1 << 80) - 1)))
+
+
+def test_an_upload_without_a_row_goes_after_a_day_and_one_with_a_row_or_of_today_stays(
+    schedule: Engine, owner: Engine, store: S3ObjectStore, tenant: Tenant
+) -> None:
+    orphan, fresh, owned = old_id(2 * DAY), new_id(), old_id(2 * DAY)
+    for file_id in (orphan, fresh, owned):
+        put(store, file_key(tenant.id, file_id))
+    with service_transaction(owner) as session:
+        create_file(session, tenant.id, new=NewFile(owned, "a", "fine-tune", file_key(tenant.id, owned), 1, "0" * 64))
+    sweep(schedule, store, min_age=DAY)
+    kept = set(store.list_keys(f"tenants/{tenant.id}/"))
+    assert kept == {file_key(tenant.id, fresh), file_key(tenant.id, owned)}
+
+
+def test_a_multipart_upload_that_nobody_completes_is_given_up_after_its_time(
+    schedule: Engine, store: S3ObjectStore, tenant: Tenant
+) -> None:
+    key = file_key(tenant.id, new_id())
+    store._client._create_multipart_upload(store._bucket, key, {})
+    sweep(schedule, store, min_age=DAY)
+    assert len(store._client._list_multipart_uploads(store._bucket, prefix=key).uploads) == 1
+    time.sleep(1.1)  # the server counts whole seconds
+    sweep(schedule, store, min_age=dt.timedelta(seconds=0))
+    assert store._client._list_multipart_uploads(store._bucket, prefix=key).uploads == []
+
+
+def test_an_attempt_whose_worker_was_lost_is_booked_as_nothing_once_and_its_charge_returned(
+    schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant)
+    lost = claim(worker, lease_seconds=-1)
+    assert lost is not None
+    with service_transaction(schedule) as session:
+        attempts.expire_leases(session)
+    settle(schedule)
+    assert usage_of(owner, tenant) == ([], pytest.approx(60, rel=1e-3)), "its worker may still report"
+    with service_transaction(owner) as session:
+        session.execute(text("update attempts set ended_at = ended_at - interval '11 minutes'"))
+    assert settle(schedule) == 1
+    assert settle(schedule) == 0
+    assert usage_of(owner, tenant) == ([0.0], pytest.approx(0, abs=0.1))
+    with service_transaction(worker) as session:
+        attempts.record_usage(session, lost, gpu_seconds=9.0, trained_tokens=9)
+    assert usage_of(owner, tenant)[0] == [0.0]
+
+
+def usage_of(owner: Engine, tenant: Tenant) -> tuple[list[float], float]:
+    with service_transaction(owner) as session:
+        booked = session.scalars(select(Usage.gpu_seconds).where(Usage.tenant_id == tenant.id)).all()
+        return list(booked), session.get_one(TenantRow, tenant.id).usage
+
+
+def test_every_job_of_many_is_swept_once(
+    schedule: Engine, worker: Engine, owner: Engine, store: S3ObjectStore, tenant: Tenant
+) -> None:
+    for _ in range(3):
+        queue_job(owner, tenant)
+        lease = claim(worker)
+        assert lease is not None
+        put(store, attempt_prefix(lease.tenant_id, lease.job_id, lease.token) + "adapter/x")
+        with service_transaction(worker) as session:
+            attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True)
+    age_jobs(owner, 2)
+    assert sweep(schedule, store, min_age=DAY) == 3
+    with service_transaction(owner) as session:
+        assert session.scalars(select(Job.id).where(Job.swept_at.is_(None))).all() == []
