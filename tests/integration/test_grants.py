@@ -23,7 +23,7 @@ EXACTLY = {
         "espalier_api": "select",
         "espalier_operator": "insert select update",
         "espalier_worker": "select update",
-        "espalier_schedule": "select",
+        "espalier_schedule": "select update",
     },
 }
 COLUMNS = {
@@ -32,6 +32,7 @@ COLUMNS = {
     ("espalier_operator", "operator_keys"): {"revoked_at", "last_used_at"},
     ("espalier_operator", "base_models"): {"disabled_at"},
     ("espalier_worker", "tenants"): {"usage", "usage_at"},
+    ("espalier_schedule", "tenants"): {"usage", "usage_at"},
 }
 # A history is added to, never rewritten; and nobody deletes what others stand on.
 NEVER = {

@@ -115,7 +115,7 @@ def test_a_job_that_has_not_ended_is_not_swept_however_old(
     put(store, attempt_prefix(lease.tenant_id, lease.job_id, lease.token) + "resume/state")
     with service_transaction(owner) as session:
         session.execute(text("update jobs set created_at = now() - interval '9 days'"))
-    assert sweep(schedule, store, min_age=DAY) == 0
+    sweep(schedule, store, min_age=DAY)
     assert keys(store, tenant) == {"state"}
 
 

@@ -35,7 +35,7 @@ def test_a_trainer_has_no_credential_in_its_environment_arguments_or_files(monke
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    child = TrainerChild(Nothing(), threads=1)  # type: ignore[arg-type]
+    child = TrainerChild(Nothing(), threads=1, scratch_dir=None)  # type: ignore[arg-type]
     try:
         environment = Path(f"/proc/{child.pid}/environ").read_bytes().decode()
         arguments = Path(f"/proc/{child.pid}/cmdline").read_bytes().decode()

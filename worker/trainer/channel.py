@@ -20,7 +20,19 @@ from worker.trainer.failures import TransferError
 _URL_WAIT_SECONDS = 60.0
 _ORPHANED_EXIT_CODE = 3
 
+_NUM_BACKGROUND_THREADS = 4
+
 T = TypeVar("T")
+
+
+def _started_pool(num_threads: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads all run already: a process short of memory may not be able to start one later."""
+    pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="background")
+    all_started = threading.Barrier(num_threads + 1)
+    for _ in range(num_threads):
+        pool.submit(all_started.wait)
+    all_started.wait()
+    return pool
 
 
 class Channel:
@@ -33,7 +45,7 @@ class Channel:
         self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str]]] = {}
-        self._background = ThreadPoolExecutor(max_workers=4, thread_name_prefix="background")
+        self._background = _started_pool(_NUM_BACKGROUND_THREADS)
         threading.Thread(target=self._read_orders, daemon=True, name="orders").start()
 
     def send(self, report: Frozen) -> None:
