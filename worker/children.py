@@ -97,11 +97,9 @@ class TrainerChild:
             self.kill()
 
     def kill(self) -> None:
+        """End the trainer at once, from whatever thread. Its input stays open: another thread may be writing."""
         self._process.kill()
         self._process.wait()
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
 
     def _read_reports(self) -> None:
         assert self._process.stdout is not None

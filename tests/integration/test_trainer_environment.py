@@ -41,7 +41,7 @@ def test_a_trainer_has_no_credential_in_its_environment_arguments_or_files(monke
         arguments = Path(f"/proc/{child.pid}/cmdline").read_bytes().decode()
         sockets = psutil.Process(child.pid).net_connections()
     finally:
-        child.kill()
+        child.close()
         with pytest.raises(TrainerGoneError):
             child.receive(timeout_seconds=10)
     assert "hush" not in environment + arguments
