@@ -36,11 +36,13 @@ up: $(INSTALLED)
 down: $(INSTALLED)
 	$(BIN)/espalier down
 
+# Two test processes of one thread each; what measures how long a fault lasts runs alone.
 test-unit: $(INSTALLED)
-	$(BIN)/pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/unit
 
 test: test-unit
-	$(BIN)/pytest tests/integration tests/e2e
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
+	$(BIN)/pytest tests/e2e
 
 # The contract as a file, so that a change of it is seen; a test compares it.
 openapi: $(INSTALLED)
