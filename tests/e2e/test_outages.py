@@ -176,6 +176,7 @@ def is_locked(lab: Lab, row_id: str) -> bool:
 
 def test_row_24_a_job_whose_api_died_before_it_could_answer_runs_within_five_seconds(lab: Lab, tmp_path: Path) -> None:
     lab.ensure_worker()
+    lab.succeed(lab.submit(n_epochs=1))  # the base is loaded from here on
     body = body_of_a_job(lab)
     spec, (port,) = lab.stack.process("api").spec, free_ports(1)
     env = {**spec.env, "ESPALIER_API_PORT": str(port), "CRASHPOINT": "post_insert:1"}
