@@ -40,6 +40,9 @@ from core.telemetry import configure_logs
 from worker.sweeper import settle, sweep
 
 log = structlog.get_logger()
+# A process that was stopped while one of its transactions waited for another must not be handed the leadership when the
+# other is ended for it: the wait is over before that.
+_LOCK_TIMEOUT_SECONDS = 2.0
 
 
 class Schedule:
@@ -162,7 +165,7 @@ def main() -> None:
     with WakeUpPublisher(settings.redis_url.get_secret_value()) as publisher:
         schedule = Schedule(
             settings,
-            engine=connect(settings.database_url.get_secret_value()),
+            engine=connect(settings.database_url.get_secret_value(), lock_timeout_seconds=_LOCK_TIMEOUT_SECONDS),
             store=S3ObjectStore(settings.storage_config),
             publisher=publisher,
         )

@@ -31,7 +31,7 @@ DAY = dt.timedelta(days=1)
 @pytest.fixture
 def schedule(database: Database, owner: Engine) -> Iterator[Engine]:
     with service_transaction(owner) as session:
-        session.execute(text("truncate jobs, queues, files cascade"))
+        session.execute(text("truncate tenants cascade"))
     engine = connect(database.schedule_url)
     yield engine
     engine.dispose()
