@@ -36,13 +36,13 @@ up: $(INSTALLED)
 down: $(INSTALLED)
 	$(BIN)/espalier down
 
-# Two test processes of one thread each; what measures how long a fault lasts runs alone.
+# Two test processes of one thread each.
 test-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/unit
 
 test: test-unit
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
-	$(BIN)/pytest tests/e2e
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e
 
 # The contract as a file, so that a change of it is seen; a test compares it.
 openapi: $(INSTALLED)

@@ -29,6 +29,7 @@ from tests.faults import FaultyServers
 BASE_MODEL = "acme-labs/tiny-llama"
 ENDED = ("succeeded", "failed", "cancelled")
 LEASE_SECONDS = 3.0
+LONG = {"n_epochs": 4, "num_rows": 80}  # 80 steps, 20 an epoch
 SETTINGS = {
     "ESPALIER_LEASE_SECONDS": str(LEASE_SECONDS),
     "ESPALIER_HEARTBEAT_SECONDS": "0.4",
@@ -193,6 +194,9 @@ class Lab:
     def attempt_count(self, job_id: str) -> int:
         return int(self.sql("select attempt_count from jobs where id = %s", job_id)[0][0])
 
+    def limit_attempts(self, job_id: str, number: int) -> None:
+        self.sql(f"update jobs set max_attempts = {number} where id = %s returning 1", job_id)
+
     def metric_steps(self, job_id: str) -> list[int]:
         return [row[0] for row in self.sql("select step from metrics where job_id = %s order by step", job_id)]
 
@@ -209,6 +213,7 @@ def running_lab(base_dir: Path, directory: Path, **env: str) -> Iterator[Lab]:
         "dtype": "float32",
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "max_seq_len": 256,
+        "max_rank": 2**30,  # so that a job can be larger than any device
         "slots": 4,
         "max_tokens_per_step": 512,
     }
@@ -222,6 +227,10 @@ def running_lab(base_dir: Path, directory: Path, **env: str) -> Iterator[Lab]:
         lab = Lab(stack, servers, directory)
         exits.callback(lab.close)
         yield lab
+
+
+def is_running(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def stop_process(pid: int) -> None:

@@ -1,4 +1,4 @@
-"""What a worker, its trainer and their servers may suffer; the numbers are the rows of the table of faults."""
+"""What a worker and its trainer may suffer; the numbers are the rows of the table of faults."""
 
 from __future__ import annotations
 
@@ -8,23 +8,14 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.e2e.lab import LEASE_SECONDS, Lab, continue_process, stop_process, wait_until
-from tests.faults import Answer503, Cut, FlipByte, Hang
-
-LONG = {"n_epochs": 4, "num_rows": 80}  # 80 steps, 20 an epoch
-MB = 2**20
-
-
-def limit_attempts(lab: Lab, job_id: str, number: int) -> None:
-    lab.sql(f"update jobs set max_attempts = {number} where id = %s returning 1", job_id)
+from tests.e2e.lab import LEASE_SECONDS, LONG, Lab, continue_process, is_running, stop_process, wait_until
 
 
 def test_03_a_job_that_kills_its_trainer_every_time_fails_and_its_neighbours_are_not_charged(lab: Lab) -> None:
     poison = lab.submit(**LONG, seed=1)
-    limit_attempts(lab, poison, 2)
+    lab.limit_attempts(poison, 2)
     neighbours = [lab.submit(**LONG, seed=seed) for seed in (2, 3)]
     worker = lab.only_worker()
     query = "select status, lease_token from jobs where id = %s"
@@ -84,80 +75,13 @@ def test_05_06_54_a_worker_killed_around_its_commits_leaves_one_result(
         assert lab.store.hash_object(prefix + file["name"]).sha256 == file["sha256"]
 
 
-def test_11_jobs_run_although_redis_hangs_because_a_worker_that_nobody_wakes_claims(lab: Lab) -> None:
-    lab.only_worker(ESPALIER_DEAF_SECONDS="2")
-    lab.succeed(lab.submit(n_epochs=1))
-    with lab.servers.redis.during(Hang()):
-        lab.succeed(lab.submit(n_epochs=1))
-
-
-def test_13_a_database_that_goes_away_for_a_moment_costs_no_attempt(lab: Lab) -> None:
-    job_id = lab.submit(**LONG)
-    lab.ensure_worker()
-    lab.wait_for_step(job_id, 3)
-    with lab.servers.postgres.during(Cut()):
-        time.sleep(1)
-    lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["succeeded"]
-    assert lab.metric_steps(job_id) == list(range(1, 81))
-
-
-def test_14_a_database_away_for_longer_than_a_lease_stops_the_training_before_its_end(lab: Lab) -> None:
-    job_id = lab.submit(**LONG)
-    worker = lab.ensure_worker()
-    lab.wait_for_resume_point(job_id)
-    trainer = lab.trainer_of(worker)
-    with lab.servers.postgres.during(Hang()):
-        hung_at = time.monotonic()
-        wait_until(lambda: not is_running(trainer), seconds=LEASE_SECONDS, what="the self-fence")
-        time.sleep(max(0.0, hung_at + 1.5 * LEASE_SECONDS - time.monotonic()))  # the outage that is too long
-    lab.succeed(job_id)
-    assert lab.outcomes(job_id)[-1] == "succeeded"
-    assert len(lab.outcomes(job_id)) == 2
-
-
-def is_running(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-def test_19_an_object_store_that_is_away_at_the_finish_costs_attempts_and_not_the_job(lab: Lab) -> None:
-    job_id = lab.submit(n_epochs=2)
-    lab.ensure_worker()
-    lab.wait_for_step(job_id, 1)
-    with lab.servers.s3.during(Cut()):
-        wait_until(lambda: lab.has_said(job_id, "The object store did not answer"))
-    lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["failed", "succeeded"]
-
-
-@pytest.mark.parametrize("fault", [pytest.param(Answer503(), id="20_slow_down"), pytest.param(Hang(), id="21_hung")])
-def test_20_21_an_object_store_that_falters_for_a_moment_costs_nothing(lab: Lab, fault: Hang | Answer503) -> None:
-    job_id = lab.submit(**LONG)
-    lab.ensure_worker()
-    lab.wait_for_step(job_id, 16)
-    with lab.servers.s3.during(fault):
-        time.sleep(2)
-    lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["succeeded"]
-
-
-def test_22_a_dataset_that_arrives_damaged_is_tried_again_and_then_reported(lab: Lab) -> None:
-    lab.ensure_worker()
-    with lab.servers.s3.during(FlipByte()):
-        job_id = lab.submit(n_epochs=1)
-        limit_attempts(lab, job_id, 1)
-        job = lab.wait_for_end(job_id)
-    assert (job.status, job.error.code) == ("failed", "integrity")
-    assert lab.outcomes(job_id) == ["failed"]
-
-
 def test_23_a_scratch_disk_that_is_full_ends_the_job_and_not_the_trainer(lab: Lab) -> None:
     worker = lab.ensure_worker()
     lab.succeed(lab.submit(n_epochs=1))
     trainer = lab.trainer_of(worker)
     unlimited = resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     job_id = lab.submit(n_epochs=1)
-    limit_attempts(lab, job_id, 1)
+    lab.limit_attempts(job_id, 1)
     job = lab.wait_for_end(job_id)
     assert (job.status, job.error.code) == ("failed", "worker_disk")
     resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, unlimited)
@@ -204,6 +128,20 @@ def test_33_a_host_without_memory_for_a_job_is_told_and_not_tried_again(lab: Lab
     job = lab.wait_for_end(job_id)
     assert (job.status, job.error.code) == ("failed", "oom_host")
     assert lab.outcomes(job_id) == ["failed"]
+    assert worker.is_alive
+
+
+def test_34_a_job_too_large_for_the_device_is_told_what_to_lower_and_its_neighbour_trains_on(lab: Lab) -> None:
+    neighbour = lab.submit(**LONG)
+    worker = lab.ensure_worker()
+    lab.wait_for_step(neighbour, 1)
+    job_id = lab.submit(n_epochs=1, adapter={"rank": 2**24})
+    job = lab.wait_for_end(job_id)
+    assert (job.status, job.error.code) == ("failed", "oom_gpu")
+    assert "lower the rank" in job.error.message
+    assert lab.outcomes(job_id) == ["failed"]
+    lab.succeed(neighbour)
+    assert lab.outcomes(neighbour) == ["succeeded"]
     assert worker.is_alive
 
 

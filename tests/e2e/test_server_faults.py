@@ -1,0 +1,73 @@
+"""What a worker's servers may suffer while it trains; the numbers are the rows of the table of faults."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.e2e.lab import LEASE_SECONDS, LONG, Lab, is_running, wait_until
+from tests.faults import Answer503, Cut, FlipByte, Hang
+
+
+def test_11_jobs_run_although_redis_hangs_because_a_worker_that_nobody_wakes_claims(lab: Lab) -> None:
+    lab.only_worker(ESPALIER_DEAF_SECONDS="2")
+    lab.succeed(lab.submit(n_epochs=1))
+    with lab.servers.redis.during(Hang()):
+        lab.succeed(lab.submit(n_epochs=1))
+
+
+def test_13_a_database_that_goes_away_for_a_moment_costs_no_attempt(lab: Lab) -> None:
+    job_id = lab.submit(**LONG)
+    lab.ensure_worker()
+    lab.wait_for_step(job_id, 3)
+    with lab.servers.postgres.during(Cut()):
+        time.sleep(1)
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id) == ["succeeded"]
+    assert lab.metric_steps(job_id) == list(range(1, 81))
+
+
+def test_14_a_database_away_for_longer_than_a_lease_stops_the_training_before_its_end(lab: Lab) -> None:
+    job_id = lab.submit(**LONG)
+    worker = lab.ensure_worker()
+    lab.wait_for_resume_point(job_id)
+    trainer = lab.trainer_of(worker)
+    with lab.servers.postgres.during(Hang()):
+        hung_at = time.monotonic()
+        wait_until(lambda: not is_running(trainer), seconds=LEASE_SECONDS, what="the self-fence")
+        time.sleep(max(0.0, hung_at + 1.5 * LEASE_SECONDS - time.monotonic()))  # the outage that is too long
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id)[-1] == "succeeded"
+    assert len(lab.outcomes(job_id)) == 2
+
+
+def test_19_an_object_store_that_is_away_at_the_finish_costs_attempts_and_not_the_job(lab: Lab) -> None:
+    job_id = lab.submit(n_epochs=2)
+    lab.ensure_worker()
+    lab.wait_for_step(job_id, 1)
+    with lab.servers.s3.during(Cut()):
+        wait_until(lambda: lab.has_said(job_id, "The object store did not answer"))
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id) == ["failed", "succeeded"]
+
+
+@pytest.mark.parametrize("fault", [pytest.param(Answer503(), id="20_slow_down"), pytest.param(Hang(), id="21_hung")])
+def test_20_21_an_object_store_that_falters_for_a_moment_costs_nothing(lab: Lab, fault: Hang | Answer503) -> None:
+    job_id = lab.submit(**LONG)
+    lab.ensure_worker()
+    lab.wait_for_step(job_id, 16)
+    with lab.servers.s3.during(fault):
+        time.sleep(2)
+    lab.succeed(job_id)
+    assert lab.outcomes(job_id) == ["succeeded"]
+
+
+def test_22_a_dataset_that_arrives_damaged_is_tried_again_and_then_reported(lab: Lab) -> None:
+    lab.ensure_worker()
+    with lab.servers.s3.during(FlipByte()):
+        job_id = lab.submit(n_epochs=1)
+        lab.limit_attempts(job_id, 1)
+        job = lab.wait_for_end(job_id)
+    assert (job.status, job.error.code) == ("failed", "integrity")
+    assert lab.outcomes(job_id) == ["failed"]
