@@ -15,6 +15,7 @@ from tests.unit.engine.tiny import (
     make_engine,
     make_job,
     random_examples,
+    relative_difference,
     tiny_llama,
     train,
     weights_of,
@@ -100,6 +101,30 @@ def test_resuming_in_the_middle_is_bitwise_never_having_stopped(
     assert updates + train(second)["mine"] == expected
     weights = weights_of(unbroken, "mine")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(second, "mine").items())
+
+
+@pytest.mark.parametrize(("max_tokens", "num_fused_steps"), [(256, 4), (48, 7)])
+def test_resuming_in_other_company_stays_on_the_solo_trajectory(
+    tmp_path: Path, max_tokens: int, num_fused_steps: int
+) -> None:
+    job = make_job("mine", dropout=0.1)
+    alone, first, second = make_engine(), make_engine(max_tokens=max_tokens), make_engine(max_tokens=max_tokens)
+    alone.admit(job)
+    expected = train(alone)["mine"]
+    first.admit(make_job("left", seed=5))
+    first.admit(job)
+    first.admit(make_job("lost", seed=6, rank=2, dropout=0.3))
+    updates = train(first, num_fused_steps=num_fused_steps)["mine"]
+    first.capture_state("mine").write(tmp_path)
+    second.admit(make_job("next", seed=7, rank=16, target_modules=("o_proj", "up_proj")))
+    second.admit(job)
+    assert second.load_state("mine", tmp_path) == updates[-1].step < expected[-1].step
+    updates += train(second)["mine"]
+    assert [update.step for update in updates] == [update.step for update in expected]
+    assert [update.loss for update in updates] == pytest.approx([update.loss for update in expected], abs=1e-4)
+    wanted = weights_of(alone, "mine")
+    for name, tensor in weights_of(second, "mine").items():
+        assert relative_difference(tensor, wanted[name]) < 1e-3, name
 
 
 @pytest.mark.parametrize("changes", [{"seed": 2}, {"count": 11}, {"rank": 8}, {"batch_size": 2}, {"beta1": 0.5}])
