@@ -8,7 +8,7 @@ to the next borrower.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
@@ -68,7 +68,7 @@ def key_transaction(engine: Engine, key_id: str) -> Iterator[Session]:
 def enter_tenant(session: Session, tenant_id: uuid.UUID) -> None:
     """Let a transaction that has found out whose key it holds see that tenant's rows too."""
     session.info["app.tenant_id"] = str(tenant_id)
-    _announce(session.connection(), "app.tenant_id", str(tenant_id))
+    _announce(session.connection(), {"app.tenant_id": str(tenant_id)})
 
 
 @contextmanager
@@ -87,12 +87,16 @@ def _transaction(engine: Engine, identity: dict[str, str]) -> Iterator[Session]:
 
 @event.listens_for(Session, "after_begin")
 def _announce_identity(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
-    for name, value in session.info.items():
-        _announce(connection, name, value)
+    if session.info:
+        _announce(connection, session.info)
 
 
-def _announce(connection: Connection, name: str, value: str) -> None:
-    connection.execute(text("select set_config(:name, :value, true)"), {"name": name, "value": value})
+def _announce(connection: Connection, identity: Mapping[str, str]) -> None:
+    settings = ", ".join(f"set_config(:name{n}, :value{n}, true)" for n in range(len(identity)))
+    values = {f"name{n}": name for n, name in enumerate(identity)} | {
+        f"value{n}": value for n, value in enumerate(identity.values())
+    }
+    connection.execute(text(f"select {settings}"), values)
 
 
 def ping(engine: Engine) -> None:
