@@ -1,4 +1,7 @@
-"""What routes ask for: who calls and what they may, a transaction of that tenant, the store, the settings, the body."""
+"""What routes ask for: who calls and what they may, a transaction of that tenant, the store, the settings, the body.
+
+What waits for nobody is `async def`, so that it runs where the request is: FastAPI takes a thread for each `def`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from fastapi import Depends, Header, Request
 from fastapi.params import Depends as Dependency
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from api.admission import CHUNK_SECONDS, UploadGate
@@ -29,46 +33,50 @@ from core.settings import ApiSettings
 from core.storage import ObjectStore
 
 
-def get_engine(request: Request) -> Engine:
+async def get_engine(request: Request) -> Engine:
     return cast("Engine", request.app.state.engine)
 
 
-def get_store(request: Request) -> ObjectStore:
+async def get_store(request: Request) -> ObjectStore:
     return cast("ObjectStore", request.app.state.store)
 
 
-def get_feed(request: Request) -> EventFeed:
+async def get_feed(request: Request) -> EventFeed:
     return cast("EventFeed", request.app.state.feed)
 
 
-def get_previewer(request: Request) -> Previewer:
+async def get_previewer(request: Request) -> Previewer:
     return cast("Previewer", request.app.state.previewer)
 
 
-def get_settings(request: Request) -> ApiSettings:
+async def get_settings(request: Request) -> ApiSettings:
     return cast("ApiSettings", request.app.state.settings)
 
 
-def get_authenticator(request: Request) -> Authenticator:
+async def get_authenticator(request: Request) -> Authenticator:
     return cast("Authenticator", request.app.state.authenticator)
 
 
-def get_identity(
+async def get_identity(
     request: Request,
     authenticator: Annotated[Authenticator, Depends(get_authenticator)],
     authorization: Annotated[str | None, Header()] = None,
 ) -> Identity:
-    identity = authenticator.identify(authorization)
-    _count_request(request, identity)
+    identity = authenticator.recall(authorization)
+    if identity is None:
+        identity = await run_in_threadpool(authenticator.identify, authorization)
+    await _count_request(request, identity)
     return identity
 
 
-def _count_request(request: Request, identity: Identity) -> None:
+async def _count_request(request: Request, identity: Identity) -> None:
     limiter: RateLimiter | None = request.app.state.rate_limiter
-    if limiter is None:
+    if limiter is None or limiter.is_resting:
         return
-    limit = identity.requests_per_minute or get_settings(request).requests_per_minute
-    standing = limiter.count(identity.tenant_id, limit=limit)
+    limit = identity.requests_per_minute or request.app.state.settings.requests_per_minute
+    standing = limiter.draw(identity.tenant_id, limit=limit)
+    if standing is None:
+        standing = await run_in_threadpool(limiter.count, identity.tenant_id, limit=limit)
     if standing is None:
         return
     request.state.rate_limit = standing.headers  # the middleware puts them on whatever is answered
@@ -85,7 +93,7 @@ class ScopeGate:
 
     scope: Scope
 
-    def __call__(self, identity: Annotated[Identity, Depends(get_identity)]) -> None:
+    async def __call__(self, identity: Annotated[Identity, Depends(get_identity)]) -> None:
         if self.scope not in identity.scopes:
             raise PermissionDeniedError(
                 f"This API key lacks the scope {self.scope.value!r}; it has {', '.join(sorted(identity.scopes))}.",
@@ -149,7 +157,7 @@ def _iterate_body(request: Request) -> Iterator[bytes]:
             yield chunk
 
 
-def get_now() -> dt.datetime:
+async def get_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 

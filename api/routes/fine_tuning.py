@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
+from api.answers import answer
 from api.dependencies import Caller, Database, Now, Transaction, needs
 from api.schemas.objects import CheckpointObject, EventObject, JobObject, ListObject, as_list
 from api.schemas.requests import CreateJob
@@ -27,15 +28,14 @@ _KEY_REUSED: dict[int | str, dict[str, Any]] = {
 RetryCount = Annotated[int, Header(ge=0)]
 
 
-@router.post("", dependencies=[needs(Scope.SUBMIT)], responses=_KEY_REUSED)
+@router.post("", dependencies=[needs(Scope.SUBMIT)], responses=_KEY_REUSED, response_model=JobObject)
 def create_job(
-    response: Response,
     database: Database,
     caller: Caller,
     body: CreateJob,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
-) -> JobObject:
+) -> Response:
     """Submit a job, once for all the tries of one submission.
 
     The transaction ends here and not in a dependency: others may wait for its locks in every thread there is, so it
@@ -49,9 +49,8 @@ def create_job(
             idempotency_key=idempotency_key,
             is_retry=x_stainless_retry_count > 0,
         )
-    if submission.is_replayed:
-        response.headers["idempotent-replayed"] = "true"
-    return JobObject.of(submission.job)
+    headers = {"idempotent-replayed": "true"} if submission.is_replayed else None
+    return answer(JobObject.of(submission.job), headers=headers)
 
 
 @router.get("", dependencies=[needs(Scope.READ)])
@@ -77,10 +76,13 @@ def list_jobs(
     return as_list(page, lambda row: JobObject.of(row, estimate=estimates.get(row.id)))
 
 
-@router.get("/{job_id}", dependencies=[needs(Scope.READ)])
-def get_job(session: Transaction, caller: Caller, now: Now, job_id: str) -> JobObject:
-    job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
-    return JobObject.of(job, estimate=estimate_jobs(session, caller.tenant_id, jobs=[job], now=now).get(job.id))
+@router.get("/{job_id}", dependencies=[needs(Scope.READ)], response_model=JobObject)
+def get_job(database: Database, caller: Caller, now: Now, job_id: str) -> Response:
+    """Asked more often than anything else, so the whole of it is done in one thread."""
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
+        job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
+        estimate = estimate_jobs(session, caller.tenant_id, jobs=[job], now=now).get(job.id)
+    return answer(JobObject.of(job, estimate=estimate))
 
 
 @router.post("/{job_id}/cancel", dependencies=[needs(Scope.SUBMIT)])
