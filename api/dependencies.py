@@ -1,7 +1,6 @@
 """What routes ask for: who calls and what they may, a transaction of that tenant, the store, the settings, the body.
 
-FastAPI runs a plain function in a thread of its pool, which costs more than most of these do: what never waits is
-async.
+What waits for nobody is `async def`, so that it runs where the request is: FastAPI takes a thread for each `def`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from fastapi import Depends, Header, Request
 from fastapi.params import Depends as Dependency
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from api.admission import CHUNK_SECONDS, UploadGate
@@ -58,23 +58,26 @@ async def get_authenticator(request: Request) -> Authenticator:
     return cast("Authenticator", request.app.state.authenticator)
 
 
-def get_identity(
+async def get_identity(
     request: Request,
     authenticator: Annotated[Authenticator, Depends(get_authenticator)],
     authorization: Annotated[str | None, Header()] = None,
 ) -> Identity:
-    identity = authenticator.identify(authorization)
-    _count_request(request, identity)
+    identity = authenticator.recall(authorization)
+    if identity is None:
+        identity = await run_in_threadpool(authenticator.identify, authorization)
+    await _count_request(request, identity)
     return identity
 
 
-def _count_request(request: Request, identity: Identity) -> None:
+async def _count_request(request: Request, identity: Identity) -> None:
     limiter: RateLimiter | None = request.app.state.rate_limiter
-    if limiter is None:
+    if limiter is None or limiter.is_resting:
         return
-    settings: ApiSettings = request.app.state.settings
-    limit = identity.requests_per_minute or settings.requests_per_minute
-    standing = limiter.count(identity.tenant_id, limit=limit)
+    limit = identity.requests_per_minute or request.app.state.settings.requests_per_minute
+    standing = limiter.draw(identity.tenant_id, limit=limit)
+    if standing is None:
+        standing = await run_in_threadpool(limiter.count, identity.tenant_id, limit=limit)
     if standing is None:
         return
     request.state.rate_limit = standing.headers  # the middleware puts them on whatever is answered
