@@ -23,7 +23,7 @@ from core.settings import ApiSettings
 from core.telemetry import configure_logs
 
 log = structlog.get_logger()
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _YOUNG_SECONDS = 5.0
 
 
@@ -42,18 +42,16 @@ class ProcessGroup:
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT, or until a child dies young; return the exit status."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        woken = _note_signals()
         self._listener = make_config(self._settings).bind_socket()
         self._children = [self._start() for _ in range(self._settings.api_processes)]
-        status = 0
         try:
-            while signal.sigwait(_SIGNALS) == signal.SIGCHLD:
+            while not _STOP_SIGNALS.intersection(woken.recv(64)):
                 if not self._replace_dead():
-                    status = 1
-                    break
+                    return 1
         finally:
             self._stop()
-        return status
+        return 0
 
     def _start(self) -> _Child:
         process = multiprocessing.get_context("spawn").Process(target=_serve_as_child, args=(self._listener,))
@@ -79,8 +77,17 @@ class ProcessGroup:
             child.process.join()
 
 
+def _note_signals() -> socket.socket:
+    """Return a socket that yields the number of each signal that comes, whichever thread the system gives it to."""
+    woken, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.detach())
+    for each in (signal.SIGCHLD, *_STOP_SIGNALS):
+        signal.signal(each, lambda _number, _frame: None)
+    return woken
+
+
 def _serve_as_child(listener: socket.socket) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True, name="end with parent").start()
     configure_logs("api")
     serve(ApiSettings(), listener)  # read from the environment, as the parent's were

@@ -1,4 +1,4 @@
-"""Transactions begin with their identity in one round trip, and a connection that has died is never met as a surprise."""
+"""Transactions begin with an identity in one round trip, on connections that live."""
 
 from __future__ import annotations
 
@@ -7,15 +7,60 @@ from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import ProgrammingError
 
-from core.db.session import DATABASE_ERRORS, connect, service_transaction, tenant_transaction
+from core.db.session import DATABASE_ERRORS, connect, operator_transaction, service_transaction, tenant_transaction
 from tests.integration.conftest import Database, Tenant
+
+SETTINGS = text("select current_setting('app.tenant_id', true), current_setting('app.actor', true)")
 
 
 @pytest.fixture
 def api(database: Database) -> Iterator[Engine]:
     engine = connect(database.api_url, pool_size=1)
     yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize("actor", ["", "key:abc", 'it\'s \\ "quoted"; select 1 --', "\N{SNOWMAN} %s :name"])
+def test_an_identity_is_told_as_it_is_and_ends_with_the_transaction(api: Engine, tenant: Tenant, actor: str) -> None:
+    with tenant_transaction(api, tenant.id, actor=actor) as session:
+        assert session.execute(SETTINGS).one() == (str(tenant.id), actor)
+    with api.connect() as connection:
+        assert set(connection.execute(SETTINGS).one()) <= {"", None}
+
+
+def test_a_savepoint_and_what_follows_a_rollback_are_of_the_same_tenant(api: Engine, tenant: Tenant) -> None:
+    with tenant_transaction(api, tenant.id, actor="a") as session:
+        with session.begin_nested():
+            assert session.execute(SETTINGS).one() == (str(tenant.id), "a")
+        session.rollback()
+        assert session.execute(SETTINGS).one() == (str(tenant.id), "a")
+
+
+def test_connections_that_died_at_rest_are_replaced(api: Engine, owner: Engine, tenant: Tenant) -> None:
+    def ask() -> int:
+        with tenant_transaction(api, tenant.id, actor="a") as session:
+            return int(session.scalars(text("select pg_backend_pid()")).one())
+
+    first = ask()
+    rested_since = time.monotonic()
+    with owner.begin() as connection:
+        connection.execute(text("select pg_terminate_backend(:pid, 5000)"), {"pid": first})
+    while time.monotonic() - rested_since < 0.6:
+        time.sleep(0.05)
+    assert ask() != first
+
+
+def test_a_role_that_may_not_be_taken_is_refused_in_the_databases_own_words(database: Database) -> None:
+    engine = connect(database.schedule_url)
+    with (
+        pytest.raises(ProgrammingError, match="permission denied to set role"),
+        operator_transaction(engine, actor="a") as session,
+    ):
+        session.execute(text("select 1"))
+    with engine.connect() as connection:
+        assert connection.execute(text("select 1")).scalar() == 1
     engine.dispose()
 
 
@@ -29,44 +74,6 @@ def identity(engine: Engine, tenant: Tenant, actor: str) -> tuple[str, str]:
         query = text("select current_setting('app.tenant_id'), current_setting('app.actor')")
         row = session.execute(query).one()
         return row[0], row[1]
-
-
-@pytest.mark.parametrize(
-    "actor",
-    [
-        "key abc",
-        "",
-        "it's",
-        "'); select pg_sleep(9); --",
-        "back\\slash",
-        "tab\tnewline\n",
-        "ü 你好 🌿",
-        "%s %(x)s :name",
-    ],
-)
-def test_an_identity_arrives_as_it_is_whatever_its_letters(api: Engine, tenant: Tenant, actor: str) -> None:
-    assert identity(api, tenant, actor) == (str(tenant.id), actor)
-
-
-def test_an_identity_is_gone_with_its_transaction(api: Engine, tenant: Tenant) -> None:
-    identity(api, tenant, "somebody")
-    with service_transaction(api) as session:
-        assert session.scalar(text("select current_setting('app.tenant_id', true)")) in (None, "")
-        assert session.scalar(text("select current_setting('app.actor', true)")) in (None, "")
-
-
-def test_a_transaction_that_fails_is_rolled_back_and_the_next_one_begins_anew(api: Engine, tenant: Tenant) -> None:
-    with pytest.raises(ZeroDivisionError), tenant_transaction(api, tenant.id) as session:
-        session.execute(text("select 1"))
-        raise ZeroDivisionError
-    assert identity(api, tenant, "next") == (str(tenant.id), "next")
-
-
-def test_a_connection_ended_while_it_rested_is_replaced_unseen(api: Engine, owner: Engine, tenant: Tenant) -> None:
-    identity(api, tenant, "before")
-    end_connections(owner)
-    time.sleep(0.6)  # longer than a connection is trusted
-    assert identity(api, tenant, "after") == (str(tenant.id), "after")
 
 
 def test_a_connection_ended_a_moment_ago_is_an_error_that_may_be_tried_again(
