@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import tempfile
+from pathlib import Path
 
 from celery import Celery
 from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
@@ -16,6 +18,7 @@ from core.telemetry import configure_logs
 from worker.app import create_celery
 from worker.presence import Presence
 from worker.runner import Runner
+from worker.scratch import remove_abandoned
 from worker.watchdog import Watchdog
 
 
@@ -59,3 +62,4 @@ def main() -> None:
         )
     finally:
         runner.wait_until_idle()  # the watchdog may be the one who serves, and Celery does not know it
+        remove_abandoned(settings.scratch_dir or Path(tempfile.gettempdir()))

@@ -12,6 +12,7 @@ from core.domain.datasets.tokenizers import tokenizer_path
 from core.telemetry import configure_logs
 from worker.engine import Engine
 from worker.messages import OUT_OF_MEMORY_EXIT_CODE, BaseLoaded, BaseRefused, LoadBase
+from worker.scratch import scratch_directory
 from worker.trainer.bases import load_base
 from worker.trainer.channel import Channel
 from worker.trainer.failures import BaseRefusedError
@@ -45,7 +46,8 @@ def main() -> None:
     write_bundle(base.bundle, bundle_path)
     channel.send(BaseLoaded(seconds=base.seconds, tokenizer_path=str(bundle_path)))
     try:
-        TrainingLoop(channel, engine, base, order).run()
+        with scratch_directory() as scratch_dir:
+            TrainingLoop(channel, engine, base, order, scratch_dir=scratch_dir).run()
     except MemoryError:
         log.exception("memory.exhausted")
         os._exit(OUT_OF_MEMORY_EXIT_CODE)

@@ -70,12 +70,14 @@ class TrainerJob:
     `is_ending` when it has left its slot, or will not get one.
     """
 
-    def __init__(self, order: StartJob, *, channel: Channel, base: LoadedBase, base_order: LoadBase) -> None:
+    def __init__(
+        self, order: StartJob, *, channel: Channel, base: LoadedBase, base_order: LoadBase, scratch_dir: Path
+    ) -> None:
         self.lease_token = order.lease_token
         self._order = order
         self._channel = channel
         self._base = base
-        self._scratch = tempfile.TemporaryDirectory(prefix="espalier-job-", ignore_cleanup_errors=True)
+        self._scratch = tempfile.TemporaryDirectory(dir=scratch_dir, ignore_cleanup_errors=True)
         self._directory = Path(self._scratch.name)
         self._validation: TokenizedDataset | None = None
         self._rows: list[ResultRow] = []

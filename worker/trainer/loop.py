@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -31,8 +32,11 @@ JOB_ERRORS = (TrainerError, EngineError, OSError, SafetensorError)
 class TrainingLoop:
     """Drives the engine through admit, step and evict on behalf of the supervisor's orders."""
 
-    def __init__(self, channel: Channel, engine: Engine, base: LoadedBase, order: LoadBase) -> None:
+    def __init__(
+        self, channel: Channel, engine: Engine, base: LoadedBase, order: LoadBase, *, scratch_dir: Path
+    ) -> None:
         self._order = order
+        self._scratch_dir = scratch_dir
         self._shown_at = 0.0
         self._channel = channel
         self._engine = engine
@@ -74,7 +78,9 @@ class TrainingLoop:
                 item()
 
     def _start(self, order: StartJob) -> None:
-        job = TrainerJob(order, channel=self._channel, base=self._base, base_order=self._order)
+        job = TrainerJob(
+            order, channel=self._channel, base=self._base, base_order=self._order, scratch_dir=self._scratch_dir
+        )
         self._jobs[order.lease_token] = job
         self._channel.run_in_background(job.prepare, then=self._guarded(job, self._admit))
 
