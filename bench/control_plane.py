@@ -1,9 +1,10 @@
 """How much the control plane takes: `python -m bench.control_plane [--rounds N] [--seconds S]`.
 
-The whole service runs on its embedded servers, without a worker; locust asks for it from the same cores. Measured in
-turns, min / median / max over the rounds: submissions as fast as they are answered, and the status of one job at 500
-requests a second, each beside a bare FastAPI route under the same load. Last, 500 open event streams: how long after
-the answer to a cancellation its stream has told of it and ended.
+The whole service runs on its embedded servers, durable, without a worker; locust asks from the same cores, of which it
+takes a part that grows with the rate: a bare route, served by the same server in as many processes, tells what is left
+to be had at all. Measured in turns, min / median / max over the rounds: submissions as fast as they are answered, and
+the status of one job at 500 requests a second, each beside a bare FastAPI route under the same load. Last, 500 open
+event streams: how long after the answer to a cancellation its stream has told of it and ended.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=15)
     options = parser.parse_args()
-    print(f"{os.cpu_count()} cores. {machine()}\n$ {command()}\n")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before. {machine()}\n$ {command()}\n")
     with tempfile.TemporaryDirectory() as name, running_stack(Path(name)) as stack, running_bare(Path(name)) as bare:
         targets = make_tenants(stack)
         kinds: dict[str, Callable[[], Load]] = {
@@ -77,9 +78,10 @@ def main() -> None:
             print(describe(kind, loads), flush=True)
         first, bare_first, second, bare_second = found.values()
         rates = [mine.rate / other.rate for mine, other in zip(first, bare_first, strict=True)]
+        tails = [mine.p99_ms / other.p99_ms for mine, other in zip(second, bare_second, strict=True)]
         times = [mine.p50_ms / other.p50_ms for mine, other in zip(second, bare_second, strict=True)]
         print(f"\nsubmissions/s over the bare route's: {spread(rates, 2)}")
-        print(f"p50 of a status over the bare route's: {spread(times, 1)}")
+        print(f"p50 of a status over the bare route's: {spread(times, 1)}; p99: {spread(tails, 1)}")
         print(asyncio.run(follow_many(stack, targets)))
 
 
@@ -102,7 +104,8 @@ def running_stack(directory: Path) -> Iterator[LocalStack]:
 @contextmanager
 def running_bare(directory: Path) -> Iterator[str]:
     (port,) = free_ports(1)
-    argv = [sys.executable, "-m", "uvicorn", "bench.bare:app", "--port", str(port), "--no-access-log"]
+    options = ["--workers", str(len(os.sched_getaffinity(0))), "--loop", "uvloop", "--http", "httptools"]
+    argv = [sys.executable, "-m", "uvicorn", "bench.bare:app", "--port", str(port), "--no-access-log", *options]
     child = ChildProcess(ProcessSpec("bare", argv), directory)
     url = f"http://127.0.0.1:{port}"
     child.wait_until(lambda: is_answered(f"{url}/bare"), timeout_seconds=30)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -75,7 +75,7 @@ def key_transaction(engine: Engine, key_id: str) -> Iterator[Session]:
 
 def enter_tenant(session: Session, tenant_id: uuid.UUID) -> None:
     """Let a transaction that has found out whose key it holds see that tenant's rows too."""
-    session.info["app.tenant_id"] = str(tenant_id)
+    session.info["identity"]["app.tenant_id"] = str(tenant_id)
     _set_identity(session.connection(), {"app.tenant_id": str(tenant_id)})
 
 
@@ -88,9 +88,28 @@ def service_transaction(engine: Engine) -> Iterator[Session]:
 
 @contextmanager
 def _transaction(engine: Engine, identity: dict[str, str]) -> Iterator[Session]:
-    with Session(engine, info=dict(identity), expire_on_commit=False) as session:
+    with Session(engine, info={"identity": dict(identity)}, expire_on_commit=False) as session:
         yield session
         session.commit()
+    if told := session.info.get("notifications"):
+        _notify(engine, told)
+
+
+def notify_after_commit(session: Session, channel: str, payload: str) -> None:
+    """Send a notification once this transaction is committed; whoever needs it looks for itself now and then, too.
+
+    PostgreSQL commits one transaction at a time of those that notify, flush included. One that does nothing else has
+    nothing to flush, and others' commits go on sharing theirs.
+    """
+    session.info.setdefault("notifications", []).append((channel, payload))
+
+
+def _notify(engine: Engine, told: Sequence[tuple[str, str]]) -> None:
+    with suppress(*DATABASE_ERRORS, psycopg.OperationalError), engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        quote = Escaping(driver.pgconn).escape_literal
+        calls = [b"pg_notify(%s, %s)" % (quote(channel.encode()), quote(payload.encode())) for channel, payload in told]
+        driver.pgconn.exec_(b"select " + b", ".join(calls))
 
 
 @event.listens_for(Session, "after_begin")
@@ -99,12 +118,12 @@ def _begin(session: Session, _transaction: SessionTransaction, connection: Conne
     driver: Any = connection.connection.driver_connection
     if driver.pgconn.transaction_status != TransactionStatus.IDLE:  # a savepoint
         return
-    calls = [_set_config_call(driver, name, value) for name, value in session.info.items()]
+    calls = [_set_config_call(driver, name, value) for name, value in session.info.get("identity", {}).items()]
     statement = b"begin" + (b"; select " + b", ".join(calls) if calls else b"")
     result = driver.pgconn.exec_(statement)
     if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
         driver.pgconn.exec_(b"rollback")
-        _set_identity(connection, session.info)
+        _set_identity(connection, session.info["identity"])
 
 
 def _set_config_call(driver: Any, name: str, value: str) -> bytes:

@@ -1,7 +1,7 @@
 """Jobs as their tenants see them: submit, look, cancel.
 
-Submitting checks everything that can be checked without a GPU, resolves every "auto", and announces the work in the
-same transaction: the queued row is the outbox, NOTIFY only makes it quicker.
+Submitting checks everything that can be checked without a GPU, resolves every "auto", and announces the work once it is
+committed: the queued row is the outbox, NOTIFY only makes it quicker.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
-    cast,
     event,
     func,
     insert,
@@ -38,6 +37,7 @@ from sqlalchemy.orm import Session, aliased
 from core.crashpoints import CrashPoint, reach
 from core.db.locks import lock_for_tenant, shared_lock_call
 from core.db.models import Attempt, BaseModelRow, File, Job, Tenant
+from core.db.session import notify_after_commit
 from core.domain.errors import ConflictError, InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, format_id, new_id
 from core.domain.jobs import UNFINISHED_STATUSES, AttemptOutcome, JobStatus, is_fine_tuned_model, pool_name
@@ -340,11 +340,13 @@ def _means_query() -> Select[BaseModelRow, File, File, int | None]:
 
 
 def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:
-    """Add a job, its first event and what announces both, in one statement. Raises RateLimitedError by quota."""
+    """Add a job and its first event in one statement, and announce both. Raises RateLimitedError by quota."""
     lock_for_tenant(session, tenant_id, purpose="queue")
     added: Job | None = session.scalar(_addition(), new | {"event_id": new_id()})
     if added is None:
         raise refuse_queue_place(session, tenant_id)
+    notify_after_commit(session, EVENT_CHANNEL, str(added.id))
+    notify_after_commit(session, WAKE_CHANNEL, added.pool)
     event.listen(session, "after_commit", lambda _session: reach(CrashPoint.POST_INSERT), once=True)
     return added
 
@@ -357,11 +359,7 @@ def _addition() -> Select[Any]:
     row = select(*new.values(), literal(JobStatus.QUEUED, Text)).where(has_queue_place(new["tenant_id"]))
     added = insert(Job).from_select([*(table[name] for name in new), table.status], row).returning(*table).cte("added")
     return (
-        select(
-            aliased(Job, added),
-            func.pg_notify(EVENT_CHANNEL, cast(added.c.id, Text)),
-            func.pg_notify(WAKE_CHANNEL, added.c.pool),
-        )
+        select(aliased(Job, added))
         .select_from(added)
         .add_cte(insert_first_event(added, message="Validated the files and queued the job."))
     )
