@@ -102,7 +102,7 @@ def test_none_survives_the_parent(group: subprocess.Popen[bytes], port: int) -> 
     children = children_of(group)
     os.kill(group.pid, signal.SIGKILL)
     wait_until(lambda: all(map(is_gone, children)))
-    assert is_free(port)
+    wait_until(lambda: is_free(port))  # a process that is gone may have a moment left to close what it held
 
 
 def test_a_revoked_key_is_refused_within_five_seconds_by_each(
