@@ -95,7 +95,7 @@ def running_stack(directory: Path) -> Iterator[LocalStack]:
     }
     registry = directory / "registry.yaml"
     registry.write_text(yaml.safe_dump({"base_models": [entry]}))
-    env = {"ESPALIER_REQUESTS_PER_MINUTE": "10000000"}
+    env = {"ESPALIER_REQUESTS_PER_MINUTE": "10000000", "ESPALIER_API_PROCESSES": str(NUM_PROCESSES)}
     with LocalStack(directory / "data", registry_path=registry, env=env) as stack:
         stack.process("worker").stop()
         yield stack

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,7 +56,7 @@ class S3Settings(_Settings):
 class ApiSettings(DatabaseSettings, S3Settings):
     """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's.
 
-    `api_processes` share the port; by default one a core, up to four.
+    `api_processes` share the port.
     """
 
     redis_url: SecretStr | None = None
@@ -65,7 +64,7 @@ class ApiSettings(DatabaseSettings, S3Settings):
     max_body_bytes: int = 2 * 2**20
     api_host: str = "127.0.0.1"
     api_port: int = 8000
-    api_processes: int = Field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))), ge=1, le=64)
+    api_processes: int = Field(default=1, ge=1, le=64)
     max_file_bytes: int = 512 * 2**20
     presign_seconds: int = Field(default=900, ge=1, le=900)
 
