@@ -38,6 +38,7 @@ NUM_TENANTS = 20
 NUM_USERS = 20
 STATUS_RATE = 500
 NUM_STREAMS = 500
+NUM_PROCESSES = 2
 ROWS = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 10
 
 
@@ -104,7 +105,7 @@ def running_stack(directory: Path) -> Iterator[LocalStack]:
 @contextmanager
 def running_bare(directory: Path) -> Iterator[str]:
     (port,) = free_ports(1)
-    options = ["--workers", str(len(os.sched_getaffinity(0))), "--loop", "uvloop", "--http", "httptools"]
+    options = ["--workers", str(NUM_PROCESSES), "--loop", "uvloop", "--http", "httptools"]
     argv = [sys.executable, "-m", "uvicorn", "bench.bare:app", "--port", str(port), "--no-access-log", *options]
     child = ChildProcess(ProcessSpec("bare", argv), directory)
     url = f"http://127.0.0.1:{port}"
