@@ -58,6 +58,7 @@ bench: $(BENCHES)
 	$(BIN)/python -m bench.slots
 	$(BIN)/python -m bench.hot_start
 	$(BIN)/python -m bench.parity
+	$(BIN)/python -m bench.control_plane
 
 # The same scripts: where there is a GPU they take bases of its size.
 bench-gpu: $(BENCHES)

@@ -37,24 +37,29 @@ class Authenticator:
         self._live: dict[str, _LiveKey] = {}
 
     def identify(self, authorization: str | None) -> Identity:
-        """Return the owner of an Authorization header's key. Raises UnauthenticatedError."""
-        token = _bearer_of(authorization)
-        if not token:
-            raise UnauthenticatedError("You didn't provide an API key. Send it as 'Authorization: Bearer <key>'.")
-        api_key = parse_api_key(token)
-        known = self._find(api_key.key_id)
-        if known and hmac.compare_digest(known.secret_hash, api_key.secret_hash):
-            return known.identity
+        """Return the owner of an Authorization header's key. Raises UnauthenticatedError. May ask the database."""
+        api_key = _parse_bearer(authorization)
+        if identity := self._recall(api_key):
+            return identity
         with key_transaction(self._engine, api_key.key_id) as session:
             identity = authenticate(session, api_key)
         self._remember(identity, api_key)
         return identity
+
+    def recall(self, authorization: str | None) -> Identity | None:
+        """As `identify`, but asks nobody: None where the key is not remembered."""
+        return self._recall(_parse_bearer(authorization))
 
     def recheck(self, identity: Identity) -> None:
         """Return while the key of an open stream is alive. Raises UnauthenticatedError. May ask the database."""
         if self._find(identity.key_id) is None:
             with key_transaction(self._engine, identity.key_id) as session:
                 reauthenticate(session, identity.key_id)
+
+    def _recall(self, api_key: ApiKey) -> Identity | None:
+        known = self._find(api_key.key_id)
+        is_known = known and hmac.compare_digest(known.secret_hash, api_key.secret_hash)
+        return known.identity if known and is_known else None
 
     def _find(self, key_id: str) -> _LiveKey | None:
         known = self._live.get(key_id)
@@ -77,6 +82,13 @@ def identify_operator(engine: Engine, authorization: str | None) -> OperatorIden
     api_key = parse_api_key(token, prefix=OPERATOR_PREFIX)
     with operator_transaction(engine, actor=f"operator key {api_key.key_id}") as session:
         return authenticate_operator(session, api_key)
+
+
+def _parse_bearer(authorization: str | None) -> ApiKey:
+    token = _bearer_of(authorization)
+    if not token:
+        raise UnauthenticatedError("You didn't provide an API key. Send it as 'Authorization: Bearer <key>'.")
+    return parse_api_key(token)
 
 
 def _bearer_of(authorization: str | None) -> str:

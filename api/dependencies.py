@@ -1,4 +1,7 @@
-"""What routes ask for: who calls and what they may, a transaction of that tenant, the store, the settings, the body."""
+"""What routes ask for: who calls and what they may, a transaction of that tenant, the store, the settings, the body.
+
+What waits for nobody is `async def`, so that it runs where the request is: FastAPI takes a thread for each `def`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from fastapi import Depends, Header, Request
 from fastapi.params import Depends as Dependency
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from api.admission import CHUNK_SECONDS, UploadGate
@@ -20,6 +24,7 @@ from api.auth import Authenticator, identify_operator
 from api.feeds import EventFeed
 from api.previews import Previewer
 from api.rate_limits import RateLimiter
+from api.routing import Deferred
 from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import InvalidRequestError, PermissionDeniedError, RateLimitedError
@@ -29,46 +34,50 @@ from core.settings import ApiSettings
 from core.storage import ObjectStore
 
 
-def get_engine(request: Request) -> Engine:
+async def get_engine(request: Request) -> Engine:
     return cast("Engine", request.app.state.engine)
 
 
-def get_store(request: Request) -> ObjectStore:
+async def get_store(request: Request) -> ObjectStore:
     return cast("ObjectStore", request.app.state.store)
 
 
-def get_feed(request: Request) -> EventFeed:
+async def get_feed(request: Request) -> EventFeed:
     return cast("EventFeed", request.app.state.feed)
 
 
-def get_previewer(request: Request) -> Previewer:
+async def get_previewer(request: Request) -> Previewer:
     return cast("Previewer", request.app.state.previewer)
 
 
-def get_settings(request: Request) -> ApiSettings:
+async def get_settings(request: Request) -> ApiSettings:
     return cast("ApiSettings", request.app.state.settings)
 
 
-def get_authenticator(request: Request) -> Authenticator:
+async def get_authenticator(request: Request) -> Authenticator:
     return cast("Authenticator", request.app.state.authenticator)
 
 
-def get_identity(
+async def get_identity(
     request: Request,
     authenticator: Annotated[Authenticator, Depends(get_authenticator)],
     authorization: Annotated[str | None, Header()] = None,
 ) -> Identity:
-    identity = authenticator.identify(authorization)
-    _count_request(request, identity)
+    identity = authenticator.recall(authorization)
+    if identity is None:
+        identity = await run_in_threadpool(authenticator.identify, authorization)
+    await _count_request(request, identity)
     return identity
 
 
-def _count_request(request: Request, identity: Identity) -> None:
+async def _count_request(request: Request, identity: Identity) -> None:
     limiter: RateLimiter | None = request.app.state.rate_limiter
-    if limiter is None:
+    if limiter is None or limiter.is_resting:
         return
-    limit = identity.requests_per_minute or get_settings(request).requests_per_minute
-    standing = limiter.count(identity.tenant_id, limit=limit)
+    limit = identity.requests_per_minute or request.app.state.settings.requests_per_minute
+    standing = limiter.draw(identity.tenant_id, limit=limit)
+    if standing is None:
+        standing = await run_in_threadpool(limiter.count, identity.tenant_id, limit=limit)
     if standing is None:
         return
     request.state.rate_limit = standing.headers  # the middleware puts them on whatever is answered
@@ -85,7 +94,7 @@ class ScopeGate:
 
     scope: Scope
 
-    def __call__(self, identity: Annotated[Identity, Depends(get_identity)]) -> None:
+    async def __call__(self, identity: Annotated[Identity, Depends(get_identity)]) -> None:
         if self.scope not in identity.scopes:
             raise PermissionDeniedError(
                 f"This API key lacks the scope {self.scope.value!r}; it has {', '.join(sorted(identity.scopes))}.",
@@ -108,18 +117,16 @@ def get_operator(
     return operator
 
 
-def get_operator_session(
+async def get_operator_session(
     engine: Annotated[Engine, Depends(get_engine)], operator: Annotated[OperatorIdentity, Depends(get_operator)]
-) -> Iterator[Session]:
-    with operator_transaction(engine, actor=operator.actor) as session:
-        yield session
+) -> Deferred:
+    return Deferred(operator_transaction(engine, actor=operator.actor))
 
 
-def get_session(
+async def get_session(
     engine: Annotated[Engine, Depends(get_engine)], identity: Annotated[Identity, Depends(get_identity)]
-) -> Iterator[Session]:
-    with tenant_transaction(engine, identity.tenant_id, actor=identity.actor) as session:
-        yield session
+) -> Deferred:
+    return Deferred(tenant_transaction(engine, identity.tenant_id, actor=identity.actor))
 
 
 async def get_body(
@@ -149,15 +156,15 @@ def _iterate_body(request: Request) -> Iterator[bytes]:
             yield chunk
 
 
-def get_now() -> dt.datetime:
+async def get_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 
 Caller = Annotated[Identity, Depends(get_identity)]
-# "function" commits before the answer starts: no client ever holds an id that was not committed.
-Transaction = Annotated[Session, Depends(get_session, scope="function")]
+# Committed before the answer starts: no client ever holds an id that was not committed. For routes only, see `routing`.
+Transaction = Annotated[Session, Depends(get_session)]
 Operator = Annotated[OperatorIdentity, Depends(get_operator)]
-OperatorTransaction = Annotated[Session, Depends(get_operator_session, scope="function")]
+OperatorTransaction = Annotated[Session, Depends(get_operator_session)]
 Store = Annotated[ObjectStore, Depends(get_store)]
 Feed = Annotated[EventFeed, Depends(get_feed)]
 Previews = Annotated[Previewer, Depends(get_previewer)]

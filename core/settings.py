@@ -54,13 +54,17 @@ class S3Settings(_Settings):
 
 
 class ApiSettings(DatabaseSettings, S3Settings):
-    """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's."""
+    """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's.
+
+    `api_processes` share the port.
+    """
 
     redis_url: SecretStr | None = None
     requests_per_minute: int = Field(default=60_000, ge=1)
     max_body_bytes: int = 2 * 2**20
     api_host: str = "127.0.0.1"
     api_port: int = 8000
+    api_processes: int = Field(default=1, ge=1, le=64)
     max_file_bytes: int = 512 * 2**20
     presign_seconds: int = Field(default=900, ge=1, le=900)
 

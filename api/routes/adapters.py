@@ -11,13 +11,14 @@ from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
 from api.dependencies import Caller, Now, Settings, Store, Transaction, needs
+from api.routing import OneThreadRoute
 from api.schemas.objects import AdapterObject, DownloadFile, DownloadObject, ListObject, as_list
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters
 from core.storage import ObjectStore
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=OneThreadRoute)
 
 
 @router.get("", dependencies=[needs(Scope.READ)])

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 
 from api.dependencies import Database, Operator, OperatorTransaction, get_operator
+from api.routing import OneThreadRoute
 from api.schemas.admin import AuditObject, CreateTenant, KnownBaseModelObject, SwitchBaseModel, TenantObject
 from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
 from api.schemas.objects import DeletedObject, ListObject, as_list
@@ -15,7 +16,7 @@ from core.domain.api_keys import parse_key_id
 from core.services import audit, base_models, tenants
 from core.services.tenants import TenantChange
 
-router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(get_operator)])
+router = APIRouter(prefix="/admin", tags=["admin"], route_class=OneThreadRoute, dependencies=[Depends(get_operator)])
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from api.dependencies import Caller, Database, Transaction, needs
+from api.routing import OneThreadRoute
 from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
 from api.schemas.objects import DeletedObject, ListObject
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope, parse_key_id
 from core.services import tenants
 
-router = APIRouter(prefix="/v1/api_keys", tags=["api-keys"])
+router = APIRouter(prefix="/v1/api_keys", tags=["api-keys"], route_class=OneThreadRoute)
 
 
 @router.post("", dependencies=[needs(Scope.ADMIN)])

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 
 from api.dependencies import Caller, Now, Settings, Store, Transaction, needs
+from api.routing import OneThreadRoute
 from api.schemas.objects import (
     CheckpointObject,
     DeletedObject,
@@ -25,7 +26,7 @@ from core.domain.ids import IdKind, format_id, parse_id
 from core.services import checkpoints
 from core.services.pages import Page
 
-router = APIRouter(prefix="/v1/fine_tuning/checkpoints", tags=["checkpoints"])
+router = APIRouter(prefix="/v1/fine_tuning/checkpoints", tags=["checkpoints"], route_class=OneThreadRoute)
 
 
 @router.post("/{checkpoint:path}/permissions", dependencies=[needs(Scope.ADMIN)])

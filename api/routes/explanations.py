@@ -5,12 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from api.dependencies import Caller, Now, Transaction, needs
+from api.routing import OneThreadRoute
 from api.schemas.explanations import ExplanationObject
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services.explanations import explain_job
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
 
 
 @router.get("/{job_id}/explain", dependencies=[needs(Scope.READ)])

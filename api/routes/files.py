@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from api.dependencies import Body, Caller, Database, Settings, Store, Transaction, needs
 from api.intake import store_dataset
+from api.routing import OneThreadRoute
 from api.schemas.objects import DeletedObject, FileObject, ListObject, as_list
 from api.schemas.uploads import MAX_SECONDS, MIN_SECONDS, read_lifetime, require_trainable
 from api.uploads import MultipartUpload, describe_form
@@ -23,7 +24,7 @@ from core.services import files as file_service
 from core.services import quotas
 from core.services.files import NewFile
 
-router = APIRouter(prefix="/v1/files", tags=["files"])
+router = APIRouter(prefix="/v1/files", tags=["files"], route_class=OneThreadRoute)
 _BINARY = {"type": "string", "format": "binary"}
 _BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {"schema": _BINARY}}}}
 _FORM = describe_form(

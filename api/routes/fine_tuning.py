@@ -6,16 +6,16 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from api.dependencies import Caller, Database, Now, Transaction, needs
+from api.dependencies import Caller, Now, Transaction, needs
+from api.routing import OneThreadRoute
 from api.schemas.objects import CheckpointObject, EventObject, JobObject, ListObject, as_list
 from api.schemas.requests import CreateJob
-from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters, events, jobs, submissions
 from core.services.progress import estimate_jobs
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
 Limit = Annotated[int, Query(ge=1, le=100)]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 _KEY_REUSED: dict[int | str, dict[str, Any]] = {
@@ -30,25 +30,20 @@ RetryCount = Annotated[int, Header(ge=0)]
 @router.post("", dependencies=[needs(Scope.SUBMIT)], responses=_KEY_REUSED)
 def create_job(
     response: Response,
-    database: Database,
+    session: Transaction,
     caller: Caller,
     body: CreateJob,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
 ) -> JobObject:
-    """Submit a job, once for all the tries of one submission.
-
-    The transaction ends here and not in a dependency: others may wait for its locks in every thread there is, so it
-    must not need another thread to end.
-    """
-    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
-        submission = submissions.submit_once(
-            session,
-            caller.tenant_id,
-            request=body.to_request(),
-            idempotency_key=idempotency_key,
-            is_retry=x_stainless_retry_count > 0,
-        )
+    """Submit a job, once for all the tries of one submission."""
+    submission = submissions.submit_once(
+        session,
+        caller.tenant_id,
+        request=body.to_request(),
+        idempotency_key=idempotency_key,
+        is_retry=x_stainless_retry_count > 0,
+    )
     if submission.is_replayed:
         response.headers["idempotent-replayed"] = "true"
     return JobObject.of(submission.job)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from api.dependencies import needs
+from api.routing import OneThreadRoute
 from core.domain.api_keys import Scope
 from core.domain.errors import UnsupportedError
 
-router = APIRouter(prefix="/v1/fine_tuning/alpha/graders", tags=["graders"])
+router = APIRouter(prefix="/v1/fine_tuning/alpha/graders", tags=["graders"], route_class=OneThreadRoute)
 
 
 @router.post("/validate", dependencies=[needs(Scope.SUBMIT)], status_code=501, operation_id="validate_grader")

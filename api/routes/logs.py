@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from api.dependencies import Caller, Transaction, needs
+from api.routing import OneThreadRoute
 from api.schemas.objects import ListObject, as_list
 from api.schemas.observations import LogLineObject
 from core.domain.api_keys import Scope
@@ -14,7 +15,7 @@ from core.domain.ids import IdKind, parse_id
 from core.services import jobs
 from core.services.logs import LogFilter, list_log_lines
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
 
 
 @router.get("/{job_id}/logs", dependencies=[needs(Scope.READ)])

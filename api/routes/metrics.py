@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from api.dependencies import Caller, Transaction, needs
+from api.routing import OneThreadRoute
 from api.schemas.observations import MetricSeriesObject
 from core.domain.api_keys import Scope
 from core.domain.errors import InvalidRequestError
@@ -14,7 +15,7 @@ from core.domain.ids import IdKind, parse_id
 from core.services import jobs
 from core.services.metrics import StepRange, read_metrics
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
 _MAX_STEP = 2**40
 Step = Annotated[int, Query(ge=1, le=_MAX_STEP)]
 

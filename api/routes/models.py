@@ -5,13 +5,14 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from api.dependencies import Caller, Transaction, needs
+from api.routing import OneThreadRoute
 from api.schemas.objects import DeletedObject, ListObject, ModelObject
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError
 from core.domain.jobs import is_checkpoint_model, is_fine_tuned_model
 from core.services import adapters, base_models, checkpoints
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = APIRouter(prefix="/v1/models", tags=["models"], route_class=OneThreadRoute)
 _MAX_ADAPTERS = 10_000
 
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from api.dependencies import Caller, Database, Previews, needs
 from api.previews import PreviewOrder
+from api.routing import OneThreadRoute
 from api.schemas.previews import CreatePreview, PreviewObject
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
@@ -14,7 +15,7 @@ from core.domain.ids import IdKind, parse_id
 from core.services.base_models import find_tokenizer, get_base_model
 from core.services.files import get_file
 
-router = APIRouter(prefix="/v1/files", tags=["files"])
+router = APIRouter(prefix="/v1/files", tags=["files"], route_class=OneThreadRoute)
 
 
 @router.post("/{file_id}/preview", dependencies=[needs(Scope.DOWNLOAD)])

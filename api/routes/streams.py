@@ -15,15 +15,17 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from api.dependencies import Caller, Feed, Transaction, needs
+from api.dependencies import Caller, Database, Feed, needs
 from api.errors import error_body
+from api.routing import OneThreadRoute
+from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import InvalidRequestError
 from core.domain.ids import IdKind, parse_id
 from core.services import jobs
 from core.services.streams import Watch
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
 _RETRY_MILLISECONDS = 1000
 
 
@@ -34,10 +36,11 @@ class TenantWatch:
 
 
 def begin_watch(
-    session: Transaction, caller: Caller, feed: Feed, job_id: str, last_event_id: Annotated[str | None, Header()] = None
+    database: Database, caller: Caller, feed: Feed, job_id: str, last_event_id: Annotated[str | None, Header()] = None
 ) -> TenantWatch:
     """Check everything that may be refused, before the stream's answer starts."""
-    job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
+        job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
     feed.check_room(caller.tenant_id)
     return TenantWatch(caller.tenant_id, Watch(job.id, caller.key_id, _parse_number(last_event_id)))
 

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 
 from api.dependencies import Body, Caller, Database, Now, Store, Transaction, needs
 from api.intake import store_dataset
+from api.routing import OneThreadRoute
 from api.schemas.uploads import (
     MAX_PART_BYTES,
     CompleteUpload,
@@ -32,7 +33,7 @@ from core.services.files import NewFile
 from core.services.uploads import NewPart, NewUpload
 from core.storage import ObjectStore
 
-router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=OneThreadRoute)
 _PART_FORM = describe_form({"data": {"type": "string", "format": "binary"}}, required=["data"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 
-from sqlalchemy import text
+from sqlalchemy import ColumnElement, func, text
 from sqlalchemy.orm import Session
 
 
@@ -16,3 +16,13 @@ def lock_for_tenant(session: Session, tenant_id: uuid.UUID, *, purpose: str) -> 
     session.execute(
         text("select pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": f"{purpose}:{tenant_id}"}
     )
+
+
+def shared_lock_call(name: ColumnElement[str] | str) -> ColumnElement[None]:
+    """Return the call that holds a lock of this name, beside others that share it, until the transaction ends."""
+    return func.pg_advisory_xact_lock_shared(func.hashtextextended(name, 0))
+
+
+def lock_call(name: str) -> ColumnElement[None]:
+    """As `shared_lock_call`, beside nobody."""
+    return func.pg_advisory_xact_lock(func.hashtextextended(name, 0))

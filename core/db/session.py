@@ -2,17 +2,21 @@
 
 Row-level security reads the settings `app.tenant_id` and `app.key_id`, the audit log reads `app.actor`. They are set
 locally at the begin of every transaction and vanish with it, so a pooled connection never carries one tenant's identity
-to the next borrower.
+to the next borrower. They travel with the BEGIN in one round trip: what every request pays is kept small.
 """
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
+import psycopg
+from psycopg.pq import Escaping, ExecStatus, TransactionStatus
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -20,6 +24,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
 # A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
 _IDLE_TRANSACTION_MILLISECONDS = 5000
+# A connection that has rested for longer is asked for a sign of life before it is used.
+_REST_SECONDS = 0.5
 
 
 def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: float = 0) -> Engine:
@@ -27,12 +33,12 @@ def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: floa
 
     `lock_timeout_seconds` bounds each wait for another transaction; it ends in an OperationalError. 0 waits for ever.
     """
-    return create_engine(
+    engine = create_engine(
         database_url.replace("postgresql://", "postgresql+psycopg://", 1),
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=5,
-        pool_pre_ping=True,
+        pool_use_lifo=True,  # few connections do the work, and seldom need to be asked whether they live
         connect_args={
             "connect_timeout": 5,
             "keepalives_idle": 10,
@@ -42,6 +48,8 @@ def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: floa
             f" -c lock_timeout={int(lock_timeout_seconds * 1000)}",
         },
     )
+    _ping_what_has_rested(engine)
+    return engine
 
 
 @contextmanager
@@ -67,8 +75,8 @@ def key_transaction(engine: Engine, key_id: str) -> Iterator[Session]:
 
 def enter_tenant(session: Session, tenant_id: uuid.UUID) -> None:
     """Let a transaction that has found out whose key it holds see that tenant's rows too."""
-    session.info["app.tenant_id"] = str(tenant_id)
-    _announce(session.connection(), "app.tenant_id", str(tenant_id))
+    session.info["identity"]["app.tenant_id"] = str(tenant_id)
+    _set_identity(session.connection(), {"app.tenant_id": str(tenant_id)})
 
 
 @contextmanager
@@ -80,19 +88,73 @@ def service_transaction(engine: Engine) -> Iterator[Session]:
 
 @contextmanager
 def _transaction(engine: Engine, identity: dict[str, str]) -> Iterator[Session]:
-    with Session(engine, info=dict(identity), expire_on_commit=False) as session:
+    with Session(engine, info={"identity": dict(identity)}, expire_on_commit=False) as session:
         yield session
         session.commit()
+    if told := session.info.get("notifications"):
+        _notify(engine, told)
+
+
+def notify_after_commit(session: Session, channel: str, payload: str) -> None:
+    """Send a notification once this transaction is committed; whoever needs it looks for itself now and then, too.
+
+    PostgreSQL commits one transaction at a time of those that notify, flush included. One that does nothing else has
+    nothing to flush, and others' commits go on sharing theirs.
+    """
+    session.info.setdefault("notifications", []).append((channel, payload))
+
+
+def _notify(engine: Engine, told: Sequence[tuple[str, str]]) -> None:
+    with suppress(*DATABASE_ERRORS, psycopg.OperationalError), engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        quote = Escaping(driver.pgconn).escape_literal
+        calls = [b"pg_notify(%s, %s)" % (quote(channel.encode()), quote(payload.encode())) for channel, payload in told]
+        driver.pgconn.exec_(b"select " + b", ".join(calls))
 
 
 @event.listens_for(Session, "after_begin")
-def _announce_identity(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
-    for name, value in session.info.items():
-        _announce(connection, name, value)
+def _begin(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    """Send BEGIN and the identity together. What goes wrong is asked again the slow way, which raises as usual."""
+    driver: Any = connection.connection.driver_connection
+    if driver.pgconn.transaction_status != TransactionStatus.IDLE:  # a savepoint
+        return
+    calls = [_set_config_call(driver, name, value) for name, value in session.info.get("identity", {}).items()]
+    statement = b"begin" + (b"; select " + b", ".join(calls) if calls else b"")
+    result = driver.pgconn.exec_(statement)
+    if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+        driver.pgconn.exec_(b"rollback")
+        _set_identity(connection, session.info["identity"])
 
 
-def _announce(connection: Connection, name: str, value: str) -> None:
-    connection.execute(text("select set_config(:name, :value, true)"), {"name": name, "value": value})
+def _set_config_call(driver: Any, name: str, value: str) -> bytes:
+    return b"set_config('%s', %s, true)" % (name.encode(), Escaping(driver.pgconn).escape_literal(value.encode()))
+
+
+def _set_identity(connection: Connection, identity: Mapping[Any, str]) -> None:
+    for name, value in identity.items():
+        connection.execute(text("select set_config(:name, :value, true)"), {"name": name, "value": value})
+
+
+def _ping_what_has_rested(engine: Engine) -> None:
+    """Replace connections that died while they rested; a ping at every use would be a round trip a transaction."""
+
+    @event.listens_for(engine, "checkin")
+    def note_rest(_connection: Any, record: Any) -> None:
+        record.info["rests_since"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def ping_rested(connection: Any, record: Any, _proxy: Any) -> None:
+        if time.monotonic() - record.info.get("rests_since", time.monotonic()) < _REST_SECONDS:
+            return
+        if not _is_alive(connection):
+            raise InvalidatePoolError
+
+
+def _is_alive(driver: Any) -> bool:
+    try:
+        return bool(driver.pgconn.exec_(b"select 1").status == ExecStatus.TUPLES_OK)
+    except psycopg.OperationalError:
+        return False
 
 
 def ping(engine: Engine) -> None:

@@ -107,13 +107,13 @@ def switch_base_model(session: Session, base_model_id: str, *, is_disabled: bool
 
 def list_allowed_base_models(session: Session, tenant_id: uuid.UUID) -> Sequence[BaseModelRow]:
     """Return the bases that the tenant may train against."""
-    query = select(BaseModelRow).where(_is_served(), _is_allowed(tenant_id))
+    query = select(BaseModelRow).where(is_usable_by(tenant_id))
     return session.scalars(query.order_by(BaseModelRow.id)).all()
 
 
 def get_base_model(session: Session, tenant_id: uuid.UUID, *, base_model_id: str) -> BaseModelRow:
     """Return a base that the tenant may use. One that it may not use does not exist for it."""
-    query = select(BaseModelRow).where(BaseModelRow.id == base_model_id, _is_served(), _is_allowed(tenant_id))
+    query = select(BaseModelRow).where(BaseModelRow.id == base_model_id, is_usable_by(tenant_id))
     row = session.scalar(query)
     if row is None:
         known = ", ".join(base.id for base in list_allowed_base_models(session, tenant_id)) or "none"
@@ -125,10 +125,12 @@ def get_base_model(session: Session, tenant_id: uuid.UUID, *, base_model_id: str
     return row
 
 
+def is_usable_by(tenant_id: uuid.UUID | ColumnElement[uuid.UUID]) -> ColumnElement[bool]:
+    """Return the condition that a base is served, and the tenant may use it."""
+    allowed = or_(Tenant.allowed_base_models.is_(None), BaseModelRow.id == any_(Tenant.allowed_base_models))
+    is_allowed = select(Tenant.id).where(Tenant.id == tenant_id, allowed).correlate(BaseModelRow).exists()
+    return and_(_is_served(), is_allowed)
+
+
 def _is_served() -> ColumnElement[bool]:
     return and_(BaseModelRow.is_enabled, BaseModelRow.disabled_at.is_(None))
-
-
-def _is_allowed(tenant_id: uuid.UUID) -> ColumnElement[bool]:
-    allowed = or_(Tenant.allowed_base_models.is_(None), BaseModelRow.id == any_(Tenant.allowed_base_models))
-    return select(Tenant.id).where(Tenant.id == tenant_id, allowed).correlate(BaseModelRow).exists()

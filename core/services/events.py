@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from sqlalchemy import select, text
+from sqlalchemy import CTE, Uuid, bindparam, insert, literal, select, text
 from sqlalchemy.orm import Session
 
 from core.db.models import Event, Job
@@ -46,6 +46,19 @@ def record_event(
         )
     )
     session.execute(text("select pg_notify(:channel, :job_id)"), {"channel": EVENT_CHANNEL, "job_id": str(job.id)})
+
+
+def insert_first_event(jobs: CTE, *, message: str) -> CTE:
+    """Return the part of a statement that appends an event, of the parameter `event_id`, to the job it adds."""
+    values = {
+        "id": bindparam("event_id", type_=Uuid),
+        "tenant_id": jobs.c.tenant_id,
+        "job_id": jobs.c.id,
+        "level": literal("info"),
+        "type": literal("message"),
+        "message": literal(message),
+    }
+    return insert(Event).from_select(list(values), select(*values.values())).cte("first_event")
 
 
 def list_events(

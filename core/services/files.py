@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
-from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import File, Job
@@ -15,6 +15,8 @@ from core.domain.errors import ConflictError, NotFoundError
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import UNFINISHED_STATUSES
 from core.services.pages import Page
+
+Id = uuid.UUID | ColumnElement[uuid.UUID]
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,15 @@ def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File
 
 
 def get_file(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID, param: str | None = None) -> File:
-    row = session.scalar(select(File).where(File.tenant_id == tenant_id, File.id == file_id, File.deleted_at.is_(None)))
+    row = session.scalar(select(File).where(is_live_file(File, tenant_id, file_id)))
     if row is None:
         raise NotFoundError(f"No such File object: {format_id(IdKind.FILE, file_id)}", param=param)
     return row
+
+
+def is_live_file(files: type[File], tenant_id: Id, file_id: Id) -> ColumnElement[bool]:
+    """Return the condition that a row is this file of the tenant, and not deleted."""
+    return and_(files.tenant_id == tenant_id, files.id == file_id, files.deleted_at.is_(None))
 
 
 def list_files(

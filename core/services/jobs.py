@@ -1,7 +1,7 @@
 """Jobs as their tenants see them: submit, look, cancel.
 
-Submitting checks everything that can be checked without a GPU, resolves every "auto", and announces the work in the
-same transaction: the queued row is the outbox, NOTIFY only makes it quicker.
+Submitting checks everything that can be checked without a GPU, resolves every "auto", and announces the work once it is
+committed: the queued row is the outbox, NOTIFY only makes it quicker.
 """
 
 from __future__ import annotations
@@ -10,14 +10,34 @@ import math
 import secrets
 import uuid
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
 from pydantic import Field
-from sqlalchemy import and_, case, event, func, or_, select, text, update
-from sqlalchemy.orm import Session
+from sqlalchemy import (
+    BindParameter,
+    Select,
+    Text,
+    Uuid,
+    and_,
+    bindparam,
+    case,
+    event,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.orm import Session, aliased
 
 from core.crashpoints import CrashPoint, reach
-from core.db.models import Attempt, BaseModelRow, File, Job
+from core.db.locks import lock_for_tenant, shared_lock_call
+from core.db.models import Attempt, BaseModelRow, File, Job, Tenant
+from core.db.session import notify_after_commit
 from core.domain.errors import ConflictError, InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, format_id, new_id
 from core.domain.jobs import UNFINISHED_STATUSES, AttemptOutcome, JobStatus, is_fine_tuned_model, pool_name
@@ -35,13 +55,28 @@ from core.domain.training import (
     resolve_learning_rate,
 )
 from core.services.adapters import find_adapter
-from core.services.base_models import get_base_model
-from core.services.events import record_event
-from core.services.files import get_file
+from core.services.base_models import get_base_model, is_usable_by
+from core.services.events import EVENT_CHANNEL, insert_first_event, record_event
+from core.services.files import get_file, is_live_file
 from core.services.pages import Page
-from core.services.quotas import check_tokens, reserve_queue_place
+from core.services.quotas import check_tokens, has_queue_place, refuse_queue_place
 
 WAKE_CHANNEL = "espalier_wake"
+_NEW_COLUMNS = (
+    "id",
+    "tenant_id",
+    "base_model_id",
+    "quantization",
+    "pool",
+    "training_file_id",
+    "validation_file_id",
+    "suffix",
+    "metadata",
+    "spec",
+    "request_hash",
+    "total_steps",
+    "priority",
+)
 
 
 class JobRequest(Frozen):
@@ -72,40 +107,44 @@ class JobRequest(Frozen):
 
 
 def submit_job(
-    session: Session, tenant_id: uuid.UUID, *, request: JobRequest, request_hash: bytes | None = None
+    session: Session,
+    tenant_id: uuid.UUID,
+    *,
+    request: JobRequest,
+    request_hash: bytes | None = None,
+    shared_lock: str | None = None,
 ) -> Job:
-    """Check a request and queue it. Raises InvalidRequestError naming the field, or RateLimitedError by quota."""
-    base = _get_trainable(session, tenant_id, model=request.base_model_id)
-    training_file = _get_dataset(session, tenant_id, file_id=request.training_file_id, param="training_file")
+    """Check a request and queue it. Raises InvalidRequestError naming the field, or RateLimitedError by quota.
+
+    The advisory lock `shared_lock` is taken with the first look at the rows: round trips are most of what this costs.
+    """
+    found = _find_means(session, tenant_id, request, shared_lock=shared_lock)
+    base = found.base or _get_trainable(session, tenant_id, model=request.base_model_id)
+    training_file = found.training_file or _get_dataset(session, tenant_id, request.training_file_id, "training_file")
+    _check_dataset(training_file, param="training_file")
     if request.validation_file_id is not None:
-        _get_dataset(session, tenant_id, file_id=request.validation_file_id, param="validation_file")
+        validation_id = request.validation_file_id
+        validation = found.validation_file or _get_dataset(session, tenant_id, validation_id, "validation_file")
+        _check_dataset(validation, param="validation_file")
     _check_quantization(base, request.quantization)
     spec = resolve_spec(request, base=base, num_examples=training_file.num_examples)
-    check_tokens(session, tenant_id, spec=spec, dataset=training_file)
-    reserve_queue_place(session, tenant_id)
-    job = Job(
-        id=new_id(),
-        tenant_id=tenant_id,
-        base_model_id=base.id,
-        quantization=request.quantization,
-        pool=pool_name(base.id, request.quantization),
-        training_file_id=request.training_file_id,
-        validation_file_id=request.validation_file_id,
-        suffix=request.suffix,
-        job_metadata=request.metadata,
-        spec=spec.model_dump(mode="json"),
-        request_hash=request_hash,
-        total_steps=count_steps(spec, training_file.num_examples),
-        priority=request.priority,
-        status=JobStatus.QUEUED,
-    )
-    session.add(job)
-    session.flush()
-    record_event(session, job, message="Validated the files and queued the job.")
-    announce_work(session, job.pool)
-    event.listen(session, "after_commit", lambda _session: reach(CrashPoint.POST_INSERT), once=True)
-    session.refresh(job)
-    return job
+    check_tokens(spec, quota=found.max_tokens, dataset=training_file)
+    new = {
+        "id": new_id(),
+        "tenant_id": tenant_id,
+        "base_model_id": base.id,
+        "quantization": request.quantization,
+        "pool": pool_name(base.id, request.quantization),
+        "training_file_id": request.training_file_id,
+        "validation_file_id": request.validation_file_id,
+        "suffix": request.suffix,
+        "metadata": request.metadata,
+        "spec": spec.model_dump(mode="json"),
+        "request_hash": request_hash,
+        "total_steps": count_steps(spec, training_file.num_examples),
+        "priority": request.priority,
+    }
+    return _queue_job(session, tenant_id, new=new)
 
 
 def resolve_spec(request: JobRequest, *, base: BaseModelRow, num_examples: int) -> TrainingSpec:
@@ -261,11 +300,79 @@ def _get_trainable(session: Session, tenant_id: uuid.UUID, *, model: str) -> Bas
     )
 
 
-def _get_dataset(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID, param: str) -> File:
+@dataclass(frozen=True)
+class _Means:
+    """What a job needs, as far as the tenant has it."""
+
+    base: BaseModelRow | None
+    training_file: File | None
+    validation_file: File | None
+    max_tokens: int | None
+
+
+def _find_means(session: Session, tenant_id: uuid.UUID, request: JobRequest, *, shared_lock: str | None) -> _Means:
+    values = {
+        "tenant_id": tenant_id,
+        "base_model_id": request.base_model_id,
+        "training_file_id": request.training_file_id,
+        "validation_file_id": request.validation_file_id,
+    }
+    if shared_lock is None:
+        return _Means(*session.execute(_means_query(), values).one())
+    query = _means_query().add_columns(shared_lock_call(bindparam("shared_lock", type_=Text)))
+    return _Means(*session.execute(query, values | {"shared_lock": shared_lock}).one()[:-1])
+
+
+@cache
+def _means_query() -> Select[BaseModelRow, File, File, int | None]:
+    """Made once: making it takes longer than running it."""
+    tenant_id: BindParameter[uuid.UUID] = bindparam("tenant_id", type_=Uuid)
+    base_model_id: BindParameter[str] = bindparam("base_model_id", type_=Text)
+    training, validation = aliased(File), aliased(File)
+    return (
+        select(BaseModelRow, training, validation, Tenant.max_tokens_per_job)
+        .select_from(Tenant)
+        .outerjoin(BaseModelRow, and_(BaseModelRow.id == base_model_id, is_usable_by(tenant_id)))
+        .outerjoin(training, is_live_file(training, tenant_id, bindparam("training_file_id", type_=Uuid)))
+        .outerjoin(validation, is_live_file(validation, tenant_id, bindparam("validation_file_id", type_=Uuid)))
+        .where(Tenant.id == tenant_id)
+    )
+
+
+def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:
+    """Add a job and its first event in one statement, and announce both. Raises RateLimitedError by quota."""
+    lock_for_tenant(session, tenant_id, purpose="queue")
+    added: Job | None = session.scalar(_addition(), new | {"event_id": new_id()})
+    if added is None:
+        raise refuse_queue_place(session, tenant_id)
+    notify_after_commit(session, EVENT_CHANNEL, str(added.id))
+    notify_after_commit(session, WAKE_CHANNEL, added.pool)
+    event.listen(session, "after_commit", lambda _session: reach(CrashPoint.POST_INSERT), once=True)
+    return added
+
+
+@cache
+def _addition() -> Select[Any]:
+    """Made once, too."""
+    table = Job.__table__.c
+    new = {name: bindparam(name, type_=table[name].type) for name in _NEW_COLUMNS}
+    row = select(*new.values(), literal(JobStatus.QUEUED, Text)).where(has_queue_place(new["tenant_id"]))
+    added = insert(Job).from_select([*(table[name] for name in new), table.status], row).returning(*table).cte("added")
+    return (
+        select(aliased(Job, added))
+        .select_from(added)
+        .add_cte(insert_first_event(added, message="Validated the files and queued the job."))
+    )
+
+
+def _get_dataset(session: Session, tenant_id: uuid.UUID, file_id: uuid.UUID, param: str) -> File:
     try:
-        row = get_file(session, tenant_id, file_id=file_id, param=param)
+        return get_file(session, tenant_id, file_id=file_id, param=param)
     except NotFoundError as error:
         raise InvalidRequestError(error.message, code="file_not_found", param=param) from error
+
+
+def _check_dataset(row: File, *, param: str) -> None:
     if row.purpose != "fine-tune":
         raise _invalid(f"The file's purpose is {row.purpose!r}; upload it with purpose 'fine-tune'.", param)
     if row.status == "error":
@@ -274,7 +381,6 @@ def _get_dataset(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID, 
             code="invalid_file",
             param=param,
         )
-    return row
 
 
 def _check_quantization(base: BaseModelRow, quantization: str | None) -> None:

@@ -8,30 +8,37 @@ from __future__ import annotations
 
 import uuid
 
-from sqlalchemy import func, select
+from sqlalchemy import BigInteger, ColumnElement, Select, cast, func, select
 from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
-from core.db.models import Adapter, File, Job, Tenant, Upload
+from core.db.models import Adapter, File, Queue, Tenant, Upload
 from core.domain.errors import InvalidRequestError, PermissionDeniedError, RateLimitedError
-from core.domain.jobs import JobStatus
 from core.domain.training import TrainingSpec
 
 # What a chat template may add to a row beyond the row's own bytes.
 _TEMPLATE_TOKENS = 64
 
 
-def reserve_queue_place(session: Session, tenant_id: uuid.UUID) -> None:
-    """Hold a place in the queue until the transaction ends. Raises RateLimitedError when all are taken."""
-    lock_for_tenant(session, tenant_id, purpose="queue")
-    is_waiting = Job.status.in_((JobStatus.VALIDATING_FILES, JobStatus.QUEUED))
-    num_waiting = session.scalars(select(func.count()).where(Job.tenant_id == tenant_id, is_waiting)).one()
+def has_queue_place(tenant_id: ColumnElement[uuid.UUID]) -> ColumnElement[bool]:
+    """Return the condition that a place in the queue is free. Whoever takes it holds the tenant's lock "queue"."""
+    quota = select(Tenant.max_queued).where(Tenant.id == tenant_id).scalar_subquery()
+    return _num_queued(tenant_id).scalar_subquery() < quota
+
+
+def refuse_queue_place(session: Session, tenant_id: uuid.UUID) -> RateLimitedError:
+    """Return the error of a full queue."""
+    num_queued = session.scalars(_num_queued(tenant_id)).one()
     quota = session.scalars(select(Tenant.max_queued).where(Tenant.id == tenant_id)).one()
-    if num_waiting >= quota:
-        raise RateLimitedError(
-            f"{num_waiting} jobs are queued, of {quota} that may be. Wait until some have started.",
-            code="queue_quota_exceeded",
-        )
+    return RateLimitedError(
+        f"{num_queued} jobs are queued, of {quota} that may be. Wait until some have started.",
+        code="queue_quota_exceeded",
+    )
+
+
+def _num_queued(tenant_id: uuid.UUID | ColumnElement[uuid.UUID]) -> Select[int]:
+    """Count by the tenant's queues, which are few and which triggers keep, and not by its jobs."""
+    return select(cast(func.coalesce(func.sum(Queue.num_queued), 0), BigInteger)).where(Queue.tenant_id == tenant_id)
 
 
 def check_storage(session: Session, tenant_id: uuid.UUID, *, num_bytes: int = 0) -> None:
@@ -60,9 +67,8 @@ def reserve_storage(session: Session, tenant_id: uuid.UUID, *, num_bytes: int) -
     check_storage(session, tenant_id, num_bytes=num_bytes)
 
 
-def check_tokens(session: Session, tenant_id: uuid.UUID, *, spec: TrainingSpec, dataset: File) -> None:
+def check_tokens(spec: TrainingSpec, *, quota: int | None, dataset: File) -> None:
     """Refuse a job that may train more tokens than the quota says. Counted from above: a token has a byte at least."""
-    quota = session.scalars(select(Tenant.max_tokens_per_job).where(Tenant.id == tenant_id)).one()
     by_length = dataset.num_examples * spec.max_seq_len
     by_bytes = dataset.size_bytes + dataset.num_examples * _TEMPLATE_TOKENS
     num_tokens = spec.n_epochs * min(by_length, by_bytes)

@@ -17,9 +17,10 @@ import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import delete, func, select, text
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from core.db.locks import lock_call
 from core.db.models import IdempotencyKey, Job
 from core.domain.errors import IdempotencyKeyReusedError
 from core.domain.ids import first_id_at
@@ -45,10 +46,14 @@ def submit_once(
     request_hash = _hash_request(request)
     if idempotency_key is not None:
         return _submit_with_key(session, tenant_id, request, request_hash=request_hash, key=idempotency_key)
-    _lock(session, tenant_id, request_hash.hex(), is_shared=not is_retry)
-    if is_retry and (job := _find_recent(session, tenant_id, request_hash)) is not None:
-        return Submission(job, is_replayed=True)
-    return Submission(submit_job(session, tenant_id, request=request, request_hash=request_hash), is_replayed=False)
+    lock = f"{tenant_id} {request_hash.hex()}"
+    if is_retry:
+        session.execute(select(lock_call(lock)))
+        if (job := _find_recent(session, tenant_id, request_hash)) is not None:
+            return Submission(job, is_replayed=True)
+    shared_lock = None if is_retry else lock
+    job = submit_job(session, tenant_id, request=request, request_hash=request_hash, shared_lock=shared_lock)
+    return Submission(job, is_replayed=False)
 
 
 def forget_expired_keys(session: Session) -> None:
@@ -59,7 +64,7 @@ def forget_expired_keys(session: Session) -> None:
 def _submit_with_key(
     session: Session, tenant_id: uuid.UUID, request: JobRequest, *, request_hash: bytes, key: str
 ) -> Submission:
-    _lock(session, tenant_id, f"key {key}", is_shared=False)
+    session.execute(select(lock_call(f"{tenant_id} key {key}")))
     expired = IdempotencyKey.created_at < func.now() - KEY_LIFETIME
     session.execute(
         delete(IdempotencyKey).where(IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key, expired)
@@ -77,12 +82,6 @@ def _hash_request(request: JobRequest) -> bytes:
     """Return a hash of what is asked for: neither spelling, order of fields nor spelled-out defaults matter."""
     asked = request.model_dump(mode="json", exclude_defaults=True)
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
-
-
-def _lock(session: Session, tenant_id: uuid.UUID, name: str, *, is_shared: bool) -> None:
-    """Hold a lock of this name within the tenant until the transaction ends."""
-    function = "pg_advisory_xact_lock_shared" if is_shared else "pg_advisory_xact_lock"
-    session.execute(text(f"select {function}(hashtextextended(:name, 0))"), {"name": f"{tenant_id} {name}"})
 
 
 def _find_recent(session: Session, tenant_id: uuid.UUID, request_hash: bytes) -> Job | None:

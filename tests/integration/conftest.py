@@ -105,8 +105,10 @@ def api_url(database: Database, servers: ServerAddresses) -> Iterator[str]:
 
 
 @contextmanager
-def running_api(database_url: str, storage: StorageConfig, *, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run an API process on a port and wait until it is ready."""
+def running_api(
+    database_url: str, storage: StorageConfig, *, port: int, num_processes: int = 1
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run an API on a port and wait until it is ready. In one process by default: some caps are a process's own."""
     env = {
         **os.environ,
         "ESPALIER_DATABASE_URL": database_url,
@@ -115,6 +117,7 @@ def running_api(database_url: str, storage: StorageConfig, *, port: int) -> Iter
         "ESPALIER_S3_SECRET_KEY": storage.secret_key,
         "ESPALIER_S3_BUCKET": storage.bucket,
         "ESPALIER_API_PORT": str(port),
+        "ESPALIER_API_PROCESSES": str(num_processes),
         "ESPALIER_MAX_FILE_BYTES": str(300 * 2**20),
     }
     url = f"http://127.0.0.1:{port}"

@@ -96,6 +96,23 @@ def test_a_hundred_requests_at_once_pass_exactly_as_many_as_the_limit(servers: S
         assert sum(threads.map(count, range(100))) == 30
 
 
+def test_far_from_its_limit_a_tenant_is_counted_in_advance_and_passes_it_never(servers: ServerAddresses) -> None:
+    limiters = [RateLimiter(servers.redis_url) for _ in range(2)]
+    tenant_id, limit = uuid.uuid4(), 10_000
+    await_window(20)
+    num_asked = num_passed = 0
+    for number in range(limit + 100):
+        limiter = limiters[number % 3 == 0]
+        standing = limiter.draw(tenant_id, limit=limit)
+        if standing is None:
+            num_asked += 1
+            standing = limiter.count(tenant_id, limit=limit)
+        assert standing is not None
+        num_passed += not standing.is_exceeded
+    assert limit * 0.998 <= num_passed <= limit
+    assert num_asked < limit / 2
+
+
 def test_without_redis_requests_pass_and_none_waits(
     database: Database, servers: ServerAddresses, tenant: Tenant
 ) -> None:

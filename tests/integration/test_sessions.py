@@ -1,0 +1,98 @@
+"""Transactions begin with an identity in one round trip, on connections that live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import ProgrammingError
+
+from core.db.session import DATABASE_ERRORS, connect, operator_transaction, service_transaction, tenant_transaction
+from tests.integration.conftest import Database, Tenant
+
+SETTINGS = text("select current_setting('app.tenant_id', true), current_setting('app.actor', true)")
+
+
+@pytest.fixture
+def api(database: Database) -> Iterator[Engine]:
+    engine = connect(database.api_url, pool_size=1)
+    yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize("actor", ["", "key:abc", 'it\'s \\ "quoted"; select 1 --', "\N{SNOWMAN} %s :name"])
+def test_an_identity_is_told_as_it_is_and_ends_with_the_transaction(api: Engine, tenant: Tenant, actor: str) -> None:
+    with tenant_transaction(api, tenant.id, actor=actor) as session:
+        assert session.execute(SETTINGS).one() == (str(tenant.id), actor)
+    with api.connect() as connection:
+        assert set(connection.execute(SETTINGS).one()) <= {"", None}
+
+
+def test_a_savepoint_and_what_follows_a_rollback_are_of_the_same_tenant(api: Engine, tenant: Tenant) -> None:
+    with tenant_transaction(api, tenant.id, actor="a") as session:
+        with session.begin_nested():
+            assert session.execute(SETTINGS).one() == (str(tenant.id), "a")
+        session.rollback()
+        assert session.execute(SETTINGS).one() == (str(tenant.id), "a")
+
+
+def test_connections_that_died_at_rest_are_replaced(api: Engine, owner: Engine, tenant: Tenant) -> None:
+    def ask() -> int:
+        with tenant_transaction(api, tenant.id, actor="a") as session:
+            return int(session.scalars(text("select pg_backend_pid()")).one())
+
+    first = ask()
+    rested_since = time.monotonic()
+    with owner.begin() as connection:
+        connection.execute(text("select pg_terminate_backend(:pid, 5000)"), {"pid": first})
+    while time.monotonic() - rested_since < 0.6:
+        time.sleep(0.05)
+    assert ask() != first
+
+
+def test_a_role_that_may_not_be_taken_is_refused_in_the_databases_own_words(database: Database) -> None:
+    engine = connect(database.schedule_url)
+    with (
+        pytest.raises(ProgrammingError, match="permission denied to set role"),
+        operator_transaction(engine, actor="a") as session,
+    ):
+        session.execute(text("select 1"))
+    with engine.connect() as connection:
+        assert connection.execute(text("select 1")).scalar() == 1
+    engine.dispose()
+
+
+def end_connections(owner: Engine) -> None:
+    with service_transaction(owner) as session:
+        session.execute(text("select pg_terminate_backend(pid) from pg_stat_activity where usename = 'espalier_api'"))
+
+
+def identity(engine: Engine, tenant: Tenant, actor: str) -> tuple[str, str]:
+    with tenant_transaction(engine, tenant.id, actor=actor) as session:
+        query = text("select current_setting('app.tenant_id'), current_setting('app.actor')")
+        row = session.execute(query).one()
+        return row[0], row[1]
+
+
+def test_a_connection_ended_a_moment_ago_is_an_error_that_may_be_tried_again(
+    api: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    identity(api, tenant, "before")
+    end_connections(owner)
+    try:
+        found = identity(api, tenant, "at once")
+    except DATABASE_ERRORS:
+        found = identity(api, tenant, "at once")
+    assert found == (str(tenant.id), "at once")
+
+
+def test_a_connection_ended_inside_a_transaction_is_an_error_that_may_be_tried_again(
+    api: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    with pytest.raises(DATABASE_ERRORS), tenant_transaction(api, tenant.id) as session:
+        session.execute(text("select 1"))
+        end_connections(owner)
+        session.execute(text("select 1"))
+    assert identity(api, tenant, "after") == (str(tenant.id), "after")
