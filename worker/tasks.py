@@ -62,4 +62,5 @@ def main() -> None:
         )
     finally:
         runner.wait_until_idle()  # the watchdog may be the one who serves, and Celery does not know it
+        runner.close()  # the trainer, which would outlive this line and leave its scratch directory
         remove_abandoned(settings.scratch_dir or Path(tempfile.gettempdir()))
