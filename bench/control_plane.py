@@ -148,18 +148,8 @@ def submit(client: httpx.Client, file_id: str) -> str:
 def load(url: str, user: str, targets: Sequence[Sequence[str]], *, seconds: int, rate: float = 0) -> Load:
     """Run locust and return what it measured. Raises CalledProcessError."""
     argv = [sys.executable, "-m", "locust", "-f", "bench/load.py", user, "--headless", "--skip-log", "--json"]
-    argv += [
-        "--host",
-        url,
-        "-u",
-        str(NUM_USERS),
-        "-r",
-        str(NUM_USERS),
-        "-t",
-        f"{seconds}s",
-        "--exit-code-on-error",
-        "0",
-    ]
+    users = str(NUM_USERS)
+    argv += ["--host", url, "-u", users, "-r", users, "-t", f"{seconds}s", "--exit-code-on-error", "0"]
     env = {**os.environ, "TARGETS": json.dumps(targets), "RATE": str(rate), "NUM_USERS": str(NUM_USERS)}
     said = subprocess.run(argv, env=env, check=True, capture_output=True, text=True).stdout
     return as_load(json.loads(said)[0])
