@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 
-from sqlalchemy import ColumnElement, func, text
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 
@@ -13,9 +13,7 @@ def lock_for_tenant(session: Session, tenant_id: uuid.UUID, *, purpose: str) -> 
 
     An advisory lock: locking the tenant's row would need the right to change it, and would wait for claims.
     """
-    session.execute(
-        text("select pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": f"{purpose}:{tenant_id}"}
-    )
+    session.execute(select(lock_call(f"{purpose}:{tenant_id}")))
 
 
 def shared_lock_call(name: ColumnElement[str] | str) -> ColumnElement[None]:
