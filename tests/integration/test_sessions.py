@@ -71,9 +71,8 @@ def end_connections(owner: Engine) -> None:
 
 def identity(engine: Engine, tenant: Tenant, actor: str) -> tuple[str, str]:
     with tenant_transaction(engine, tenant.id, actor=actor) as session:
-        query = text("select current_setting('app.tenant_id'), current_setting('app.actor')")
-        row = session.execute(query).one()
-        return row[0], row[1]
+        tenant_id, told_actor = session.execute(SETTINGS).one()
+        return tenant_id, told_actor
 
 
 def test_a_connection_ended_a_moment_ago_is_an_error_that_may_be_tried_again(
