@@ -30,10 +30,10 @@ from core.db.session import connect, service_transaction
 from core.queue import WakeUpPublisher
 from core.services.attempts import claimable_pools, expire_leases
 from core.services.files import expire_files
+from core.services.idempotency import forget_expired_keys
 from core.services.jobs import WAKE_CHANNEL
 from core.services.leadership import lead, resign
 from core.services.purges import find_purges, mark_purged
-from core.services.submissions import forget_expired_keys
 from core.settings import ScheduleSettings
 from core.storage import ObjectStore, S3ObjectStore, StorageError
 from core.telemetry import configure_logs

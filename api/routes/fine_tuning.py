@@ -12,7 +12,7 @@ from api.schemas.objects import CheckpointObject, EventObject, JobObject, ListOb
 from api.schemas.requests import CreateJob
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
-from core.services import adapters, events, jobs, submissions
+from core.services import adapters, events, idempotency, jobs
 from core.services.progress import estimate_jobs
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
@@ -37,7 +37,7 @@ def create_job(
     x_stainless_retry_count: RetryCount = 0,
 ) -> JobObject:
     """Submit a job, once for all the tries of one submission."""
-    submission = submissions.submit_once(
+    submission = idempotency.submit_once(
         session,
         caller.tenant_id,
         request=body.to_request(),

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from core.domain.errors import InvalidRequestError
 from core.domain.ids import IdKind, parse_id
 from core.domain.training import MAX_BATCH_SIZE, MAX_EPOCHS, LearningRateSchedule
-from core.services.jobs import JobRequest
+from core.services.submissions import JobRequest
 
 Auto = Literal["auto"]
 # PostgreSQL stores no NUL; half surrogate pairs are refused by pydantic itself.

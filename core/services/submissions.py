@@ -1,91 +1,277 @@
-"""One job for one submission, however often the client sends it.
+"""Submitting a job.
 
-OpenAI's client sends a POST again after a lost answer, and says so in `x-stainless-retry-count`; careful callers send
-an `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header-07). What a submission was is stored in the transaction
-of the job itself, so there is never one without the other.
-
-Locks make a request wait for the like of it that is under way: those with one key exclude each other; without a key,
-first tries share the lock of their body and only a retry takes it alone, so that equal bodies do not queue up.
+Everything that can be checked without a GPU is checked, every "auto" is resolved, and the work is announced once it is
+committed: the queued row is the outbox, NOTIFY only makes it quicker.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import hashlib
-import json
+import math
+import secrets
 import uuid
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import cache
+from typing import Any, Literal
 
-from sqlalchemy import delete, func, select
-from sqlalchemy.orm import Session
+from pydantic import Field
+from sqlalchemy import BindParameter, Select, Text, Uuid, and_, bindparam, event, insert, literal, select
+from sqlalchemy.orm import Session, aliased
 
-from core.db.locks import lock_call
-from core.db.models import IdempotencyKey, Job
-from core.domain.errors import IdempotencyKeyReusedError
-from core.domain.ids import first_id_at
-from core.services.jobs import JobRequest, get_job, submit_job
+from core.crashpoints import CrashPoint, reach
+from core.db.locks import lock_for_tenant, shared_lock_call
+from core.db.models import BaseModelRow, File, Job, Tenant
+from core.db.session import notify_after_commit
+from core.domain.errors import InvalidRequestError, NotFoundError
+from core.domain.ids import new_id
+from core.domain.jobs import JobStatus, is_fine_tuned_model, pool_name
+from core.domain.training import (
+    ALL_LINEAR,
+    BASE_LEARNING_RATE,
+    AdapterConfig,
+    Frozen,
+    LearningRateSchedule,
+    Quantization,
+    TrainingSpec,
+    count_steps,
+    resolve_batch_size,
+    resolve_epochs,
+    resolve_learning_rate,
+)
+from core.services.adapters import find_adapter
+from core.services.base_models import get_base_model, is_usable_by
+from core.services.events import EVENT_CHANNEL, insert_first_event
+from core.services.files import get_file, is_live_file
+from core.services.jobs import WAKE_CHANNEL
+from core.services.quotas import check_tokens, has_queue_place, refuse_queue_place
 
-KEY_LIFETIME = timedelta(hours=24)
-# The longest that the client waits between two tries.
-RETRY_WINDOW = timedelta(seconds=120)
+_NEW_COLUMNS = (
+    "id",
+    "tenant_id",
+    "base_model_id",
+    "quantization",
+    "pool",
+    "training_file_id",
+    "validation_file_id",
+    "suffix",
+    "metadata",
+    "spec",
+    "request_hash",
+    "total_steps",
+    "priority",
+)
+
+
+class JobRequest(Frozen):
+    """A request to train one adapter, its form checked; None stands for "auto" or a default."""
+
+    base_model_id: str
+    training_file_id: uuid.UUID
+    validation_file_id: uuid.UUID | None = None
+    suffix: str | None = None
+    seed: int | None = None
+    metadata: dict[str, str] = Field(default_factory=dict)
+    priority: int = 0
+    quantization: Quantization | None = None
+    n_epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate_multiplier: float | None = None
+    learning_rate: float | None = None
+    learning_rate_schedule: LearningRateSchedule = "cosine"
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_seq_len: int | None = None
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+
+
+def submit_job(
+    session: Session,
+    tenant_id: uuid.UUID,
+    *,
+    request: JobRequest,
+    request_hash: bytes | None = None,
+    shared_lock: str | None = None,
+) -> Job:
+    """Check a request and queue it. Raises InvalidRequestError naming the field, or RateLimitedError by quota.
+
+    The advisory lock `shared_lock` is taken with the first look at the rows: round trips are most of what this costs.
+    """
+    found = _find_means(session, tenant_id, request, shared_lock=shared_lock)
+    base = found.base or _get_trainable(session, tenant_id, model=request.base_model_id)
+    training_file = found.training_file or _get_dataset(session, tenant_id, request.training_file_id, "training_file")
+    _check_dataset(training_file, param="training_file")
+    if request.validation_file_id is not None:
+        validation_id = request.validation_file_id
+        validation = found.validation_file or _get_dataset(session, tenant_id, validation_id, "validation_file")
+        _check_dataset(validation, param="validation_file")
+    _check_quantization(base, request.quantization)
+    spec = resolve_spec(request, base=base, num_examples=training_file.num_examples)
+    check_tokens(spec, quota=found.max_tokens, dataset=training_file)
+    new = {
+        "id": new_id(),
+        "tenant_id": tenant_id,
+        "base_model_id": base.id,
+        "quantization": request.quantization,
+        "pool": pool_name(base.id, request.quantization),
+        "training_file_id": request.training_file_id,
+        "validation_file_id": request.validation_file_id,
+        "suffix": request.suffix,
+        "metadata": request.metadata,
+        "spec": spec.model_dump(mode="json"),
+        "request_hash": request_hash,
+        "total_steps": count_steps(spec, training_file.num_examples),
+        "priority": request.priority,
+    }
+    return _queue_job(session, tenant_id, new=new)
+
+
+def resolve_spec(request: JobRequest, *, base: BaseModelRow, num_examples: int) -> TrainingSpec:
+    """Return the training with every "auto" a number. Raises InvalidRequestError against the base's limits."""
+    if not 1 <= request.rank <= base.max_rank:
+        raise _invalid(f"adapter.rank is {request.rank}; {base.id} takes 1 to {base.max_rank}.", "adapter.rank")
+    max_seq_len = request.max_seq_len or base.max_seq_len
+    if max_seq_len > base.max_seq_len:
+        raise _invalid(f"max_seq_len is {max_seq_len}; {base.id} takes at most {base.max_seq_len}.", "max_seq_len")
+    learning_rate = request.learning_rate or resolve_learning_rate(request.learning_rate_multiplier or 1.0)
+    if not math.isfinite(learning_rate):
+        raise _invalid("The learning rate is not a finite number.", "learning_rate")
+    return TrainingSpec(
+        adapter=AdapterConfig(
+            rank=request.rank,
+            alpha=request.alpha,
+            dropout=request.dropout,
+            target_modules=_resolve_target_modules(request, base),
+            use_rslora=request.use_rslora,
+        ),
+        n_epochs=request.n_epochs or resolve_epochs(num_examples),
+        batch_size=request.batch_size or resolve_batch_size(num_examples),
+        learning_rate=learning_rate,
+        learning_rate_multiplier=learning_rate / BASE_LEARNING_RATE,
+        learning_rate_schedule=request.learning_rate_schedule,
+        warmup_ratio=request.warmup_ratio,
+        weight_decay=request.weight_decay,
+        max_grad_norm=request.max_grad_norm,
+        max_seq_len=max_seq_len,
+        seed=secrets.randbelow(2**31) if request.seed is None else request.seed,
+    )
+
+
+def _get_trainable(session: Session, tenant_id: uuid.UUID, *, model: str) -> BaseModelRow:
+    if not is_fine_tuned_model(model):
+        return get_base_model(session, tenant_id, base_model_id=model)
+    adapter = find_adapter(session, tenant_id, name=model)
+    raise InvalidRequestError(
+        f"Training on from a fine-tuned model is not supported yet. Start from its base, {adapter.base_model_id!r}.",
+        code="warm_start_unsupported",
+        param="model",
+    )
 
 
 @dataclass(frozen=True)
-class Submission:
-    """The job of a request. `is_replayed` when an earlier request had made it."""
+class _Means:
+    """What a job needs, as far as the tenant has it."""
 
-    job: Job
-    is_replayed: bool
-
-
-def submit_once(
-    session: Session, tenant_id: uuid.UUID, *, request: JobRequest, idempotency_key: str | None, is_retry: bool
-) -> Submission:
-    """Submit a job, or return the one that this submission made before. Raises IdempotencyKeyReusedError."""
-    request_hash = _hash_request(request)
-    if idempotency_key is not None:
-        return _submit_with_key(session, tenant_id, request, request_hash=request_hash, key=idempotency_key)
-    lock = f"{tenant_id} {request_hash.hex()}"
-    if is_retry:
-        session.execute(select(lock_call(lock)))
-        if (job := _find_recent(session, tenant_id, request_hash)) is not None:
-            return Submission(job, is_replayed=True)
-    shared_lock = None if is_retry else lock
-    job = submit_job(session, tenant_id, request=request, request_hash=request_hash, shared_lock=shared_lock)
-    return Submission(job, is_replayed=False)
+    base: BaseModelRow | None
+    training_file: File | None
+    validation_file: File | None
+    max_tokens: int | None
 
 
-def forget_expired_keys(session: Session) -> None:
-    """Delete the keys of all tenants that are past their lifetime."""
-    session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - KEY_LIFETIME))
+def _find_means(session: Session, tenant_id: uuid.UUID, request: JobRequest, *, shared_lock: str | None) -> _Means:
+    values = {
+        "tenant_id": tenant_id,
+        "base_model_id": request.base_model_id,
+        "training_file_id": request.training_file_id,
+        "validation_file_id": request.validation_file_id,
+    }
+    if shared_lock is None:
+        return _Means(*session.execute(_means_query(), values).one())
+    query = _means_query().add_columns(shared_lock_call(bindparam("shared_lock", type_=Text)))
+    return _Means(*session.execute(query, values | {"shared_lock": shared_lock}).one()[:-1])
 
 
-def _submit_with_key(
-    session: Session, tenant_id: uuid.UUID, request: JobRequest, *, request_hash: bytes, key: str
-) -> Submission:
-    session.execute(select(lock_call(f"{tenant_id} key {key}")))
-    expired = IdempotencyKey.created_at < func.now() - KEY_LIFETIME
-    session.execute(
-        delete(IdempotencyKey).where(IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key, expired)
+@cache
+def _means_query() -> Select[BaseModelRow, File, File, int | None]:
+    """Made once: making it takes longer than running it."""
+    tenant_id: BindParameter[uuid.UUID] = bindparam("tenant_id", type_=Uuid)
+    base_model_id: BindParameter[str] = bindparam("base_model_id", type_=Text)
+    training, validation = aliased(File), aliased(File)
+    return (
+        select(BaseModelRow, training, validation, Tenant.max_tokens_per_job)
+        .select_from(Tenant)
+        .outerjoin(BaseModelRow, and_(BaseModelRow.id == base_model_id, is_usable_by(tenant_id)))
+        .outerjoin(training, is_live_file(training, tenant_id, bindparam("training_file_id", type_=Uuid)))
+        .outerjoin(validation, is_live_file(validation, tenant_id, bindparam("validation_file_id", type_=Uuid)))
+        .where(Tenant.id == tenant_id)
     )
-    if (row := session.get(IdempotencyKey, (tenant_id, key))) is not None:
-        if row.request_hash != request_hash:
-            raise IdempotencyKeyReusedError("This Idempotency-Key was used for another request. Use a new one.")
-        return Submission(get_job(session, tenant_id, job_id=row.job_id), is_replayed=True)
-    job = submit_job(session, tenant_id, request=request, request_hash=request_hash)
-    session.add(IdempotencyKey(tenant_id=tenant_id, key=key, request_hash=request_hash, job_id=job.id))
-    return Submission(job, is_replayed=False)
 
 
-def _hash_request(request: JobRequest) -> bytes:
-    """Return a hash of what is asked for: neither spelling, order of fields nor spelled-out defaults matter."""
-    asked = request.model_dump(mode="json", exclude_defaults=True)
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
+def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:
+    """Add a job and its first event in one statement, and announce both. Raises RateLimitedError by quota."""
+    lock_for_tenant(session, tenant_id, purpose="queue")
+    added: Job | None = session.scalar(_addition(), new | {"event_id": new_id()})
+    if added is None:
+        raise refuse_queue_place(session, tenant_id)
+    notify_after_commit(session, EVENT_CHANNEL, str(added.id))
+    notify_after_commit(session, WAKE_CHANNEL, added.pool)
+    event.listen(session, "after_commit", lambda _session: reach(CrashPoint.POST_INSERT), once=True)
+    return added
 
 
-def _find_recent(session: Session, tenant_id: uuid.UUID, request_hash: bytes) -> Job | None:
-    """Return the newest job of the window that was asked for in these words."""
-    earliest = first_id_at(dt.datetime.now(dt.UTC) - RETRY_WINDOW)
-    query = select(Job).where(Job.tenant_id == tenant_id, Job.id >= earliest, Job.request_hash == request_hash)
-    return session.scalar(query.order_by(Job.id.desc()).limit(1))
+@cache
+def _addition() -> Select[Any]:
+    """Made once, too."""
+    table = Job.__table__.c
+    new = {name: bindparam(name, type_=table[name].type) for name in _NEW_COLUMNS}
+    row = select(*new.values(), literal(JobStatus.QUEUED, Text)).where(has_queue_place(new["tenant_id"]))
+    added = insert(Job).from_select([*(table[name] for name in new), table.status], row).returning(*table).cte("added")
+    return (
+        select(aliased(Job, added))
+        .select_from(added)
+        .add_cte(insert_first_event(added, message="Validated the files and queued the job."))
+    )
+
+
+def _get_dataset(session: Session, tenant_id: uuid.UUID, file_id: uuid.UUID, param: str) -> File:
+    try:
+        return get_file(session, tenant_id, file_id=file_id, param=param)
+    except NotFoundError as error:
+        raise InvalidRequestError(error.message, code="file_not_found", param=param) from error
+
+
+def _check_dataset(row: File, *, param: str) -> None:
+    if row.purpose != "fine-tune":
+        raise _invalid(f"The file's purpose is {row.purpose!r}; upload it with purpose 'fine-tune'.", param)
+    if row.status == "error":
+        raise InvalidRequestError(
+            f"The file cannot be trained on: {row.status_details} Upload a corrected file.",
+            code="invalid_file",
+            param=param,
+        )
+
+
+def _check_quantization(base: BaseModelRow, quantization: str | None) -> None:
+    if quantization is not None and quantization not in base.quantizations:
+        known = ", ".join(base.quantizations) or "none"
+        raise _invalid(f"{base.id} cannot be quantized to {quantization!r}; allowed: {known}.", "quantization")
+
+
+def _resolve_target_modules(request: JobRequest, base: BaseModelRow) -> tuple[str, ...]:
+    if request.target_modules == ALL_LINEAR:
+        return tuple(sorted(base.target_modules))
+    lacking = sorted(set(request.target_modules) - set(base.target_modules))
+    if lacking or not request.target_modules:
+        raise _invalid(
+            f"{base.id} has no linear module named {', '.join(map(repr, lacking)) or '(none given)'}; "
+            f"it has {', '.join(sorted(base.target_modules))}.",
+            "adapter.target_modules",
+        )
+    return tuple(sorted(set(request.target_modules)))
+
+
+def _invalid(message: str, param: str) -> InvalidRequestError:
+    return InvalidRequestError(message, param=param)

@@ -1,4 +1,4 @@
-"""A tiny base for all end-to-end tests, and one lab a module."""
+"""A tiny base for all end-to-end tests, and one lab or one plain stack a module."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.e2e.lab import Lab, running_lab, write_tiny_base
+from cli.stack import LocalStack
+from tests.e2e.lab import Lab, base_entry, running_lab, write_tiny_base
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,19 @@ def module_lab(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def lab(module_lab: Lab) -> Iterator[Lab]:
     yield module_lab
     module_lab.cancel_all()
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """The service as `espalier up` runs it, with a short lease."""
+    directory = tmp_path_factory.mktemp("stack")
+    registry = directory / "registry.yaml"
+    registry.write_text(yaml.safe_dump({"base_models": [base_entry(tiny_base) | {"quantizations": ["nf4"]}]}))
+    env = {
+        "ESPALIER_LEASE_SECONDS": "3",
+        "ESPALIER_HEARTBEAT_SECONDS": "0.5",
+        "ESPALIER_REAP_INTERVAL_SECONDS": "0.5",
+        "ESPALIER_TRAINER_THREADS": "1",
+    }
+    with LocalStack(directory / "data", registry_path=registry, env=env, is_durable=False) as made:
+        yield made

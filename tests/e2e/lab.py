@@ -62,6 +62,19 @@ def write_tiny_base(directory: Path) -> Path:
     return directory
 
 
+def base_entry(directory: Path) -> dict[str, Any]:
+    """The tiny base's line in a registry."""
+    return {
+        "id": BASE_MODEL,
+        "source": {"kind": "path", "location": str(directory)},
+        "dtype": "float32",
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "max_seq_len": 256,
+        "slots": 4,
+        "max_tokens_per_step": 512,
+    }
+
+
 def wait_until(is_true: Callable[[], bool], *, seconds: float = 150, what: str = "the condition") -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
@@ -81,6 +94,7 @@ class Lab:
         self.store = S3ObjectStore(servers.direct.storage)
         self.api_key = stack.create_tenant("acme")
         self.client = OpenAI(base_url=f"{stack.api_url}/v1", api_key=self.api_key, max_retries=0)
+        self._connection = psycopg.connect(servers.direct.postgres_url, autocommit=True)
 
     def start_worker(self, **env: str) -> ChildProcess:
         name = f"worker-{len(self._workers)}"
@@ -108,6 +122,7 @@ class Lab:
         for worker in self.workers:
             worker.kill()
         self.client.close()
+        self._connection.close()
 
     def only_worker(self, **env: str) -> ChildProcess:
         """Kill every worker and start a fresh one."""
@@ -201,22 +216,17 @@ class Lab:
         return [row[0] for row in self.sql("select step from metrics where job_id = %s order by step", job_id)]
 
     def sql(self, query: str, job_id: str) -> list[Any]:
-        with psycopg.connect(self.servers.direct.postgres_url) as connection:
-            return connection.execute(query, (job_id.removeprefix("ftjob-"),)).fetchall()
+        values = (job_id.removeprefix("ftjob-"),)
+        try:
+            return self._connection.execute(query, values).fetchall()
+        except psycopg.OperationalError:  # the server was restarted since
+            self._connection = psycopg.connect(self.servers.direct.postgres_url, autocommit=True)
+            return self._connection.execute(query, values).fetchall()
 
 
 @contextmanager
 def running_lab(base_dir: Path, directory: Path, **env: str) -> Iterator[Lab]:
-    entry = {
-        "id": BASE_MODEL,
-        "source": {"kind": "path", "location": str(base_dir)},
-        "dtype": "float32",
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "max_seq_len": 256,
-        "max_rank": 2**30,  # so that a job can be larger than any device
-        "slots": 4,
-        "max_tokens_per_step": 512,
-    }
+    entry = base_entry(base_dir) | {"max_rank": 2**30}  # so that a job can be larger than any device
     registry = directory / "registry.yaml"
     registry.write_text(yaml.safe_dump({"base_models": [entry]}))
     servers = FaultyServers(directory / "data")

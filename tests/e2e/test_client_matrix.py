@@ -16,7 +16,7 @@ from core.db.models import Tenant
 from core.db.session import connect, service_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.services.tenants import create_tenant, issue_api_key
-from tests.e2e.test_spine import BASE_MODEL, base_dir, stack  # noqa: F401 (fixtures)
+from tests.e2e.lab import BASE_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 MATRIX = Path(__file__).with_name("client_matrix.py")
@@ -27,14 +27,14 @@ def make_environment(version: str) -> Path:
     directory = ROOT / ".venv-clients" / f"openai-{version}"
     python = directory / "bin/python"
     if not (directory / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"openai=={version}"]
-        subprocess.run(pip, check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(directory)], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", f"openai=={version}"], check=True)
         (directory / "installed").touch()
     return python
 
 
-def add_tenant(stack: LocalStack, slug: str, *, max_queued: int) -> str:  # noqa: F811
+def add_tenant(stack: LocalStack, slug: str, *, max_queued: int) -> str:
     engine = connect(stack.owner_url)
     with service_transaction(engine) as session:
         tenant = create_tenant(session, slug)
@@ -45,7 +45,7 @@ def add_tenant(stack: LocalStack, slug: str, *, max_queued: int) -> str:  # noqa
 
 
 @pytest.mark.parametrize("version", ["1.109.1", "2.24.0", "3.54.0"])
-def test_the_real_client_gets_everything_it_asks_for(stack: LocalStack, version: str) -> None:  # noqa: F811
+def test_the_real_client_gets_everything_it_asks_for(stack: LocalStack, version: str) -> None:
     slug = f"v{version.replace('.', '-')}"
     keys = [add_tenant(stack, slug, max_queued=1000), add_tenant(stack, f"{slug}-full", max_queued=0)]
     argv = [str(make_environment(version)), "-I", str(MATRIX), f"{stack.api_url}/v1", *keys, BASE_MODEL]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 
-from tests.e2e.lab import LEASE_SECONDS, Lab, wait_until
+from tests.e2e.lab import LEASE_SECONDS, LONG, Lab, wait_until
 from tests.faults import Hang
-
-LONG = {"n_epochs": 4, "num_rows": 80}  # 80 steps, 20 an epoch
 
 
 def test_01_a_worker_killed_in_the_middle_is_replaced_and_the_adapter_is_bitwise_the_same(lab: Lab) -> None:

@@ -9,82 +9,26 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-import yaml
 from openai import OpenAI
 from peft import PeftModel
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from cli.binaries import find_smollm2
 from cli.stack import LocalStack
+from tests.e2e.lab import BASE_MODEL, ENDED, wait_until
 
-BASE_MODEL = "acme-labs/tiny-llama"
 ROWS = "\n".join(
     json.dumps(
         {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}]}
     )
     for n in range(12)
 ).encode()
-
-
-def wait_until(is_true: Callable[[], bool], *, timeout_seconds: float = 240) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.1)
-
-
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a real tokenizer and chat template."""
-    directory = tmp_path_factory.mktemp("base")
-    gguf = find_smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def stack(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    data_dir = tmp_path_factory.mktemp("stack")
-    entry = {
-        "id": BASE_MODEL,
-        "source": {"kind": "path", "location": str(base_dir)},
-        "dtype": "float32",
-        "quantizations": ["nf4"],
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "max_seq_len": 256,
-        "slots": 4,
-        "max_tokens_per_step": 512,
-    }
-    registry = data_dir / "registry.yaml"
-    registry.write_text(yaml.safe_dump({"base_models": [entry]}))
-    env = {
-        "ESPALIER_LEASE_SECONDS": "3",
-        "ESPALIER_HEARTBEAT_SECONDS": "0.5",
-        "ESPALIER_REAP_INTERVAL_SECONDS": "0.5",
-        "ESPALIER_TRAINER_THREADS": "1",
-    }
-    with LocalStack(data_dir / "data", registry_path=registry, env=env, is_durable=False) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +55,7 @@ def submit(client: OpenAI, *, n_epochs: int = 2, validation: bool = False, **ext
 
 
 def wait_for_end(client: OpenAI, job_id: str) -> Any:
-    wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status in ("succeeded", "failed", "cancelled"))
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status in ENDED)
     return client.fine_tuning.jobs.retrieve(job_id)
 
 
@@ -123,11 +67,11 @@ def messages(client: OpenAI, job_id: str) -> list[str]:
     return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)][::-1]
 
 
-def assert_preview_is_what_is_served(stack: LocalStack, headers: dict[str, str], file_id: str, base_dir: Path) -> None:
+def assert_preview_is_what_is_served(stack: LocalStack, headers: dict[str, str], file_id: str, tiny_base: Path) -> None:
     """The tokenizer that the worker left is the one that transformers loads from the base's directory."""
     url = f"{stack.api_url}/v1/files/{file_id}/preview"
     shown = httpx.post(url, json={"model": BASE_MODEL, "rows": 12}, headers=headers, timeout=60).json()
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     for row, line in zip(shown["data"], ROWS.splitlines(), strict=True):
         served = tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False)
         assert row["token_ids"] == served
@@ -138,7 +82,7 @@ def assert_preview_is_what_is_served(stack: LocalStack, headers: dict[str, str],
 
 
 def test_a_job_ends_with_an_adapter_that_plain_peft_loads(
-    client: OpenAI, stack: LocalStack, api_key: str, base_dir: Path, tmp_path: Path
+    client: OpenAI, stack: LocalStack, api_key: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     job = wait_for_end(client, submit(client, validation=True))
     assert job.status == "succeeded", job.error
@@ -156,7 +100,7 @@ def test_a_job_ends_with_an_adapter_that_plain_peft_loads(
     uploaded = [line["data"]["artifact"] for line in lines if line["name"] == "artifact.uploaded"]
     published = {"checkpoints/step-3", "checkpoints/step-6", "adapter", "result"}
     assert {artifact for artifact in uploaded if not artifact.startswith("resume/")} == published
-    assert_preview_is_what_is_served(stack, headers, job.training_file, base_dir)
+    assert_preview_is_what_is_served(stack, headers, job.training_file, tiny_base)
     adapters = httpx.get(f"{stack.api_url}/v1/adapters", headers=headers).json()["data"]
     (adapter,) = (adapter for adapter in adapters if adapter["fine_tuning_job_id"] == job.id)
     url = f"{stack.api_url}/v1/adapters/{adapter['id']}/download"
@@ -167,7 +111,7 @@ def test_a_job_ends_with_an_adapter_that_plain_peft_loads(
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE_MODEL
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["job_id"], manifest["base_model"]) == (job.id, BASE_MODEL)
-    base = LlamaForCausalLM.from_pretrained(base_dir)
+    base = LlamaForCausalLM.from_pretrained(tiny_base)
     prompt = torch.tensor([[1, 2, 3]])
     before = base(prompt).logits.detach().clone()
     tuned = PeftModel.from_pretrained(base, str(tmp_path))

@@ -51,12 +51,10 @@ class Tenant:
     key_id: str
 
 
-@pytest.fixture(scope="module")
-def database(servers: ServerAddresses) -> Iterator[Database]:
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(servers.postgres_url, autocommit=True) as connection:
-        connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
-    owner_url = servers.postgres_url.rpartition("/")[0] + f"/{name}"
+@pytest.fixture(scope="session")
+def migrated(servers: ServerAddresses) -> str:
+    """The name of a migrated database that nobody writes to; the modules' own are copies of it."""
+    name = f"migrated_{uuid.uuid4().hex}"
     entry = BaseModelEntry(
         id=BASE_MODEL,
         source=BaseModelSource(kind="path", location="/nowhere"),
@@ -65,10 +63,29 @@ def database(servers: ServerAddresses) -> Iterator[Database]:
         max_seq_len=256,
         max_rank=64,
     )
-    prepare_database(owner_url, Registry(base_models=(entry,)), logins=LOGINS)
+    create_database(servers, name)
+    prepare_database(url_of(servers, name), Registry(base_models=(entry,)), logins=LOGINS)
+    return name
+
+
+@pytest.fixture(scope="module")
+def database(servers: ServerAddresses, migrated: str) -> Iterator[Database]:
+    name = f"test_{uuid.uuid4().hex}"
+    create_database(servers, name, template=migrated)
+    owner_url = url_of(servers, name)
     yield Database(owner_url, *(login_url(owner_url, login) for login in LOGINS))
     with psycopg.connect(servers.postgres_url, autocommit=True) as connection:
         connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+def create_database(servers: ServerAddresses, name: str, *, template: str = "template1") -> None:
+    statement = sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template))
+    with psycopg.connect(servers.postgres_url, autocommit=True) as connection:
+        connection.execute(statement)
+
+
+def url_of(servers: ServerAddresses, name: str) -> str:
+    return servers.postgres_url.rpartition("/")[0] + f"/{name}"
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +143,7 @@ def running_api(
         while not _is_ready(url):
             assert process.poll() is None, "the API has ended"
             assert time.monotonic() < deadline, "the API does not answer"
+            time.sleep(0.05)
         yield process
         process.terminate()
 

@@ -17,7 +17,8 @@ from core.domain.objects import file_key
 from core.services import attempts
 from core.services.attempts import Lease, StaleLeaseError
 from core.services.files import NewFile, create_file
-from core.services.jobs import JobRequest, cancel_job, submit_job
+from core.services.jobs import cancel_job
+from core.services.submissions import JobRequest, submit_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 
 POOL = pool_name(BASE_MODEL, None)

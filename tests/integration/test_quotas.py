@@ -20,8 +20,8 @@ from core.domain.outlook import WaitCode
 from core.services import attempts
 from core.services.explanations import explain_job
 from core.services.files import NewFile, create_file
-from core.services.jobs import JobRequest, submit_job
 from core.services.quotas import reserve_storage
+from core.services.submissions import JobRequest, submit_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant
 
 POOL = pool_name(BASE_MODEL, None)

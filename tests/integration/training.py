@@ -13,7 +13,7 @@ from core.domain.jobs import pool_name
 from core.services import attempts
 from core.services.attempts import Lease, StepRecord
 from core.services.files import NewFile, create_file
-from core.services.jobs import JobRequest, submit_job
+from core.services.submissions import JobRequest, submit_job
 
 BASE_MODEL = "acme-labs/tiny-base"
 POOL = pool_name(BASE_MODEL, None)
