@@ -113,6 +113,8 @@ def _child_environment(threads: int | None, scratch_dir: Path | None) -> dict[st
     environment = {name: value for name, value in os.environ.items() if not _is_secret(name, value)}
     environment["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    # Nothing here is compiled, and importing bitsandbytes would load the compiler: a quarter of a trainer's start.
+    environment["TORCHDYNAMO_DISABLE"] = "1"
     if scratch_dir is not None:
         environment["TMPDIR"] = str(scratch_dir)
     if threads is not None:

@@ -104,9 +104,12 @@ class Lab:
         return worker
 
     def ensure_worker(self) -> ChildProcess:
-        """Return a worker without any crash point, started if none lives."""
-        living = [worker for worker in self.workers if "CRASHPOINT" not in worker.spec.env]
-        return living[0] if living else self.start_worker()
+        """Return the only worker there is, without any crash point; started if none lives."""
+        sound = [worker for worker in self.workers if "CRASHPOINT" not in worker.spec.env][:1]
+        for worker in self.workers:
+            if worker not in sound:
+                worker.kill()
+        return sound[0] if sound else self.start_worker()
 
     @property
     def workers(self) -> list[ChildProcess]:

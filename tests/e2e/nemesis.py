@@ -141,7 +141,7 @@ class Nemesis:
         """What tenants do at bad moments."""
         return tuple(
             Kind(f"{verb} a job", weight, lambda verb=verb: self._ask(verb))
-            for verb, weight in (("cancel", 0.3), ("pause", 1.0), ("resume", 3.0))
+            for verb, weight in (("cancel", 1.0), ("pause", 1.0), ("resume", 3.0))
         )
 
     def _one_of(self, names: tuple[str, ...]) -> str:

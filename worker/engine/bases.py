@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -52,7 +51,7 @@ def inspect_base(model: Any) -> BaseShape:
     linears = {
         name: (module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Linear4bit) and module is not head
+        if isinstance(module, nn.Linear) and module is not head
     }
     return BaseShape(
         linears=linears,

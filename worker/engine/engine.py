@@ -22,9 +22,10 @@ from worker.engine.bases import freeze_base, inspect_base, recompute_layers
 from worker.engine.errors import DivergedError, InvalidJobError, JobTooLargeError, NoFreeSlotError
 from worker.engine.evaluations import PendingEvaluation
 from worker.engine.examples import EngineJob, Example, SlotReport, StepMetrics
+from worker.engine.frozen import Scratch, freeze_linear
 from worker.engine.limits import JobLimits
 from worker.engine.linears import FusedLinear, StepContext
-from worker.engine.losses import RowLosses, cross_entropy, loss_bytes
+from worker.engine.losses import Head, RowLosses, cross_entropy, loss_bytes
 from worker.engine.memory import DeviceMemory, StepCost, measure_activations, probe_example, probe_job
 from worker.engine.optimizers import update_weights
 from worker.engine.packing import GroupExamples, PackedBatch, pack
@@ -53,16 +54,18 @@ class Engine:
         self._max_tokens_per_step = max_tokens_per_step
         self._budget_tokens = max_tokens_per_step
         self._decoder: nn.Module = model.base_model
-        self._head: nn.Linear = model.get_output_embeddings()
-        self._device = self._head.weight.device
+        self._head = Head(model.get_output_embeddings())
+        self._device = self._head.rows_VE.device
         self._context = StepContext(self._device)
         self._planner = Planner()
         self._slots: dict[str, Slot] = {}
         self._banks: list[Bank] = []
+        scratch: Scratch = {}
         for name in self._shape.linears:
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
-            setattr(owner, child, FusedLinear(getattr(owner, child), name, self._context))
+            weight = freeze_linear(getattr(owner, child), scratch)
+            setattr(owner, child, FusedLinear(weight, name, self._context))
         self._memory = DeviceMemory(self._device)
         self._cost = self._measure_cost()
         self._num_recomputed = self._cost.choose_recomputed(max_tokens_per_step, usable_bytes=self._usable_bytes)
@@ -329,7 +332,7 @@ class Engine:
 
         return StepCost(
             activation_bytes=measure_activations(run_decoder),
-            border_bytes=self._shape.hidden_size * self._head.weight.element_size(),
+            border_bytes=self._shape.hidden_size * self._head.rows_VE.element_size(),
             loss_bytes=loss_bytes(self._shape.vocab_size, self._device),
             num_layers=self._shape.num_layers,
         )

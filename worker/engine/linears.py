@@ -1,8 +1,7 @@
 """A frozen linear that adds each slot's LoRA to that slot's own rows of the packed stream.
 
-The base's product is taken once for all tenants; an NF4 weight is dequantised once a pass, into memory that the next
-linear of its shape uses again. LoRA is added in place, and nothing of it is kept for the backward but the narrow rows
-between A and B. Shapes: T rows of the stream, t rows of one run, K in, N out, R rank.
+The base's product is taken once for all tenants. LoRA is added in place, and nothing of it is kept for the backward but
+the narrow rows between A and B. Shapes: T rows of the stream, t rows of one run, K in, N out, R rank.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
 from worker.engine.banks import LoraStack
+from worker.engine.frozen import FrozenWeight
 from worker.engine.runs import Run
 
 
@@ -27,7 +25,6 @@ class StepContext:
         # Makes the products differentiable even where their input is not, as in the first layer.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.runs: tuple[Run, ...] = ()
-        self._scratch: dict[torch.Size, Tensor] = {}
 
     @contextmanager
     def running(self, runs: tuple[Run, ...]) -> Iterator[None]:
@@ -38,22 +35,13 @@ class StepContext:
         finally:
             self.runs = ()
 
-    def dequantize(self, linear: Linear4bit) -> Tensor:
-        """Return an NF4 weight [N, K] as numbers, good until the next weight of its shape is asked for."""
-        weight, state = linear.weight, linear.weight.quant_state
-        if not weight.is_cuda:  # bitsandbytes fills given memory on a GPU only; a CPU's allocator brings back the same
-            return dequantize_4bit(weight.data, state)
-        weight_NK = dequantize_4bit(weight.data, state, out=self._scratch.get(state.shape))
-        self._scratch[state.shape] = weight_NK
-        return weight_NK
-
 
 class FusedLinear(nn.Module):
-    """Wraps one linear of the base."""
+    """Stands in the base where one of its linears was."""
 
-    def __init__(self, base: nn.Linear, name: str, context: StepContext) -> None:
+    def __init__(self, weight: FrozenWeight, name: str, context: StepContext) -> None:
         super().__init__()
-        self.base = base
+        self.weight = weight
         self.name = name
         self._context = context
 
@@ -62,17 +50,11 @@ class FusedLinear(nn.Module):
         y_1TN: Tensor = _AdaptedProduct.apply(self._context.anchor, x_1TK, self, runs)
         return y_1TN
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the frozen weight [N, K]."""
-        if isinstance(self.base, Linear4bit):
-            return self._context.dequantize(self.base).to(dtype)
-        return self.base.weight
-
 
 class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _anchor: Tensor, x_1TK: Tensor, linear: FusedLinear, runs: list[Run]) -> Tensor:
-        y_1TN = nn.functional.linear(x_1TK, linear.weight(x_1TK.dtype), linear.base.bias)
+        y_1TN = linear.weight.multiply(x_1TK)
         hidden = []
         for run in runs:
             lora = run.weights(linear.name, x_1TK.dtype)
@@ -87,7 +69,7 @@ class _AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_1TK, *hidden = ctx.saved_tensors
         y_grad_1TN, name = gradients[0].contiguous(), ctx.linear.name
-        x_grad_1TK = y_grad_1TN @ ctx.linear.weight(y_grad_1TN.dtype) if ctx.needs_input_grad[1] else None
+        x_grad_1TK = ctx.linear.weight.multiply_back(y_grad_1TN) if ctx.needs_input_grad[1] else None
         for run, h_tR in zip(ctx.runs, hidden, strict=True):
             lora, y_grad_tN = run.weights(name, x_1TK.dtype), y_grad_1TN[0, run.rows]
             # Both gradients are collected times the scale, which is left out here and in h.

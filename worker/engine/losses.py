@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worker.engine.frozen import freeze_linear
+
 # A chunk's logits in fp32. A CPU's stay below what its allocator hands back to the system after every use; a GPU's are
 # large enough to fill it.
 _CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
@@ -27,9 +29,17 @@ class RowLosses:
     is_right_M: Tensor
 
 
-def cross_entropy(hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, head: nn.Linear) -> RowLosses:
+class Head:
+    """The frozen language-model head [V, E]: to be multiplied with, and row by row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.weight = freeze_linear(linear, scratch={})
+        self.rows_VE = linear.weight.detach()
+
+
+def cross_entropy(hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, head: Head) -> RowLosses:
     """Return each row's cross-entropy against its label; the sum is weighted row by row."""
-    return RowLosses(*_CrossEntropy.apply(hidden_ME, labels_M, weights_M, head.weight, head.bias))
+    return RowLosses(*_CrossEntropy.apply(hidden_ME, labels_M, weights_M, head))
 
 
 def loss_bytes(vocab_size: int, device: torch.device) -> int:
@@ -40,13 +50,13 @@ def loss_bytes(vocab_size: int, device: torch.device) -> int:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, weight_VE: Tensor, bias_V: Tensor | None
+        ctx: Any, hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, head: Head
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient_ME = torch.empty_like(hidden_ME) if ctx.needs_input_grad[0] else None
         losses_M = torch.empty(len(labels_M), dtype=torch.float32, device=hidden_ME.device)
         is_right_M = torch.empty(len(labels_M), dtype=torch.bool, device=hidden_ME.device)
-        for rows in _chunks(len(labels_M), _chunk_rows(len(weight_VE), hidden_ME.device)):
-            logits_CV = nn.functional.linear(hidden_ME[rows], weight_VE, bias_V).float()
+        for rows in _chunks(len(labels_M), _chunk_rows(len(head.rows_VE), hidden_ME.device)):
+            logits_CV = head.weight.multiply(hidden_ME[rows]).float()
             label_logits_C1 = logits_CV.gather(1, labels_M[rows, None])
             largest_C1 = logits_CV.amax(dim=1, keepdim=True)
             # In place, and the row's sum is divided out of the narrow side: a log-softmax takes three times as long.
@@ -55,8 +65,8 @@ class _CrossEntropy(torch.autograd.Function):
             losses_M[rows] = (sum_C1.log() + largest_C1 - label_logits_C1).squeeze(1)
             is_right_M[rows] = (label_logits_C1 == largest_C1).squeeze(1)
             if gradient_ME is not None:
-                mean_CE = (odds_CV.to(weight_VE.dtype) @ weight_VE) / sum_C1
-                gradient_ME[rows] = (mean_CE - weight_VE[labels_M[rows]]) * weights_M[rows, None]
+                mean_CE = head.weight.multiply_back(odds_CV.to(hidden_ME.dtype)) / sum_C1
+                gradient_ME[rows] = (mean_CE - head.rows_VE[labels_M[rows]]) * weights_M[rows, None]
         ctx.save_for_backward(gradient_ME)
         ctx.mark_non_differentiable(losses_M, is_right_M)
         return (losses_M * weights_M).sum(), losses_M, is_right_M
@@ -64,7 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ME,) = ctx.saved_tensors
-        return gradient_ME * gradients[0].to(gradient_ME.dtype), None, None, None, None
+        return gradient_ME * gradients[0].to(gradient_ME.dtype), None, None, None
 
 
 def _chunk_rows(vocab_size: int, device: torch.device) -> int:
