@@ -116,12 +116,13 @@ def test_31_a_worker_stopped_while_idle_or_claiming_leaves_no_job_behind(lab: La
 
 
 def test_33_a_host_without_memory_for_a_job_is_told_and_not_tried_again(lab: Lab) -> None:
-    job_id = lab.submit(**LONG)
     worker = lab.ensure_worker()
-    lab.wait_for_step(job_id, 2)
+    lab.succeed(lab.submit(n_epochs=1))
     trainer = lab.trainer_of(worker)
     used = trainer.memory_info().vms
-    resource.prlimit(trainer.pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+    resource.prlimit(trainer.pid, resource.RLIMIT_AS, (used + 2**24, resource.RLIM_INFINITY))  # a stack, and no logits
+    words = {"role": "assistant", "content": "much to say " * 80}
+    job_id = lab.submit(lines=[{"messages": [{"role": "user", "content": f"Say {n}."}, words]} for n in range(12)])
     job = lab.wait_for_end(job_id)
     assert (job.status, job.error.code) == ("failed", "oom_host")
     assert lab.outcomes(job_id) == ["failed"]
