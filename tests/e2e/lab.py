@@ -122,16 +122,14 @@ class Lab:
                 self.post(job.id, "cancel")
 
     def close(self) -> None:
-        for worker in self.workers:
-            worker.kill()
+        self.kill_workers()
         self.client.close()
         self._connection.close()
 
-    def only_worker(self, **env: str) -> ChildProcess:
-        """Kill every worker and start a fresh one."""
+    def kill_workers(self) -> None:
+        """Leave nobody to claim what is submitted next."""
         for worker in self.workers:
             worker.kill()
-        return self.start_worker(**env)
 
     @staticmethod
     def trainer_of(worker: ChildProcess) -> psutil.Process:

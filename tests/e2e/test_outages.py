@@ -35,11 +35,6 @@ def redis_client(lab: Lab) -> Iterator[redis.Redis]:
         yield client
 
 
-def kill_workers(lab: Lab) -> None:
-    for worker in lab.workers:
-        worker.kill()
-
-
 def body_of_a_job(lab: Lab) -> dict[str, object]:
     line = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     file = lab.client.files.create(file=("rows.jsonl", line), purpose="fine-tune")
@@ -61,7 +56,7 @@ def test_row_7_redis_emptied_again_and_again_delays_no_job_by_more_than_five_sec
             time.sleep(0.2)
         for job_id in job_ids:
             lab.succeed(job_id)
-        kill_workers(lab)
+        lab.kill_workers()
         waiting = lab.submit(n_epochs=1)
         wait_until(lambda: client.llen(QUEUE) == 1, what="a wake-up")
         client.flushall()
@@ -119,7 +114,7 @@ def test_row_10_a_submission_takes_no_longer_while_redis_hangs(lab: Lab) -> None
 
 
 def test_row_12_a_redis_that_is_full_stops_no_schedule_and_wake_ups_go_on_when_there_is_room(lab: Lab) -> None:
-    kill_workers(lab)
+    lab.kill_workers()
     schedule = lab.stack.process("schedule")
     with redis_client(lab) as client:
         client.flushall()
@@ -153,7 +148,7 @@ def test_row_15_a_commit_whose_answer_is_lost_and_the_clients_retry_are_one_job(
 
 
 def test_row_16_a_deadlock_is_retried_and_its_client_never_hears_of_it(lab: Lab) -> None:
-    kill_workers(lab)
+    lab.kill_workers()
     job_id = lab.submit(n_epochs=1)
     row_id = job_id.removeprefix("ftjob-")
     with psycopg.connect(lab.servers.direct.postgres_url) as ours:
@@ -196,7 +191,7 @@ def test_row_24_a_job_whose_api_died_before_it_could_answer_runs_within_five_sec
 
 
 def test_row_54_a_worker_that_dies_right_after_its_claim_costs_one_lease(lab: Lab) -> None:
-    kill_workers(lab)
+    lab.kill_workers()
     doomed = lab.start_worker(CRASHPOINT="post_claim:1")
     job_id = lab.submit(n_epochs=1)
     wait_until(lambda: not doomed.is_alive, what="the crash")

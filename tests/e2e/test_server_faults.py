@@ -11,7 +11,8 @@ from tests.faults import Answer503, Cut, FlipByte, Hang
 
 
 def test_11_jobs_run_although_redis_hangs_because_a_worker_that_nobody_wakes_claims(lab: Lab) -> None:
-    lab.only_worker(ESPALIER_DEAF_SECONDS="2")
+    lab.kill_workers()
+    lab.start_worker(ESPALIER_DEAF_SECONDS="2")
     lab.succeed(lab.submit(n_epochs=1))
     with lab.servers.redis.during(Hang()):
         lab.succeed(lab.submit(n_epochs=1))

@@ -14,10 +14,11 @@ from tests.e2e.lab import LEASE_SECONDS, LONG, Lab, continue_process, is_running
 
 
 def test_03_a_job_that_kills_its_trainer_every_time_fails_and_its_neighbours_are_not_charged(lab: Lab) -> None:
+    lab.kill_workers()
     poison = lab.submit(**LONG, seed=1)
     lab.limit_attempts(poison, 2)
     neighbours = [lab.submit(**LONG, seed=seed) for seed in (2, 3)]
-    worker = lab.only_worker()
+    worker = lab.start_worker()
     query = "select status, lease_token from jobs where id = %s"
     num_kills = 0
     for job_id in neighbours:
@@ -42,8 +43,9 @@ def test_04_a_trainer_killed_in_an_upload_leaves_no_row_and_its_job_goes_on_unde
 ) -> None:
     fuse = tmp_path / "fuse"
     fuse.touch()
+    lab.kill_workers()
     job_id = lab.submit(n_epochs=2)
-    lab.only_worker(CRASHPOINT=f"upload:2:{fuse}")
+    lab.start_worker(CRASHPOINT=f"upload:2:{fuse}")
     lab.succeed(job_id)
     assert not fuse.exists()
     assert lab.outcomes(job_id) == ["failed", "succeeded"]
@@ -61,8 +63,9 @@ def test_04_a_trainer_killed_in_an_upload_leaves_no_row_and_its_job_goes_on_unde
     ],
 )
 def test_05_06_a_worker_killed_around_its_commits_leaves_one_result(lab: Lab, point: str, outcomes: list[str]) -> None:
+    lab.kill_workers()
     job_id = lab.submit(n_epochs=1)
-    worker = lab.only_worker(CRASHPOINT=point)
+    worker = lab.start_worker(CRASHPOINT=point)
     wait_until(lambda: not worker.is_alive, what="the crash")
     lab.start_worker()
     lab.succeed(job_id)
@@ -87,8 +90,9 @@ def test_23_a_scratch_disk_that_is_full_ends_the_job_and_not_the_trainer(lab: La
 
 
 def test_27_a_worker_that_was_frozen_beyond_its_lease_changes_nothing_when_it_wakes(lab: Lab) -> None:
+    lab.kill_workers()
     job_id = lab.submit(**LONG)
-    zombie = lab.only_worker()
+    zombie = lab.start_worker()
     lab.wait_for_resume_point(job_id)
     trainer = lab.trainer_of(zombie)
     stop_process(zombie.pid)
@@ -107,7 +111,7 @@ def test_27_a_worker_that_was_frozen_beyond_its_lease_changes_nothing_when_it_wa
 
 
 def test_31_a_worker_stopped_while_idle_or_claiming_leaves_no_job_behind(lab: Lab) -> None:
-    worker = lab.only_worker()
+    worker = lab.ensure_worker()
     lab.succeed(lab.submit(n_epochs=1))
     job_id = lab.submit(**LONG)
     worker.ask_to_stop()  # somewhere around the claim
@@ -144,8 +148,7 @@ def test_34_a_job_too_large_for_the_device_is_told_what_to_lower_and_its_neighbo
 
 
 def test_35_a_job_that_diverges_is_stopped_and_its_events_are_numbers(lab: Lab) -> None:
-    for worker in lab.workers:
-        worker.kill()
+    lab.kill_workers()
     job_id = lab.submit(**LONG)
     # The API refuses such a learning rate; what makes a real job diverge is its data.
     lab.sql("update jobs set spec = jsonb_set(spec, '{learning_rate}', '1e30') where id = %s returning 1", job_id)
@@ -169,8 +172,7 @@ def test_36_a_training_that_hangs_is_stopped_although_its_process_lives(lab: Lab
 
 
 def test_43_cancelling_at_any_moment_ends_once_and_frees_the_slot(lab: Lab) -> None:
-    for worker in lab.workers:
-        worker.kill()
+    lab.kill_workers()
     early = lab.submit(**LONG)
     assert [lab.post(early, "cancel").json()["status"] for _ in range(2)] == ["cancelled"] * 2
     lab.start_worker()
