@@ -65,3 +65,4 @@ def test_a_trainer_to_which_nobody_listened_has_not_been_silent() -> None:
         assert child.silent_seconds >= 2, "as long as it was listened to"
     finally:
         child.kill()
+        child.close()
