@@ -65,8 +65,10 @@ def test_a_role_that_may_not_be_taken_is_refused_in_the_databases_own_words(data
 
 
 def end_connections(owner: Engine) -> None:
+    """End the API's connections to this database: the server is shared with other modules'."""
+    found = "from pg_stat_activity where usename = 'espalier_api' and datname = current_database()"
     with service_transaction(owner) as session:
-        session.execute(text("select pg_terminate_backend(pid) from pg_stat_activity where usename = 'espalier_api'"))
+        session.execute(text(f"select pg_terminate_backend(pid) {found}"))
 
 
 def identity(engine: Engine, tenant: Tenant, actor: str) -> tuple[str, str]:
