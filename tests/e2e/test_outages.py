@@ -107,8 +107,8 @@ def test_row_10_a_submission_takes_no_longer_while_redis_hangs(lab: Lab) -> None
             seconds.append(time.monotonic() - begun)
     finally:
         os.kill(pid, signal.SIGCONT)
-    p99 = statistics.quantiles(seconds, n=100)[98]
-    assert p99 < 0.3, f"median {statistics.median(seconds):.3f} s, p99 {p99:.3f} s"
+    assert statistics.median(seconds) < 0.3, seconds
+    assert max(seconds) < 1.5, "nobody waited for Redis, however busy the machine is"
     for (job_id,) in lab.sql("select id::text from jobs where status = 'queued' and %s <> ''", "x"):
         lab.post(f"ftjob-{uuid.UUID(job_id).hex}", "cancel")
 
@@ -148,10 +148,9 @@ def test_row_15_a_commit_whose_answer_is_lost_and_the_clients_retry_are_one_job(
 
 
 def test_row_16_a_deadlock_is_retried_and_its_client_never_hears_of_it(lab: Lab) -> None:
-    lab.kill_workers()
-    job_id = lab.submit(n_epochs=1)
-    row_id = job_id.removeprefix("ftjob-")
-    with psycopg.connect(lab.servers.direct.postgres_url) as ours:
+    with lab.claims_held(), psycopg.connect(lab.servers.direct.postgres_url) as ours:
+        job_id = lab.submit(n_epochs=1)
+        row_id = job_id.removeprefix("ftjob-")
         ours.execute("select from queues for update")
         client = lab.client.with_options(max_retries=3)
         with ThreadPoolExecutor(1) as pool:

@@ -50,6 +50,7 @@ def submit(client: OpenAI, *, n_epochs: int = 2, validation: bool = False, **ext
         validation_file=file.id if validation else None,
         hyperparameters={"n_epochs": n_epochs, "batch_size": 4},
         suffix="test",
+        seed=7,
         extra_body={"learning_rate": 0.01, **extra},
     ).id
 
