@@ -55,6 +55,7 @@ def test_30_a_preempted_worker_stores_its_slots_gives_them_back_and_is_told_only
         assert (lab.job(job_id).status, lab.attempt_count(job_id)) == ("queued", 0)
         assert lab.outcomes(job_id) == ["preempted"]
     stored = {job_id: lab.wait_for_resume_point(job_id) for job_id in job_ids}
+    assert all(lab.metric_steps(job_id)[-1] == stored[job_id] for job_id in job_ids), "no step is taken twice"
     lab.start_worker()
     for job_id in job_ids:
         lab.succeed(job_id)
