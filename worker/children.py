@@ -22,9 +22,6 @@ from worker.messages import REPORTS, Alive, BaseLoaded, LoadBase, Report, encode
 _SECRET_WORDS = ("DATABASE", "REDIS", "BROKER", "S3_", "PASS", "SECRET", "TOKEN", "KEY", "CREDENTIAL", "DSN")
 _URL_WITH_CREDENTIALS = re.compile(r"://[^/\s]*@")
 _STOP_SECONDS = 5.0
-# What one gap between two looks counts at most: a supervisor that was stopped itself, or waited for the database, has
-# not listened, and a trainer is not hung because nobody did.
-_LONGEST_GAP_SECONDS = 1.0
 
 
 class TrainerGoneError(Exception):
@@ -50,8 +47,7 @@ class TrainerChild:
             start_new_session=True,  # a terminal's Ctrl-C is the supervisor's to answer
         )
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
-        self._looked_at = time.monotonic()
-        self._silent_seconds = 0.0
+        self._alive_at = time.monotonic()
         threading.Thread(target=self._read_reports, daemon=True, name="reports").start()
         self.send(order)
 
@@ -65,8 +61,8 @@ class TrainerChild:
 
     @property
     def silent_seconds(self) -> float:
-        """For how long it was listened to without a sign that the training loop turns."""
-        return self._silent_seconds
+        """How long ago the training loop was last known to turn."""
+        return time.monotonic() - self._alive_at
 
     def send(self, order: Frozen) -> None:
         """Send an order. A trainer that is gone is noticed by `receive`, not here."""
@@ -82,14 +78,12 @@ class TrainerChild:
         try:
             report = self._reports.get(timeout=timeout_seconds)
         except queue.Empty:
-            self._count_silence()
             return None
         if report is None:
             self._reports.put(None)
             raise TrainerGoneError(self._process.wait())
-        self._count_silence()
         if isinstance(report, BaseLoaded | Alive):
-            self._silent_seconds = 0.0
+            self._alive_at = time.monotonic()
         return report
 
     def close(self) -> None:
@@ -106,11 +100,6 @@ class TrainerChild:
         """End the trainer at once, from whatever thread. Its input stays open: another thread may be writing."""
         self._process.kill()
         self._process.wait()
-
-    def _count_silence(self) -> None:
-        now = time.monotonic()
-        self._silent_seconds += min(now - self._looked_at, _LONGEST_GAP_SECONDS)
-        self._looked_at = now
 
     def _read_reports(self) -> None:
         assert self._process.stdout is not None
