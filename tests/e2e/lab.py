@@ -147,8 +147,10 @@ class Lab:
     def claims_held(self) -> Iterator[None]:
         """Let nobody claim a job of the tenant within this block, by its quota."""
         self._connection.execute("update tenants set max_running = 0")
-        yield
-        self._connection.execute("update tenants set max_running = default")
+        try:
+            yield
+        finally:
+            self._connection.execute("update tenants set max_running = default")
 
     def submit(
         self, *, n_epochs: int = 2, num_rows: int = 12, lines: list[dict[str, Any]] | None = None, **extra: Any

@@ -107,8 +107,8 @@ def test_row_10_a_submission_takes_no_longer_while_redis_hangs(lab: Lab) -> None
             seconds.append(time.monotonic() - begun)
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert statistics.median(seconds) < 0.3, seconds
-    assert max(seconds) < 1.5, "nobody waited for Redis, however busy the machine is"
+    p99 = statistics.quantiles(seconds, n=100)[98]
+    assert p99 < 0.3, f"median {statistics.median(seconds):.3f} s, p99 {p99:.3f} s"
     for (job_id,) in lab.sql("select id::text from jobs where status = 'queued' and %s <> ''", "x"):
         lab.post(f"ftjob-{uuid.UUID(job_id).hex}", "cancel")
 

@@ -111,12 +111,16 @@ def test_27_a_worker_that_was_frozen_beyond_its_lease_changes_nothing_when_it_wa
     assert heir.is_alive
 
 
-def test_31_a_worker_stopped_right_after_its_claim_leaves_no_job_behind(lab: Lab) -> None:
+def test_31_a_worker_stopped_while_idle_or_claiming_leaves_no_job_behind(lab: Lab) -> None:
     worker = lab.ensure_worker()
     lab.succeed(lab.submit(n_epochs=1))
     job_id = lab.submit(**LONG)
-    wait_until(lambda: lab.sql("select status from jobs where id = %s", job_id)[0][0] == "running", what="the claim")
-    worker.ask_to_stop()
+    worker.ask_to_stop()  # somewhere around the claim
+    wait_until(lambda: not worker.is_alive, seconds=12)
+    assert (lab.job(job_id).status, lab.attempt_count(job_id)) == ("queued", 0)
+    worker = lab.start_worker()
+    lab.wait_for_status(job_id, "running")
+    worker.ask_to_stop()  # right behind it
     wait_until(lambda: not worker.is_alive, seconds=12)
     assert (lab.job(job_id).status, lab.attempt_count(job_id)) == ("queued", 0)
 
