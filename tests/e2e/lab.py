@@ -177,6 +177,10 @@ class Lab:
         url = f"{self.stack.api_url}/v1/fine_tuning/jobs/{job_id}/{verb}"
         return httpx.post(url, headers={"authorization": f"Bearer {self.api_key}"}, timeout=30, trust_env=False)
 
+    def get(self, job_id: str) -> httpx.Response:
+        url = f"{self.stack.api_url}/v1/fine_tuning/jobs/{job_id}"
+        return httpx.get(url, headers={"authorization": f"Bearer {self.api_key}"}, timeout=30, trust_env=False)
+
     def messages(self, job_id: str) -> list[str]:
         return [
             message for (message,) in self.sql("select message from events where job_id = %s order by number", job_id)

@@ -181,7 +181,7 @@ def test_43_cancelling_at_any_moment_ends_once_and_frees_the_slot(lab: Lab) -> N
     with lab.claims_held():
         early = lab.submit(**LONG)
         assert [lab.post(early, "cancel").json()["status"] for _ in range(2)] == ["cancelled"] * 2
-    running = lab.submit(**LONG)
+    running = lab.submit(n_epochs=50, num_rows=80)  # whose training would go on for much longer than ten seconds
     lab.wait_for_step(running, 2)
     cancelled_at = time.monotonic()
     assert [lab.post(running, "cancel").json()["status"] for _ in range(2)] == ["cancelled"] * 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import pickle
+import struct
 from typing import Any
 
 import openai
@@ -22,6 +25,28 @@ def upload(client: OpenAI, content: bytes, name: str = "rows.jsonl") -> Any:
 def submit(client: OpenAI, file_id: str, **options: Any) -> Any:
     model = options.pop("model", BASE_MODEL)
     return client.fine_tuning.jobs.create(model=model, training_file=file_id, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_model.safetensors", pickle.dumps({"weights": [0.5] * 100})),
+        ("adapter_model.safetensors", struct.pack("<Q", 2**30) + b'{"a": {"dtype": "F32"'),
+        ("rows.jsonl.gz", gzip.compress(b"0" * 10**8)),
+        ("rows.jsonl", gzip.compress(GOOD)[:-4]),
+    ],
+    ids=["pickle", "safetensors with a header of 1 GB", "a bomb of 100 MB", "gzip, cut"],
+)
+def test_row_42_what_is_not_jsonl_is_refused_by_its_first_line_and_unpacked_by_nobody(
+    client: OpenAI, name: str, content: bytes
+) -> None:
+    file = upload(client, content, name)
+    assert file.status == "error"
+    assert file.status_details is not None
+    assert file.status_details.startswith("Line 1: ")
+    assert client.files.content(file.id).read() == content
+    with pytest.raises(openai.BadRequestError, match="The file cannot be trained on"):
+        submit(client, file.id)
 
 
 @pytest.mark.parametrize(
