@@ -21,7 +21,8 @@ class Failure:
 
 
 STALLED = Failure("stalled", "The training made no progress for too long and was stopped.", is_final_alone=True)
-STORAGE = Failure("storage_unavailable", "What the trainer wrote could not be confirmed in the object store.")
+UNCONFIRMED = "What the trainer wrote could not be confirmed in the object store, which does not answer."
+DAMAGED = Failure("integrity", "What the trainer wrote is not what the object store has.")
 LEASE_LOST = Failure("lease_lost", "The worker lost touch with the database and stopped itself.")
 _OOM_HOST = Failure(
     "oom_host",

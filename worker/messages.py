@@ -14,6 +14,7 @@ from core.domain.training import Frozen, TrainingSpec
 
 # What the trainer exits with when the host has no memory left for it.
 OUT_OF_MEMORY_EXIT_CODE = 71
+STORAGE_AWAY = "storage_unavailable"  # the one failure of a job that charges nobody
 
 
 class RemoteFile(Frozen):

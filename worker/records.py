@@ -11,6 +11,7 @@ from core.services.files import NewFile
 from core.services.logs import record_log_line
 from worker.artifacts import Proof
 from worker.messages import (
+    STORAGE_AWAY,
     CheckpointSaved,
     EvaluationDone,
     JobFailed,
@@ -48,12 +49,16 @@ def record_proof(session: Session, proof: Proof, *, result_filename: str) -> tup
     match report:
         case CheckpointSaved():
             (artifact,) = proof.artifacts
-            attempts.record_checkpoint(session, lease, step=report.step, artifact=artifact, metrics=report.metrics)
+            return attempts.record_checkpoint(
+                session, lease, step=report.step, artifact=artifact, metrics=report.metrics
+            )
         case ResumePointSaved():
             (artifact,) = proof.artifacts
             return resume_points.record_resume_point(session, lease, step=report.step, artifact=artifact)
         case JobYielded():
             attempts.requeue_attempt(session, lease)
+        case JobFailed() if report.code == STORAGE_AWAY:
+            attempts.postpone_attempt(session, lease, code=report.code, message=report.message)
         case JobFailed():
             attempts.fail_attempt(
                 session, lease, code=report.code, message=report.message, is_job_fault=report.is_job_fault

@@ -34,12 +34,13 @@ from core.services.attempts import Lease, StaleLeaseError
 from core.services.base_models import list_base_models
 from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
-from core.storage import ObjectStore
+from core.storage import ObjectStore, StorageUnavailableError
 from worker.artifacts import ArtifactProver, Proof, grant_uploads, publish_tokenizer, result_filename
 from worker.children import TrainerChild, TrainerGoneError
-from worker.failures import LEASE_LOST, STALLED, STORAGE, Failure, explain_exit
+from worker.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED, Failure, explain_exit
 from worker.lease import LeaseKeeper
 from worker.messages import (
+    STORAGE_AWAY,
     BaseLoaded,
     BaseRefused,
     CheckpointSaved,
@@ -72,10 +73,14 @@ _MAX_REPORTS = 500  # of one turn of the loop
 
 @dataclass
 class HeldJob:
-    """A claimed job; `usage` is what the trainer last counted, `is_delivered` when only the proof of its end lacks."""
+    """A claimed job; `usage` is what the trainer last counted, `is_delivered` when only the proof of its end lacks.
+
+    `order` is what the trainer is to be sent, once it is: a job that must be alone waits until the others have left.
+    """
 
     lease: Lease
     result_filename: str
+    order: StartJob | None
     suspect_step: int | None
     num_suspicions: int
     usage: UsageCounted | None = None
@@ -196,6 +201,7 @@ class Runner:
         if not self._held and not self._hold_pool_with_work():
             return False
         self._fill_slots()
+        self._start_held()
         if not self._held:  # the jobs that wait are not to be had now: by quota, or because others were quicker
             self._stop_requested.wait(_AWAY_SECONDS)
         self._advance()
@@ -296,9 +302,22 @@ class Runner:
     def _hold(self, job: Job, order: StartJob, *, since: float) -> None:
         lease = lease_of(job)
         self._keeper.hold(lease, since=since)
-        self._held[lease.token] = HeldJob(lease, result_filename(job), job.suspect_step, job.num_suspicions)
-        self._send(order)
+        self._held[lease.token] = HeldJob(lease, result_filename(job), order, job.suspect_step, job.num_suspicions)
+        self._start_held()
         log.info("job.claimed", job_id=format_id(IdKind.JOB, job.id), lease_token=lease.token, pool=self._pool)
+
+    def _start_held(self) -> None:
+        """Hand the trainer what it was not handed yet; before a job that must be alone, the others are given back."""
+        for held in tuple(self._held.values()):
+            others = [other for other in self._held.values() if other is not held]
+            if held.order is None:
+                continue
+            if held.suspect_step is not None and others:
+                for other in others:
+                    self._yield(other)
+            else:
+                self._send(held.order)
+                held.order = None
 
     def _take_reports(self) -> None:
         if self._trainer is None:
@@ -397,7 +416,12 @@ class Runner:
                 message = f"The resume point of step {proof.report.step} could not be confirmed."
                 attempts.record_message(session, held.lease, message=message, level="warn")
                 return
-            attempts.fail_attempt(session, held.lease, code=STORAGE.code, message=STORAGE.message, is_job_fault=False)
+            if isinstance(proof.error, StorageUnavailableError):
+                attempts.postpone_attempt(session, held.lease, code=STORAGE_AWAY, message=UNCONFIRMED)
+            else:
+                attempts.fail_attempt(
+                    session, held.lease, code=DAMAGED.code, message=DAMAGED.message, is_job_fault=False
+                )
         self._drop(held)
 
     def _heed_news(self) -> None:
@@ -409,9 +433,17 @@ class Runner:
                 self._yield(held)
 
     def _yield(self, held: HeldJob) -> None:
-        if not held.is_yielding:
+        if held.order is not None:
+            self._requeue(held)
+        elif not held.is_yielding:
             held.is_yielding = True
             self._send(YieldJob(lease_token=held.lease.token))
+
+    def _requeue(self, held: HeldJob) -> None:
+        """Give a job back without asking the trainer."""
+        with contextlib.suppress(StaleLeaseError), service_transaction(self._engine) as session:
+            attempts.requeue_attempt(session, held.lease)
+        self._drop(held)
 
     def _stop_stalled(self) -> None:
         if self._held and not self._is_live():
@@ -429,7 +461,7 @@ class Runner:
             trainer.kill()
 
     def _lose_trainer(self, failure: Failure) -> None:
-        num_jobs = sum(not held.is_delivered for held in self._held.values())
+        num_jobs = sum(held.order is None and not held.is_delivered for held in self._held.values())
         failure = LEASE_LOST if self._keeper.is_fenced else failure
         log.error("trainer.lost", code=failure.code, num_jobs=num_jobs)
         self.close()
@@ -446,10 +478,11 @@ class Runner:
 
     def _end_lost(self, held: HeldJob, loss: Loss) -> None:
         code, message = loss.failure.code, loss.failure.message
+        if loss.failure is LEASE_LOST or held.order is not None:
+            self._requeue(held)
+            return
         with contextlib.suppress(StaleLeaseError), service_transaction(self._engine) as session:
-            if loss.failure is LEASE_LOST:
-                attempts.requeue_attempt(session, held.lease)
-            elif loss.is_shared:
+            if loss.is_shared:
                 attempts.suspect_attempt(session, held.lease, code=code, message=message)
             else:
                 is_final = loss.failure.is_final_alone
@@ -489,10 +522,10 @@ class Runner:
     def _give_back(self) -> None:
         """Store every slot at its step boundary and queue the jobs again, all within the grace."""
         deadline = time.monotonic() + self._settings.grace_seconds
-        for held in self._held.values():
-            self._yield(held)
         while self._held and time.monotonic() < deadline:
             try:
+                for held in tuple(self._held.values()):
+                    self._yield(held)
                 self._settle_loss()
                 self._advance()
             except DATABASE_ERRORS as error:

@@ -429,7 +429,7 @@ class Metric(Row):
 class Checkpoint(Row):
     __tablename__ = "checkpoints"
     __table_args__ = (
-        UniqueConstraint("job_id", "lease_token", "step"),
+        UniqueConstraint("job_id", "step"),
         UniqueConstraint("tenant_id", "id"),
         ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
         Index("ix_checkpoints_tenant_id_model_name", "tenant_id", "model_name"),

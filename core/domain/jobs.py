@@ -34,12 +34,15 @@ MAX_SUFFIX_LENGTH = 64
 RETRY_DELAYS_SECONDS = (5.0, 30.0)
 # So often may a job have been in a trainer that died with others; from then on it is alone to its end.
 MAX_SUSPICIONS = 3
+# So long does a suspect wait for an idle worker before a busy one makes itself idle for it.
+SUSPECT_PATIENCE_SECONDS = 60.0
 # So many steps beyond the one at which its trainer died must a suspect train alone.
 ACQUITTAL_STEPS = 10
 
 
 def retry_delay_seconds(attempts_made: int) -> float:
-    return RETRY_DELAYS_SECONDS[min(attempts_made, len(RETRY_DELAYS_SECONDS)) - 1]
+    """Return the pause after so many attempts; none are counted where only the uncounted have failed."""
+    return RETRY_DELAYS_SECONDS[min(max(attempts_made, 1), len(RETRY_DELAYS_SECONDS)) - 1]
 
 
 def is_acquitted(step: int, *, suspect_step: int, num_suspicions: int) -> bool:

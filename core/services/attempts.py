@@ -15,10 +15,11 @@ from typing import Any
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
-from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Queue, Tenant, Usage
+from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Tenant, Usage
 from core.domain.errors import DomainError
 from core.domain.ids import new_id
 from core.domain.jobs import (
+    SUSPECT_PATIENCE_SECONDS,
     AttemptOutcome,
     JobStatus,
     checkpoint_model_name,
@@ -30,11 +31,17 @@ from core.services.events import record_event
 from core.services.files import NewFile, create_file
 from core.services.jobs import announce_work
 
+# A tenant whose jobs may start now.
+_MAY_START = """
+t.disabled_at is null and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
+  and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
+"""
+
 # The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` has the
 # tenants that have queued jobs in that order, so that mostly its first row is the answer, however many tenants and jobs
 # there are. The tenant's row is locked so that two workers never both pass its quota; whoever submits jobs
 # of the tenant meanwhile is not in the way.
-_PICK = text("""
+_PICK = text(f"""
 select t.id as tenant_id, t.max_running, c.id as job_id
 from queues q
 join tenants t on t.id = q.tenant_id
@@ -44,26 +51,36 @@ cross join lateral (
       and j.suspect_step is null
     order by j.priority desc, j.id limit 1
 ) c
-where q.pool = :pool and q.num_queued > 0 and t.disabled_at is null
-  and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
-  and (select count(*) from jobs r where r.tenant_id = q.tenant_id and r.status = 'running') < t.max_running
+where q.pool = :pool and q.num_queued > 0 and {_MAY_START}
 order by q.rank, q.tenant_id
 limit 1
 for no key update of t skip locked
-""")
+""")  # noqa: S608 (of constants)
 
 
-# A job that may have killed its trainer runs alone: only an idle worker takes it, and before any other job.
-_PICK_SUSPECT = text("""
+# A job that may have killed its trainer runs alone: an idle worker takes it at once and before any other job. Where no
+# worker is ever idle, a busy one takes it after a while, and gives back what it holds.
+_PICK_SUSPECT = text(f"""
 select t.id as tenant_id, t.max_running, j.id as job_id
 from jobs j join tenants t on t.id = j.tenant_id
-where j.pool = :pool and j.status = 'queued' and j.suspect_step is not null and j.run_after <= now()
-  and t.disabled_at is null and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
-  and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
+where j.pool = :pool and j.status = 'queued' and j.suspect_step is not null
+  and j.run_after <= now() - make_interval(secs => :patience) and {_MAY_START}
 order by j.id
 limit 1
 for no key update of t skip locked
-""")
+""")  # noqa: S608 (of constants)
+
+_CLAIMABLE_POOLS = text(f"""
+select p.pool from (select distinct pool from queues where num_queued > 0) p
+where exists (
+    select from queues q join tenants t on t.id = q.tenant_id
+    where q.pool = p.pool and q.num_queued > 0 and {_MAY_START} and exists (
+        select from jobs j
+        where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
+    )
+)
+order by p.pool
+""")  # noqa: S608 (of constants)
 
 
 class StaleLeaseError(DomainError):
@@ -110,9 +127,11 @@ def claim_job(
 ) -> Job | None:
     """Claim the fairest job of a pool, or None. The job's `lease_token` is the fence of everything that follows.
 
-    A worker that `is_idle`, holding no job, takes one that must be tried alone first.
+    A worker that `is_idle`, holding no job, takes one that must be tried alone first. One that is not may be given
+    such a job too (its `suspect_step` is set) once it has waited long, and must give back the others before it starts.
     """
-    picked = session.execute(_PICK_SUSPECT, {"pool": pool}).one_or_none() if is_idle else None
+    patience = 0.0 if is_idle else SUSPECT_PATIENCE_SECONDS
+    picked = session.execute(_PICK_SUSPECT, {"pool": pool, "patience": patience}).one_or_none()
     if picked is None:
         picked = session.execute(_PICK, {"pool": pool}).one_or_none()
     if picked is None:
@@ -197,12 +216,15 @@ def record_message(session: Session, lease: Lease, *, message: str, level: str) 
 
 def record_checkpoint(
     session: Session, lease: Lease, *, step: int, artifact: StoredArtifact, metrics: dict[str, Any]
-) -> None:
-    """Publish a checkpoint, once, whose objects are stored and verified."""
+) -> tuple[str, ...]:
+    """Publish a checkpoint whose objects are stored and verified, and return the object prefixes that no row names.
+
+    What is published stays: the checkpoint of a step that an earlier attempt has shown already is not shown again.
+    """
     job = lock_held(session, lease)
-    is_same = (Checkpoint.job_id == job.id, Checkpoint.lease_token == lease.token, Checkpoint.step == step)
-    if session.scalar(select(Checkpoint.id).where(*is_same)):
-        return
+    shown = select(Checkpoint.object_prefix).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
+    if prefix := session.scalar(shown):
+        return () if prefix == artifact.object_prefix else (artifact.object_prefix,)
     session.add(
         Checkpoint(
             id=new_id(),
@@ -217,6 +239,7 @@ def record_checkpoint(
         )
     )
     record_event(session, job, message=f"Checkpoint created at step {step}.")
+    return ()
 
 
 def succeed_attempt(
@@ -280,6 +303,15 @@ def requeue_attempt(session: Session, lease: Lease) -> None:
     _leave_running(session, lease, status=JobStatus.QUEUED, **uncharged)
     record_event(session, job, message="The worker gives the job back; it is queued again.")
     announce_work(session, job.pool)
+
+
+def postpone_attempt(session: Session, lease: Lease, *, code: str, message: str) -> None:
+    """End an attempt that a server's absence has ended: it does not count, and the job is tried again soon."""
+    job = lock_held(session, lease)
+    job.attempt_count -= 1
+    error = {"code": code, "message": message, "param": None}
+    _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, error=error)
+    _retry_or_fail(session, job, lease, error=error, is_final=False)
 
 
 def suspect_attempt(session: Session, lease: Lease, *, code: str, message: str) -> None:
@@ -347,10 +379,7 @@ def record_usage(session: Session, lease: Lease, *, gpu_seconds: float, trained_
 
 def claimable_pools(session: Session) -> Sequence[str]:
     """Return the pools that have at least one job to claim now."""
-    waiting = select(Queue.pool).where(Queue.num_queued > 0).distinct().subquery()
-    is_due = (Job.pool == waiting.c.pool, Job.status == JobStatus.QUEUED, Job.run_after <= func.now())
-    rows = select(waiting.c.pool).where(select(Job.id).where(*is_due).correlate(waiting).exists())
-    return session.scalars(rows.order_by(waiting.c.pool)).all()
+    return session.scalars(_CLAIMABLE_POOLS).all()
 
 
 def lock_held(session: Session, lease: Lease) -> Job:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from core.db.models import Checkpoint, Metric, ResumePoint
+from core.db.models import Metric, ResumePoint
 from core.domain.ids import new_id
 from core.services.attempts import Lease, StoredArtifact, lock_held
 from core.services.events import record_event
@@ -49,14 +49,13 @@ def record_resume_point(session: Session, lease: Lease, *, step: int, artifact: 
 
 
 def begin_steps(session: Session, lease: Lease, *, step: int) -> tuple[str, ...]:
-    """Note that an attempt goes on behind `step` (0 is the start): what earlier ones showed beyond it goes.
+    """Note that an attempt goes on behind `step` (0 is the start): the numbers shown beyond it go, and come again.
 
-    Returns the object prefixes of the resume points that went.
+    Published checkpoints stay. Returns the object prefixes of the resume points that went.
     """
     job = lock_held(session, lease)
     job.trained_steps = step
     session.execute(delete(Metric).where(Metric.job_id == job.id, Metric.step > step))
-    session.execute(delete(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step > step))
     lost = session.scalars(
         delete(ResumePoint)
         .where(ResumePoint.job_id == job.id, ResumePoint.step > step)

@@ -49,14 +49,16 @@ def test_14_a_database_away_for_longer_than_a_lease_stops_the_training_before_it
     assert len(lab.outcomes(job_id)) == 2
 
 
-def test_19_an_object_store_that_is_away_at_the_finish_costs_attempts_and_not_the_job(lab: Lab) -> None:
+def test_19_an_object_store_that_is_away_at_the_finish_costs_neither_the_job_nor_an_attempt(lab: Lab) -> None:
     job_id = lab.submit(n_epochs=2)
+    lab.limit_attempts(job_id, 1)
     lab.ensure_worker()
     lab.wait_for_step(job_id, 1)
     with lab.servers.s3.during(Cut()):
         wait_until(lambda: lab.has_said(job_id, "The object store did not answer"))
     lab.succeed(job_id)
     assert lab.outcomes(job_id) == ["failed", "succeeded"]
+    assert lab.attempt_count(job_id) == 1
 
 
 @pytest.mark.parametrize("fault", [pytest.param(Answer503(), id="20_slow_down"), pytest.param(Hang(), id="21_hung")])

@@ -38,6 +38,23 @@ def test_03_a_job_that_kills_its_trainer_every_time_fails_and_its_neighbours_are
         assert lab.attempt_count(job_id) == 1, lab.messages(job_id)
 
 
+def test_a_suspect_for_whom_no_worker_is_ever_idle_is_tried_alone_by_a_busy_one(lab: Lab) -> None:
+    lab.ensure_worker()
+    busy = lab.submit(n_epochs=30, num_rows=80)
+    lab.wait_for_step(busy, 2)
+    with lab.claims_held():
+        suspect = lab.submit(n_epochs=2)
+        suspected = (
+            "update jobs set suspect_step = 0, run_after = now() - interval '2 minutes' where id = %s returning 1"
+        )
+        lab.sql(suspected, suspect)
+    lab.succeed(suspect)
+    lab.succeed(busy)
+    assert lab.outcomes(busy) == ["preempted", "succeeded"]
+    overlap = "select 1 from attempts a, attempts b where a.job_id <> b.job_id and a.job_id = %s and b.outcome <> 'preempted' and (a.started_at, a.ended_at) overlaps (b.started_at, b.ended_at)"
+    assert not lab.sql(overlap, suspect)
+
+
 def test_04_a_trainer_killed_in_an_upload_leaves_no_row_and_its_job_goes_on_under_a_new_prefix(
     lab: Lab, tmp_path: Path
 ) -> None:

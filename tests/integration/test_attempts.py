@@ -14,6 +14,7 @@ from core.db.session import connect, service_transaction
 from core.domain.ids import new_id
 from core.domain.jobs import pool_name
 from core.domain.objects import file_key
+from core.domain.training import Quantization
 from core.services import attempts
 from core.services.attempts import Lease, StaleLeaseError
 from core.services.files import NewFile, create_file
@@ -35,12 +36,14 @@ def worker(database: Database, owner: Engine) -> Iterator[Engine]:
     engine.dispose()
 
 
-def queue_job(owner: Engine, tenant: Tenant, *, priority: int = 0) -> Job:
+def queue_job(owner: Engine, tenant: Tenant, *, priority: int = 0, quantization: Quantization | None = None) -> Job:
     with service_transaction(owner) as session:
         file_id = new_id()
         key = file_key(tenant.id, file_id)
         create_file(session, tenant.id, new=NewFile(file_id, "a", "fine-tune", key, 1, "0" * 64, num_examples=4))
-        request = JobRequest(base_model_id=BASE_MODEL, training_file_id=file_id, priority=priority)
+        request = JobRequest(
+            base_model_id=BASE_MODEL, training_file_id=file_id, priority=priority, quantization=quantization
+        )
         return submit_job(session, tenant.id, request=request)
 
 

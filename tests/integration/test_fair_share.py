@@ -150,6 +150,26 @@ def test_a_quota_that_holds_one_tenant_up_holds_no_other(worker: Engine, owner: 
     assert claim(worker) is None
 
 
+@pytest.mark.parametrize(
+    "block",
+    ["max_running = 0", "disabled_at = now()", "max_gpu_seconds_per_month = 0"],
+    ids=["quota", "disabled", "month"],
+)
+def test_a_pool_whose_jobs_may_not_start_keeps_no_worker_from_another_pool(
+    worker: Engine, owner: Engine, database: Database, block: str
+) -> None:
+    blocked, other = add_tenant(owner), add_tenant(owner)
+    queue_job(owner, blocked)
+    with service_transaction(owner) as session:
+        session.execute(text(f"update tenants set {block} where id = :id"), {"id": blocked.id})
+    queue_job(owner, other, quantization="nf4")
+    schedule = connect(database.schedule_url)
+    for engine in (worker, schedule):
+        with service_transaction(engine) as session:
+            assert attempts.claimable_pools(session) == [NF4_POOL]
+    schedule.dispose()
+
+
 def test_a_job_whose_retry_is_not_due_holds_nobody_up_and_wakes_nobody(worker: Engine, owner: Engine) -> None:
     waiting, other = add_tenant(owner), add_tenant(owner)
     later = queue_job(owner, waiting)

@@ -144,6 +144,52 @@ def test_a_suspect_is_not_charged_and_only_an_idle_worker_takes_it_and_first(
     assert claim_idle(worker, is_idle=False) is not None, "an acquitted job trains beside others"
 
 
+def test_a_suspect_that_no_worker_is_idle_for_is_given_to_a_busy_one_after_a_while(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant)
+    suspect(worker, must_claim(worker))
+    assert claim_idle(worker, is_idle=False) is None
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set run_after = now() - interval '61 seconds'"))
+    queue_job(owner, tenant, priority=9)
+    lease = claim_idle(worker, is_idle=False)
+    assert lease is not None
+    assert lease.job_id == job.id
+
+
+def test_an_attempt_without_its_object_store_counts_for_nothing(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    job = queue_job(owner, tenant)
+    for _ in range(5):  # more than a job has attempts
+        lease = must_claim(worker)
+        with service_transaction(worker) as session:
+            attempts.postpone_attempt(session, lease, code="storage_unavailable", message="It is away.")
+        with service_transaction(owner) as session:
+            row = session.get_one(Job, job.id)
+            assert (row.status, row.attempt_count) == ("queued", 0)
+            session.execute(text("update jobs set run_after = now()"))
+
+
+def test_a_checkpoint_stays_published_when_another_attempt_comes_to_its_step_again(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    def record(lease: Lease) -> tuple[str, ...]:
+        artifact = StoredArtifact(f"p/{lease.token}/", ())
+        with service_transaction(worker) as session:
+            return attempts.record_checkpoint(session, lease, step=4, artifact=artifact, metrics={})
+
+    queue_job(owner, tenant)
+    first = must_claim(worker)
+    assert (record(first), record(first)) == ((), ())
+    requeue(worker, first)
+    second = must_claim(worker)
+    with service_transaction(worker) as session:
+        resume_points.begin_steps(session, second, step=0)
+    assert record(second) == (f"p/{second.token}/",), "what the second has stored is named by no row"
+    with service_transaction(owner) as session:
+        assert session.execute(text("select lease_token from checkpoints")).all() == [(first.token,)]
+
+
 def record_step(worker: Engine, lease: Lease, step: int) -> None:
     record = StepRecord(step, 1.0, train_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
     with service_transaction(worker) as session:

@@ -19,7 +19,7 @@ class JobFaultError(TrainerError):
 
 
 class TransferError(TrainerError):
-    code = "storage_unavailable"
+    code = "storage_refused"
 
 
 class BaseRefusedError(TrainerError):

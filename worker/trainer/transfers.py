@@ -18,7 +18,7 @@ import httpx
 import stamina
 
 from core.crashpoints import CrashPoint, reach
-from worker.messages import RemoteFile, StoredFile
+from worker.messages import STORAGE_AWAY, RemoteFile, StoredFile
 from worker.trainer.failures import TransferError
 
 CHUNK_BYTES = 2**20
@@ -39,6 +39,8 @@ class ObjectMissingError(TransferError):
 
 class _PassingError(TransferError):
     """A fault that another try may not meet."""
+
+    code = STORAGE_AWAY
 
 
 def download(file: RemoteFile, destination: Path, *, patience_seconds: float) -> None:
