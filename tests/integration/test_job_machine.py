@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -34,7 +35,7 @@ from core.services import attempts
 from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
 from core.services.contract import check_rows
 from core.services.files import NewFile
-from core.services.jobs import cancel_job
+from core.services.jobs import cancel_job, pause_job, resume_job
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL, queue_job
 
@@ -50,6 +51,8 @@ class Expected:
     attempt_count: int = 0
     token: int | None = None
     is_due: bool = True
+    is_suspect: bool = False
+    must_pause: bool = False
     is_expired: bool = False
     booked: dict[int, float] = field(default_factory=dict)
 
@@ -79,28 +82,33 @@ class JobMachine(RuleBasedStateMachine):
         return job.id
 
     @precondition(lambda self: any(known.status == "queued" for known in self.expected.values()))
-    @rule(target=leases)
-    def claim(self):  # type: ignore[no-untyped-def]
+    @rule(target=leases, is_idle=st.booleans())
+    def claim(self, is_idle: bool):  # type: ignore[no-untyped-def]
         with service_transaction(self.worker) as session:
-            job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60)
+            job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60, is_idle=is_idle)
+        claimable = [each for each in self.expected.values() if self._may_be_claimed(each, is_idle=is_idle)]
         if job is None:
-            assert not [each for each in self.expected.values() if self._may_be_claimed(each)]
+            assert not claimable
             return multiple()
         known = self.expected[job.id]
-        assert self._may_be_claimed(known)
+        assert known in claimable
+        assert known.is_suspect == any(each.is_suspect for each in claimable), "suspects come first"
         assert job.lease_token is not None
         assert all(job.lease_token > (other.token or 0) for other in self.expected.values()), "fences only grow"
         known.status, known.token, known.is_expired = "running", job.lease_token, False
         known.attempt_count += 1
         return Lease(job.id, job.tenant_id, job.lease_token)
 
-    def _may_be_claimed(self, known: Expected) -> bool:
+    def _may_be_claimed(self, known: Expected, *, is_idle: bool) -> bool:
         running = [each for each in self.expected.values() if each.tenant is known.tenant and each.status == "running"]
-        return known.status == "queued" and known.is_due and len(running) < 2
+        may_be_beside = is_idle or not known.is_suspect
+        return known.status == "queued" and known.is_due and may_be_beside and len(running) < 2
 
     @rule(lease=leases)
     def beat(self, lease: Lease) -> None:
-        if self._try(lease, lambda session: attempts.heartbeat(session, lease, lease_seconds=60)):
+        told = []
+        if self._try(lease, lambda session: told.append(attempts.heartbeat(session, lease, lease_seconds=60))):
+            assert told == [self.expected[lease.job_id].must_pause]
             self.expected[lease.job_id].is_expired = False
 
     @rule(lease=leases, step=st.integers(1, 10**9))
@@ -132,8 +140,51 @@ class JobMachine(RuleBasedStateMachine):
     @rule(lease=leases)
     def requeue(self, lease: Lease) -> None:
         if self._try(lease, lambda session: attempts.requeue_attempt(session, lease)):
-            self._leave_running(lease, "queued")
-            self.expected[lease.job_id].attempt_count -= 1
+            self._queue_again(lease, is_charged=False)
+            self.expected[lease.job_id].is_due = True
+
+    @rule(lease=leases)
+    def postpone(self, lease: Lease) -> None:
+        if self._try(lease, lambda session: attempts.postpone_attempt(session, lease, code="x", message="x")):
+            self._queue_again(lease, is_charged=False)
+            self.expected[lease.job_id].is_due = False
+
+    @rule(lease=leases)
+    def suspect(self, lease: Lease) -> None:
+        if self._try(lease, lambda session: attempts.suspect_attempt(session, lease, code="x", message="x")):
+            self._queue_again(lease, is_charged=False)
+            self.expected[lease.job_id].is_due = self.expected[lease.job_id].is_suspect = True
+
+    @rule(lease=leases)
+    def acquit(self, lease: Lease) -> None:
+        if self._try(lease, lambda session: attempts.acquit_job(session, lease)):
+            self.expected[lease.job_id].is_suspect = False
+
+    @rule(job_id=jobs)
+    def pause(self, job_id: uuid.UUID) -> None:
+        known = self.expected[job_id]
+        with service_transaction(self.owner) as session, self._conflict_if(known.status in TERMINAL):
+            pause_job(session, known.tenant.id, job_id=job_id)
+            known.must_pause = known.status == "running"
+            known.status = "paused" if known.status == "queued" else known.status
+
+    @rule(job_id=jobs)
+    def resume(self, job_id: uuid.UUID) -> None:
+        known = self.expected[job_id]
+        with service_transaction(self.owner) as session, self._conflict_if(known.status in TERMINAL):
+            resume_job(session, known.tenant.id, job_id=job_id)
+            known.must_pause = False
+            known.status = "queued" if known.status == "paused" else known.status
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _conflict_if(is_expected: bool) -> Iterator[None]:
+        try:
+            yield
+        except ConflictError:
+            assert is_expected
+        else:
+            assert not is_expected
 
     @rule(lease=leases, seconds=st.floats(0, 100))
     def book(self, lease: Lease, seconds: float) -> None:
@@ -151,7 +202,7 @@ class JobMachine(RuleBasedStateMachine):
             assert known.status in ("succeeded", "failed")
         else:
             assert known.status not in ("succeeded", "failed")
-            known.status, known.token, known.is_expired = "cancelled", None, False
+            known.status, known.token, known.is_expired, known.must_pause = "cancelled", None, False, False
 
     @rule(job_id=jobs)
     def pass_a_lease(self, job_id: uuid.UUID) -> None:
@@ -176,7 +227,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule()
     def pass_the_retry_delays(self) -> None:
         with service_transaction(self.owner) as session:
-            session.execute(text("update jobs set run_after = now() where status = 'queued'"))
+            session.execute(text("update jobs set run_after = now() where status in ('queued', 'paused')"))
         for known in self.expected.values():
             known.is_due = True
 
@@ -186,7 +237,7 @@ class JobMachine(RuleBasedStateMachine):
         self.pass_a_lease(lease.job_id)
         self.expire()
         self.pass_the_retry_delays()
-        return self.claim()
+        return self.claim(is_idle=True)
 
     @invariant()
     def jobs_are_as_expected(self) -> None:
@@ -218,13 +269,20 @@ class JobMachine(RuleBasedStateMachine):
 
     def _leave_running(self, lease: Lease, status: str) -> None:
         known = self.expected[lease.job_id]
-        known.status, known.token, known.is_expired = status, None, False
+        known.status, known.token, known.is_expired, known.must_pause = status, None, False, False
+
+    def _queue_again(self, lease: Lease, *, is_charged: bool) -> None:
+        known = self.expected[lease.job_id]
+        known.attempt_count -= not is_charged
+        self._leave_running(lease, "paused" if known.must_pause else "queued")
 
     def _retry_or_fail(self, lease: Lease, *, is_final: bool) -> None:
         known = self.expected[lease.job_id]
-        is_over = is_final or known.attempt_count >= MAX_ATTEMPTS
-        self._leave_running(lease, "failed" if is_over else "queued")
-        known.is_due = is_over
+        if is_final or known.attempt_count >= MAX_ATTEMPTS:
+            self._leave_running(lease, "failed")
+        else:
+            self._queue_again(lease, is_charged=True)
+            known.is_due = False
 
 
 def test_any_order_of_verbs_and_stale_fences_keeps_the_contract(owner: Engine, database: Database) -> None:
