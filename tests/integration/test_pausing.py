@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
 
 from core.db.models import Job
 from core.db.session import connect, service_transaction
@@ -112,6 +113,31 @@ def test_a_job_that_has_ended_is_neither_paused_nor_resumed_and_a_pausing_one_ca
 def suspect(worker: Engine, lease: Lease) -> None:
     with service_transaction(worker) as session:
         attempts.suspect_attempt(session, lease, code="trainer_crashed", message="It crashed.")
+
+
+TOLD = {"code": "x", "message": "x"}
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        attempts.requeue_attempt,
+        partial(attempts.postpone_attempt, **TOLD),
+        partial(attempts.suspect_attempt, **TOLD),
+        partial(attempts.fail_attempt, **TOLD, is_job_fault=False),
+    ],
+    ids=["requeued", "postponed", "suspected", "failed"],
+)
+def test_however_an_attempt_ends_its_job_pauses_if_that_was_asked(
+    worker: Engine, owner: Engine, tenant: Tenant, end: Callable[[Session, Lease], None]
+) -> None:
+    job = queue_job(owner, tenant)
+    lease = must_claim(worker)
+    pause(owner, tenant, job)
+    with service_transaction(worker) as session:
+        end(session, lease)
+    with service_transaction(owner) as session:
+        assert session.get_one(Job, job.id).status == "paused"
 
 
 def claim_idle(worker: Engine, *, is_idle: bool) -> Lease | None:
