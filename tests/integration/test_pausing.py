@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
