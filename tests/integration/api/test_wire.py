@@ -142,18 +142,6 @@ def test_a_seed_out_of_bounds_is_refused(client: OpenAI, file_id: str, seed: Any
     assert refused.value.param == "seed"
 
 
-def test_training_on_from_an_adapter_is_refused_and_another_tenants_is_unknown(
-    client: OpenAI, other_client: OpenAI, owner: Engine, tenant: Tenant, file_id: str
-) -> None:
-    name = add_adapter(owner, tenant, submit(client, file_id).id)
-    with pytest.raises(openai.BadRequestError, match=BASE_MODEL) as refused:
-        submit(client, file_id, model=name)
-    assert (refused.value.code, refused.value.param) == ("warm_start_unsupported", "model")
-    with pytest.raises(openai.NotFoundError) as unknown:
-        submit(other_client, upload(other_client, GOOD).id, model=name)
-    assert unknown.value.code == "model_not_found"
-
-
 def test_jobs_are_filtered_by_their_metadata_or_the_lack_of_it(client: OpenAI, file_id: str) -> None:
     plain = submit(client, file_id)
     red = submit(client, file_id, metadata={"team": "red", "a b]": "&="})
