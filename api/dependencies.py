@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, cast
 
 import anyio
@@ -120,13 +121,13 @@ def get_operator(
 async def get_operator_session(
     engine: Annotated[Engine, Depends(get_engine)], operator: Annotated[OperatorIdentity, Depends(get_operator)]
 ) -> Deferred:
-    return Deferred(operator_transaction(engine, actor=operator.actor))
+    return Deferred(partial(operator_transaction, engine, actor=operator.actor))
 
 
 async def get_session(
     engine: Annotated[Engine, Depends(get_engine)], identity: Annotated[Identity, Depends(get_identity)]
 ) -> Deferred:
-    return Deferred(tenant_transaction(engine, identity.tenant_id, actor=identity.actor))
+    return Deferred(partial(tenant_transaction, engine, identity.tenant_id, actor=identity.actor))
 
 
 async def get_body(

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from api.admission import UploadGate
 from api.auth import Authenticator
@@ -37,8 +38,14 @@ from core.settings import ApiSettings
 from core.storage import S3ObjectStore
 
 
+class _App(DescribedApp):
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return Starlette's stack inside of ours: its outermost layer answers errors that nobody expects."""
+        return RequestIdMiddleware(super().build_middleware_stack())
+
+
 def create_app(settings: ApiSettings) -> FastAPI:
-    app = DescribedApp(
+    app = _App(
         title="Espalier", version="0.1.0", description="OpenAI's fine-tuning API on your own GPUs.", lifespan=_live
     )
     app.state.settings = settings
@@ -69,7 +76,6 @@ def create_app(settings: ApiSettings) -> FastAPI:
     ):
         app.include_router(routes.router)
     app.add_middleware(BodyCapMiddleware, max_bytes=settings.max_body_bytes)
-    app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     return app
 

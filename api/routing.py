@@ -3,27 +3,36 @@
 A dependency that opens a transaction would enter it in one thread and leave it in another, and each change of threads
 costs a request more than a statement. Besides, a transaction that needs another thread to end waits for those that wait
 for its locks. So a dependency only says which transaction a route wants, which lasts as long as the endpoint does.
+
+Of two transactions that cannot both go on, PostgreSQL undoes one whole. Its endpoint is called again.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
 from fastapi import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from sqlalchemy.exc import OperationalError
+
+log = structlog.get_logger()
+
+_MAX_TRIES = 3
+_UNDONE_STATES = ("40P01", "40001")  # SQLSTATEs: deadlock_detected, serialization_failure
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """A context that the endpoint's own thread enters, to hand over what it yields."""
+    """How to make a context that the endpoint's own thread enters, once a try, to hand over what it yields."""
 
-    context: AbstractContextManager[Any]
+    open: Callable[[], AbstractContextManager[Any]]
 
 
 class OneThreadRoute(APIRoute):
@@ -37,14 +46,32 @@ class OneThreadRoute(APIRoute):
 def _in_one_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(endpoint)
     def run(**arguments: Any) -> Any:
-        with ExitStack() as contexts:
-            for name, value in arguments.items():
-                if isinstance(value, Deferred):
-                    arguments[name] = contexts.enter_context(value.context)
-            answer = endpoint(**arguments)
+        answer = _call_until_done(endpoint, arguments)
         return _as_json(answer, arguments.get("response")) if isinstance(answer, BaseModel) else answer
 
     return run
+
+
+def _call_until_done(endpoint: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    is_body_streamed = any(isinstance(value, Iterator) for value in arguments.values())  # it can be read once only
+    for _ in range(1, _MAX_TRIES):
+        try:
+            return _call(endpoint, arguments)
+        except OperationalError as error:
+            state = getattr(error.orig, "sqlstate", None)
+            if is_body_streamed or state not in _UNDONE_STATES:
+                raise
+            log.warning("transaction.undone", sqlstate=state)
+    return _call(endpoint, arguments)
+
+
+def _call(endpoint: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    with ExitStack() as contexts:
+        opened = {
+            name: contexts.enter_context(value.open()) if isinstance(value, Deferred) else value
+            for name, value in arguments.items()
+        }
+        return endpoint(**opened)
 
 
 def _as_json(answer: BaseModel, told: Response | None) -> Response:

@@ -8,13 +8,19 @@ from fastapi import APIRouter, Depends, Query
 
 from api.dependencies import Database, Operator, OperatorTransaction, get_operator
 from api.routing import OneThreadRoute
-from api.schemas.admin import AuditObject, CreateTenant, KnownBaseModelObject, SwitchBaseModel, TenantObject
+from api.schemas.admin import (
+    AuditObject,
+    ChangeTenant,
+    CreateTenant,
+    KnownBaseModelObject,
+    SwitchBaseModel,
+    TenantObject,
+)
 from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
 from api.schemas.objects import DeletedObject, ListObject, as_list
 from core.db.session import operator_transaction
 from core.domain.api_keys import parse_key_id
 from core.services import audit, base_models, tenants
-from core.services.tenants import TenantChange
 
 router = APIRouter(prefix="/admin", tags=["admin"], route_class=OneThreadRoute, dependencies=[Depends(get_operator)])
 Limit = Annotated[int, Query(ge=1, le=1000)]
@@ -40,7 +46,7 @@ def get_tenant(session: OperatorTransaction, slug: str) -> TenantObject:
 
 
 @router.post("/tenants/{slug}")
-def change_tenant(session: OperatorTransaction, slug: str, body: TenantChange) -> TenantObject:
+def change_tenant(session: OperatorTransaction, slug: str, body: ChangeTenant) -> TenantObject:
     """Set the fields that are given; null is no limit, or every base model."""
     return TenantObject.of(tenants.change_tenant(session, slug, change=body))
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from core.db.models import AuditEntry, BaseModelRow, Tenant
 from core.domain.ids import IdKind, format_id
-from core.services.tenants import TenantChange, TenantName
+from core.services.tenants import SLUG_PATTERN, TenantChange, TenantName
 
 
 class CreateTenant(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    slug: str
+    slug: Annotated[str, Field(json_schema_extra={"pattern": f"^{SLUG_PATTERN}$"})]  # its service says it in words
     name: TenantName | None = None
 
 
+class ChangeTenant(TenantChange):
+    """The fields to set of a tenant. One that is not given stays; null is no limit, or every base model."""
+
+    model_config = ConfigDict(strict=True)  # false is no limit of 0; the parent reads the command line's words as well
+    allowed_base_models: tuple[str, ...] | None = Field(default=None, strict=False)  # JSON's lists become a tuple
+
+
 class SwitchBaseModel(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     is_disabled: bool
 
 

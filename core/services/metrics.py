@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Integer, Select, cast, func, select, union
+from sqlalchemy import ColumnElement, Select, func, select, union
 from sqlalchemy.orm import Session
 
 from core.db.models import Metric
@@ -55,7 +55,7 @@ def read_metrics(
 
 def _kept_steps(own: tuple[ColumnElement[bool], ...], steps: StepRange, *, num_buckets: int) -> Select[tuple[int]]:
     width = steps.last - steps.first + 1
-    bucket = cast((Metric.step - steps.first) * num_buckets / width, Integer)
+    bucket = (Metric.step - steps.first) * num_buckets // width
     orders = (Metric.train_loss, Metric.train_loss.desc(), Metric.valid_loss.is_(None))
     picks = [
         select(Metric.step).distinct(bucket).where(*own).order_by(bucket, order, Metric.step.desc()).subquery()

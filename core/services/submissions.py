@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -22,8 +23,8 @@ from core.db.locks import lock_for_tenant, shared_lock_call
 from core.db.models import BaseModelRow, File, Job, Tenant
 from core.db.session import notify_after_commit
 from core.domain.errors import InvalidRequestError, NotFoundError
-from core.domain.ids import new_id
-from core.domain.jobs import JobStatus, is_fine_tuned_model, pool_name
+from core.domain.ids import IdKind, new_id, parse_id
+from core.domain.jobs import JobStatus, is_checkpoint_model, is_fine_tuned_model, pool_name
 from core.domain.training import (
     ALL_LINEAR,
     BASE_LEARNING_RATE,
@@ -37,8 +38,9 @@ from core.domain.training import (
     resolve_epochs,
     resolve_learning_rate,
 )
-from core.services.adapters import find_adapter
+from core.services.adapters import find_adapter, get_adapter
 from core.services.base_models import get_base_model, is_usable_by
+from core.services.checkpoints import find_checkpoint
 from core.services.events import EVENT_CHANNEL, insert_first_event
 from core.services.files import get_file, is_live_file
 from core.services.jobs import WAKE_CHANNEL
@@ -161,11 +163,21 @@ def resolve_spec(request: JobRequest, *, base: BaseModelRow, num_examples: int) 
 
 
 def _get_trainable(session: Session, tenant_id: uuid.UUID, *, model: str) -> BaseModelRow:
-    if not is_fine_tuned_model(model):
-        return get_base_model(session, tenant_id, base_model_id=model)
-    adapter = find_adapter(session, tenant_id, name=model)
-    raise InvalidRequestError(
-        f"Training on from a fine-tuned model is not supported yet. Start from its base, {adapter.base_model_id!r}.",
+    """Return a base. Raises InvalidRequestError for what was trained, by each name that the tenant may know it by."""
+    if is_checkpoint_model(model):
+        checkpoint = find_checkpoint(session, tenant_id, name=model)
+        raise _refuse_warm_start(checkpoint.model_name.split(":")[1])  # a base's id has no colon
+    if is_fine_tuned_model(model):
+        raise _refuse_warm_start(find_adapter(session, tenant_id, name=model).base_model_id)
+    with suppress(NotFoundError):  # then it is a base's name, or nothing's
+        adapter = get_adapter(session, tenant_id, adapter_id=parse_id(IdKind.ADAPTER, model))
+        raise _refuse_warm_start(adapter.base_model_id)
+    return get_base_model(session, tenant_id, base_model_id=model)
+
+
+def _refuse_warm_start(base_model_id: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"Training on from a fine-tuned model is not supported yet. Start from its base, {base_model_id!r}.",
         code="warm_start_unsupported",
         param="model",
     )

@@ -97,6 +97,8 @@ def test_what_is_set_of_a_tenant_is_kept_and_the_rest_stays(admin: httpx.Client,
     assert good(admin.post(path, json={"max_storage_bytes": None}))["max_storage_bytes"] is None
     for wrong in ({"weight": 0}, {"max_running": -1}, {"colour": "red"}, {"allowed_base_models": ["gpt-9"]}):
         assert admin.post(path, json=wrong).status_code == 400
+    for lax in ({"weight": "1"}, {"max_running": True}, {"max_storage_bytes": False}, {"is_disabled": 0}):
+        assert admin.post(path, json=lax).status_code == 400, lax
 
 
 def test_a_base_that_is_not_allowed_does_not_exist_for_the_tenant(

@@ -50,6 +50,8 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {"model": BASE_MODEL, "training_file": "{file}"},
         {"model": BASE_MODEL, "training_file": "{own_file}", "validation_file": "{file}"},
         {"model": "{model}", "training_file": "{own_file}"},
+        {"model": "{checkpoint_model}", "training_file": "{own_file}"},
+        {"model": "{adapter}", "training_file": "{own_file}"},
     ],
     "POST /v1/files/{file_id}/preview": [{"model": BASE_MODEL}, {"model": "{model}"}],
     "POST /v1/api_keys": [{"name": "ci"}],

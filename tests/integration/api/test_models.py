@@ -100,6 +100,33 @@ def test_a_deleted_model_is_gone_with_its_objects_and_its_job_stays(
     assert len(list(store.list_keys(f"tenants/{tenant.id}/jobs/"))) == 1
 
 
+def test_training_on_from_what_was_trained_is_refused_by_each_of_its_names_and_another_tenants_is_unknown(
+    client: OpenAI,
+    other_client: OpenAI,
+    api_url: str,
+    owner: Engine,
+    servers: ServerAddresses,
+    tenant: Tenant,
+    other_tenant: Tenant,
+    job_id: str,
+) -> None:
+    checkpoint = add_checkpoint(owner, servers, tenant, job_id, step=1)
+    add_adapter(owner, tenant, job_id)
+    (adapter,) = ask(api_url, tenant, "GET", "/adapters").json()["data"]
+    file_id, other_file_id = (upload(each, GOOD).id for each in (client, other_client))
+    for model in (checkpoint, adapter["id"], adapter["name"]):
+        with pytest.raises(openai.BadRequestError, match=f"its base, '{BASE_MODEL}'") as refused:
+            submit(client, file_id, model=model)
+        assert (refused.value.code, refused.value.param) == ("warm_start_unsupported", "model")
+        for who, file, name in ((other_client, other_file_id, model), (client, file_id, model[:-1] + "x")):
+            with pytest.raises(openai.NotFoundError) as unknown:
+                submit(who, file, model=name)
+            assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+    client.fine_tuning.checkpoints.permissions.create(checkpoint, project_ids=[other_tenant.slug])
+    with pytest.raises(openai.BadRequestError, match="not supported yet"):
+        submit(other_client, other_file_id, model=checkpoint)
+
+
 def test_a_base_model_is_not_the_tenants_to_delete(client: OpenAI) -> None:
     with pytest.raises(openai.PermissionDeniedError):
         client.models.delete(BASE_MODEL)

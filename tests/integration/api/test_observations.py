@@ -30,11 +30,18 @@ def get(api_url: str, tenant: Tenant, lease: Lease, what: str, **params: Any) ->
     return httpx.get(url, params=params, headers={"authorization": f"Bearer {tenant.api_key}"}, trust_env=False)
 
 
-def add_steps(owner: Engine, lease: Lease, losses: str, *, last: int) -> None:
+def add_steps(
+    owner: Engine,
+    lease: Lease,
+    losses: str,
+    *,
+    last: int,
+    valid_loss: str = "case when s % 1000 = 0 then 7.5 end",
+) -> None:
     statement = f"""
         insert into metrics (job_id, tenant_id, step, lease_token, train_loss, train_accuracy, learning_rate, grad_norm,
             num_tokens, valid_loss)
-        select :job, :tenant, s, :token, {losses}, 0.5, 0.1, 1, 10, case when s % 1000 = 0 then 7.5 end
+        select :job, :tenant, s, :token, {losses}, 0.5, 0.1, 1, 10, {valid_loss}
         from generate_series(1, :last) s
     """
     with service_transaction(owner) as session:
@@ -54,6 +61,17 @@ def test_a_spike_of_one_step_in_ten_thousand_survives_the_thinning(api_url: str,
     assert {row["full_valid_loss"] for row in series["data"]} == {None, 7.5}
     for low in range(1, 10_001, 500):  # 20 equal stretches, none of them empty
         assert any(low <= step < low + 500 for step in steps)
+
+
+@pytest.mark.parametrize("points", [3, 4, 60, 100])
+def test_no_more_points_are_answered_than_were_asked_for(
+    api_url: str, owner: Engine, tenant: Tenant, points: int
+) -> None:
+    lease = start_job(owner, tenant.id)
+    # The least loss, an evaluation and the greatest loss follow one another: each stretch has all three, apart.
+    add_steps(owner, lease, "s % 3", last=5000, valid_loss="case when s % 3 = 1 then 7.5 end")
+    steps = [row["step"] for row in get(api_url, tenant, lease, "metrics", points=points).json()["data"]]
+    assert len(steps) == points // 3 * 3
 
 
 def test_few_steps_are_all_there_and_a_range_is_kept(api_url: str, owner: Engine, tenant: Tenant) -> None:
