@@ -63,9 +63,11 @@ class Planner:
             first.take()
             return [first]
         left = float(budget_tokens)
-        # Who is new does not wait until its tenant has saved up for its first example.
+        # Who is new does not wait until its tenant has saved up for its first example, unless the tenant owes a whole
+        # step already: one that submits short jobs all the time would live on such loans.
         for plan in plans:
-            if not plan.slot.num_fused_steps and plan.next_length <= left:
+            is_lent = plan.slot.num_fused_steps == 0 and self._balances.get(plan.slot.job.tenant, 0.0) > -budget_tokens
+            if is_lent and plan.next_length <= left:
                 left -= plan.take()
         for tenant in most_behind_first:
             spent = sum(plan.num_tokens for plan in tenants[tenant])

@@ -103,6 +103,29 @@ def test_a_newcomer_is_in_the_next_step_however_many_jobs_its_tenant_has() -> No
     assert totals["one"] / sum(totals.values()) == pytest.approx(0.5, rel=0.05)
 
 
+def test_a_tenant_that_submits_jobs_of_one_row_all_the_time_gets_its_share_and_no_more() -> None:
+    planner, steady, waiting, totals = (
+        Planner(),
+        slot_of("steady", [12] * 256, batch_size=256),
+        [],
+        {"steady": 0, "flood": 0},
+    )
+    for number in range(400):
+        waiting.append(slot_of(str(number), [500], tenant="flood"))
+        tokens = run_step(planner, [*waiting, steady], 512)
+        totals["steady"] += tokens.pop("steady", 0)
+        totals["flood"] += sum(tokens.values())
+        waiting = [slot for slot in waiting if slot.job.job_id not in tokens]
+    assert totals["flood"] / sum(totals.values()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_newcomer_of_a_tenant_that_is_ahead_by_less_than_a_step_starts_at_once() -> None:
+    planner, slots = Planner(), [slot_of("yours", [4] * 64)]
+    for number in range(3):
+        slots.append(slot_of(str(number), [300], tenant="mine"))
+        assert run_step(planner, slots, 512)[str(number)] == 300
+
+
 def test_what_one_job_cannot_use_goes_to_the_others() -> None:
     slots = [slot_of("small", [10], batch_size=1), slot_of("large", [10] * 64)]
     assert run_step(Planner(), slots, 100) == {"small": 10, "large": 90}
