@@ -89,11 +89,13 @@ class Engine:
             raise NoFreeSlotError(f"All {self._max_slots} slots are taken.")
         if job.job_id in self._slots:
             raise InvalidJobError(f"{job.job_id} is admitted already.")
-        self._limits.check_job(job)
+        self._limits.check_terms(job)
         adapter = job.spec.adapter
         layout = Layout.of(self._shape, rank=adapter.rank, target_modules=adapter.target_modules)
+        self._check_memory(layout)
+        # Last, for it reads every token: who waits for memory asks again at every step.
+        self._limits.check_examples(job.examples)
         try:
-            self._check_memory(layout)
             slot = Slot(job, self._bank_of(layout))
         except torch.OutOfMemoryError:
             raise NoFreeSlotError("The device has no memory for another slot of this rank.") from None
