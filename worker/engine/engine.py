@@ -36,6 +36,10 @@ from worker.engine.states import SlotState, capture_state, load_state
 
 log = structlog.get_logger()
 MAX_SKIPPED_STEPS = 3
+# Room for every slot at this rank on all linears is kept when the recomputed layers are chosen, once and for all: what
+# they leave is all that slots will ever have. It is what most jobs ask for at most; with max_rank's, a worker that
+# allows for one large job would compute layers twice for ever.
+_USUAL_RANK = 16
 _ONE_EXAMPLE_TOO_LARGE = "One example alone does not fit the device; lower max_seq_len."
 
 
@@ -68,7 +72,8 @@ class Engine:
             setattr(owner, child, FusedLinear(weight, name, self._context))
         self._memory = DeviceMemory(self._device)
         self._cost = self._measure_cost()
-        self._num_recomputed = self._cost.choose_recomputed(max_tokens_per_step, usable_bytes=self._usable_bytes)
+        left_bytes = self._usable_bytes - max_slots * self._usual_slot_bytes(max_rank)
+        self._num_recomputed = self._cost.choose_recomputed(max_tokens_per_step, usable_bytes=left_bytes)
         recompute_layers(model, self._num_recomputed)
 
     @property
@@ -338,6 +343,11 @@ class Engine:
             loss_bytes=loss_bytes(self._shape.vocab_size, self._device),
             num_layers=self._shape.num_layers,
         )
+
+    def _usual_slot_bytes(self, max_rank: int) -> int:
+        rank = min(_USUAL_RANK, max_rank)
+        layout = Layout.of(self._shape, rank=rank, target_modules=self._shape.target_modules)
+        return layout.num_parameters * BYTES_PER_PARAMETER
 
     @property
     def _usable_bytes(self) -> float:

@@ -152,6 +152,19 @@ def test_a_slot_that_would_leave_a_full_step_too_little_waits_and_one_that_never
     engine.admit(make_job("other", seed=2, rank=16))
 
 
+def test_layers_are_recomputed_where_the_slots_would_lack_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = partial(FullDevice, base_model_id="x", max_slots=2, max_rank=64, max_tokens_per_step=256)
+    roomy = load(tiny_llama())
+    row_bytes = 16 * Layout.of(roomy._shape, rank=16, target_modules=ALL_MODULES).num_parameters
+    monkeypatch.setattr(FullDevice, "left_bytes", roomy._predict(256) + 2 * row_bytes)
+    assert load(tiny_llama())._num_recomputed == 0
+    monkeypatch.setattr(FullDevice, "left_bytes", roomy._predict(256) + row_bytes - 1)
+    engine = load(tiny_llama())
+    assert engine._num_recomputed == 2
+    engine.admit(make_job("mine", rank=16))
+    engine.admit(make_job("other", seed=2, rank=16))
+
+
 def test_the_examples_of_a_job_that_waits_for_memory_are_not_read() -> None:
     engine = FullDevice(tiny_llama(), base_model_id="x", max_slots=4, max_rank=64, max_tokens_per_step=256)
     engine.admit(make_job("mine"))
