@@ -191,11 +191,15 @@ def synchronize() -> None:
 
 
 def roofline(engine: Engine, tokens_per_second: float) -> str:
+    """Return the utilization as a table shows it; of a CPU the peak is not known."""
+    return f"{utilization(engine, tokens_per_second):.1%}" if DEVICE.type == "cuda" else "-"
+
+
+def utilization(engine: Engine, tokens_per_second: float) -> float:
     """Return the share of the card's dense bf16 peak that the base's products take: 4 FLOP a weight and token."""
-    if DEVICE.type != "cuda":
-        return "-"
-    num_weights = sum(k * n for k, n in engine._shape.linears.values()) + engine._head.weight.numel()  # noqa: SLF001
-    return f"{4 * num_weights * tokens_per_second / H100_BF16_FLOPS:.1%}"
+    head_size = engine._head.rows_VE.numel()  # noqa: SLF001
+    num_weights = sum(k * n for k, n in engine._shape.linears.values()) + head_size  # noqa: SLF001
+    return 4 * num_weights * tokens_per_second / H100_BF16_FLOPS
 
 
 def spread(ratios: Sequence[float]) -> str:

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 JOBS = [
     make_job("wide", seed=1, rank=4, alpha=8.0),
+    make_job("twin", seed=5, rank=4, alpha=8.0),  # of wide's kind: their products are two groups of one
     make_job("narrow", seed=2, rank=6, alpha=3.0, target_modules=("q_proj", "down_proj"), count=7),
     make_job("deep", seed=3, rank=16, use_rslora=True, batch_size=4, count=9),
     make_job("wet", seed=4, rank=16, dropout=0.2),
@@ -46,10 +47,10 @@ def whole_memory() -> Iterator[None]:
 
 
 def engine_of(model: torch.nn.Module, jobs: list[EngineJob], *, max_tokens: int = 256) -> Engine:
-    engine = make_engine(model, max_tokens=max_tokens)
+    engine = make_engine(model, max_slots=len(JOBS), max_tokens=max_tokens)
     for job in jobs:
         engine.admit(job)
-        randomise_weights(engine, job.job_id)
+        randomise_weights(engine, job.job_id, seed=job.spec.seed)
     return engine
 
 
@@ -58,7 +59,7 @@ def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_gradients_in_fp32_are_those_of_the_cpu() -> None:
-    dry = JOBS[:3]  # a GPU draws other dropout masks
+    dry = JOBS[:4]  # a GPU draws other dropout masks
     found = fused_gradients(engine_of(tiny_llama().to(CUDA), dry))
     wanted = fused_gradients(engine_of(tiny_llama(), dry))
     for job in dry:

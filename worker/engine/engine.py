@@ -36,6 +36,10 @@ from worker.engine.states import SlotState, capture_state, load_state
 
 log = structlog.get_logger()
 MAX_SKIPPED_STEPS = 3
+# Room for every slot at this rank on all linears is kept when the recomputed layers are chosen, once and for all: what
+# they leave is all that slots will ever have. It is what most jobs ask for at most; with max_rank's, a worker that
+# allows for one large job would compute layers twice for ever.
+_USUAL_RANK = 16
 _ONE_EXAMPLE_TOO_LARGE = "One example alone does not fit the device; lower max_seq_len."
 
 
@@ -68,7 +72,8 @@ class Engine:
             setattr(owner, child, FusedLinear(weight, name, self._context))
         self._memory = DeviceMemory(self._device)
         self._cost = self._measure_cost()
-        self._num_recomputed = self._cost.choose_recomputed(max_tokens_per_step, usable_bytes=self._usable_bytes)
+        left_bytes = self._usable_bytes - max_slots * self._usual_slot_bytes(max_rank)
+        self._num_recomputed = self._cost.choose_recomputed(max_tokens_per_step, usable_bytes=left_bytes)
         recompute_layers(model, self._num_recomputed)
 
     @property
@@ -89,11 +94,13 @@ class Engine:
             raise NoFreeSlotError(f"All {self._max_slots} slots are taken.")
         if job.job_id in self._slots:
             raise InvalidJobError(f"{job.job_id} is admitted already.")
-        self._limits.check_job(job)
+        self._limits.check_terms(job)
         adapter = job.spec.adapter
         layout = Layout.of(self._shape, rank=adapter.rank, target_modules=adapter.target_modules)
+        self._check_memory(layout)
+        # Last, for it reads every token: who waits for memory asks again at every step.
+        self._limits.check_examples(job.examples)
         try:
-            self._check_memory(layout)
             slot = Slot(job, self._bank_of(layout))
         except torch.OutOfMemoryError:
             raise NoFreeSlotError("The device has no memory for another slot of this rank.") from None
@@ -336,6 +343,11 @@ class Engine:
             loss_bytes=loss_bytes(self._shape.vocab_size, self._device),
             num_layers=self._shape.num_layers,
         )
+
+    def _usual_slot_bytes(self, max_rank: int) -> int:
+        rank = min(_USUAL_RANK, max_rank)
+        layout = Layout.of(self._shape, rank=rank, target_modules=self._shape.target_modules)
+        return layout.num_parameters * BYTES_PER_PARAMETER
 
     @property
     def _usable_bytes(self) -> float:

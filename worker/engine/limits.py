@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from worker.engine.bases import BaseShape
 from worker.engine.errors import InvalidJobError
 from worker.engine.examples import EngineJob, Example
+
+# Examples are checked so many at once: one by one takes ten times as long, and no tenant steps meanwhile.
+_EXAMPLES_A_PART = 256
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,11 @@ class JobLimits:
     max_rank: int
     max_tokens: int
 
-    def check_job(self, job: EngineJob) -> None:
-        """Raises InvalidJobError naming what does not fit, ValueError when the share is not positive."""
+    def check_terms(self, job: EngineJob) -> None:
+        """Check all but the examples.
+
+        Raises InvalidJobError naming what does not fit, ValueError when the share is not positive.
+        """
         if not job.share > 0:
             raise ValueError(f"A job's share must be above 0, not {job.share}.")
         adapter = job.spec.adapter
@@ -31,21 +39,24 @@ class JobLimits:
             raise InvalidJobError(
                 f"The base has no {', '.join(sorted(lacking))}; it has {', '.join(self.shape.target_modules)}."
             )
-        self.check_examples(job.examples)
 
     def check_examples(self, examples: Sequence[Example]) -> None:
         """Raises InvalidJobError when there is none, or one has nothing to learn, is too long or not of this base."""
         if not examples:
             raise InvalidJobError("There is no example.")
-        for example in examples:
-            self._check_example(example)
+        for start in range(0, len(examples), _EXAMPLES_A_PART):
+            self._check_part(examples[start : start + _EXAMPLES_A_PART])
 
-    def _check_example(self, example: Example) -> None:
-        if len(example.token_ids) != len(example.is_label) or not example.num_labels:
+    def _check_part(self, examples: Sequence[Example]) -> None:
+        lengths = [example.num_tokens for example in examples]
+        if min(lengths) == 0 or lengths != [len(example.is_label) for example in examples]:
             raise InvalidJobError("An example has nothing to learn.")
-        if example.num_tokens > self.max_tokens:
-            raise InvalidJobError(
-                f"An example has {example.num_tokens} tokens; this worker takes {self.max_tokens} a step."
-            )
-        if example.token_ids.min() < 0 or example.token_ids.max() >= self.shape.vocab_size:
+        is_target, starts = np.concatenate([example.is_label for example in examples]), np.cumsum([0, *lengths[:-1]])
+        is_target[starts] = False  # nothing comes before a first token that could predict it
+        if not np.logical_or.reduceat(is_target, starts).all():
+            raise InvalidJobError("An example has nothing to learn.")
+        if max(lengths) > self.max_tokens:
+            raise InvalidJobError(f"An example has {max(lengths)} tokens; this worker takes {self.max_tokens} a step.")
+        token_ids = np.concatenate([example.token_ids for example in examples])
+        if token_ids.min() < 0 or token_ids.max() >= self.shape.vocab_size:
             raise InvalidJobError("An example has a token id outside the base's vocabulary.")

@@ -1,8 +1,8 @@
 """What the engine will need of the device's memory, known before any job depends on it.
 
 A probe counts what autograd keeps of two short forwards with an adapter on every linear; their difference is what a
-token costs. The number of recomputed layers is the smallest with which a full step fits. On a GPU every step's measured
-peak corrects the prediction: what it took beyond it is workspace, and stays reserved.
+token costs. The number of recomputed layers is the smallest with which a full step fits beside the slots. On a GPU
+every step's measured peak corrects the prediction: what it took beyond it is workspace, and stays reserved.
 """
 
 from __future__ import annotations

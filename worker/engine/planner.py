@@ -2,8 +2,9 @@
 
 Every tenant may spend its share of the token budget each step, and what it is behind, on its jobs' waiting examples,
 the least served job first. What that leaves goes to whoever has examples, and puts them ahead. Who is behind and who is
-ahead always adds up to nothing. A job's examples are taken in order and never beyond its own optimizer batch. Planning
-consumes nothing: a plan that failed can be made again.
+ahead always adds up to nothing. A job's examples are taken in order and never beyond its own optimizer batch. An
+example longer than the budget, which want of memory may have shrunk, is a step of its own: its tenant spends nothing
+until it is the most behind of all. Planning consumes nothing: a plan that failed can be made again.
 """
 
 from __future__ import annotations
@@ -56,28 +57,34 @@ class Planner:
             return []
         tenants = _by_tenant(plans)
         allowed = self._allow(tenants, budget_tokens)
-        left = float(budget_tokens)
-        # Who is new does not wait until its tenant has saved up for its first example.
-        for plan in plans:
-            if not plan.slot.num_fused_steps and plan.next_length <= left:
-                left -= plan.take()
         most_behind_first = sorted(tenants, key=lambda tenant: -allowed[tenant] / _share(tenants[tenant]))
+        first = _least_served(tenants[most_behind_first[0]])
+        if first.next_length > budget_tokens:
+            first.take()
+            return [first]
+        left = float(budget_tokens)
+        # Who is new does not wait until its tenant has saved up for its first example, unless the tenant owes a whole
+        # step already: one that submits short jobs all the time would live on such loans.
+        for plan in plans:
+            is_lent = plan.slot.num_fused_steps == 0 and self._balances.get(plan.slot.job.tenant, 0.0) > -budget_tokens
+            if is_lent and plan.next_length <= left:
+                left -= plan.take()
         for tenant in most_behind_first:
             spent = sum(plan.num_tokens for plan in tenants[tenant])
-            left -= _spend(tenants[tenant], min(left, allowed[tenant] - spent))
+            left -= _spend(tenants[tenant], min(left, allowed[tenant] - spent), budget_tokens)
+        # Should nothing be taken yet, all is left, and `first` fits into it: no step is empty.
         for tenant in most_behind_first:
-            left -= _spend(tenants[tenant], left)
-        if not any(plan.num_tokens for plan in plans):
-            # A budget halved by want of memory may be smaller than any example: then one goes alone.
-            _least_served(plans).take()
+            left -= _spend(tenants[tenant], left, budget_tokens)
         return [plan for plan in plans if plan.num_tokens]
 
     def charge(
         self, plans: Sequence[SlotPlan], slots: Sequence[Slot], budget_tokens: int, *, scored: Mapping[str, float]
     ) -> None:
         """Book a step that has succeeded, and what tenants' evaluations cost it. Call it before the slots move on."""
+        planned = {plan.slot: plan for plan in plans}
+        all_plans = [planned.get(slot) or SlotPlan(slot) for slot in slots]
         tenants = _by_tenant(
-            plan for plan in map(SlotPlan, slots) if plan.has_waiting or plan.slot.job.tenant in scored
+            plan for plan in all_plans if plan.num_tokens or plan.has_waiting or plan.slot.job.tenant in scored
         )
         balances = self._allow(tenants, sum(plan.num_tokens for plan in plans) + sum(scored.values()))
         for plan in plans:
@@ -85,8 +92,11 @@ class Planner:
             plan.slot.served_tokens += plan.num_tokens
         for tenant, cost_tokens in scored.items():
             balances[tenant] -= cost_tokens
-        # A tenant that cannot use its share saves up one step's budget; beyond that its share is the others'.
-        balances = {tenant: min(credit, float(budget_tokens)) for tenant, credit in balances.items()}
+        # A tenant that cannot use its share saves up one step's budget; beyond that its share is the others'. One whose
+        # examples wait could use it, and is owed all of it.
+        for tenant in tenants:
+            if not any(plan.has_waiting for plan in tenants[tenant]):
+                balances[tenant] = min(balances[tenant], float(budget_tokens))
         surplus, total_share = sum(balances.values()), sum(_share(tenants[tenant]) for tenant in tenants)
         self._balances = {
             tenant: credit - surplus * _share(tenants[tenant]) / total_share for tenant, credit in balances.items()
@@ -116,11 +126,16 @@ def _least_served(plans: Sequence[SlotPlan]) -> SlotPlan:
     return min(plans, key=lambda plan: plan.slot.served_tokens + plan.num_tokens)
 
 
-def _spend(plans: Sequence[SlotPlan], tokens: float) -> int:
-    """Take examples of one tenant's jobs while they fit, always the least served one's, and return the tokens taken."""
+def _spend(plans: Sequence[SlotPlan], tokens: float, budget_tokens: int) -> int:
+    """Take examples of one tenant's jobs while they fit, always the least served one's, and return the tokens taken.
+
+    Nothing more is taken once the least served one's is longer than a step's whole budget.
+    """
     open_plans, taken = list(plans), 0
     while open_plans:
         plan = _least_served(open_plans)
+        if plan.has_waiting and plan.next_length > budget_tokens:
+            break
         if plan.has_waiting and taken + plan.next_length <= tokens:
             taken += plan.take()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -41,6 +42,9 @@ from worker.engine.planner import SlotPlan
 
 def example_of(token_ids: list[int], is_label: list[bool]) -> Example:
     return Example(np.array(token_ids, dtype=np.int64), np.array(is_label))
+
+
+SOUND = random_examples(3, 300)
 
 
 def test_the_base_says_which_modules_it_can_adapt() -> None:
@@ -84,6 +88,9 @@ def test_a_share_that_is_not_positive_is_the_callers_mistake(share: float) -> No
         (EngineJob("new", make_spec(), [example_of([1, 128], [False, True])], "me"), "outside the base's vocabulary"),
         (EngineJob("new", make_spec(), [example_of([-1, 2], [False, True])], "me"), "outside the base's vocabulary"),
         (EngineJob("new", make_spec(), random_examples(1, 1, low=257, high=258), "me"), "257 tokens"),
+        (EngineJob("new", make_spec(), [example_of([], [])], "me"), "nothing to learn"),
+        (EngineJob("new", make_spec(), [*SOUND, example_of([1, 2], [True, False]), *SOUND], "me"), "nothing to learn"),
+        (EngineJob("new", make_spec(), [*SOUND, example_of([1, 128], [False, True])], "me"), "outside the base's"),
         (make_job("old"), "admitted already"),
     ],
 )
@@ -143,6 +150,39 @@ def test_a_slot_that_would_leave_a_full_step_too_little_waits_and_one_that_never
         engine.admit(make_job("other", seed=2, rank=16))
     engine.evict("mine")
     engine.admit(make_job("other", seed=2, rank=16))
+
+
+def test_layers_are_recomputed_where_the_slots_would_lack_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = partial(FullDevice, base_model_id="x", max_slots=2, max_rank=64, max_tokens_per_step=256)
+    roomy = load(tiny_llama())
+    row_bytes = 16 * Layout.of(roomy._shape, rank=16, target_modules=ALL_MODULES).num_parameters
+    monkeypatch.setattr(FullDevice, "left_bytes", roomy._predict(256) + 2 * row_bytes)
+    assert load(tiny_llama())._num_recomputed == 0
+    monkeypatch.setattr(FullDevice, "left_bytes", roomy._predict(256) + row_bytes - 1)
+    engine = load(tiny_llama())
+    assert engine._num_recomputed == 2
+    engine.admit(make_job("mine", rank=16))
+    engine.admit(make_job("other", seed=2, rank=16))
+
+
+def test_the_examples_of_a_job_that_waits_for_memory_are_not_read() -> None:
+    engine = FullDevice(tiny_llama(), base_model_id="x", max_slots=4, max_rank=64, max_tokens_per_step=256)
+    engine.admit(make_job("mine"))
+    engine.left_bytes = 0
+    with pytest.raises(NoFreeSlotError, match="no memory"):
+        engine.admit(EngineJob("other", make_spec(), UnreadableExamples(), "other"))
+
+
+class UnreadableExamples(tuple[Example, ...]):
+    """Examples that fail the test that reads one."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[Example]:
+        raise AssertionError
+
+    def __len__(self) -> int:
+        raise AssertionError
 
 
 def test_updates_count_steps_epochs_and_tokens() -> None:

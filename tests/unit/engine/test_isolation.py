@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.unit.engine.tiny import (
     weights_of,
 )
 from worker.engine import Engine, EngineJob, Example
+from worker.engine.runs import Run, SlotRows, make_runs
 
 
 def with_neighbours(neighbours: list[EngineJob]) -> Engine:
@@ -48,6 +50,75 @@ def test_my_gradients_are_bitwise_the_same_whatever_my_neighbours_hold(fill: flo
     assert all(torch.equal(fused["mine"][name], gradient) for name, gradient in expected.items())
     if not np.isfinite(fill):
         assert not all(gradient.isfinite().all() for gradient in fused["before"].values())
+
+
+def record_runs(monkeypatch: pytest.MonkeyPatch, *, is_grouped: bool) -> list[tuple[Run, ...]]:
+    """Let engines take their products batched, as on a CPU, or grouped, as on a GPU; return where each step's runs go."""
+    recorded = []
+
+    def record(parts: Sequence[SlotRows], **_device: bool) -> tuple[Run, ...]:
+        recorded.append(make_runs(parts, is_grouped=is_grouped))
+        return recorded[-1]
+
+    monkeypatch.setattr("worker.engine.engine.make_runs", record)
+    return recorded
+
+
+def engine_of_one_kind(
+    lengths: tuple[int, int, int], *, dropout: float = 0.0, has_stranger: bool = False, max_tokens: int = 256
+) -> Engine:
+    """Return an engine of three jobs that can share a run; a stranger's bank row stands before the last one's."""
+    engine = make_engine(max_tokens=max_tokens)
+    jobs = [
+        replace(make_job(name, seed=seed, dropout=dropout), examples=random_examples(seed, 9, low=low, high=low + 1))
+        for seed, (name, low) in enumerate(zip(("before", "poisoned", "after"), lengths, strict=True))
+    ]
+    stranger = make_job("stranger", seed=9, alpha=16.0)
+    for job in [*jobs[:2], stranger, jobs[2]] if has_stranger else [*jobs, stranger]:
+        engine.admit(job)
+        randomise_weights(engine, job.job_id, seed=job.spec.seed)
+    return engine
+
+
+@pytest.mark.parametrize("fill", [1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("lengths", "is_grouped", "has_stranger"),
+    [((12, 12, 12), False, False), ((12, 12, 12), True, False), ((12, 7, 19), True, False), ((12, 7, 19), True, True)],
+)
+def test_my_gradients_are_bitwise_the_same_whatever_is_in_the_same_product(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    lengths: tuple[int, int, int],
+    is_grouped: bool,
+    has_stranger: bool,
+    dropout: float,
+    fill: float,
+) -> None:
+    recorded = record_runs(monkeypatch, is_grouped=is_grouped)
+    engine = engine_of_one_kind(lengths, dropout=dropout, has_stranger=has_stranger)
+    expected = fused_gradients(engine)
+    shared = max(recorded[-1], key=lambda run: len(run.parts))
+    assert [part.slot.job.job_id for part in shared.parts] == ["before", "poisoned", "after"]
+    assert isinstance(shared.bank_rows, torch.Tensor) == has_stranger
+    engine._slots["poisoned"].weights_P.fill_(fill)
+    found = fused_gradients(engine)
+    for job_id in ("before", "after", "stranger"):
+        assert all(torch.equal(found[job_id][name], gradient) for name, gradient in expected[job_id].items())
+    assert not any(torch.equal(found["poisoned"][name], gradient) for name, gradient in expected["poisoned"].items())
+
+
+def test_rows_of_a_bank_that_are_no_neighbours_train_as_views_of_them_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    views, scattered = (engine_of_one_kind((12, 7, 19), has_stranger=True, max_tokens=64) for _ in range(2))
+    expected = train(views)
+    recorded = record_runs(monkeypatch, is_grouped=True)
+    found = train(scattered)
+    are_first = {run.kind.is_first for runs in recorded for run in runs if isinstance(run.bank_rows, torch.Tensor)}
+    assert are_first == {True, False}
+    for job_id, updates in expected.items():
+        losses, norms = [update.loss for update in updates], [update.grad_norm for update in updates]
+        assert [update.loss for update in found[job_id]] == pytest.approx(losses, abs=1e-4)
+        assert [update.grad_norm for update in found[job_id]] == pytest.approx(norms, rel=1e-3)
 
 
 def test_a_neighbour_that_diverges_does_not_bend_my_trajectory() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.engine.tiny import make_engine, make_job, make_spec, tiny_llama, train
-from worker.engine import EngineJob, Example, inspect_base
+from tests.unit.engine.tiny import make_engine, make_job, make_spec, random_examples, tiny_llama, train
+from worker.engine import EngineJob, Example, StepMetrics, inspect_base
 from worker.engine.banks import Bank, Layout
 from worker.engine.planner import Planner
 from worker.engine.slots import Slot
@@ -103,6 +104,29 @@ def test_a_newcomer_is_in_the_next_step_however_many_jobs_its_tenant_has() -> No
     assert totals["one"] / sum(totals.values()) == pytest.approx(0.5, rel=0.05)
 
 
+def test_a_tenant_that_submits_jobs_of_one_row_all_the_time_gets_its_share_and_no_more() -> None:
+    planner, steady, waiting, totals = (
+        Planner(),
+        slot_of("steady", [12] * 256, batch_size=256),
+        [],
+        {"steady": 0, "flood": 0},
+    )
+    for number in range(400):
+        waiting.append(slot_of(str(number), [500], tenant="flood"))
+        tokens = run_step(planner, [*waiting, steady], 512)
+        totals["steady"] += tokens.pop("steady", 0)
+        totals["flood"] += sum(tokens.values())
+        waiting = [slot for slot in waiting if slot.job.job_id not in tokens]
+    assert totals["flood"] / sum(totals.values()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_newcomer_of_a_tenant_that_is_ahead_by_less_than_a_step_starts_at_once() -> None:
+    planner, slots = Planner(), [slot_of("yours", [4] * 64)]
+    for number in range(3):
+        slots.append(slot_of(str(number), [300], tenant="mine"))
+        assert run_step(planner, slots, 512)[str(number)] == 300
+
+
 def test_what_one_job_cannot_use_goes_to_the_others() -> None:
     slots = [slot_of("small", [10], batch_size=1), slot_of("large", [10] * 64)]
     assert run_step(Planner(), slots, 100) == {"small": 10, "large": 90}
@@ -118,7 +142,51 @@ def test_an_example_larger_than_its_share_is_not_starved() -> None:
 
 
 def test_an_example_larger_than_a_shrunken_budget_goes_alone() -> None:
-    assert run_step(Planner(), [slot_of("long", [90] * 4)], 20) == {"long": 90}
+    slots = [slot_of("long", [90] * 4), slot_of("short", [10] * 64)]
+    assert run_step(Planner(), slots, 20) == {"long": 90}
+
+
+@pytest.mark.parametrize("share", [1.0, 3.0])
+@pytest.mark.parametrize("length", [60, 150])
+def test_an_example_larger_than_a_shrunken_budget_takes_turns_with_a_stream_of_short_ones(
+    length: int, share: float
+) -> None:
+    slots = [slot_of("short", [5, 9] * 64, share=share), slot_of("long", [length] * 64)]
+    planner, totals, last_at, longest_wait = Planner(), {"short": 0, "long": 0}, 0, 0
+    for step in range(1, 401):
+        tokens = run_step(planner, slots, 40)
+        assert sum(tokens.values()) <= 40 or tokens == {"long": length}
+        if "long" in tokens:
+            longest_wait, last_at = max(longest_wait, step - last_at), step
+        for job_id, num_tokens in tokens.items():
+            totals[job_id] += num_tokens
+    assert longest_wait <= (1 + share) * length / 40 + 2
+    assert totals["short"] / totals["long"] == pytest.approx(share, rel=0.05)
+
+
+def test_a_long_example_does_not_wait_behind_short_ones_of_its_own_tenant() -> None:
+    """All lengths divide the budget evenly: no tenant ever falls behind but by saving up."""
+    slots = [slot_of("yours", [20] * 64)]
+    slots += [slot_of("short", [20] * 64, tenant="mine"), slot_of("long", [60] * 64, tenant="mine")]
+    planner, totals = Planner(), {"yours": 0, "short": 0, "long": 0}
+    for _ in range(300):
+        for job_id, num_tokens in run_step(planner, slots, 40).items():
+            totals[job_id] += num_tokens
+    assert totals["long"] == pytest.approx(totals["short"], rel=0.05)
+    assert totals["yours"] == pytest.approx(totals["short"] + totals["long"], rel=0.05)
+
+
+def test_what_a_tenant_had_no_examples_for_is_saved_up_to_one_step_and_no_further() -> None:
+    slots = [slot_of("small", [10], batch_size=1), slot_of("large", [10] * 64)]
+    planner = Planner()
+    for _ in range(40):
+        run_step(planner, slots, 100)
+    slots.append(slot_of("more", [10] * 64, tenant="small"))
+    totals = {"small": 0, "large": 0, "more": 0}
+    for _ in range(20):
+        for job_id, num_tokens in run_step(planner, slots, 100).items():
+            totals[job_id] += num_tokens
+    assert totals["large"] >= 0.4 * 20 * 100
 
 
 def test_a_plan_can_be_made_again() -> None:
@@ -133,10 +201,10 @@ def test_a_plan_can_be_made_again() -> None:
 @settings(deadline=None, max_examples=60)
 @given(
     lengths=st.lists(st.lists(st.integers(2, 30), min_size=1, max_size=12), min_size=1, max_size=4),
-    budget=st.integers(30, 120),
+    budget=st.integers(1, 120),
     shares=st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=4, max_size=4),
 )
-def test_every_step_makes_progress_within_its_budget_and_takes_examples_in_order(
+def test_every_step_makes_progress_within_its_budget_or_by_one_example_and_takes_them_in_order(
     lengths: list[list[int]], budget: int, shares: list[float]
 ) -> None:
     slots = [
@@ -148,17 +216,34 @@ def test_every_step_makes_progress_within_its_budget_and_takes_examples_in_order
         waiting = {slot.job.job_id: slot.waiting_indices() for slot in slots}
         plans = planner.plan(slots, budget)
         assert plans
-        assert sum(plan.num_tokens for plan in plans) <= budget
+        is_alone = [len(plan.example_indices) for plan in plans] == [1]
+        assert is_alone or sum(plan.num_tokens for plan in plans) <= budget
         for plan in plans:
             assert plan.example_indices == waiting[plan.slot.job.job_id][: len(plan.example_indices)]
         run_step(planner, slots, budget)
 
 
-neighbours = st.builds(
-    make_job,
-    st.just("unnamed"),
+@dataclass(frozen=True)
+class Visit:
+    """A job that joins before one of the steps, and perhaps leaves two steps later."""
+
+    job: EngineJob
+    joins_at: int
+    is_short: bool
+
+
+def make_visit(*, joins_at: int, is_short: bool, seed: int, count: int, longest: int, **changes: Any) -> Visit:
+    examples = random_examples(seed, count, low=2, high=longest + 1)
+    return Visit(replace(make_job("unnamed", seed=seed, **changes), examples=examples), joins_at, is_short)
+
+
+a_visit = st.builds(
+    make_visit,
+    joins_at=st.integers(0, 5),
+    is_short=st.booleans(),
     seed=st.integers(10, 1000),
     count=st.integers(1, 6),
+    longest=st.sampled_from([3, 12, 32]),
     share=st.sampled_from([0.5, 1.0, 4.0]),
     rank=st.sampled_from([1, 3, 4, 8, 16]),
     alpha=st.sampled_from([4.0, 8.0]),
@@ -170,28 +255,25 @@ neighbours = st.builds(
 
 
 @settings(deadline=None, max_examples=12)
-@given(
-    joins=st.lists(st.tuples(st.integers(0, 5), neighbours), max_size=4),
-    max_tokens=st.sampled_from([32, 64, 200]),
-    target_modules=st.sampled_from([("q_proj",), ("gate_proj", "down_proj", "v_proj")]),
-)
-def test_any_company_leaves_a_job_on_its_solo_trajectory(
-    joins: list[tuple[int, EngineJob]], max_tokens: int, target_modules: tuple[str, ...]
-) -> None:
-    alone, among = make_engine(max_slots=5), make_engine(max_slots=5, max_tokens=max_tokens)
-    mine = make_job("mine", n_epochs=2, count=7, target_modules=target_modules)
-    alone.admit(mine)
-    expected = train(alone)["mine"]
-    among.admit(mine)
-    updates = []
-    for moment in range(6):
-        for number, (at, job) in enumerate(joins):
-            if at == moment:
-                among.admit(replace(job, job_id=f"neighbour-{number}"))
-            elif at + 2 == moment and f"neighbour-{number}" in among.job_ids:
-                among.evict(f"neighbour-{number}")
-        updates += train(among, num_fused_steps=1)["mine"]
-    updates += train(among)["mine"]
-    assert [update.loss for update in updates] == pytest.approx([update.loss for update in expected], abs=1e-4)
-    norms = [update.grad_norm for update in expected]
-    assert [update.grad_norm for update in updates] == pytest.approx(norms, rel=1e-3)
+@given(drawn=st.lists(a_visit, min_size=1, max_size=5), max_tokens=st.sampled_from([32, 64, 200]))
+def test_any_company_leaves_every_job_on_its_solo_trajectory(drawn: list[Visit], max_tokens: int) -> None:
+    visits = {str(number): visit for number, visit in enumerate(drawn)}
+    alone, among = make_engine(), make_engine(max_slots=5, max_tokens=max_tokens)
+    found: dict[str, list[StepMetrics]] = {name: [] for name in visits}
+    for moment in range(8):
+        for name, visit in visits.items():
+            if visit.joins_at == moment:
+                among.admit(replace(visit.job, job_id=name))
+            elif visit.is_short and visit.joins_at + 2 == moment:
+                among.evict(name)
+        for name, updates in train(among, num_fused_steps=1 if moment < 7 else 1_000_000).items():
+            found[name] += updates
+    for name, visit in visits.items():
+        alone.admit(replace(visit.job, job_id=name))
+        expected = train(alone)[name]
+        alone.evict(name)
+        if visit.is_short:
+            expected = expected[: len(found[name])]
+        assert [update.loss for update in found[name]] == pytest.approx([each.loss for each in expected], abs=1e-4)
+        norms = [update.grad_norm for update in expected]
+        assert [update.grad_norm for update in found[name]] == pytest.approx(norms, rel=1e-3, abs=1e-5)
