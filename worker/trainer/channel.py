@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from core.domain.training import Frozen
 from worker.messages import ORDERS, UrlsGranted, UrlsWanted, encode_line
@@ -35,13 +35,21 @@ def _started_pool(num_threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+def take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Return this process's standard input and output, as files that nobody else reads or writes."""
+    # A reader of its own: a thread that waits in sys.stdin would hold its lock against the interpreter's end.
+    orders = os.fdopen(os.dup(0), "rb")
+    reports = os.fdopen(os.dup(1), "wb", buffering=0)
+    # Libraries print; whatever they print must not reach the pipe that carries messages.
+    os.dup2(2, 1)
+    return orders, reports
+
+
 class Channel:
     """Sends reports, receives orders, and runs work in the background."""
 
-    def __init__(self) -> None:
-        # Libraries print; whatever they print must not reach the pipe that carries messages.
-        self._out = os.fdopen(os.dup(1), "wb", buffering=0)
-        os.dup2(2, 1)
+    def __init__(self, orders: BinaryIO, reports: BinaryIO) -> None:
+        self._orders, self._reports = orders, reports
         self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str]]] = {}
@@ -50,7 +58,7 @@ class Channel:
 
     def send(self, report: Frozen) -> None:
         with self._send_lock:
-            self._out.write(encode_line(report))
+            self._reports.write(encode_line(report))
 
     def receive(self, *, wait_seconds: float | None) -> Any:
         """Return the next order or deferred call; None when none comes in that time (None waits for ever)."""
@@ -76,8 +84,7 @@ class Channel:
             raise TransferError("No upload was granted in time.") from None
 
     def _read_orders(self) -> None:
-        # A reader of its own: a thread that waits in sys.stdin would hold its lock against the interpreter's end.
-        for line in os.fdopen(os.dup(0), "rb"):
+        for line in self._orders:
             order = ORDERS.validate_json(line)
             if isinstance(order, UrlsGranted):
                 self._grants[order.lease_token, order.artifact].put(order.urls)

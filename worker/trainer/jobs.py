@@ -15,7 +15,16 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from core.domain.training import count_steps
-from worker.engine import Engine, EngineJob, Evaluation, InvalidJobError, SlotReport, SlotState, StepMetrics
+from worker.engine import (
+    DivergedError,
+    Engine,
+    EngineJob,
+    Evaluation,
+    InvalidJobError,
+    SlotReport,
+    SlotState,
+    StepMetrics,
+)
 from worker.messages import (
     CheckpointSaved,
     EvaluationDone,
@@ -138,7 +147,10 @@ class TrainerJob:
         )
 
     def take_report(self, engine: Engine, report: SlotReport) -> bool:
-        """Take what a step did for the job; at an epoch's end, evaluate, then save. True when the engine is done."""
+        """Take what a step did for the job; at an epoch's end, evaluate, then save. True when the engine is done.
+
+        Raises DivergedError at the end of a job whose every step was skipped: its adapter is what it was drawn as.
+        """
         if report.update is not None:
             self._take_update(report.update)
             if report.update.is_epoch_end:
@@ -175,8 +187,7 @@ class TrainerJob:
         """
         for upload_of_checkpoint in self._uploads:  # the job's last checkpoint is known before its end
             upload_of_checkpoint.result()
-        step = self._rows[-1].step if self._rows else 0
-        adapter_files = self._upload("adapter", self._checkpoint_directory(step), ADAPTER_FILES)
+        adapter_files = self._upload("adapter", self._checkpoint_directory, ADAPTER_FILES)
         write_result_csv(self._directory / RESULT_FILE, self._rows)
         (result_file,) = self._upload("result", self._directory, (RESULT_FILE,))
         self.bill()
@@ -233,9 +244,13 @@ class TrainerJob:
         return step
 
     def _end_epoch(self, engine: Engine) -> None:
-        self._is_epoch_open = True
         self.bill()
-        if self._validation is not None and self._rows:
+        if not self._rows and self._is_last_step_taken:
+            raise DivergedError("The gradient was not finite in any step. Lower the learning rate.")
+        if not self._rows or self._checkpoint_directory.exists():
+            return  # every step of the epoch was skipped: there is nothing new to judge or to store
+        self._is_epoch_open = True
+        if self._validation is not None:
             engine.begin_evaluation(str(self.lease_token), self._validation.examples)
         else:
             self._publish_epoch(engine)
@@ -299,8 +314,7 @@ class TrainerJob:
 
     def _save_checkpoint(self, engine: Engine) -> None:
         """Write the adapter as it is now; its inspection and its upload go on in the background."""
-        step = self._rows[-1].step if self._rows else 0
-        directory = self._checkpoint_directory(step)
+        step, directory = self._rows[-1].step, self._checkpoint_directory
         directory.mkdir()
         engine.export_adapter(str(self.lease_token), directory)
         metrics = self._last_metrics()
@@ -353,12 +367,12 @@ class TrainerJob:
         self.log("artifact.uploaded", artifact=artifact, size_bytes=size_bytes, seconds=seconds)
         return stored
 
-    def _checkpoint_directory(self, step: int) -> Path:
-        return self._directory / f"step-{step}"
+    @property
+    def _checkpoint_directory(self) -> Path:
+        """Where the adapter is written as its last good step has left it."""
+        return self._directory / f"step-{self._rows[-1].step}"
 
     def _last_metrics(self) -> dict[str, float]:
-        if not self._rows:
-            return {}
         row = self._rows[-1]
         metrics = {"step": float(row.step), "train_loss": row.train_loss, "train_accuracy": row.train_accuracy}
         if row.valid_loss is not None and row.valid_mean_token_accuracy is not None:
