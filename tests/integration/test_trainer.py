@@ -23,8 +23,10 @@ from tokenizers.pre_tokenizers import Split
 from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from core.domain.training import Frozen
 from tests.unit.engine.tiny import ALL_MODULES, make_spec, tiny_llama
-from worker.engine import Engine, SlotReport
+from worker.engine import Engine, Example, JobTooLargeError, SlotReport
+from worker.engine.losses import RowLosses
 from worker.engine.planner import SlotPlan
+from worker.engine.slots import Slot
 from worker.messages import (
     REPORTS,
     CheckpointSaved,
@@ -102,9 +104,15 @@ class _StoreRequest(BaseHTTPRequestHandler):
 
 
 class FaultyEngine(Engine):
-    """An engine in which the gradient of some steps, of whatever job, is not finite."""
+    """An engine in which the gradient of some steps, of whatever job, is not finite, or nothing can be evaluated."""
 
     bad_steps: Sequence[int] = ()
+    can_evaluate = True
+
+    def _score(self, slot: Slot, examples: Sequence[Example]) -> list[RowLosses]:
+        if not self.can_evaluate:
+            raise JobTooLargeError("the test's device is full")
+        return super()._score(slot, examples)
 
     def _update(self, plan: SlotPlan, grad_norm: float) -> SlotReport:
         is_bad = plan.slot.step + 1 in self.bad_steps
@@ -272,3 +280,15 @@ def test_a_job_whose_every_step_was_skipped_has_diverged_and_leaves_no_adapter(
     failed = supervisor.wait_for(JobFailed)
     assert (failed.code, failed.is_job_fault) == ("diverged", True)
     assert list(store.objects) == ["/rows"]
+
+
+def test_a_validation_that_does_not_fit_fails_its_job_although_the_step_did_nothing_else(
+    supervisor: Supervisor, store: Store
+) -> None:
+    supervisor.engine.can_evaluate = False
+    rows = store.add_rows("rows")
+    supervisor.send(make_order(rows, validation_file=rows))
+    failed = supervisor.wait_for(JobFailed)
+    assert (failed.code, failed.is_job_fault) == ("oom_gpu", True)
+    supervisor.send(make_order(rows, lease_token=2))
+    supervisor.wait_for(JobSucceeded, 2)

@@ -114,7 +114,8 @@ class TrainingLoop:
         cost_tokens = sum(report.cost_tokens for report in reports)
         for report in reports:
             job = self._jobs[int(report.job_id)]
-            job.use_device(seconds * report.cost_tokens / cost_tokens)
+            if cost_tokens:  # none where the step's only report is a row that did not fit
+                job.use_device(seconds * report.cost_tokens / cost_tokens)
             self._take_report(job, report)
 
     def _take_report(self, job: TrainerJob, report: SlotReport) -> None:
