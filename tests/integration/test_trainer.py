@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
@@ -23,7 +24,7 @@ from tokenizers.pre_tokenizers import Split
 from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from core.domain.training import Frozen
 from tests.unit.engine.tiny import ALL_MODULES, make_spec, tiny_llama
-from worker.engine import Engine, Example, JobTooLargeError, SlotReport
+from worker.engine import CURSOR_FILE, TENSORS_FILE, Engine, Example, JobTooLargeError, SlotReport
 from worker.engine.losses import RowLosses
 from worker.engine.planner import SlotPlan
 from worker.engine.slots import Slot
@@ -33,19 +34,26 @@ from worker.messages import (
     EvaluationDone,
     JobFacts,
     JobFailed,
+    JobLogged,
+    JobStarted,
     JobSucceeded,
     JobWarned,
+    JobYielded,
     LoadBase,
     RemoteFile,
+    RemoteResumePoint,
     Report,
     StartJob,
+    StopJob,
     UrlsGranted,
     UrlsWanted,
+    YieldJob,
     encode_line,
 )
 from worker.trainer.bases import LoadedBase
 from worker.trainer.channel import Channel
 from worker.trainer.loop import TrainingLoop
+from worker.trainer.resume import PROGRESS_FILE
 
 SLOTS = 6
 END = "<end>"
@@ -164,8 +172,11 @@ class Supervisor:
         os.write(self._orders, encode_line(order))
 
     def wait_for(self, kind: type[R], lease_token: int = 1) -> R:
-        """Read reports, and grant the uploads that they ask for, up to this one of the job."""
-        deadline = time.monotonic() + 60
+        """Read reports, and grant the uploads that they ask for, until there is one of this kind of the job."""
+        for report in self.told(kind):
+            if getattr(report, "lease_token", None) == lease_token:
+                return report
+        deadline = time.monotonic() + 30
         for line in self._lines:
             report = REPORTS.validate_json(line)
             self.reports.append(report)
@@ -219,7 +230,12 @@ def make_base_order() -> LoadBase:
 
 
 def make_order(
-    training_file: RemoteFile, *, lease_token: int = 1, validation_file: RemoteFile | None = None, **spec: Any
+    training_file: RemoteFile,
+    *,
+    lease_token: int = 1,
+    validation_file: RemoteFile | None = None,
+    resume_points: tuple[RemoteResumePoint, ...] = (),
+    **spec: Any,
 ) -> StartJob:
     return StartJob(
         lease_token=lease_token,
@@ -237,6 +253,7 @@ def make_order(
         ),
         training_file=training_file,
         validation_file=validation_file,
+        resume_points=resume_points,
     )
 
 
@@ -292,3 +309,42 @@ def test_a_validation_that_does_not_fit_fails_its_job_although_the_step_did_noth
     assert (failed.code, failed.is_job_fault) == ("oom_gpu", True)
     supervisor.send(make_order(rows, lease_token=2))
     supervisor.wait_for(JobSucceeded, 2)
+
+
+def wait_until_fetched(store: Store, paths: list[str]) -> None:
+    deadline = time.monotonic() + 10
+    while sorted(store.fetched) != paths:
+        assert time.monotonic() < deadline, store.fetched
+        time.sleep(0.02)
+
+
+def test_a_job_is_given_back_while_all_the_other_slots_prepare(supervisor: Supervisor, store: Store) -> None:
+    supervisor.send(make_order(store.add_rows("rows", num_rows=100), n_epochs=50))
+    supervisor.wait_for(JobStarted)
+    store.is_open.clear()
+    for number in range(2, SLOTS + 1):
+        supervisor.send(make_order(store.add_rows(f"rows-{number}"), lease_token=number))
+    wait_until_fetched(store, ["/rows", *(f"/rows-{number}" for number in range(2, SLOTS + 1))])
+    supervisor.send(YieldJob(lease_token=1))
+    supervisor.wait_for(JobYielded)
+    assert not store.is_open.is_set()
+    assert any(path.startswith("/resume/") for path in store.objects)
+    store.is_open.set()
+    for number in range(2, SLOTS + 1):
+        supervisor.wait_for(JobSucceeded, number)
+
+
+def test_jobs_that_were_stopped_while_they_prepared_keep_no_slot_of_others(
+    supervisor: Supervisor, store: Store
+) -> None:
+    rows, large = store.add_rows("rows"), store.add_rows("large", num_rows=300_000)
+    for number in range(1, SLOTS + 1):
+        supervisor.send(make_order(rows, validation_file=large, lease_token=number))
+    for number in range(1, SLOTS + 1):
+        supervisor.wait_for(JobLogged, number)
+    while sum(file.path.endswith("validation.jsonl") for file in psutil.Process().open_files()) < SLOTS:
+        time.sleep(0.02)  # until each tokenises its other file, which takes minutes
+    for number in range(1, SLOTS + 1):
+        supervisor.send(StopJob(lease_token=number))
+    supervisor.send(make_order(rows, lease_token=SLOTS + 1))
+    supervisor.wait_for(JobSucceeded, SLOTS + 1)

@@ -25,7 +25,7 @@ _NUM_BACKGROUND_THREADS = 4
 T = TypeVar("T")
 
 
-def _started_pool(num_threads: int) -> ThreadPoolExecutor:
+def start_pool(num_threads: int) -> ThreadPoolExecutor:
     """Return a pool whose threads all run already: a process short of memory may not be able to start one later."""
     pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="background")
     all_started = threading.Barrier(num_threads + 1)
@@ -53,7 +53,7 @@ class Channel:
         self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str]]] = {}
-        self._background = _started_pool(_NUM_BACKGROUND_THREADS)
+        self._background = start_pool(_NUM_BACKGROUND_THREADS)
         threading.Thread(target=self._read_orders, daemon=True, name="orders").start()
 
     def send(self, report: Frozen) -> None:
@@ -68,11 +68,15 @@ class Channel:
             return None
 
     def run_in_background(self, work: Callable[[], T], *, then: Callable[[Future[T]], None] | None = None) -> Future[T]:
-        """Run `work` on a thread; the loop calls `then` with its future, between two steps."""
+        """Run `work`, which is short or stores something, on a thread; `then` is as in `deliver`."""
         future = self._background.submit(work)
         if then is not None:
-            future.add_done_callback(lambda done: self._inbox.put(lambda: then(done)))
+            self.deliver(future, then)
         return future
+
+    def deliver(self, future: Future[T], then: Callable[[Future[T]], None]) -> None:
+        """Let the loop call `then` with the future when it is done, between two steps."""
+        future.add_done_callback(lambda done: self._inbox.put(lambda: then(done)))
 
     def request_urls(self, wanted: UrlsWanted) -> dict[str, str]:
         """Ask for presigned URLs and wait for them. For background threads only. Raises TransferError."""

@@ -5,6 +5,7 @@ A job's files live in a scratch directory of its own that vanishes with it.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import time
@@ -99,6 +100,7 @@ class TrainerJob:
         self._trained_tokens = 0
         self._tokens_before = 0
         self.is_ending = False
+        self._is_closed = False
 
     def prepare(self) -> PreparedJob:
         """Fetch and tokenise the datasets. Runs on a background thread."""
@@ -205,6 +207,7 @@ class TrainerJob:
         self._channel.send(JobLogged(lease_token=self.lease_token, name=name, details=details))
 
     def close(self) -> None:
+        self._is_closed = True
         self._scratch.cleanup()
 
     def _tokenize(self, file: RemoteFile, name: str) -> TokenizedDataset:
@@ -212,7 +215,9 @@ class TrainerJob:
         path = self._directory / f"{name}.jsonl"
         download(file, path, patience_seconds=self._patience_seconds)
         max_seq_len = self._order.spec.max_seq_len
-        dataset = tokenize_dataset(self._base.tokenizer, read_examples(path), max_seq_len=max_seq_len)
+        # Whoever is closed meanwhile need not go on: its datasets are dropped, whole or not.
+        examples = itertools.takewhile(lambda _: not self._is_closed, read_examples(path))
+        dataset = tokenize_dataset(self._base.tokenizer, examples, max_seq_len=max_seq_len)
         path.unlink()
         self.log(
             "dataset.tokenized",
