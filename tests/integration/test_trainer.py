@@ -348,3 +348,13 @@ def test_jobs_that_were_stopped_while_they_prepared_keep_no_slot_of_others(
         supervisor.send(StopJob(lease_token=number))
     supervisor.send(make_order(rows, lease_token=SLOTS + 1))
     supervisor.wait_for(JobSucceeded, SLOTS + 1)
+
+
+def test_everything_is_fetched_before_anything_is_tokenised(supervisor: Supervisor, store: Store) -> None:
+    bad = store.add("bad", b"no row at all")  # which is found out when it is tokenised
+    names = (TENSORS_FILE, CURSOR_FILE, PROGRESS_FILE)
+    point = RemoteResumePoint(step=1, files={name: store.add(name, b"{}") for name in names})
+    point.files[PROGRESS_FILE] = store.add(PROGRESS_FILE, b'{"trained_tokens": 0, "is_epoch_open": false, "rows": []}')
+    supervisor.send(make_order(bad, validation_file=store.add_rows("valid"), resume_points=(point,)))
+    assert supervisor.wait_for(JobFailed).code == "invalid_training_data"
+    assert store.fetched == ["/bad", "/valid", *(f"/{name}" for name in names)]

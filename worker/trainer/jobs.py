@@ -35,7 +35,6 @@ from worker.messages import (
     JobWarned,
     JobYielded,
     LoadBase,
-    RemoteFile,
     ResumePointSaved,
     StartJob,
     StepDone,
@@ -103,17 +102,19 @@ class TrainerJob:
         self._is_closed = False
 
     def prepare(self) -> PreparedJob:
-        """Fetch and tokenise the datasets. Runs on a background thread."""
-        training = self._tokenize(self._order.training_file, "training")
-        validation = None
+        """Fetch what the order names, while its URLs are young, and then tokenise. Runs on a background thread."""
+        files = {"training": self._order.training_file}
         if self._order.validation_file is not None:
-            validation = self._tokenize(self._order.validation_file, "validation")
+            files["validation"] = self._order.validation_file
+        for name, file in files.items():
+            download(file, self._dataset_path(name), patience_seconds=self._patience_seconds)
         resume = fetch_resume_point(
             self._order.resume_points, self._directory, patience_seconds=self._patience_seconds, warn=self._warn
         )
         if resume is None and self._order.resume_points:
             self._warn("No resume point can be used; the job starts from its first step.")
-        return PreparedJob(training=training, validation=validation, resume=resume)
+        datasets = {name: self._tokenize(name) for name in files}
+        return PreparedJob(training=datasets["training"], validation=datasets.get("validation"), resume=resume)
 
     def as_engine_job(self, prepared: PreparedJob) -> EngineJob:
         self._validation = prepared.validation
@@ -210,10 +211,13 @@ class TrainerJob:
         self._is_closed = True
         self._scratch.cleanup()
 
-    def _tokenize(self, file: RemoteFile, name: str) -> TokenizedDataset:
+    def _dataset_path(self, name: str) -> Path:
+        return self._directory / f"{name}.jsonl"
+
+    def _tokenize(self, name: str) -> TokenizedDataset:
         started = time.monotonic()
-        path = self._directory / f"{name}.jsonl"
-        download(file, path, patience_seconds=self._patience_seconds)
+        path = self._dataset_path(name)
+        size_bytes = path.stat().st_size
         max_seq_len = self._order.spec.max_seq_len
         # Whoever is closed meanwhile need not go on: its datasets are dropped, whole or not.
         examples = itertools.takewhile(lambda _: not self._is_closed, read_examples(path))
@@ -222,7 +226,7 @@ class TrainerJob:
         self.log(
             "dataset.tokenized",
             file=name,
-            size_bytes=file.size_bytes,
+            size_bytes=size_bytes,
             num_examples=len(dataset.examples),
             num_tokens=sum(example.num_tokens for example in dataset.examples),
             num_truncated=dataset.num_truncated,
