@@ -1,4 +1,4 @@
-"""Watches over the supervisor from a thread of its own: is it alive, and does anybody wake it?
+"""Watches over the supervisor from threads of its own: is it alive, and does anybody wake it?
 
 Two ways in which wake-ups stop are known. Redis is away: then this worker claims by itself whatever may be claimed.
 Redis is there and wake-ups wait in it, but the consumer does not take them (a timed-out acknowledgement can leave it
@@ -44,13 +44,14 @@ class Watchdog:
         )
 
     def start(self) -> None:
-        threading.Thread(target=self._watch_forever, daemon=True, name="watchdog").start()
+        # Apart, because who heeds silence may serve for hours.
+        threading.Thread(target=self._repeat, args=(self._touch_liveness_file,), daemon=True, name="liveness").start()
+        threading.Thread(target=self._repeat, args=(self._heed_silence,), daemon=True, name="watchdog").start()
 
-    def _watch_forever(self) -> None:
+    def _repeat(self, look: Callable[[], None]) -> None:
         while True:
-            self._touch_liveness_file()
+            look()
             time.sleep(self._settings.deaf_seconds / _LOOKS_PER_DEAF_TIME)
-            self._heed_silence()
 
     def _touch_liveness_file(self) -> None:
         if self._settings.liveness_file is not None and self._runner.is_turning:

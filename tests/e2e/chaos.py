@@ -143,6 +143,15 @@ def drain(lab: Lab, fleet: Fleet, tenants: Tenants) -> dict[str, str]:
     return {job_id: status if status in (*ENDED, "lost") else "stuck" for job_id, status in ends.items()}
 
 
+def find_failures(lab: Lab) -> dict[tuple[str, bool], int]:
+    """Count the failed jobs by their code, and by whether all their attempts were spent: no fault here is a job's own."""
+    query = (
+        "select error->>'code', attempt_count >= max_attempts, count(*) from jobs where status = 'failed' group by 1, 2"
+    )
+    with psycopg.connect(lab.servers.direct.postgres_url) as connection:
+        return {(code, is_spent): count for code, is_spent, count in connection.execute(query)}
+
+
 def find_leftovers(directory: Path, temporary: Path) -> dict[str, list[str]]:
     """Return processes that still run for this soak, and files that it has left in the temporary directory."""
     processes = []
@@ -161,6 +170,7 @@ def report(
     fleet: Fleet,
     tenants: Tenants,
     ends: dict[str, str],
+    failures: dict[tuple[str, bool], int],
     findings: tuple[Finding, ...],
     leftovers: dict[str, list[str]],
 ) -> bool:
@@ -172,12 +182,15 @@ def report(
     console.print(f"{nemesis.counts.total()} faults of {kinds} kinds; {fleet.num_restarts} processes came back")
     how = {status: list(ends.values()).count(status) for status in (*ENDED, "lost", "stuck")}
     console.print(f"{len(ends)} jobs accepted in {tenants.num_tries} requests: {how}")
+    for (code, is_spent), count in sorted(failures.items()):
+        console.print(f"{count} failed: {code}{'' if is_spent else ' [red]with attempts left[/]'}")
     console.print(as_table(findings))
     for refusal in sorted(tenants.refusals):
         console.print(f"[red]refused: {refusal}[/]")
     for kind, left in leftovers.items():
         console.print(f"{len(left)} leaked {kind} {left[:5]}")
     num_bad = how["lost"] + how["stuck"] + len(tenants.refusals) + sum(finding.num_broken for finding in findings)
+    num_bad += sum(count for (_, is_spent), count in failures.items() if not is_spent)
     return num_bad + sum(map(len, leftovers.values())) == 0
 
 
@@ -200,6 +213,7 @@ def main() -> None:
                 nemesis = Nemesis(lab, fleet, seed=options.seed, job_ids=tenants.open_jobs)
                 soak(fleet, nemesis, tenants, seconds=options.minutes * 60, console=console)
                 ends = drain(lab, fleet, tenants)
+                failures = find_failures(lab)
             finally:
                 fleet.close()
             direct = lab.servers.direct
@@ -210,6 +224,7 @@ def main() -> None:
             fleet=fleet,
             tenants=tenants,
             ends=ends,
+            failures=failures,
             findings=findings,
             leftovers=find_leftovers(directory, temporary),
         )

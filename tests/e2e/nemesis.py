@@ -21,7 +21,7 @@ import redis
 from cli.processes import ChildProcess, ProcessSpec
 from core.domain.jobs import pool_name
 from core.queue import WakeUpPublisher, queue_name
-from tests.e2e.lab import BASE_MODEL, Lab
+from tests.e2e.lab import BASE_MODEL, LEASE_SECONDS, Lab
 from tests.faults import Answer503, Cut, CutAfter, Delay, Fault, FaultProxy, FlipByte, Hang
 
 POOL = pool_name(BASE_MODEL, None)
@@ -100,14 +100,18 @@ class Nemesis:
             Kind("kill a trainer", 0.5, lambda: self._signal_trainer(signal.SIGKILL)),
             Kind("crash a trainer (SEGV)", 0.3, lambda: self._signal_trainer(signal.SIGSEGV)),
             Kind("stop a worker (TERM)", 0.5, lambda: self._signal(self._one_of(WORKERS), signal.SIGTERM)),
-            Kind("pause a supervisor past its lease", 0.4, lambda: self._freeze(self._one_of(WORKERS), 4.5)),
-            Kind("pause a supervisor", 1.0, lambda: self._freeze(self._one_of(WORKERS), 1.0)),
+            Kind(
+                "pause a supervisor past its lease",
+                0.4,
+                lambda: self._freeze(self._one_of(WORKERS), LEASE_SECONDS, LEASE_SECONDS + 1.0),
+            ),
+            Kind("pause a supervisor", 1.0, lambda: self._freeze(self._one_of(WORKERS), 0.3, 1.0)),
             Kind("pause a trainer", 1.0, self._freeze_trainer),
             Kind("kill a schedule", 1.0, lambda: self._signal(self._one_of(SCHEDULES), signal.SIGKILL)),
             Kind("stop a schedule (TERM)", 0.5, lambda: self._signal(self._one_of(SCHEDULES), signal.SIGTERM)),
-            Kind("pause a schedule", 1.0, lambda: self._freeze(self._one_of(SCHEDULES), 3.0)),
+            Kind("pause a schedule", 1.0, lambda: self._freeze(self._one_of(SCHEDULES), 0.9, 3.0)),
             Kind("kill the API", 0.6, lambda: self._signal("api", signal.SIGKILL)),
-            Kind("pause the API", 1.0, lambda: self._freeze("api", 0.7)),
+            Kind("pause the API", 1.0, lambda: self._freeze("api", 0.2, 0.7)),
         )
 
     def _outages(self) -> tuple[Kind, ...]:
@@ -132,8 +136,8 @@ class Nemesis:
             Kind("PostgreSQL kills backends", 2.0, self._kill_backends),
             Kind("Redis killed, back empty", 0.7, self._lose_redis),
             Kind("Redis FLUSHALL", 2.0, self._flush_redis),
-            Kind("pause Redis", 1.0, lambda: self._freeze_pid(servers.pids["redis"], 1.5)),
-            Kind("pause S3", 1.0, lambda: self._freeze_pid(servers.pids["s3"], 1.5)),
+            Kind("pause Redis", 1.0, lambda: self._freeze_pid(servers.pids["redis"], 0.45, 1.5)),
+            Kind("pause S3", 1.0, lambda: self._freeze_pid(servers.pids["s3"], 0.45, 1.5)),
             Kind("a wake-up twenty times", 2.0, self._wake_often),
         )
 
@@ -154,17 +158,17 @@ class Nemesis:
         trainer = self._fleet.trainer(self._one_of(WORKERS))
         return trainer is not None and _send(trainer.pid, blow)
 
-    def _freeze(self, name: str, longest: float) -> bool:
-        return self._freeze_pid(self._fleet.pid(name), longest)
+    def _freeze(self, name: str, shortest: float, longest: float) -> bool:
+        return self._freeze_pid(self._fleet.pid(name), shortest, longest)
 
     def _freeze_trainer(self) -> bool:
         trainer = self._fleet.trainer(self._one_of(WORKERS))
-        return trainer is not None and self._freeze_pid(trainer.pid, 1.0)
+        return trainer is not None and self._freeze_pid(trainer.pid, 0.3, 1.0)
 
-    def _freeze_pid(self, pid: int, longest: float) -> bool:
+    def _freeze_pid(self, pid: int, shortest: float, longest: float) -> bool:
         if not _send(pid, signal.SIGSTOP):
             return False
-        time.sleep(longest * self._random.uniform(0.3, 1.0))
+        time.sleep(self._random.uniform(shortest, longest))
         return _send(pid, signal.SIGCONT)
 
     def _during(self, proxy: FaultProxy, fault: Fault, longest: float) -> bool:

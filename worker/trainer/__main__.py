@@ -14,7 +14,7 @@ from worker.engine import Engine
 from worker.messages import OUT_OF_MEMORY_EXIT_CODE, BaseLoaded, BaseRefused, LoadBase
 from worker.scratch import scratch_directory
 from worker.trainer.bases import load_base
-from worker.trainer.channel import Channel
+from worker.trainer.channel import Channel, take_pipes
 from worker.trainer.failures import BaseRefusedError
 from worker.trainer.loop import TrainingLoop
 from worker.trainer.tokenizers import write_bundle
@@ -26,7 +26,7 @@ def main() -> None:
     configure_logs("trainer")
     if threads := os.environ.get("ESPALIER_TRAINER_THREADS"):
         torch.set_num_threads(int(threads))
-    channel = Channel()
+    channel = Channel(*take_pipes())
     order = channel.receive(wait_seconds=None)
     assert isinstance(order, LoadBase)
     try:

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from core.domain.training import Frozen
 from worker.messages import ORDERS, UrlsGranted, UrlsWanted, encode_line
@@ -25,7 +25,7 @@ _NUM_BACKGROUND_THREADS = 4
 T = TypeVar("T")
 
 
-def _started_pool(num_threads: int) -> ThreadPoolExecutor:
+def start_pool(num_threads: int) -> ThreadPoolExecutor:
     """Return a pool whose threads all run already: a process short of memory may not be able to start one later."""
     pool = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="background")
     all_started = threading.Barrier(num_threads + 1)
@@ -35,22 +35,30 @@ def _started_pool(num_threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+def take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Return this process's standard input and output, as files that nobody else reads or writes."""
+    # A reader of its own: a thread that waits in sys.stdin would hold its lock against the interpreter's end.
+    orders = os.fdopen(os.dup(0), "rb")
+    reports = os.fdopen(os.dup(1), "wb", buffering=0)
+    # Libraries print; whatever they print must not reach the pipe that carries messages.
+    os.dup2(2, 1)
+    return orders, reports
+
+
 class Channel:
     """Sends reports, receives orders, and runs work in the background."""
 
-    def __init__(self) -> None:
-        # Libraries print; whatever they print must not reach the pipe that carries messages.
-        self._out = os.fdopen(os.dup(1), "wb", buffering=0)
-        os.dup2(2, 1)
+    def __init__(self, orders: BinaryIO, reports: BinaryIO) -> None:
+        self._orders, self._reports = orders, reports
         self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str]]] = {}
-        self._background = _started_pool(_NUM_BACKGROUND_THREADS)
+        self._background = start_pool(_NUM_BACKGROUND_THREADS)
         threading.Thread(target=self._read_orders, daemon=True, name="orders").start()
 
     def send(self, report: Frozen) -> None:
         with self._send_lock:
-            self._out.write(encode_line(report))
+            self._reports.write(encode_line(report))
 
     def receive(self, *, wait_seconds: float | None) -> Any:
         """Return the next order or deferred call; None when none comes in that time (None waits for ever)."""
@@ -60,11 +68,15 @@ class Channel:
             return None
 
     def run_in_background(self, work: Callable[[], T], *, then: Callable[[Future[T]], None] | None = None) -> Future[T]:
-        """Run `work` on a thread; the loop calls `then` with its future, between two steps."""
+        """Run `work`, which is short or stores something, on a thread; `then` is as in `deliver`."""
         future = self._background.submit(work)
         if then is not None:
-            future.add_done_callback(lambda done: self._inbox.put(lambda: then(done)))
+            self.deliver(future, then)
         return future
+
+    def deliver(self, future: Future[T], then: Callable[[Future[T]], None]) -> None:
+        """Let the loop call `then` with the future when it is done, between two steps."""
+        future.add_done_callback(lambda done: self._inbox.put(lambda: then(done)))
 
     def request_urls(self, wanted: UrlsWanted) -> dict[str, str]:
         """Ask for presigned URLs and wait for them. For background threads only. Raises TransferError."""
@@ -76,8 +88,7 @@ class Channel:
             raise TransferError("No upload was granted in time.") from None
 
     def _read_orders(self) -> None:
-        # A reader of its own: a thread that waits in sys.stdin would hold its lock against the interpreter's end.
-        for line in os.fdopen(os.dup(0), "rb"):
+        for line in self._orders:
             order = ORDERS.validate_json(line)
             if isinstance(order, UrlsGranted):
                 self._grants[order.lease_token, order.artifact].put(order.urls)

@@ -6,6 +6,7 @@ import copy
 import csv
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,6 +26,9 @@ WEIGHTS, CONFIG, CARD, MANIFEST = "adapter_model.safetensors", "adapter_config.j
 ADAPTER_FILES = (WEIGHTS, CONFIG, CARD, MANIFEST)
 RESULT_FILE = "step_metrics.csv"
 _VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "espalier")
+# PEFT patches nn.Module for the whole process while it builds empty modules: two threads would undo it in the wrong
+# order, and every module made later would have no weights.
+_patching = threading.Lock()
 _RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
@@ -134,11 +138,12 @@ def _load_with_peft(directory: Path, config: PeftConfig, base_config: PreTrained
         del dense_config.quantization_config
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(dense_config)
-    model = PeftModel(skeleton, config, low_cpu_mem_usage=True)
-    try:
-        loaded = model.load_adapter(str(directory), "inspected", low_cpu_mem_usage=True, torch_device="cpu")
-    except RuntimeError as error:
-        raise AdapterInvalidError("A tensor of the adapter has not the shape that PEFT expects.") from error
+    with _patching:
+        model = PeftModel(skeleton, config, low_cpu_mem_usage=True)
+        try:
+            loaded = model.load_adapter(str(directory), "inspected", low_cpu_mem_usage=True, torch_device="cpu")
+        except RuntimeError as error:
+            raise AdapterInvalidError("A tensor of the adapter has not the shape that PEFT expects.") from error
     missing = [name for name in loaded.missing_keys if ".inspected." in name]
     if missing or loaded.unexpected_keys:
         strange = ", ".join([*missing, *loaded.unexpected_keys][:3])

@@ -5,6 +5,7 @@ A job's files live in a scratch directory of its own that vanishes with it.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import time
@@ -15,7 +16,16 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from core.domain.training import count_steps
-from worker.engine import Engine, EngineJob, Evaluation, InvalidJobError, SlotReport, SlotState, StepMetrics
+from worker.engine import (
+    DivergedError,
+    Engine,
+    EngineJob,
+    Evaluation,
+    InvalidJobError,
+    SlotReport,
+    SlotState,
+    StepMetrics,
+)
 from worker.messages import (
     CheckpointSaved,
     EvaluationDone,
@@ -25,7 +35,6 @@ from worker.messages import (
     JobWarned,
     JobYielded,
     LoadBase,
-    RemoteFile,
     ResumePointSaved,
     StartJob,
     StepDone,
@@ -90,19 +99,22 @@ class TrainerJob:
         self._trained_tokens = 0
         self._tokens_before = 0
         self.is_ending = False
+        self._is_closed = False
 
     def prepare(self) -> PreparedJob:
-        """Fetch and tokenise the datasets. Runs on a background thread."""
-        training = self._tokenize(self._order.training_file, "training")
-        validation = None
+        """Fetch what the order names, while its URLs are young, and then tokenise. Runs on a background thread."""
+        files = {"training": self._order.training_file}
         if self._order.validation_file is not None:
-            validation = self._tokenize(self._order.validation_file, "validation")
+            files["validation"] = self._order.validation_file
+        for name, file in files.items():
+            download(file, self._dataset_path(name), patience_seconds=self._patience_seconds)
         resume = fetch_resume_point(
             self._order.resume_points, self._directory, patience_seconds=self._patience_seconds, warn=self._warn
         )
         if resume is None and self._order.resume_points:
             self._warn("No resume point can be used; the job starts from its first step.")
-        return PreparedJob(training=training, validation=validation, resume=resume)
+        datasets = {name: self._tokenize(name) for name in files}
+        return PreparedJob(training=datasets["training"], validation=datasets.get("validation"), resume=resume)
 
     def as_engine_job(self, prepared: PreparedJob) -> EngineJob:
         self._validation = prepared.validation
@@ -138,7 +150,10 @@ class TrainerJob:
         )
 
     def take_report(self, engine: Engine, report: SlotReport) -> bool:
-        """Take what a step did for the job; at an epoch's end, evaluate, then save. True when the engine is done."""
+        """Take what a step did for the job; at an epoch's end, evaluate, then save. True when the engine is done.
+
+        Raises DivergedError at the end of a job whose every step was skipped: its adapter is what it was drawn as.
+        """
         if report.update is not None:
             self._take_update(report.update)
             if report.update.is_epoch_end:
@@ -175,8 +190,7 @@ class TrainerJob:
         """
         for upload_of_checkpoint in self._uploads:  # the job's last checkpoint is known before its end
             upload_of_checkpoint.result()
-        step = self._rows[-1].step if self._rows else 0
-        adapter_files = self._upload("adapter", self._checkpoint_directory(step), ADAPTER_FILES)
+        adapter_files = self._upload("adapter", self._checkpoint_directory, ADAPTER_FILES)
         write_result_csv(self._directory / RESULT_FILE, self._rows)
         (result_file,) = self._upload("result", self._directory, (RESULT_FILE,))
         self.bill()
@@ -194,19 +208,25 @@ class TrainerJob:
         self._channel.send(JobLogged(lease_token=self.lease_token, name=name, details=details))
 
     def close(self) -> None:
+        self._is_closed = True
         self._scratch.cleanup()
 
-    def _tokenize(self, file: RemoteFile, name: str) -> TokenizedDataset:
+    def _dataset_path(self, name: str) -> Path:
+        return self._directory / f"{name}.jsonl"
+
+    def _tokenize(self, name: str) -> TokenizedDataset:
         started = time.monotonic()
-        path = self._directory / f"{name}.jsonl"
-        download(file, path, patience_seconds=self._patience_seconds)
+        path = self._dataset_path(name)
+        size_bytes = path.stat().st_size
         max_seq_len = self._order.spec.max_seq_len
-        dataset = tokenize_dataset(self._base.tokenizer, read_examples(path), max_seq_len=max_seq_len)
+        # Whoever is closed meanwhile need not go on: its datasets are dropped, whole or not.
+        examples = itertools.takewhile(lambda _: not self._is_closed, read_examples(path))
+        dataset = tokenize_dataset(self._base.tokenizer, examples, max_seq_len=max_seq_len)
         path.unlink()
         self.log(
             "dataset.tokenized",
             file=name,
-            size_bytes=file.size_bytes,
+            size_bytes=size_bytes,
             num_examples=len(dataset.examples),
             num_tokens=sum(example.num_tokens for example in dataset.examples),
             num_truncated=dataset.num_truncated,
@@ -233,9 +253,13 @@ class TrainerJob:
         return step
 
     def _end_epoch(self, engine: Engine) -> None:
-        self._is_epoch_open = True
         self.bill()
-        if self._validation is not None and self._rows:
+        if not self._rows and self._is_last_step_taken:
+            raise DivergedError("The gradient was not finite in any step. Lower the learning rate.")
+        if not self._rows or self._checkpoint_directory.exists():
+            return  # every step of the epoch was skipped: there is nothing new to judge or to store
+        self._is_epoch_open = True
+        if self._validation is not None:
             engine.begin_evaluation(str(self.lease_token), self._validation.examples)
         else:
             self._publish_epoch(engine)
@@ -299,8 +323,7 @@ class TrainerJob:
 
     def _save_checkpoint(self, engine: Engine) -> None:
         """Write the adapter as it is now; its inspection and its upload go on in the background."""
-        step = self._rows[-1].step if self._rows else 0
-        directory = self._checkpoint_directory(step)
+        step, directory = self._rows[-1].step, self._checkpoint_directory
         directory.mkdir()
         engine.export_adapter(str(self.lease_token), directory)
         metrics = self._last_metrics()
@@ -353,12 +376,12 @@ class TrainerJob:
         self.log("artifact.uploaded", artifact=artifact, size_bytes=size_bytes, seconds=seconds)
         return stored
 
-    def _checkpoint_directory(self, step: int) -> Path:
-        return self._directory / f"step-{step}"
+    @property
+    def _checkpoint_directory(self) -> Path:
+        """Where the adapter is written as its last good step has left it."""
+        return self._directory / f"step-{self._rows[-1].step}"
 
     def _last_metrics(self) -> dict[str, float]:
-        if not self._rows:
-            return {}
         row = self._rows[-1]
         metrics = {"step": float(row.step), "train_loss": row.train_loss, "train_accuracy": row.train_accuracy}
         if row.valid_loss is not None and row.valid_mean_token_accuracy is not None:

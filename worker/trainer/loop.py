@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from worker.engine import Engine, EngineError, NoFreeSlotError, SlotReport
 from worker.messages import Alive, JobFailed, LoadBase, StartJob, StopJob, YieldJob
 from worker.trainer.bases import LoadedBase
-from worker.trainer.channel import Channel
+from worker.trainer.channel import Channel, start_pool
 from worker.trainer.failures import TrainerError
 from worker.trainer.jobs import PreparedJob, TrainerJob
 
@@ -41,6 +41,8 @@ class TrainingLoop:
         self._channel = channel
         self._engine = engine
         self._base = base
+        # Apart from the channel's own threads: what must be stored does not wait for long downloads and tokenising.
+        self._preparing = start_pool(order.slots)
         self._jobs: dict[int, TrainerJob] = {}
         # Prepared, and waiting until another job leaves the memory that they need.
         self._waiting: deque[tuple[TrainerJob, PreparedJob]] = deque()
@@ -82,7 +84,7 @@ class TrainingLoop:
             order, channel=self._channel, base=self._base, base_order=self._order, scratch_dir=self._scratch_dir
         )
         self._jobs[order.lease_token] = job
-        self._channel.run_in_background(job.prepare, then=self._guarded(job, self._admit))
+        self._channel.deliver(self._preparing.submit(job.prepare), self._guarded(job, self._admit))
 
     def _admit(self, job: TrainerJob, prepared: PreparedJob) -> None:
         if job.is_ending:
@@ -114,7 +116,8 @@ class TrainingLoop:
         cost_tokens = sum(report.cost_tokens for report in reports)
         for report in reports:
             job = self._jobs[int(report.job_id)]
-            job.use_device(seconds * report.cost_tokens / cost_tokens)
+            if cost_tokens:  # none where the step's only report is a row that did not fit
+                job.use_device(seconds * report.cost_tokens / cost_tokens)
             self._take_report(job, report)
 
     def _take_report(self, job: TrainerJob, report: SlotReport) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from core.domain.training import AdapterConfig
 from tests.unit.engine.tiny import make_engine, make_job, tiny_llama, train
@@ -51,6 +53,14 @@ def verify(directory: Path, *, adapter: AdapterConfig = JOB.spec.adapter) -> Non
 def test_what_the_engine_exports_passes(adapter_dir: Path) -> None:
     describe(adapter_dir)
     verify(adapter_dir)
+
+
+def test_adapters_inspected_at_once_leave_no_module_without_weights(adapter_dir: Path) -> None:
+    describe(adapter_dir)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(verify, adapter_dir) for _ in range(12)]:
+            done.result()
+    assert nn.Linear(1, 1).weight.device.type == "cpu"
 
 
 def rename(tensors: Tensors) -> None:

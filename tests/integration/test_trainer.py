@@ -1,0 +1,360 @@
+"""A trainer's loop with a real engine on a tiny base; the test is its supervisor, and its object store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+
+from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
+from core.domain.training import Frozen
+from tests.unit.engine.tiny import ALL_MODULES, make_spec, tiny_llama
+from worker.engine import CURSOR_FILE, TENSORS_FILE, Engine, Example, JobTooLargeError, SlotReport
+from worker.engine.losses import RowLosses
+from worker.engine.planner import SlotPlan
+from worker.engine.slots import Slot
+from worker.messages import (
+    REPORTS,
+    CheckpointSaved,
+    EvaluationDone,
+    JobFacts,
+    JobFailed,
+    JobLogged,
+    JobStarted,
+    JobSucceeded,
+    JobWarned,
+    JobYielded,
+    LoadBase,
+    RemoteFile,
+    RemoteResumePoint,
+    Report,
+    StartJob,
+    StopJob,
+    UrlsGranted,
+    UrlsWanted,
+    YieldJob,
+    encode_line,
+)
+from worker.trainer.bases import LoadedBase
+from worker.trainer.channel import Channel
+from worker.trainer.loop import TrainingLoop
+from worker.trainer.resume import PROGRESS_FILE
+
+SLOTS = 6
+END = "<end>"
+TEMPLATE = f"{{% for message in messages %}}{{{{ message.role }}}}: {{{{ message.content }}}}{END}{{% endfor %}}"
+R = TypeVar("R", bound=Frozen)
+
+
+class Store(ThreadingHTTPServer):
+    """Objects by path, and who has asked for what. A GET waits for as long as `is_open` is not set."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _StoreRequest)
+        self.objects: dict[str, bytes] = {}
+        self.fetched: list[str] = []
+        self.is_open = threading.Event()
+        self.is_open.set()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{path}"
+
+    def add(self, path: str, content: bytes) -> RemoteFile:
+        self.objects[f"/{path}"] = content
+        return RemoteFile(url=self.url(path), sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+
+    def add_rows(self, path: str, *, num_rows: int = 2) -> RemoteFile:
+        rows = [
+            [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(num_rows)
+        ]
+        return self.add(path, "\n".join(json.dumps({"messages": row}) for row in rows).encode())
+
+
+class _StoreRequest(BaseHTTPRequestHandler):
+    server: Store
+
+    def do_GET(self) -> None:
+        self.server.fetched.append(self.path)
+        self.server.is_open.wait()
+        content = self.server.objects.get(self.path)
+        self._answer(HTTPStatus.NOT_FOUND if content is None else HTTPStatus.OK, content or b"")
+
+    def do_PUT(self) -> None:
+        self.server.objects[self.path] = self.rfile.read(int(self.headers["content-length"]))
+        self._answer(HTTPStatus.OK, b"")
+
+    def _answer(self, status: HTTPStatus, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_arguments: Any) -> None:
+        pass
+
+
+class FaultyEngine(Engine):
+    """An engine in which the gradient of some steps, of whatever job, is not finite, or nothing can be evaluated."""
+
+    bad_steps: Sequence[int] = ()
+    can_evaluate = True
+
+    def _score(self, slot: Slot, examples: Sequence[Example]) -> list[RowLosses]:
+        if not self.can_evaluate:
+            raise JobTooLargeError("the test's device is full")
+        return super()._score(slot, examples)
+
+    def _update(self, plan: SlotPlan, grad_norm: float) -> SlotReport:
+        is_bad = plan.slot.step + 1 in self.bad_steps
+        return super()._update(plan, math.nan if is_bad else grad_norm)
+
+
+class _OverError(Exception):
+    """Ends a loop whose test is over."""
+
+
+def _end_loop() -> None:
+    raise _OverError
+
+
+class Supervisor:
+    """The other end of a trainer's pipes, with the trainer's loop on a thread."""
+
+    def __init__(self, store: Store, scratch_dir: Path) -> None:
+        self.store = store
+        self.reports: list[Report] = []
+        self.scratch_dir = scratch_dir
+        # The trainer ends its process, which is the test's own, when this end of its orders is closed.
+        orders, self._orders = os.pipe()
+        reports, reports_end = os.pipe()
+        self._lines = os.fdopen(reports, "rb")
+        self._channel = Channel(
+            os.fdopen(orders, "rb", closefd=False), os.fdopen(reports_end, "wb", buffering=0, closefd=False)
+        )
+        self.engine = FaultyEngine(
+            tiny_llama(), base_model_id="tiny/llama", max_slots=SLOTS, max_rank=16, max_tokens_per_step=256
+        )
+
+    def start_loop(self) -> None:
+        base = LoadedBase(tiny_llama(), make_tokenizer(), make_bundle(), revision="1", seconds=0.0)
+        loop = TrainingLoop(self._channel, self.engine, base, make_base_order(), scratch_dir=self.scratch_dir)
+        self._thread = threading.Thread(target=self._run, args=(loop,), daemon=True)
+        self._thread.start()
+
+    def _run(self, loop: TrainingLoop) -> None:
+        with suppress(_OverError):
+            loop.run()
+
+    def stop_loop(self) -> None:
+        self._channel.run_in_background(_end_loop, then=lambda done: done.result())
+        self._thread.join(10)
+        self._lines.close()
+
+    def send(self, order: Frozen) -> None:
+        os.write(self._orders, encode_line(order))
+
+    def wait_for(self, kind: type[R], lease_token: int = 1) -> R:
+        """Read reports, and grant the uploads that they ask for, until there is one of this kind of the job."""
+        for report in self.told(kind):
+            if getattr(report, "lease_token", None) == lease_token:
+                return report
+        deadline = time.monotonic() + 30
+        for line in self._lines:
+            report = REPORTS.validate_json(line)
+            self.reports.append(report)
+            if isinstance(report, UrlsWanted):
+                self._grant(report)
+            if isinstance(report, kind) and getattr(report, "lease_token", None) == lease_token:
+                return report
+            assert kind is JobFailed or not isinstance(report, JobFailed), report
+            assert time.monotonic() < deadline, f"no {kind.__name__} came in time"
+        raise AssertionError
+
+    def told(self, kind: type[R]) -> list[R]:
+        return [report for report in self.reports if isinstance(report, kind)]
+
+    def _grant(self, wanted: UrlsWanted) -> None:
+        urls = {name: self.store.url(f"{wanted.artifact}/{name}") for name in wanted.names}
+        self.send(UrlsGranted(lease_token=wanted.lease_token, artifact=wanted.artifact, urls=urls))
+
+
+def make_bundle() -> TokenizerBundle:
+    """A token a character."""
+    letters = [chr(code) for code in range(32, 127)]
+    backend = Tokenizer(WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="?"))
+    backend.pre_tokenizer = Split("", "isolated")
+    backend.add_special_tokens([AddedToken(END, special=True)])
+    return TokenizerBundle(backend=backend.to_str(), chat_template=TEMPLATE, special_tokens={"eos_token": END})
+
+
+def make_tokenizer() -> BaseTokenizer:
+    return BaseTokenizer(make_bundle())
+
+
+def make_base_order() -> LoadBase:
+    return LoadBase(
+        base_model_id="tiny/llama",
+        source_kind="path",
+        location="",
+        revision="1",
+        dtype="float32",
+        quantization=None,
+        target_modules=ALL_MODULES,
+        chat_template=None,
+        slots=SLOTS,
+        max_rank=16,
+        max_tokens_per_step=256,
+        cache_dir="",
+        resume_steps=1000,
+        resume_seconds=1000,
+        storage_patience_seconds=5,
+    )
+
+
+def make_order(
+    training_file: RemoteFile,
+    *,
+    lease_token: int = 1,
+    validation_file: RemoteFile | None = None,
+    resume_points: tuple[RemoteResumePoint, ...] = (),
+    **spec: Any,
+) -> StartJob:
+    return StartJob(
+        lease_token=lease_token,
+        tenant_id="acme",
+        share=1.0,
+        spec=make_spec(**{"n_epochs": 3, "batch_size": 2} | spec),
+        facts=JobFacts(
+            job_id="ftjob-1",
+            tenant="acme",
+            model_name="ft:tiny:acme::1",
+            base_model_id="tiny/llama",
+            base_revision="",
+            quantization=None,
+            created_at=0,
+        ),
+        training_file=training_file,
+        validation_file=validation_file,
+        resume_points=resume_points,
+    )
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with Store() as made:
+        yield made
+        made.is_open.set()
+        made.shutdown()
+
+
+@pytest.fixture
+def supervisor(store: Store, tmp_path: Path) -> Iterator[Supervisor]:
+    made = Supervisor(store, tmp_path)
+    made.start_loop()
+    yield made
+    made.stop_loop()
+
+
+@pytest.mark.parametrize(("bad_steps", "checkpoints"), [((2,), [1, 3]), ((1,), [2, 3]), ((3,), [1, 2]), ((2, 3), [1])])
+def test_an_epoch_whose_every_step_was_skipped_stores_no_checkpoint_and_costs_nothing(
+    supervisor: Supervisor, store: Store, bad_steps: tuple[int, ...], checkpoints: list[int]
+) -> None:
+    supervisor.engine.bad_steps = bad_steps
+    rows = store.add_rows("rows")  # one step an epoch
+    supervisor.send(make_order(rows, validation_file=rows))
+    done = supervisor.wait_for(JobSucceeded)
+    assert [report.step for report in supervisor.told(CheckpointSaved)] == checkpoints
+    assert [report.step for report in supervisor.told(EvaluationDone)] == checkpoints
+    assert len(supervisor.told(JobWarned)) == len(bad_steps)
+    weights = store.objects[f"/checkpoints/step-{checkpoints[-1]}/adapter_model.safetensors"]
+    assert hashlib.sha256(weights).hexdigest() in {file.sha256 for file in done.adapter_files}
+
+
+@pytest.mark.parametrize("n_epochs", [1, 2, 3])
+def test_a_job_whose_every_step_was_skipped_has_diverged_and_leaves_no_adapter(
+    supervisor: Supervisor, store: Store, n_epochs: int
+) -> None:
+    supervisor.engine.bad_steps = range(1, 10)
+    supervisor.send(make_order(store.add_rows("rows"), n_epochs=n_epochs))
+    failed = supervisor.wait_for(JobFailed)
+    assert (failed.code, failed.is_job_fault) == ("diverged", True)
+    assert list(store.objects) == ["/rows"]
+
+
+def test_a_validation_that_does_not_fit_fails_its_job_although_the_step_did_nothing_else(
+    supervisor: Supervisor, store: Store
+) -> None:
+    supervisor.engine.can_evaluate = False
+    rows = store.add_rows("rows")
+    supervisor.send(make_order(rows, validation_file=rows))
+    failed = supervisor.wait_for(JobFailed)
+    assert (failed.code, failed.is_job_fault) == ("oom_gpu", True)
+    supervisor.send(make_order(rows, lease_token=2))
+    supervisor.wait_for(JobSucceeded, 2)
+
+
+def wait_until_fetched(store: Store, paths: list[str]) -> None:
+    deadline = time.monotonic() + 10
+    while sorted(store.fetched) != paths:
+        assert time.monotonic() < deadline, store.fetched
+        time.sleep(0.02)
+
+
+def test_a_job_is_given_back_while_all_the_other_slots_prepare(supervisor: Supervisor, store: Store) -> None:
+    supervisor.send(make_order(store.add_rows("rows", num_rows=100), n_epochs=50))
+    supervisor.wait_for(JobStarted)
+    store.is_open.clear()
+    for number in range(2, SLOTS + 1):
+        supervisor.send(make_order(store.add_rows(f"rows-{number}"), lease_token=number))
+    wait_until_fetched(store, ["/rows", *(f"/rows-{number}" for number in range(2, SLOTS + 1))])
+    supervisor.send(YieldJob(lease_token=1))
+    supervisor.wait_for(JobYielded)
+    assert not store.is_open.is_set()
+    assert any(path.startswith("/resume/") for path in store.objects)
+    store.is_open.set()
+    for number in range(2, SLOTS + 1):
+        supervisor.wait_for(JobSucceeded, number)
+
+
+def test_jobs_that_were_stopped_while_they_prepared_keep_no_slot_of_others(
+    supervisor: Supervisor, store: Store
+) -> None:
+    rows, large = store.add_rows("rows"), store.add_rows("large", num_rows=300_000)
+    for number in range(1, SLOTS + 1):
+        supervisor.send(make_order(rows, validation_file=large, lease_token=number))
+    for number in range(1, SLOTS + 1):
+        supervisor.wait_for(JobLogged, number)
+    while sum(file.path.endswith("validation.jsonl") for file in psutil.Process().open_files()) < SLOTS:
+        time.sleep(0.02)  # until each tokenises its other file, which takes minutes
+    for number in range(1, SLOTS + 1):
+        supervisor.send(StopJob(lease_token=number))
+    supervisor.send(make_order(rows, lease_token=SLOTS + 1))
+    supervisor.wait_for(JobSucceeded, SLOTS + 1)
+
+
+def test_everything_is_fetched_before_anything_is_tokenised(supervisor: Supervisor, store: Store) -> None:
+    bad = store.add("bad", b"no row at all")  # which is found out when it is tokenised
+    names = (TENSORS_FILE, CURSOR_FILE, PROGRESS_FILE)
+    point = RemoteResumePoint(step=1, files={name: store.add(name, b"{}") for name in names})
+    point.files[PROGRESS_FILE] = store.add(PROGRESS_FILE, b'{"trained_tokens": 0, "is_epoch_open": false, "rows": []}')
+    supervisor.send(make_order(bad, validation_file=store.add_rows("valid"), resume_points=(point,)))
+    assert supervisor.wait_for(JobFailed).code == "invalid_training_data"
+    assert store.fetched == ["/bad", "/valid", *(f"/{name}" for name in names)]

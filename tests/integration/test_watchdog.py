@@ -1,0 +1,96 @@
+"""Who watches a worker that nobody wakes: on real servers, with a runner that only the watchdog calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+from sqlalchemy import Engine
+
+from cli.servers import ServerAddresses
+from core.db.session import connect
+from core.queue import WakeUpPublisher, queue_name
+from core.settings import WorkerSettings
+from core.storage import S3ObjectStore
+from tests.integration.conftest import Database, Tenant
+from tests.integration.training import POOL, queue_job
+from worker.runner import Runner
+from worker.watchdog import Watchdog
+
+NOBODY = "redis://127.0.0.1:1/0"
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_true():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def settings(database: Database, servers: ServerAddresses, tmp_path: Path) -> WorkerSettings:
+    storage = servers.storage
+    return WorkerSettings.model_validate(
+        {
+            "database_url": database.worker_url,
+            "redis_url": servers.redis_url,
+            "s3_endpoint": storage.endpoint,
+            "s3_access_key": storage.access_key,
+            "s3_secret_key": storage.secret_key,
+            "worker_name": "watched",
+            "worker_pools": (POOL,),
+            "cache_dir": tmp_path,
+            "deaf_seconds": 0.3,
+            "liveness_file": tmp_path / "alive",
+        }
+    )
+
+
+def make_runner(settings: WorkerSettings, servers: ServerAddresses) -> Runner:
+    url = settings.database_url.get_secret_value()
+    store = S3ObjectStore(servers.storage)
+    return Runner(settings, engine=connect(url), heartbeat_engine=connect(url), store=store)
+
+
+def test_row_11_a_worker_whose_consumer_takes_no_wake_up_ends_to_be_started_afresh(
+    settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant.id)
+    with WakeUpPublisher(servers.redis_url) as publisher:
+        publisher.publish(POOL)
+    runner, codes = make_runner(settings, servers), []
+
+    def end_process(code: int) -> None:
+        codes.append(code)
+        runner.request_stop()  # this process goes on: nothing is to be served in it
+
+    Watchdog(settings, runner, end_process=end_process).start()
+    try:
+        wait_until(lambda: bool(codes))
+        assert set(codes) == {1}
+    finally:
+        runner.request_stop()
+        with redis.Redis.from_url(servers.redis_url) as client:
+            client.delete(queue_name(POOL))
+
+
+def test_the_liveness_file_is_touched_while_the_watchdog_itself_serves(
+    settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant.id)
+    settings = settings.model_copy(update={"redis_url": type(settings.redis_url)(NOBODY)})
+    runner = make_runner(settings, servers)
+    Watchdog(settings, runner).start()
+    assert settings.liveness_file is not None
+    try:
+        wait_until(lambda: runner.describe().state == "loading")
+        settings.liveness_file.unlink()
+        wait_until(settings.liveness_file.exists)
+        assert runner.describe().state == "loading"  # its trainer is still at its imports
+    finally:
+        runner.request_stop()
+        runner.wait_until_idle()
+        runner.close()
