@@ -40,7 +40,7 @@ def test_03_a_job_that_kills_its_trainer_every_time_fails_and_its_neighbours_are
 
 def test_a_suspect_for_whom_no_worker_is_ever_idle_is_tried_alone_by_a_busy_one(lab: Lab) -> None:
     lab.ensure_worker()
-    busy = lab.submit(n_epochs=30, num_rows=80)
+    busy = lab.submit(n_epochs=8, num_rows=80)
     lab.wait_for_step(busy, 2)
     with lab.claims_held():
         suspect = lab.submit(n_epochs=2)
