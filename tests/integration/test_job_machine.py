@@ -293,7 +293,7 @@ def test_any_order_of_verbs_and_stale_fences_keeps_the_contract(owner: Engine, d
         run_state_machine_as_test(
             machine,
             settings=settings(
-                max_examples=15,
+                max_examples=10,
                 stateful_step_count=40,
                 deadline=None,
                 database=None,
