@@ -98,14 +98,17 @@ class Lab:
 
     def start_worker(self, **env: str) -> ChildProcess:
         name = f"worker-{len(self._workers)}"
-        spec = replace(self._spec, name=name, env={**self._spec.env, "ESPALIER_WORKER_NAME": name, **env})
+        spec = replace(self._spec, name=name, env=self._env_of(name) | env)
         worker = ChildProcess(spec, self._directory)
         self._workers.append(worker)
         return worker
 
+    def _env_of(self, name: str) -> dict[str, str]:
+        return {**self._spec.env, "ESPALIER_WORKER_NAME": name}
+
     def ensure_worker(self) -> ChildProcess:
-        """Return the only worker there is, without any crash point; started if none lives."""
-        sound = [worker for worker in self.workers if "CRASHPOINT" not in worker.spec.env][:1]
+        """Return the only worker there is, one that a test gave nothing of its own; started if none lives."""
+        sound = [worker for worker in self.workers if worker.spec.env == self._env_of(worker.spec.name)][:1]
         for worker in self.workers:
             if worker not in sound:
                 worker.kill()
