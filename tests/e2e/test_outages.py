@@ -103,7 +103,12 @@ def test_row_10_a_submission_takes_no_longer_while_redis_hangs(lab: Lab) -> None
     # So low a limit that every request is counted in Redis, none in advance; such a tenant is in no process's memory.
     lab.sql("update tenants set requests_per_minute = 600 where slug = %s returning 1", "row-10")
     body = body_of_a_job(lab, api_key=api_key)
-    assert "q=600;" in post_job(lab, body, api_key=api_key).headers["ratelimit-policy"]
+    client = lab.client.with_options(api_key=api_key)
+    # Not at once, perhaps: the API leaves Redis alone for some seconds after an outage, such as an earlier test's.
+    wait_until(
+        lambda: "q=600;" in client.fine_tuning.jobs.with_raw_response.list().headers.get("ratelimit-policy", ""),
+        what="a request that is counted",
+    )
     pid = lab.servers.pids["redis"]
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -114,11 +119,10 @@ def test_row_10_a_submission_takes_no_longer_while_redis_hangs(lab: Lab) -> None
             seconds.append(time.monotonic() - begun)
     finally:
         os.kill(pid, signal.SIGCONT)
+        for job in client.fine_tuning.jobs.list(limit=50):
+            client.fine_tuning.jobs.cancel(job.id)
     p99 = statistics.quantiles(seconds, n=100)[98]
     assert p99 < 0.3, f"median {statistics.median(seconds):.3f} s, p99 {p99:.3f} s"
-    client = lab.client.with_options(api_key=api_key)
-    for job in client.fine_tuning.jobs.list(limit=50):
-        client.fine_tuning.jobs.cancel(job.id)
 
 
 def test_row_12_a_redis_that_is_full_stops_no_schedule_and_wake_ups_go_on_when_there_is_room(lab: Lab) -> None:
