@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCHES := .venv/.benches
+CLIENTS := .venv-clients/.installed
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: install openapi demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint types \
@@ -24,6 +25,11 @@ $(BENCHES): $(INSTALLED)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $(BENCHES)
 
+# Other people's programs that the tests run, each in an environment of its own.
+$(CLIENTS): $(INSTALLED) tests/environments.py
+	$(BIN)/python -m tests.environments
+	touch $(CLIENTS)
+
 demo: $(INSTALLED)
 	$(BIN)/espalier demo
 
@@ -40,7 +46,7 @@ down: $(INSTALLED)
 test-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/unit
 
-test: test-unit
+test: $(CLIENTS) test-unit
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e
 

@@ -1,4 +1,4 @@
-"""A tiny base for all end-to-end tests, and one lab or one plain stack a module."""
+"""A tiny base for all end-to-end tests, one lab, and one plain stack a module."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(scope="module")
-def module_lab(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+@pytest.fixture(scope="session")
+def the_lab(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with running_lab(tiny_base, tmp_path_factory.mktemp("lab")) as made:
         yield made
 
 
 @pytest.fixture
-def lab(module_lab: Lab) -> Iterator[Lab]:
-    yield module_lab
-    module_lab.cancel_all()
+def lab(the_lab: Lab) -> Iterator[Lab]:
+    yield the_lab
+    the_lab.cancel_all()
 
 
 @pytest.fixture(scope="module")

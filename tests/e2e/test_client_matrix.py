@@ -1,12 +1,8 @@
-"""The real OpenAI client, in its last versions of three majors, against the whole service with a real worker.
-
-Each version has an environment of its own in `.venv-clients/`, made once.
-"""
+"""The real OpenAI client, in its last versions of three majors, against the whole service with a real worker."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,21 +13,9 @@ from core.db.session import connect, service_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.services.tenants import create_tenant, issue_api_key
 from tests.e2e.lab import BASE_MODEL
+from tests.environments import OPENAI_VERSIONS, find_client_python
 
-ROOT = Path(__file__).resolve().parents[2]
 MATRIX = Path(__file__).with_name("client_matrix.py")
-
-
-def make_environment(version: str) -> Path:
-    """Return the Python of an environment that holds one version of the client and nothing of ours."""
-    directory = ROOT / ".venv-clients" / f"openai-{version}"
-    python = directory / "bin/python"
-    if not (directory / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(directory)], check=True)
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", f"openai=={version}"], check=True)
-        (directory / "installed").touch()
-    return python
 
 
 def add_tenant(stack: LocalStack, slug: str, *, max_queued: int) -> str:
@@ -44,11 +28,11 @@ def add_tenant(stack: LocalStack, slug: str, *, max_queued: int) -> str:
     return str(api_key)
 
 
-@pytest.mark.parametrize("version", ["1.109.1", "2.24.0", "3.54.0"])
+@pytest.mark.parametrize("version", OPENAI_VERSIONS)
 def test_the_real_client_gets_everything_it_asks_for(stack: LocalStack, version: str) -> None:
     slug = f"v{version.replace('.', '-')}"
     keys = [add_tenant(stack, slug, max_queued=1000), add_tenant(stack, f"{slug}-full", max_queued=0)]
-    argv = [str(make_environment(version)), "-I", str(MATRIX), f"{stack.api_url}/v1", *keys, BASE_MODEL]
+    argv = [str(find_client_python(version)), "-I", str(MATRIX), f"{stack.api_url}/v1", *keys, BASE_MODEL]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=280)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import subprocess
-import sys
 from pathlib import Path
 
 from api.openapi import render_document
+from tests.environments import find_schemathesis
 from tests.integration.conftest import Tenant
 
 ROOT = Path(__file__).resolve().parents[3]
-SCHEMATHESIS = "4.32.5"
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -26,20 +24,6 @@ CHECKS = (
 
 def test_the_committed_document_is_the_services_own() -> None:
     assert (ROOT / "openapi.json").read_text() == render_document(), "run `make openapi` and look at the difference"
-
-
-def find_schemathesis() -> Path:
-    """Return the program, in an environment of its own: what it needs has nothing to do with what we need."""
-    directory = ROOT / ".venv-clients" / f"schemathesis-{SCHEMATHESIS}"
-    directory.parent.mkdir(exist_ok=True)
-    with (directory.parent / "schemathesis.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two modules use it, perhaps in two processes
-        if not (directory / "installed").exists():
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
-            pip = [str(directory / "bin/pip"), "install", "--quiet", "--disable-pip-version-check"]
-            subprocess.run([*pip, f"schemathesis=={SCHEMATHESIS}"], check=True)
-            (directory / "installed").touch()
-    return directory / "bin/schemathesis"
 
 
 def fuzz(api_url: str, api_key: str, cwd: Path, *options: str) -> None:
