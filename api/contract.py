@@ -56,8 +56,6 @@ def _complete(document: dict[str, Any]) -> None:
 
 
 def _complete_operation(operation: dict[str, Any], *, path: str, method: str) -> None:
-    parameters = operation.get("parameters", [])
-    operation["parameters"] = [each for each in parameters if each["name"] != "authorization"]
     responses = operation["responses"]
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]

@@ -13,7 +13,7 @@ from typing import Annotated, cast
 
 import anyio
 import anyio.from_thread
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Request
 from fastapi.params import Depends as Dependency
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -55,15 +55,9 @@ async def get_settings(request: Request) -> ApiSettings:
     return cast("ApiSettings", request.app.state.settings)
 
 
-async def get_authenticator(request: Request) -> Authenticator:
-    return cast("Authenticator", request.app.state.authenticator)
-
-
-async def get_identity(
-    request: Request,
-    authenticator: Annotated[Authenticator, Depends(get_authenticator)],
-    authorization: Annotated[str | None, Header()] = None,
-) -> Identity:
+async def get_identity(request: Request) -> Identity:
+    authenticator: Authenticator = request.app.state.authenticator
+    authorization = request.headers.get("authorization")
     identity = authenticator.recall(authorization)
     if identity is None:
         identity = await run_in_threadpool(authenticator.identify, authorization)
@@ -108,26 +102,22 @@ def needs(scope: Scope) -> Dependency:
     return cast("Dependency", Depends(ScopeGate(scope)))
 
 
-def get_operator(
-    engine: Annotated[Engine, Depends(get_engine)], authorization: Annotated[str | None, Header()] = None
-) -> OperatorIdentity:
+def get_operator(request: Request) -> OperatorIdentity:
     """Return the calling operator. For everybody else there is nothing here: the answer is that of an unknown URL."""
-    operator = identify_operator(engine, authorization)
+    operator = identify_operator(request.app.state.engine, request.headers.get("authorization"))
     if operator is None:
         raise HTTPException(404)
     return operator
 
 
 async def get_operator_session(
-    engine: Annotated[Engine, Depends(get_engine)], operator: Annotated[OperatorIdentity, Depends(get_operator)]
+    request: Request, operator: Annotated[OperatorIdentity, Depends(get_operator)]
 ) -> Deferred:
-    return Deferred(partial(operator_transaction, engine, actor=operator.actor))
+    return Deferred(partial(operator_transaction, request.app.state.engine, actor=operator.actor))
 
 
-async def get_session(
-    engine: Annotated[Engine, Depends(get_engine)], identity: Annotated[Identity, Depends(get_identity)]
-) -> Deferred:
-    return Deferred(partial(tenant_transaction, engine, identity.tenant_id, actor=identity.actor))
+async def get_session(request: Request, identity: Annotated[Identity, Depends(get_identity)]) -> Deferred:
+    return Deferred(partial(tenant_transaction, request.app.state.engine, identity.tenant_id, actor=identity.actor))
 
 
 async def get_body(

@@ -20,7 +20,7 @@ from datetime import timedelta
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from core.db.locks import lock_call
+from core.db.locks import lock
 from core.db.models import IdempotencyKey, Job
 from core.domain.errors import IdempotencyKeyReusedError
 from core.domain.ids import first_id_at
@@ -47,12 +47,12 @@ def submit_once(
     request_hash = _hash_request(request)
     if idempotency_key is not None:
         return _submit_with_key(session, tenant_id, request, request_hash=request_hash, key=idempotency_key)
-    lock = f"{tenant_id} {request_hash.hex()}"
+    name = f"{tenant_id} {request_hash.hex()}"
     if is_retry:
-        session.execute(select(lock_call(lock)))
+        lock(session, name)
         if (job := _find_recent(session, tenant_id, request_hash)) is not None:
             return Submission(job, is_replayed=True)
-    shared_lock = None if is_retry else lock
+    shared_lock = None if is_retry else name
     job = submit_job(session, tenant_id, request=request, request_hash=request_hash, shared_lock=shared_lock)
     return Submission(job, is_replayed=False)
 
@@ -65,7 +65,7 @@ def forget_expired_keys(session: Session) -> None:
 def _submit_with_key(
     session: Session, tenant_id: uuid.UUID, request: JobRequest, *, request_hash: bytes, key: str
 ) -> Submission:
-    session.execute(select(lock_call(f"{tenant_id} key {key}")))
+    lock(session, f"{tenant_id} key {key}")
     expired = IdempotencyKey.created_at < func.now() - KEY_LIFETIME
     session.execute(
         delete(IdempotencyKey).where(IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key, expired)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import and_, case, func, or_, select, text, update
+from sqlalchemy import and_, bindparam, case, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, Job
@@ -16,10 +16,12 @@ from core.services.events import record_event
 from core.services.pages import Page
 
 WAKE_CHANNEL = "espalier_wake"
+# Made once: making it takes longer than running it.
+_ONE_JOB = select(Job).where(Job.tenant_id == bindparam("tenant_id"), Job.id == bindparam("job_id"))
 
 
 def get_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
-    job = session.scalar(select(Job).where(Job.tenant_id == tenant_id, Job.id == job_id))
+    job: Job | None = session.scalar(_ONE_JOB, {"tenant_id": tenant_id, "job_id": job_id})
     if job is None:
         raise NotFoundError(f"Could not find fine tune: {format_id(IdKind.JOB, job_id)}")
     return job

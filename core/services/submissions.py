@@ -202,8 +202,7 @@ def _find_means(session: Session, tenant_id: uuid.UUID, request: JobRequest, *, 
     }
     if shared_lock is None:
         return _Means(*session.execute(_means_query(), values).one())
-    query = _means_query().add_columns(shared_lock_call(bindparam("shared_lock", type_=Text)))
-    return _Means(*session.execute(query, values | {"shared_lock": shared_lock}).one()[:-1])
+    return _Means(*session.execute(_locking_means_query(), values | {"shared_lock": shared_lock}).one()[:-1])
 
 
 @cache
@@ -220,6 +219,11 @@ def _means_query() -> Select[BaseModelRow, File, File, int | None]:
         .outerjoin(validation, is_live_file(validation, tenant_id, bindparam("validation_file_id", type_=Uuid)))
         .where(Tenant.id == tenant_id)
     )
+
+
+@cache
+def _locking_means_query() -> Select[BaseModelRow, File, File, int | None, None]:
+    return _means_query().add_columns(shared_lock_call(bindparam("shared_lock", type_=Text)))
 
 
 def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:
