@@ -41,7 +41,7 @@ from core.domain.training import (
 from core.services.adapters import find_adapter, get_adapter
 from core.services.base_models import get_base_model, is_usable_by
 from core.services.checkpoints import find_checkpoint
-from core.services.events import EVENT_CHANNEL, insert_first_event
+from core.services.events import insert_first_event
 from core.services.files import get_file, is_live_file
 from core.services.jobs import WAKE_CHANNEL
 from core.services.quotas import check_tokens, has_queue_place, refuse_queue_place
@@ -227,12 +227,14 @@ def _locking_means_query() -> Select[BaseModelRow, File, File, int | None, None]
 
 
 def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:
-    """Add a job and its first event in one statement, and announce both. Raises RateLimitedError by quota."""
+    """Add a job and its first event in one statement, and announce the work. Raises RateLimitedError by quota.
+
+    The event is announced to nobody: who knows of the job, knows of it after the commit, and finds the event there.
+    """
     lock_for_tenant(session, tenant_id, purpose="queue")
     added: Job | None = session.scalar(_addition(), new | {"event_id": new_id()})
     if added is None:
         raise refuse_queue_place(session, tenant_id)
-    notify_after_commit(session, EVENT_CHANNEL, str(added.id))
     notify_after_commit(session, WAKE_CHANNEL, added.pool)
     event.listen(session, "after_commit", lambda _session: reach(CrashPoint.POST_INSERT), once=True)
     return added
