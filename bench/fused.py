@@ -8,6 +8,7 @@ optimizer steps, measured in turns in one run: min / median / max over the round
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -135,11 +136,15 @@ def train_in_turn(peft: PeftTrainer, jobs: Sequence[EngineJob], num_steps: int, 
 
 
 class PeerProcesses:
-    """One process a job, each with a base of its own, which all train at the same time when told."""
+    """One process a job, each with a base of its own, which all train at the same time when told.
+
+    They share the cores out among them: threads that wait for each other on too few cores make them ten times slower.
+    """
 
     def __init__(self, point_number: int, count: int) -> None:
         argv = [sys.executable, "-m", "bench.fused", "--serve", str(point_number)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": env}
         self._processes = [subprocess.Popen(argv, text=True, **pipes) for _ in range(count)]  # type: ignore[call-overload]
         self._await_all()
 
