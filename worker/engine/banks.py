@@ -5,12 +5,14 @@ A layout is a rank and a set of target linears; everything of one slot is one ro
 padded is zero, gets a gradient of exactly zero and stays zero. Occupied rows are always the first ones: when a slot
 leaves, the last row moves into its place. A parameter costs 16 bytes: weight, gradient and two moments in fp32.
 
-Shapes: S slots of a bank, P numbers of a slot, R padded rank, K and N inputs and outputs of a linear.
+Shapes: S slots of a bank, P numbers of a slot, R padded rank, K and N inputs and outputs of a linear, J the padded
+ranks of siblings (linears that read the same rows) side by side.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -23,37 +25,46 @@ BYTES_PER_PARAMETER = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each linear's A [R, K] and transposed B [R, N] stand in a slot's row; `linears` maps a name to (K, N)."""
+    """Which `columns` of a slot's row are a linear's A [R, K] and its transposed B [R, N].
+
+    The As of siblings follow each other, and so are one matrix as well.
+    """
 
     padded_rank: int
     target_modules: tuple[str, ...]
-    linears: dict[str, tuple[int, int]]
-    starts: dict[str, int]
+    columns: dict[str, tuple[slice, slice]]
     num_parameters: int
 
     @classmethod
     def of(cls, shape: BaseShape, *, rank: int, target_modules: tuple[str, ...]) -> Layout:
         padded_rank = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
-        linears = {name: size for name, size in shape.linears.items() if name.rpartition(".")[2] in target_modules}
-        starts, end = {}, 0
-        for name, (k, n) in linears.items():
-            starts[name] = end
-            end += padded_rank * (k + n)
-        return cls(padded_rank, tuple(sorted(target_modules)), linears, starts, end)
+        columns: dict[str, tuple[slice, slice]] = {}
+        end = 0
+        for siblings in shape.siblings:
+            names = [name for name in siblings if name.rpartition(".")[2] in target_modules]
+            widths = [shape.linears[name][side] for side in (0, 1) for name in names]
+            borders = list(accumulate((padded_rank * width for width in widths), initial=end))
+            pieces = [slice(*border) for border in pairwise(borders)]
+            columns |= zip(names, zip(pieces[: len(names)], pieces[len(names) :], strict=True), strict=True)
+            end = borders[-1]
+        return cls(padded_rank, tuple(sorted(target_modules)), columns, end)
 
-    def columns(self, name: str) -> tuple[slice, slice]:
-        """Return where a linear's A and its transposed B stand in a row."""
-        (k, n), start = self.linears[name], self.starts[name]
-        middle = start + self.padded_rank * k
-        return slice(start, middle), slice(middle, middle + self.padded_rank * n)
+    def matrix_columns(self, names: tuple[str, ...]) -> tuple[slice, ...]:
+        """Return where the As of these siblings stand, all of them as one, and then where each B does."""
+        found = [self.columns[name] for name in names]
+        return slice(found[0][0].start, found[-1][0].stop), *(b_columns for _, b_columns in found)
 
 
 @dataclass(frozen=True, eq=False)
 class LoraStack:
-    """A [S, R, K] and B, transposed [S, R, N], of one linear in some rows of a bank: views, or as wanted for a step."""
+    """The As of siblings as one [S, J, K] and each B, transposed [S, R, N], in some rows of a bank."""
 
-    A_SRK: Tensor
-    Bt_SRN: Tensor
+    A_SJK: Tensor
+    Bts_SRN: tuple[Tensor, ...]
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        return self.A_SJK, *self.Bts_SRN
 
 
 class Bank:
@@ -64,7 +75,7 @@ class Bank:
         self.index = index
         self.num_rows = 0
         # Making a view takes longer than a small product, and every step asks for the same ones.
-        self._known_views: dict[tuple[int, int, int, str], LoraStack] = {}
+        self._known_views: dict[tuple[int, int, int, tuple[str, ...]], LoraStack] = {}
         self.weights_SP, self.grads_SP, self.exp_avg_SP, self.exp_avg_sq_SP = (
             torch.zeros(0, layout.num_parameters, device=device) for _ in range(4)
         )
@@ -84,38 +95,39 @@ class Bank:
         self.num_rows = last
         self._resize(last)
 
-    def weights(self, rows: slice | Tensor, name: str) -> LoraStack:
-        """Return one linear's matrices in some rows: views for a slice, copies for indices."""
+    def weights(self, rows: slice | Tensor, names: tuple[str, ...]) -> LoraStack:
+        """Return the matrices of siblings in some rows: views for a slice, copies for indices."""
         if isinstance(rows, slice):
-            return self._views(self.weights_SP, rows, name)
-        a_columns, b_columns = self.layout.columns(name)
-        shape = (len(rows), self.layout.padded_rank, -1)
-        return LoraStack(self.weights_SP[rows, a_columns].view(shape), self.weights_SP[rows, b_columns].view(shape))
+            return self._views(self.weights_SP, rows, names)
+        return self._stack(self.weights_SP, rows, names)
 
     def collect_grads(
-        self, rows: slice | Tensor, name: str, found: LoraStack, *, factor: float, is_first: bool
+        self, rows: slice | Tensor, names: tuple[str, ...], found: LoraStack, *, factor: float, is_first: bool
     ) -> None:
-        """Start one linear's gradients of an optimizer batch with `factor` times these, or add that to them."""
+        """Start the siblings' gradients of an optimizer batch with `factor` times these, or add that to them."""
         if isinstance(rows, slice):
-            kept = self._views(self.grads_SP, rows, name)
-            for kept_SRK, found_SRK in ((kept.A_SRK, found.A_SRK), (kept.Bt_SRN, found.Bt_SRN)):
+            kept = self._views(self.grads_SP, rows, names)
+            for kept_SJK, found_SJK in zip(kept.matrices, found.matrices, strict=True):
                 if is_first:
-                    torch.mul(found_SRK, factor, out=kept_SRK)
+                    torch.mul(found_SJK, factor, out=kept_SJK)
                 else:
-                    kept_SRK.add_(found_SRK, alpha=factor)
+                    kept_SJK.add_(found_SJK, alpha=factor)
             return
-        for columns, found_SRK in zip(self.layout.columns(name), (found.A_SRK, found.Bt_SRN), strict=True):
-            scaled = found_SRK.flatten(1).to(torch.float32) * factor
+        for columns, found_SJK in zip(self.layout.matrix_columns(names), found.matrices, strict=True):
+            scaled = found_SJK.flatten(1).to(torch.float32) * factor
             self.grads_SP[rows, columns] = scaled if is_first else self.grads_SP[rows, columns] + scaled
 
-    def _views(self, vectors_SP: Tensor, rows: slice, name: str) -> LoraStack:
-        key = (vectors_SP.data_ptr(), rows.start, rows.stop, name)
+    def _views(self, vectors_SP: Tensor, rows: slice, names: tuple[str, ...]) -> LoraStack:
+        key = (vectors_SP.data_ptr(), rows.start, rows.stop, names)
         if key not in self._known_views:
-            a_columns, b_columns = self.layout.columns(name)
-            shape = (rows.stop - rows.start, self.layout.padded_rank, -1)
-            a_SP, b_SP = vectors_SP[rows, a_columns], vectors_SP[rows, b_columns]
-            self._known_views[key] = LoraStack(a_SP.view(shape), b_SP.view(shape))
+            self._known_views[key] = self._stack(vectors_SP, rows, names)
         return self._known_views[key]
+
+    def _stack(self, vectors_SP: Tensor, rows: slice | Tensor, names: tuple[str, ...]) -> LoraStack:
+        a_SP, *b_SP = (vectors_SP[rows, columns] for columns in self.layout.matrix_columns(names))
+        num_rows, rank = len(a_SP), self.layout.padded_rank
+        stacked = tuple(piece_SP.view(num_rows, rank, -1) for piece_SP in b_SP)
+        return LoraStack(a_SP.view(num_rows, len(names) * rank, -1), stacked)
 
     def _resize(self, num_rows: int) -> None:
         self._known_views.clear()

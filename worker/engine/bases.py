@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,13 +18,19 @@ from worker.engine.errors import UnsupportedBaseError
 SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "smollm3"})
 # Rotary embeddings whose frequencies follow the longest sequence of a forward: tenants would bend each other's.
 _COUPLING_ROPE_TYPES = frozenset({"dynamic", "longrope"})
+# What a parent calls in this order on the same rows.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
 class BaseShape:
-    """A base model's numbers: `linears` maps the qualified name of each linear to (in features K, out features N)."""
+    """A base model's numbers: `linears` maps the qualified name of each linear to (in features K, out features N).
+
+    `siblings` are the same names, those together that read the same rows.
+    """
 
     linears: dict[str, tuple[int, int]]
+    siblings: tuple[tuple[str, ...], ...]
     num_layers: int
     hidden_size: int
     vocab_size: int
@@ -55,10 +62,20 @@ def inspect_base(model: Any) -> BaseShape:
     }
     return BaseShape(
         linears=linears,
+        siblings=_find_siblings(linears),
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=head.weight.shape[0],
     )
+
+
+def _find_siblings(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        family = next((family for family in _SIBLINGS if child in family), (child,))
+        found.setdefault((parent, family), []).append(name)
+    return tuple(tuple(siblings) for siblings in found.values())
 
 
 def freeze_base(model: nn.Module) -> None:

@@ -24,9 +24,10 @@ from worker.engine.evaluations import PendingEvaluation
 from worker.engine.examples import EngineJob, Example, SlotReport, StepMetrics
 from worker.engine.frozen import Scratch, freeze_linear
 from worker.engine.limits import JobLimits
-from worker.engine.linears import FusedLinear, StepContext
+from worker.engine.linears import FusedLinear, Siblings, StepContext
 from worker.engine.losses import Head, RowLosses, cross_entropy, loss_bytes
 from worker.engine.memory import DeviceMemory, StepCost, measure_activations, probe_example, probe_job
+from worker.engine.norms import freeze_norms
 from worker.engine.optimizers import update_weights
 from worker.engine.packing import GroupExamples, PackedBatch, pack
 from worker.engine.planner import Planner, SlotPlan
@@ -65,11 +66,12 @@ class Engine:
         self._slots: dict[str, Slot] = {}
         self._banks: list[Bank] = []
         scratch: Scratch = {}
-        for name in self._shape.linears:
-            parent, _, child = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            weight = freeze_linear(getattr(owner, child), scratch)
-            setattr(owner, child, FusedLinear(weight, name, self._context))
+        for names in self._shape.siblings:
+            weights = [freeze_linear(model.get_submodule(name), scratch) for name in names]
+            siblings = Siblings(names, weights, self._context)
+            for name in names:
+                model.set_submodule(name, FusedLinear(name, siblings))
+        freeze_norms(model)
         self._memory = DeviceMemory(self._device)
         self._cost = self._measure_cost()
         left_bytes = self._usable_bytes - max_slots * self._usual_slot_bytes(max_rank)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn.modules import Params4bit
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ class Nf4Weight(FrozenWeight):
 
     def __init__(self, weight: Params4bit, bias_N: Tensor | None, scratch: Scratch) -> None:
         super().__init__(bias_N)
-        self._weight, self._scratch = weight, scratch
+        self._packed, self._state, self._scratch = weight.data, _flatten(weight.quant_state), scratch
 
     def multiply(self, x_TK: Tensor) -> Tensor:
         weight_NK = self._dequantize(x_TK.dtype)
@@ -82,12 +82,27 @@ class Nf4Weight(FrozenWeight):
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight as numbers, good until the next weight of its shape is asked for."""
-        packed, state = self._weight.data, self._weight.quant_state
-        if not packed.is_cuda:  # bitsandbytes fills given memory on a GPU only; a CPU's allocator brings back the same
-            return dequantize_4bit(packed, state).to(dtype)
-        weight_NK = dequantize_4bit(packed, state, out=self._scratch.get(state.shape))
-        self._scratch[state.shape] = weight_NK
+        if not self._packed.is_cuda:  # bitsandbytes fills given memory on a GPU only; a CPU's allocator keeps it
+            return dequantize_4bit(self._packed, self._state).to(dtype)
+        shape = self._state.shape
+        weight_NK = dequantize_4bit(self._packed, self._state, out=self._scratch.get(shape))
+        self._scratch[shape] = weight_NK
         return weight_NK.to(dtype)
+
+
+def _flatten(state: QuantState) -> QuantState:
+    """Undo the second quantisation, that of the blocks' scales, once: 0.4 bit a weight for half the kernels a pass."""
+    if not state.nested:
+        return state
+    absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+    return QuantState(
+        absmax=absmax,
+        shape=state.shape,
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
 
 
 def freeze_linear(linear: nn.Linear, scratch: Scratch) -> FrozenWeight:

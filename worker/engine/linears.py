@@ -1,12 +1,14 @@
-"""A frozen linear that adds each slot's LoRA to that slot's own rows of the packed stream.
+"""Frozen linears that add each slot's LoRA to that slot's own rows of the packed stream.
 
 The base's product is taken once for all tenants. LoRA is added in place, and nothing of it is kept for the backward but
-the narrow rows between A and B. Shapes: T rows of the stream, t rows of one run, K in, N out, R rank.
+the narrow rows between A and B. Siblings, the linears that read the same rows, are one function: their As are one
+matrix, and their gradients of the rows are added up without autograd. Shapes: T rows of the stream, t rows of one run,
+K in, N out, R rank, J the ranks of siblings side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.banks import LoraStack
+from worker.engine.errors import UnsupportedBaseError
 from worker.engine.frozen import FrozenWeight
 from worker.engine.runs import Run
 
@@ -36,53 +39,96 @@ class StepContext:
             self.runs = ()
 
 
+class Siblings:
+    """Linears that read the same rows. The call of the first multiplies for all; the others take what is theirs."""
+
+    def __init__(self, names: tuple[str, ...], weights: Sequence[FrozenWeight], context: StepContext) -> None:
+        self.names = names
+        self._weights = weights
+        self._context = context
+        self._rows_1TK: Tensor | None = None
+        self._waiting: dict[str, Tensor] = {}
+
+    def take(self, name: str, x_1TK: Tensor) -> Tensor:
+        """Return one linear's outputs [1, T, N]. Raises UnsupportedBaseError when these are no siblings' rows."""
+        if name == self.names[0]:
+            outputs = _AdaptedProducts.apply(self._context.anchor, x_1TK, self, self._context.runs)
+            self._rows_1TK, self._waiting = x_1TK, dict(zip(self.names, outputs, strict=True))
+        if x_1TK is not self._rows_1TK or name not in self._waiting:
+            raise UnsupportedBaseError(f"{' and '.join(self.names)} do not read the same rows, in this order.")
+        y_1TN = self._waiting.pop(name)
+        if not self._waiting:
+            self._rows_1TK = None
+        return y_1TN
+
+    def multiply(self, x_1TK: Tensor) -> dict[str, Tensor]:
+        return {name: weight.multiply(x_1TK) for name, weight in zip(self.names, self._weights, strict=True)}
+
+    def multiply_back(self, y_grads: dict[str, Tensor]) -> Tensor:
+        """Return the gradient of the rows that all of them read [1, T, K]."""
+        first, *others = (
+            weight.multiply_back(y_grads[name]) for name, weight in zip(self.names, self._weights, strict=True)
+        )
+        for other in others:
+            first.add_(other)
+        return first
+
+
 class FusedLinear(nn.Module):
     """Stands in the base where one of its linears was."""
 
-    def __init__(self, weight: FrozenWeight, name: str, context: StepContext) -> None:
+    def __init__(self, name: str, siblings: Siblings) -> None:
         super().__init__()
-        self.weight = weight
-        self.name = name
-        self._context = context
+        self._name = name
+        self._siblings = siblings
 
     def forward(self, x_1TK: Tensor) -> Tensor:
-        runs = [run for run in self._context.runs if self.name in run.bank.layout.linears]
-        y_1TN: Tensor = _AdaptedProduct.apply(self._context.anchor, x_1TK, self, runs)
-        return y_1TN
+        return self._siblings.take(self._name, x_1TK)
 
 
-class _AdaptedProduct(torch.autograd.Function):
+class _AdaptedProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, _anchor: Tensor, x_1TK: Tensor, linear: FusedLinear, runs: list[Run]) -> Tensor:
-        y_1TN = linear.weight.multiply(x_1TK)
+    def forward(
+        ctx: Any, _anchor: Tensor, x_1TK: Tensor, siblings: Siblings, runs: tuple[Run, ...]
+    ) -> tuple[Tensor, ...]:
+        ys = siblings.multiply(x_1TK)
+        parts = [(run, names) for run in runs for names in run.adapted(siblings.names)]
         hidden = []
-        for run in runs:
-            lora = run.weights(linear.name, x_1TK.dtype)
-            h_tR = run.multiply(run.drop(x_1TK[0, run.rows], linear.name), lora.A_SRK.transpose(1, 2))
-            run.add_product(y_1TN[0, run.rows], h_tR, lora.Bt_SRN)
-            hidden.append(h_tR)
-        ctx.save_for_backward(x_1TK if runs else None, *hidden)
-        ctx.linear, ctx.runs = linear, runs
-        return y_1TN
+        for run, names in parts:
+            lora = run.weights(names, x_1TK.dtype)
+            h_tJ = run.multiply(run.drop(x_1TK[0, run.rows], names[0]), lora.A_SJK.transpose(1, 2))
+            for name, h_tR, Bt_SRN in zip(names, h_tJ.chunk(len(names), dim=1), lora.Bts_SRN, strict=True):
+                run.add_product(ys[name][0, run.rows], h_tR, Bt_SRN)
+            hidden.append(h_tJ)
+        ctx.save_for_backward(x_1TK if parts else None, *hidden)
+        ctx.siblings, ctx.parts = siblings, parts
+        return tuple(ys.values())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_1TK, *hidden = ctx.saved_tensors
-        y_grad_1TN, name = gradients[0].contiguous(), ctx.linear.name
-        x_grad_1TK = ctx.linear.weight.multiply_back(y_grad_1TN) if ctx.needs_input_grad[1] else None
-        for run, h_tR in zip(ctx.runs, hidden, strict=True):
-            lora, y_grad_tN = run.weights(name, x_1TK.dtype), y_grad_1TN[0, run.rows]
-            # Both gradients are collected times the scale, which is left out here and in h.
-            h_grad_tR = run.multiply(y_grad_tN, lora.Bt_SRN.transpose(1, 2))
-            A_grad_SRK = run.sum_outer(h_grad_tR, run.drop(x_1TK[0, run.rows], name))
-            run.collect_grads(name, LoraStack(A_grad_SRK, run.sum_outer(h_tR, y_grad_tN)))
+        siblings: Siblings = ctx.siblings
+        y_grads = {name: grad_1TN.contiguous() for name, grad_1TN in zip(siblings.names, gradients, strict=True)}
+        x_grad_1TK = siblings.multiply_back(y_grads) if ctx.needs_input_grad[1] else None
+        for (run, names), h_tJ in zip(ctx.parts, hidden, strict=True):
+            lora, y_grads_tN = run.weights(names, x_1TK.dtype), [y_grads[name][0, run.rows] for name in names]
+            # All gradients are collected times the scale, which is left out here and in h.
+            h_grads_tR = [
+                run.multiply(y_grad_tN, Bt_SRN.transpose(1, 2))
+                for y_grad_tN, Bt_SRN in zip(y_grads_tN, lora.Bts_SRN, strict=True)
+            ]
+            h_grad_tJ = torch.cat(h_grads_tR, dim=1) if len(names) > 1 else h_grads_tR[0]
+            A_grad_SJK = run.sum_outer(h_grad_tJ, run.drop(x_1TK[0, run.rows], names[0]))
+            hs_tR = h_tJ.chunk(len(names), dim=1)
+            B_grads = [run.sum_outer(h_tR, y_grad_tN) for h_tR, y_grad_tN in zip(hs_tR, y_grads_tN, strict=True)]
+            run.collect_grads(names, LoraStack(A_grad_SJK, tuple(B_grads)))
             if x_grad_1TK is not None:
-                _add_input_grads(run, x_grad_1TK[0, run.rows], h_grad_tR, lora.A_SRK, name)
+                _add_input_grads(run, x_grad_1TK[0, run.rows], h_grad_tJ, lora.A_SJK, names[0])
         return None, x_grad_1TK, None, None
 
 
-def _add_input_grads(run: Run, x_grad_tK: Tensor, h_grad_tR: Tensor, A_SRK: Tensor, name: str) -> None:
+def _add_input_grads(run: Run, x_grad_tK: Tensor, h_grad_tJ: Tensor, A_SJK: Tensor, name: str) -> None:
     if run.kind.has_dropout:
-        x_grad_tK.add_(run.drop(run.multiply(h_grad_tR, A_SRK), name), alpha=run.kind.scale)
+        x_grad_tK.add_(run.drop(run.multiply(h_grad_tJ, A_SJK), name), alpha=run.kind.scale)
     else:
-        run.add_product(x_grad_tK, h_grad_tR, A_SRK)
+        run.add_product(x_grad_tK, h_grad_tJ, A_SJK)

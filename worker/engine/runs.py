@@ -59,15 +59,22 @@ class Run:
     def bank(self) -> Bank:
         return self.parts[0].slot.bank
 
-    def weights(self, name: str, dtype: torch.dtype) -> LoraStack:
-        stack = self.bank.weights(self.bank_rows, name)
-        if stack.A_SRK.dtype == dtype:
-            return stack
-        return LoraStack(stack.A_SRK.to(dtype), stack.Bt_SRN.to(dtype))
+    def adapted(self, siblings: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Return the siblings that have LoRA here: together, or each alone where each drops numbers of its own."""
+        names = tuple(name for name in siblings if name in self.bank.layout.columns)
+        if self.kind.has_dropout:
+            return [(name,) for name in names]
+        return [names] if names else []
 
-    def collect_grads(self, name: str, found: LoraStack) -> None:
+    def weights(self, names: tuple[str, ...], dtype: torch.dtype) -> LoraStack:
+        stack = self.bank.weights(self.bank_rows, names)
+        if stack.A_SJK.dtype == dtype:
+            return stack
+        return LoraStack(stack.A_SJK.to(dtype), tuple(Bt_SRN.to(dtype) for Bt_SRN in stack.Bts_SRN))
+
+    def collect_grads(self, names: tuple[str, ...], found: LoraStack) -> None:
         """Start the optimizer batch's gradients with these, or add these to them."""
-        self.bank.collect_grads(self.bank_rows, name, found, factor=self.kind.scale, is_first=self.kind.is_first)
+        self.bank.collect_grads(self.bank_rows, names, found, factor=self.kind.scale, is_first=self.kind.is_first)
 
     def multiply(self, x_tK: Tensor, matrices_SKN: Tensor) -> Tensor:
         """Return each slot's rows times its own matrix [t, N]."""

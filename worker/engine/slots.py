@@ -102,8 +102,8 @@ class Slot:
     def pairs(self) -> dict[str, LoraPair]:
         """Return the weights as matrices, by the linear's qualified name."""
         rank, rows = self.job.spec.adapter.rank, slice(self.row, self.row + 1)
-        stacks = {name: self.bank.weights(rows, name) for name in self.bank.layout.linears}
-        return {name: LoraPair(stack.A_SRK[0, :rank], stack.Bt_SRN[0, :rank].T) for name, stack in stacks.items()}
+        stacks = {name: self.bank.weights(rows, (name,)) for name in self.bank.layout.columns}
+        return {name: LoraPair(stack.A_SJK[0, :rank], stack.Bts_SRN[0][0, :rank].T) for name, stack in stacks.items()}
 
     @property
     def is_batch_complete(self) -> bool:

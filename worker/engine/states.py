@@ -17,6 +17,7 @@ from worker.engine.errors import InvalidJobError
 from worker.engine.slots import Slot
 
 TENSORS_FILE, CURSOR_FILE = "slot_state.safetensors", "slot_state.json"
+_FORMAT = "espalier-slot-2"  # 2: the As of siblings follow each other
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class SlotState:
 def capture_state(slot: Slot) -> SlotState:
     tensors = {"weights": slot.weights_P, "exp_avg": slot.exp_avg_P, "exp_avg_sq": slot.exp_avg_sq_P}
     cursor = {
-        "format": "espalier-slot-1",
+        "format": _FORMAT,
         "step": slot.step,
         "num_updates": slot.num_updates,
         "num_skipped_in_a_row": slot.num_skipped_in_a_row,
@@ -50,8 +51,10 @@ def capture_state(slot: Slot) -> SlotState:
 
 
 def load_state(slot: Slot, directory: Path) -> int:
-    """Go on from a saved state, and return its step. Raises InvalidJobError when it is another job's."""
+    """Go on from a saved state, and return its step. Raises InvalidJobError when it is another job's or format's."""
     cursor = json.loads((directory / CURSOR_FILE).read_text(encoding="utf-8"))
+    if cursor["format"] != _FORMAT:
+        raise InvalidJobError(f"The saved state is of format {cursor['format']}, not {_FORMAT}.")
     tensors = load_file(directory / TENSORS_FILE)
     # The whole spec: with another batch size, for one, the same step number is another place in the data.
     is_same_spec = cursor["spec"] == slot.job.spec.model_dump(mode="json")

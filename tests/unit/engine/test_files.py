@@ -20,7 +20,7 @@ from tests.unit.engine.tiny import (
     train,
     weights_of,
 )
-from worker.engine import InvalidJobError
+from worker.engine import CURSOR_FILE, InvalidJobError
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -125,6 +125,16 @@ def test_resuming_in_other_company_stays_on_the_solo_trajectory(
     wanted = weights_of(alone, "mine")
     for name, tensor in weights_of(second, "mine").items():
         assert relative_difference(tensor, wanted[name]) < 1e-3, name
+
+
+def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    engine = make_engine()
+    engine.admit(make_job("mine"))
+    engine.capture_state("mine").write(tmp_path)
+    cursor = json.loads((tmp_path / CURSOR_FILE).read_text(encoding="utf-8"))
+    (tmp_path / CURSOR_FILE).write_text(json.dumps(cursor | {"format": "espalier-slot-1"}), encoding="utf-8")
+    with pytest.raises(InvalidJobError, match="of format espalier-slot-1"):
+        engine.load_state("mine", tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"seed": 2}, {"count": 11}, {"rank": 8}, {"batch_size": 2}, {"beta1": 0.5}])

@@ -36,14 +36,18 @@ def test_a_dense_weight(*, has_bias: bool, dtype: torch.dtype, form: type[Frozen
     assert_multiplies_like(frozen, linear.weight.detach(), linear.bias)
 
 
+@pytest.mark.parametrize("is_nested", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_weight_in_nf4(*, has_bias: bool) -> None:
+def test_a_weight_in_nf4(*, has_bias: bool, is_nested: bool) -> None:
     linear = make_linear(has_bias=has_bias, dtype=torch.float32)
     quantised = Linear4bit(IN, OUT, bias=has_bias, compute_dtype=torch.float32, quant_type="nf4")
-    quantised.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+    quantised.weight = Params4bit(
+        linear.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=is_nested
+    )
     quantised.bias = linear.bias
     quantised = quantised.to("cpu")
     frozen = freeze_linear(quantised, scratch={})
     assert isinstance(frozen, Nf4Weight)
+    assert quantised.weight.quant_state.nested == is_nested
     restored_nk = dequantize_4bit(quantised.weight.data, quantised.weight.quant_state)
     assert_multiplies_like(frozen, restored_nk, quantised.bias)

@@ -191,8 +191,8 @@ def test_padded_ranks_have_a_gradient_of_exactly_zero_and_stay_zero() -> None:
     train(engine, num_fused_steps=4)
     layout = slot.bank.layout
     assert (layout.padded_rank, slot.bank.num_rows) == (8, 2)
-    for name in layout.linears:
-        for columns in layout.columns(name):
+    for matrices in layout.columns.values():
+        for columns in matrices:
             for vector_P in (slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P):
                 assert not vector_P[columns].view(8, -1)[3:].any()
                 assert vector_P[columns].view(8, -1)[:3].any()

@@ -122,11 +122,10 @@ def fused_gradients(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
 
 def gradient_pairs(slot: Slot) -> dict[str, LoraPair]:
     """Return a slot's gradients as its weights are viewed."""
-    rank, layout, pairs = slot.job.spec.adapter.rank, slot.bank.layout, {}
-    for name, (k, n) in layout.linears.items():
-        a_columns, b_columns = layout.columns(name)
-        A_RK, Bt_RN = slot.grads_P[a_columns].clone().view(-1, k), slot.grads_P[b_columns].clone().view(-1, n)
-        pairs[name] = LoraPair(A_RK[:rank], Bt_RN[:rank].T)
+    adapter, layout, pairs = slot.job.spec.adapter, slot.bank.layout, {}
+    for name, columns in layout.columns.items():
+        A_RK, Bt_RN = (slot.grads_P[side].clone().view(layout.padded_rank, -1) for side in columns)
+        pairs[name] = LoraPair(A_RK[: adapter.rank], Bt_RN[: adapter.rank].T)
     return pairs
 
 
