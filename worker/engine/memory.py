@@ -106,7 +106,8 @@ def _kept_bytes(run_decoder: Callable[[int], Tensor], num_tokens: int) -> int:
     def keep(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        # An output kept as it is would hold the function that holds it: a cycle which nobody collects.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = run_decoder(num_tokens)  # it holds what it keeps, so that no address is met twice

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from functools import partial
 
@@ -52,6 +54,16 @@ def test_the_base_says_which_modules_it_can_adapt() -> None:
     assert shape.target_modules == ALL_MODULES
     assert (shape.num_layers, shape.hidden_size, shape.vocab_size) == (2, 64, 128)
     assert shape.linears["model.layers.1.mlp.down_proj"] == (96, 64)
+
+
+def test_nothing_of_a_base_outlives_its_engine() -> None:
+    engine = make_engine()
+    engine.admit(make_job("mine"))
+    train(engine, num_fused_steps=1)
+    context = weakref.ref(engine._context)  # every linear holds it
+    del engine
+    gc.collect()
+    assert context() is None
 
 
 def test_a_base_that_cannot_be_fused_is_refused_with_the_reason() -> None:
