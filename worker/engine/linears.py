@@ -28,15 +28,18 @@ class StepContext:
         # Makes the products differentiable even where their input is not, as in the first layer.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.runs: tuple[Run, ...] = ()
+        # By its linear's name, what waits to be taken: the rows that were multiplied, and the outputs.
+        self.waiting: dict[str, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
     def running(self, runs: tuple[Run, ...]) -> Iterator[None]:
-        """Be in a step of these runs."""
+        """Be in a step of these runs. Nothing of it stays, though it ran out of memory between two siblings."""
         self.runs = runs
         try:
             yield
         finally:
             self.runs = ()
+            self.waiting.clear()
 
 
 class Siblings:
@@ -46,20 +49,16 @@ class Siblings:
         self.names = names
         self._weights = weights
         self._context = context
-        self._rows_1TK: Tensor | None = None
-        self._waiting: dict[str, Tensor] = {}
 
     def take(self, name: str, x_1TK: Tensor) -> Tensor:
         """Return one linear's outputs [1, T, N]. Raises UnsupportedBaseError when these are no siblings' rows."""
+        waiting = self._context.waiting
         if name == self.names[0]:
             outputs = _AdaptedProducts.apply(self._context.anchor, x_1TK, self, self._context.runs)
-            self._rows_1TK, self._waiting = x_1TK, dict(zip(self.names, outputs, strict=True))
-        if x_1TK is not self._rows_1TK or name not in self._waiting:
+            waiting.update((each, (x_1TK, y_1TN)) for each, y_1TN in zip(self.names, outputs, strict=True))
+        if name not in waiting or waiting[name][0] is not x_1TK:
             raise UnsupportedBaseError(f"{' and '.join(self.names)} do not read the same rows, in this order.")
-        y_1TN = self._waiting.pop(name)
-        if not self._waiting:
-            self._rows_1TK = None
-        return y_1TN
+        return waiting.pop(name)[1]
 
     def multiply(self, x_1TK: Tensor) -> dict[str, Tensor]:
         return {name: weight.multiply(x_1TK) for name, weight in zip(self.names, self._weights, strict=True)}
