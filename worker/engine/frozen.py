@@ -91,7 +91,7 @@ class Nf4Weight(FrozenWeight):
 
 
 def _flatten(state: QuantState) -> QuantState:
-    """Undo the second quantisation, that of the blocks' scales, once: 0.4 bit a weight for half the kernels a pass."""
+    """Undo the second quantisation, that of the blocks' scales: 0.4 bit a weight, and one kernel instead of three."""
     if not state.nested:
         return state
     absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
