@@ -1,6 +1,6 @@
 """`python -m worker`: the supervisor of one GPU."""
 
-from worker.tasks import main
+from worker.supervisor.tasks import main
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from core.domain.training import Frozen
-from worker.children import TrainerChild, TrainerGoneError
+from worker.supervisor.children import TrainerChild, TrainerGoneError
 
 CREDENTIALS = {
     "ESPALIER_DATABASE_URL": "postgresql://espalier_worker:hush-1@db/espalier",

@@ -17,8 +17,8 @@ from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import POOL, queue_job
-from worker.runner import Runner
-from worker.watchdog import Watchdog
+from worker.supervisor.runner import Runner
+from worker.supervisor.watchdog import Watchdog
 
 NOBODY = "redis://127.0.0.1:1/0"
 

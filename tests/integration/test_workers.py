@@ -12,7 +12,7 @@ from core.db.models import Worker
 from core.db.session import connect, service_transaction
 from core.services.workers import WorkerFacts
 from tests.integration.conftest import Database
-from worker.presence import Presence
+from worker.supervisor.presence import Presence
 
 
 @pytest.fixture

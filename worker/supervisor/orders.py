@@ -12,8 +12,8 @@ from core.services.attempts import Lease
 from core.services.resume_points import list_resume_points
 from core.settings import WorkerSettings
 from core.storage import ObjectStore
-from worker.artifacts import grant_file, grant_resume_point
 from worker.messages import JobFacts, LoadBase, StartJob
+from worker.supervisor.artifacts import grant_file, grant_resume_point
 
 
 def lease_of(job: Job) -> Lease:

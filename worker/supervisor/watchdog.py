@@ -19,7 +19,7 @@ import structlog
 from core.db.session import DATABASE_ERRORS
 from core.queue import queue_name
 from core.settings import WorkerSettings
-from worker.runner import Runner
+from worker.supervisor.runner import Runner
 
 log = structlog.get_logger()
 _LOOKS_PER_DEAF_TIME = 6

@@ -15,11 +15,11 @@ from core.queue import TASK_NAME
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from core.telemetry import configure_logs
-from worker.app import create_celery
-from worker.presence import Presence
-from worker.runner import Runner
 from worker.scratch import remove_abandoned
-from worker.watchdog import Watchdog
+from worker.supervisor.app import create_celery
+from worker.supervisor.presence import Presence
+from worker.supervisor.runner import Runner
+from worker.supervisor.watchdog import Watchdog
 
 
 def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine) -> Celery:

@@ -9,7 +9,6 @@ from core.services import attempts, resume_points
 from core.services.attempts import Lease, StepRecord
 from core.services.files import NewFile
 from core.services.logs import record_log_line
-from worker.artifacts import Proof
 from worker.messages import (
     STORAGE_AWAY,
     CheckpointSaved,
@@ -23,6 +22,7 @@ from worker.messages import (
     ResumePointSaved,
     StepDone,
 )
+from worker.supervisor.artifacts import Proof
 
 ProgressReport = JobStarted | StepDone | EvaluationDone | JobWarned | JobLogged
 

@@ -35,10 +35,6 @@ from core.services.base_models import list_base_models
 from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
 from core.storage import ObjectStore, StorageUnavailableError
-from worker.artifacts import ArtifactProver, Proof, grant_uploads, publish_tokenizer, result_filename
-from worker.children import TrainerChild, TrainerGoneError
-from worker.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED, Failure, explain_exit
-from worker.lease import LeaseKeeper
 from worker.messages import (
     STORAGE_AWAY,
     BaseLoaded,
@@ -61,8 +57,12 @@ from worker.messages import (
     UsageCounted,
     YieldJob,
 )
-from worker.orders import lease_of, order_base, order_job, pools_of
-from worker.records import ProgressReport, record_progress, record_proof
+from worker.supervisor.artifacts import ArtifactProver, Proof, grant_uploads, publish_tokenizer, result_filename
+from worker.supervisor.children import TrainerChild, TrainerGoneError
+from worker.supervisor.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED, Failure, explain_exit
+from worker.supervisor.lease import LeaseKeeper
+from worker.supervisor.orders import lease_of, order_base, order_job, pools_of
+from worker.supervisor.records import ProgressReport, record_progress, record_proof
 
 log = structlog.get_logger()
 _POLL_SECONDS = 0.1
