@@ -183,13 +183,12 @@ class LocalStack:
         logins = {
             "api": RoleLogin("espalier_api", self._servers.secrets.api),
             "worker": RoleLogin("espalier_worker", self._servers.secrets.worker),
-            "worker.schedule": RoleLogin("espalier_schedule", self._servers.secrets.schedule),
+            "schedule": RoleLogin("espalier_schedule", self._servers.secrets.schedule),
         }
         prepare_database(self.owner_url, self._registry, logins=tuple(logins.values()))
         for module, login in logins.items():
-            name = module.rpartition(".")[2]
             argv = [sys.executable, "-m", module]
-            self._supervisor.start(ProcessSpec(name, argv, self._environment(login), stop_seconds=30.0))
+            self._supervisor.start(ProcessSpec(module, argv, self._environment(login), stop_seconds=30.0))
         self.process("api").wait_until(lambda: answers(self.api_url), timeout_seconds=_READY_SECONDS)
         self._state.write(self.data_dir)
 

@@ -1,1 +1,1 @@
-"""The GPU side: a supervisor that speaks to PostgreSQL, its trainer child that holds the base, and the schedule."""
+"""The GPU side: a supervisor that speaks to PostgreSQL, and its trainer child that holds the base."""

@@ -166,7 +166,7 @@ def test_a_job_that_truncation_leaves_nothing_to_learn_fails_at_once_and_says_wh
     assert sum(message.endswith("has started.") for message in messages(client, job.id)) == 1
 
 
-@pytest.mark.parametrize("module", ["api.main", "worker.schedule", "core.services.attempts"])
+@pytest.mark.parametrize("module", ["api.main", "schedule.clock", "core.services.attempts"])
 def test_the_control_plane_never_loads_torch(module: str) -> None:
     code = (
         f"import sys, {module}; print(sorted({{'torch', 'transformers', 'peft', 'bitsandbytes'}} & set(sys.modules)))"

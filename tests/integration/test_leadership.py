@@ -136,9 +136,7 @@ def schedule_process(
         **{f"ESPALIER_{name.upper()}": value for name, value in settings.items()},
         **{name.upper(): value for name, value in (env or {}).items()},
     }
-    with subprocess.Popen(
-        [sys.executable, "-m", "worker.schedule"], env=environment, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen([sys.executable, "-m", "schedule"], env=environment, stderr=subprocess.DEVNULL) as process:
         try:
             yield process
         finally:

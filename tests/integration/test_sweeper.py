@@ -21,9 +21,9 @@ from core.services.attempts import Lease, StoredArtifact
 from core.services.contract import check_objects
 from core.services.files import NewFile, create_file
 from core.storage import S3ObjectStore
+from schedule.sweeper import settle, sweep
 from tests.integration.conftest import Database, Tenant
 from tests.integration.test_attempts import claim, queue_job
-from worker.sweeper import settle, sweep
 
 DAY = dt.timedelta(days=1)
 

@@ -37,7 +37,7 @@ from core.services.purges import find_purges, mark_purged
 from core.settings import ScheduleSettings
 from core.storage import ObjectStore, S3ObjectStore, StorageError
 from core.telemetry import configure_logs
-from worker.sweeper import settle, sweep
+from schedule.sweeper import settle, sweep
 
 log = structlog.get_logger()
 # A process that was stopped while one of its transactions waited for another must not be handed the leadership when the
@@ -176,7 +176,3 @@ def main() -> None:
         signal.signal(signal.SIGTERM, schedule.request_stop)
         signal.signal(signal.SIGINT, schedule.request_stop)
         schedule.run()
-
-
-if __name__ == "__main__":
-    main()
