@@ -20,13 +20,13 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import Engine
 
-from cli.servers import LocalServers
-from cli.stack import prepare_database
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
 from core.domain.jobs import pool_name
 from core.services import attempts
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
+from local.servers import LocalServers
+from local.stack import prepare_database
 
 BASE = "acme-labs/tiny"
 POOL = pool_name(BASE, None)

@@ -30,9 +30,9 @@ import yaml
 
 from bench.bare import BASE_ID
 from bench.workload import command, machine
-from cli.ports import free_ports
-from cli.processes import ChildProcess, ProcessSpec
-from cli.stack import LocalStack
+from local.ports import free_ports
+from local.processes import ChildProcess, ProcessSpec
+from local.stack import LocalStack
 
 NUM_TENANTS = 20
 NUM_USERS = 20

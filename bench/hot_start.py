@@ -21,7 +21,7 @@ from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.workload import PeftTrainer, command, machine, spread
-from cli.stack import LocalStack
+from local.stack import LocalStack
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONVERSATIONS = [

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.workload import MODULES, command, machine, make_engine
-from cli.binaries import find_smollm2
 from cli.demo.documentation import build_documentation
 from core.domain.datasets import parse_example
 from core.domain.datasets.tokenizers import BaseTokenizer
 from core.domain.training import AdapterConfig, TrainingSpec, count_steps, learning_rate_at, order_examples
+from local.binaries import find_smollm2
 from worker.engine import EngineJob, Example
 from worker.trainer.bases import materialize_base
 from worker.trainer.datasets import tokenize_dataset

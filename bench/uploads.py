@@ -21,14 +21,14 @@ from pathlib import Path
 import httpx
 import psutil
 
-from cli.ports import free_ports
-from cli.processes import ChildProcess, ProcessSpec
-from cli.servers import LocalServers
-from cli.stack import answers, default_registry, prepare_database
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
 from core.domain.datasets import DatasetChecker
 from core.services.tenants import create_tenant, issue_api_key
+from local.ports import free_ports
+from local.processes import ChildProcess, ProcessSpec
+from local.servers import LocalServers
+from local.stack import answers, default_registry, prepare_database
 
 MEGABYTE = 2**20
 CHUNK_BYTES = 256 * 1024

@@ -12,13 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 from sqlalchemy.exc import OperationalError
 
-from cli.external import OWNER_URL_SETTING
 from cli.owner import DEFAULT_DATA_DIR, DataDir
-from cli.servers import ServerAddresses, find_addresses
 from core.db.session import connect, service_transaction
 from core.services.contract import Finding, check_objects, check_rows
 from core.settings import S3Settings, StorageConfig
 from core.storage import S3ObjectStore, StorageError
+from local.external import OWNER_URL_SETTING
+from local.servers import ServerAddresses, find_addresses
 
 
 def check_contract(

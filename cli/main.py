@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
-from cli.binaries import BinaryMissingError
 from cli.contract import check_contract
 from cli.demo.run import run_demo
-from cli.external import ExternalServers, ExternalServersError
-from cli.locks import AlreadyRunningError, find_launcher, is_running
 from cli.operators import audit, base_models, keys, migrate, operators, tenants
 from cli.owner import DEFAULT_DATA_DIR, DataDir
-from cli.processes import ProcessFailedError
-from cli.servers import LocalServers
-from cli.stack import LocalStack, PortTakenError, StackState, answers
 from cli.validation import validate
+from local.binaries import BinaryMissingError
+from local.external import ExternalServers, ExternalServersError
+from local.locks import AlreadyRunningError, find_launcher, is_running
+from local.processes import ProcessFailedError
+from local.servers import LocalServers
+from local.stack import LocalStack, PortTakenError, StackState, answers
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(tenants, name="tenants")

@@ -17,7 +17,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session, owner_url
-from cli.stack import prepare_database
 from core.db.migrate import RoleLogin
 from core.domain.api_keys import ALL_SCOPES, DEFAULT_SCOPES, Scope
 from core.domain.errors import InvalidRequestError
@@ -26,6 +25,7 @@ from core.services import base_models as bases
 from core.services import operators as operator_keys
 from core.services import tenants as services
 from core.services.tenants import TenantChange
+from local.stack import prepare_database
 
 tenants = typer.Typer(no_args_is_help=True, help="Tenants of the service.")
 keys = typer.Typer(no_args_is_help=True, help="API keys of tenants.")

@@ -15,10 +15,10 @@ from typing import Annotated
 import typer
 from sqlalchemy.orm import Session
 
-from cli.external import OWNER_URL_SETTING
-from cli.servers import find_addresses
 from core.db.session import connect, operator_transaction
 from core.domain.errors import DomainError
+from local.external import OWNER_URL_SETTING
+from local.servers import find_addresses
 
 DEFAULT_DATA_DIR = Path(".espalier")
 DataDir = Annotated[Path, typer.Option(help="Where the local servers keep their data.")]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cli.servers import ServerAddresses
+from local.servers import ServerAddresses
 from tests.servers import shared_servers
 
 

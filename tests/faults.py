@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
-from cli.processes import ChildProcess
-from cli.servers import LocalServers, ServerAddresses
+from local.processes import ChildProcess
+from local.servers import LocalServers, ServerAddresses
 
 _CHUNK_BYTES = 64 * 1024
 _REFUSAL = (

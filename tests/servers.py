@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from cli.servers import LocalServers, ServerAddresses
 from core.settings import StorageConfig
+from local.servers import LocalServers, ServerAddresses
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from cli.demo.documentation import Documentation, build_documentation
-from cli.stack import LocalStack
+from local.stack import LocalStack
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ACME_MODULES = ("itertools", "functools", "statistics", "collections", "heapq", "bisect", "textwrap", "random")

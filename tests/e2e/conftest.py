@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cli.stack import LocalStack
+from local.stack import LocalStack
 from tests.e2e.lab import Lab, base_entry, running_lab, write_tiny_base
 
 

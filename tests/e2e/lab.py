@@ -20,10 +20,10 @@ import yaml
 from openai import OpenAI
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from cli.binaries import find_smollm2
-from cli.processes import ChildProcess
-from cli.stack import LocalStack
 from core.storage import S3ObjectStore
+from local.binaries import find_smollm2
+from local.processes import ChildProcess
+from local.stack import LocalStack
 from tests.faults import FaultyServers
 
 BASE_MODEL = "acme-labs/tiny-llama"

@@ -18,9 +18,9 @@ import psutil
 import psycopg
 import redis
 
-from cli.processes import ChildProcess, ProcessSpec
 from core.domain.jobs import pool_name
 from core.queue import WakeUpPublisher, queue_name
+from local.processes import ChildProcess, ProcessSpec
 from tests.e2e.lab import BASE_MODEL, LEASE_SECONDS, Lab
 from tests.faults import Answer503, Cut, CutAfter, Delay, Fault, FaultProxy, FlipByte, Hang
 

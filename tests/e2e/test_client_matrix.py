@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cli.stack import LocalStack
 from core.db.models import Tenant
 from core.db.session import connect, service_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.services.tenants import create_tenant, issue_api_key
+from local.stack import LocalStack
 from tests.e2e.lab import BASE_MODEL
 from tests.environments import OPENAI_VERSIONS, find_client_python
 

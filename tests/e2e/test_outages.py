@@ -18,11 +18,11 @@ import psycopg
 import pytest
 import redis
 
-from cli.ports import free_ports
-from cli.processes import ChildProcess
-from cli.stack import answers
 from core.domain.jobs import pool_name
 from core.queue import queue_name
+from local.ports import free_ports
+from local.processes import ChildProcess
+from local.stack import answers
 from tests.e2e.lab import BASE_MODEL, LEASE_SECONDS, Lab, wait_until
 from tests.faults import Cut, CutAfter, Fault
 

@@ -20,7 +20,7 @@ from openai import OpenAI
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from cli.stack import LocalStack
+from local.stack import LocalStack
 from tests.e2e.lab import BASE_MODEL, ENDED, wait_until
 
 ROWS = "\n".join(

@@ -18,15 +18,15 @@ from openai import OpenAI
 from psycopg import sql
 from sqlalchemy import Engine
 
-from cli.ports import free_ports
-from cli.servers import ServerAddresses
-from cli.stack import prepare_database
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
 from core.services.tenants import create_tenant, issue_api_key
 from core.settings import StorageConfig
+from local.ports import free_ports
+from local.servers import ServerAddresses
+from local.stack import prepare_database
 
 BASE_MODEL = "acme-labs/tiny-base"
 PASSWORD = "test-password"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
-from cli.servers import ServerAddresses
 from core.db.session import connect, service_transaction
+from local.servers import ServerAddresses
 from tests.integration.conftest import Database, Tenant
 from tests.integration.test_attempts import claim, queue_job, status_of
 from tests.integration.test_leadership import leader_pid, schedule_process, wait_until

@@ -12,8 +12,8 @@ import psycopg
 import pytest
 import redis
 
-from cli.servers import ServerAddresses
 from core.storage import S3ObjectStore, StorageUnavailableError
+from local.servers import ServerAddresses
 from tests.faults import Answer503, Cut, CutAfter, Delay, FaultProxy, FlipByte, Hang, port_of, with_port
 
 

@@ -16,11 +16,11 @@ import pytest
 from sqlalchemy import Engine, func, select, text
 from sqlalchemy.exc import DBAPIError
 
-from cli.servers import ServerAddresses
 from core.db.models import Job, Leader
 from core.db.session import connect, service_transaction
 from core.services import attempts
 from core.services.leadership import lead, resign
+from local.servers import ServerAddresses
 from tests.integration.conftest import Database, Tenant
 from tests.integration.test_attempts import claim, make_claimable, queue_job, status_of
 

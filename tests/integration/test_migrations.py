@@ -15,9 +15,9 @@ from alembic.config import Config
 from psycopg import sql
 from sqlalchemy import Connection, text
 
-from cli.servers import ServerAddresses
 from core.db.migrate import MIGRATIONS_DIR
 from core.db.session import connect
+from local.servers import ServerAddresses
 from tests.integration.conftest import PASSWORD
 
 SCHEMA = """

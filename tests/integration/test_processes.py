@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cli.locks import is_running
-from cli.processes import ChildProcess, ProcessFailedError, ProcessSpec, as_mortal
-from cli.supervisor import Supervisor
+from local.locks import is_running
+from local.processes import ChildProcess, ProcessFailedError, ProcessSpec, as_mortal
+from local.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 DIES = "import sys; print('last words', flush=True); sys.exit(3)"
@@ -34,7 +34,7 @@ signal.pause()
 LAUNCHER = """
 import sys, signal
 from pathlib import Path
-from cli.processes import ChildProcess, ProcessSpec
+from local.processes import ChildProcess, ProcessSpec
 child = ChildProcess(ProcessSpec('waits', [sys.executable, '-c', sys.argv[2]]), Path(sys.argv[1]))
 print(child.pid, flush=True)
 signal.pause()
@@ -160,7 +160,7 @@ def seconds_to_revival(supervisor: Supervisor, name: str) -> float:
 def test_a_child_that_ran_for_long_comes_back_as_soon_as_one_that_died_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.supervisor._HEALTHY_SECONDS", 0.0)
+    monkeypatch.setattr("local.supervisor._HEALTHY_SECONDS", 0.0)
     supervisor = Supervisor(tmp_path)
     try:
         supervisor.start(make_spec(DIES, name="mostly well"))

@@ -24,17 +24,17 @@ import psycopg
 import pytest
 import redis
 
-from cli.binaries import find_redis
-from cli.locks import AlreadyRunningError, DataDirLock, find_launcher, is_running
-from cli.processes import ProcessFailedError
-from cli.servers import LocalServers, ServerAddresses
 from core.storage import S3ObjectStore, StorageError
+from local.binaries import find_redis
+from local.locks import AlreadyRunningError, DataDirLock, find_launcher, is_running
+from local.processes import ProcessFailedError
+from local.servers import LocalServers, ServerAddresses
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = """
 import json, sys
 from pathlib import Path
-from cli.servers import LocalServers
+from local.servers import LocalServers
 with LocalServers(Path(sys.argv[1]), is_durable=False) as servers:
     print(json.dumps({"pids": servers.pids, "redis_url": servers.addresses.redis_url}), flush=True)
     sys.stdin.read()

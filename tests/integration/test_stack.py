@@ -23,12 +23,12 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from cli.external import ExternalServers, ExternalServersError
-from cli.locks import find_launcher, is_running
 from cli.main import app
-from cli.ports import free_ports
-from cli.servers import LocalServers, ServerAddresses
-from cli.stack import LocalStack, PortTakenError, StackState
+from local.external import ExternalServers, ExternalServersError
+from local.locks import find_launcher, is_running
+from local.ports import free_ports
+from local.servers import LocalServers, ServerAddresses
+from local.stack import LocalStack, PortTakenError, StackState
 
 ROOT = Path(__file__).resolve().parents[2]
 ESPALIER = (sys.executable, "-c", "from cli.main import app; app()")

@@ -22,7 +22,7 @@ from core.settings import StorageConfig
 from core.storage import PART_BYTES, ObjectNotFoundError, S3ObjectStore, StorageUnavailableError, StoredObject
 
 if TYPE_CHECKING:
-    from cli.servers import ServerAddresses
+    from local.servers import ServerAddresses
 
 MINUTE = timedelta(minutes=1)
 TYPE = "application/octet-stream"

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, select, text
 
-from cli.servers import ServerAddresses
 from core.db.models import Job, Usage
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
@@ -21,6 +20,7 @@ from core.services.attempts import Lease, StoredArtifact
 from core.services.contract import check_objects
 from core.services.files import NewFile, create_file
 from core.storage import S3ObjectStore
+from local.servers import ServerAddresses
 from schedule.sweeper import settle, sweep
 from tests.integration.conftest import Database, Tenant
 from tests.integration.test_attempts import claim, queue_job

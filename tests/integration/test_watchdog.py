@@ -10,11 +10,11 @@ import pytest
 import redis
 from sqlalchemy import Engine
 
-from cli.servers import ServerAddresses
 from core.db.session import connect
 from core.queue import WakeUpPublisher, queue_name
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
+from local.servers import ServerAddresses
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import POOL, queue_job
 from worker.supervisor.runner import Runner

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("api", "core", "worker", "schedule", "cli")
+ROOMS = ("api", "core", "worker", "schedule", "local", "cli")
 FORBIDDEN_PARTS = {"utils", "helpers", "common", "misc", "manager", "handler", "processor", "do"}
 MAX_FUNCTION_LINES = 40
 

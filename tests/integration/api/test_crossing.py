@@ -24,11 +24,11 @@ from sqlalchemy import Engine, event, text
 
 from api.auth import TTL_SECONDS, Authenticator
 from api.main import create_app
-from cli.servers import ServerAddresses
 from core.db.base import Row
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
+from local.servers import ServerAddresses
 from tests.integration.api.planting import Planted, plant
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.routes import all_routes

@@ -12,12 +12,12 @@ import pytest
 from openai import OpenAI
 from sqlalchemy import Engine, select, text
 
-from cli.servers import ServerAddresses
 from core.db.models import Checkpoint, Job
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, format_id, new_id, parse_id
 from core.services.purges import find_purges, mark_purged
 from core.storage import S3ObjectStore
+from local.servers import ServerAddresses
 from tests.integration.api.test_bad_input import GOOD, submit, upload
 from tests.integration.api.test_wire import add_adapter
 from tests.integration.conftest import BASE_MODEL, Database, Tenant

@@ -10,11 +10,11 @@ import pytest
 from openai import OpenAI
 from sqlalchemy import Engine, text
 
-from cli.servers import ServerAddresses
 from core.db.session import service_transaction
 from core.domain.objects import tokenizer_key
 from core.services.base_models import record_tokenizer
 from core.storage import S3ObjectStore
+from local.servers import ServerAddresses
 from tests.bundles import letters_bundle
 from tests.integration.conftest import BASE_MODEL, Tenant
 

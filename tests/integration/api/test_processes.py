@@ -14,11 +14,11 @@ import psutil
 import pytest
 from sqlalchemy import Engine
 
-from cli.ports import free_ports, is_free
-from cli.servers import ServerAddresses
 from core.db.session import service_transaction
 from core.domain.ids import IdKind, format_id
 from core.services.tenants import revoke_api_key
+from local.ports import free_ports, is_free
+from local.servers import ServerAddresses
 from tests.integration.api.events import open_stream
 from tests.integration.conftest import Database, Tenant, running_api
 from tests.integration.training import start_job

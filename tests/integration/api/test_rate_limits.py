@@ -14,10 +14,10 @@ from sqlalchemy import Engine, text
 
 from api.main import create_app
 from api.rate_limits import WINDOW_SECONDS, RateLimiter
-from cli.ports import free_ports
-from cli.servers import ServerAddresses
 from core.db.session import service_transaction
 from core.settings import ApiSettings
+from local.ports import free_ports
+from local.servers import ServerAddresses
 from tests.faults import FaultProxy, Hang, port_of, with_port
 from tests.integration.conftest import Database, Tenant
 

@@ -13,9 +13,6 @@ import psutil
 import pytest
 from sqlalchemy import Engine, text
 
-from cli.ports import free_ports
-from cli.servers import LocalServers, ServerAddresses
-from cli.stack import prepare_database
 from core.db.migrate import login_url
 from core.db.session import connect, service_transaction
 from core.domain.ids import IdKind, format_id
@@ -23,6 +20,9 @@ from core.services.attempts import Lease, requeue_attempt
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
 from core.services.jobs import cancel_job
 from core.services.tenants import revoke_api_key
+from local.ports import free_ports
+from local.servers import LocalServers, ServerAddresses
+from local.stack import prepare_database
 from tests.integration.api.events import Received, open_stream
 from tests.integration.conftest import BASE_MODEL, LOGINS, Database, Tenant, add_tenant, running_api
 from tests.integration.training import fail_job, queue_job, record_step, start_job

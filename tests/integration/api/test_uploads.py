@@ -13,13 +13,13 @@ import pytest
 from openai import OpenAI
 from sqlalchemy import Engine, text
 
-from cli.servers import ServerAddresses
 from core.db.models import File
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, parse_id
 from core.services.files import expire_files
 from core.services.purges import find_purges
 from core.storage import S3ObjectStore
+from local.servers import ServerAddresses
 from tests.integration.api.test_bad_input import GOOD, submit, upload
 from tests.integration.conftest import Database, Tenant
 

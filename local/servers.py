@@ -15,13 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from cli.locks import DataDirLock, find_launcher
-from cli.ports import Ports
-from cli.postgres_server import PostgresServer
-from cli.processes import ChildProcess, ProcessFailedError, ProcessSpec
-from cli.redis_server import RedisServer
-from cli.s3_server import S3Server
 from core.settings import StorageConfig
+from local.locks import DataDirLock, find_launcher
+from local.ports import Ports
+from local.postgres_server import PostgresServer
+from local.processes import ChildProcess, ProcessFailedError, ProcessSpec
+from local.redis_server import RedisServer
+from local.s3_server import S3Server
 
 _START_SECONDS = 30.0
 _START_ATTEMPTS = 3

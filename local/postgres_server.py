@@ -13,9 +13,9 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
-from cli.binaries import find_postgres
-from cli.privileges import drop_root
-from cli.processes import ProcessFailedError, ProcessSpec
+from local.binaries import find_postgres
+from local.privileges import drop_root
+from local.processes import ProcessFailedError, ProcessSpec
 
 DATABASE = "espalier"
 _FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")

@@ -11,10 +11,10 @@ import psycopg
 import redis
 from pydantic import ValidationError
 
-from cli.locks import DataDirLock
-from cli.servers import Secrets, ServerAddresses
 from core.settings import RedisSettings, S3Settings
 from core.storage import S3ObjectStore, StorageError
+from local.locks import DataDirLock
+from local.servers import Secrets, ServerAddresses
 
 OWNER_URL_SETTING = "ESPALIER_OWNER_DATABASE_URL"
 _CONNECT_SECONDS = 5

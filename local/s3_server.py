@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from cli.binaries import find_s3
-from cli.ports import S3Ports
-from cli.processes import ProcessSpec
 from core.settings import StorageConfig
 from core.storage import S3ObjectStore, StorageError
+from local.binaries import find_s3
+from local.ports import S3Ports
+from local.processes import ProcessSpec
 
 BUCKET = "espalier"
 _PROBE = "readiness-probe"

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.processes import ChildProcess, ProcessSpec
+from local.processes import ChildProcess, ProcessSpec
 
 _DELAYS_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _HEALTHY_SECONDS = 60.0  # who has run this long starts again with the shortest delay

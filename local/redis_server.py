@@ -8,8 +8,8 @@ from pathlib import Path
 
 import redis
 
-from cli.binaries import find_redis
-from cli.processes import ProcessSpec
+from local.binaries import find_redis
+from local.processes import ProcessSpec
 
 
 class RedisServer:

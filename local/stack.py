@@ -15,12 +15,6 @@ from typing import Protocol, Self
 
 import httpx
 
-from cli.binaries import find_smollm2
-from cli.external import OWNER_URL_SETTING
-from cli.ports import free_ports, is_free
-from cli.processes import ChildProcess, ProcessSpec
-from cli.servers import LocalServers, Secrets, ServerAddresses
-from cli.supervisor import Supervisor
 from core.db.migrate import RoleLogin, login_url, migrate_database
 from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.api_keys import ALL_SCOPES
@@ -28,6 +22,12 @@ from core.domain.errors import NotFoundError
 from core.domain.jobs import pool_name
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry, read_registry, sync_base_models
 from core.services.tenants import create_tenant, find_tenant, rotate_api_key
+from local.binaries import find_smollm2
+from local.external import OWNER_URL_SETTING
+from local.ports import free_ports, is_free
+from local.processes import ChildProcess, ProcessSpec
+from local.servers import LocalServers, Secrets, ServerAddresses
+from local.supervisor import Supervisor
 
 _READY_SECONDS = 60.0
 
