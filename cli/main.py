@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
-from cli.contract import check_contract
+from cli.commands.contract import check_contract
+from cli.commands.datasets import validate
+from cli.commands.tenants import audit, base_models, keys, migrate, operators, tenants
 from cli.demo.run import run_demo
-from cli.operators import audit, base_models, keys, migrate, operators, tenants
 from cli.owner import DEFAULT_DATA_DIR, DataDir
-from cli.validation import validate
 from local.binaries import BinaryMissingError
 from local.external import ExternalServers, ExternalServersError
 from local.locks import AlreadyRunningError, find_launcher, is_running

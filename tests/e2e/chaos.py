@@ -28,7 +28,7 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from cli.contract import as_table, run_checks
+from cli.commands.contract import as_table, run_checks
 from core.services.contract import Finding
 from tests.e2e.lab import BASE_MODEL, ENDED, Lab, running_lab, write_tiny_base
 from tests.e2e.nemesis import Fleet, Nemesis
