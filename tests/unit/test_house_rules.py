@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +82,24 @@ def test_a_transaction_of_a_tenant_names_who_acts(path: Path) -> None:
     calls = [node for node in walk(path) if isinstance(node, ast.Call)]
     opened = [call for call in calls if getattr(call.func, "id", "") == "tenant_transaction"]
     assert all("actor" in {keyword.arg for keyword in call.keywords} for call in opened), "the audit log wants a name"
+
+
+def test_the_import_contracts_know_every_room() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    tool = project["tool"]
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "migrations"}
+    assert rooms == set(ROOMS)
+    assert rooms == set(tool["importlinter"]["root_packages"]) == set(tool["mypy"]["packages"])
+    assert {f"{room}*" for room in rooms} <= set(tool["setuptools"]["packages"]["find"]["include"])
+
+
+def test_every_module_but_the_trainers_and_the_engines_is_kept_from_torch() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (kept,) = (each["source_modules"] for each in contracts if "torch" in each.get("forbidden_modules", ()))
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources()}
+    names = {name.removesuffix(".__init__") for name in names}
+    free = {name for name in names if not any(f"{name}.".startswith(f"{room}.") for room in kept)}
+    assert {name for name in free if not name.startswith(("worker.trainer", "worker.engine"))} == {
+        "worker",  # says what it is, and holds nothing
+        "worker.__main__",  # runs worker.supervisor.tasks
+    }

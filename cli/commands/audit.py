@@ -1,0 +1,25 @@
+"""`espalier audit`: who changed what."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
+from cli.tables import print_table
+from core.services import audit as changes
+from core.services import tenants as services
+
+
+def audit(
+    tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 50,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Show who changed what, newest first."""
+    with operator_session(data_dir) as session:
+        tenant_id = services.find_tenant(session, tenant).id if tenant else None
+        rows = changes.list_audit_entries(session, tenant_id, before=None, limit=limit).items
+    columns = ("created_at", "actor", "action", "subject", "before", "after")
+    print_table(columns, ([getattr(row, column) for column in columns] for row in rows))

@@ -1,0 +1,35 @@
+"""`espalier operators`: keys of operators, which open /admin."""
+
+from __future__ import annotations
+
+import typer
+
+from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
+from cli.tables import print_table
+from core.services import operators as operator_keys
+
+operators = typer.Typer(no_args_is_help=True, help="Keys of operators, which open /admin.")
+
+
+@operators.command("create")
+def create_operator(name: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Print a new operator key, which opens /admin. It cannot be shown again."""
+    with operator_session(data_dir) as session:
+        print(operator_keys.issue_operator_key(session, name=name))
+
+
+@operators.command("list")
+def list_operators(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Show the live operator keys."""
+    with operator_session(data_dir) as session:
+        rows = operator_keys.list_operator_keys(session)
+    columns = ("key_id", "name", "created_at", "last_used_at")
+    print_table(columns, ([getattr(row, column) for column in columns] for row in rows))
+
+
+@operators.command("revoke")
+def revoke_operator(key_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Revoke an operator key by its id, the third part of the key."""
+    with operator_session(data_dir) as session:
+        operator_keys.revoke_operator_key(session, key_id)
+    print(f"Revoked {key_id}.")
