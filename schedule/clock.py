@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session
 from core.db.session import connect, service_transaction
 from core.queue import WakeUpPublisher
 from core.services.attempts import claimable_pools, expire_leases
+from core.services.charges import level_newcomers
 from core.services.files import expire_files
 from core.services.idempotency import forget_expired_keys
 from core.services.jobs import WAKE_CHANNEL
@@ -118,7 +119,10 @@ class Schedule:
 
     def wake_pools(self) -> None:
         with service_transaction(self._engine) as session:
-            pools = claimable_pools(session) if self._leads(session) else ()
+            is_leader = self._leads(session)
+            if is_leader:
+                level_newcomers(session)
+            pools = claimable_pools(session) if is_leader else ()
         try:
             for pool in pools:
                 if self._publisher.publish(pool):

@@ -57,7 +57,9 @@ class Tenant(Row):
     slug: Mapped[str] = mapped_column(unique=True)
     name: Mapped[str]
     weight: Mapped[float] = mapped_column(server_default="1")
+    # GPU-seconds, decayed up to `usage_at`. `lift` decays with it; the sum is the tenant's account in fair share.
     usage: Mapped[float] = mapped_column(server_default="0")
+    lift: Mapped[float] = mapped_column(server_default="0")
     usage_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     max_running: Mapped[int] = mapped_column(server_default="8")
     max_queued: Mapped[int] = mapped_column(server_default="1000")
@@ -317,11 +319,24 @@ class Queue(Row):
     __table_args__ = (
         CheckConstraint("num_queued >= 0", name="num_queued_not_negative"),
         Index("ix_queues_waiting", "pool", "rank", "tenant_id", postgresql_where=text("num_queued > 0")),
+        Index("ix_queues_new", "tenant_id", postgresql_where=text("is_new")),
     )
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
     pool: Mapped[str] = mapped_column(primary_key=True)
     num_queued: Mapped[int]
     rank: Mapped[float]
+    # A submission found it empty, and the tenant's account is still to be made level.
+    is_new: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class Pool(Row):
+    """What was measured of a pool: the GPU-seconds that a step of one job uses, the seconds that its base loads."""
+
+    __tablename__ = "pools"
+    __table_args__ = (CheckConstraint("step_seconds >= 0 and load_seconds >= 0", name="seconds_not_negative"),)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    step_seconds: Mapped[float | None]
+    load_seconds: Mapped[float | None]
 
 
 class Attempt(Row):
@@ -333,6 +348,7 @@ class Attempt(Row):
         CheckConstraint("(outcome is null) = (ended_at is null)", name="outcome_when_ended"),
         Index("ix_attempts_job_id", "job_id"),
         Index("ix_attempts_ended_at", "ended_at"),
+        Index("ix_attempts_open", "tenant_id", postgresql_where=text("outcome is null")),
         Index("ix_attempts_succeeded", "ended_at", postgresql_where=text("outcome = 'succeeded'")),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -341,7 +357,12 @@ class Attempt(Row):
     number: Mapped[int]
     lease_token: Mapped[int] = mapped_column(unique=True)
     worker_name: Mapped[str]
+    # Charged at the claim. What the attempt has used since counts instead, once it is more.
     entry_charge_seconds: Mapped[float]
+    used_seconds: Mapped[float] = mapped_column(server_default="0")
+    # Since when it steps in its slot, and since when it is giving that slot to another tenant.
+    stepping_at: Mapped[dt.datetime | None]
+    lending_at: Mapped[dt.datetime | None]
     outcome: Mapped[str | None]
     error: Mapped[Json | None]
     started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
@@ -404,6 +425,9 @@ class Worker(Row):
     pool: Mapped[str | None]
     slots: Mapped[int] = mapped_column(server_default="0")
     slots_in_use: Mapped[int] = mapped_column(server_default="0")
+    # Since when it holds that base, and the pool whose base it is about to load instead.
+    pool_since: Mapped[dt.datetime | None]
+    next_pool: Mapped[str | None]
     started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     heartbeat_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     alive_until: Mapped[dt.datetime]

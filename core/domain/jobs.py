@@ -23,6 +23,7 @@ class AttemptOutcome(StrEnum):
     PREEMPTED = "preempted"
     PAUSED = "paused"
     LOST = "lost"
+    LENT = "lent"
 
 
 TERMINAL_STATUSES = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)

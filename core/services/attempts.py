@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
-from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Tenant, Usage
+from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Tenant
 from core.domain.errors import DomainError
 from core.domain.ids import new_id
 from core.domain.jobs import (
@@ -26,16 +26,12 @@ from core.domain.jobs import (
     fine_tuned_model_name,
     retry_delay_seconds,
 )
-from core.domain.scheduling import ENTRY_CHARGE_SECONDS, USAGE_HALF_LIFE_SECONDS
+from core.domain.scheduling import SLOT_SECONDS
+from core.services.charges import charge_tenant, estimate_charge
 from core.services.events import record_event
 from core.services.files import NewFile, create_file
 from core.services.jobs import announce_work
-
-# A tenant whose jobs may start now.
-_MAY_START = """
-t.disabled_at is null and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
-  and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
-"""
+from core.services.turns import MAY_START, is_lending
 
 # The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` has the
 # tenants that have queued jobs in that order, so that mostly its first row is the answer, however many tenants and jobs
@@ -51,7 +47,7 @@ cross join lateral (
       and j.suspect_step is null
     order by j.priority desc, j.id limit 1
 ) c
-where q.pool = :pool and q.num_queued > 0 and {_MAY_START}
+where q.pool = :pool and q.num_queued > 0 and {MAY_START}
 order by q.rank, q.tenant_id
 limit 1
 for no key update of t skip locked
@@ -59,12 +55,19 @@ for no key update of t skip locked
 
 
 # A job that may have killed its trainer runs alone: an idle worker takes it at once and before any other job. Where no
-# worker is ever idle, a busy one takes it after a while, and gives back what it holds.
+# worker is ever idle, a busy one takes it after a while, and gives back what it holds. It does so in the order of fair
+# share: no tenant with a lower score waits for a slot there or holds one.
 _PICK_SUSPECT = text(f"""
 select t.id as tenant_id, t.max_running, j.id as job_id
 from jobs j join tenants t on t.id = j.tenant_id
 where j.pool = :pool and j.status = 'queued' and j.suspect_step is not null
-  and j.run_after <= now() - make_interval(secs => :patience) and {_MAY_START}
+  and j.run_after <= now() - make_interval(secs => :patience) and {MAY_START} and (:is_idle or not exists (
+    select from tenants o
+    where o.id <> t.id
+      and share_rank(o.usage + o.lift, o.usage_at, o.weight) < share_rank(t.usage + t.lift, t.usage_at, t.weight)
+      and o.id in (
+        select q.tenant_id from queues q where q.pool = :pool and q.num_queued > 0
+        union all select a.tenant_id from attempts a where a.worker_name = :worker and a.outcome is null)))
 order by j.id
 limit 1
 for no key update of t skip locked
@@ -74,7 +77,7 @@ _CLAIMABLE_POOLS = text(f"""
 select p.pool from (select distinct pool from queues where num_queued > 0) p
 where exists (
     select from queues q join tenants t on t.id = q.tenant_id
-    where q.pool = p.pool and q.num_queued > 0 and {_MAY_START} and exists (
+    where q.pool = p.pool and q.num_queued > 0 and {MAY_START} and exists (
         select from jobs j
         where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
     )
@@ -123,15 +126,24 @@ class StoredArtifact:
 
 
 def claim_job(
-    session: Session, pool: str, *, worker_name: str, lease_seconds: float, is_idle: bool = False
+    session: Session,
+    pool: str,
+    *,
+    worker_name: str,
+    lease_seconds: float,
+    is_idle: bool = False,
+    slot_seconds: float = SLOT_SECONDS,
 ) -> Job | None:
     """Claim the fairest job of a pool, or None. The job's `lease_token` is the fence of everything that follows.
+
+    `slot_seconds` bounds the entry charge: the GPU-seconds that a slot of the worker uses in a quantum.
 
     A worker that `is_idle`, holding no job, takes one that must be tried alone first. One that is not may be given
     such a job too (its `suspect_step` is set) once it has waited long, and must give back the others before it starts.
     """
     patience = 0.0 if is_idle else SUSPECT_PATIENCE_SECONDS
-    picked = session.execute(_PICK_SUSPECT, {"pool": pool, "patience": patience}).one_or_none()
+    suspects = {"pool": pool, "patience": patience, "is_idle": is_idle, "worker": worker_name}
+    picked = session.execute(_PICK_SUSPECT, suspects).one_or_none()
     if picked is None:
         picked = session.execute(_PICK, {"pool": pool}).one_or_none()
     if picked is None:
@@ -158,7 +170,7 @@ def claim_job(
         .execution_options(synchronize_session=False)
     )
     if job is not None:
-        _begin_attempt(session, job, worker_name)
+        _begin_attempt(session, job, worker_name, slot_seconds=slot_seconds)
     return job
 
 
@@ -299,9 +311,11 @@ def requeue_attempt(session: Session, lease: Lease) -> None:
         _leave_running(session, lease, status=JobStatus.PAUSED, **uncharged)
         record_event(session, job, message="The job is paused.")
         return
-    _end_attempt(session, lease, outcome=AttemptOutcome.PREEMPTED)
+    is_lent = is_lending(session, lease.token)
+    _end_attempt(session, lease, outcome=AttemptOutcome.LENT if is_lent else AttemptOutcome.PREEMPTED)
     _leave_running(session, lease, status=JobStatus.QUEUED, **uncharged)
-    record_event(session, job, message="The worker gives the job back; it is queued again.")
+    reason = "Other organizations have their turn" if is_lent else "The worker gives the job back"
+    record_event(session, job, message=f"{reason}; it is queued again.")
     announce_work(session, job.pool)
 
 
@@ -360,23 +374,6 @@ def expire_leases(session: Session, *, limit: int = 100) -> int:
     return len(expired)
 
 
-def record_usage(session: Session, lease: Lease, *, gpu_seconds: float, trained_tokens: int) -> None:
-    """Book what an attempt used, once, and correct the tenant's entry charge. Allowed after the attempt has ended."""
-    attempt = session.scalars(select(Attempt).where(Attempt.lease_token == lease.token).with_for_update()).one()
-    if session.scalar(select(Usage.id).where(Usage.attempt_id == attempt.id)):
-        return
-    session.add(
-        Usage(
-            id=new_id(),
-            tenant_id=attempt.tenant_id,
-            attempt_id=attempt.id,
-            gpu_seconds=gpu_seconds,
-            trained_tokens=trained_tokens,
-        )
-    )
-    _charge_tenant(session, attempt.tenant_id, gpu_seconds - attempt.entry_charge_seconds)
-
-
 def claimable_pools(session: Session) -> Sequence[str]:
     """Return the pools that have at least one job to claim now."""
     return session.scalars(_CLAIMABLE_POOLS).all()
@@ -390,19 +387,20 @@ def lock_held(session: Session, lease: Lease) -> Job:
     return job
 
 
-def _begin_attempt(session: Session, job: Job, worker_name: str) -> None:
-    session.add(
-        Attempt(
-            id=new_id(),
-            tenant_id=job.tenant_id,
-            job_id=job.id,
-            number=job.attempt_count,
-            lease_token=job.lease_token,
-            worker_name=worker_name,
-            entry_charge_seconds=ENTRY_CHARGE_SECONDS,
-        )
+def _begin_attempt(session: Session, job: Job, worker_name: str, *, slot_seconds: float) -> None:
+    num_steps = job.total_steps - job.trained_steps
+    attempt = Attempt(
+        id=new_id(),
+        tenant_id=job.tenant_id,
+        job_id=job.id,
+        number=job.attempt_count,
+        lease_token=job.lease_token,
+        worker_name=worker_name,
+        entry_charge_seconds=estimate_charge(job.id, pool=job.pool, num_steps=num_steps, max_seconds=slot_seconds),
     )
-    _charge_tenant(session, job.tenant_id, ENTRY_CHARGE_SECONDS)
+    session.add(attempt)
+    session.flush()
+    charge_tenant(session, job.tenant_id, attempt.entry_charge_seconds)
     record_event(session, job, message=f"Attempt {job.attempt_count} has started.")
 
 
@@ -445,16 +443,6 @@ def _retry_or_fail(session: Session, job: Job, lease: Lease, *, error: dict[str,
     _leave_running(session, lease, status=JobStatus.QUEUED, run_after=func.now() + delay)
     record_event(session, job, level="warn", message=f"{error['message']} It is queued again.")
     announce_work(session, job.pool)
-
-
-def _charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) -> None:
-    elapsed = func.extract("epoch", func.now() - Tenant.usage_at)
-    decayed = Tenant.usage * func.power(0.5, elapsed / USAGE_HALF_LIFE_SECONDS)
-    session.execute(
-        update(Tenant)
-        .where(Tenant.id == tenant_id)
-        .values(usage=func.greatest(0, decayed + gpu_seconds), usage_at=func.now())
-    )
 
 
 def _model_name(session: Session, job: Job) -> str:

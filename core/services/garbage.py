@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from core.db.models import Adapter, Attempt, Checkpoint, File, Job, ResumePoint, Tenant, Usage
 from core.domain.ids import first_id_at
 from core.domain.objects import file_id_of, job_prefix
-from core.services.attempts import Lease, record_usage
+from core.services.charges import record_usage
 
 _LIMIT = 100
 _SETTLED_WITHIN = dt.timedelta(days=7)
@@ -76,8 +76,7 @@ def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
     unbooked = select(Attempt).where(is_recent, ~is_booked).order_by(Attempt.ended_at).limit(_LIMIT)
     attempts = session.scalars(unbooked).all()
     for attempt in attempts:
-        lease = Lease(attempt.job_id, attempt.tenant_id, attempt.lease_token)
-        record_usage(session, lease, gpu_seconds=0.0, trained_tokens=0)
+        record_usage(session, attempt.lease_token, gpu_seconds=0.0, trained_tokens=0)
     return len(attempts)
 
 

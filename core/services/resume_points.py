@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Metric, ResumePoint
+from core.db.models import Attempt, Metric, ResumePoint
 from core.domain.ids import new_id
 from core.services.attempts import Lease, StoredArtifact, lock_held
 from core.services.events import record_event
@@ -49,12 +49,13 @@ def record_resume_point(session: Session, lease: Lease, *, step: int, artifact: 
 
 
 def begin_steps(session: Session, lease: Lease, *, step: int) -> tuple[str, ...]:
-    """Note that an attempt goes on behind `step` (0 is the start): the numbers shown beyond it go, and come again.
+    """Note that an attempt steps from now on, after `step` (0 is the start): later numbers go, and come again.
 
     Published checkpoints stay. Returns the object prefixes of the resume points that went.
     """
     job = lock_held(session, lease)
     job.trained_steps = step
+    session.execute(update(Attempt).where(Attempt.lease_token == lease.token).values(stepping_at=func.now()))
     session.execute(delete(Metric).where(Metric.job_id == job.id, Metric.step > step))
     lost = session.scalars(
         delete(ResumePoint)

@@ -15,7 +15,7 @@ from core.domain.ids import new_id
 from core.domain.jobs import pool_name
 from core.domain.objects import file_key
 from core.domain.training import Quantization
-from core.services import attempts
+from core.services import attempts, charges
 from core.services.attempts import Lease, StaleLeaseError
 from core.services.files import NewFile, create_file
 from core.services.jobs import cancel_job
@@ -183,7 +183,7 @@ def test_usage_is_booked_once(worker: Engine, owner: Engine, tenant: Tenant) -> 
     assert lease is not None
     for _ in range(2):
         with service_transaction(worker) as session:
-            attempts.record_usage(session, lease, gpu_seconds=7.0, trained_tokens=11)
+            charges.record_usage(session, lease.token, gpu_seconds=7.0, trained_tokens=11)
     with service_transaction(owner) as session:
         booked = session.scalars(select(Usage).join(Attempt, Attempt.id == Usage.attempt_id)).all()
         assert [(row.gpu_seconds, row.trained_tokens) for row in booked] == [(7.0, 11)]

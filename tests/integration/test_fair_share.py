@@ -17,7 +17,7 @@ from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
 from core.domain.jobs import pool_name
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, decay_usage
-from core.services import attempts
+from core.services import attempts, charges
 from core.services.attempts import Lease
 from core.services.jobs import cancel_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
@@ -282,7 +282,7 @@ def test_row_51_a_whale_keeps_no_small_tenant_waiting(worker: Engine, owner: Eng
             with service_transaction(worker) as session:
                 attempts.fail_attempt(session, lease, code="done", message="Done.", is_job_fault=True)
             with service_transaction(worker) as session:
-                attempts.record_usage(session, lease, gpu_seconds=seconds, trained_tokens=1)
+                charges.record_usage(session, lease.token, gpu_seconds=seconds, trained_tokens=1)
     assert len(waits) >= 22, "every small job that could start has started"
     # The next device that comes free is theirs: mostly within a couple of minutes, never more than 13 (see docs/contract.md).
     assert sorted(waits)[len(waits) // 2] <= 150

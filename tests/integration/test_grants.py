@@ -31,8 +31,8 @@ COLUMNS = {
     ("espalier_operator", "api_keys"): {"revoked_at"},
     ("espalier_operator", "operator_keys"): {"revoked_at", "last_used_at"},
     ("espalier_operator", "base_models"): {"disabled_at"},
-    ("espalier_worker", "tenants"): {"usage", "usage_at"},
-    ("espalier_schedule", "tenants"): {"usage", "usage_at"},
+    ("espalier_worker", "tenants"): {"usage", "lift", "usage_at"},
+    ("espalier_schedule", "tenants"): {"usage", "lift", "usage_at"},
 }
 # A history is added to, never rewritten; and nobody deletes what others stand on.
 NEVER = {

@@ -31,7 +31,7 @@ from core.domain.errors import ConflictError
 from core.domain.ids import new_id
 from core.domain.jobs import MAX_ATTEMPTS
 from core.domain.objects import attempt_prefix
-from core.services import attempts
+from core.services import attempts, charges
 from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
 from core.services.contract import check_rows
 from core.services.files import NewFile
@@ -189,7 +189,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule(lease=leases, seconds=st.floats(0, 100))
     def book(self, lease: Lease, seconds: float) -> None:
         with service_transaction(self.worker) as session:
-            attempts.record_usage(session, lease, gpu_seconds=seconds, trained_tokens=1)
+            charges.record_usage(session, lease.token, gpu_seconds=seconds, trained_tokens=1)
         self.expected[lease.job_id].booked.setdefault(lease.token, seconds)
 
     @rule(job_id=jobs)

@@ -15,7 +15,7 @@ from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
 from core.domain.ids import new_id
 from core.domain.objects import attempt_prefix, file_key
-from core.services import attempts
+from core.services import attempts, charges
 from core.services.attempts import Lease, StoredArtifact
 from core.services.contract import check_objects
 from core.services.files import NewFile, create_file
@@ -165,7 +165,7 @@ def test_an_attempt_whose_worker_was_lost_is_booked_as_nothing_once_and_its_char
     assert settle(schedule) == 0
     assert usage_of(owner, tenant) == ([0.0], pytest.approx(0, abs=0.1))
     with service_transaction(worker) as session:
-        attempts.record_usage(session, lost, gpu_seconds=9.0, trained_tokens=9)
+        charges.record_usage(session, lost.token, gpu_seconds=9.0, trained_tokens=9)
     assert usage_of(owner, tenant)[0] == [0.0]
 
 

@@ -1,0 +1,130 @@
+"""What tenants are charged in the order of fair share, and what they used: at the claim, as jobs run, and at their end.
+
+While an attempt runs, its tenant is charged the entry charge or what the attempt has used, whichever is more. At its
+end the tenant is charged what was used. The tenant's row keeps the decayed sum. Its account in the order of fair share
+is that sum and a lift, which places a tenant that comes with work beside those who train.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import ColumnElement, func, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from core.db.models import Attempt, Job, Pool, Tenant, Usage
+from core.domain.ids import new_id
+from core.domain.scheduling import ENTRY_CHARGE_SECONDS, SLOT_SECONDS, USAGE_HALF_LIFE_SECONDS
+
+# How much the newest attempt of a pool moves the pool's mean.
+_NEWEST_PART = 0.2
+# The attempts whose use has grown, and by how much more their tenants are to be charged. Ordered, so that two workers
+# that charge the same tenants lock them in the same order.
+_NOTE_USE = text("""
+with grown as (
+    select a.id, a.tenant_id, a.entry_charge_seconds as entry, a.used_seconds as used, told.seconds
+    from attempts a join unnest(cast(:tokens as bigint[]), cast(:seconds as float8[])) as told (token, seconds)
+        on told.token = a.lease_token
+    where a.outcome is null and told.seconds > a.used_seconds
+    order by a.id for no key update of a
+), noted as (
+    update attempts a set used_seconds = g.seconds from grown g where a.id = g.id
+)
+select tenant_id, sum(greatest(entry, seconds) - greatest(entry, used)) as seconds
+from grown group by tenant_id having sum(greatest(entry, seconds) - greatest(entry, used)) > 0 order by tenant_id
+""")
+
+_TAKE_NEWCOMERS = text("""
+with new as (select tenant_id, pool from queues where is_new order by tenant_id, pool limit 1000 for update skip locked)
+update queues q set is_new = false from new n where q.tenant_id = n.tenant_id and q.pool = n.pool returning q.tenant_id
+""")
+_SCORE = "(t.usage + t.lift) * power(0.5, extract(epoch from now() - t.usage_at) / :half_life) / t.weight"
+# A tenant that trains already keeps its place if that is behind the level.
+_LEVEL = text(f"""
+with level as (
+    select percentile_disc(0.5) within group (order by {_SCORE}) as score
+    from jobs r join tenants t on t.id = r.tenant_id where r.status = 'running' and r.tenant_id <> :tenant
+), own as (
+    select t.id, t.weight, {_SCORE} as score, t.usage * power(0.5, extract(epoch from now() - t.usage_at) / :half_life)
+        as usage, exists (select from jobs r where r.tenant_id = t.id and r.status = 'running') as is_training
+    from tenants t where t.id = :tenant for no key update
+)
+update tenants t set usage = o.usage, usage_at = now(), lift = o.weight * greatest(
+    case when o.is_training then o.score else least(o.score, l.score) end, l.score - :credit / o.weight) - o.usage
+from own o, level l where t.id = o.id and l.score is not null
+""")  # noqa: S608 (of constants)
+
+
+def estimate_charge(job_id: uuid.UUID, *, pool: str, num_steps: int, max_seconds: float) -> ColumnElement[float]:
+    """Return the entry charge of a job with `num_steps` to go: by its own steps so far, or else by the pool's."""
+    used = select(func.sum(Attempt.used_seconds)).where(Attempt.job_id == job_id).scalar_subquery()
+    trained = select(func.nullif(Job.trained_steps, 0)).where(Job.id == job_id).scalar_subquery()
+    of_pool = select(Pool.step_seconds).where(Pool.name == pool).scalar_subquery()
+    of_job = func.nullif(used, 0.0) / trained
+    return func.least(max_seconds, func.coalesce(num_steps * func.coalesce(of_job, of_pool), ENTRY_CHARGE_SECONDS))
+
+
+def charge_use(session: Session, used_seconds: Mapping[int, float]) -> None:
+    """Note the GPU-seconds that running attempts have used so far, by lease token, and charge what they grew by."""
+    tokens, seconds = list(used_seconds), list(used_seconds.values())
+    for due in session.execute(_NOTE_USE, {"tokens": tokens, "seconds": seconds}).all():
+        charge_tenant(session, due.tenant_id, due.seconds)
+
+
+def record_usage(session: Session, lease_token: int, *, gpu_seconds: float, trained_tokens: int) -> None:
+    """Book what an attempt used, once, and correct its tenant's charge. Allowed after the attempt has ended."""
+    attempt = session.scalars(select(Attempt).where(Attempt.lease_token == lease_token).with_for_update()).one()
+    if session.scalar(select(Usage.id).where(Usage.attempt_id == attempt.id)):
+        return
+    session.add(
+        Usage(
+            id=new_id(),
+            tenant_id=attempt.tenant_id,
+            attempt_id=attempt.id,
+            gpu_seconds=gpu_seconds,
+            trained_tokens=trained_tokens,
+        )
+    )
+    charged = max(attempt.entry_charge_seconds, attempt.used_seconds)
+    attempt.used_seconds = gpu_seconds
+    session.flush()
+    charge_tenant(session, attempt.tenant_id, gpu_seconds - charged)
+    if gpu_seconds:
+        _measure_pool(session, attempt.job_id)
+
+
+def charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) -> None:
+    remains = func.power(0.5, func.extract("epoch", func.now() - Tenant.usage_at) / USAGE_HALF_LIFE_SECONDS)
+    usage = func.greatest(0, Tenant.usage * remains + gpu_seconds)
+    charged = update(Tenant).where(Tenant.id == tenant_id)
+    session.execute(charged.values(usage=usage, lift=Tenant.lift * remains, usage_at=func.now()))
+
+
+def level_newcomers(session: Session) -> int:
+    """Give tenants that came with work a place beside those who train, and return how many there were.
+
+    As in start-time fair queuing (Goyal, Vin and Cheng 1996), a tenant gets no credit for the time in which it asked
+    for nothing: it starts a slot's quantum before the level, which is the median, over the slots in use, of the scores
+    of the others. Nor does one that had no work at all start behind the level for what it once used of an idle device.
+    """
+    tenants: Sequence[uuid.UUID] = session.scalars(_TAKE_NEWCOMERS).all()
+    for tenant_id in tenants:
+        values = {"tenant": tenant_id, "half_life": USAGE_HALF_LIFE_SECONDS, "credit": SLOT_SECONDS}
+        session.execute(_LEVEL, values)
+    return len(tenants)
+
+
+def _measure_pool(session: Session, job_id: uuid.UUID) -> None:
+    """Let the pool's mean follow what a step of this job has used."""
+    used = select(func.sum(Attempt.used_seconds)).where(Attempt.job_id == job_id).scalar_subquery()
+    measured = session.execute(
+        select(Job.pool, used / Job.trained_steps).where(Job.id == job_id, Job.trained_steps > 0)
+    ).one_or_none()
+    if measured is None:
+        return
+    pool, step_seconds = measured
+    mean = func.coalesce(Pool.step_seconds * (1 - _NEWEST_PART) + step_seconds * _NEWEST_PART, step_seconds)
+    statement = insert(Pool).values(name=pool, step_seconds=step_seconds)
+    session.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"step_seconds": mean}))

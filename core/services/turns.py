@@ -1,0 +1,199 @@
+"""Whose turn it is: which pool a worker serves next, and which slot is lent to a tenant that waits.
+
+Both follow the order of fair share (core.domain.scheduling). A waiting job that another worker is about to take,
+because that one has room for it or loads its base, is left to it for a while: otherwise every worker would move for
+one job.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from core.db.locks import lock
+from core.db.models import Attempt, Pool, Worker
+from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS
+
+# So long is a job left to a worker that seems to be about to take it.
+_LEFT_SECONDS = 60.0
+# A slot changes hands only if the scores differ by more than this part of what a slot uses in a quantum: tenants that
+# are even do not swap their slots to and fro.
+_MARGIN = 0.5
+# So many tenants are looked at, the lowest scores first, when slots are counted that others wait for.
+_MAX_WAITING_TENANTS = 100
+
+# A tenant `t` whose jobs may start now.
+MAY_START = """
+t.disabled_at is null and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
+  and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
+"""
+# Another worker `w` that takes jobs of pool `p.name` soon, if any come.
+_IS_ABOUT_TO_SERVE = """
+w.alive_until > now() and w.state <> 'stopping' and w.name <> :worker and p.name = any(w.pools) and (
+    w.next_pool = p.name or (w.pool = p.name and (w.state = 'loading' or w.slots_in_use < w.slots))
+    or (w.state = 'idle' and w.next_pool is null and w.pool is distinct from p.name and :counts_idle))
+"""
+# In each pool the fairest tenant's first job. Of those the fairest is served; of one tenant's, the one it put first.
+_FAIREST = text(f"""
+select p.name as pool, c.tenant_id, c.id as job_id, c.rank,
+    exists (
+        select from tenants h where h.id = any(cast(:holders as uuid[])) and h.id <> c.tenant_id
+          and share_rank(h.usage + h.lift, h.usage_at, h.weight) < c.rank) as is_behind
+from unnest(cast(:pools as text[])) as p (name)
+cross join lateral (
+    select q.tenant_id, q.rank, j.id, j.priority, j.run_after
+    from queues q join tenants t on t.id = q.tenant_id
+    cross join lateral (
+        select j.id, j.priority, j.run_after from jobs j
+        where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
+        order by j.priority desc, j.id limit 1
+    ) j
+    where q.pool = p.name and q.num_queued > 0 and {MAY_START}
+    order by q.rank, q.tenant_id limit 1
+) c
+where p.name = :pool or c.run_after <= now() - make_interval(secs => :left)
+  or not exists (select from workers w where {_IS_ABOUT_TO_SERVE})
+order by (p.name = :pool and :keeps_pool) desc, c.rank, c.tenant_id, c.priority desc, c.id
+limit 1
+""")  # noqa: S608 (of constants)
+
+_SCORE = "(t.usage + t.lift) * power(0.5, extract(epoch from now() - t.usage_at) / :half_life) / t.weight"
+# Slots among `held` that have had their quantum, in which at least one step was done.
+_LENDABLE = f"""
+select a.lease_token, a.stepping_at, j.priority, j.tenant_id, {_SCORE} as score, :slot_seconds / t.weight as slot_score
+from jobs j join attempts a on a.lease_token = j.lease_token join tenants t on t.id = j.tenant_id
+where j.lease_token = any(cast(:held as bigint[])) and j.status = 'running' and j.pause_requested_at is null
+  and a.lending_at is null and a.stepping_at <= now() - make_interval(secs => :quantum)
+  and exists (
+      select from metrics m where m.job_id = j.id and m.step = j.trained_steps and m.lease_token = j.lease_token)
+"""  # noqa: S608 (of constants)
+_LEND_TO_WAITING = text(f"""
+with lendable as ({_LENDABLE}), waiting as (
+    select q.tenant_id, {_SCORE} as score, least(
+        q.num_queued,
+        t.max_running - (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running')) as num_slots
+    from queues q join tenants t on t.id = q.tenant_id cross join (select cast(:pool as text) as name) p
+    where q.pool = p.name and q.num_queued > 0 and exists (select from lendable) and {MAY_START} and exists (
+        select from jobs j
+        where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued'
+          and j.run_after <= now() and j.suspect_step is null and (
+            j.run_after <= now() - make_interval(secs => :left)
+            or not exists (select from workers w where {_IS_ABOUT_TO_SERVE})))
+    order by q.rank limit {_MAX_WAITING_TENANTS}
+), lending as (
+    select count(*) as num from jobs j join attempts a on a.lease_token = j.lease_token
+    where j.pool = :pool and j.status = 'running' and a.lending_at is not null
+)
+select v.lease_token from lendable v, lending
+where (select sum(w.num_slots) from waiting w
+    where w.tenant_id <> v.tenant_id and w.score + :margin * v.slot_score < v.score) > lending.num
+order by v.score desc, v.priority, v.stepping_at
+limit 1
+""")  # noqa: S608 (of constants)
+_LEND_TO_HELD = text(f"""
+with lendable as ({_LENDABLE}), wanting as (
+    select j.tenant_id, {_SCORE} as score from jobs j join tenants t on t.id = j.tenant_id
+    where j.lease_token = :wanting and j.status = 'running'
+)
+select v.lease_token from lendable v, wanting w
+where w.tenant_id <> v.tenant_id and w.score + :margin * v.slot_score < v.score
+order by v.score desc, v.priority, v.stepping_at
+limit 1
+""")  # noqa: S608 (of constants)
+
+
+@dataclass(frozen=True)
+class FairestJob:
+    """The job that is next over several pools. `is_behind` those who hold slots, whose tenants have used less."""
+
+    pool: str
+    tenant_id: uuid.UUID
+    job_id: uuid.UUID
+    is_behind: bool
+
+
+@dataclass(frozen=True)
+class SlotTerms:
+    """How long a slot is a job's own, and how many GPU-seconds one slot of the worker uses in that time."""
+
+    quantum_seconds: float
+    slot_seconds: float
+
+
+def find_fairest_job(
+    session: Session,
+    pools: Sequence[str],
+    *,
+    worker_name: str,
+    pool: str | None,
+    keeps_pool: bool,
+    holders: Sequence[uuid.UUID] = (),
+) -> FairestJob | None:
+    """Return the next job over a worker's pools, or None. While it `keeps_pool`, a job of `pool` comes first.
+
+    `holders` are the tenants whose jobs the worker holds.
+    """
+    lock(session, "turns")  # two workers that decide at once would both move for one job
+    values = {
+        "pools": list(pools),
+        "pool": pool,
+        "keeps_pool": keeps_pool,
+        "worker": worker_name,
+        "left": _LEFT_SECONDS,
+        "holders": list(holders),
+        "counts_idle": bool(holders),  # a busy worker leaves the job to an idle one
+    }
+    found = session.execute(_FAIREST, values).one_or_none()
+    return None if found is None else FairestJob(found.pool, found.tenant_id, found.job_id, found.is_behind)
+
+
+def announce_pool(session: Session, worker_name: str, *, pool: str) -> None:
+    """Tell the other workers which base this one is about to load."""
+    session.execute(update(Worker).where(Worker.name == worker_name).values(next_pool=pool))
+
+
+def record_load(session: Session, pool: str, *, seconds: float) -> None:
+    """Note how long it took to load the base of a pool."""
+    statement = insert(Pool).values(name=pool, load_seconds=seconds)
+    session.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"load_seconds": seconds}))
+
+
+def lend_slot(
+    session: Session, pool: str, *, worker_name: str, held: Sequence[int], terms: SlotTerms, wanting: int | None = None
+) -> int | None:
+    """Choose a slot among `held` (lease tokens) to lend, note that it is being lent, and return its lease token.
+
+    It goes to a tenant with a lower score whose job waits in the pool, or to the job `wanting`, which this worker holds
+    and has no memory for. None where nobody with a lower score waits, or no slot has had its quantum.
+    """
+    lock(session, f"lend:{pool}")  # each slot that is being lent is counted once
+    values = {
+        "pool": pool,
+        "held": list(held),
+        "worker": worker_name,
+        "quantum": terms.quantum_seconds,
+        "slot_seconds": terms.slot_seconds,
+        "half_life": USAGE_HALF_LIFE_SECONDS,
+        "margin": _MARGIN,
+        "left": _LEFT_SECONDS,
+        "counts_idle": True,
+        "wanting": wanting,
+    }
+    token: int | None = session.scalar(_LEND_TO_WAITING if wanting is None else _LEND_TO_HELD, values)
+    if token is not None:
+        mark_lending(session, [token])
+    return token
+
+
+def mark_lending(session: Session, lease_tokens: Sequence[int]) -> None:
+    """Note that these attempts give their slots to others: they will end as lent."""
+    session.execute(update(Attempt).where(Attempt.lease_token.in_(lease_tokens)).values(lending_at=func.now()))
+
+
+def is_lending(session: Session, lease_token: int) -> bool:
+    return session.scalar(select(Attempt.lending_at).where(Attempt.lease_token == lease_token)) is not None
