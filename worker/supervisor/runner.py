@@ -18,14 +18,13 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from core.crashpoints import CrashPoint, reach
-from core.db.models import BaseModelRow, Job
+from core.db.models import Job
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import is_acquitted
@@ -37,8 +36,6 @@ from core.settings import WorkerSettings
 from core.storage import ObjectStore, StorageUnavailableError
 from worker.messages import (
     STORAGE_AWAY,
-    BaseLoaded,
-    BaseRefused,
     CheckpointSaved,
     EvaluationDone,
     JobFailed,
@@ -57,17 +54,17 @@ from worker.messages import (
     UsageCounted,
     YieldJob,
 )
-from worker.supervisor.artifacts import ArtifactProver, Proof, grant_uploads, publish_tokenizer, result_filename
-from worker.supervisor.children import TrainerChild, TrainerGoneError
+from worker.supervisor.artifacts import ArtifactProver, Proof, grant_uploads, result_filename
+from worker.supervisor.bases import BaseHolder
+from worker.supervisor.children import TrainerGoneError
 from worker.supervisor.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED, Failure, explain_exit
 from worker.supervisor.lease import LeaseKeeper
-from worker.supervisor.orders import lease_of, order_base, order_job, pools_of
+from worker.supervisor.orders import lease_of, order_job, pools_of
 from worker.supervisor.records import ProgressReport, record_progress, record_proof
 
 log = structlog.get_logger()
 _POLL_SECONDS = 0.1
 _AWAY_SECONDS = 0.5  # between two tries to reach a database that is away
-_RELOAD_SECONDS = 5.0  # before a base whose trainer died while loading it is loaded again
 _MAX_REPORTS = 500  # of one turn of the loop
 
 
@@ -112,26 +109,23 @@ class Runner:
         self._settings = settings
         self._engine = engine
         self._store = store
+        self._stop_requested = threading.Event()
+        self._base = BaseHolder(settings, engine=engine, store=store, stop_requested=self._stop_requested)
         self._keeper = LeaseKeeper(
             heartbeat_engine,
             lease_seconds=settings.lease_seconds,
             heartbeat_seconds=settings.heartbeat_seconds,
             is_live=self._is_live,
-            fence=self._kill_trainer,
+            fence=self._base.kill,
         )
         self._prover = ArtifactProver(store, patience_seconds=settings.storage_patience_seconds)
-        self._trainer: TrainerChild | None = None
         self._loss: Loss | None = None
-        self._pool: str | None = None
-        self._slots = 0
-        self._is_loading = False
         self._held: dict[int, HeldJob] = {}
         self._unbooked: list[HeldJob] = []
         self._unrecorded: list[tuple[HeldJob, ProgressReport]] = []
         self._unpublished: Proof | None = None
         self._serving = threading.Lock()
         self._turned_at = self._idle_since = time.monotonic()
-        self._stop_requested = threading.Event()
 
     def request_stop(self) -> None:
         """Ask `serve` to give its jobs back and return. Safe from a signal's thread, and any number of times."""
@@ -139,19 +133,19 @@ class Runner:
 
     def describe(self) -> WorkerFacts:
         """Say what this worker holds now. Called from another thread than `serve`."""
-        trainer, num_held = self._trainer, len(self._held)
-        pool = self._pool if trainer is not None and trainer.is_alive else None
+        num_held = len(self._held)
+        pool = self._base.pool if self._base.is_alive else None
         state: WorkerState = "serving" if num_held else "idle"
         if self._stop_requested.is_set():
             state = "stopping"
-        elif self._is_loading:
+        elif self._base.is_loading:
             state = "loading"
         return WorkerFacts(
             name=self._settings.worker_name,
             pools=self._settings.worker_pools,
             state=state,
             pool=pool,
-            slots=max(self._slots, num_held) if pool else 0,
+            slots=max(self._base.slots, num_held) if pool else 0,
             slots_in_use=num_held if pool else 0,
         )
 
@@ -190,9 +184,7 @@ class Runner:
             self._serving.release()
 
     def close(self) -> None:
-        if self._trainer is not None:
-            self._trainer.close()
-            self._trainer = None
+        self._base.close()
 
     def _turn(self) -> bool:
         """Do what is due now. False when there is nothing left to do."""
@@ -222,47 +214,11 @@ class Runner:
             waiting = [pool for pool in attempts.claimable_pools(session) if pool in self._settings.worker_pools]
             if not waiting:
                 return False
-            pool = self._pool if self._pool in waiting else waiting[0]
+            pool = self._base.pool if self._base.pool in waiting else waiting[0]
             base = next(base for base in list_base_models(session) if pool in pools_of(base))
-        if pool != self._pool or self._trainer is None or not self._trainer.is_alive:
-            self._load_base(pool, base)
+        if (pool != self._base.pool or not self._base.is_alive) and (refusal := self._base.load(pool, base)):
+            self._fail_next_job(Failure("base_model_refused", refusal))
         return True
-
-    def _load_base(self, pool: str, base: BaseModelRow) -> None:
-        self.close()
-        self._pool, self._slots = pool, base.slots
-        order = order_base(base, pool, settings=self._settings)
-        self._trainer = TrainerChild(
-            order, threads=self._settings.trainer_threads, scratch_dir=self._settings.scratch_dir
-        )
-        log.info("trainer.started", pool=pool, trainer_pid=self._trainer.pid)
-        try:
-            report = self._await_base(self._trainer)
-        except TrainerGoneError as error:
-            log.error("trainer.lost", code=explain_exit(error.exit_code).code, num_jobs=0)  # noqa: TRY400 (its log tells)
-            self.close()
-            self._stop_requested.wait(_RELOAD_SECONDS)
-            return
-        if isinstance(report, BaseLoaded):
-            log.info("base_model.loaded", pool=pool, seconds=round(report.seconds, 2))
-            publish_tokenizer(self._engine, self._store, base.id, Path(report.tokenizer_path))
-            return
-        if isinstance(report, BaseRefused):
-            log.error("base_model.refused", pool=pool, reason=report.message)
-            self._fail_next_job(Failure("base_model_refused", report.message))
-        self._kill_trainer()
-        self.close()
-
-    def _await_base(self, trainer: TrainerChild) -> Report | None:
-        """Wait for the base; None when it takes too long or the worker is to stop. Raises TrainerGoneError."""
-        deadline = time.monotonic() + self._settings.trainer_start_seconds
-        report, self._is_loading = None, True
-        try:
-            while report is None and time.monotonic() < deadline and not self._stop_requested.is_set():
-                report = trainer.receive(timeout_seconds=_POLL_SECONDS)
-        finally:
-            self._is_loading = False
-        return report
 
     def _fail_next_job(self, failure: Failure) -> None:
         """Charge a job of the pool for a base that cannot be loaded, so that its tenant is told why."""
@@ -286,14 +242,14 @@ class Runner:
 
     def _has_room(self) -> bool:
         is_trying = any(held.suspect_step is not None for held in self._held.values())
-        is_ready = self._trainer is not None and self._loss is None and not self._stop_requested.is_set()
-        return is_ready and not is_trying and len(self._held) < self._slots
+        is_ready = self._base.is_held and self._loss is None and not self._stop_requested.is_set()
+        return is_ready and not is_trying and len(self._held) < self._base.slots
 
     def _claim(self, session: Session) -> Job | None:
-        assert self._pool is not None
+        assert self._base.pool is not None
         return attempts.claim_job(
             session,
-            self._pool,
+            self._base.pool,
             worker_name=self._settings.worker_name,
             lease_seconds=self._settings.lease_seconds,
             is_idle=not self._held,
@@ -304,7 +260,7 @@ class Runner:
         self._keeper.hold(lease, since=since)
         self._held[lease.token] = HeldJob(lease, result_filename(job), order, job.suspect_step, job.num_suspicions)
         self._start_held()
-        log.info("job.claimed", job_id=format_id(IdKind.JOB, job.id), lease_token=lease.token, pool=self._pool)
+        log.info("job.claimed", job_id=format_id(IdKind.JOB, job.id), lease_token=lease.token, pool=self._base.pool)
 
     def _start_held(self) -> None:
         """Hand the trainer what it was not handed yet; before a job that must be alone, the others are given back."""
@@ -316,19 +272,16 @@ class Runner:
                 for other in others:
                     self._yield(other)
             else:
-                self._send(held.order)
+                self._base.send(held.order)
                 held.order = None
 
     def _take_reports(self) -> None:
-        if self._trainer is None:
-            time.sleep(_POLL_SECONDS)
-            return
-        report = self._trainer.receive(timeout_seconds=_POLL_SECONDS)
+        report = self._base.receive(timeout_seconds=_POLL_SECONDS)
         for _ in range(_MAX_REPORTS):
             if report is None:
                 return
             self._take(report)
-            report = self._trainer.receive(timeout_seconds=0)
+            report = self._base.receive(timeout_seconds=0)
         if report is not None:
             self._take(report)
 
@@ -341,7 +294,7 @@ class Runner:
                 self._unrecorded.append((held, report))
             case UrlsWanted(artifact=artifact, names=names):
                 urls = grant_uploads(self._store, held.lease, artifact=artifact, names=names)
-                self._send(UrlsGranted(lease_token=held.lease.token, artifact=artifact, urls=urls))
+                self._base.send(UrlsGranted(lease_token=held.lease.token, artifact=artifact, urls=urls))
             case UsageCounted():
                 held.usage = report
             case CheckpointSaved() | ResumePointSaved():
@@ -437,7 +390,7 @@ class Runner:
             self._requeue(held)
         elif not held.is_yielding:
             held.is_yielding = True
-            self._send(YieldJob(lease_token=held.lease.token))
+            self._base.send(YieldJob(lease_token=held.lease.token))
 
     def _requeue(self, held: HeldJob) -> None:
         """Give a job back without asking the trainer."""
@@ -447,18 +400,12 @@ class Runner:
 
     def _stop_stalled(self) -> None:
         if self._held and not self._is_live():
-            self._kill_trainer()
+            self._base.kill()
             self._lose_trainer(STALLED)
 
     def _is_live(self) -> bool:
         """Say whether the training loop has turned lately, as far as this process has looked."""
-        trainer = self._trainer
-        return trainer is None or trainer.silent_seconds <= self._settings.stall_seconds
-
-    def _kill_trainer(self) -> None:
-        trainer = self._trainer
-        if trainer is not None:
-            trainer.kill()
+        return self._base.silent_seconds <= self._settings.stall_seconds
 
     def _lose_trainer(self, failure: Failure) -> None:
         num_jobs = sum(held.order is None and not held.is_delivered for held in self._held.values())
@@ -496,7 +443,7 @@ class Runner:
         if held is None or self._held.pop(held.lease.token, None) is None:
             return
         self._keeper.let_go(held.lease)
-        self._send(StopJob(lease_token=held.lease.token))
+        self._base.send(StopJob(lease_token=held.lease.token))
         self._unbooked.append(held)
         try:
             self._book_usage()
@@ -537,7 +484,3 @@ class Runner:
                 attempts.requeue_attempt(session, held.lease)
             self._drop(held)
         self.close()
-
-    def _send(self, order: StartJob | StopJob | YieldJob | UrlsGranted) -> None:
-        if self._trainer is not None:
-            self._trainer.send(order)
