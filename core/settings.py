@@ -8,6 +8,8 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from core.domain.scheduling import QUANTUM_SECONDS, TURN_SECONDS
+
 
 @dataclass(frozen=True)
 class StorageConfig:
@@ -53,7 +55,14 @@ class S3Settings(_Settings):
         )
 
 
-class ApiSettings(DatabaseSettings, S3Settings):
+class FairnessSettings(_Settings):
+    """How long a slot is a job's own while others wait, and how long a worker keeps its base while others wait."""
+
+    quantum_seconds: float = Field(default=QUANTUM_SECONDS, gt=0)
+    turn_seconds: float = Field(default=TURN_SECONDS, gt=0)
+
+
+class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):
     """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's.
 
     `api_processes` share the port.
@@ -78,7 +87,7 @@ class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings):
     leader_lease_seconds: float = Field(default=6.0, gt=0)
 
 
-class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings):
+class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettings):
     """`worker_pools`: the pools this worker may serve, "<base model id>@none" or "...@nf4".
 
     A slot's state is stored every `resume_steps` steps or `resume_seconds`, whichever comes first. `grace_seconds` is

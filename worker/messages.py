@@ -134,6 +134,13 @@ class JobStarted(Frozen):
     step: int
 
 
+class SlotRefused(Frozen):
+    """The device has no memory for the job's slot beside the others. The job waits; JobStarted says that it has one."""
+
+    kind: Literal["slot_refused"] = "slot_refused"
+    lease_token: int
+
+
 class JobWarned(Frozen):
     kind: Literal["job_warned"] = "job_warned"
     lease_token: int
@@ -236,6 +243,7 @@ Report = Annotated[
     | BaseRefused
     | Alive
     | JobStarted
+    | SlotRefused
     | JobWarned
     | JobLogged
     | StepDone

@@ -124,7 +124,7 @@ def _measure_pool(session: Session, job_id: uuid.UUID) -> None:
     ).one_or_none()
     if measured is None:
         return
-    pool, step_seconds = measured
+    pool, step_seconds = measured[0], float(measured[1])
     mean = func.coalesce(Pool.step_seconds * (1 - _NEWEST_PART) + step_seconds * _NEWEST_PART, step_seconds)
     statement = insert(Pool).values(name=pool, step_seconds=step_seconds)
     session.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"step_seconds": mean}))

@@ -56,9 +56,9 @@ cross join lateral (
     where q.pool = p.name and q.num_queued > 0 and {MAY_START}
     order by q.rank, q.tenant_id limit 1
 ) c
-where p.name = :pool or c.run_after <= now() - make_interval(secs => :left)
+where p.name = cast(:pool as text) or c.run_after <= now() - make_interval(secs => :left)
   or not exists (select from workers w where {_IS_ABOUT_TO_SERVE})
-order by (p.name = :pool and :keeps_pool) desc, c.rank, c.tenant_id, c.priority desc, c.id
+order by coalesce(p.name = cast(:pool as text) and :keeps_pool, false) desc, c.rank, c.tenant_id, c.priority desc, c.id
 limit 1
 """)  # noqa: S608 (of constants)
 
@@ -118,6 +118,20 @@ class FairestJob:
 
 
 @dataclass(frozen=True)
+class PoolChoice:
+    """What a worker chooses between: its pools, which of them it holds, and whether it keeps that while it has work.
+
+    `holders` are the tenants whose jobs the worker holds.
+    """
+
+    worker_name: str
+    pools: tuple[str, ...]
+    pool: str | None
+    keeps_pool: bool
+    holders: tuple[uuid.UUID, ...] = ()
+
+
+@dataclass(frozen=True)
 class SlotTerms:
     """How long a slot is a job's own, and how many GPU-seconds one slot of the worker uses in that time."""
 
@@ -125,36 +139,35 @@ class SlotTerms:
     slot_seconds: float
 
 
-def find_fairest_job(
-    session: Session,
-    pools: Sequence[str],
-    *,
-    worker_name: str,
-    pool: str | None,
-    keeps_pool: bool,
-    holders: Sequence[uuid.UUID] = (),
-) -> FairestJob | None:
-    """Return the next job over a worker's pools, or None. While it `keeps_pool`, a job of `pool` comes first.
-
-    `holders` are the tenants whose jobs the worker holds.
-    """
-    lock(session, "turns")  # two workers that decide at once would both move for one job
+def find_fairest_job(session: Session, choice: PoolChoice) -> FairestJob | None:
+    """Return the next job over a worker's pools, or None where none of them has work for it."""
     values = {
-        "pools": list(pools),
-        "pool": pool,
-        "keeps_pool": keeps_pool,
-        "worker": worker_name,
+        "pools": list(choice.pools),
+        "pool": choice.pool,
+        "keeps_pool": choice.keeps_pool,
+        "worker": choice.worker_name,
         "left": _LEFT_SECONDS,
-        "holders": list(holders),
-        "counts_idle": bool(holders),  # a busy worker leaves the job to an idle one
+        "holders": list(choice.holders),
+        "counts_idle": bool(choice.holders),  # a busy worker leaves the job to an idle one
     }
     found = session.execute(_FAIREST, values).one_or_none()
     return None if found is None else FairestJob(found.pool, found.tenant_id, found.job_id, found.is_behind)
 
 
-def announce_pool(session: Session, worker_name: str, *, pool: str) -> None:
-    """Tell the other workers which base this one is about to load."""
-    session.execute(update(Worker).where(Worker.name == worker_name).values(next_pool=pool))
+def choose_pool(session: Session, choice: PoolChoice) -> str | None:
+    """Return the pool a worker serves next, and tell the other workers if it is about to load another base.
+
+    None where no pool has work for it. A worker that holds jobs keeps its pool while their tenants have used less than
+    the one that is next.
+    """
+    lock(session, "turns")  # two workers that choose at once would both move for one job
+    fairest = find_fairest_job(session, choice)
+    if fairest is None:
+        return choice.pool if choice.holders else None
+    if fairest.pool == choice.pool or fairest.is_behind:
+        return choice.pool
+    session.execute(update(Worker).where(Worker.name == choice.worker_name).values(next_pool=fairest.pool))
+    return fairest.pool
 
 
 def record_load(session: Session, pool: str, *, seconds: float) -> None:

@@ -17,7 +17,10 @@ WorkerState = Literal["idle", "loading", "serving", "stopping"]
 
 @dataclass(frozen=True)
 class WorkerFacts:
-    """What a worker says of itself. `pool` is the one whose base it holds or loads, with that base's slots."""
+    """What a worker says of itself. `pool` is the one whose base it holds or loads, with that base's slots.
+
+    It has held that base for `pool_seconds`, and is about to load that of `next_pool`.
+    """
 
     name: str
     pools: tuple[str, ...]
@@ -25,6 +28,8 @@ class WorkerFacts:
     pool: str | None = None
     slots: int = 0
     slots_in_use: int = 0
+    pool_seconds: float = 0.0
+    next_pool: str | None = None
 
 
 def record_worker(session: Session, facts: WorkerFacts, *, alive_seconds: float, is_start: bool) -> None:
@@ -36,6 +41,8 @@ def record_worker(session: Session, facts: WorkerFacts, *, alive_seconds: float,
         "pool": facts.pool,
         "slots": facts.slots,
         "slots_in_use": facts.slots_in_use,
+        "pool_since": func.now() - timedelta(seconds=facts.pool_seconds) if facts.pool else None,
+        "next_pool": facts.next_pool,
         "heartbeat_at": func.now(),
         "alive_until": func.now() + timedelta(seconds=alive_seconds),
     }

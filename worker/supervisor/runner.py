@@ -1,8 +1,11 @@
 """The supervisor's loop: claim, hand to the trainer, record what it reports, end.
 
-One base model is held at a time, and kept hot between jobs; the worker switches pools only when its own has no work and
-another has. No transaction is open while the trainer, the object store or a clock is waited for, and what could not be
-recorded because the database was away is recorded when it is back.
+One base model is held at a time, and kept hot between jobs. The worker switches pools when its own has no work and
+another has, or when the turn of its own is over and the job that is next is another's: then it stops claiming, and the
+held jobs leave at resume points. A slot that has had its quantum is lent in the same way.
+
+No transaction is open while the trainer, the object store or a clock is waited for, and what could not be recorded
+because the database was away is recorded when it is back.
 
 Who pays for a trainer that dies: a job that was alone in it is charged the attempt, and fails at once where another
 attempt would meet the same end. When several were in it, nobody can say whose doing it was, so nobody is charged: all
@@ -28,7 +31,8 @@ from core.db.models import Job
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import is_acquitted
-from core.services import attempts
+from core.domain.scheduling import slot_seconds
+from core.services import attempts, charges
 from core.services.attempts import Lease, StaleLeaseError
 from core.services.base_models import list_base_models
 from core.services.workers import WorkerFacts, WorkerState
@@ -46,6 +50,7 @@ from worker.messages import (
     JobYielded,
     Report,
     ResumePointSaved,
+    SlotRefused,
     StartJob,
     StepDone,
     StopJob,
@@ -61,6 +66,7 @@ from worker.supervisor.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED
 from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.orders import lease_of, order_job, pools_of
 from worker.supervisor.records import ProgressReport, record_progress, record_proof
+from worker.supervisor.turns import TurnKeeper
 
 log = structlog.get_logger()
 _POLL_SECONDS = 0.1
@@ -81,6 +87,7 @@ class HeldJob:
     suspect_step: int | None
     num_suspicions: int
     usage: UsageCounted | None = None
+    wants_memory: bool = False
     is_yielding: bool = False
     is_delivered: bool = False
 
@@ -119,6 +126,9 @@ class Runner:
             fence=self._base.kill,
         )
         self._prover = ArtifactProver(store, patience_seconds=settings.storage_patience_seconds)
+        self._turns = TurnKeeper(settings, engine=engine)
+        self._next_pool: str | None = None  # while the held jobs leave for another pool's turn
+        self._charged_at = 0.0
         self._loss: Loss | None = None
         self._held: dict[int, HeldJob] = {}
         self._unbooked: list[HeldJob] = []
@@ -134,6 +144,7 @@ class Runner:
     def describe(self) -> WorkerFacts:
         """Say what this worker holds now. Called from another thread than `serve`."""
         num_held = len(self._held)
+        slots = max(self._base.slots, num_held)
         pool = self._base.pool if self._base.is_alive else None
         state: WorkerState = "serving" if num_held else "idle"
         if self._stop_requested.is_set():
@@ -145,8 +156,10 @@ class Runner:
             pools=self._settings.worker_pools,
             state=state,
             pool=pool,
-            slots=max(self._base.slots, num_held) if pool else 0,
-            slots_in_use=num_held if pool else 0,
+            slots=slots if pool else 0,
+            slots_in_use=(slots if self._is_trying else num_held) if pool else 0,
+            pool_seconds=self._turns.pool_seconds,
+            next_pool=self._next_pool,
         )
 
     @property
@@ -190,8 +203,10 @@ class Runner:
         """Do what is due now. False when there is nothing left to do."""
         self._settle_loss()
         self._book_usage()
+        self._charge_use()
         if not self._held and not self._hold_pool_with_work():
             return False
+        self._lend_slot()
         self._fill_slots()
         self._start_held()
         if not self._held:  # the jobs that wait are not to be had now: by quota, or because others were quicker
@@ -210,15 +225,23 @@ class Runner:
         self._heed_news()
 
     def _hold_pool_with_work(self) -> bool:
-        with service_transaction(self._engine) as session:
-            waiting = [pool for pool in attempts.claimable_pools(session) if pool in self._settings.worker_pools]
-            if not waiting:
-                return False
-            pool = self._base.pool if self._base.pool in waiting else waiting[0]
-            base = next(base for base in list_base_models(session) if pool in pools_of(base))
-        if (pool != self._base.pool or not self._base.is_alive) and (refusal := self._base.load(pool, base)):
-            self._fail_next_job(Failure("base_model_refused", refusal))
+        pool = self._next_pool = self._turns.choose_pool(self._base.pool)
+        if pool is None:
+            return False
+        if pool != self._base.pool or not self._base.is_alive:
+            self._load_base(pool)
+        self._next_pool = None
         return True
+
+    def _load_base(self, pool: str) -> None:
+        with service_transaction(self._engine) as session:
+            base = next(base for base in list_base_models(session) if pool in pools_of(base))
+        started = time.monotonic()
+        refusal = self._base.load(pool, base)
+        if refusal:
+            self._fail_next_job(Failure("base_model_refused", refusal))
+        elif self._base.is_alive:
+            self._turns.begin(pool, load_seconds=time.monotonic() - started)
 
     def _fail_next_job(self, failure: Failure) -> None:
         """Charge a job of the pool for a base that cannot be loaded, so that its tenant is told why."""
@@ -230,7 +253,7 @@ class Runner:
                 )
 
     def _fill_slots(self) -> None:
-        while self._has_room():
+        while self._has_room() and not self._ends_turn():
             started = time.monotonic()
             with service_transaction(self._engine) as session:
                 job = self._claim(session)
@@ -241,9 +264,44 @@ class Runner:
             self._hold(job, order, since=started)
 
     def _has_room(self) -> bool:
-        is_trying = any(held.suspect_step is not None for held in self._held.values())
-        is_ready = self._base.is_held and self._loss is None and not self._stop_requested.is_set()
-        return is_ready and not is_trying and len(self._held) < self._base.slots
+        return self._is_ready and not self._is_trying and len(self._held) < self._base.slots
+
+    @property
+    def _is_ready(self) -> bool:
+        is_leaving = self._next_pool is not None or self._stop_requested.is_set()
+        return self._base.is_held and self._loss is None and not is_leaving
+
+    @property
+    def _is_trying(self) -> bool:
+        """Whether a job is tried alone."""
+        return any(held.suspect_step is not None for held in tuple(self._held.values()))
+
+    def _ends_turn(self) -> bool:
+        """Let the held jobs leave if another pool's turn has come, and say so."""
+        pool = self._base.pool
+        assert pool is not None
+        holders = [held.lease.tenant_id for held in self._held.values()]
+        next_pool = self._turns.end(pool, holders=holders, held=tuple(self._held))
+        if next_pool is None:
+            return False
+        log.info("pool.turn_ended", pool=pool, next_pool=next_pool, num_jobs=len(self._held))
+        self._next_pool = next_pool
+        for held in tuple(self._held.values()):
+            self._yield(held)
+        return True
+
+    def _lend_slot(self) -> None:
+        """Give a slot to a tenant that has used less and waits, if one of these slots has had its quantum."""
+        wanting = next((token for token, held in self._held.items() if held.wants_memory), None)
+        if not self._is_ready or (self._has_room() and wanting is None) or not self._turns.is_due():
+            return
+        if self._ends_turn() or any(held.is_yielding for held in self._held.values()):
+            return
+        assert self._base.pool is not None
+        token = self._turns.lend(self._base.pool, held=tuple(self._held), slots=self._base.slots, wanting=wanting)
+        if token is not None:
+            log.info("slot.lent", lease_token=token)
+            self._yield(self._held[token])
 
     def _claim(self, session: Session) -> Job | None:
         assert self._base.pool is not None
@@ -253,6 +311,7 @@ class Runner:
             worker_name=self._settings.worker_name,
             lease_seconds=self._settings.lease_seconds,
             is_idle=not self._held,
+            slot_seconds=slot_seconds(self._settings.quantum_seconds, slots=self._base.slots),
         )
 
     def _hold(self, job: Job, order: StartJob, *, since: float) -> None:
@@ -291,12 +350,15 @@ class Runner:
             return
         match report:
             case JobStarted() | StepDone() | EvaluationDone() | JobWarned() | JobLogged():
+                held.wants_memory &= not isinstance(report, JobStarted)
                 self._unrecorded.append((held, report))
             case UrlsWanted(artifact=artifact, names=names):
                 urls = grant_uploads(self._store, held.lease, artifact=artifact, names=names)
                 self._base.send(UrlsGranted(lease_token=held.lease.token, artifact=artifact, urls=urls))
             case UsageCounted():
                 held.usage = report
+            case SlotRefused():
+                held.wants_memory = True
             case CheckpointSaved() | ResumePointSaved():
                 self._prover.submit(held.lease, report)
             case JobSucceeded() | JobFailed() | JobYielded():
@@ -450,13 +512,22 @@ class Runner:
         except DATABASE_ERRORS as error:  # it is tried again with the next turn
             log.warning("usage.unrecorded", lease_token=held.lease.token, error=type(error).__name__)
 
+    def _charge_use(self) -> None:
+        """Charge the tenants what their jobs have used, as often as leases are prolonged."""
+        used = {token: held.usage.gpu_seconds for token, held in self._held.items() if held.usage is not None}
+        if not used or time.monotonic() - self._charged_at < self._settings.heartbeat_seconds:
+            return
+        with service_transaction(self._engine) as session:
+            charges.charge_use(session, used)
+        self._charged_at = time.monotonic()
+
     def _book_usage(self) -> None:
         while self._unbooked:
             held = self._unbooked[0]
             with service_transaction(self._engine) as session:
-                attempts.record_usage(
+                charges.record_usage(
                     session,
-                    held.lease,
+                    held.lease.token,
                     gpu_seconds=held.usage.gpu_seconds if held.usage else 0.0,
                     trained_tokens=held.usage.trained_tokens if held.usage else 0,
                 )

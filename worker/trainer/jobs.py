@@ -76,7 +76,7 @@ class PreparedJob:
 class TrainerJob:
     """The life of one job here, known by its lease token. `close` removes its scratch directory.
 
-    `is_ending` when it has left its slot, or will not get one.
+    `is_ending` when it has left its slot, or will not get one; `is_waiting` once the device has had no memory for it.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class TrainerJob:
         self._trained_tokens = 0
         self._tokens_before = 0
         self.is_ending = False
+        self.is_waiting = False
         self._is_closed = False
 
     def prepare(self) -> PreparedJob:

@@ -17,7 +17,7 @@ import structlog
 from safetensors import SafetensorError
 
 from worker.engine import Engine, EngineError, NoFreeSlotError, SlotReport
-from worker.messages import Alive, JobFailed, LoadBase, StartJob, StopJob, YieldJob
+from worker.messages import Alive, JobFailed, LoadBase, SlotRefused, StartJob, StopJob, YieldJob
 from worker.trainer.bases import LoadedBase
 from worker.trainer.channel import Channel, start_pool
 from worker.trainer.failures import TrainerError
@@ -92,6 +92,9 @@ class TrainingLoop:
         try:
             self._engine.admit(job.as_engine_job(prepared))
         except NoFreeSlotError:
+            if not job.is_waiting:
+                job.is_waiting = True
+                self._channel.send(SlotRefused(lease_token=job.lease_token))
             self._waiting.append((job, prepared))
             return
         job.begin(self._engine, prepared)
