@@ -382,7 +382,7 @@ def poisson(draw: random.Random, *, every: float, hours: float, since: float = 0
 
 
 def whale_and_others(owner_url: str, hours: float) -> Outcome:
-    """One worker, two pools: a whale whose jobs never end, beside it 2 min an hour, in the other pool 10 min each 30."""
+    """One worker, two pools: a whale whose jobs never end, beside it 2 min an hour, elsewhere 10 min each 30."""
     draw = random.Random(1)
     plain, nf4 = POOLS
     arrivals = [Arrival(0.0, "whale", plain, FOREVER, 48)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from core.domain.scheduling import QUANTUM_SECONDS, TURN_SECONDS
+from core.domain.scheduling import QUANTUM_SECONDS, TURN_SECONDS, FairnessTerms
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ class FairnessSettings(_Settings):
 
     quantum_seconds: float = Field(default=QUANTUM_SECONDS, gt=0)
     turn_seconds: float = Field(default=TURN_SECONDS, gt=0)
+
+    @property
+    def fairness_terms(self) -> FairnessTerms:
+        return FairnessTerms(self.quantum_seconds, self.turn_seconds)
 
 
 class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):

@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from core.db.session import connect, service_transaction
 from core.services.contract import Finding, check_objects, check_rows
-from core.settings import S3Settings, StorageConfig
+from core.settings import FairnessSettings, S3Settings, StorageConfig
 from core.storage import S3ObjectStore, StorageError
 from local.external import OWNER_URL_SETTING
 from local.servers import ServerAddresses, find_addresses
@@ -44,7 +44,7 @@ def run_checks(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tupl
     engine = connect(owner_url)
     try:
         with service_transaction(engine) as session:
-            rows = check_rows(session)
+            rows = check_rows(session, FairnessSettings().fairness_terms)  # read from the environment
         with service_transaction(engine) as session:
             objects = check_objects(session, S3ObjectStore(storage), is_deep=is_deep)
     finally:

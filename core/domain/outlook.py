@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from core.domain.jobs import AttemptOutcome
 from core.domain.progress import Interval
+from core.domain.scheduling import QUANTUM_SECONDS
 
 
 class WaitCode(StrEnum):
@@ -26,16 +27,29 @@ class WaitCode(StrEnum):
     QUOTA = "quota"
     NO_WORKER = "no_worker"
     BASE_LOADING = "base_loading"
+    OTHER_BASE_TURN = "other_base_turn"
     PREEMPTED = "preempted"
+    SLOT_LENT = "slot_lent"
     NO_FREE_SLOT = "no_free_slot"
     STARTING = "starting"
+
+
+# What no measurement tells the end of.
+_UNKNOWABLE = (
+    WaitCode.PAUSED,
+    WaitCode.TENANT_DISABLED,
+    WaitCode.QUOTA,
+    WaitCode.TENANT_CONCURRENCY,
+    WaitCode.NO_WORKER,
+)
 
 
 @dataclass(frozen=True)
 class PoolWorkers:
     """The workers alive that may serve a pool. `num_serving` hold its base, `num_elsewhere` are busy with another.
 
-    `last_seen_at` is the newest heartbeat of any worker of the pool, alive or not.
+    `last_seen_at` is the newest heartbeat of any worker of the pool, alive or not. The first of those elsewhere may end
+    its turn in `turn_left_seconds`.
     """
 
     num_alive: int
@@ -45,6 +59,7 @@ class PoolWorkers:
     slots: int
     slots_in_use: int
     last_seen_at: dt.datetime | None
+    turn_left_seconds: float | None = None
 
     @property
     def free_slots(self) -> int:
@@ -53,10 +68,13 @@ class PoolWorkers:
 
 @dataclass(frozen=True)
 class PoolQueue:
-    """What waits in a pool. `num_ahead` jobs come before this one in the fair order.
+    """What waits and runs in a pool. `num_ahead` jobs come before this one in the fair order.
 
+    `num_rivals` are other tenants' waiting jobs; `is_fairest` says that no tenant here has a lower score.
     `share_now` is the tenant's part of the recent usage of those who wait or run in the pool, `share_entitled` its part
     of their weights. `job_seconds` and `step_seconds` are what recent jobs of the pool took, from quick to slow ones.
+    `leave_seconds` are when, at the earliest and the latest, the slot comes free that is this job's; the latest is None
+    where no measurement bounds it. `load_seconds` is what the last load of the base took.
     """
 
     num_waiting: int
@@ -66,6 +84,11 @@ class PoolQueue:
     num_measured: int
     job_seconds: tuple[float, float] | None
     step_seconds: tuple[float, float] | None
+    num_running: int = 0
+    num_rivals: int = 0
+    is_fairest: bool = True
+    leave_seconds: tuple[float, float | None] = (0.0, 0.0)
+    load_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,36 +144,73 @@ def _explain_workers(job: WaitingJob, workers: PoolWorkers, queue: PoolQueue, no
     if not workers.num_serving:
         if workers.num_loading or workers.num_elsewhere < workers.num_alive:
             return Reason(WaitCode.BASE_LOADING, "A worker is loading this base model, or is about to.")
-        sentence = f"All {workers.num_alive} workers that may serve this base model are busy with another one."
-        return Reason(WaitCode.NO_FREE_SLOT, sentence)
+        return Reason(WaitCode.OTHER_BASE_TURN, _describe_turn(workers))
     if queue.num_ahead < workers.free_slots:
         return Reason(WaitCode.STARTING, "It is this job's turn: a worker takes it at its next step.")
+    return _explain_slots(job, workers, queue)
+
+
+def _explain_slots(job: WaitingJob, workers: PoolWorkers, queue: PoolQueue) -> Reason:
     sentence = f"{workers.slots_in_use} of {workers.slots} slots are in use, and {queue.num_ahead} jobs come first."
     if job.last_outcome == AttemptOutcome.PREEMPTED:
         return Reason(WaitCode.PREEMPTED, f"Its worker had to stop and gave it back. {sentence}")
+    if job.last_outcome == AttemptOutcome.LENT:
+        lent = "Its slot is lent to an organization that has used less; the job goes on from where it stands."
+        return Reason(WaitCode.SLOT_LENT, f"{lent} {sentence}")
     return Reason(WaitCode.NO_FREE_SLOT, sentence)
 
 
-def estimate_wait(
-    job: WaitingJob, *, reason: Reason, workers: PoolWorkers, queue: PoolQueue, now: dt.datetime
-) -> Interval | None:
-    """Return when the job may end, from its place and what recent jobs of the pool took; None where nothing says.
+def _describe_turn(workers: PoolWorkers) -> str:
+    sentence = f"All {workers.num_alive} workers that may serve this base model have a turn of another one."
+    if not workers.turn_left_seconds:
+        return f"{sentence} The next turn is this base's when its jobs come first."
+    minutes = math.ceil(workers.turn_left_seconds / 60)
+    return f"{sentence} The first turn ends in {minutes} min if jobs of this base come first then."
 
-    Jobs ahead leave the slots in waves: the quick bound is waves of quick jobs, the slow one of slow jobs and one wave
-    more, because nobody knows how far those that run now have come.
+
+def estimate_wait(
+    job: WaitingJob,
+    *,
+    reason: Reason,
+    workers: PoolWorkers,
+    queue: PoolQueue,
+    now: dt.datetime,
+    quantum_seconds: float = QUANTUM_SECONDS,
+) -> Interval | None:
+    """Return when the job may end; None where nothing honest can be said.
+
+    It begins when a slot comes free for it: when a job that runs ends, by its remaining steps, or lends its slot, and,
+    for a base that no worker holds, when a turn ends and the base is loaded. Then it takes its own steps. Nobody can
+    say how long a job takes whose slot may be lent while it runs.
     """
-    unknowable = (
-        WaitCode.PAUSED,
-        WaitCode.TENANT_DISABLED,
-        WaitCode.QUOTA,
-        WaitCode.TENANT_CONCURRENCY,
-        WaitCode.NO_WORKER,
-    )
-    if reason.code in unknowable or queue.job_seconds is None or queue.step_seconds is None or not workers.slots:
+    if reason.code in _UNKNOWABLE or queue.job_seconds is None or queue.step_seconds is None:
+        return None
+    wait = _wait_for_slot(workers, queue) if workers.num_serving else _wait_for_base(workers, queue)
+    quick, slow = (job.total_steps * seconds for seconds in queue.step_seconds)
+    if wait is None or (queue.num_rivals and slow > quantum_seconds):
+        return None
+    begin = max(now, job.run_after)
+    return Interval(begin + dt.timedelta(seconds=wait[0] + quick), begin + dt.timedelta(seconds=wait[1] + slow))
+
+
+def _wait_for_slot(workers: PoolWorkers, queue: PoolQueue) -> tuple[float, float] | None:
+    """Return the bounds of the wait where the base is held. Jobs beyond those that run now leave in waves."""
+    quick, slow = queue.leave_seconds
+    if slow is None or queue.job_seconds is None:
         return None
     to_leave = max(0, queue.num_ahead + 1 - workers.free_slots)
-    waves = math.ceil(to_leave / workers.slots)
-    quick = max(0, waves - 1) * queue.job_seconds[0] + job.total_steps * queue.step_seconds[0]
-    slow = waves * queue.job_seconds[1] + job.total_steps * queue.step_seconds[1]
-    begin = max(now, job.run_after)
-    return Interval(begin + dt.timedelta(seconds=quick), begin + dt.timedelta(seconds=slow))
+    waves = math.ceil(max(0, to_leave - queue.num_running) / max(1, workers.slots))
+    return quick + waves * queue.job_seconds[0], slow + waves * queue.job_seconds[1]
+
+
+def _wait_for_base(workers: PoolWorkers, queue: PoolQueue) -> tuple[float, float] | None:
+    """Return the bounds of the wait for a base that no worker holds: for the end of a turn, if need be, and a load."""
+    if queue.load_seconds is None or queue.num_ahead:
+        return None
+    if workers.num_loading:
+        return 0.0, queue.load_seconds
+    if workers.num_elsewhere < workers.num_alive:
+        return queue.load_seconds, queue.load_seconds
+    if workers.turn_left_seconds is None or not queue.is_fairest:
+        return None
+    return queue.load_seconds, workers.turn_left_seconds + queue.load_seconds

@@ -13,6 +13,8 @@ with the lowest score is next, for a free slot as for one that is lent.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 USAGE_HALF_LIFE_SECONDS = 6 * 3600.0
 # So long a job steps in its slot before the slot may be lent.
 QUANTUM_SECONDS = 600.0
@@ -27,12 +29,20 @@ _USUAL_SLOTS = 8
 SLOT_SECONDS = QUANTUM_SECONDS / _USUAL_SLOTS
 
 
+@dataclass(frozen=True)
+class FairnessTerms:
+    """How long a slot is a job's own, and how long a worker keeps its base, while others wait."""
+
+    quantum_seconds: float = QUANTUM_SECONDS
+    turn_seconds: float = TURN_SECONDS
+
+
 def decay_usage(usage: float, elapsed_seconds: float) -> float:
     """Return what is left of `usage` GPU-seconds after `elapsed_seconds`."""
     return float(usage * 0.5 ** (elapsed_seconds / USAGE_HALF_LIFE_SECONDS))
 
 
-def slot_seconds(quantum_seconds: float, *, slots: int) -> float:
+def slot_seconds(quantum_seconds: float, *, slots: int = _USUAL_SLOTS) -> float:
     """Return the GPU-seconds that one slot of a full worker uses in a quantum."""
     return quantum_seconds / slots
 

@@ -38,7 +38,7 @@ from core.services.turns import MAY_START, is_lending
 # there are. The tenant's row is locked so that two workers never both pass its quota; whoever submits jobs
 # of the tenant meanwhile is not in the way.
 _PICK = text(f"""
-select t.id as tenant_id, t.max_running, c.id as job_id
+select t.id as tenant_id, c.id as job_id
 from queues q
 join tenants t on t.id = q.tenant_id
 cross join lateral (
@@ -58,7 +58,7 @@ for no key update of t skip locked
 # worker is ever idle, a busy one takes it after a while, and gives back what it holds. It does so in the order of fair
 # share: no tenant with a lower score waits for a slot there or holds one.
 _PICK_SUSPECT = text(f"""
-select t.id as tenant_id, t.max_running, j.id as job_id
+select t.id as tenant_id, j.id as job_id
 from jobs j join tenants t on t.id = j.tenant_id
 where j.pool = :pool and j.status = 'queued' and j.suspect_step is not null
   and j.run_after <= now() - make_interval(secs => :patience) and {MAY_START} and (:is_idle or not exists (
@@ -148,27 +148,7 @@ def claim_job(
         picked = session.execute(_PICK, {"pool": pool}).one_or_none()
     if picked is None:
         return None
-    # A second statement sees what committed before the tenant's row was locked, so the quota is counted exactly.
-    num_running = (
-        select(func.count())
-        .select_from(Job)
-        .where(Job.tenant_id == picked.tenant_id, Job.status == JobStatus.RUNNING)
-        .correlate(None)
-        .scalar_subquery()
-    )
-    job = session.scalar(
-        update(Job)
-        .where(Job.id == picked.job_id, Job.status == JobStatus.QUEUED, num_running < picked.max_running)
-        .values(
-            status=JobStatus.RUNNING,
-            attempt_count=Job.attempt_count + 1,
-            lease_token=LEASE_TOKENS.next_value(),
-            lease_until=func.now() + timedelta(seconds=lease_seconds),
-            started_at=func.coalesce(Job.started_at, func.now()),
-        )
-        .returning(Job)
-        .execution_options(synchronize_session=False)
-    )
+    job = _take_job(session, picked.job_id, tenant_id=picked.tenant_id, lease_seconds=lease_seconds)
     if job is not None:
         _begin_attempt(session, job, worker_name, slot_seconds=slot_seconds)
     return job
@@ -385,6 +365,35 @@ def lock_held(session: Session, lease: Lease) -> Job:
     if job is None:
         raise StaleLeaseError("The lease is not held any more.")
     return job
+
+
+def _take_job(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, lease_seconds: float) -> Job | None:
+    """Give a queued job a lease, unless its tenant's quota is full by now.
+
+    A second statement sees what committed before the tenant's row was locked, so the quota is counted exactly.
+    """
+    max_running = select(Tenant.max_running).where(Tenant.id == tenant_id).scalar_subquery()
+    num_running = (
+        select(func.count())
+        .select_from(Job)
+        .where(Job.tenant_id == tenant_id, Job.status == JobStatus.RUNNING)
+        .correlate(None)
+        .scalar_subquery()
+    )
+    taken: Job | None = session.scalar(
+        update(Job)
+        .where(Job.id == job_id, Job.status == JobStatus.QUEUED, num_running < max_running)
+        .values(
+            status=JobStatus.RUNNING,
+            attempt_count=Job.attempt_count + 1,
+            lease_token=LEASE_TOKENS.next_value(),
+            lease_until=func.now() + timedelta(seconds=lease_seconds),
+            started_at=func.coalesce(Job.started_at, func.now()),
+        )
+        .returning(Job)
+        .execution_options(synchronize_session=False)
+    )
+    return taken
 
 
 def _begin_attempt(session: Session, job: Job, worker_name: str, *, slot_seconds: float) -> None:

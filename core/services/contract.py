@@ -14,9 +14,12 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Checkpoint, File, ResumePoint
+from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, FairnessTerms, slot_seconds
 from core.storage import ObjectNotFoundError, ObjectStore, StoredObject
 
 _MAX_SHOWN = 5
+# Loading a base, and leaving a job to a worker that seemed to be about to take it.
+_LOAD_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
@@ -122,19 +125,41 @@ _CHECKS = (
     ),
     _Check(
         "I9",
-        "Nobody below a quota waits for more than 26 minutes while its pool takes others' later jobs.",
+        "Nobody waits for longer than a turn, a quantum and a load while others who used more have the devices.",
         "select count(*) from jobs where status = 'queued'",
-        """select distinct 'tenant ' || q.tenant_id || ' in ' || q.pool from queues q
-           join tenants t on t.id = q.tenant_id
-           cross join lateral (select min(run_after) as since from jobs j where j.pool = q.pool
-               and j.tenant_id = q.tenant_id and j.status = 'queued') w
-           where q.num_queued > 0 and t.disabled_at is null and w.since < now() - interval '26 minutes'
-             and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
-             and exists (select from attempts a join jobs o on o.id = a.job_id where o.pool = q.pool
-                 and o.tenant_id <> q.tenant_id and a.started_at > w.since + interval '26 minutes'
-                 and o.created_at > w.since)
-             and not exists (select from attempts a join jobs o on o.id = a.job_id where o.pool = q.pool
-                 and o.tenant_id = q.tenant_id and a.started_at > now() - interval '26 minutes')""",
+        """with waiting as (
+               select j.id, j.pool, j.tenant_id, j.priority, j.run_after + make_interval(secs => :bound) as due_at,
+                   t.weight, (t.usage + t.lift) * power(0.5, extract(epoch from now() - t.usage_at) / :half_life)
+                       / t.weight as score,
+                   (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
+                       and within_gpu_quota(t.id, t.max_gpu_seconds_per_month) as may_start
+               from jobs j join tenants t on t.id = j.tenant_id
+               where j.status = 'queued' and j.suspect_step is null and t.disabled_at is null
+                 and j.run_after < now() - make_interval(secs => :bound) and not exists (
+                   select from attempts a join jobs o on o.id = a.job_id where o.tenant_id = j.tenant_id
+                     and o.pool = j.pool and a.started_at > now() - make_interval(secs => :bound))
+           ), served as (
+               select a.tenant_id, a.started_at, a.stepping_at, a.outcome, o.id as job_id, o.priority, o.created_at,
+                   w.name as worker, w.pools, t.weight, (t.usage + t.lift)
+                       * power(0.5, extract(epoch from now() - t.usage_at) / :half_life) / t.weight as score
+               from attempts a join jobs o on o.id = a.job_id join tenants t on t.id = a.tenant_id
+               join workers w on w.name = a.worker_name and w.alive_until > now()
+               where a.outcome is null or a.started_at > now() - make_interval(secs => :bound)
+           )
+           select distinct 'tenant ' || q.tenant_id || ' waits in ' || q.pool || ' while a tenant that used more holds '
+               || 'a slot of ' || s.worker
+           from waiting q join served s on q.pool = any(s.pools) and s.tenant_id <> q.tenant_id
+           where q.may_start and s.outcome is null and s.stepping_at < now() - make_interval(secs => :bound)
+             and s.score > q.score + :slot_seconds / s.weight
+           union select 'tenant ' || q.tenant_id || ' waits in ' || q.pool || ' while ' || s.worker
+               || ' starts later jobs of a tenant that used more'
+           from waiting q join served s on q.pool = any(s.pools) and s.tenant_id <> q.tenant_id
+           where q.may_start and s.started_at > q.due_at and s.created_at > q.due_at
+             and s.score > q.score + :slot_seconds / s.weight
+           union select 'job ' || q.id || ' waits in ' || q.pool || ' while ' || s.worker
+               || ' starts younger jobs of its tenant'
+           from waiting q join served s on q.pool = any(s.pools) and s.tenant_id = q.tenant_id
+           where s.started_at > q.due_at and s.job_id > q.id and s.priority <= q.priority""",
     ),
     _Check(
         "I10",
@@ -146,9 +171,9 @@ _CHECKS = (
 )
 
 
-def check_rows(session: Session) -> tuple[Finding, ...]:
-    """Check what rows can tell: every promise but I7."""
-    return tuple(_ask(session, check) for check in _CHECKS)
+def check_rows(session: Session, terms: FairnessTerms) -> tuple[Finding, ...]:
+    """Check what rows can tell: every promise but I7. `terms` are those of the workers."""
+    return tuple(_ask(session, check, terms) for check in _CHECKS)
 
 
 def check_objects(session: Session, store: ObjectStore, *, is_deep: bool) -> Finding:
@@ -171,9 +196,15 @@ class _NamedObject:
     stored: StoredObject
 
 
-def _ask(session: Session, check: _Check) -> Finding:
+def _ask(session: Session, check: _Check, terms: FairnessTerms) -> Finding:
     num_checked = session.scalars(text(check.seen)).one()
-    broken: Sequence[str] = session.scalars(text(check.broken)).all()
+    values = {
+        "bound": terms.turn_seconds + terms.quantum_seconds + _LOAD_SECONDS,
+        "half_life": USAGE_HALF_LIFE_SECONDS,
+        "slot_seconds": slot_seconds(terms.quantum_seconds),
+    }
+    asked = text(check.broken)
+    broken: Sequence[str] = session.scalars(asked, {name: values[name] for name in asked.compile().params}).all()
     return Finding(check.promise, check.says, num_checked, len(broken), tuple(broken[:_MAX_SHOWN]))
 
 

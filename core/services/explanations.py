@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy import Boolean, ColumnElement, and_, any_, func, literal, or_, select, text
 from sqlalchemy.orm import Session
 
-from core.db.models import Attempt, Job, Tenant, Worker
+from core.db.models import Attempt, Job, Pool, Tenant, Worker
 from core.domain.jobs import JobStatus
 from core.domain.outlook import (
     PoolQueue,
@@ -25,12 +25,20 @@ from core.domain.outlook import (
     explain_wait,
 )
 from core.domain.progress import Estimate, Interval
-from core.domain.scheduling import ENTRY_CHARGE_SECONDS, USAGE_HALF_LIFE_SECONDS
+from core.domain.scheduling import (
+    ENTRY_CHARGE_SECONDS,
+    MAX_LOADING_FRACTION,
+    USAGE_HALF_LIFE_SECONDS,
+    FairnessTerms,
+    slot_seconds,
+)
 from core.services.jobs import get_job
 from core.services.progress import estimate_jobs
 
 _WAITING_STATUSES = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.PAUSED)
-_OUTLOOK = text("select * from pool_outlook(:pool, :job_id, :half_life, :charge)")
+# What is divided by, however few steps are left.
+_LEAST_CHARGE_SECONDS = 0.01
+_OUTLOOK = text("select * from queue_outlook(:pool, :job_id, :half_life, :charge, :quantum, :free_slots)")
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,9 @@ class Explanation:
     eta: Eta | None = None
 
 
-def explain_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, now: dt.datetime) -> Explanation:
+def explain_job(
+    session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, now: dt.datetime, terms: FairnessTerms
+) -> Explanation:
     """Explain a job's state. Raises NotFoundError."""
     job = get_job(session, tenant_id, job_id=job_id)
     tenant = _read_tenant(session, tenant_id)
@@ -67,9 +77,12 @@ def explain_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, no
         total_steps=job.total_steps - job.trained_steps,
         last_outcome=_last_outcome(session, tenant_id, job_id),
     )
-    queue, workers = _read_queue(session, job), _read_workers(session, job.pool)
+    workers = _read_workers(session, job.pool, terms)
+    queue = _read_queue(session, job, workers, terms)
     reason = explain_wait(waiting, tenant=tenant, workers=workers, queue=queue, now=now)
-    interval = estimate_wait(waiting, reason=reason, workers=workers, queue=queue, now=now)
+    interval = estimate_wait(
+        waiting, reason=reason, workers=workers, queue=queue, now=now, quantum_seconds=terms.quantum_seconds
+    )
     eta = Eta(interval, "recent_jobs", queue.num_measured) if interval else None
     return Explanation(job, tenant, reason, queue, workers, eta)
 
@@ -93,12 +106,18 @@ def _last_outcome(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> 
     return session.scalar(select(Attempt.outcome).where(*own).order_by(Attempt.lease_token.desc()).limit(1))
 
 
-def _read_queue(session: Session, job: Job) -> PoolQueue:
+def _read_queue(session: Session, job: Job, workers: PoolWorkers, terms: FairnessTerms) -> PoolQueue:
+    pool = session.get(Pool, job.pool)
+    step_seconds = pool.step_seconds if pool is not None else None
+    num_steps = job.total_steps - job.trained_steps
+    known = ENTRY_CHARGE_SECONDS if step_seconds is None else num_steps * step_seconds
     parameters = {
         "pool": job.pool,
         "job_id": job.id,
         "half_life": USAGE_HALF_LIFE_SECONDS,
-        "charge": ENTRY_CHARGE_SECONDS,
+        "charge": max(_LEAST_CHARGE_SECONDS, min(known, slot_seconds(terms.quantum_seconds))),
+        "quantum": terms.quantum_seconds,
+        "free_slots": workers.free_slots,
     }
     row = session.execute(_OUTLOOK, parameters).one_or_none()
     if row is None:  # the tenant has no queued or running job in this pool: this one is paused
@@ -111,13 +130,22 @@ def _read_queue(session: Session, job: Job) -> PoolQueue:
         num_measured=row.num_measured,
         job_seconds=tuple(row.job_seconds) if row.job_seconds else None,
         step_seconds=tuple(row.step_seconds) if row.step_seconds else None,
+        num_running=row.num_running,
+        num_rivals=row.num_rivals,
+        is_fairest=row.is_fairest,
+        leave_seconds=tuple(row.leave_seconds),
+        load_seconds=pool.load_seconds if pool is not None else None,
     )
 
 
-def _read_workers(session: Session, pool: str) -> PoolWorkers:
+def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWorkers:
     is_alive = and_(Worker.alive_until > func.now(), Worker.state != "stopping")
-    holds = and_(is_alive, Worker.pool == pool, Worker.state != "loading")
-    is_elsewhere = and_(is_alive, Worker.pool != pool, or_(Worker.slots_in_use > 0, Worker.state == "loading"))
+    loads = and_(is_alive, or_(Worker.next_pool == pool, and_(Worker.pool == pool, Worker.state == "loading")))
+    holds = and_(is_alive, Worker.pool == pool, Worker.state != "loading", Worker.next_pool.is_(None))
+    is_busy = or_(Worker.slots_in_use > 0, Worker.state == "loading")
+    is_elsewhere = and_(is_alive, Worker.pool != pool, Worker.next_pool.is_distinct_from(pool), is_busy)
+    turn = func.greatest(terms.turn_seconds, func.coalesce(Pool.load_seconds, 0.0) / MAX_LOADING_FRACTION)
+    turn_left = func.greatest(0.0, turn - func.extract("epoch", func.now() - Worker.pool_since))
 
     def count(condition: ColumnElement[bool]) -> ColumnElement[int]:
         return func.count().filter(condition)
@@ -125,11 +153,16 @@ def _read_workers(session: Session, pool: str) -> PoolWorkers:
     query = select(
         count(is_alive),
         count(holds),
-        count(and_(is_alive, Worker.pool == pool, Worker.state == "loading")),
+        count(loads),
         count(is_elsewhere),
         func.coalesce(func.sum(Worker.slots).filter(holds), 0),
         func.coalesce(func.sum(Worker.slots_in_use).filter(holds), 0),
         func.max(Worker.heartbeat_at),
-    ).where(literal(pool) == any_(Worker.pools))
-    alive, serving, loading, elsewhere, slots, in_use, last_seen_at = session.execute(query).one()
-    return PoolWorkers(alive, serving, loading, elsewhere, int(slots), int(in_use), last_seen_at)
+        func.min(turn_left).filter(is_elsewhere),
+    )
+    query = query.select_from(Worker).outerjoin(Pool, Pool.name == Worker.pool)
+    alive, serving, loading, elsewhere, slots, in_use, last_seen_at, left = session.execute(
+        query.where(literal(pool) == any_(Worker.pools))
+    ).one()
+    turn_left_seconds = float(left) if left is not None else None
+    return PoolWorkers(alive, serving, loading, elsewhere, int(slots), int(in_use), last_seen_at, turn_left_seconds)

@@ -31,6 +31,7 @@ from core.domain.errors import ConflictError
 from core.domain.ids import new_id
 from core.domain.jobs import MAX_ATTEMPTS
 from core.domain.objects import attempt_prefix
+from core.domain.scheduling import FairnessTerms
 from core.services import attempts, charges
 from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
 from core.services.contract import check_rows
@@ -252,7 +253,7 @@ class JobMachine(RuleBasedStateMachine):
     @invariant()
     def the_contract_holds(self) -> None:
         with service_transaction(self.owner) as session:
-            broken = [finding for finding in check_rows(session) if finding.num_broken]
+            broken = [finding for finding in check_rows(session, FairnessTerms()) if finding.num_broken]
         assert broken == []
 
     def _try(self, lease: Lease, act) -> bool:  # type: ignore[no-untyped-def]

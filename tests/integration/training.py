@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Literal
 
 from sqlalchemy import Engine
 
@@ -19,11 +20,15 @@ BASE_MODEL = "acme-labs/tiny-base"
 POOL = pool_name(BASE_MODEL, None)
 
 
-def queue_job(owner: Engine, tenant_id: uuid.UUID, *, priority: int = 0) -> Job:
+def queue_job(
+    owner: Engine, tenant_id: uuid.UUID, *, priority: int = 0, quantization: Literal["nf4"] | None = None
+) -> Job:
     with service_transaction(owner) as session:
         file_id = new_id()
         create_file(session, tenant_id, new=NewFile(file_id, "a", "fine-tune", "k", 1, "0" * 64, num_examples=4))
-        request = JobRequest(base_model_id=BASE_MODEL, training_file_id=file_id, priority=priority)
+        request = JobRequest(
+            base_model_id=BASE_MODEL, training_file_id=file_id, priority=priority, quantization=quantization
+        )
         return submit_job(session, tenant_id, request=request)
 
 

@@ -59,7 +59,7 @@ def test_the_reason_follows_what_workers_say_of_themselves(api_url: str, owner: 
     for state, code in (
         (WorkerFacts("w", (POOL,), "idle"), "base_loading"),
         (WorkerFacts("w", (POOL,), "loading", POOL, 4, 0), "base_loading"),
-        (WorkerFacts("w", (POOL, "x"), "serving", "x", 4, 4), "no_free_slot"),
+        (WorkerFacts("w", (POOL, "x"), "serving", "x", 4, 4), "other_base_turn"),
         (WorkerFacts("w", (POOL,), "serving", POOL, 4, 4), "no_free_slot"),
         (WorkerFacts("w", (POOL,), "serving", POOL, 4, 3), "starting"),
         (WorkerFacts("w", (POOL,), "stopping", POOL, 4, 3), "no_worker"),
