@@ -23,7 +23,9 @@ class WaitCode(StrEnum):
     RETRY_BACKOFF = "retry_backoff"
     TENANT_DISABLED = "tenant_disabled"
     TENANT_CONCURRENCY = "tenant_concurrency"
+    UNCLAIMABLE = "unclaimable"
     QUOTA = "quota"
+    STORAGE_QUOTA = "storage_quota"
     NO_WORKER = "no_worker"
     BASE_LOADING = "base_loading"
     PREEMPTED = "preempted"
@@ -74,14 +76,18 @@ class TenantState:
     max_running: int
     is_disabled: bool
     is_within_gpu_quota: bool = True
+    is_within_storage_quota: bool = True
 
 
 @dataclass(frozen=True)
 class WaitingJob:
+    """`is_set_aside` where a worker could not start the job as it is stored."""
+
     is_paused: bool
     run_after: dt.datetime
     total_steps: int
     last_outcome: str | None
+    is_set_aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,17 +105,30 @@ def explain_wait(
     if tenant.is_disabled:
         return Reason(WaitCode.TENANT_DISABLED, "The operator has disabled this organization; its jobs are held.")
     if job.run_after > now:
-        seconds = math.ceil((job.run_after - now).total_seconds())
-        return Reason(WaitCode.RETRY_BACKOFF, f"The last attempt failed; the next may start in {seconds} s.")
+        return _explain_rest(job, math.ceil((job.run_after - now).total_seconds()))
+    return _explain_quotas(tenant) or _explain_workers(job, workers, queue, now)
+
+
+def _explain_rest(job: WaitingJob, seconds: int) -> Reason:
+    if job.is_set_aside:
+        sentence = f"The service cannot read this job, and its operator is told; it is tried again in {seconds} s."
+        return Reason(WaitCode.UNCLAIMABLE, sentence)
+    return Reason(WaitCode.RETRY_BACKOFF, f"The last attempt failed; the next may start in {seconds} s.")
+
+
+def _explain_quotas(tenant: TenantState) -> Reason | None:
     if not tenant.is_within_gpu_quota:
         sentence = (
             "Your organization has used its GPU-seconds of this month; its jobs go on when the month (UTC) turns."
         )
         return Reason(WaitCode.QUOTA, sentence)
+    if not tenant.is_within_storage_quota:
+        sentence = "Your organization stores more than it may; its jobs start when it has deleted enough."
+        return Reason(WaitCode.STORAGE_QUOTA, sentence)
     if tenant.num_running >= tenant.max_running:
         sentence = f"{tenant.num_running} of your jobs are running and {tenant.max_running} may run at a time."
         return Reason(WaitCode.TENANT_CONCURRENCY, sentence)
-    return _explain_workers(job, workers, queue, now)
+    return None
 
 
 def _explain_workers(job: WaitingJob, workers: PoolWorkers, queue: PoolQueue, now: dt.datetime) -> Reason:
@@ -142,7 +161,9 @@ def estimate_wait(
     unknowable = (
         WaitCode.PAUSED,
         WaitCode.TENANT_DISABLED,
+        WaitCode.UNCLAIMABLE,
         WaitCode.QUOTA,
+        WaitCode.STORAGE_QUOTA,
         WaitCode.TENANT_CONCURRENCY,
         WaitCode.NO_WORKER,
     )

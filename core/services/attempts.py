@@ -7,7 +7,7 @@ events, metrics and artifacts. StaleLeaseError means that this attempt is over a
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
-from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Tenant, Usage
+from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, SetAside, Tenant, Usage
+from core.domain.duties import Duty
 from core.domain.errors import DomainError
 from core.domain.ids import new_id
 from core.domain.jobs import (
@@ -30,10 +31,12 @@ from core.domain.scheduling import ENTRY_CHARGE_SECONDS, USAGE_HALF_LIFE_SECONDS
 from core.services.events import record_event
 from core.services.files import NewFile, create_file
 from core.services.jobs import announce_work
+from core.services.set_asides import is_in_reach, setting_aside
 
 # A tenant whose jobs may start now.
 _MAY_START = """
 t.disabled_at is null and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
+  and within_storage_quota(t.id, t.max_storage_bytes)
   and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
 """
 
@@ -83,6 +86,10 @@ order by p.pool
 """)  # noqa: S608 (of constants)
 
 
+# So many jobs that cannot be claimed may one claim come upon; the next goes on from there.
+_MAX_CLAIM_TRIES = 10
+
+
 class StaleLeaseError(DomainError):
     """This attempt no longer holds the job: another outcome, or another worker, came first."""
 
@@ -123,19 +130,42 @@ class StoredArtifact:
 
 
 def claim_job(
-    session: Session, pool: str, *, worker_name: str, lease_seconds: float, is_idle: bool = False
+    session: Session,
+    pool: str,
+    *,
+    worker_name: str,
+    lease_seconds: float,
+    is_idle: bool = False,
+    prepare: Callable[[Job], None] = lambda _job: None,
 ) -> Job | None:
     """Claim the fairest job of a pool, or None. The job's `lease_token` is the fence of everything that follows.
 
     A worker that `is_idle`, holding no job, takes one that must be tried alone first. One that is not may be given
     such a job too (its `suspect_step` is set) once it has waited long, and must give back the others before it starts.
+    A job that cannot be claimed, or that `prepare` cannot read, stays queued and is put off, and the next is claimed.
     """
+    for _ in range(_MAX_CLAIM_TRIES):
+        picked = _pick_job(session, pool, is_idle=is_idle)
+        if picked is None:
+            return None
+        with setting_aside(session, Duty.CLAIM, row_id=picked.job_id, tenant_id=picked.tenant_id) as claim:
+            job = _take_job(session, picked, worker_name=worker_name, lease_seconds=lease_seconds)
+            if job is not None:
+                prepare(job)
+        if claim.is_done:
+            return job
+        _put_off(session, picked.job_id)
+    return None
+
+
+def _pick_job(session: Session, pool: str, *, is_idle: bool) -> Any:
+    """Return the job to claim, with its tenant and the tenant's quota, or None. The tenant's row is locked."""
     patience = 0.0 if is_idle else SUSPECT_PATIENCE_SECONDS
-    picked = session.execute(_PICK_SUSPECT, {"pool": pool, "patience": patience}).one_or_none()
-    if picked is None:
-        picked = session.execute(_PICK, {"pool": pool}).one_or_none()
-    if picked is None:
-        return None
+    suspect = session.execute(_PICK_SUSPECT, {"pool": pool, "patience": patience}).one_or_none()
+    return suspect or session.execute(_PICK, {"pool": pool}).one_or_none()
+
+
+def _take_job(session: Session, picked: Any, *, worker_name: str, lease_seconds: float) -> Job | None:
     # A second statement sees what committed before the tenant's row was locked, so the quota is counted exactly.
     num_running = (
         select(func.count())
@@ -160,6 +190,17 @@ def claim_job(
     if job is not None:
         _begin_attempt(session, job, worker_name)
     return job
+
+
+def _put_off(session: Session, job_id: uuid.UUID) -> None:
+    """Keep a job that is set aside from being claimed: claims look at `run_after` alone, which costs them nothing."""
+    rest = select(SetAside.retry_at).where(SetAside.duty == Duty.CLAIM, SetAside.row_id == job_id)
+    session.execute(
+        update(Job)
+        .where(Job.id == job_id)
+        .values(run_after=rest.scalar_subquery())
+        .execution_options(synchronize_session=False)
+    )
 
 
 def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
@@ -235,6 +276,7 @@ def record_checkpoint(
             model_name=checkpoint_model_name(_model_name(session, job), step),
             object_prefix=artifact.object_prefix,
             files=list(artifact.files),
+            size_bytes=artifact.size_bytes,
             metrics=metrics,
         )
     )
@@ -344,20 +386,28 @@ def acquit_job(session: Session, lease: Lease) -> bool:
 
 def expire_leases(session: Session, *, limit: int = 100) -> int:
     """Queue again, or fail, the jobs whose workers have not been heard of within their leases; return how many."""
+    is_expired = func.coalesce(Job.lease_until, func.to_timestamp(0)) < func.now()
     expired = session.scalars(
         select(Job)
-        .where(Job.status == JobStatus.RUNNING, func.coalesce(Job.lease_until, func.to_timestamp(0)) < func.now())
+        .where(Job.status == JobStatus.RUNNING, is_expired, is_in_reach(Duty.EXPIRE, Job.id))
         .order_by(Job.lease_until)
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()
+    num_expired = 0
     for job in expired:
-        assert job.lease_token is not None
-        lease = Lease(job_id=job.id, tenant_id=job.tenant_id, token=job.lease_token)
-        error = {"code": "worker_lost", "message": "The worker was lost while it trained this job.", "param": None}
-        _end_attempt(session, lease, outcome=AttemptOutcome.LOST, error=error)
-        _retry_or_fail(session, job, lease, error=error, is_final=False)
-    return len(expired)
+        with setting_aside(session, Duty.EXPIRE, row_id=job.id, tenant_id=job.tenant_id) as expiry:
+            _expire_lease(session, job)
+        num_expired += expiry.is_done
+    return num_expired
+
+
+def _expire_lease(session: Session, job: Job) -> None:
+    assert job.lease_token is not None
+    lease = Lease(job_id=job.id, tenant_id=job.tenant_id, token=job.lease_token)
+    error = {"code": "worker_lost", "message": "The worker was lost while it trained this job.", "param": None}
+    _end_attempt(session, lease, outcome=AttemptOutcome.LOST, error=error)
+    _retry_or_fail(session, job, lease, error=error, is_final=False)
 
 
 def record_usage(session: Session, lease: Lease, *, gpu_seconds: float, trained_tokens: int) -> None:
@@ -448,8 +498,7 @@ def _retry_or_fail(session: Session, job: Job, lease: Lease, *, error: dict[str,
 
 
 def _charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) -> None:
-    elapsed = func.extract("epoch", func.now() - Tenant.usage_at)
-    decayed = Tenant.usage * func.power(0.5, elapsed / USAGE_HALF_LIFE_SECONDS)
+    decayed = func.decayed_usage(Tenant.usage, Tenant.usage_at, USAGE_HALF_LIFE_SECONDS)
     session.execute(
         update(Tenant)
         .where(Tenant.id == tenant_id)
@@ -459,4 +508,4 @@ def _charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) -
 
 def _model_name(session: Session, job: Job) -> str:
     slug = session.scalars(select(Tenant.slug).where(Tenant.id == job.tenant_id)).one()
-    return fine_tuned_model_name(job.base_model_id, tenant_slug=slug, suffix=job.suffix, job_id=job.id)
+    return fine_tuned_model_name(job.base_model_id, tenant_slug=slug, suffix=job.suffix, digits=job.name_digits)

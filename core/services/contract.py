@@ -45,10 +45,16 @@ _CHECKS = (
         "I1",
         "No accepted job is forgotten: it is counted in its queue, under a lease that is watched, paused, or over.",
         "select count(*) from jobs",
-        """select q.pool || ' of tenant ' || q.tenant_id || ' counts ' || q.num_queued || ', not ' || coalesce(j.num, 0)
+        """select pool || ' of tenant ' || tenant_id || ' counts ' || coalesce(q.num_queued, 0) || ' queued and '
+               || coalesce(q.num_paused, 0) || ' paused, not ' || coalesce(j.queued, 0) || ' and '
+               || coalesce(j.paused, 0)
            from queues q full join (
-               select pool, tenant_id, count(*) as num from jobs where status = 'queued' group by pool, tenant_id
-           ) j using (pool, tenant_id) where coalesce(q.num_queued, 0) <> coalesce(j.num, 0)
+               select pool, tenant_id, count(*) filter (where status = 'queued') as queued,
+                   count(*) filter (where is_paused_or_pausing(status, pause_requested_at)) as paused
+               from jobs group by pool, tenant_id
+           ) j using (pool, tenant_id)
+           where coalesce(q.num_queued, 0) <> coalesce(j.queued, 0)
+              or coalesce(q.num_paused, 0) <> coalesce(j.paused, 0)
            union all select 'job ' || id || ' has an expired lease that nobody ends' from jobs
            where status = 'running' and lease_until < now() - interval '2 minutes'""",
     ),

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from sqlalchemy import Boolean, ColumnElement, and_, any_, func, literal, or_, select, text
 from sqlalchemy.orm import Session
 
-from core.db.models import Attempt, Job, Tenant, Worker
+from core.db.models import Attempt, Job, SetAside, Tenant, Worker
+from core.domain.duties import Duty
 from core.domain.jobs import JobStatus
 from core.domain.outlook import (
     PoolQueue,
@@ -28,6 +29,7 @@ from core.domain.progress import Estimate, Interval
 from core.domain.scheduling import ENTRY_CHARGE_SECONDS, USAGE_HALF_LIFE_SECONDS
 from core.services.jobs import get_job
 from core.services.progress import estimate_jobs
+from core.services.quotas import is_within_storage
 
 _WAITING_STATUSES = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.PAUSED)
 _OUTLOOK = text("select * from pool_outlook(:pool, :job_id, :half_life, :charge)")
@@ -66,6 +68,7 @@ def explain_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, no
         run_after=job.run_after,
         total_steps=job.total_steps - job.trained_steps,
         last_outcome=_last_outcome(session, tenant_id, job_id),
+        is_set_aside=job.run_after > now and _is_set_aside(session, tenant_id, job_id),
     )
     queue, workers = _read_queue(session, job), _read_workers(session, job.pool)
     reason = explain_wait(waiting, tenant=tenant, workers=workers, queue=queue, now=now)
@@ -83,7 +86,7 @@ def _read_tenant(session: Session, tenant_id: uuid.UUID) -> TenantState:
         select(func.count()).where(Job.tenant_id == tenant_id, Job.status == JobStatus.RUNNING).scalar_subquery()
     )
     is_within = func.within_gpu_quota(Tenant.id, Tenant.max_gpu_seconds_per_month, type_=Boolean)
-    query = select(num_running, Tenant.max_running, Tenant.disabled_at.is_not(None), is_within)
+    query = select(num_running, Tenant.max_running, Tenant.disabled_at.is_not(None), is_within, is_within_storage())
     query = query.where(Tenant.id == tenant_id)
     return TenantState(*session.execute(query).one())
 
@@ -91,6 +94,11 @@ def _read_tenant(session: Session, tenant_id: uuid.UUID) -> TenantState:
 def _last_outcome(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> str | None:
     own = (Attempt.tenant_id == tenant_id, Attempt.job_id == job_id)
     return session.scalar(select(Attempt.outcome).where(*own).order_by(Attempt.lease_token.desc()).limit(1))
+
+
+def _is_set_aside(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> bool:
+    resting = (SetAside.duty == Duty.CLAIM, SetAside.row_id == job_id, SetAside.retry_at > func.now())
+    return session.scalar(select(SetAside.row_id).where(SetAside.tenant_id == tenant_id, *resting)) is not None
 
 
 def _read_queue(session: Session, job: Job) -> PoolQueue:

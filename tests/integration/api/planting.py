@@ -80,7 +80,7 @@ def plant(owner: Engine, api: Engine, store: ObjectStore, tenant: Tenant) -> Pla
 
 def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uuid.UUID, object_key: str) -> Planted:
     job_id, token = new_id(), session.scalars(LEASE_TOKENS.next_value()).one()
-    name = fine_tuned_model_name(BASE_MODEL, tenant_slug=tenant.slug, suffix=None, job_id=job_id)
+    name = fine_tuned_model_name(BASE_MODEL, tenant_slug=tenant.slug, suffix=None, digits=job_id.hex[-8:])
     prefix = attempt_prefix(tenant.id, job_id, token)
     own = {"tenant_id": tenant.id, "job_id": job_id}
     session.add(_job(tenant, job_id, file_id, name))
