@@ -81,13 +81,13 @@ class TenantState:
 
 @dataclass(frozen=True)
 class WaitingJob:
-    """`is_set_aside` where a worker could not start the job as it is stored."""
+    """`set_aside_until` where a worker could not start the job as it is stored."""
 
     is_paused: bool
     run_after: dt.datetime
     total_steps: int
     last_outcome: str | None
-    is_set_aside: bool = False
+    set_aside_until: dt.datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,18 @@ def explain_wait(
         return Reason(WaitCode.PAUSED, "The job is paused; resume it to queue it again.")
     if tenant.is_disabled:
         return Reason(WaitCode.TENANT_DISABLED, "The operator has disabled this organization; its jobs are held.")
-    if job.run_after > now:
-        return _explain_rest(job, math.ceil((job.run_after - now).total_seconds()))
-    return _explain_quotas(tenant) or _explain_workers(job, workers, queue, now)
+    return _explain_rest(job, now) or _explain_quotas(tenant) or _explain_workers(job, workers, queue, now)
 
 
-def _explain_rest(job: WaitingJob, seconds: int) -> Reason:
-    if job.is_set_aside:
+def _explain_rest(job: WaitingJob, now: dt.datetime) -> Reason | None:
+    if job.set_aside_until is not None:
+        seconds = math.ceil((job.set_aside_until - now).total_seconds())
         sentence = f"The service cannot read this job, and its operator is told; it is tried again in {seconds} s."
         return Reason(WaitCode.UNCLAIMABLE, sentence)
-    return Reason(WaitCode.RETRY_BACKOFF, f"The last attempt failed; the next may start in {seconds} s.")
+    if job.run_after > now:
+        seconds = math.ceil((job.run_after - now).total_seconds())
+        return Reason(WaitCode.RETRY_BACKOFF, f"The last attempt failed; the next may start in {seconds} s.")
+    return None
 
 
 def _explain_quotas(tenant: TenantState) -> Reason | None:

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
-from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, SetAside, Tenant, Usage
+from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Tenant, Usage
 from core.domain.duties import Duty
 from core.domain.errors import DomainError
 from core.domain.ids import new_id
@@ -40,6 +40,10 @@ t.disabled_at is null and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
   and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
 """
 
+_IN_REACH = """
+not exists (select from set_asides s where s.duty = 'claim' and s.row_id = j.id and s.retry_at > now())
+"""
+
 # The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` has the
 # tenants that have queued jobs in that order, so that mostly its first row is the answer, however many tenants and jobs
 # there are. The tenant's row is locked so that two workers never both pass its quota; whoever submits jobs
@@ -51,7 +55,7 @@ join tenants t on t.id = q.tenant_id
 cross join lateral (
     select j.id from jobs j
     where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
-      and j.suspect_step is null
+      and j.suspect_step is null and {_IN_REACH}
     order by j.priority desc, j.id limit 1
 ) c
 where q.pool = :pool and q.num_queued > 0 and {_MAY_START}
@@ -67,7 +71,7 @@ _PICK_SUSPECT = text(f"""
 select t.id as tenant_id, t.max_running, j.id as job_id
 from jobs j join tenants t on t.id = j.tenant_id
 where j.pool = :pool and j.status = 'queued' and j.suspect_step is not null
-  and j.run_after <= now() - make_interval(secs => :patience) and {_MAY_START}
+  and j.run_after <= now() - make_interval(secs => :patience) and {_MAY_START} and {_IN_REACH}
 order by j.id
 limit 1
 for no key update of t skip locked
@@ -80,6 +84,7 @@ where exists (
     where q.pool = p.pool and q.num_queued > 0 and {_MAY_START} and exists (
         select from jobs j
         where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
+          and {_IN_REACH}
     )
 )
 order by p.pool
@@ -142,7 +147,7 @@ def claim_job(
 
     A worker that `is_idle`, holding no job, takes one that must be tried alone first. One that is not may be given
     such a job too (its `suspect_step` is set) once it has waited long, and must give back the others before it starts.
-    A job that cannot be claimed, or that `prepare` cannot read, stays queued and is put off, and the next is claimed.
+    A job that cannot be claimed, or that `prepare` cannot read, stays queued and is set aside; the next is claimed.
     """
     for _ in range(_MAX_CLAIM_TRIES):
         picked = _pick_job(session, pool, is_idle=is_idle)
@@ -154,7 +159,6 @@ def claim_job(
                 prepare(job)
         if claim.is_done:
             return job
-        _put_off(session, picked.job_id)
     return None
 
 
@@ -190,17 +194,6 @@ def _take_job(session: Session, picked: Any, *, worker_name: str, lease_seconds:
     if job is not None:
         _begin_attempt(session, job, worker_name)
     return job
-
-
-def _put_off(session: Session, job_id: uuid.UUID) -> None:
-    """Keep a job that is set aside from being claimed: claims look at `run_after` alone, which costs them nothing."""
-    rest = select(SetAside.retry_at).where(SetAside.duty == Duty.CLAIM, SetAside.row_id == job_id)
-    session.execute(
-        update(Job)
-        .where(Job.id == job_id)
-        .values(run_after=rest.scalar_subquery())
-        .execution_options(synchronize_session=False)
-    )
 
 
 def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:

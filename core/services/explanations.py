@@ -68,7 +68,7 @@ def explain_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, no
         run_after=job.run_after,
         total_steps=job.total_steps - job.trained_steps,
         last_outcome=_last_outcome(session, tenant_id, job_id),
-        is_set_aside=job.run_after > now and _is_set_aside(session, tenant_id, job_id),
+        set_aside_until=_read_rest(session, tenant_id, job_id),
     )
     queue, workers = _read_queue(session, job), _read_workers(session, job.pool)
     reason = explain_wait(waiting, tenant=tenant, workers=workers, queue=queue, now=now)
@@ -96,9 +96,10 @@ def _last_outcome(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> 
     return session.scalar(select(Attempt.outcome).where(*own).order_by(Attempt.lease_token.desc()).limit(1))
 
 
-def _is_set_aside(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> bool:
+def _read_rest(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> dt.datetime | None:
+    """Return until when a job is set aside, if it is."""
     resting = (SetAside.duty == Duty.CLAIM, SetAside.row_id == job_id, SetAside.retry_at > func.now())
-    return session.scalar(select(SetAside.row_id).where(SetAside.tenant_id == tenant_id, *resting)) is not None
+    return session.scalar(select(SetAside.retry_at).where(SetAside.tenant_id == tenant_id, *resting))
 
 
 def _read_queue(session: Session, job: Job) -> PoolQueue:

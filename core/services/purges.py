@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import delete, func, text, update
+from sqlalchemy import Row, delete, func, text, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Checkpoint, File, ResumePoint, Upload
@@ -56,8 +57,7 @@ class Purge:
 def find_purges(session: Session) -> tuple[Purge, ...]:
     """Return some of what is due of every tenant, one tenant's after another's."""
     return tuple(
-        Purge(row.kind, row.id, row.tenant_id, row.location or upload_prefix(row.tenant_id, row.id))
-        for row in session.execute(_DUE, {"turn": _TURN})
+        Purge(row.kind, row.id, row.tenant_id, _location_of(row)) for row in session.execute(_DUE, {"turn": _TURN})
     )
 
 
@@ -68,3 +68,7 @@ def mark_purged(session: Session, purge: Purge) -> None:
         return
     kind = _KINDS[purge.kind]
     session.execute(update(kind).where(kind.id == purge.row_id, kind.purged_at.is_(None)).values(purged_at=func.now()))
+
+
+def _location_of(row: Row[Any]) -> str:
+    return upload_prefix(row.tenant_id, row.id) if row.kind == "upload" else row.location

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from collections.abc import Iterator
 
@@ -9,12 +10,16 @@ import pytest
 from sqlalchemy import Engine, select, text
 
 from core.db.models import Attempt, Job, Usage
-from core.db.session import connect, service_transaction
+from core.db.session import connect, service_transaction, tenant_transaction
+from core.domain.outlook import WaitCode
+from core.domain.training import TrainingSpec
 from core.services import attempts
+from core.services.explanations import explain_job
+from core.services.set_asides import list_set_asides
 from schedule.sweeper import settle
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.poisoning import break_row, change, drop_checks
-from tests.integration.test_attempts import claim, queue_job, status_of
+from tests.integration.test_attempts import POOL, claim, queue_job, status_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,7 +30,7 @@ def _unbounded(owner: Engine) -> None:
 @pytest.fixture
 def worker(database: Database, owner: Engine) -> Iterator[Engine]:
     with service_transaction(owner) as session:
-        session.execute(text("truncate jobs, queues cascade"))
+        session.execute(text("truncate jobs, queues, set_asides cascade"))
     engine = connect(database.worker_url)
     yield engine
     engine.dispose()
@@ -79,6 +84,36 @@ def test_a_job_that_cannot_be_claimed_waits_aside_and_the_next_is_claimed(
     lease = claim(worker)
     assert lease is not None
     assert lease.job_id == sound.id
+    with tenant_transaction(owner, tenant.id) as session:
+        told = explain_job(session, tenant.id, job_id=poisonous.id, now=dt.datetime.now(dt.UTC))
+    assert told.reason is not None
+    assert (told.reason.code, told.eta) == (WaitCode.UNCLAIMABLE, None)
+    with service_transaction(worker) as session:
+        assert attempts.claimable_pools(session) == []
+
+
+def test_a_job_that_its_worker_cannot_read_is_as_if_it_had_not_been_claimed(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant)
+    change(owner, "jobs", job.id, spec="""spec || '{"n_epochs": 0}'""")
+
+    def read(row: Job) -> None:
+        TrainingSpec.model_validate(row.spec)
+
+    for num_failures in (1, 2):
+        with service_transaction(worker) as session:
+            none = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60, prepare=read)
+        assert none is None
+        with service_transaction(owner) as session:
+            (aside,) = list_set_asides(session)
+            assert session.get_one(Job, job.id).attempt_count == 0
+            assert session.scalars(select(Attempt)).all() == []
+            session.execute(text("update set_asides set retry_at = now()"))
+        assert (aside.num_failures, aside.row_id) == (num_failures, job.id)
+        assert aside.reason == "n_epochs: Input should be greater than or equal to 1"
+    change(owner, "jobs", job.id, spec="""spec || '{"n_epochs": 1}'""")
+    assert claim(worker) is not None
 
 
 def test_a_lease_that_cannot_be_ended_keeps_no_other_from_ending(

@@ -28,6 +28,9 @@ from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.quotas import check_storage, reserve_storage
 from core.services.submissions import JobRequest, submit_job
 from core.services.uploads import NewPart, NewUpload, add_part, cancel_upload, complete_upload, create_upload
+from core.storage import S3ObjectStore
+from local.servers import ServerAddresses
+from schedule.purger import purge
 from tests.integration.conftest import BASE_MODEL, Database, Tenant
 
 POOL = pool_name(BASE_MODEL, None)
@@ -135,8 +138,8 @@ def test_many_submits_at_once_over_the_wire_are_all_answered(
     assert (statuses.count(200), statuses.count(429)) == (5, 55)
 
 
-def test_a_file_over_the_storage_quota_is_refused_and_its_object_is_gone(
-    api_url: str, owner: Engine, tenant: Tenant
+def test_a_file_over_the_storage_quota_is_refused_until_what_was_deleted_is_gone(
+    api_url: str, owner: Engine, tenant: Tenant, database: Database, servers: ServerAddresses
 ) -> None:
     row = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}'
     headers = {"authorization": f"Bearer {tenant.api_key}"}
@@ -151,6 +154,10 @@ def test_a_file_over_the_storage_quota_is_refused_and_its_object_is_gone(
     refused = upload()
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "storage_quota_exceeded")
     httpx.delete(f"{api_url}/v1/files/{kept.json()['id']}", headers=headers, trust_env=False).raise_for_status()
+    assert upload().json()["error"]["code"] == "storage_quota_exceeded"
+    schedule, store = connect(database.schedule_url), S3ObjectStore(servers.storage)
+    assert purge(schedule, store, may_go_on=lambda _session: True) == 1
+    schedule.dispose()
     assert upload().status_code == 200
 
 
