@@ -101,9 +101,7 @@ def submit_job(
     request_hash: bytes | None = None,
     shared_lock: str | None = None,
 ) -> Job:
-    """Check a request and queue it. Raises InvalidRequestError naming the field.
-
-    By quota it raises RateLimitedError for the queue and PermissionDeniedError for storage.
+    """Check a request and queue it. Raises InvalidRequestError naming the field, or the error of a quota.
 
     The advisory lock `shared_lock` is taken with the first look at the rows: round trips are most of what this costs.
     """
