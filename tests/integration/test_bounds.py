@@ -196,7 +196,7 @@ def test_what_was_stored_waited_and_was_named_before_is_counted_and_reserved(con
     command.upgrade(config, "0016")
     assert connection.execute(text("select num_bytes from storage_totals")).scalars().all() == [4127]
     assert [tuple(row) for row in connection.execute(text("select num_queued, num_paused from queues"))] == [(1, 1)]
-    digits = dict(connection.execute(text("select status, name_digits from jobs")).tuples().all())
+    digits = {row.status: row.name_digits for row in connection.execute(text("select status, name_digits from jobs"))}
     assert (digits["succeeded"], digits["queued"]) == ("aaaaaaaa", "bbbbbbbb")
     assert digits["paused"] != "aaaaaaaa"
     audited = connection.execute(text("select count(*) from audit_entries where action = 'checkpoint.changed'"))
