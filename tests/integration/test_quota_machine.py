@@ -36,7 +36,7 @@ from core.services.submissions import JobRequest, submit_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL
 
-MAX_QUEUED, MAX_RUNNING, MAX_BYTES = 2, 2, 300
+MAX_QUEUED, MAX_RUNNING, MAX_BYTES = 2, 2, 200
 COUNTS = text("""
     select (select count(*) from jobs where tenant_id = t.id
             and (status in ('queued', 'paused') or pause_requested_at is not null)) as waiting,
@@ -54,7 +54,8 @@ COUNTS = text("""
 """)
 SIZES = st.integers(1, 120)
 PICKS = st.integers(0, 10**6)
-TENANTS = st.integers(0, 1)
+TENANTS = st.sampled_from((0, 0, 0, 1))  # one comes to its quotas sooner than two
+TIMES = st.integers(1, 3)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class QuotaMachine(RuleBasedStateMachine):
         super().__init__()
         with service_transaction(self.owner) as session:
             session.execute(text("truncate jobs, queues, files, uploads, storage_totals cascade"))
+            for tenant in self.tenants:
+                create_file(session, tenant.id, new=self._new_file(tenant.id, 10))
 
     # The tenant's own verbs.
 
@@ -133,10 +136,10 @@ class QuotaMachine(RuleBasedStateMachine):
         for checkpoint in self._pick(who, pick, "select model_name, id from checkpoints where deleted_at is null"):
             self._ask(who, delete_checkpoint, may_conflict=True, name=checkpoint.model_name)
 
-    @rule(who=TENANTS, pick=PICKS)
-    def submit(self, who: int, pick: int) -> None:
+    @rule(who=TENANTS, pick=PICKS, times=TIMES)
+    def submit(self, who: int, pick: int, times: int) -> None:
         query = "select id from files where deleted_at is null and purpose = 'fine-tune'"
-        for file in self._pick(who, pick, query):
+        for file in self._pick(who, pick, query) * times:
             request = JobRequest(base_model_id=BASE_MODEL, training_file_id=file.id)
             refused = {
                 "storage_quota_exceeded": lambda counts: counts.stored > MAX_BYTES,
@@ -147,13 +150,14 @@ class QuotaMachine(RuleBasedStateMachine):
     @rule(who=TENANTS, pick=PICKS)
     def pause(self, who: int, pick: int) -> None:
         takes_place = "status = 'running' and pause_requested_at is null as takes_place"
-        for job in self._pick(who, pick, f"select id, {takes_place} from jobs"):
+        for job in self._pick(who, pick, f"select id, {takes_place} from jobs where finished_at is null"):
             full = {"queue_quota_exceeded": lambda counts: counts.waiting >= MAX_QUEUED} if job.takes_place else {}
             self._ask(who, pause_job, refused=full, may_conflict=True, job_id=job.id)
 
     @rule(who=TENANTS, pick=PICKS)
     def resume(self, who: int, pick: int) -> None:
-        for job in self._pick(who, pick, "select id from jobs"):
+        waits = "status = 'paused' or pause_requested_at is not null"
+        for job in self._pick(who, pick, f"select id from jobs where {waits}"):
             self._ask(who, resume_job, may_conflict=True, job_id=job.id)
 
     @rule(who=TENANTS, pick=PICKS)
@@ -163,8 +167,12 @@ class QuotaMachine(RuleBasedStateMachine):
 
     # What happens to it.
 
-    @rule()
-    def claim(self) -> None:
+    @rule(times=TIMES)
+    def claim(self, times: int) -> None:
+        for _ in range(times):
+            self._claim()
+
+    def _claim(self) -> None:
         before = {tenant.id: self._count(tenant) for tenant in self.tenants}
         with service_transaction(self.worker) as session:
             job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60)

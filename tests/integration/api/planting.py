@@ -21,6 +21,7 @@ from core.db.models import (
     LogLine,
     Metric,
     ResumePoint,
+    SetAside,
     Upload,
     UploadPart,
     Usage,
@@ -139,6 +140,7 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
             log_line,
             IdempotencyKey(tenant_id=tenant.id, key="planted", request_hash=bytes(32), job_id=job_id),
             ResumePoint(id=new_id(), lease_token=token, step=1, object_prefix=prefix, files=FILES, **own),
+            SetAside(duty="claim", row_id=job_id, tenant_id=tenant.id, reason="Planted.", retry_at=func.now()),
         ]
     )
     session.flush()
