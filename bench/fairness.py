@@ -59,7 +59,10 @@ do $$ declare c record; begin
     end loop;
 end $$;
 """
-TENANT = "insert into tenants (id, slug, name, weight, max_queued) values (:id, :slug, :slug, :weight, 100000)"
+TENANT = """
+insert into tenants (id, slug, name, weight, max_running, max_queued)
+values (:id, :slug, :slug, :weight, 1000, 100000)
+"""
 FILE = """
 insert into files (id, tenant_id, filename, purpose, size_bytes, sha256, object_key, num_examples, status)
 values (:id, :id, 'a', 'fine-tune', 1, repeat('0', 64), 'k', 4, 'processed')

@@ -12,11 +12,12 @@ from cli.commands.datasets import validate
 from cli.commands.demo import demo
 from cli.commands.keys import keys
 from cli.commands.operators import operators
+from cli.commands.set_asides import set_asides
 from cli.commands.stack import down, status, up
 from cli.commands.tenants import tenants
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-for command in (up, down, status, demo, migrate, audit, check_contract, validate):
+for command in (up, down, status, demo, migrate, audit, check_contract, set_asides, validate):
     app.command()(command)
 app.add_typer(tenants, name="tenants")
 app.add_typer(keys, name="keys")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from core.domain import bounds
 from core.domain.scheduling import QUANTUM_SECONDS, TURN_SECONDS, FairnessTerms
+
+_WEEK_SECONDS = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class StorageConfig:
 
 
 class _Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="ESPALIER_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="ESPALIER_", frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class DatabaseSettings(_Settings):
@@ -73,22 +77,22 @@ class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):
     """
 
     redis_url: SecretStr | None = None
-    requests_per_minute: int = Field(default=60_000, ge=1)
-    max_body_bytes: int = 2 * 2**20
+    requests_per_minute: Annotated[int, bounds.REQUESTS_PER_MINUTE.field] = 60_000
+    max_body_bytes: int = Field(default=2 * 2**20, ge=1024, le=64 * 2**20)
     api_host: str = "127.0.0.1"
-    api_port: int = 8000
+    api_port: int = Field(default=8000, ge=0, le=65_535)
     api_processes: int = Field(default=1, ge=1, le=64)
-    max_file_bytes: int = 512 * 2**20
+    max_file_bytes: Annotated[int, bounds.UPLOAD_BYTES.field] = 512 * 2**20
     presign_seconds: int = Field(default=900, ge=1, le=900)
 
 
 class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings):
-    wake_interval_seconds: float = 1.0
-    reap_interval_seconds: float = 5.0
-    clean_interval_seconds: float = 60.0
-    sweep_interval_seconds: float = 3600.0
-    garbage_age_seconds: float = Field(default=24 * 3600.0, ge=3600)
-    leader_lease_seconds: float = Field(default=6.0, gt=0)
+    wake_interval_seconds: float = Field(default=1.0, ge=0.01, le=60)
+    reap_interval_seconds: float = Field(default=5.0, ge=0.01, le=600)
+    clean_interval_seconds: float = Field(default=10.0, ge=0.01, le=3600)
+    sweep_interval_seconds: float = Field(default=3600.0, ge=0.01, le=_WEEK_SECONDS)
+    garbage_age_seconds: float = Field(default=24 * 3600.0, ge=3600, le=_WEEK_SECONDS)
+    leader_lease_seconds: float = Field(default=6.0, ge=0.1, le=3600)
 
 
 class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettings):
@@ -103,14 +107,14 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettin
     worker_pools: tuple[str, ...] = ()
     cache_dir: Path = Path(".espalier/cache")
     scratch_dir: Path | None = None
-    lease_seconds: float = Field(default=60.0, gt=0)
-    heartbeat_seconds: float = Field(default=5.0, gt=0)
-    stall_seconds: float = Field(default=600.0, gt=0)
-    resume_steps: int = Field(default=200, ge=1)
-    resume_seconds: float = Field(default=60.0, gt=0)
-    grace_seconds: float = Field(default=25.0, gt=0)
-    storage_patience_seconds: float = Field(default=120.0, gt=0)
-    deaf_seconds: float = Field(default=60.0, gt=0)
+    lease_seconds: float = Field(default=60.0, ge=0.1, le=3600)
+    heartbeat_seconds: float = Field(default=5.0, ge=0.01, le=600)
+    stall_seconds: float = Field(default=600.0, ge=0.1, le=24 * 3600)
+    resume_steps: int = Field(default=200, ge=1, le=1_000_000)
+    resume_seconds: float = Field(default=60.0, ge=0.1, le=24 * 3600)
+    grace_seconds: float = Field(default=25.0, ge=0.1, le=3600)
+    storage_patience_seconds: float = Field(default=120.0, ge=0.1, le=3600)
+    deaf_seconds: float = Field(default=60.0, ge=0.1, le=3600)
     liveness_file: Path | None = None
-    trainer_start_seconds: float = Field(default=900.0, gt=0)
-    trainer_threads: int | None = None
+    trainer_start_seconds: float = Field(default=900.0, ge=0.1, le=24 * 3600)
+    trainer_threads: int | None = Field(default=None, ge=1, le=1024)

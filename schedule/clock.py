@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,10 +35,11 @@ from core.services.files import expire_files
 from core.services.idempotency import forget_expired_keys
 from core.services.jobs import WAKE_CHANNEL
 from core.services.leadership import lead, resign
-from core.services.purges import find_purges, mark_purged
+from core.services.set_asides import forget_set_asides
 from core.settings import ScheduleSettings
 from core.storage import ObjectStore, S3ObjectStore, StorageError
 from core.telemetry import configure_logs
+from schedule.purger import purge
 from schedule.sweeper import settle, sweep
 
 log = structlog.get_logger()
@@ -63,18 +65,30 @@ class Schedule:
         self._is_leader = False
         self._due_at: dict[Callable[[], None], float] = {}
         self._stop_requested = threading.Event()
+        self._is_broken = False
 
     def request_stop(self, _signal: int, _frame: FrameType | None) -> None:
         self._stop_requested.set()
 
-    def run(self) -> None:
-        # Apart from the others, because an object store that hangs must not keep pools asleep.
-        cleaner = threading.Thread(target=self._run_cleaner, name="cleaner")
-        cleaner.start()
-        self._until_stopped(self._listen)
-        cleaner.join()
+    def run(self) -> int:
+        """Do the duties until told to stop, and return the process's exit status."""
+        # Apart from the others, because an object store that hangs must not keep pools asleep; and from each other,
+        # because either may take long.
+        threads = [
+            threading.Thread(target=self._run_beside, args=(self.clean, self._settings.clean_interval_seconds)),
+            threading.Thread(target=self._run_beside, args=(self.sweep, self._settings.sweep_interval_seconds)),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._until_stopped(self._listen)
+        finally:
+            self._stop_requested.set()
+            for thread in threads:
+                thread.join()
         with contextlib.suppress(OperationalError), service_transaction(self._engine) as session:
             resign(session, self._holder)
+        return int(self._is_broken)
 
     def _until_stopped(self, serve: Callable[[], None]) -> None:
         while not self._stop_requested.is_set():
@@ -96,13 +110,17 @@ class Schedule:
                     self.wake_pools()
                     self._stop_requested.wait(_GATHER_SECONDS)
 
-    def _run_cleaner(self) -> None:
-        self._until_stopped(self._clean_at_intervals)
+    def _run_beside(self, duty: Callable[[], None], interval_seconds: float) -> None:
+        """Do a duty at its interval. A thread that dies of a fault of ours ends the process, to be started again."""
+        try:
+            self._until_stopped(lambda: self._repeat(duty, interval_seconds))
+        finally:
+            self._is_broken |= not self._stop_requested.is_set()
+            self._stop_requested.set()
 
-    def _clean_at_intervals(self) -> None:
+    def _repeat(self, duty: Callable[[], None], interval_seconds: float) -> None:
         while not self._stop_requested.is_set():
-            self._run_due(self.clean, self._settings.clean_interval_seconds)
-            self._run_due(self.sweep, self._settings.sweep_interval_seconds)
+            self._run_due(duty, interval_seconds)
             self._stop_requested.wait(self._settings.wake_interval_seconds)
 
     def _run_due(self, duty: Callable[[], None], interval_seconds: float) -> None:
@@ -137,20 +155,20 @@ class Schedule:
             log.warning("leases.expired", num_jobs=num_expired)
 
     def clean(self) -> None:
-        """Delete what is over; a row is marked only when its objects are gone."""
+        """Delete what is over."""
         with service_transaction(self._engine) as session:
             if not self._leads(session):
                 return
             forget_expired_keys(session)
+            forget_set_asides(session)
             expire_files(session)
-            due = find_purges(session)
-        for purge in due:
-            with contextlib.suppress(StorageError):
-                remove = self._store.delete_prefix if purge.location.endswith("/") else self._store.delete
-                remove(purge.location)
-                with service_transaction(self._engine) as session:
-                    mark_purged(session, purge)
-                log.info("objects.purged", kind=purge.row.__tablename__, id=str(purge.row.id))
+        try:
+            purge(self._engine, self._store, may_go_on=self._may_go_on)
+        except StorageError as error:
+            log.warning("storage.unavailable", error=str(error))
+
+    def _may_go_on(self, session: Session) -> bool:
+        return not self._stop_requested.is_set() and self._leads(session)
 
     def sweep(self) -> None:
         """Delete what no row names, and settle what lost workers have not reported."""
@@ -179,4 +197,4 @@ def main() -> None:
         )
         signal.signal(signal.SIGTERM, schedule.request_stop)
         signal.signal(signal.SIGINT, schedule.request_stop)
-        schedule.run()
+        sys.exit(schedule.run())

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import structlog
 from sqlalchemy import Engine
 
 from core.db.session import service_transaction
+from core.domain.duties import Duty
 from core.domain.objects import files_prefix, tenant_prefix
 from core.services.garbage import (
     EndedJob,
@@ -22,7 +25,9 @@ from core.services.garbage import (
     mark_swept,
     settle_usage,
 )
-from core.storage import ObjectStore
+from core.services.set_asides import ROW_ERRORS, set_aside
+from core.storage import ObjectStore, StorageError
+from schedule.patience import Patience
 
 log = structlog.get_logger()
 _SETTLE_AGE = dt.timedelta(minutes=10)
@@ -30,14 +35,34 @@ _BATCH = 500
 
 
 def sweep(engine: Engine, store: ObjectStore, *, min_age: dt.timedelta) -> int:
-    """Do all there is to do and return how many objects and uploads went. Raises StorageError and OperationalError."""
-    num_deleted = sum(_sweep_job(engine, store, job) for job in _unswept_jobs(engine, min_age))
+    """Do all there is to do and return how many objects and uploads went.
+
+    Raises OperationalError, and StorageError when the object store seems to be away.
+    """
+    num_deleted, patience = 0, Patience()
+    for job in _unswept_jobs(engine, min_age):
+        work = partial(_sweep_job, engine, store, job)
+        num_deleted += _try(engine, work, patience, row_id=job.id, tenant_id=job.tenant_id)
     with service_transaction(engine) as session:
         tenant_ids = list_tenant_ids(session)
     for tenant_id in tenant_ids:
-        num_deleted += _sweep_files(engine, store, files_prefix(tenant_id), min_age)
-        begun_before = dt.datetime.now(dt.UTC) - min_age
-        num_deleted += store.abort_uploads(tenant_prefix(tenant_id), begun_before=begun_before)
+        work = partial(_sweep_tenant, engine, store, tenant_id, min_age)
+        num_deleted += _try(engine, work, patience, row_id=tenant_id, tenant_id=tenant_id)
+    return num_deleted
+
+
+def _try(
+    engine: Engine, work: Callable[[], int], patience: Patience, *, row_id: uuid.UUID, tenant_id: uuid.UUID
+) -> int:
+    """Sweep one job or one tenant; what fails is set aside and holds up no other."""
+    try:
+        num_deleted = work()
+    except (StorageError, *ROW_ERRORS) as error:
+        with service_transaction(engine) as session:
+            set_aside(session, Duty.SWEEP, row_id=row_id, tenant_id=tenant_id, error=error)
+        patience.heed(error)
+        return 0
+    patience.heed(None)
     return num_deleted
 
 
@@ -53,7 +78,7 @@ def _unswept_jobs(engine: Engine, min_age: dt.timedelta) -> Iterator[EndedJob]:
             jobs = find_unswept_jobs(session, min_age=min_age)
         if not jobs:
             return
-        yield from jobs  # each is marked before the next batch is asked for
+        yield from jobs  # each is marked, or set aside, before the next batch is asked for
 
 
 def _sweep_job(engine: Engine, store: ObjectStore, job: EndedJob) -> int:
@@ -64,6 +89,12 @@ def _sweep_job(engine: Engine, store: ObjectStore, job: EndedJob) -> int:
         mark_swept(session, job.id)
     log.info("job.swept", job_id=str(job.id), num_objects=len(garbage))
     return len(garbage)
+
+
+def _sweep_tenant(engine: Engine, store: ObjectStore, tenant_id: uuid.UUID, min_age: dt.timedelta) -> int:
+    num_deleted = _sweep_files(engine, store, files_prefix(tenant_id), min_age)
+    begun_before = dt.datetime.now(dt.UTC) - min_age
+    return num_deleted + store.abort_uploads(tenant_prefix(tenant_id), begun_before=begun_before)
 
 
 def _sweep_files(engine: Engine, store: ObjectStore, prefix: str, min_age: dt.timedelta) -> int:

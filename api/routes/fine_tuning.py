@@ -24,7 +24,7 @@ _KEY_REUSED: dict[int | str, dict[str, Any]] = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
     }
 }
-RetryCount = Annotated[int, Header(ge=0)]
+RetryCount = Annotated[int, Header(ge=0, le=1_000_000)]
 
 
 @router.post("", dependencies=[needs(Scope.SUBMIT)], responses=_KEY_REUSED)

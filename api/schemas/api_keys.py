@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from core.db.models import ApiKeyRow
 from core.domain.api_keys import DEFAULT_SCOPES, PREFIX, Scope, format_key_id
+from core.domain.bounds import KEY_SECONDS
 from core.services.tenants import IssuedKey
 
 KeyName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
-_DAY_SECONDS = 24 * 3600
 
 
 class ExpiresAfter(BaseModel):
@@ -20,7 +20,7 @@ class ExpiresAfter(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     anchor: Literal["created_at"]
-    seconds: int = Field(ge=60, le=3650 * _DAY_SECONDS)
+    seconds: Annotated[int, KEY_SECONDS.field]
 
     @property
     def lifetime(self) -> timedelta:

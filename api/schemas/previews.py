@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
+from core.domain import bounds
 from core.domain.datasets.statistics import PreviewRow, RowProblem, TokenBucket, TokenReport
 
 
@@ -13,7 +16,7 @@ class CreatePreview(BaseModel):
     model: str = Field(max_length=200)
     from_line: int = Field(default=1, ge=1, le=10_000_000)
     rows: int = Field(default=5, ge=1, le=50)
-    max_seq_len: int | None = Field(default=None, ge=8)
+    max_seq_len: Annotated[int, bounds.SEQ_LEN.field] | None = None
 
 
 class TokenStatistics(BaseModel):

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from core.domain import bounds
 from core.domain.errors import InvalidRequestError
 from core.domain.ids import IdKind, parse_id
-from core.domain.training import MAX_BATCH_SIZE, MAX_EPOCHS, LearningRateSchedule
+from core.domain.training import LearningRateSchedule
 from core.services.submissions import JobRequest
 
 Auto = Literal["auto"]
@@ -23,9 +24,9 @@ class _Body(BaseModel):
 
 
 class Hyperparameters(_Body):
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=MAX_EPOCHS)] = "auto"
-    batch_size: Auto | Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = "auto"
-    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
+    n_epochs: Auto | Annotated[int, bounds.EPOCHS.field] = "auto"
+    batch_size: Auto | Annotated[int, bounds.BATCH_SIZE.field] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, bounds.LEARNING_RATE_MULTIPLIER.field] = "auto"
 
 
 class Supervised(_Body):
@@ -41,9 +42,9 @@ class Method(_Body):
 
 
 class AdapterBody(_Body):
-    rank: int = 16
-    alpha: float = Field(default=32.0, gt=0, le=1e6)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rank: int = 16  # its bounds are the base's
+    alpha: Annotated[float, bounds.ALPHA.field] = 32.0
+    dropout: Annotated[float, bounds.DROPOUT.field] = 0.0
     target_modules: Literal["all-linear"] | list[Text] = "all-linear"
     use_rslora: bool = False
 
@@ -53,20 +54,20 @@ class CreateJob(_Body):
     training_file: Text
     validation_file: Text | None = None
     suffix: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] | None = None
-    seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    seed: Annotated[int, bounds.SEED.field] | None = None
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
     integrations: list[Any] | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     adapter: AdapterBody = AdapterBody()
     quantization: Literal["nf4"] | None = None
-    priority: int = Field(default=0, ge=-100, le=100)
-    max_seq_len: int | None = Field(default=None, ge=8)
-    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    priority: Annotated[int, bounds.PRIORITY.field] = 0
+    max_seq_len: Annotated[int, bounds.SEQ_LEN.field] | None = None
+    learning_rate: Annotated[float, bounds.LEARNING_RATE.field] | None = None
     learning_rate_schedule: LearningRateSchedule = "cosine"
-    warmup_ratio: float = Field(default=0.05, ge=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0, le=10)
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1000)
+    warmup_ratio: Annotated[float, bounds.WARMUP_RATIO.field] = 0.05
+    weight_decay: Annotated[float, bounds.WEIGHT_DECAY.field] = 0.0
+    max_grad_norm: Annotated[float, bounds.GRAD_NORM.field] = 1.0
 
     def to_request(self) -> JobRequest:
         """Return the service's request, with None for every "auto". Raises InvalidRequestError for other methods."""

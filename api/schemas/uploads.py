@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from api.schemas.objects import FileObject
 from api.schemas.requests import Text
 from core.db.models import File, Upload, UploadPart
+from core.domain.bounds import FILE_SECONDS, UPLOAD_BYTES
 from core.domain.errors import InvalidRequestError
 from core.domain.ids import IdKind, format_id
 
-MAX_UPLOAD_BYTES = 8 * 2**30
 MAX_PART_BYTES = 64 * 2**20
-MIN_SECONDS, MAX_SECONDS = 3600, 2_592_000
+MIN_SECONDS, MAX_SECONDS = int(FILE_SECONDS.least), int(FILE_SECONDS.greatest)
 ShortText = Annotated[Text, StringConstraints(min_length=1, max_length=255)]
 
 
@@ -27,11 +27,11 @@ class _Body(BaseModel):
 
 class ExpiresAfter(_Body):
     anchor: Literal["created_at"]
-    seconds: int = Field(ge=MIN_SECONDS, le=MAX_SECONDS)
+    seconds: Annotated[int, FILE_SECONDS.field]
 
 
 class CreateUpload(_Body):
-    bytes: int = Field(ge=1, le=MAX_UPLOAD_BYTES)
+    bytes: Annotated[int, UPLOAD_BYTES.field]
     filename: ShortText
     mime_type: ShortText
     purpose: ShortText

@@ -14,7 +14,7 @@ from core.services import tenants as services
 
 def audit(
     tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
-    limit: Annotated[int, typer.Option(min=1)] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=100_000)] = 50,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Show who changed what, newest first."""

@@ -20,7 +20,7 @@ def create_key(
     slug: str,
     name: Annotated[str, typer.Option()] = "default",
     scope: Annotated[list[Scope] | None, typer.Option(help="Repeat it; all but admin by default.")] = None,
-    days: Annotated[int | None, typer.Option(min=1, help="How long it lives; for ever by default.")] = None,
+    days: Annotated[int | None, typer.Option(min=1, max=3650, help="How long it lives; for ever by default.")] = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Print a new API key of a tenant. It cannot be shown again."""

@@ -1,7 +1,7 @@
 """The tables. Every tenant-owned row carries `tenant_id`, and composite keys keep references inside one tenant.
 
 What SQL can promise, SQL promises: legal statuses, a lease exactly while running, one adapter a job, one usage row an
-attempt. Row-level security on every tenant-owned table stands in the migrations.
+attempt, numbers within their bounds. Row-level security on every tenant-owned table stands in the migrations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db.base import CreatedAt, Json, Row
+from core.domain import bounds
 from core.domain.api_keys import Scope
+from core.domain.bounds import Bounds
+from core.domain.duties import Duty
 from core.domain.jobs import MAX_ATTEMPTS, AttemptOutcome, JobStatus
 
 LEASE_TOKENS = Sequence("lease_tokens", metadata=Row.metadata)
@@ -37,6 +40,10 @@ def _one_of(column: str, values: type[StrEnum]) -> str:
     return f"{column} in ({_quoted(values)})"
 
 
+def _bounded(column: str, limits: Bounds) -> CheckConstraint:
+    return CheckConstraint(limits.check(column), name=f"{column}_bounded")
+
+
 def _quoted(values: type[StrEnum]) -> str:
     return ", ".join(repr(str(value)) for value in values)
 
@@ -45,13 +52,16 @@ class Tenant(Row):
     __tablename__ = "tenants"
     __table_args__ = (
         CheckConstraint("slug ~ '^[a-z0-9][a-z0-9-]{0,31}$'", name="slug_form"),
-        CheckConstraint("weight > 0", name="weight_positive"),
-        CheckConstraint("max_running >= 0 and max_queued >= 0", name="quotas_not_negative"),
-        CheckConstraint(
-            "max_storage_bytes >= 0 and max_tokens_per_job >= 0 and max_gpu_seconds_per_month >= 0 "
-            "and requests_per_minute >= 1",
-            name="limits_not_negative",
-        ),
+        _bounded("weight", bounds.WEIGHT),
+        _bounded("usage", bounds.USAGE_SECONDS),
+        _bounded("max_running", bounds.RUNNING_JOBS),
+        _bounded("max_queued", bounds.QUEUED_JOBS),
+        _bounded("max_storage_bytes", bounds.STORED_BYTES),
+        _bounded("max_tokens_per_job", bounds.TRAINED_TOKENS),
+        _bounded("max_gpu_seconds_per_month", bounds.GPU_SECONDS),
+        _bounded("requests_per_minute", bounds.REQUESTS_PER_MINUTE),
+        CheckConstraint("isfinite(usage_at)", name="usage_at_finite"),
+        CheckConstraint("lift between -1e12 and 1e12", name="lift_bounded"),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     slug: Mapped[str] = mapped_column(unique=True)
@@ -125,7 +135,10 @@ class AuditEntry(Row):
 class BaseModelRow(Row):
     __tablename__ = "base_models"
     __table_args__ = (
-        CheckConstraint("max_seq_len >= 8 and max_rank >= 1 and slots >= 1", name="limits_positive"),
+        _bounded("max_seq_len", bounds.SEQ_LEN),
+        _bounded("max_rank", bounds.RANK),
+        _bounded("slots", bounds.SLOTS),
+        _bounded("max_tokens_per_step", bounds.TOKENS_PER_STEP),
         CheckConstraint("cardinality(target_modules) > 0", name="has_target_modules"),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -162,7 +175,7 @@ class File(Row):
         CheckConstraint("size_bytes >= 0 and num_examples >= 0", name="counts_not_negative"),
         CheckConstraint("length(sha256) = 64", name="sha256_form"),
         Index("ix_files_tenant_id_id_live", "tenant_id", "id", postgresql_where=text("deleted_at is null")),
-        Index("ix_files_deleted", "deleted_at", postgresql_where=_UNPURGED),
+        Index("ix_files_unpurged", "tenant_id", postgresql_where=_UNPURGED),
         Index(
             "ix_files_expires_at",
             "expires_at",
@@ -194,8 +207,9 @@ class Upload(Row):
         ForeignKeyConstraint(["tenant_id", "file_id"], ["files.tenant_id", "files.id"]),
         CheckConstraint("status in ('pending', 'completed', 'cancelled')", name="status_known"),
         CheckConstraint("(status = 'completed') = (file_id is not null)", name="file_when_completed"),
-        CheckConstraint("size_bytes > 0", name="size_positive"),
-        Index("ix_uploads_unpurged", "expires_at", postgresql_where=text("purged_at is null")),
+        _bounded("size_bytes", bounds.UPLOAD_BYTES),
+        _bounded("file_lifetime_seconds", bounds.FILE_SECONDS),
+        Index("ix_uploads_unpurged", "tenant_id", postgresql_where=text("purged_at is null")),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
@@ -229,6 +243,7 @@ class Job(Row):
     __tablename__ = "jobs"
     __table_args__ = (
         UniqueConstraint("tenant_id", "id"),
+        UniqueConstraint("tenant_id", "name_digits"),
         ForeignKeyConstraint(["tenant_id", "training_file_id"], ["files.tenant_id", "files.id"]),
         ForeignKeyConstraint(["tenant_id", "validation_file_id"], ["files.tenant_id", "files.id"]),
         CheckConstraint(_one_of("status", JobStatus), name="status_known"),
@@ -245,6 +260,9 @@ class Job(Row):
         CheckConstraint("attempt_count between 0 and max_attempts", name="attempts_bounded"),
         CheckConstraint("pause_requested_at is null or status = 'running'", name="pause_requested_while_running"),
         CheckConstraint("length(suffix) between 1 and 64", name="suffix_length"),
+        CheckConstraint("name_digits ~ '^[0-9a-f]{8}$'", name="name_digits_form"),
+        CheckConstraint("total_steps >= 0", name="total_steps_not_negative"),
+        _bounded("priority", bounds.PRIORITY),
         Index(
             "ix_jobs_claimable",
             "pool",
@@ -271,6 +289,8 @@ class Job(Row):
     training_file_id: Mapped[uuid.UUID]
     validation_file_id: Mapped[uuid.UUID | None]
     suffix: Mapped[str | None]
+    # The end of its model's name. A tenant has each once, so that a name is free when its adapter is ready.
+    name_digits: Mapped[str] = mapped_column(server_default=text("right(gen_random_uuid()::text, 8)"))
     # `metadata` is taken by SQLAlchemy; `job_metadata` maps to the column of that name.
     job_metadata: Mapped[Json] = mapped_column("metadata", server_default=text("'{}'::jsonb"))
     spec: Mapped[Json]
@@ -313,17 +333,22 @@ class IdempotencyKey(Row):
 
 
 class Queue(Row):
-    """What a tenant has queued in a pool, and its place in the order of fair share. Triggers keep both."""
+    """What of a tenant waits in a pool, and its place in the order of fair share. Triggers keep all three.
+
+    `num_paused` counts jobs that are paused, and running ones that are about to be.
+    """
 
     __tablename__ = "queues"
     __table_args__ = (
         CheckConstraint("num_queued >= 0", name="num_queued_not_negative"),
+        CheckConstraint("num_paused >= 0", name="num_paused_not_negative"),
         Index("ix_queues_waiting", "pool", "rank", "tenant_id", postgresql_where=text("num_queued > 0")),
         Index("ix_queues_new", "tenant_id", postgresql_where=text("is_new")),
     )
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
     pool: Mapped[str] = mapped_column(primary_key=True)
     num_queued: Mapped[int]
+    num_paused: Mapped[int] = mapped_column(server_default="0")
     rank: Mapped[float]
     # A submission found it empty, and the tenant's account is still to be made level.
     is_new: Mapped[bool] = mapped_column(server_default=text("false"))
@@ -337,6 +362,31 @@ class Pool(Row):
     name: Mapped[str] = mapped_column(primary_key=True)
     step_seconds: Mapped[float | None]
     load_seconds: Mapped[float | None]
+
+
+class StorageTotal(Row):
+    """The bytes of all of a tenant's rows whose objects are not gone. Triggers keep it."""
+
+    __tablename__ = "storage_totals"
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    num_bytes: Mapped[int]
+
+
+class SetAside(Row):
+    """A row that a duty could not do. The duty leaves it alone until `retry_at`."""
+
+    __tablename__ = "set_asides"
+    __table_args__ = (
+        CheckConstraint(_one_of("duty", Duty), name="duty_known"),
+        Index("ix_set_asides_tenant_id", "tenant_id"),
+    )
+    duty: Mapped[str] = mapped_column(primary_key=True)
+    row_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    reason: Mapped[str]
+    num_failures: Mapped[int] = mapped_column(server_default="1")
+    retry_at: Mapped[dt.datetime]
+    created_at: Mapped[CreatedAt]
 
 
 class Attempt(Row):
@@ -457,7 +507,8 @@ class Checkpoint(Row):
         UniqueConstraint("tenant_id", "id"),
         ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
         Index("ix_checkpoints_tenant_id_model_name", "tenant_id", "model_name"),
-        Index("ix_checkpoints_deleted", "deleted_at", postgresql_where=_UNPURGED),
+        CheckConstraint("size_bytes >= 0", name="size_not_negative"),
+        Index("ix_checkpoints_unpurged", "tenant_id", postgresql_where=_UNPURGED),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]
@@ -467,6 +518,7 @@ class Checkpoint(Row):
     model_name: Mapped[str]
     object_prefix: Mapped[str]
     files: Mapped[list[Json]]
+    size_bytes: Mapped[int] = mapped_column(server_default="0")
     metrics: Mapped[Json]
     deleted_at: Mapped[dt.datetime | None]
     purged_at: Mapped[dt.datetime | None]
@@ -498,6 +550,8 @@ class ResumePoint(Row):
         UniqueConstraint("job_id", "lease_token", "step"),
         ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
         CheckConstraint("step > 0", name="step_positive"),
+        CheckConstraint("size_bytes >= 0", name="size_not_negative"),
+        Index("ix_resume_points_tenant_id", "tenant_id"),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]
@@ -506,6 +560,7 @@ class ResumePoint(Row):
     step: Mapped[int]
     object_prefix: Mapped[str]
     files: Mapped[list[Json]]
+    size_bytes: Mapped[int] = mapped_column(server_default="0")
     created_at: Mapped[CreatedAt]
 
 
@@ -515,7 +570,8 @@ class Adapter(Row):
         UniqueConstraint("job_id"),
         ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
         Index("ix_adapters_tenant_id_id", "tenant_id", "id"),
-        Index("ix_adapters_deleted", "deleted_at", postgresql_where=_UNPURGED),
+        CheckConstraint("size_bytes >= 0", name="size_not_negative"),
+        Index("ix_adapters_unpurged", "tenant_id", postgresql_where=_UNPURGED),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]
@@ -536,7 +592,8 @@ class Usage(Row):
         UniqueConstraint("attempt_id"),
         ForeignKeyConstraint(["tenant_id", "attempt_id"], ["attempts.tenant_id", "attempts.id"]),
         Index("ix_usage_tenant_id_created_at", "tenant_id", "created_at"),
-        CheckConstraint("gpu_seconds >= 0 and trained_tokens >= 0", name="amounts_not_negative"),
+        _bounded("gpu_seconds", bounds.GPU_SECONDS),
+        _bounded("trained_tokens", bounds.TRAINED_TOKENS),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from enum import StrEnum
 
 
@@ -56,9 +55,9 @@ def pool_name(base_model_id: str, quantization: str | None) -> str:
     return f"{base_model_id}@{quantization or 'none'}"
 
 
-def fine_tuned_model_name(base_model_id: str, *, tenant_slug: str, suffix: str | None, job_id: uuid.UUID) -> str:
-    """Return `ft:<base>:<tenant>:<suffix>:<8 characters>`, as OpenAI names fine-tuned models."""
-    return f"ft:{base_model_id}:{tenant_slug}:{suffix or ''}:{job_id.hex[-8:]}"
+def fine_tuned_model_name(base_model_id: str, *, tenant_slug: str, suffix: str | None, digits: str) -> str:
+    """Return `ft:<base>:<tenant>:<suffix>:<8 digits>`, as OpenAI names fine-tuned models."""
+    return f"ft:{base_model_id}:{tenant_slug}:{suffix or ''}:{digits}"
 
 
 def is_fine_tuned_model(model: str) -> bool:

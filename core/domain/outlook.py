@@ -24,7 +24,9 @@ class WaitCode(StrEnum):
     RETRY_BACKOFF = "retry_backoff"
     TENANT_DISABLED = "tenant_disabled"
     TENANT_CONCURRENCY = "tenant_concurrency"
+    UNCLAIMABLE = "unclaimable"
     QUOTA = "quota"
+    STORAGE_QUOTA = "storage_quota"
     NO_WORKER = "no_worker"
     BASE_LOADING = "base_loading"
     OTHER_BASE_TURN = "other_base_turn"
@@ -38,7 +40,9 @@ class WaitCode(StrEnum):
 _UNKNOWABLE = (
     WaitCode.PAUSED,
     WaitCode.TENANT_DISABLED,
+    WaitCode.UNCLAIMABLE,
     WaitCode.QUOTA,
+    WaitCode.STORAGE_QUOTA,
     WaitCode.TENANT_CONCURRENCY,
     WaitCode.NO_WORKER,
 )
@@ -97,14 +101,18 @@ class TenantState:
     max_running: int
     is_disabled: bool
     is_within_gpu_quota: bool = True
+    is_within_storage_quota: bool = True
 
 
 @dataclass(frozen=True)
 class WaitingJob:
+    """`set_aside_until` where a worker could not start the job as it is stored."""
+
     is_paused: bool
     run_after: dt.datetime
     total_steps: int
     last_outcome: str | None
+    set_aside_until: dt.datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -121,18 +129,33 @@ def explain_wait(
         return Reason(WaitCode.PAUSED, "The job is paused; resume it to queue it again.")
     if tenant.is_disabled:
         return Reason(WaitCode.TENANT_DISABLED, "The operator has disabled this organization; its jobs are held.")
+    return _explain_rest(job, now) or _explain_quotas(tenant) or _explain_workers(job, workers, queue, now)
+
+
+def _explain_rest(job: WaitingJob, now: dt.datetime) -> Reason | None:
+    if job.set_aside_until is not None:
+        seconds = math.ceil((job.set_aside_until - now).total_seconds())
+        sentence = f"The service cannot read this job, and its operator is told; it is tried again in {seconds} s."
+        return Reason(WaitCode.UNCLAIMABLE, sentence)
     if job.run_after > now:
         seconds = math.ceil((job.run_after - now).total_seconds())
         return Reason(WaitCode.RETRY_BACKOFF, f"The last attempt failed; the next may start in {seconds} s.")
+    return None
+
+
+def _explain_quotas(tenant: TenantState) -> Reason | None:
     if not tenant.is_within_gpu_quota:
         sentence = (
             "Your organization has used its GPU-seconds of this month; its jobs go on when the month (UTC) turns."
         )
         return Reason(WaitCode.QUOTA, sentence)
+    if not tenant.is_within_storage_quota:
+        sentence = "Your organization stores more than it may; its jobs start when it has deleted enough."
+        return Reason(WaitCode.STORAGE_QUOTA, sentence)
     if tenant.num_running >= tenant.max_running:
         sentence = f"{tenant.num_running} of your jobs are running and {tenant.max_running} may run at a time."
         return Reason(WaitCode.TENANT_CONCURRENCY, sentence)
-    return _explain_workers(job, workers, queue, now)
+    return None
 
 
 def _explain_workers(job: WaitingJob, workers: PoolWorkers, queue: PoolQueue, now: dt.datetime) -> Reason:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-USAGE_HALF_LIFE_SECONDS = 6 * 3600.0
+USAGE_HALF_LIFE_SECONDS = 24 * 3600.0
 # So long a job steps in its slot before the slot may be lent.
 QUANTUM_SECONDS = 600.0
 # So long a worker keeps the base it has loaded although another pool's job comes first.

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from core.domain import bounds
 
 LearningRateSchedule = Literal["linear", "cosine", "constant"]
 Quantization = Literal["nf4"]
 
 ALL_LINEAR = "all-linear"
 BASE_LEARNING_RATE = 2e-4
-MAX_BATCH_SIZE = 256
-MAX_EPOCHS = 50
 _SMALL_DATASET, _MEDIUM_DATASET = 10_000, 50_000
 
 
@@ -31,8 +31,8 @@ class Frozen(BaseModel):
 class AdapterConfig(Frozen):
     """The shape of one LoRA adapter. `target_modules` are the last parts of module names, such as "q_proj"."""
 
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)
+    rank: Annotated[int, bounds.RANK.field]
+    alpha: float = Field(gt=0, le=bounds.ALPHA.greatest)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = Field(min_length=1)
     use_rslora: bool = False
@@ -44,22 +44,25 @@ class AdapterConfig(Frozen):
 
 
 class TrainingSpec(Frozen):
-    """One job's training, resolved. `batch_size` counts examples per optimizer step, however they are cut to fit."""
+    """One job's training, resolved. `batch_size` counts examples per optimizer step, however they are cut to fit.
+
+    Where a request's lower bound is tighter than here, jobs from before it had one are still read.
+    """
 
     adapter: AdapterConfig
-    n_epochs: int = Field(ge=1, le=MAX_EPOCHS)
-    batch_size: int = Field(ge=1, le=MAX_BATCH_SIZE)
-    learning_rate: float = Field(gt=0)
-    learning_rate_multiplier: float = Field(default=1.0, gt=0)
+    n_epochs: Annotated[int, bounds.EPOCHS.field]
+    batch_size: Annotated[int, bounds.BATCH_SIZE.field]
+    learning_rate: float = Field(gt=0, le=bounds.LEARNING_RATE.greatest)
+    learning_rate_multiplier: float = Field(default=1.0, gt=0, le=bounds.LEARNING_RATE.greatest / BASE_LEARNING_RATE)
     learning_rate_schedule: LearningRateSchedule = "cosine"
-    warmup_ratio: float = Field(default=0.05, ge=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_ratio: Annotated[float, bounds.WARMUP_RATIO.field] = 0.05
+    weight_decay: Annotated[float, bounds.WEIGHT_DECAY.field] = 0.0
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    max_seq_len: int = Field(ge=8)
-    seed: int = Field(ge=0, le=2**31 - 1)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=bounds.GRAD_NORM.greatest)
+    max_seq_len: Annotated[int, bounds.SEQ_LEN.field]
+    seed: Annotated[int, bounds.SEED.field]
 
 
 def count_steps(spec: TrainingSpec, num_examples: int) -> int:

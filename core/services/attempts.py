@@ -7,7 +7,7 @@ events, metrics and artifacts. StaleLeaseError means that this attempt is over a
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +16,7 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
 from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Tenant
+from core.domain.duties import Duty
 from core.domain.errors import DomainError
 from core.domain.ids import new_id
 from core.domain.jobs import (
@@ -31,7 +32,8 @@ from core.services.charges import charge_tenant, estimate_charge
 from core.services.events import record_event
 from core.services.files import NewFile, create_file
 from core.services.jobs import announce_work
-from core.services.turns import MAY_START, is_lending
+from core.services.set_asides import is_in_reach, setting_aside
+from core.services.turns import IS_IN_REACH, MAY_START, is_lending
 
 # The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` has the
 # tenants that have queued jobs in that order, so that mostly its first row is the answer, however many tenants and jobs
@@ -44,7 +46,7 @@ join tenants t on t.id = q.tenant_id
 cross join lateral (
     select j.id from jobs j
     where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
-      and j.suspect_step is null
+      and j.suspect_step is null and {IS_IN_REACH}
     order by j.priority desc, j.id limit 1
 ) c
 where q.pool = :pool and q.num_queued > 0 and {MAY_START}
@@ -61,7 +63,8 @@ _PICK_SUSPECT = text(f"""
 select t.id as tenant_id, j.id as job_id
 from jobs j join tenants t on t.id = j.tenant_id
 where j.pool = :pool and j.status = 'queued' and j.suspect_step is not null
-  and j.run_after <= now() - make_interval(secs => :patience) and {MAY_START} and (:is_idle or not exists (
+  and j.run_after <= now() - make_interval(secs => :patience) and {MAY_START} and {IS_IN_REACH}
+  and (:is_idle or not exists (
     select from tenants o
     where o.id <> t.id
       and share_rank(o.usage + o.lift, o.usage_at, o.weight) < share_rank(t.usage + t.lift, t.usage_at, t.weight)
@@ -80,10 +83,15 @@ where exists (
     where q.pool = p.pool and q.num_queued > 0 and {MAY_START} and exists (
         select from jobs j
         where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
+          and {IS_IN_REACH}
     )
 )
 order by p.pool
 """)  # noqa: S608 (of constants)
+
+
+# So many jobs that cannot be claimed may one claim come upon; the next goes on from there.
+_MAX_CLAIM_TRIES = 10
 
 
 class StaleLeaseError(DomainError):
@@ -133,6 +141,7 @@ def claim_job(
     lease_seconds: float,
     is_idle: bool = False,
     slot_seconds: float = SLOT_SECONDS,
+    prepare: Callable[[Job], None] = lambda _job: None,
 ) -> Job | None:
     """Claim the fairest job of a pool, or None. The job's `lease_token` is the fence of everything that follows.
 
@@ -140,18 +149,28 @@ def claim_job(
 
     A worker that `is_idle`, holding no job, takes one that must be tried alone first. One that is not may be given
     such a job too (its `suspect_step` is set) once it has waited long, and must give back the others before it starts.
+    A job that cannot be claimed, or that `prepare` cannot read, stays queued and is set aside; the next is claimed.
     """
+    for _ in range(_MAX_CLAIM_TRIES):
+        picked = _pick_job(session, pool, worker_name=worker_name, is_idle=is_idle)
+        if picked is None:
+            return None
+        with setting_aside(session, Duty.CLAIM, row_id=picked.job_id, tenant_id=picked.tenant_id) as claim:
+            job = _take_job(session, picked.job_id, tenant_id=picked.tenant_id, lease_seconds=lease_seconds)
+            if job is not None:
+                _begin_attempt(session, job, worker_name, slot_seconds=slot_seconds)
+                prepare(job)
+        if claim.is_done:
+            return job
+    return None
+
+
+def _pick_job(session: Session, pool: str, *, worker_name: str, is_idle: bool) -> Any:
+    """Return the job to claim, with its tenant, or None. The tenant's row is locked."""
     patience = 0.0 if is_idle else SUSPECT_PATIENCE_SECONDS
     suspects = {"pool": pool, "patience": patience, "is_idle": is_idle, "worker": worker_name}
-    picked = session.execute(_PICK_SUSPECT, suspects).one_or_none()
-    if picked is None:
-        picked = session.execute(_PICK, {"pool": pool}).one_or_none()
-    if picked is None:
-        return None
-    job = _take_job(session, picked.job_id, tenant_id=picked.tenant_id, lease_seconds=lease_seconds)
-    if job is not None:
-        _begin_attempt(session, job, worker_name, slot_seconds=slot_seconds)
-    return job
+    suspect = session.execute(_PICK_SUSPECT, suspects).one_or_none()
+    return suspect or session.execute(_PICK, {"pool": pool}).one_or_none()
 
 
 def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
@@ -227,6 +246,7 @@ def record_checkpoint(
             model_name=checkpoint_model_name(_model_name(session, job), step),
             object_prefix=artifact.object_prefix,
             files=list(artifact.files),
+            size_bytes=artifact.size_bytes,
             metrics=metrics,
         )
     )
@@ -338,20 +358,28 @@ def acquit_job(session: Session, lease: Lease) -> bool:
 
 def expire_leases(session: Session, *, limit: int = 100) -> int:
     """Queue again, or fail, the jobs whose workers have not been heard of within their leases; return how many."""
+    is_expired = func.coalesce(Job.lease_until, func.to_timestamp(0)) < func.now()
     expired = session.scalars(
         select(Job)
-        .where(Job.status == JobStatus.RUNNING, func.coalesce(Job.lease_until, func.to_timestamp(0)) < func.now())
+        .where(Job.status == JobStatus.RUNNING, is_expired, is_in_reach(Duty.EXPIRE, Job.id))
         .order_by(Job.lease_until)
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()
+    num_expired = 0
     for job in expired:
-        assert job.lease_token is not None
-        lease = Lease(job_id=job.id, tenant_id=job.tenant_id, token=job.lease_token)
-        error = {"code": "worker_lost", "message": "The worker was lost while it trained this job.", "param": None}
-        _end_attempt(session, lease, outcome=AttemptOutcome.LOST, error=error)
-        _retry_or_fail(session, job, lease, error=error, is_final=False)
-    return len(expired)
+        with setting_aside(session, Duty.EXPIRE, row_id=job.id, tenant_id=job.tenant_id) as expiry:
+            _expire_lease(session, job)
+        num_expired += expiry.is_done
+    return num_expired
+
+
+def _expire_lease(session: Session, job: Job) -> None:
+    assert job.lease_token is not None
+    lease = Lease(job_id=job.id, tenant_id=job.tenant_id, token=job.lease_token)
+    error = {"code": "worker_lost", "message": "The worker was lost while it trained this job.", "param": None}
+    _end_attempt(session, lease, outcome=AttemptOutcome.LOST, error=error)
+    _retry_or_fail(session, job, lease, error=error, is_final=False)
 
 
 def claimable_pools(session: Session) -> Sequence[str]:
@@ -456,4 +484,4 @@ def _retry_or_fail(session: Session, job: Job, lease: Lease, *, error: dict[str,
 
 def _model_name(session: Session, job: Job) -> str:
     slug = session.scalars(select(Tenant.slug).where(Tenant.id == job.tenant_id)).one()
-    return fine_tuned_model_name(job.base_model_id, tenant_slug=slug, suffix=job.suffix, job_id=job.id)
+    return fine_tuned_model_name(job.base_model_id, tenant_slug=slug, suffix=job.suffix, digits=job.name_digits)

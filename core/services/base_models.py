@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field
@@ -14,6 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from core.db.models import BaseModelRow, BaseTokenizerRow, Tenant
+from core.domain import bounds
 from core.domain.errors import ConflictError, NotFoundError
 from core.domain.training import Frozen, Quantization
 
@@ -34,10 +35,10 @@ class BaseModelEntry(Frozen):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantizations: tuple[Quantization, ...] = ()
     target_modules: tuple[str, ...] = Field(min_length=1)
-    max_seq_len: int = Field(ge=8)
-    max_rank: int = Field(default=64, ge=1)
-    slots: int = Field(default=8, ge=1)
-    max_tokens_per_step: int = Field(default=4096, ge=8)
+    max_seq_len: Annotated[int, bounds.SEQ_LEN.field]
+    max_rank: Annotated[int, bounds.RANK.field] = 64
+    slots: Annotated[int, bounds.SLOTS.field] = 8
+    max_tokens_per_step: Annotated[int, bounds.TOKENS_PER_STEP.field] = 4096
     chat_template: str | None = None
 
 

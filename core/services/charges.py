@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 
+import structlog
 from sqlalchemy import ColumnElement, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
@@ -17,7 +18,9 @@ from sqlalchemy.orm import Session
 from core.db.models import Attempt, Job, Pool, Tenant, Usage
 from core.domain.ids import new_id
 from core.domain.scheduling import ENTRY_CHARGE_SECONDS, SLOT_SECONDS, USAGE_HALF_LIFE_SECONDS
+from core.services.set_asides import ROW_ERRORS
 
+log = structlog.get_logger()
 # How much the newest attempt of a pool moves the pool's mean.
 _NEWEST_PART = 0.2
 # The attempts whose use has grown, and by how much more their tenants are to be charged. Ordered, so that two workers
@@ -40,15 +43,15 @@ _TAKE_NEWCOMERS = text("""
 with new as (select tenant_id, pool from queues where is_new order by tenant_id, pool limit 1000 for update skip locked)
 update queues q set is_new = false from new n where q.tenant_id = n.tenant_id and q.pool = n.pool returning q.tenant_id
 """)
-_SCORE = "(t.usage + t.lift) * power(0.5, extract(epoch from now() - t.usage_at) / :half_life) / t.weight"
+_SCORE = "share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life)"
 # A tenant that trains already keeps its place if that is behind the level.
 _LEVEL = text(f"""
 with level as (
     select percentile_disc(0.5) within group (order by {_SCORE}) as score
     from jobs r join tenants t on t.id = r.tenant_id where r.status = 'running' and r.tenant_id <> :tenant
 ), own as (
-    select t.id, t.weight, {_SCORE} as score, t.usage * power(0.5, extract(epoch from now() - t.usage_at) / :half_life)
-        as usage, exists (select from jobs r where r.tenant_id = t.id and r.status = 'running') as is_training
+    select t.id, t.weight, {_SCORE} as score, decayed_usage(t.usage, t.usage_at, :half_life) as usage,
+        exists (select from jobs r where r.tenant_id = t.id and r.status = 'running') as is_training
     from tenants t where t.id = :tenant for no key update
 )
 update tenants t set usage = o.usage, usage_at = now(), lift = o.weight * greatest(
@@ -70,7 +73,11 @@ def charge_use(session: Session, used_seconds: Mapping[int, float]) -> None:
     """Note the GPU-seconds that running attempts have used so far, by lease token, and charge what they grew by."""
     tokens, seconds = list(used_seconds), list(used_seconds.values())
     for due in session.execute(_NOTE_USE, {"tokens": tokens, "seconds": seconds}).all():
-        charge_tenant(session, due.tenant_id, due.seconds)
+        try:
+            with session.begin_nested():
+                charge_tenant(session, due.tenant_id, due.seconds)
+        except ROW_ERRORS as error:  # a tenant that cannot be charged keeps no other from being charged
+            log.error("use.uncharged", tenant_id=str(due.tenant_id), error=type(error).__name__)  # noqa: TRY400
 
 
 def record_usage(session: Session, lease_token: int, *, gpu_seconds: float, trained_tokens: int) -> None:
@@ -96,10 +103,10 @@ def record_usage(session: Session, lease_token: int, *, gpu_seconds: float, trai
 
 
 def charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) -> None:
-    remains = func.power(0.5, func.extract("epoch", func.now() - Tenant.usage_at) / USAGE_HALF_LIFE_SECONDS)
-    usage = func.greatest(0, Tenant.usage * remains + gpu_seconds)
-    charged = update(Tenant).where(Tenant.id == tenant_id)
-    session.execute(charged.values(usage=usage, lift=Tenant.lift * remains, usage_at=func.now()))
+    when = (Tenant.usage_at, USAGE_HALF_LIFE_SECONDS)
+    usage = func.greatest(0, func.decayed_usage(Tenant.usage, *when) + gpu_seconds)
+    lift = func.decayed_usage(Tenant.lift, *when) - func.decayed_usage(-Tenant.lift, *when)  # of either sign
+    session.execute(update(Tenant).where(Tenant.id == tenant_id).values(usage=usage, lift=lift, usage_at=func.now()))
 
 
 def level_newcomers(session: Session) -> int:

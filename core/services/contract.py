@@ -48,10 +48,16 @@ _CHECKS = (
         "I1",
         "No accepted job is forgotten: it is counted in its queue, under a lease that is watched, paused, or over.",
         "select count(*) from jobs",
-        """select q.pool || ' of tenant ' || q.tenant_id || ' counts ' || q.num_queued || ', not ' || coalesce(j.num, 0)
+        """select pool || ' of tenant ' || tenant_id || ' counts ' || coalesce(q.num_queued, 0) || ' queued and '
+               || coalesce(q.num_paused, 0) || ' paused, not ' || coalesce(j.queued, 0) || ' and '
+               || coalesce(j.paused, 0)
            from queues q full join (
-               select pool, tenant_id, count(*) as num from jobs where status = 'queued' group by pool, tenant_id
-           ) j using (pool, tenant_id) where coalesce(q.num_queued, 0) <> coalesce(j.num, 0)
+               select pool, tenant_id, count(*) filter (where status = 'queued') as queued,
+                   count(*) filter (where is_paused_or_pausing(status, pause_requested_at)) as paused
+               from jobs group by pool, tenant_id
+           ) j using (pool, tenant_id)
+           where coalesce(q.num_queued, 0) <> coalesce(j.queued, 0)
+              or coalesce(q.num_paused, 0) <> coalesce(j.paused, 0)
            union all select 'job ' || id || ' has an expired lease that nobody ends' from jobs
            where status = 'running' and lease_until < now() - interval '2 minutes'""",
     ),
@@ -129,8 +135,7 @@ _CHECKS = (
         "select count(*) from jobs where status = 'queued'",
         """with waiting as (
                select j.id, j.pool, j.tenant_id, j.priority, j.run_after + make_interval(secs => :bound) as due_at,
-                   t.weight, (t.usage + t.lift) * power(0.5, extract(epoch from now() - t.usage_at) / :half_life)
-                       / t.weight as score,
+                   t.weight, share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life) as score,
                    (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
                        and within_gpu_quota(t.id, t.max_gpu_seconds_per_month) as may_start
                from jobs j join tenants t on t.id = j.tenant_id
@@ -140,8 +145,8 @@ _CHECKS = (
                      and o.pool = j.pool and a.started_at > now() - make_interval(secs => :bound))
            ), served as (
                select a.tenant_id, a.started_at, a.stepping_at, a.outcome, o.id as job_id, o.priority, o.created_at,
-                   w.name as worker, w.pools, t.weight, (t.usage + t.lift)
-                       * power(0.5, extract(epoch from now() - t.usage_at) / :half_life) / t.weight as score
+                   w.name as worker, w.pools, t.weight,
+                   share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life) as score
                from attempts a join jobs o on o.id = a.job_id join tenants t on t.id = a.tenant_id
                join workers w on w.name = a.worker_name and w.alive_until > now()
                where a.outcome is null or a.started_at > now() - make_interval(secs => :bound)

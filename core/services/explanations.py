@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from sqlalchemy import Boolean, ColumnElement, and_, any_, func, literal, or_, select, text
 from sqlalchemy.orm import Session
 
-from core.db.models import Attempt, Job, Pool, Tenant, Worker
+from core.db.models import Attempt, Job, Pool, SetAside, Tenant, Worker
+from core.domain.duties import Duty
 from core.domain.jobs import JobStatus
 from core.domain.outlook import (
     PoolQueue,
@@ -34,6 +35,7 @@ from core.domain.scheduling import (
 )
 from core.services.jobs import get_job
 from core.services.progress import estimate_jobs
+from core.services.quotas import is_within_storage
 
 _WAITING_STATUSES = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.PAUSED)
 # What is divided by, however few steps are left.
@@ -76,6 +78,7 @@ def explain_job(
         run_after=job.run_after,
         total_steps=job.total_steps - job.trained_steps,
         last_outcome=_last_outcome(session, tenant_id, job_id),
+        set_aside_until=_read_rest(session, tenant_id, job_id),
     )
     workers = _read_workers(session, job.pool, terms)
     queue = _read_queue(session, job, workers, terms)
@@ -96,7 +99,7 @@ def _read_tenant(session: Session, tenant_id: uuid.UUID) -> TenantState:
         select(func.count()).where(Job.tenant_id == tenant_id, Job.status == JobStatus.RUNNING).scalar_subquery()
     )
     is_within = func.within_gpu_quota(Tenant.id, Tenant.max_gpu_seconds_per_month, type_=Boolean)
-    query = select(num_running, Tenant.max_running, Tenant.disabled_at.is_not(None), is_within)
+    query = select(num_running, Tenant.max_running, Tenant.disabled_at.is_not(None), is_within, is_within_storage())
     query = query.where(Tenant.id == tenant_id)
     return TenantState(*session.execute(query).one())
 
@@ -104,6 +107,12 @@ def _read_tenant(session: Session, tenant_id: uuid.UUID) -> TenantState:
 def _last_outcome(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> str | None:
     own = (Attempt.tenant_id == tenant_id, Attempt.job_id == job_id)
     return session.scalar(select(Attempt.outcome).where(*own).order_by(Attempt.lease_token.desc()).limit(1))
+
+
+def _read_rest(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> dt.datetime | None:
+    """Return until when a job is set aside, if it is."""
+    resting = (SetAside.duty == Duty.CLAIM, SetAside.row_id == job_id, SetAside.retry_at > func.now())
+    return session.scalar(select(SetAside.retry_at).where(SetAside.tenant_id == tenant_id, *resting))
 
 
 def _read_queue(session: Session, job: Job, workers: PoolWorkers, terms: FairnessTerms) -> PoolQueue:

@@ -15,9 +15,11 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Attempt, Checkpoint, File, Job, ResumePoint, Tenant, Usage
+from core.domain.duties import Duty
 from core.domain.ids import first_id_at
 from core.domain.objects import file_id_of, job_prefix
 from core.services.charges import record_usage
+from core.services.set_asides import is_in_reach, setting_aside
 
 _LIMIT = 100
 _SETTLED_WITHIN = dt.timedelta(days=7)
@@ -28,12 +30,15 @@ class EndedJob:
     """A job that is over, where its attempts wrote, and the keys and prefixes there that rows name."""
 
     id: uuid.UUID
+    tenant_id: uuid.UUID
     prefix: str
     named: tuple[str, ...]
 
     def is_garbage(self, object_key: str) -> bool:
         assert object_key.startswith(self.prefix)
-        return not any(object_key == name or (name[-1] == "/" and object_key.startswith(name)) for name in self.named)
+        return not any(
+            object_key == name or (name.endswith("/") and object_key.startswith(name)) for name in self.named
+        )
 
 
 def find_unswept_jobs(session: Session, *, min_age: dt.timedelta) -> tuple[EndedJob, ...]:
@@ -41,13 +46,18 @@ def find_unswept_jobs(session: Session, *, min_age: dt.timedelta) -> tuple[Ended
 
     Nobody goes on from their resume points, so these are let go first, in the same transaction.
     """
-    is_over = (Job.finished_at < func.now() - min_age, Job.swept_at.is_(None))
+    is_over = (Job.finished_at < func.now() - min_age, Job.swept_at.is_(None), is_in_reach(Duty.SWEEP, Job.id))
     jobs = session.execute(
         select(Job.id, Job.tenant_id, Job.result_file_id).where(*is_over).order_by(Job.finished_at).limit(_LIMIT)
     ).all()
     session.execute(delete(ResumePoint).where(ResumePoint.job_id.in_(job.id for job in jobs)))
     return tuple(
-        EndedJob(job.id, job_prefix(job.tenant_id, job.id), _named_by_rows(session, job.id, job.result_file_id))
+        EndedJob(
+            job.id,
+            job.tenant_id,
+            job_prefix(job.tenant_id, job.id),
+            _named_by_rows(session, job.id, job.result_file_id),
+        )
         for job in jobs
     )
 
@@ -57,7 +67,8 @@ def mark_swept(session: Session, job_id: uuid.UUID) -> None:
 
 
 def list_tenant_ids(session: Session) -> Sequence[uuid.UUID]:
-    return session.scalars(select(Tenant.id).order_by(Tenant.id)).all()
+    """Return the tenants whose files are to be swept."""
+    return session.scalars(select(Tenant.id).where(is_in_reach(Duty.SWEEP, Tenant.id)).order_by(Tenant.id)).all()
 
 
 def find_orphaned_files(session: Session, object_keys: Iterable[str], *, min_age: dt.timedelta) -> tuple[str, ...]:
@@ -73,11 +84,14 @@ def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
     """Book nothing for attempts whose workers were lost with their counts, and return their entry charges."""
     is_booked = select(Usage.id).where(Usage.attempt_id == Attempt.id).exists()
     is_recent = Attempt.ended_at.between(func.now() - _SETTLED_WITHIN, func.now() - min_age)
-    unbooked = select(Attempt).where(is_recent, ~is_booked).order_by(Attempt.ended_at).limit(_LIMIT)
-    attempts = session.scalars(unbooked).all()
+    unbooked = select(Attempt).where(is_recent, ~is_booked, is_in_reach(Duty.SETTLE, Attempt.id))
+    attempts = session.scalars(unbooked.order_by(Attempt.ended_at).limit(_LIMIT)).all()
+    num_settled = 0
     for attempt in attempts:
-        record_usage(session, attempt.lease_token, gpu_seconds=0.0, trained_tokens=0)
-    return len(attempts)
+        with setting_aside(session, Duty.SETTLE, row_id=attempt.id, tenant_id=attempt.tenant_id) as settlement:
+            record_usage(session, attempt.lease_token, gpu_seconds=0.0, trained_tokens=0)
+        num_settled += settlement.is_done
+    return num_settled
 
 
 def _named_by_rows(session: Session, job_id: uuid.UUID, result_file_id: uuid.UUID | None) -> tuple[str, ...]:

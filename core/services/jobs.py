@@ -5,15 +5,17 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import and_, bindparam, case, func, or_, select, text, update
+from sqlalchemy import and_, bindparam, case, func, literal, or_, select, text, update
 from sqlalchemy.orm import Session
 
+from core.db.locks import lock_for_tenant
 from core.db.models import Attempt, Job
 from core.domain.errors import ConflictError, NotFoundError
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import UNFINISHED_STATUSES, AttemptOutcome, JobStatus
 from core.services.events import record_event
 from core.services.pages import Page
+from core.services.quotas import check_queue, has_queue_place
 
 WAKE_CHANNEL = "espalier_wake"
 # Made once: making it takes longer than running it.
@@ -79,11 +81,13 @@ def cancel_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
 def pause_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
     """Pause a queued job at once, and a running one as soon as its worker has stored where it stands.
 
-    Pausing a paused job changes nothing. Raises ConflictError when the job has ended.
+    A running job takes its place among those that wait now, and needs one that is free. Pausing a paused job changes
+    nothing. Raises ConflictError when the job has ended, RateLimitedError by quota.
     """
+    lock_for_tenant(session, tenant_id, purpose="queue")
     job = get_job(session, tenant_id, job_id=job_id)
     is_queued, is_running = Job.status == JobStatus.QUEUED, Job.status == JobStatus.RUNNING
-    can_pause = or_(is_queued, and_(is_running, Job.pause_requested_at.is_(None)))
+    can_pause = or_(is_queued, and_(is_running, Job.pause_requested_at.is_(None), has_queue_place(literal(tenant_id))))
     changed = session.scalar(
         update(Job)
         .where(Job.tenant_id == tenant_id, Job.id == job_id, can_pause)
@@ -100,6 +104,9 @@ def pause_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> J
         record_event(session, job, message="The job is paused." if is_paused else "The job will pause.")
     elif job.status not in (JobStatus.RUNNING, JobStatus.PAUSED):
         raise ConflictError(f"The job is {job.status}; only a queued or running job can be paused.")
+    elif job.status == JobStatus.RUNNING and job.pause_requested_at is None:
+        check_queue(session, tenant_id)
+        return pause_job(session, tenant_id, job_id=job_id)  # a place has come free meanwhile
     return job
 
 

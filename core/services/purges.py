@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import uuid
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import Row, delete, func, text, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Adapter, Checkpoint, File, Upload
+from core.db.models import Adapter, Checkpoint, File, ResumePoint, Upload
 from core.domain.objects import upload_prefix
 
-_LIMIT = 100
-T = TypeVar("T", Adapter, Checkpoint)
+# So many rows of each tenant are due at a time: whoever deleted a million lets the others wait for so many.
+_TURN = 20
+_KINDS: dict[str, type[File | Upload | Adapter | Checkpoint]] = {
+    "file": File,
+    "upload": Upload,
+    "adapter": Adapter,
+    "checkpoint": Checkpoint,
+}
+# Nobody goes on from the resume points of a job that is over.
+_DUE = text("""
+select due.kind, due.id, t.id as tenant_id, due.location
+from tenants t cross join lateral (
+    select * from (
+        select 'file' as kind, f.id, f.object_key as location from files f
+        where f.tenant_id = t.id and f.deleted_at is not null and f.purged_at is null
+        union all select 'upload', u.id, null from uploads u
+        where u.tenant_id = t.id and u.purged_at is null and (u.status <> 'pending' or u.expires_at < now())
+        union all select 'adapter', a.id, a.object_prefix from adapters a
+        where a.tenant_id = t.id and a.deleted_at is not null and a.purged_at is null
+        union all select 'checkpoint', c.id, c.object_prefix from checkpoints c
+        where c.tenant_id = t.id and c.deleted_at is not null and c.purged_at is null
+        union all select 'resume_point', r.id, r.object_prefix from resume_points r join jobs j on j.id = r.job_id
+        where r.tenant_id = t.id and j.finished_at is not null
+    ) all_due
+    where not exists (
+        select from set_asides s where s.duty = 'purge' and s.row_id = all_due.id and s.retry_at > now())
+    limit :turn
+) due
+order by t.id
+""")
 
 
 @dataclass(frozen=True)
 class Purge:
     """A row that is over, and its objects: one key, or all behind a prefix, which ends in a slash."""
 
-    row: File | Upload | Adapter | Checkpoint
+    kind: str
+    row_id: uuid.UUID
+    tenant_id: uuid.UUID
     location: str
 
 
 def find_purges(session: Session) -> tuple[Purge, ...]:
-    """Return some of what is due."""
-    files = session.scalars(select(File).where(File.deleted_at.is_not(None), File.purged_at.is_(None)).limit(_LIMIT))
-    is_over = or_(Upload.status != "pending", Upload.expires_at < func.now())
-    uploads = session.scalars(select(Upload).where(Upload.purged_at.is_(None), is_over).limit(_LIMIT))
-    return (
-        *(Purge(file, file.object_key) for file in files),
-        *(Purge(upload, upload_prefix(upload.tenant_id, upload.id)) for upload in uploads),
-        *(Purge(row, row.object_prefix) for row in _deleted(session, Adapter)),
-        *(Purge(row, row.object_prefix) for row in _deleted(session, Checkpoint)),
+    """Return some of what is due of every tenant, one tenant's after another's."""
+    return tuple(
+        Purge(row.kind, row.id, row.tenant_id, _location_of(row)) for row in session.execute(_DUE, {"turn": _TURN})
     )
 
 
 def mark_purged(session: Session, purge: Purge) -> None:
-    """Say that the objects are gone."""
-    session.merge(purge.row).purged_at = func.now()  # the database's clock
+    """Say that the objects are gone; they count no longer."""
+    if purge.kind == "resume_point":
+        session.execute(delete(ResumePoint).where(ResumePoint.id == purge.row_id))
+        return
+    kind = _KINDS[purge.kind]
+    session.execute(update(kind).where(kind.id == purge.row_id, kind.purged_at.is_(None)).values(purged_at=func.now()))
 
 
-def _deleted(session: Session, kind: type[T]) -> Sequence[T]:
-    query = select(kind).where(kind.deleted_at.is_not(None), kind.purged_at.is_(None)).limit(_LIMIT)
-    return session.scalars(query).all()
+def _location_of(row: Row[Any]) -> str:
+    return upload_prefix(row.tenant_id, row.id) if row.kind == "upload" else row.location

@@ -1,5 +1,10 @@
 """What a tenant may have at once. What passes a quota later waits (running jobs, GPU-seconds); the rest is refused.
 
+A quota bounds a state, however it is come by. `max_queued` bounds the jobs that wait, queued, paused or about to be
+paused; `max_storage_bytes` all that is stored under rows of the tenant until its objects are gone. Triggers keep both
+counts, so no verb can forget to. What happens without the tenant's doing is never refused, and counts: a job that comes
+back to its queue, what a running job stores.
+
 Counting and adding are done under a lock of the tenant, so that requests at once cannot pass a quota together. The
 locks are taken as late as can be, because a tenant's other requests of the kind wait for them.
 """
@@ -8,11 +13,11 @@ from __future__ import annotations
 
 import uuid
 
-from sqlalchemy import BigInteger, ColumnElement, Select, cast, func, select
+from sqlalchemy import BigInteger, Boolean, ColumnElement, Select, cast, func, select
 from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
-from core.db.models import Adapter, File, Queue, Tenant, Upload
+from core.db.models import File, Queue, StorageTotal, Tenant
 from core.domain.errors import InvalidRequestError, PermissionDeniedError, RateLimitedError
 from core.domain.training import TrainingSpec
 
@@ -21,44 +26,59 @@ _TEMPLATE_TOKENS = 64
 
 
 def has_queue_place(tenant_id: ColumnElement[uuid.UUID]) -> ColumnElement[bool]:
-    """Return the condition that a place in the queue is free. Whoever takes it holds the tenant's lock "queue"."""
+    """Return the condition that one more job may wait. Whoever takes the place holds the tenant's lock "queue"."""
     quota = select(Tenant.max_queued).where(Tenant.id == tenant_id).scalar_subquery()
-    return _num_queued(tenant_id).scalar_subquery() < quota
+    return _num_waiting(tenant_id).scalar_subquery() < quota
 
 
-def refuse_queue_place(session: Session, tenant_id: uuid.UUID) -> RateLimitedError:
-    """Return the error of a full queue."""
-    num_queued = session.scalars(_num_queued(tenant_id)).one()
+def check_queue(session: Session, tenant_id: uuid.UUID) -> None:
+    """Raise RateLimitedError when as many jobs wait as may."""
+    num_waiting = session.scalars(_num_waiting(tenant_id)).one()
     quota = session.scalars(select(Tenant.max_queued).where(Tenant.id == tenant_id)).one()
-    return RateLimitedError(
-        f"{num_queued} jobs are queued, of {quota} that may be. Wait until some have started.",
-        code="queue_quota_exceeded",
-    )
+    if num_waiting >= quota:
+        raise RateLimitedError(
+            f"{num_waiting} jobs wait, queued or paused, of {quota} that may. "
+            "Wait until some have started, or cancel one.",
+            code="queue_quota_exceeded",
+        )
 
 
-def _num_queued(tenant_id: uuid.UUID | ColumnElement[uuid.UUID]) -> Select[int]:
+def _num_waiting(tenant_id: uuid.UUID | ColumnElement[uuid.UUID]) -> Select[int]:
     """Count by the tenant's queues, which are few and which triggers keep, and not by its jobs."""
-    return select(cast(func.coalesce(func.sum(Queue.num_queued), 0), BigInteger)).where(Queue.tenant_id == tenant_id)
+    num_waiting = func.sum(Queue.num_queued + Queue.num_paused)
+    return select(cast(func.coalesce(num_waiting, 0), BigInteger)).where(Queue.tenant_id == tenant_id)
+
+
+def is_within_storage() -> ColumnElement[bool]:
+    """Return the condition on a tenant's row that no more is stored than may be, so that its jobs may start."""
+    return func.within_storage_quota(Tenant.id, Tenant.max_storage_bytes, type_=Boolean)
 
 
 def check_storage(session: Session, tenant_id: uuid.UUID, *, num_bytes: int = 0) -> None:
     """Raise PermissionDeniedError when what is stored and `num_bytes` more are over the quota."""
-    quota = session.scalars(select(Tenant.max_storage_bytes).where(Tenant.id == tenant_id)).one()
-    if quota is None:
-        return
-    in_files = select(func.sum(File.size_bytes)).where(File.tenant_id == tenant_id, File.deleted_at.is_(None))
-    in_adapters = select(func.sum(Adapter.size_bytes)).where(
-        Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None)
+    stored, quota = _read_storage(session, tenant_id)
+    if quota is not None and stored + num_bytes > quota:
+        raise _over_storage(stored, quota)
+
+
+def refuse_storage(session: Session, tenant_id: uuid.UUID) -> PermissionDeniedError:
+    """Return the error of a tenant that stores more than it may."""
+    return _over_storage(*_read_storage(session, tenant_id))
+
+
+def _read_storage(session: Session, tenant_id: uuid.UUID) -> tuple[int, int | None]:
+    query = select(func.coalesce(StorageTotal.num_bytes, 0), Tenant.max_storage_bytes).select_from(Tenant)
+    query = query.outerjoin(StorageTotal, StorageTotal.tenant_id == Tenant.id).where(Tenant.id == tenant_id)
+    stored, quota = session.execute(query).one()
+    return stored, quota
+
+
+def _over_storage(stored: int, quota: int | None) -> PermissionDeniedError:
+    return PermissionDeniedError(
+        f"{stored} bytes are stored, of {quota} that may be. Delete files, models or checkpoints that you need no "
+        "more; they count until their objects are gone, some seconds later.",
+        code="storage_quota_exceeded",
     )
-    promised = select(func.sum(Upload.size_bytes)).where(
-        Upload.tenant_id == tenant_id, Upload.status == "pending", Upload.expires_at > func.now()
-    )
-    stored = sum(int(session.scalar(query) or 0) for query in (in_files, in_adapters, promised))
-    if stored + num_bytes > quota:
-        raise PermissionDeniedError(
-            f"{stored} bytes are stored, of {quota} that may be. Delete files that you need no more.",
-            code="storage_quota_exceeded",
-        )
 
 
 def reserve_storage(session: Session, tenant_id: uuid.UUID, *, num_bytes: int) -> None:

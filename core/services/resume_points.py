@@ -40,6 +40,7 @@ def record_resume_point(session: Session, lease: Lease, *, step: int, artifact: 
             step=step,
             object_prefix=artifact.object_prefix,
             files=list(artifact.files),
+            size_bytes=artifact.size_bytes,
         )
     )
     spent = points[KEPT_RESUME_POINTS - 1 :]

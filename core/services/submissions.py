@@ -12,16 +12,18 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from sqlalchemy import BindParameter, Select, Text, Uuid, and_, bindparam, event, insert, literal, select
+from sqlalchemy import BindParameter, Select, Text, Uuid, and_, bindparam, event, literal, select
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
 from core.crashpoints import CrashPoint, reach
 from core.db.locks import lock_for_tenant, shared_lock_call
 from core.db.models import BaseModelRow, File, Job, Tenant
 from core.db.session import notify_after_commit
+from core.domain import bounds
 from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, new_id, parse_id
 from core.domain.jobs import JobStatus, is_checkpoint_model, is_fine_tuned_model, pool_name
@@ -44,11 +46,12 @@ from core.services.checkpoints import find_checkpoint
 from core.services.events import insert_first_event
 from core.services.files import get_file, is_live_file
 from core.services.jobs import WAKE_CHANNEL
-from core.services.quotas import check_tokens, has_queue_place, refuse_queue_place
+from core.services.quotas import check_queue, check_tokens, has_queue_place, is_within_storage, refuse_storage
 
 _NEW_COLUMNS = (
     "id",
     "tenant_id",
+    "name_digits",
     "base_model_id",
     "quantization",
     "pool",
@@ -70,22 +73,22 @@ class JobRequest(Frozen):
     training_file_id: uuid.UUID
     validation_file_id: uuid.UUID | None = None
     suffix: str | None = None
-    seed: int | None = None
+    seed: Annotated[int, bounds.SEED.field] | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
-    priority: int = 0
+    priority: Annotated[int, bounds.PRIORITY.field] = 0
     quantization: Quantization | None = None
-    n_epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate_multiplier: float | None = None
-    learning_rate: float | None = None
+    n_epochs: Annotated[int, bounds.EPOCHS.field] | None = None
+    batch_size: Annotated[int, bounds.BATCH_SIZE.field] | None = None
+    learning_rate_multiplier: Annotated[float, bounds.LEARNING_RATE_MULTIPLIER.field] | None = None
+    learning_rate: Annotated[float, bounds.LEARNING_RATE.field] | None = None
     learning_rate_schedule: LearningRateSchedule = "cosine"
-    warmup_ratio: float = 0.05
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_seq_len: int | None = None
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    warmup_ratio: Annotated[float, bounds.WARMUP_RATIO.field] = 0.05
+    weight_decay: Annotated[float, bounds.WEIGHT_DECAY.field] = 0.0
+    max_grad_norm: Annotated[float, bounds.GRAD_NORM.field] = 1.0
+    max_seq_len: Annotated[int, bounds.SEQ_LEN.field] | None = None
+    rank: int = 16  # its bounds are the base's
+    alpha: Annotated[float, bounds.ALPHA.field] = 32.0
+    dropout: Annotated[float, bounds.DROPOUT.field] = 0.0
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     use_rslora: bool = False
 
@@ -98,11 +101,13 @@ def submit_job(
     request_hash: bytes | None = None,
     shared_lock: str | None = None,
 ) -> Job:
-    """Check a request and queue it. Raises InvalidRequestError naming the field, or RateLimitedError by quota.
+    """Check a request and queue it. Raises InvalidRequestError naming the field, or the error of a quota.
 
     The advisory lock `shared_lock` is taken with the first look at the rows: round trips are most of what this costs.
     """
     found = _find_means(session, tenant_id, request, shared_lock=shared_lock)
+    if not found.is_within_storage:
+        raise refuse_storage(session, tenant_id)
     base = found.base or _get_trainable(session, tenant_id, model=request.base_model_id)
     training_file = found.training_file or _get_dataset(session, tenant_id, request.training_file_id, "training_file")
     _check_dataset(training_file, param="training_file")
@@ -114,7 +119,6 @@ def submit_job(
     spec = resolve_spec(request, base=base, num_examples=training_file.num_examples)
     check_tokens(spec, quota=found.max_tokens, dataset=training_file)
     new = {
-        "id": new_id(),
         "tenant_id": tenant_id,
         "base_model_id": base.id,
         "quantization": request.quantization,
@@ -191,6 +195,7 @@ class _Means:
     training_file: File | None
     validation_file: File | None
     max_tokens: int | None
+    is_within_storage: bool
 
 
 def _find_means(session: Session, tenant_id: uuid.UUID, request: JobRequest, *, shared_lock: str | None) -> _Means:
@@ -206,13 +211,13 @@ def _find_means(session: Session, tenant_id: uuid.UUID, request: JobRequest, *, 
 
 
 @cache
-def _means_query() -> Select[BaseModelRow, File, File, int | None]:
+def _means_query() -> Select[BaseModelRow, File, File, int | None, bool]:
     """Made once: making it takes longer than running it."""
     tenant_id: BindParameter[uuid.UUID] = bindparam("tenant_id", type_=Uuid)
     base_model_id: BindParameter[str] = bindparam("base_model_id", type_=Text)
     training, validation = aliased(File), aliased(File)
     return (
-        select(BaseModelRow, training, validation, Tenant.max_tokens_per_job)
+        select(BaseModelRow, training, validation, Tenant.max_tokens_per_job, is_within_storage())
         .select_from(Tenant)
         .outerjoin(BaseModelRow, and_(BaseModelRow.id == base_model_id, is_usable_by(tenant_id)))
         .outerjoin(training, is_live_file(training, tenant_id, bindparam("training_file_id", type_=Uuid)))
@@ -222,7 +227,7 @@ def _means_query() -> Select[BaseModelRow, File, File, int | None]:
 
 
 @cache
-def _locking_means_query() -> Select[BaseModelRow, File, File, int | None, None]:
+def _locking_means_query() -> Select[BaseModelRow, File, File, int | None, bool, None]:
     return _means_query().add_columns(shared_lock_call(bindparam("shared_lock", type_=Text)))
 
 
@@ -232,11 +237,18 @@ def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -
     The event is announced to nobody: who knows of the job, knows of it after the commit, and finds the event there.
     """
     lock_for_tenant(session, tenant_id, purpose="queue")
-    added: Job | None = session.scalar(_addition(), new | {"event_id": new_id()})
-    if added is None:
-        raise refuse_queue_place(session, tenant_id)
+    while (added := _add_job(session, new)) is None:
+        check_queue(session, tenant_id)  # or the digits were another job's, and are drawn again
     notify_after_commit(session, WAKE_CHANNEL, added.pool)
     event.listen(session, "after_commit", lambda _session: reach(CrashPoint.POST_INSERT), once=True)
+    return added
+
+
+def _add_job(session: Session, new: dict[str, Any]) -> Job | None:
+    """Add a job under a fresh id, or None where there is no place, or its model's name is taken."""
+    job_id = new_id()
+    drawn = {"id": job_id, "name_digits": job_id.hex[-8:], "event_id": new_id()}
+    added: Job | None = session.scalar(_addition(), new | drawn)
     return added
 
 
@@ -246,7 +258,9 @@ def _addition() -> Select[Any]:
     table = Job.__table__.c
     new = {name: bindparam(name, type_=table[name].type) for name in _NEW_COLUMNS}
     row = select(*new.values(), literal(JobStatus.QUEUED, Text)).where(has_queue_place(new["tenant_id"]))
-    added = insert(Job).from_select([*(table[name] for name in new), table.status], row).returning(*table).cte("added")
+    addition = insert(Job).from_select([*(table[name] for name in new), table.status], row)
+    fresh = addition.on_conflict_do_nothing(index_elements=[table.tenant_id, table.name_digits])
+    added = fresh.returning(*table).cte("added")
     return (
         select(aliased(Job, added))
         .select_from(added)

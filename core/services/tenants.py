@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, StringConstraints
+from pydantic import StringConstraints
 from sqlalchemy import ColumnElement, any_, func, literal, select, update
 from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
 from core.db.models import ApiKeyRow, BaseModelRow, Tenant
 from core.db.session import enter_tenant
+from core.domain import bounds
 from core.domain.api_keys import (
     DEFAULT_SCOPES,
     MAX_LIVE_KEYS,
@@ -39,7 +40,6 @@ from core.services.pages import Page
 
 SLUG_PATTERN = r"[a-z0-9][a-z0-9-]{0,31}"
 TenantName = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
-MAX_COUNT = 2**53
 # How exact `last_used_at` is, and so how seldom using a key writes.
 LAST_USED_INTERVAL = dt.timedelta(minutes=1)
 
@@ -80,13 +80,13 @@ class TenantChange(Frozen):
         "requests_per_minute",
     )
     name: TenantName = ""
-    weight: float = Field(default=1.0, gt=0, le=1e6)
-    max_running: int = Field(default=0, ge=0, le=MAX_COUNT)
-    max_queued: int = Field(default=0, ge=0, le=MAX_COUNT)
-    max_storage_bytes: int | None = Field(default=None, ge=0, le=MAX_COUNT)
-    max_tokens_per_job: int | None = Field(default=None, ge=0, le=MAX_COUNT)
-    max_gpu_seconds_per_month: float | None = Field(default=None, ge=0, le=MAX_COUNT)
-    requests_per_minute: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    weight: Annotated[float, bounds.WEIGHT.field] = 1.0
+    max_running: Annotated[int, bounds.RUNNING_JOBS.field] = 0
+    max_queued: Annotated[int, bounds.QUEUED_JOBS.field] = 0
+    max_storage_bytes: Annotated[int, bounds.STORED_BYTES.field] | None = None
+    max_tokens_per_job: Annotated[int, bounds.TRAINED_TOKENS.field] | None = None
+    max_gpu_seconds_per_month: Annotated[float, bounds.GPU_SECONDS.field] | None = None
+    requests_per_minute: Annotated[int, bounds.REQUESTS_PER_MINUTE.field] | None = None
     allowed_base_models: tuple[str, ...] | None = None
     is_disabled: bool = False
 

@@ -30,7 +30,12 @@ _MAX_WAITING_TENANTS = 100
 # A tenant `t` whose jobs may start now.
 MAY_START = """
 t.disabled_at is null and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
+  and within_storage_quota(t.id, t.max_storage_bytes)
   and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
+"""
+# A job `j` that is not set aside.
+IS_IN_REACH = """
+not exists (select from set_asides s where s.duty = 'claim' and s.row_id = j.id and s.retry_at > now())
 """
 # Another worker `w` that takes jobs of pool `p.name` soon, if any come.
 _IS_ABOUT_TO_SERVE = """
@@ -51,6 +56,7 @@ cross join lateral (
     cross join lateral (
         select j.id, j.priority, j.run_after from jobs j
         where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
+          and {IS_IN_REACH}
         order by j.priority desc, j.id limit 1
     ) j
     where q.pool = p.name and q.num_queued > 0 and {MAY_START}
@@ -62,7 +68,7 @@ order by coalesce(p.name = cast(:pool as text) and :keeps_pool, false) desc, c.r
 limit 1
 """)  # noqa: S608 (of constants)
 
-_SCORE = "(t.usage + t.lift) * power(0.5, extract(epoch from now() - t.usage_at) / :half_life) / t.weight"
+_SCORE = "share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life)"
 # Slots among `held` that have had their quantum, in which at least one step was done.
 _LENDABLE = f"""
 select a.lease_token, a.stepping_at, j.priority, j.tenant_id, {_SCORE} as score, :slot_seconds / t.weight as slot_score
@@ -81,7 +87,7 @@ with lendable as ({_LENDABLE}), waiting as (
     where q.pool = p.name and q.num_queued > 0 and exists (select from lendable) and {MAY_START} and exists (
         select from jobs j
         where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued'
-          and j.run_after <= now() and j.suspect_step is null and (
+          and j.run_after <= now() and j.suspect_step is null and {IS_IN_REACH} and (
             j.run_after <= now() - make_interval(secs => :left)
             or not exists (select from workers w where {_IS_ABOUT_TO_SERVE})))
     order by q.rank limit {_MAX_WAITING_TENANTS}

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0019"
-down_revision = "0014"
+down_revision = "0016"
 branch_labels = None
 depends_on = None
 
@@ -29,12 +29,12 @@ grant select (job_id, step, lease_token, created_at) on metrics to {ROLE};
 WITHIN_QUOTA = """
 create or replace function within_gpu_quota(tenant uuid, quota double precision) returns boolean language sql stable as $$
     select quota is null or quota > (
-        select coalesce(sum(u.gpu_seconds), 0) from usage u
+        select coalesce(sum(least(u.gpu_seconds, 1e9)), 0) from usage u
         where u.tenant_id = tenant and u.created_at >= date_trunc('month', now(), 'UTC'))
         {running}
 $$
 """
-RUNNING = """+ (select coalesce(sum(a.used_seconds), 0) from attempts a
+RUNNING = """+ (select coalesce(sum(least(a.used_seconds, 1e9)), 0) from attempts a
             where a.tenant_id = tenant and a.outcome is null)"""
 # A tenant's i-th waiting job (0 is the first) is claimed at the score usage / weight + i * charge / weight. Those of
 # another tenant come before this one for as long as their scores are smaller. A tenant at its quota waits for itself.
@@ -62,18 +62,18 @@ language sql stable security definer set search_path = pg_catalog, public as $$
             count(*) filter (where j.status = 'running') as running
         from jobs j where j.pool = wanted_pool and j.status in ('queued', 'running') group by j.tenant_id
     ), active as (
-        select c.tenant_id, t.weight, t.usage * power(0.5, extract(epoch from now() - t.usage_at) / half_life) as used,
-            (t.usage + t.lift) * power(0.5, extract(epoch from now() - t.usage_at) / half_life) as account,
+        select c.tenant_id, t.weight, decayed_usage(t.usage, t.usage_at, half_life) as used,
+            share_score(t.usage + t.lift, t.usage_at, t.weight, half_life) as score,
             case when t.disabled_at is null and (
                 select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
             then c.waiting else 0 end as waiting
         from counted c join tenants t on t.id = c.tenant_id
     ), mine as (
-        select o.place, a.tenant_id, a.weight, a.used, a.account, (a.account + o.place * charge) / a.weight as score
+        select o.place, a.tenant_id, a.weight, a.used, a.score as own_score, a.score + o.place * charge / a.weight as score
         from own o join active a using (tenant_id)
     ), ahead as (
         select m.place + coalesce((
-            select sum(least(a.waiting, greatest(0, ceil((m.score - a.account / a.weight) * a.weight / charge))))::bigint
+            select sum(least(a.waiting, greatest(0, ceil((m.score - a.score) * a.weight / charge))))::bigint
             from active a where a.tenant_id <> m.tenant_id), 0) as num
         from mine m
     ), recent as (
@@ -83,7 +83,7 @@ language sql stable security definer set search_path = pg_catalog, public as $$
         order by e.ended_at desc limit 200
     ), leaves as (
         select (j.total_steps - j.trained_steps) * s.seconds_a_step as ends_in,
-            case when a.account / a.weight > m.score
+            case when a.score > m.score
                 then greatest(0, quantum - extract(epoch from now() - coalesce(e.stepping_at, now()))) end as lent_in
         from jobs j cross join mine m join active a on a.tenant_id = j.tenant_id
         join attempts e on e.lease_token = j.lease_token
@@ -104,7 +104,7 @@ language sql stable security definer set search_path = pg_catalog, public as $$
     select (select coalesce(sum(waiting), 0)::bigint from counted),
         (select num from ahead),
         (select coalesce(sum(waiting), 0)::bigint from counted where tenant_id <> m.tenant_id),
-        not exists (select from active a where a.tenant_id <> m.tenant_id and a.account / a.weight < m.account / m.weight),
+        not exists (select from active a where a.tenant_id <> m.tenant_id and a.score < m.own_score),
         coalesce(m.used / nullif((select sum(used) from active), 0), 0),
         m.weight / (select sum(weight) from active),
         (select count(*) from recent),
@@ -119,7 +119,23 @@ language sql stable security definer set search_path = pg_catalog, public as $$
     from mine m
 $$;
 """
-# The triggers of 0009, with the lift, and with a note of queues that were empty before a submission.
+# The function and the triggers of 0016, with a half-life of a day, the lift, and a note of queues that a submission
+# finds empty. Between tenants that always have work decay is no help, and a short half-life favours who trains first.
+RANK = """
+create or replace function share_rank(usage double precision, usage_at timestamptz, weight double precision)
+returns double precision language sql stable as $$
+    select case when usage > 0
+        then (ln(least(greatest(usage, 1e-6), 1e12)) - ln(least(greatest(weight, 0.01), 1000))) / ln(2)
+            + extract(epoch from usage_at) / {half_life}
+        else '-infinity'::double precision end
+$$;
+"""
+SCORE = """
+create function share_score(usage float8, usage_at timestamptz, weight float8, half_life float8) returns float8
+language sql stable as $$
+    select decayed_usage(usage, usage_at, half_life) / least(greatest(weight, 0.01), 1000)
+$$;
+"""
 TRIGGERS = """
 drop trigger rank_queues on tenants;
 create or replace function rank_queues() returns trigger language plpgsql as $$
@@ -129,16 +145,27 @@ begin
 end $$;
 create trigger rank_queues after update of usage, {lift_column} usage_at, weight on tenants
     for each row execute function rank_queues();
-create or replace function count_queued() returns trigger language plpgsql as $$
+create or replace function count_waiting() returns trigger language plpgsql as $$
+declare
+    queued int := 0;
+    paused int := 0;
 begin
-    if tg_op <> 'INSERT' and old.status = 'queued' then
-        update queues set num_queued = num_queued - 1 where tenant_id = old.tenant_id and pool = old.pool;
+    if tg_op <> 'INSERT' then
+        queued := -(old.status = 'queued')::int;
+        paused := -is_paused_or_pausing(old.status, old.pause_requested_at)::int;
     end if;
-    if tg_op <> 'DELETE' and new.status = 'queued' then
-        insert into queues (tenant_id, pool, num_queued, rank {is_new_column})
-        select t.id, new.pool, 1, share_rank(t.usage {lift_of_t}, t.usage_at, t.weight) {is_new_value}
+    if tg_op <> 'DELETE' then
+        queued := queued + (new.status = 'queued')::int;
+        paused := paused + is_paused_or_pausing(new.status, new.pause_requested_at)::int;
+    end if;
+    update queues set num_queued = num_queued + queued, num_paused = num_paused + paused {is_new_change}
+        where tenant_id = coalesce(new.tenant_id, old.tenant_id) and pool = coalesce(new.pool, old.pool);
+    if not found then
+        insert into queues (tenant_id, pool, num_queued, num_paused, rank {is_new_column})
+        select t.id, new.pool, queued, paused, share_rank(t.usage {lift_of_t}, t.usage_at, t.weight) {is_new_value}
         from tenants t where t.id = new.tenant_id
-        on conflict (tenant_id, pool) do update set num_queued = queues.num_queued + 1 {is_new_change};
+        on conflict (tenant_id, pool) do update
+            set num_queued = queues.num_queued + queued, num_paused = queues.num_paused + paused;
     end if;
     return null;
 end $$;
@@ -149,8 +176,11 @@ WITH_LIFT = {
     "lift_of_t": "+ t.lift",
     "is_new_column": ", is_new",
     "is_new_value": ", tg_op = 'INSERT'",
-    "is_new_change": ", is_new = queues.is_new or (tg_op = 'INSERT' and queues.num_queued = 0)",
+    "is_new_change": ", is_new = is_new or (tg_op = 'INSERT' and num_queued = 0)",
 }
+RERANK = """
+update queues q set rank = share_rank(t.usage {lift}, t.usage_at, t.weight) from tenants t where t.id = q.tenant_id
+"""
 SIGNATURE = "queue_outlook(text, uuid, float8, float8, float8, bigint)"
 
 
@@ -181,7 +211,11 @@ def upgrade() -> None:
     )
     op.execute(GRANTS)
     op.execute("grant update (is_new) on queues to espalier_api")  # the trigger acts in the submitter's name
+    op.create_check_constraint(op.f("ck_tenants_lift_bounded"), "tenants", "lift between -1e12 and 1e12")
+    op.execute(SCORE)
+    op.execute(RANK.format(half_life=86400))
     op.execute(TRIGGERS.format(**WITH_LIFT))
+    op.execute(RERANK.format(lift="+ t.lift"))
     op.execute(WITHIN_QUOTA.format(running=RUNNING))
     op.execute(f"create policy outlook_rows on metrics for select to {ROLE} using (true)")
     op.execute(OUTLOOK)
@@ -200,6 +234,9 @@ def downgrade() -> None:
     op.execute(f"revoke select (lease_token) on attempts from {ROLE}")
     op.execute(WITHIN_QUOTA.format(running=""))
     op.execute(TRIGGERS.format(**dict.fromkeys(WITH_LIFT, "")))
+    op.execute(RANK.format(half_life=21600))
+    op.execute(RERANK.format(lift=""))
+    op.execute("drop function share_score")
     op.execute("update attempts set outcome = 'preempted' where outcome = 'lent'")
     op.drop_table("pools")
     op.drop_index("ix_attempts_open", table_name="attempts", postgresql_where=sa.text("outcome is null"))

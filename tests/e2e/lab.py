@@ -244,7 +244,7 @@ class Lab:
 
 @contextmanager
 def running_lab(base_dir: Path, directory: Path, **env: str) -> Iterator[Lab]:
-    entry = base_entry(base_dir) | {"max_rank": 2**30}  # so that a job can be larger than any device
+    entry = base_entry(base_dir) | {"max_rank": 2**24}  # so that a job can be larger than any device
     registry = directory / "registry.yaml"
     registry.write_text(yaml.safe_dump({"base_models": [entry]}))
     servers = FaultyServers(directory / "data")

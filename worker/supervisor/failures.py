@@ -23,6 +23,7 @@ class Failure:
 STALLED = Failure("stalled", "The training made no progress for too long and was stopped.", is_final_alone=True)
 UNCONFIRMED = "What the trainer wrote could not be confirmed in the object store, which does not answer."
 DAMAGED = Failure("integrity", "What the trainer wrote is not what the object store has.")
+UNRECORDABLE = Failure("unrecordable", "What the trainer reported could not be recorded.")
 LEASE_LOST = Failure("lease_lost", "The worker lost touch with the database and stopped itself.")
 _OOM_HOST = Failure(
     "oom_host",

@@ -53,7 +53,7 @@ def order_job(session: Session, job: Job, *, store: ObjectStore) -> StartJob:
     training_file = session.get_one(File, job.training_file_id)
     validation_file = session.get(File, job.validation_file_id) if job.validation_file_id else None
     lease = lease_of(job)
-    name = fine_tuned_model_name(job.base_model_id, tenant_slug=tenant.slug, suffix=job.suffix, job_id=job.id)
+    name = fine_tuned_model_name(job.base_model_id, tenant_slug=tenant.slug, suffix=job.suffix, digits=job.name_digits)
     return StartJob(
         lease_token=lease.token,
         tenant_id=str(job.tenant_id),

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -34,7 +35,8 @@ from core.domain.jobs import is_acquitted
 from core.domain.scheduling import slot_seconds
 from core.services import attempts, charges
 from core.services.attempts import Lease, StaleLeaseError
-from core.services.base_models import list_base_models
+from core.services.base_models import list_known_base_models
+from core.services.set_asides import ROW_ERRORS
 from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
 from core.storage import ObjectStore, StorageUnavailableError
@@ -62,7 +64,7 @@ from worker.messages import (
 from worker.supervisor.artifacts import ArtifactProver, Proof, grant_uploads, result_filename
 from worker.supervisor.bases import BaseHolder
 from worker.supervisor.children import TrainerGoneError
-from worker.supervisor.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED, Failure, explain_exit
+from worker.supervisor.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED, UNRECORDABLE, Failure, explain_exit
 from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.orders import lease_of, order_job, pools_of
 from worker.supervisor.records import ProgressReport, record_progress, record_proof
@@ -235,7 +237,7 @@ class Runner:
 
     def _load_base(self, pool: str) -> None:
         with service_transaction(self._engine) as session:
-            base = next(base for base in list_base_models(session) if pool in pools_of(base))
+            base = next(base for base in list_known_base_models(session) if pool in pools_of(base))
         started = time.monotonic()
         refusal = self._base.load(pool, base)
         if refusal:
@@ -255,13 +257,17 @@ class Runner:
     def _fill_slots(self) -> None:
         while self._has_room() and not self._ends_turn():
             started = time.monotonic()
-            with service_transaction(self._engine) as session:
-                job = self._claim(session)
-                order = order_job(session, job, store=self._store) if job is not None else None
-            if job is None or order is None:
+            orders: list[StartJob] = []
+            job = self._claim_with_order(orders)
+            if job is None:
                 return
             reach(CrashPoint.POST_CLAIM)
-            self._hold(job, order, since=started)
+            self._hold(job, orders[-1], since=started)
+
+    def _claim_with_order(self, orders: list[StartJob]) -> Job | None:
+        """Claim a job and append what the trainer is to be sent. One whose order cannot be made is not claimed."""
+        with service_transaction(self._engine) as session:
+            return self._claim(session, lambda job: orders.append(order_job(session, job, store=self._store)))
 
     def _has_room(self) -> bool:
         return self._is_ready and not self._is_trying and len(self._held) < self._base.slots
@@ -303,7 +309,7 @@ class Runner:
             log.info("slot.lent", lease_token=token)
             self._yield(self._held[token])
 
-    def _claim(self, session: Session) -> Job | None:
+    def _claim(self, session: Session, prepare: Callable[[Job], None] = lambda _job: None) -> Job | None:
         assert self._base.pool is not None
         return attempts.claim_job(
             session,
@@ -312,6 +318,7 @@ class Runner:
             lease_seconds=self._settings.lease_seconds,
             is_idle=not self._held,
             slot_seconds=slot_seconds(self._settings.quantum_seconds, slots=self._base.slots),
+            prepare=prepare,
         )
 
     def _hold(self, job: Job, order: StartJob, *, since: float) -> None:
@@ -366,14 +373,33 @@ class Runner:
                 self._prover.submit(held.lease, report)
 
     def _record_progress(self) -> None:
-        """Store what the jobs have done, all in one transaction: a step of many jobs costs one commit."""
-        if not self._unrecorded:
+        """Store what the jobs have done, all in one transaction: a step of many jobs costs one commit.
+
+        Where one report cannot be stored, each is stored alone, and that one ends its attempt.
+        """
+        try:
+            self._record(self._unrecorded)
+        except ROW_ERRORS:
+            self._record_one_by_one()
+        self._unrecorded.clear()
+
+    def _record_one_by_one(self) -> None:
+        while self._unrecorded:
+            held, _ = self._unrecorded[0]
+            try:
+                self._record(self._unrecorded[:1])
+            except ROW_ERRORS as error:
+                self._fail_unrecordable(held, error)
+            self._unrecorded.pop(0)
+
+    def _record(self, reports: Sequence[tuple[HeldJob, ProgressReport]]) -> None:
+        if not reports:
             return
         spent: list[str] = []
         stale: set[int] = set()
         acquitted: dict[int, bool] = {}
         with service_transaction(self._engine) as session:
-            for held, report in self._unrecorded:
+            for held, report in reports:
                 token = held.lease.token
                 try:
                     if token not in stale:
@@ -382,7 +408,6 @@ class Runner:
                             acquitted[token] = attempts.acquit_job(session, held.lease)
                 except StaleLeaseError:
                     stale.add(token)
-        self._unrecorded.clear()
         self._prover.delete_prefixes(tuple(spent))
         for token in stale:
             self._drop(self._held.get(token))
@@ -420,9 +445,21 @@ class Runner:
         except StaleLeaseError:
             self._drop(held)
             return
+        except ROW_ERRORS as error:
+            self._fail_unrecordable(held, error)
+            return
         if isinstance(proof.report, JobSucceeded | JobFailed | JobYielded):
             log.info("job.left", job_id=format_id(IdKind.JOB, held.lease.job_id), reason=proof.report.kind)
             self._drop(held)
+
+    def _fail_unrecordable(self, held: HeldJob, error: Exception) -> None:
+        """End an attempt whose report the database does not take. Where not even that is taken, its lease runs out."""
+        log.error("report.unrecordable", lease_token=held.lease.token, error=type(error).__name__)
+        with contextlib.suppress(StaleLeaseError, *ROW_ERRORS), service_transaction(self._engine) as session:
+            attempts.fail_attempt(
+                session, held.lease, code=UNRECORDABLE.code, message=UNRECORDABLE.message, is_job_fault=False
+            )
+        self._drop(held)
 
     def _report_unproven(self, held: HeldJob, proof: Proof) -> None:
         log.warning("artifact.unconfirmed", lease_token=held.lease.token, error=str(proof.error))
@@ -524,14 +561,20 @@ class Runner:
     def _book_usage(self) -> None:
         while self._unbooked:
             held = self._unbooked[0]
-            with service_transaction(self._engine) as session:
-                charges.record_usage(
-                    session,
-                    held.lease.token,
-                    gpu_seconds=held.usage.gpu_seconds if held.usage else 0.0,
-                    trained_tokens=held.usage.trained_tokens if held.usage else 0,
-                )
+            try:
+                self._book(held)
+            except ROW_ERRORS as error:  # the schedule settles what was not booked
+                log.error("usage.unrecordable", lease_token=held.lease.token, error=type(error).__name__)  # noqa: TRY400
             self._unbooked.pop(0)
+
+    def _book(self, held: HeldJob) -> None:
+        with service_transaction(self._engine) as session:
+            charges.record_usage(
+                session,
+                held.lease.token,
+                gpu_seconds=held.usage.gpu_seconds if held.usage else 0.0,
+                trained_tokens=held.usage.trained_tokens if held.usage else 0,
+            )
 
     def _give_back_if_stopping(self) -> None:
         if self._stop_requested.is_set():

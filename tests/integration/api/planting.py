@@ -21,6 +21,7 @@ from core.db.models import (
     LogLine,
     Metric,
     ResumePoint,
+    SetAside,
     Upload,
     UploadPart,
     Usage,
@@ -80,7 +81,7 @@ def plant(owner: Engine, api: Engine, store: ObjectStore, tenant: Tenant) -> Pla
 
 def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uuid.UUID, object_key: str) -> Planted:
     job_id, token = new_id(), session.scalars(LEASE_TOKENS.next_value()).one()
-    name = fine_tuned_model_name(BASE_MODEL, tenant_slug=tenant.slug, suffix=None, job_id=job_id)
+    name = fine_tuned_model_name(BASE_MODEL, tenant_slug=tenant.slug, suffix=None, digits=job_id.hex[-8:])
     prefix = attempt_prefix(tenant.id, job_id, token)
     own = {"tenant_id": tenant.id, "job_id": job_id}
     session.add(_job(tenant, job_id, file_id, name))
@@ -139,6 +140,7 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
             log_line,
             IdempotencyKey(tenant_id=tenant.id, key="planted", request_hash=bytes(32), job_id=job_id),
             ResumePoint(id=new_id(), lease_token=token, step=1, object_prefix=prefix, files=FILES, **own),
+            SetAside(duty="claim", row_id=job_id, tenant_id=tenant.id, reason="Planted.", retry_at=func.now()),
         ]
     )
     session.flush()

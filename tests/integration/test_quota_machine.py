@@ -1,0 +1,340 @@
+"""Every verb of a tenant's, a worker's and the schedule's in any order: no quota is ever passed by the tenant's doing.
+
+What waits, runs and is stored is counted anew after each verb, over what exists. A verb of the tenant's never takes a
+count beyond its quota, and is refused only where it would. What happens to the tenant may: a job that comes back to its
+queue, what a running job stores. Nothing starts for a tenant that stores too much, or runs as many jobs as it may.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from sqlalchemy import Engine, select, text
+from sqlalchemy.orm import Session
+
+from core.db.models import Job
+from core.db.session import connect, service_transaction, tenant_transaction
+from core.domain.errors import ConflictError, DomainError
+from core.domain.ids import new_id
+from core.domain.objects import attempt_prefix, file_key
+from core.services import attempts, resume_points, uploads
+from core.services.adapters import delete_adapter
+from core.services.attempts import Lease, StoredArtifact
+from core.services.checkpoints import delete_checkpoint
+from core.services.contract import check_rows
+from core.services.files import NewFile, create_file, delete_file
+from core.services.jobs import cancel_job, pause_job, resume_job
+from core.services.purges import find_purges, mark_purged
+from core.services.quotas import reserve_storage
+from core.services.submissions import JobRequest, submit_job
+from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
+from tests.integration.test_attempts import POOL
+
+MAX_QUEUED, MAX_RUNNING, MAX_BYTES = 2, 2, 200
+COUNTS = text("""
+    select (select count(*) from jobs where tenant_id = t.id
+            and (status in ('queued', 'paused') or pause_requested_at is not null)) as waiting,
+        (select count(*) from jobs where tenant_id = t.id and status = 'running') as running,
+        (select coalesce(sum(size_bytes), 0)::bigint from (
+            select size_bytes from files where tenant_id = t.id and purged_at is null
+            union all select size_bytes from uploads
+                where tenant_id = t.id and purged_at is null and status <> 'completed'
+            union all select size_bytes from adapters where tenant_id = t.id and purged_at is null
+            union all select size_bytes from checkpoints where tenant_id = t.id and purged_at is null
+            union all select size_bytes from resume_points where tenant_id = t.id) stored) as stored,
+        coalesce((select num_bytes from storage_totals where tenant_id = t.id), 0) as counted,
+        exists (select from jobs where tenant_id = t.id and status = 'queued' and run_after <= now()) as is_claimable
+    from tenants t where t.id = :id
+""")
+SIZES = st.integers(1, 120)
+PICKS = st.integers(0, 10**6)
+TENANTS = st.sampled_from((0, 0, 0, 1))  # one comes to its quotas sooner than two
+TIMES = st.integers(1, 3)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What there is of one tenant. `counted` is what the triggers say is stored."""
+
+    waiting: int
+    running: int
+    stored: int
+    counted: int
+    is_claimable: bool
+
+    @property
+    def may_start(self) -> bool:
+        return self.is_claimable and self.running < MAX_RUNNING and self.stored <= MAX_BYTES
+
+
+class QuotaMachine(RuleBasedStateMachine):
+    """Two tenants beside each other. A number that is drawn picks one of what there is; nothing happens without any."""
+
+    owner: Engine
+    api: Engine
+    worker: Engine
+    schedule: Engine
+    tenants: tuple[Tenant, Tenant]
+
+    def __init__(self) -> None:
+        super().__init__()
+        with service_transaction(self.owner) as session:
+            session.execute(text("truncate jobs, queues, files, uploads, storage_totals cascade"))
+            for tenant in self.tenants:
+                create_file(session, tenant.id, new=self._new_file(tenant.id, 10))
+
+    # The tenant's own verbs.
+
+    @rule(who=TENANTS, size=SIZES)
+    def upload(self, who: int, size: int) -> None:
+        def act(session: Session, tenant_id: uuid.UUID) -> None:
+            reserve_storage(session, tenant_id, num_bytes=size)
+            create_file(session, tenant_id, new=self._new_file(tenant_id, size))
+
+        self._ask(who, act, refused={"storage_quota_exceeded": lambda counts: counts.stored + size > MAX_BYTES})
+
+    @rule(who=TENANTS, size=SIZES)
+    def begin_upload(self, who: int, size: int) -> None:
+        def act(session: Session, tenant_id: uuid.UUID) -> None:
+            reserve_storage(session, tenant_id, num_bytes=size)
+            new = uploads.NewUpload("a", "fine-tune", "text/plain", size)
+            upload = uploads.create_upload(session, tenant_id, new=new)
+            part = uploads.NewPart(new_id(), "k", size)
+            uploads.add_part(session, tenant_id, upload_id=upload.id, new=part)
+
+        self._ask(who, act, refused={"storage_quota_exceeded": lambda counts: counts.stored + size > MAX_BYTES})
+
+    @rule(who=TENANTS, pick=PICKS)
+    def complete_upload(self, who: int, pick: int) -> None:
+        for upload in self._pick(who, pick, "select id, size_bytes from uploads where status = 'pending'"):
+            new = self._new_file(self.tenants[who].id, upload.size_bytes)
+            self._ask(who, uploads.complete_upload, may_conflict=True, upload_id=upload.id, file=new)
+
+    @rule(who=TENANTS, pick=PICKS)
+    def cancel_upload(self, who: int, pick: int) -> None:
+        for upload in self._pick(who, pick, "select id from uploads where status = 'pending'"):
+            self._ask(who, uploads.cancel_upload, may_conflict=True, upload_id=upload.id)
+
+    @rule(who=TENANTS, pick=PICKS)
+    def delete_file(self, who: int, pick: int) -> None:
+        for file in self._pick(who, pick, "select id from files where deleted_at is null"):
+            self._ask(who, delete_file, may_conflict=True, file_id=file.id)
+
+    @rule(who=TENANTS, pick=PICKS)
+    def delete_adapter(self, who: int, pick: int) -> None:
+        for adapter in self._pick(who, pick, "select name, id from adapters where deleted_at is null"):
+            self._ask(who, delete_adapter, name=adapter.name)
+
+    @rule(who=TENANTS, pick=PICKS)
+    def delete_checkpoint(self, who: int, pick: int) -> None:
+        for checkpoint in self._pick(who, pick, "select model_name, id from checkpoints where deleted_at is null"):
+            self._ask(who, delete_checkpoint, may_conflict=True, name=checkpoint.model_name)
+
+    @rule(who=TENANTS, pick=PICKS, times=TIMES)
+    def submit(self, who: int, pick: int, times: int) -> None:
+        query = "select id from files where deleted_at is null and purpose = 'fine-tune'"
+        for file in self._pick(who, pick, query) * times:
+            request = JobRequest(base_model_id=BASE_MODEL, training_file_id=file.id)
+            refused = {
+                "storage_quota_exceeded": lambda counts: counts.stored > MAX_BYTES,
+                "queue_quota_exceeded": lambda counts: counts.waiting >= MAX_QUEUED,
+            }
+            self._ask(who, submit_job, refused=refused, request=request)
+
+    @rule(who=TENANTS, pick=PICKS)
+    def pause(self, who: int, pick: int) -> None:
+        takes_place = "status = 'running' and pause_requested_at is null as takes_place"
+        for job in self._pick(who, pick, f"select id, {takes_place} from jobs where finished_at is null"):
+            full = {"queue_quota_exceeded": lambda counts: counts.waiting >= MAX_QUEUED} if job.takes_place else {}
+            self._ask(who, pause_job, refused=full, may_conflict=True, job_id=job.id)
+
+    @rule(who=TENANTS, pick=PICKS)
+    def resume(self, who: int, pick: int) -> None:
+        waits = "status = 'paused' or pause_requested_at is not null"
+        for job in self._pick(who, pick, f"select id from jobs where {waits}"):
+            self._ask(who, resume_job, may_conflict=True, job_id=job.id)
+
+    @rule(who=TENANTS, pick=PICKS)
+    def cancel(self, who: int, pick: int) -> None:
+        for job in self._pick(who, pick, "select id from jobs"):
+            self._ask(who, cancel_job, may_conflict=True, job_id=job.id)
+
+    # What happens to it.
+
+    @rule(times=TIMES)
+    def claim(self, times: int) -> None:
+        for _ in range(times):
+            self._claim()
+
+    def _claim(self) -> None:
+        before = {tenant.id: self._count(tenant) for tenant in self.tenants}
+        with service_transaction(self.worker) as session:
+            job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60)
+        may_start = {tenant_id for tenant_id, counts in before.items() if counts.may_start}
+        assert job.tenant_id in may_start if job is not None else not may_start
+
+    @rule(who=TENANTS, pick=PICKS)
+    def give_back(self, who: int, pick: int) -> None:
+        for lease in self._leases(who, pick):
+            self._work(attempts.requeue_attempt, lease)
+
+    @rule(who=TENANTS, pick=PICKS, is_job_fault=st.booleans())
+    def fail(self, who: int, pick: int, is_job_fault: bool) -> None:
+        for lease in self._leases(who, pick):
+            self._work(attempts.fail_attempt, lease, code="x", message="x", is_job_fault=is_job_fault)
+
+    @rule(who=TENANTS, pick=PICKS, size=SIZES, step=st.integers(1, 3))
+    def store_checkpoint(self, who: int, pick: int, size: int, step: int) -> None:
+        for lease in self._leases(who, pick):
+            artifact = self._artifact(lease, f"c{step}", size)
+            self._work(attempts.record_checkpoint, lease, step=step, artifact=artifact, metrics={})
+
+    @rule(who=TENANTS, pick=PICKS, size=SIZES, step=st.integers(1, 5))
+    def store_resume_point(self, who: int, pick: int, size: int, step: int) -> None:
+        for lease in self._leases(who, pick):
+            artifact = self._artifact(lease, f"r{step}", size)
+            self._work(resume_points.record_resume_point, lease, step=step, artifact=artifact)
+
+    @rule(who=TENANTS, pick=PICKS, step=st.integers(0, 5))
+    def go_on_from(self, who: int, pick: int, step: int) -> None:
+        for lease in self._leases(who, pick):
+            self._work(resume_points.begin_steps, lease, step=step)
+
+    @rule(who=TENANTS, pick=PICKS, size=SIZES)
+    def succeed(self, who: int, pick: int, size: int) -> None:
+        def act(session: Session, lease: Lease) -> None:
+            result = self._new_file(lease.tenant_id, 10, purpose="fine-tune-results")
+            adapter = self._artifact(lease, "adapter", size)
+            attempts.succeed_attempt(session, lease, adapter=adapter, result_file=result, trained_tokens=1)
+            resume_points.forget_resume_points(session, lease)
+
+        for lease in self._leases(who, pick):
+            self._work(act, lease)
+
+    @rule(who=TENANTS, pick=PICKS)
+    def lose_the_worker(self, who: int, pick: int) -> None:
+        for lease in self._leases(who, pick):
+            with service_transaction(self.owner) as session:
+                past = text("update jobs set lease_until = now() - interval '1 s' where id = :id")
+                session.execute(past, {"id": lease.job_id})
+            with service_transaction(self.schedule) as session:
+                assert attempts.expire_leases(session) == 1
+
+    @rule()
+    def pass_an_hour(self) -> None:
+        with service_transaction(self.owner) as session:
+            session.execute(text("update uploads set expires_at = expires_at - interval '1 hour'"))
+            session.execute(text("update jobs set run_after = now() where status in ('queued', 'paused')"))
+
+    @rule()
+    def purge(self) -> None:
+        with service_transaction(self.schedule) as session:
+            while due := find_purges(session):
+                for each in due:
+                    mark_purged(session, each)
+
+    @invariant()
+    def what_is_counted_is_what_there_is(self) -> None:
+        for tenant in self.tenants:
+            counts = self._count(tenant)
+            assert counts.stored == counts.counted
+            assert counts.running <= MAX_RUNNING
+        with service_transaction(self.owner) as session:
+            assert [
+                finding
+                for finding in check_rows(session, FairnessTerms())
+                if finding.num_broken and finding.promise == "I1"
+            ] == []
+
+    def _ask(
+        self,
+        who: int,
+        verb: Callable[..., Any],
+        *,
+        refused: dict[str, Callable[[Counts], bool]] | None = None,
+        may_conflict: bool = False,
+        **arguments: Any,
+    ) -> None:
+        """Do a verb of the tenant's. `refused` says by code when it must be refused; else it must not be."""
+        before = self._count(self.tenants[who])
+        code = None
+        try:
+            with tenant_transaction(self.api, self.tenants[who].id) as session:
+                verb(session, self.tenants[who].id, **arguments)
+        except ConflictError:
+            assert may_conflict
+        except DomainError as error:
+            code = error.code
+        due = {name for name, is_due in (refused or {}).items() if is_due(before)}
+        assert code in due if due else code is None, (code, due)
+        after = self._count(self.tenants[who])
+        assert after.waiting <= max(before.waiting, MAX_QUEUED)
+        assert after.stored <= max(before.stored, MAX_BYTES)
+
+    def _work(self, verb: Callable[..., Any], lease: Lease, **arguments: Any) -> None:
+        with service_transaction(self.worker) as session:
+            verb(session, lease, **arguments)
+
+    def _count(self, tenant: Tenant) -> Counts:
+        with service_transaction(self.owner) as session:
+            return Counts(*session.execute(COUNTS, {"id": tenant.id}).one())
+
+    def _pick(self, who: int, pick: int, query: str) -> list[Any]:
+        """Return one of the tenant's rows that a query finds, or none."""
+        with tenant_transaction(self.api, self.tenants[who].id) as session:
+            rows = session.execute(text(f"{query} order by id")).all()
+        return [rows[pick % len(rows)]] if rows else []
+
+    def _leases(self, who: int, pick: int) -> list[Lease]:
+        with service_transaction(self.owner) as session:
+            running = select(Job).where(Job.tenant_id == self.tenants[who].id, Job.status == "running")
+            rows = session.scalars(running.order_by(Job.id)).all()
+        leases = [Lease(row.id, row.tenant_id, row.lease_token) for row in rows if row.lease_token is not None]
+        return [leases[pick % len(leases)]] if leases else []
+
+    @staticmethod
+    def _new_file(tenant_id: uuid.UUID, size: int, *, purpose: Any = "fine-tune") -> NewFile:
+        file_id = new_id()
+        return NewFile(file_id, "a", purpose, file_key(tenant_id, file_id), size, "0" * 64, num_examples=4)
+
+    @staticmethod
+    def _artifact(lease: Lease, name: str, size: int) -> StoredArtifact:
+        prefix = f"{attempt_prefix(lease.tenant_id, lease.job_id, lease.token)}{name}/"
+        return StoredArtifact(prefix, ({"name": "a", "size_bytes": size, "sha256": "0" * 64},))
+
+
+def test_no_order_of_verbs_passes_a_quota(owner: Engine, database: Database) -> None:
+    engines = {
+        "owner": owner,
+        "api": connect(database.api_url),
+        "worker": connect(database.worker_url),
+        "schedule": connect(database.schedule_url),
+    }
+    tenants = (add_tenant(owner), add_tenant(owner))
+    with service_transaction(owner) as session:
+        quotas = {"queued": MAX_QUEUED, "running": MAX_RUNNING, "bytes": MAX_BYTES}
+        session.execute(
+            text("update tenants set max_queued = :queued, max_running = :running, max_storage_bytes = :bytes"), quotas
+        )
+    machine = type("Machine", (QuotaMachine,), {**engines, "tenants": tenants})
+    try:
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=12,
+                stateful_step_count=60,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate],  # to shrink a failure would take minutes; its steps are printed as they were
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        for name in ("api", "worker", "schedule"):
+            engines[name].dispose()
