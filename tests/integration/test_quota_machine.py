@@ -23,6 +23,7 @@ from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError, DomainError
 from core.domain.ids import new_id
 from core.domain.objects import attempt_prefix, file_key
+from core.domain.scheduling import FairnessTerms
 from core.services import attempts, resume_points, uploads
 from core.services.adapters import delete_adapter
 from core.services.attempts import Lease, StoredArtifact
