@@ -25,7 +25,7 @@ from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from core.domain.training import Frozen
 from tests.unit.engine.tiny import ALL_MODULES, make_spec, tiny_llama
 from worker.engine import CURSOR_FILE, TENSORS_FILE, Engine, Example, JobTooLargeError, SlotReport
-from worker.engine.losses import RowLosses
+from worker.engine.evaluations import Score
 from worker.engine.planner import SlotPlan
 from worker.engine.slots import Slot
 from worker.messages import (
@@ -117,7 +117,7 @@ class FaultyEngine(Engine):
     bad_steps: Sequence[int] = ()
     can_evaluate = True
 
-    def _score(self, slot: Slot, examples: Sequence[Example]) -> list[RowLosses]:
+    def _score(self, slot: Slot, examples: Sequence[Example]) -> list[Score]:
         if not self.can_evaluate:
             raise JobTooLargeError("the test's device is full")
         return super()._score(slot, examples)

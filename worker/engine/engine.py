@@ -7,9 +7,11 @@ failed leaves nothing behind but its batches begun anew; no row of one job is ev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 import torch
@@ -20,20 +22,21 @@ from worker.engine.attention import IMPLEMENTATION
 from worker.engine.banks import BYTES_PER_PARAMETER, Bank, Layout
 from worker.engine.bases import freeze_base, inspect_base, recompute_layers
 from worker.engine.errors import DivergedError, InvalidJobError, JobTooLargeError, NoFreeSlotError
-from worker.engine.evaluations import PendingEvaluation
+from worker.engine.evaluations import PendingEvaluation, Score
 from worker.engine.examples import EngineJob, Example, SlotReport, StepMetrics
 from worker.engine.frozen import Scratch, freeze_linear
 from worker.engine.limits import JobLimits
-from worker.engine.linears import FusedLinear, Siblings, StepContext
+from worker.engine.linears import FusedLinear, Siblings
 from worker.engine.losses import Head, RowLosses, cross_entropy, loss_bytes
 from worker.engine.memory import DeviceMemory, StepCost, measure_activations, probe_example, probe_job
 from worker.engine.norms import freeze_norms
-from worker.engine.optimizers import update_weights
+from worker.engine.optimizers import AdamW
 from worker.engine.packing import GroupExamples, PackedBatch, pack
 from worker.engine.planner import Planner, SlotPlan
 from worker.engine.runs import SlotRows, make_runs, stream_order
 from worker.engine.slots import Slot
 from worker.engine.states import SlotState, capture_state, load_state
+from worker.engine.steps import StepContext, StepGivenUpError
 
 log = structlog.get_logger()
 MAX_SKIPPED_STEPS = 3
@@ -41,7 +44,17 @@ MAX_SKIPPED_STEPS = 3
 # they leave is all that slots will ever have. It is what most jobs ask for at most; with max_rank's, a worker that
 # allows for one large job would compute layers twice for ever.
 _USUAL_RANK = 16
+# A step that others are in as well may go on for so long after a job was evicted from it.
+PATIENCE_SECONDS = 2.0
 _ONE_EXAMPLE_TOO_LARGE = "One example alone does not fit the device; lower max_seq_len."
+
+
+class _Found(NamedTuple):
+    """What a step has found of one slot's examples."""
+
+    loss_sum: float
+    num_right: float
+    grad_norm: float
 
 
 class Engine:
@@ -61,10 +74,13 @@ class Engine:
         self._decoder: nn.Module = model.base_model
         self._head = Head(model.get_output_embeddings())
         self._device = self._head.rows_VE.device
-        self._context = StepContext(self._device)
+        self._look: Callable[[], None] | None = None
+        self._context = StepContext(self._device, pause=self._pause)
+        self._optimizer = AdamW(self._device)
         self._planner = Planner()
         self._slots: dict[str, Slot] = {}
-        self._banks: list[Bank] = []
+        # Evicted while a step was under way, at whose end their rows are removed.
+        self._leaving: list[Slot] = []
         scratch: Scratch = {}
         for names in self._shape.siblings:
             weights = [freeze_linear(model.get_submodule(name), scratch) for name in names]
@@ -85,6 +101,11 @@ class Engine:
     @property
     def num_free_slots(self) -> int:
         return self._max_slots - len(self._slots)
+
+    @property
+    def running_ids(self) -> Collection[str]:
+        """The jobs whose examples are on the device now; none outside of `look`."""
+        return [slot.job.job_id for slot in self._context.slots]
 
     def admit(self, job: EngineJob) -> None:
         """Give a job a slot. Raises NoFreeSlotError when it must wait until another has left.
@@ -111,14 +132,16 @@ class Engine:
         self._slots[job.job_id] = slot
 
     def evict(self, job_id: str) -> None:
-        """Take a job out and leave no trace of it; what it held, and what its length cost the others, is given back."""
+        """Take a job out and leave no trace of it; what it held, and what its length cost the others, is given back.
+
+        Within a step, which is where `look` is called, the job's row is removed at the step's end.
+        """
         slot = self._slots.pop(job_id)
-        slot.bank.remove_row(slot.row)
-        for other in self._slots.values():
-            if other.bank is slot.bank and other.row == slot.bank.num_rows:
-                other.row = slot.row
-        self._banks = [bank for bank in self._banks if bank.num_rows]
+        slot.evicted_at = time.monotonic()
+        self._leaving.append(slot)
         self._budget_tokens = self._max_tokens_per_step
+        if self._look is None:
+            self._remove_rows()
 
     def begin_evaluation(self, job_id: str, examples: Sequence[Example]) -> None:
         """Let the coming steps score the job on other examples, before it trains on: no dropout, nothing changes.
@@ -129,13 +152,17 @@ class Engine:
         self._limits.check_examples(examples)
         self._slots[job_id].evaluation = PendingEvaluation(examples)
 
-    def step(self) -> tuple[SlotReport, ...]:
+    def step(self, *, look: Callable[[], None] = lambda: None) -> tuple[SlotReport, ...]:
         """Train on one token budget's worth of examples of all jobs, and score one's worth of those evaluated.
 
-        Empty when no job has work left.
+        Empty when no job has work left. `look` is called between any two products, and may capture states and evict
+        jobs. What is under way is given up when all who are in it have been evicted. It is as well when the first of
+        them was for PATIENCE_SECONDS; then the others' batches come again, and steps are half as long from then on,
+        so that this happens a few times at most. It may report what it did for evicted jobs.
         """
-        scored = self._evaluate()
-        trained = self._train(scored)
+        with self._looking(look):
+            scored = self._evaluate()
+            trained = self._train(scored)
         for slot in self._slots.values():
             # Not before: its caller wants to see the weights that were judged.
             if slot.evaluation is not None and slot.evaluation.is_complete:
@@ -158,21 +185,54 @@ class Engine:
         """Go on from a written state, and return its step. Raises InvalidJobError when it is another job's."""
         return load_state(self._slots[job_id], directory)
 
+    @contextmanager
+    def _looking(self, look: Callable[[], None]) -> Iterator[None]:
+        self._look = look
+        try:
+            yield
+        finally:
+            self._look = None
+            self._remove_rows()
+
+    def _remove_rows(self) -> None:
+        while self._leaving:
+            slot = self._leaving.pop()
+            slot.bank.remove_row(slot.bank_row)
+
+    def _pause(self) -> None:
+        """Let the caller look. Raises StepGivenUpError when what is under way is not to go on."""
+        if self._look is None:
+            return
+        self._look()
+        if not self._leaving:
+            return
+        evicted_at = [slot.evicted_at for slot in self._context.slots if slot.evicted_at is not None]
+        if evicted_at and (
+            len(evicted_at) == len(self._context.slots) or time.monotonic() - min(evicted_at) > PATIENCE_SECONDS
+        ):
+            raise StepGivenUpError
+
     def _train(self, scored: tuple[SlotReport, ...]) -> tuple[SlotReport, ...]:
         while plans := self._plan():
+            is_given_up = False
             try:
                 batch = self._pack(plans)
-                losses = self._forward_backward(plans, batch)
+                numbers = self._count(plans, batch, self._forward_backward(plans, batch))
             except torch.OutOfMemoryError:
-                is_too_large = len(plans) == 1 and len(plans[0].example_indices) == 1
+                pass
+            except StepGivenUpError:
+                is_given_up = True
             else:
-                return self._commit(plans, batch, losses, scored)
+                return self._commit(plans, numbers, scored)
             # Out of the except clause, whose traceback would keep the failed step's activations alive.
             for plan in plans:
                 plan.slot.restart_batch()
-            if is_too_large:
-                return (_report(plans[0], JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
-            self._halve_budget(sum(plan.num_tokens for plan in plans))
+            if is_given_up:
+                self._shorten_steps(plans)
+                return ()
+            if len(plans) == 1 and len(plans[0].example_indices) == 1:
+                return (_report(plans[0], failure=JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
+            self._halve_budget(plans)
         return ()
 
     def _evaluate(self) -> tuple[SlotReport, ...]:
@@ -187,6 +247,8 @@ class Engine:
             evaluation.count(part, self._score(slot, part))
         except JobTooLargeError as error:
             return (SlotReport(job_id, failure=error),)
+        except StepGivenUpError:
+            return ()
         num_tokens = sum(example.num_tokens for example in part)
         if not evaluation.is_complete:
             return (SlotReport(job_id, num_scored_tokens=num_tokens),)
@@ -223,7 +285,7 @@ class Engine:
 
     def _forward(self, batch: PackedBatch, weights_M: Tensor) -> RowLosses:
         hidden_ME = self._decode(batch)[batch.label_rows_M]
-        return cross_entropy(hidden_ME, batch.labels_M, weights_M, self._head)
+        return cross_entropy(hidden_ME, batch.labels_M, weights_M, self._head, pause=self._pause)
 
     def _decode(self, batch: PackedBatch) -> Tensor:
         """Return the last hidden state [T, E]."""
@@ -236,23 +298,21 @@ class Engine:
         hidden_TE: Tensor = output.last_hidden_state[0]
         return hidden_TE
 
-    def _score(self, slot: Slot, examples: Sequence[Example]) -> list[RowLosses]:
+    def _score(self, slot: Slot, examples: Sequence[Example]) -> list[Score]:
         """Score examples in one forward, or in halves where one does not fit. Raises JobTooLargeError."""
         try:
             batch = pack([GroupExamples(examples, [0] * len(examples))], self._device)
             runs = make_runs([SlotRows(slot, batch.groups[0], is_training=False)], is_grouped=False)
             with torch.no_grad(), self._context.running(runs):
-                return [self._forward(batch, torch.ones(len(batch.labels_M), device=self._device))]
+                return [Score.of(self._forward(batch, torch.ones(len(batch.labels_M), device=self._device)))]
         except torch.OutOfMemoryError:
             middle = len(examples) // 2
         if not middle:
             raise JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)
         return self._score(slot, examples[:middle]) + self._score(slot, examples[middle:])
 
-    def _commit(
-        self, plans: list[SlotPlan], batch: PackedBatch, losses: RowLosses, scored: tuple[SlotReport, ...]
-    ) -> tuple[SlotReport, ...]:
-        """Add up what the step has found, and update the slots whose optimizer batch is complete."""
+    def _count(self, plans: list[SlotPlan], batch: PackedBatch, losses: RowLosses) -> list[_Found]:
+        """Read off the device what the step has found, a plan at a time: the one read that waits for it."""
         counted = [
             torch.stack(
                 [
@@ -263,24 +323,33 @@ class Engine:
             )
             for plan, group in zip(plans, batch.groups, strict=True)
         ]
-        numbers = torch.stack(counted).tolist()  # the one read that waits for the device
-        costs = {self._slots[report.job_id].job.tenant: report.cost_tokens for report in scored}
-        self._planner.charge(plans, tuple(self._slots.values()), self._budget_tokens, scored=costs)
+        return [_Found(*numbers) for numbers in torch.stack(counted).tolist()]
+
+    def _commit(
+        self, plans: list[SlotPlan], found: list[_Found], scored: tuple[SlotReport, ...]
+    ) -> tuple[SlotReport, ...]:
+        """Add up what the step has found, and update the slots whose optimizer batch is complete. Takes no memory."""
+        slots = tuple(self._slots.values())
+        tenants = {slot.job.job_id: slot.job.tenant for slot in slots}
+        costs = {tenants[report.job_id]: report.cost_tokens for report in scored if report.job_id in tenants}
+        staying = [plan for plan in plans if plan.slot.evicted_at is None]
+        self._planner.charge(staying, slots, self._budget_tokens, scored=costs)
         reports = []
-        for plan, (loss_sum, num_right, grad_norm) in zip(plans, numbers, strict=True):
+        for plan, numbers in zip(plans, found, strict=True):
             plan.slot.count(
                 num_examples=len(plan.example_indices),
                 num_tokens=plan.num_tokens,
-                loss_sum=loss_sum,
-                num_right=num_right,
+                loss_sum=numbers.loss_sum,
+                num_right=numbers.num_right,
             )
-            reports.append(self._update(plan, grad_norm) if plan.slot.is_batch_complete else _report(plan))
+            is_due = plan.slot.is_batch_complete and plan.slot.evicted_at is None
+            reports.append(self._update(plan, numbers.grad_norm) if is_due else _report(plan))
         return tuple(reports)
 
     def _update(self, plan: SlotPlan, grad_norm: float) -> SlotReport:
         slot = plan.slot
         is_skipped = not (math.isfinite(grad_norm) and math.isfinite(slot.tally.loss_sum))
-        learning_rate = 0.0 if is_skipped else update_weights(slot, grad_norm=grad_norm)
+        learning_rate = 0.0 if is_skipped else self._optimizer.update(slot, grad_norm=grad_norm)
         slot.num_skipped_in_a_row = slot.num_skipped_in_a_row + 1 if is_skipped else 0
         num_labels, tally = sum(example.num_labels for example in slot.batch_examples()), slot.tally
         slot.advance()
@@ -305,17 +374,25 @@ class Engine:
             )
         return SlotReport(slot.job.job_id, plan.num_tokens, update=update, failure=failure)
 
-    def _halve_budget(self, num_tokens: int) -> None:
-        """Answer a step of `num_tokens` that ran out of memory: its batches come again, in smaller steps."""
-        self._budget_tokens = max(1, min(self._budget_tokens, num_tokens) // 2)
+    def _halve_budget(self, plans: list[SlotPlan]) -> None:
+        """Answer a step that ran out of memory: its batches come again, in smaller steps."""
+        self._budget_tokens = max(1, min(self._budget_tokens, sum(plan.num_tokens for plan in plans)) // 2)
         log.warning("engine.budget_halved", budget_tokens=self._budget_tokens)
 
+    def _shorten_steps(self, plans: list[SlotPlan]) -> None:
+        """Answer a step that was given up with others in it: let none be so long again on this device."""
+        if any(plan.slot.evicted_at is None for plan in plans):
+            self._halve_budget(plans)
+            self._max_tokens_per_step = self._budget_tokens
+
+    @property
+    def _banks(self) -> Collection[Bank]:
+        return {slot.bank.index: slot.bank for slot in self._slots.values()}.values()
+
     def _bank_of(self, layout: Layout) -> Bank:
-        bank = next((bank for bank in self._banks if bank.layout == layout), None)
-        if bank is None:
-            bank = Bank(layout, max((bank.index for bank in self._banks), default=0) + 1, self._device)
-            self._banks.append(bank)
-        return bank
+        """Return the bank of a layout. A new one is known to nobody until a slot has a row of it."""
+        index = max((bank.index for bank in self._banks), default=0) + 1
+        return next((bank for bank in self._banks if bank.layout == layout), None) or Bank(layout, index, self._device)
 
     def _check_memory(self, layout: Layout) -> None:
         """Refuse a slot that would leave a full step too little. Raises NoFreeSlotError, JobTooLargeError."""
@@ -359,5 +436,5 @@ class Engine:
         return self._cost.predict(num_tokens, num_recomputed=self._num_recomputed)
 
 
-def _report(plan: SlotPlan, failure: JobTooLargeError | None = None) -> SlotReport:
+def _report(plan: SlotPlan, *, failure: JobTooLargeError | None = None) -> SlotReport:
     return SlotReport(plan.slot.job.job_id, plan.num_tokens, failure=failure)
