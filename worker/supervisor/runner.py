@@ -40,6 +40,7 @@ from worker.messages import (
     BaseLoaded,
     BaseRefused,
     CheckpointSaved,
+    DeviceLeft,
     EvaluationDone,
     JobFailed,
     JobLogged,
@@ -59,6 +60,7 @@ from worker.messages import (
 )
 from worker.supervisor.artifacts import ArtifactProver, Proof, grant_uploads, publish_tokenizer, result_filename
 from worker.supervisor.children import TrainerChild, TrainerGoneError
+from worker.supervisor.departures import Departures
 from worker.supervisor.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED, Failure, explain_exit
 from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.orders import lease_of, order_base, order_job, pools_of
@@ -120,6 +122,7 @@ class Runner:
             fence=self._kill_trainer,
         )
         self._prover = ArtifactProver(store, patience_seconds=settings.storage_patience_seconds)
+        self._departures = Departures(engine)
         self._trainer: TrainerChild | None = None
         self._loss: Loss | None = None
         self._pool: str | None = None
@@ -193,12 +196,14 @@ class Runner:
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None
+            self._departures.note_all()
 
     def _turn(self) -> bool:
         """Do what is due now. False when there is nothing left to do."""
         self._settle_loss()
         self._book_usage()
-        if not self._held and not self._hold_pool_with_work():
+        self._departures.record()
+        if not self._held and not self._hold_pool_with_work() and not self._departures.are_due:
             return False
         self._fill_slots()
         self._start_held()
@@ -302,6 +307,7 @@ class Runner:
     def _hold(self, job: Job, order: StartJob, *, since: float) -> None:
         lease = lease_of(job)
         self._keeper.hold(lease, since=since)
+        self._departures.expect(lease)
         self._held[lease.token] = HeldJob(lease, result_filename(job), order, job.suspect_step, job.num_suspicions)
         self._start_held()
         log.info("job.claimed", job_id=format_id(IdKind.JOB, job.id), lease_token=lease.token, pool=self._pool)
@@ -333,6 +339,8 @@ class Runner:
             self._take(report)
 
     def _take(self, report: Report) -> None:
+        if isinstance(report, DeviceLeft):
+            self._departures.note(report.lease_token)
         held = self._held.get(getattr(report, "lease_token", -1))
         if held is None:
             return
@@ -446,7 +454,7 @@ class Runner:
         self._drop(held)
 
     def _stop_stalled(self) -> None:
-        if self._held and not self._is_live():
+        if (self._held or self._departures.are_due) and not self._is_live():
             self._kill_trainer()
             self._lose_trainer(STALLED)
 
@@ -497,6 +505,8 @@ class Runner:
             return
         self._keeper.let_go(held.lease)
         self._send(StopJob(lease_token=held.lease.token))
+        if held.order is not None:
+            self._departures.note(held.lease.token)  # the trainer has never heard of it
         self._unbooked.append(held)
         try:
             self._book_usage()
