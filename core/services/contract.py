@@ -140,8 +140,7 @@ _CHECKS = (
         "I10",
         "A cancelled job was off the device within 10 seconds, as its trainer reports.",
         "select count(*) from attempts where outcome = 'cancelled'",
-        """select 'attempt ' || a.id || ' left after ' || round(extract(epoch from a.left_device_at - a.ended_at)) || ' s'
-           from attempts a
+        """select 'attempt ' || a.id || ' left ' || a.left_device_at - a.ended_at || ' later' from attempts a
            where a.outcome = 'cancelled' and a.left_device_at > a.ended_at + interval '10 seconds'
            union all select 'attempt ' || a.id || ' has not left ' || a.worker_name from attempts a
            join workers w on w.name = a.worker_name and w.alive_until > now() and w.started_at <= a.started_at

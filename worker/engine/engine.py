@@ -113,6 +113,7 @@ class Engine:
         Raises InvalidJobError or JobTooLargeError naming what does not fit this base or this device, ValueError when
         the share is not positive.
         """
+        assert self._look is None, "rows do not move within a step"
         if not self.num_free_slots:
             raise NoFreeSlotError(f"All {self._max_slots} slots are taken.")
         if job.job_id in self._slots:
