@@ -30,6 +30,7 @@ from worker.engine.evaluations import Score
 from worker.engine.frozen import PackedWeight
 from worker.engine.planner import SlotPlan
 from worker.engine.slots import Slot
+from worker.engine.updates import SlotSums
 from worker.messages import (
     REPORTS,
     Alive,
@@ -139,9 +140,14 @@ class FaultyEngine(Engine):
             raise JobTooLargeError("the test's device is full")
         return super()._score(slot, examples)
 
-    def _update(self, plan: SlotPlan, grad_norm: float) -> SlotReport:
-        is_bad = plan.slot.step + 1 in self.bad_steps
-        return super()._update(plan, math.nan if is_bad else grad_norm)
+    def _commit(
+        self, plans: list[SlotPlan], sums: list[SlotSums], scored: tuple[SlotReport, ...]
+    ) -> tuple[SlotReport, ...]:
+        found = [
+            each._replace(grad_norm=math.nan) if plan.slot.step + 1 in self.bad_steps else each
+            for plan, each in zip(plans, sums, strict=True)
+        ]
+        return super()._commit(plans, found, scored)
 
 
 class _OverError(Exception):

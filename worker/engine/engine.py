@@ -7,11 +7,9 @@ failed leaves nothing behind but its batches begun anew; no row of one job is ev
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 import torch
@@ -23,7 +21,7 @@ from worker.engine.banks import BYTES_PER_PARAMETER, Bank, Layout
 from worker.engine.bases import freeze_base, inspect_base, recompute_layers
 from worker.engine.errors import DivergedError, InvalidJobError, JobTooLargeError, NoFreeSlotError
 from worker.engine.evaluations import PendingEvaluation, Score
-from worker.engine.examples import EngineJob, Example, SlotReport, StepMetrics
+from worker.engine.examples import EngineJob, Example, SlotReport
 from worker.engine.frozen import Scratch, freeze_linear
 from worker.engine.limits import JobLimits
 from worker.engine.linears import FusedLinear, Siblings
@@ -37,24 +35,14 @@ from worker.engine.runs import SlotRows, make_runs, stream_order
 from worker.engine.slots import Slot
 from worker.engine.states import SlotState, capture_state, load_state
 from worker.engine.steps import StepContext, StepGivenUpError
+from worker.engine.updates import SlotSums, complete_batch, read_sums
 
 log = structlog.get_logger()
-MAX_SKIPPED_STEPS = 3
 # Room for every slot at this rank on all linears is kept when the recomputed layers are chosen, once and for all: what
 # they leave is all that slots will ever have. It is what most jobs ask for at most; with max_rank's, a worker that
 # allows for one large job would compute layers twice for ever.
 _USUAL_RANK = 16
-# A step that others are in as well may go on for so long after a job was evicted from it.
-PATIENCE_SECONDS = 2.0
 _ONE_EXAMPLE_TOO_LARGE = "One example alone does not fit the device; lower max_seq_len."
-
-
-class _Found(NamedTuple):
-    """What a step has found of one slot's examples."""
-
-    loss_sum: float
-    num_right: float
-    grad_norm: float
 
 
 class Engine:
@@ -74,13 +62,10 @@ class Engine:
         self._decoder: nn.Module = model.base_model
         self._head = Head(model.get_output_embeddings())
         self._device = self._head.rows_VE.device
-        self._look: Callable[[], None] | None = None
-        self._context = StepContext(self._device, pause=self._pause)
+        self._context = StepContext(self._device)
         self._optimizer = AdamW(self._device)
         self._planner = Planner()
         self._slots: dict[str, Slot] = {}
-        # Evicted while a step was under way, at whose end their rows are removed.
-        self._leaving: list[Slot] = []
         scratch: Scratch = {}
         for names in self._shape.siblings:
             weights = [freeze_linear(model.get_submodule(name), scratch) for name in names]
@@ -113,7 +98,7 @@ class Engine:
         Raises InvalidJobError or JobTooLargeError naming what does not fit this base or this device, ValueError when
         the share is not positive.
         """
-        assert self._look is None, "rows do not move within a step"
+        assert not self._context.is_under_way, "rows do not move within a step"
         if not self.num_free_slots:
             raise NoFreeSlotError(f"All {self._max_slots} slots are taken.")
         if job.job_id in self._slots:
@@ -137,12 +122,8 @@ class Engine:
 
         Within a step, which is where `look` is called, the job's row is removed at the step's end.
         """
-        slot = self._slots.pop(job_id)
-        slot.evicted_at = time.monotonic()
-        self._leaving.append(slot)
+        self._context.leave(self._slots.pop(job_id))
         self._budget_tokens = self._max_tokens_per_step
-        if self._look is None:
-            self._remove_rows()
 
     def begin_evaluation(self, job_id: str, examples: Sequence[Example]) -> None:
         """Let the coming steps score the job on other examples, before it trains on: no dropout, nothing changes.
@@ -157,11 +138,11 @@ class Engine:
         """Train on one token budget's worth of examples of all jobs, and score one's worth of those evaluated.
 
         Empty when no job has work left. `look` is called between any two products, and may capture states and evict
-        jobs. What is under way is given up when all who are in it have been evicted. It is as well when the first of
-        them was for PATIENCE_SECONDS; then the others' batches come again, and steps are half as long from then on,
-        so that this happens a few times at most. It may report what it did for evicted jobs.
+        jobs; of those, too, it is reported what the step did. What is under way is given up when all who are in it
+        have been evicted, or the first of them for longer than steps.PATIENCE_SECONDS. Then the others' batches come
+        again, in steps half as long from then on, so that this happens a few times at most.
         """
-        with self._looking(look):
+        with self._context.under_way(look):
             scored = self._evaluate()
             trained = self._train(scored)
         for slot in self._slots.values():
@@ -186,45 +167,18 @@ class Engine:
         """Go on from a written state, and return its step. Raises InvalidJobError when it is another job's."""
         return load_state(self._slots[job_id], directory)
 
-    @contextmanager
-    def _looking(self, look: Callable[[], None]) -> Iterator[None]:
-        self._look = look
-        try:
-            yield
-        finally:
-            self._look = None
-            self._remove_rows()
-
-    def _remove_rows(self) -> None:
-        while self._leaving:
-            slot = self._leaving.pop()
-            slot.bank.remove_row(slot.bank_row)
-
-    def _pause(self) -> None:
-        """Let the caller look. Raises StepGivenUpError when what is under way is not to go on."""
-        if self._look is None:
-            return
-        self._look()
-        if not self._leaving:
-            return
-        evicted_at = [slot.evicted_at for slot in self._context.slots if slot.evicted_at is not None]
-        if evicted_at and (
-            len(evicted_at) == len(self._context.slots) or time.monotonic() - min(evicted_at) > PATIENCE_SECONDS
-        ):
-            raise StepGivenUpError
-
     def _train(self, scored: tuple[SlotReport, ...]) -> tuple[SlotReport, ...]:
         while plans := self._plan():
             is_given_up = False
             try:
                 batch = self._pack(plans)
-                numbers = self._count(plans, batch, self._forward_backward(plans, batch))
+                sums = read_sums([plan.slot for plan in plans], batch, self._forward_backward(plans, batch))
             except torch.OutOfMemoryError:
                 pass
             except StepGivenUpError:
                 is_given_up = True
             else:
-                return self._commit(plans, numbers, scored)
+                return self._commit(plans, sums, scored)
             # Out of the except clause, whose traceback would keep the failed step's activations alive.
             for plan in plans:
                 plan.slot.restart_batch()
@@ -286,7 +240,7 @@ class Engine:
 
     def _forward(self, batch: PackedBatch, weights_M: Tensor) -> RowLosses:
         hidden_ME = self._decode(batch)[batch.label_rows_M]
-        return cross_entropy(hidden_ME, batch.labels_M, weights_M, self._head, pause=self._pause)
+        return cross_entropy(hidden_ME, batch.labels_M, weights_M, self._head, pause=self._context.pause)
 
     def _decode(self, batch: PackedBatch) -> Tensor:
         """Return the last hidden state [T, E]."""
@@ -312,22 +266,8 @@ class Engine:
             raise JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)
         return self._score(slot, examples[:middle]) + self._score(slot, examples[middle:])
 
-    def _count(self, plans: list[SlotPlan], batch: PackedBatch, losses: RowLosses) -> list[_Found]:
-        """Read off the device what the step has found, a plan at a time: the one read that waits for it."""
-        counted = [
-            torch.stack(
-                [
-                    losses.losses_M[group.label_start : group.label_end].sum(),
-                    losses.is_right_M[group.label_start : group.label_end].sum(),
-                    torch.linalg.vector_norm(plan.slot.grads_P),
-                ]
-            )
-            for plan, group in zip(plans, batch.groups, strict=True)
-        ]
-        return [_Found(*numbers) for numbers in torch.stack(counted).tolist()]
-
     def _commit(
-        self, plans: list[SlotPlan], found: list[_Found], scored: tuple[SlotReport, ...]
+        self, plans: list[SlotPlan], sums: list[SlotSums], scored: tuple[SlotReport, ...]
     ) -> tuple[SlotReport, ...]:
         """Add up what the step has found, and update the slots whose optimizer batch is complete. Takes no memory."""
         slots = tuple(self._slots.values())
@@ -336,44 +276,21 @@ class Engine:
         staying = [plan for plan in plans if plan.slot.evicted_at is None]
         self._planner.charge(staying, slots, self._budget_tokens, scored=costs)
         reports = []
-        for plan, numbers in zip(plans, found, strict=True):
-            plan.slot.count(
-                num_examples=len(plan.example_indices),
+        for plan, found in zip(plans, sums, strict=True):
+            slot, num_examples = plan.slot, len(plan.example_indices)
+            slot.count(
+                num_examples=num_examples,
                 num_tokens=plan.num_tokens,
-                loss_sum=numbers.loss_sum,
-                num_right=numbers.num_right,
+                loss_sum=found.loss_sum,
+                num_right=found.num_right,
             )
-            is_due = plan.slot.is_batch_complete and plan.slot.evicted_at is None
-            reports.append(self._update(plan, numbers.grad_norm) if is_due else _report(plan))
+            if slot.is_batch_complete and slot.evicted_at is None:
+                reports.append(
+                    complete_batch(slot, self._optimizer, grad_norm=found.grad_norm, num_tokens=plan.num_tokens)
+                )
+            else:
+                reports.append(_report(plan))
         return tuple(reports)
-
-    def _update(self, plan: SlotPlan, grad_norm: float) -> SlotReport:
-        slot = plan.slot
-        is_skipped = not (math.isfinite(grad_norm) and math.isfinite(slot.tally.loss_sum))
-        learning_rate = 0.0 if is_skipped else self._optimizer.update(slot, grad_norm=grad_norm)
-        slot.num_skipped_in_a_row = slot.num_skipped_in_a_row + 1 if is_skipped else 0
-        num_labels, tally = sum(example.num_labels for example in slot.batch_examples()), slot.tally
-        slot.advance()
-        update = StepMetrics(
-            step=slot.step,
-            total_steps=slot.total_steps,
-            epoch=slot.step / slot.steps_per_epoch,
-            loss=tally.loss_sum / num_labels,
-            token_accuracy=tally.num_right / num_labels,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            num_tokens=tally.num_tokens,
-            num_label_tokens=num_labels,
-            is_epoch_end=slot.step % slot.steps_per_epoch == 0,
-            is_last=slot.is_finished,
-            is_skipped=is_skipped,
-        )
-        failure = None
-        if slot.num_skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            failure = DivergedError(
-                f"The gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row. Lower the learning rate."
-            )
-        return SlotReport(slot.job.job_id, plan.num_tokens, update=update, failure=failure)
 
     def _halve_budget(self, plans: list[SlotPlan]) -> None:
         """Answer a step that ran out of memory: its batches come again, in smaller steps."""

@@ -143,7 +143,7 @@ def test_a_job_that_is_not_in_the_step_under_way_leaves_at_once_and_the_step_goe
 def test_a_step_that_keeps_an_evicted_job_for_too_long_is_made_again_for_the_others(
     monkeypatch: pytest.MonkeyPatch, num_recomputed: int
 ) -> None:
-    monkeypatch.setattr("worker.engine.engine.PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", -1.0)
     alone = make_engine()
     alone.admit(make_job("last", seed=2, batch_size=5))
     randomise_weights(alone, "last", seed=1)
@@ -161,7 +161,7 @@ def test_a_step_that_keeps_an_evicted_job_for_too_long_is_made_again_for_the_oth
 
 
 def test_leaving_again_and_again_costs_the_others_a_few_steps_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.engine.engine.PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", -1.0)
     engine, num_lost = make_engine(), 0
     engine.admit(make_job("mine", batch_size=8, n_epochs=50))
     for number in range(40):
