@@ -121,7 +121,7 @@ class BaseRefused(Frozen):
 
 
 class Alive(Frozen):
-    """The training loop has turned: sent once a second at most, and by nothing but the loop itself."""
+    """The training loop has turned, or its step goes on: sent once a second at most, by nothing but the loop itself."""
 
     kind: Literal["alive"] = "alive"
 
@@ -212,6 +212,13 @@ class JobYielded(Frozen):
     lease_token: int
 
 
+class DeviceLeft(Frozen):
+    """The job is out of its slot and of every step, or will never get there; of its files some may be on their way."""
+
+    kind: Literal["device_left"] = "device_left"
+    lease_token: int
+
+
 class UsageCounted(Frozen):
     """What the job has used of the device so far; the last one before a job's end is the bill."""
 
@@ -252,6 +259,7 @@ Report = Annotated[
     | CheckpointSaved
     | ResumePointSaved
     | JobYielded
+    | DeviceLeft
     | UsageCounted
     | JobSucceeded
     | JobFailed,

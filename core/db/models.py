@@ -417,6 +417,7 @@ class Attempt(Row):
     error: Mapped[Json | None]
     started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     ended_at: Mapped[dt.datetime | None]
+    left_device_at: Mapped[dt.datetime | None]
 
 
 class Event(Row):

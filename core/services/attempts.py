@@ -382,6 +382,15 @@ def _expire_lease(session: Session, job: Job) -> None:
     _retry_or_fail(session, job, lease, error=error, is_final=False)
 
 
+def record_departure(session: Session, lease: Lease, *, seconds_ago: float) -> None:
+    """Say when the device was rid of an attempt, whether or not it has ended. What was said first stays."""
+    session.execute(
+        update(Attempt)
+        .where(Attempt.lease_token == lease.token, Attempt.left_device_at.is_(None))
+        .values(left_device_at=func.now() - timedelta(seconds=seconds_ago))
+    )
+
+
 def claimable_pools(session: Session) -> Sequence[str]:
     """Return the pools that have at least one job to claim now."""
     return session.scalars(_CLAIMABLE_POOLS).all()

@@ -168,10 +168,14 @@ _CHECKS = (
     ),
     _Check(
         "I10",
-        "A cancelled job's device was free, and its use booked, within 10 seconds.",
+        "A cancelled job was off the device within 10 seconds, as its trainer reports.",
         "select count(*) from attempts where outcome = 'cancelled'",
-        """select 'attempt ' || a.id from attempts a join usage u on u.attempt_id = a.id
-           where a.outcome = 'cancelled' and u.gpu_seconds > 0 and u.created_at > a.ended_at + interval '10 seconds'""",
+        """select 'attempt ' || a.id || ' left ' || a.left_device_at - a.ended_at || ' later' from attempts a
+           where a.outcome = 'cancelled' and a.left_device_at > a.ended_at + interval '10 seconds'
+           union all select 'attempt ' || a.id || ' has not left ' || a.worker_name from attempts a
+           join workers w on w.name = a.worker_name and w.alive_until > now() and w.started_at <= a.started_at
+           where a.outcome = 'cancelled' and a.left_device_at is null
+             and a.ended_at < now() - interval '10 seconds'""",
     ),
 )
 

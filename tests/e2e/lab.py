@@ -43,20 +43,19 @@ SETTINGS = {
 }
 
 
-def write_tiny_base(directory: Path) -> Path:
-    """A tiny random Llama with a real tokenizer and chat template."""
+def write_tiny_base(directory: Path, **shape: int) -> Path:
+    """A random Llama with a real tokenizer and chat template, tiny unless its `shape` says otherwise."""
     gguf = find_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        **tiny | shape,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
@@ -156,7 +155,13 @@ class Lab:
             self._connection.execute("update tenants set max_running = default")
 
     def submit(
-        self, *, n_epochs: int = 2, num_rows: int = 12, lines: list[dict[str, Any]] | None = None, **extra: Any
+        self,
+        *,
+        n_epochs: int = 2,
+        num_rows: int = 12,
+        batch_size: int = 4,
+        lines: list[dict[str, Any]] | None = None,
+        **extra: Any,
     ) -> str:
         lines = lines or [
             {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}]}
@@ -168,7 +173,7 @@ class Lab:
             model=BASE_MODEL,
             training_file=file.id,
             validation_file=file.id if extra.pop("validation", False) else None,
-            hyperparameters={"n_epochs": n_epochs, "batch_size": 4},
+            hyperparameters={"n_epochs": n_epochs, "batch_size": batch_size},
             seed=extra.pop("seed", 7),
             extra_body={"learning_rate": 0.001, **extra},
         ).id
@@ -224,6 +229,12 @@ class Lab:
             row[0] for row in self.sql("select outcome from attempts where job_id = %s order by lease_token", job_id)
         ]
 
+    def seconds_until_device_was_free(self, job_id: str) -> float:
+        """Wait until a cancelled job's trainer has reported that it left, and return how long after its end it did."""
+        query = "select extract(epoch from left_device_at - ended_at) from attempts where job_id = %s"
+        wait_until(lambda: self.sql(query, job_id)[0][0] is not None, what="a free device")
+        return float(self.sql(query, job_id)[0][0])
+
     def attempt_count(self, job_id: str) -> int:
         return int(self.sql("select attempt_count from jobs where id = %s", job_id)[0][0])
 
@@ -243,8 +254,9 @@ class Lab:
 
 
 @contextmanager
-def running_lab(base_dir: Path, directory: Path, **env: str) -> Iterator[Lab]:
-    entry = base_entry(base_dir) | {"max_rank": 2**24}  # so that a job can be larger than any device
+def running_lab(base_dir: Path, directory: Path, *, max_tokens_per_step: int = 512, **env: str) -> Iterator[Lab]:
+    # Its rank, so that a job can be larger than any device.
+    entry = base_entry(base_dir) | {"max_rank": 2**24, "max_tokens_per_step": max_tokens_per_step}
     registry = directory / "registry.yaml"
     registry.write_text(yaml.safe_dump({"base_models": [entry]}))
     servers = FaultyServers(directory / "data")

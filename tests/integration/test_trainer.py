@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -25,12 +26,16 @@ from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from core.domain.training import Frozen
 from tests.unit.engine.tiny import ALL_MODULES, make_spec, tiny_llama
 from worker.engine import CURSOR_FILE, TENSORS_FILE, Engine, Example, JobTooLargeError, SlotReport
-from worker.engine.losses import RowLosses
+from worker.engine.evaluations import Score
+from worker.engine.frozen import PackedWeight
 from worker.engine.planner import SlotPlan
 from worker.engine.slots import Slot
+from worker.engine.updates import SlotSums
 from worker.messages import (
     REPORTS,
+    Alive,
     CheckpointSaved,
+    DeviceLeft,
     EvaluationDone,
     JobFacts,
     JobFailed,
@@ -44,6 +49,7 @@ from worker.messages import (
     RemoteResumePoint,
     Report,
     StartJob,
+    StepDone,
     StopJob,
     UrlsGranted,
     UrlsWanted,
@@ -56,6 +62,7 @@ from worker.trainer.loop import TrainingLoop
 from worker.trainer.resume import PROGRESS_FILE
 
 SLOTS = 6
+ENDLESS = "endless"
 END = "<end>"
 TEMPLATE = f"{{% for message in messages %}}{{{{ message.role }}}}: {{{{ message.content }}}}{END}{{% endfor %}}"
 R = TypeVar("R", bound=Frozen)
@@ -94,12 +101,23 @@ class _StoreRequest(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.fetched.append(self.path)
         self.server.is_open.wait()
+        if self.path == f"/{ENDLESS}":
+            self._drip()
+            return
         content = self.server.objects.get(self.path)
         self._answer(HTTPStatus.NOT_FOUND if content is None else HTTPStatus.OK, content or b"")
 
     def do_PUT(self) -> None:
         self.server.objects[self.path] = self.rfile.read(int(self.headers["content-length"]))
         self._answer(HTTPStatus.OK, b"")
+
+    def _drip(self) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.end_headers()
+        with suppress(ConnectionError):
+            while True:
+                self.wfile.write(bytes(2**20))
+                time.sleep(0.05)
 
     def _answer(self, status: HTTPStatus, content: bytes) -> None:
         self.send_response(status)
@@ -117,14 +135,19 @@ class FaultyEngine(Engine):
     bad_steps: Sequence[int] = ()
     can_evaluate = True
 
-    def _score(self, slot: Slot, examples: Sequence[Example]) -> list[RowLosses]:
+    def _score(self, slot: Slot, examples: Sequence[Example]) -> list[Score]:
         if not self.can_evaluate:
             raise JobTooLargeError("the test's device is full")
         return super()._score(slot, examples)
 
-    def _update(self, plan: SlotPlan, grad_norm: float) -> SlotReport:
-        is_bad = plan.slot.step + 1 in self.bad_steps
-        return super()._update(plan, math.nan if is_bad else grad_norm)
+    def _commit(
+        self, plans: list[SlotPlan], sums: list[SlotSums], scored: tuple[SlotReport, ...]
+    ) -> tuple[SlotReport, ...]:
+        found = [
+            each._replace(grad_norm=math.nan) if plan.slot.step + 1 in self.bad_steps else each
+            for plan, each in zip(plans, sums, strict=True)
+        ]
+        return super()._commit(plans, found, scored)
 
 
 class _OverError(Exception):
@@ -141,6 +164,7 @@ class Supervisor:
     def __init__(self, store: Store, scratch_dir: Path) -> None:
         self.store = store
         self.reports: list[Report] = []
+        self.grants_uploads = True
         self.scratch_dir = scratch_dir
         # The trainer ends its process, which is the test's own, when this end of its orders is closed.
         orders, self._orders = os.pipe()
@@ -171,6 +195,11 @@ class Supervisor:
     def send(self, order: Frozen) -> None:
         os.write(self._orders, encode_line(order))
 
+    @property
+    def has_obeyed(self) -> bool:
+        """False while an order has come that the loop has not taken yet."""
+        return self._channel._inbox.empty()
+
     def wait_for(self, kind: type[R], lease_token: int = 1) -> R:
         """Read reports, and grant the uploads that they ask for, until there is one of this kind of the job."""
         for report in self.told(kind):
@@ -180,7 +209,7 @@ class Supervisor:
         for line in self._lines:
             report = REPORTS.validate_json(line)
             self.reports.append(report)
-            if isinstance(report, UrlsWanted):
+            if isinstance(report, UrlsWanted) and self.grants_uploads:
                 self._grant(report)
             if isinstance(report, kind) and getattr(report, "lease_token", None) == lease_token:
                 return report
@@ -358,3 +387,105 @@ def test_everything_is_fetched_before_anything_is_tokenised(supervisor: Supervis
     supervisor.send(make_order(bad, validation_file=store.add_rows("valid"), resume_points=(point,)))
     assert supervisor.wait_for(JobFailed).code == "invalid_training_data"
     assert store.fetched == ["/bad", "/valid", *(f"/{name}" for name in names)]
+
+
+class HeldStep:
+    """A step that stands still in the middle, as on a slow device, until it is let go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, product: str = "multiply") -> None:
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
+        self._num_products = 0
+        self._multiply = getattr(PackedWeight, product)
+        monkeypatch.setattr(PackedWeight, product, lambda weight, rows: self._hold(weight, rows))
+
+    def _hold(self, weight: PackedWeight, rows: torch.Tensor) -> torch.Tensor:
+        self._num_products += 1
+        if self._num_products == 3:
+            self.has_begun.set()
+            self.may_go_on.wait()
+        return self._multiply(weight, rows)  # type: ignore[no-any-return]
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("product", ["multiply", "multiply_back"])
+@pytest.mark.parametrize("order", [StopJob, YieldJob])
+def test_an_order_that_comes_in_the_middle_of_a_step_is_obeyed_before_its_end(
+    supervisor: Supervisor,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    order: type[StopJob | YieldJob],
+    product: str,
+) -> None:
+    held = HeldStep(monkeypatch, product=product)
+    supervisor.send(make_order(store.add_rows("rows", num_rows=20), n_epochs=50))
+    held.has_begun.wait()
+    supervisor.send(order(lease_token=1))
+    wait_until(lambda: not supervisor.has_obeyed)
+    held.may_go_on.set()
+    supervisor.wait_for(DeviceLeft)
+    assert not supervisor.told(StepDone)
+    supervisor.send(make_order(store.add_rows("next"), lease_token=2))
+    supervisor.wait_for(JobSucceeded, 2)
+    assert {report.lease_token for report in supervisor.told(StepDone)} == {2}
+    assert bool(supervisor.told(JobYielded)) == (order is YieldJob)
+
+
+def test_a_step_that_goes_on_for_long_shows_that_it_lives(
+    supervisor: Supervisor, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldStep(monkeypatch)
+    supervisor.send(make_order(store.add_rows("rows"), n_epochs=1))
+    held.has_begun.wait()
+    time.sleep(1.1)  # longer than the loop may be silent
+    held.may_go_on.set()
+    started, done = (supervisor.reports.index(supervisor.wait_for(kind)) for kind in (JobStarted, StepDone))
+    assert any(isinstance(report, Alive) for report in supervisor.reports[started:done])
+
+
+def test_a_job_stopped_while_it_waits_for_a_slot_leaves_at_once_and_never_starts(
+    supervisor: Supervisor, store: Store
+) -> None:
+    supervisor.engine._max_slots = 1
+    supervisor.send(make_order(store.add_rows("rows", num_rows=100), n_epochs=50))
+    supervisor.wait_for(JobStarted)
+    supervisor.send(make_order(store.add_rows("next"), lease_token=2))
+    supervisor.wait_for(JobLogged, 2)  # its dataset is there
+    supervisor.send(StopJob(lease_token=2))
+    supervisor.wait_for(DeviceLeft, 2)
+    supervisor.send(StopJob(lease_token=1))
+    supervisor.wait_for(DeviceLeft, 1)
+    assert [report.lease_token for report in supervisor.told(JobStarted)] == [1]
+
+
+def test_jobs_stopped_while_they_download_keep_no_thread_from_others(supervisor: Supervisor, store: Store) -> None:
+    rows = store.add_rows("rows")
+    endless = RemoteFile(url=store.url(ENDLESS), sha256="0" * 64, size_bytes=1)
+    for number in range(1, SLOTS + 1):
+        supervisor.send(make_order(endless, lease_token=number))
+    wait_until_fetched(store, [f"/{ENDLESS}"] * SLOTS)
+    for number in range(1, SLOTS + 1):
+        supervisor.send(StopJob(lease_token=number))
+        supervisor.wait_for(DeviceLeft, number)
+    supervisor.send(make_order(rows, lease_token=SLOTS + 1))
+    supervisor.wait_for(JobSucceeded, SLOTS + 1)
+
+
+def test_jobs_stopped_while_they_wait_for_an_upload_keep_no_thread_from_others(
+    supervisor: Supervisor, store: Store
+) -> None:
+    rows = store.add_rows("rows")
+    supervisor.grants_uploads = False  # as a supervisor does that has dropped the job
+    for number in range(1, SLOTS + 1):
+        supervisor.send(make_order(rows, lease_token=number, n_epochs=1))
+        supervisor.wait_for(DeviceLeft, number)  # it is trained
+    supervisor.grants_uploads = True
+    for number in range(1, SLOTS + 1):
+        supervisor.send(StopJob(lease_token=number))
+    supervisor.send(make_order(rows, lease_token=SLOTS + 1, n_epochs=1))
+    supervisor.wait_for(JobSucceeded, SLOTS + 1)

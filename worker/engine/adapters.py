@@ -18,9 +18,10 @@ _PREFIX = "base_model.model."
 def export_adapter(slot: Slot, directory: Path, *, base_model_id: str) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT and vLLM read them."""
     tensors = {}
-    for name, pair in slot.pairs().items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK.cpu().clone(memory_format=torch.contiguous_format)
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR.cpu().clone(memory_format=torch.contiguous_format)
+    # Off the device as one piece: a matrix that is copied by itself takes memory there.
+    for name, pair in slot.view(slot.weights_P.cpu()).items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK.clone(memory_format=torch.contiguous_format)
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR.clone(memory_format=torch.contiguous_format)
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     adapter = slot.job.spec.adapter
     LoraConfig(
@@ -40,8 +41,8 @@ def import_adapter(slot: Slot, directory: Path) -> None:
     """Take weights from PEFT's files, all or none. Raises InvalidJobError when they are not this adapter's kind."""
     _check_scale(slot, directory)
     tensors = load_file(directory / WEIGHTS_FILE)
-    views = {}
-    for name, pair in slot.pairs().items():
+    views, weights_P = {}, torch.zeros(slot.bank.layout.num_parameters)
+    for name, pair in slot.view(weights_P).items():
         views[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK
         views[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR
     if tensors.keys() != views.keys():
@@ -51,6 +52,7 @@ def import_adapter(slot: Slot, directory: Path) -> None:
             raise InvalidJobError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(view.shape)}.")
     for name, view in views.items():
         view.copy_(tensors[name])
+    slot.weights_P.copy_(weights_P)
     slot.forget_moments()
 
 

@@ -11,6 +11,8 @@ ranks of siblings (linears that read the same rows) side by side.
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -67,33 +69,71 @@ class LoraStack:
         return self.A_SJK, *self.Bts_SRN
 
 
+@dataclass(eq=False)
+class Row:
+    """A slot's row of its bank. `index` changes when another row is removed."""
+
+    index: int
+
+
 class Bank:
-    """The rows of one layout, each four vectors of P numbers. `index` orders an engine's banks in the stream."""
+    """The rows of one layout, each four vectors of P numbers. `index` orders an engine's banks in the stream.
+
+    The vectors are as long as there are rows, or longer where the device had no memory for shorter ones; what is beyond
+    the rows is zero.
+    """
 
     def __init__(self, layout: Layout, index: int, device: torch.device) -> None:
         self.layout = layout
         self.index = index
-        self.num_rows = 0
+        self._rows: list[Row] = []
         # Making a view takes longer than a small product, and every step asks for the same ones.
         self._known_views: dict[tuple[int, int, int, tuple[str, ...]], LoraStack] = {}
-        self.weights_SP, self.grads_SP, self.exp_avg_SP, self.exp_avg_sq_SP = (
-            torch.zeros(0, layout.num_parameters, device=device) for _ in range(4)
-        )
+        self._vectors = [torch.zeros(0, layout.num_parameters, device=device) for _ in range(4)]
 
-    def add_row(self) -> int:
-        """Return the index of a new row of zeros. Raises torch.OutOfMemoryError, and then no row was added."""
-        self._resize(self.num_rows + 1)
-        self.num_rows += 1
-        return self.num_rows - 1
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
 
-    def remove_row(self, row: int) -> None:
-        """Take a row out and move the last one into its place. No trace of it stays in the memory."""
-        last = self.num_rows - 1
-        for vectors_SP in (self.weights_SP, self.grads_SP, self.exp_avg_SP, self.exp_avg_sq_SP):
-            vectors_SP[row] = vectors_SP[last]
-            vectors_SP[last] = 0
-        self.num_rows = last
-        self._resize(last)
+    @property
+    def weights_SP(self) -> Tensor:
+        return self._vectors[0]
+
+    @property
+    def grads_SP(self) -> Tensor:
+        return self._vectors[1]
+
+    @property
+    def exp_avg_SP(self) -> Tensor:
+        return self._vectors[2]
+
+    @property
+    def exp_avg_sq_SP(self) -> Tensor:
+        return self._vectors[3]
+
+    def add_row(self) -> Row:
+        """Return a new row of zeros. Raises torch.OutOfMemoryError, and then no row was added."""
+        try:
+            self._resize(at_least=self.num_rows + 1)
+        except torch.OutOfMemoryError:
+            self._release()
+            raise
+        self._rows.append(Row(self.num_rows))
+        return self._rows[-1]
+
+    def remove_row(self, row: Row) -> None:
+        """Take a row out and move the last one into its place. No trace of it stays in the memory. Never fails.
+
+        Nothing is allocated until the rows are in order again: what fails after that costs memory and no slot.
+        """
+        last = self._rows.pop()
+        for vectors_SP in self._vectors:
+            vectors_SP[row.index].copy_(vectors_SP[last.index])
+            vectors_SP[last.index].zero_()
+        if last is not row:
+            self._rows[row.index] = last
+            last.index = row.index
+        self._release()
 
     def weights(self, rows: slice | Tensor, names: tuple[str, ...]) -> LoraStack:
         """Return the matrices of siblings in some rows: views for a slice, copies for indices."""
@@ -129,21 +169,24 @@ class Bank:
         stacked = tuple(piece_SP.view(num_rows, rank, -1) for piece_SP in b_SP)
         return LoraStack(a_SP.view(num_rows, len(names) * rank, -1), stacked)
 
-    def _resize(self, num_rows: int) -> None:
+    def _release(self) -> None:
+        """Give back what is beyond the rows; where shorter vectors cannot be made, the longer ones serve on."""
+        with suppress(torch.OutOfMemoryError):
+            self._resize(at_most=self.num_rows)
+
+    def _resize(self, *, at_least: int = 0, at_most: int = sys.maxsize) -> None:
         self._known_views.clear()
         # One after the other, so that at most one vector a row is held twice.
-        self.weights_SP = _resized(self.weights_SP, num_rows)
-        self.grads_SP = _resized(self.grads_SP, num_rows)
-        self.exp_avg_SP = _resized(self.exp_avg_SP, num_rows)
-        self.exp_avg_sq_SP = _resized(self.exp_avg_sq_SP, num_rows)
+        for number, vectors_SP in enumerate(self._vectors):
+            num_rows = min(max(len(vectors_SP), at_least), at_most)
+            if num_rows != len(vectors_SP):
+                self._vectors[number] = _resized(vectors_SP, num_rows)
 
 
 def _resized(vectors_SP: Tensor, num_rows: int) -> Tensor:
     """Return the first rows in a tensor of their own, and leave nothing of them where they were."""
-    if len(vectors_SP) == num_rows:
-        return vectors_SP
     resized_SP = vectors_SP.new_zeros(num_rows, vectors_SP.shape[1])
     num_kept = min(num_rows, len(vectors_SP))
-    resized_SP[:num_kept] = vectors_SP[:num_kept]
+    resized_SP[:num_kept].copy_(vectors_SP[:num_kept])
     vectors_SP.zero_()
     return resized_SP

@@ -7,7 +7,7 @@ failed leaves nothing behind but its batches begun anew; no row of one job is ev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,24 @@ from worker.engine.attention import IMPLEMENTATION
 from worker.engine.banks import BYTES_PER_PARAMETER, Bank, Layout
 from worker.engine.bases import freeze_base, inspect_base, recompute_layers
 from worker.engine.errors import DivergedError, InvalidJobError, JobTooLargeError, NoFreeSlotError
-from worker.engine.evaluations import PendingEvaluation
-from worker.engine.examples import EngineJob, Example, SlotReport, StepMetrics
+from worker.engine.evaluations import PendingEvaluation, Score
+from worker.engine.examples import EngineJob, Example, SlotReport
 from worker.engine.frozen import Scratch, freeze_linear
 from worker.engine.limits import JobLimits
-from worker.engine.linears import FusedLinear, Siblings, StepContext
+from worker.engine.linears import FusedLinear, Siblings
 from worker.engine.losses import Head, RowLosses, cross_entropy, loss_bytes
 from worker.engine.memory import DeviceMemory, StepCost, measure_activations, probe_example, probe_job
 from worker.engine.norms import freeze_norms
-from worker.engine.optimizers import update_weights
+from worker.engine.optimizers import AdamW
 from worker.engine.packing import GroupExamples, PackedBatch, pack
 from worker.engine.planner import Planner, SlotPlan
 from worker.engine.runs import SlotRows, make_runs, stream_order
 from worker.engine.slots import Slot
 from worker.engine.states import SlotState, capture_state, load_state
+from worker.engine.steps import StepContext, StepGivenUpError
+from worker.engine.updates import SlotSums, complete_batch, read_sums
 
 log = structlog.get_logger()
-MAX_SKIPPED_STEPS = 3
 # Room for every slot at this rank on all linears is kept when the recomputed layers are chosen, once and for all: what
 # they leave is all that slots will ever have. It is what most jobs ask for at most; with max_rank's, a worker that
 # allows for one large job would compute layers twice for ever.
@@ -62,9 +63,9 @@ class Engine:
         self._head = Head(model.get_output_embeddings())
         self._device = self._head.rows_VE.device
         self._context = StepContext(self._device)
+        self._optimizer = AdamW(self._device)
         self._planner = Planner()
         self._slots: dict[str, Slot] = {}
-        self._banks: list[Bank] = []
         scratch: Scratch = {}
         for names in self._shape.siblings:
             weights = [freeze_linear(model.get_submodule(name), scratch) for name in names]
@@ -86,12 +87,18 @@ class Engine:
     def num_free_slots(self) -> int:
         return self._max_slots - len(self._slots)
 
+    @property
+    def running_ids(self) -> Collection[str]:
+        """The jobs whose examples are on the device now; none outside of `look`."""
+        return [slot.job.job_id for slot in self._context.slots]
+
     def admit(self, job: EngineJob) -> None:
         """Give a job a slot. Raises NoFreeSlotError when it must wait until another has left.
 
         Raises InvalidJobError or JobTooLargeError naming what does not fit this base or this device, ValueError when
         the share is not positive.
         """
+        assert not self._context.is_under_way, "rows do not move within a step"
         if not self.num_free_slots:
             raise NoFreeSlotError(f"All {self._max_slots} slots are taken.")
         if job.job_id in self._slots:
@@ -111,13 +118,11 @@ class Engine:
         self._slots[job.job_id] = slot
 
     def evict(self, job_id: str) -> None:
-        """Take a job out and leave no trace of it; what it held, and what its length cost the others, is given back."""
-        slot = self._slots.pop(job_id)
-        slot.bank.remove_row(slot.row)
-        for other in self._slots.values():
-            if other.bank is slot.bank and other.row == slot.bank.num_rows:
-                other.row = slot.row
-        self._banks = [bank for bank in self._banks if bank.num_rows]
+        """Take a job out and leave no trace of it; what it held, and what its length cost the others, is given back.
+
+        Within a step, which is where `look` is called, the job's row is removed at the step's end.
+        """
+        self._context.leave(self._slots.pop(job_id))
         self._budget_tokens = self._max_tokens_per_step
 
     def begin_evaluation(self, job_id: str, examples: Sequence[Example]) -> None:
@@ -129,13 +134,17 @@ class Engine:
         self._limits.check_examples(examples)
         self._slots[job_id].evaluation = PendingEvaluation(examples)
 
-    def step(self) -> tuple[SlotReport, ...]:
+    def step(self, *, look: Callable[[], None] = lambda: None) -> tuple[SlotReport, ...]:
         """Train on one token budget's worth of examples of all jobs, and score one's worth of those evaluated.
 
-        Empty when no job has work left.
+        Empty when no job has work left. `look` is called between any two products, and may capture states and evict
+        jobs; of those, too, it is reported what the step did. What is under way is given up when all who are in it
+        have been evicted, or the first of them for longer than steps.PATIENCE_SECONDS. Then the others' batches come
+        again, in steps half as long from then on, so that this happens a few times at most.
         """
-        scored = self._evaluate()
-        trained = self._train(scored)
+        with self._context.under_way(look):
+            scored = self._evaluate()
+            trained = self._train(scored)
         for slot in self._slots.values():
             # Not before: its caller wants to see the weights that were judged.
             if slot.evaluation is not None and slot.evaluation.is_complete:
@@ -160,19 +169,25 @@ class Engine:
 
     def _train(self, scored: tuple[SlotReport, ...]) -> tuple[SlotReport, ...]:
         while plans := self._plan():
+            is_given_up = False
             try:
                 batch = self._pack(plans)
-                losses = self._forward_backward(plans, batch)
+                sums = read_sums([plan.slot for plan in plans], batch, self._forward_backward(plans, batch))
             except torch.OutOfMemoryError:
-                is_too_large = len(plans) == 1 and len(plans[0].example_indices) == 1
+                pass
+            except StepGivenUpError:
+                is_given_up = True
             else:
-                return self._commit(plans, batch, losses, scored)
+                return self._commit(plans, sums, scored)
             # Out of the except clause, whose traceback would keep the failed step's activations alive.
             for plan in plans:
                 plan.slot.restart_batch()
-            if is_too_large:
-                return (_report(plans[0], JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
-            self._halve_budget(sum(plan.num_tokens for plan in plans))
+            if is_given_up:
+                self._shorten_steps(plans)
+                return ()
+            if len(plans) == 1 and len(plans[0].example_indices) == 1:
+                return (_report(plans[0], failure=JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
+            self._halve_budget(plans)
         return ()
 
     def _evaluate(self) -> tuple[SlotReport, ...]:
@@ -187,6 +202,8 @@ class Engine:
             evaluation.count(part, self._score(slot, part))
         except JobTooLargeError as error:
             return (SlotReport(job_id, failure=error),)
+        except StepGivenUpError:
+            return ()
         num_tokens = sum(example.num_tokens for example in part)
         if not evaluation.is_complete:
             return (SlotReport(job_id, num_scored_tokens=num_tokens),)
@@ -223,7 +240,7 @@ class Engine:
 
     def _forward(self, batch: PackedBatch, weights_M: Tensor) -> RowLosses:
         hidden_ME = self._decode(batch)[batch.label_rows_M]
-        return cross_entropy(hidden_ME, batch.labels_M, weights_M, self._head)
+        return cross_entropy(hidden_ME, batch.labels_M, weights_M, self._head, pause=self._context.pause)
 
     def _decode(self, batch: PackedBatch) -> Tensor:
         """Return the last hidden state [T, E]."""
@@ -236,13 +253,13 @@ class Engine:
         hidden_TE: Tensor = output.last_hidden_state[0]
         return hidden_TE
 
-    def _score(self, slot: Slot, examples: Sequence[Example]) -> list[RowLosses]:
+    def _score(self, slot: Slot, examples: Sequence[Example]) -> list[Score]:
         """Score examples in one forward, or in halves where one does not fit. Raises JobTooLargeError."""
         try:
             batch = pack([GroupExamples(examples, [0] * len(examples))], self._device)
             runs = make_runs([SlotRows(slot, batch.groups[0], is_training=False)], is_grouped=False)
             with torch.no_grad(), self._context.running(runs):
-                return [self._forward(batch, torch.ones(len(batch.labels_M), device=self._device))]
+                return [Score.of(self._forward(batch, torch.ones(len(batch.labels_M), device=self._device)))]
         except torch.OutOfMemoryError:
             middle = len(examples) // 2
         if not middle:
@@ -250,72 +267,50 @@ class Engine:
         return self._score(slot, examples[:middle]) + self._score(slot, examples[middle:])
 
     def _commit(
-        self, plans: list[SlotPlan], batch: PackedBatch, losses: RowLosses, scored: tuple[SlotReport, ...]
+        self, plans: list[SlotPlan], sums: list[SlotSums], scored: tuple[SlotReport, ...]
     ) -> tuple[SlotReport, ...]:
-        """Add up what the step has found, and update the slots whose optimizer batch is complete."""
-        counted = [
-            torch.stack(
-                [
-                    losses.losses_M[group.label_start : group.label_end].sum(),
-                    losses.is_right_M[group.label_start : group.label_end].sum(),
-                    torch.linalg.vector_norm(plan.slot.grads_P),
-                ]
-            )
-            for plan, group in zip(plans, batch.groups, strict=True)
-        ]
-        numbers = torch.stack(counted).tolist()  # the one read that waits for the device
-        costs = {self._slots[report.job_id].job.tenant: report.cost_tokens for report in scored}
-        self._planner.charge(plans, tuple(self._slots.values()), self._budget_tokens, scored=costs)
+        """Add up what the step has found, and update the slots whose optimizer batch is complete. Takes no memory."""
+        slots = tuple(self._slots.values())
+        tenants = {slot.job.job_id: slot.job.tenant for slot in slots}
+        costs = {tenants[report.job_id]: report.cost_tokens for report in scored if report.job_id in tenants}
+        staying = [plan for plan in plans if plan.slot.evicted_at is None]
+        self._planner.charge(staying, slots, self._budget_tokens, scored=costs)
         reports = []
-        for plan, (loss_sum, num_right, grad_norm) in zip(plans, numbers, strict=True):
-            plan.slot.count(
-                num_examples=len(plan.example_indices),
+        for plan, found in zip(plans, sums, strict=True):
+            slot, num_examples = plan.slot, len(plan.example_indices)
+            slot.count(
+                num_examples=num_examples,
                 num_tokens=plan.num_tokens,
-                loss_sum=loss_sum,
-                num_right=num_right,
+                loss_sum=found.loss_sum,
+                num_right=found.num_right,
             )
-            reports.append(self._update(plan, grad_norm) if plan.slot.is_batch_complete else _report(plan))
+            if slot.is_batch_complete and slot.evicted_at is None:
+                reports.append(
+                    complete_batch(slot, self._optimizer, grad_norm=found.grad_norm, num_tokens=plan.num_tokens)
+                )
+            else:
+                reports.append(_report(plan))
         return tuple(reports)
 
-    def _update(self, plan: SlotPlan, grad_norm: float) -> SlotReport:
-        slot = plan.slot
-        is_skipped = not (math.isfinite(grad_norm) and math.isfinite(slot.tally.loss_sum))
-        learning_rate = 0.0 if is_skipped else update_weights(slot, grad_norm=grad_norm)
-        slot.num_skipped_in_a_row = slot.num_skipped_in_a_row + 1 if is_skipped else 0
-        num_labels, tally = sum(example.num_labels for example in slot.batch_examples()), slot.tally
-        slot.advance()
-        update = StepMetrics(
-            step=slot.step,
-            total_steps=slot.total_steps,
-            epoch=slot.step / slot.steps_per_epoch,
-            loss=tally.loss_sum / num_labels,
-            token_accuracy=tally.num_right / num_labels,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            num_tokens=tally.num_tokens,
-            num_label_tokens=num_labels,
-            is_epoch_end=slot.step % slot.steps_per_epoch == 0,
-            is_last=slot.is_finished,
-            is_skipped=is_skipped,
-        )
-        failure = None
-        if slot.num_skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            failure = DivergedError(
-                f"The gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row. Lower the learning rate."
-            )
-        return SlotReport(slot.job.job_id, plan.num_tokens, update=update, failure=failure)
-
-    def _halve_budget(self, num_tokens: int) -> None:
-        """Answer a step of `num_tokens` that ran out of memory: its batches come again, in smaller steps."""
-        self._budget_tokens = max(1, min(self._budget_tokens, num_tokens) // 2)
+    def _halve_budget(self, plans: list[SlotPlan]) -> None:
+        """Answer a step that ran out of memory: its batches come again, in smaller steps."""
+        self._budget_tokens = max(1, min(self._budget_tokens, sum(plan.num_tokens for plan in plans)) // 2)
         log.warning("engine.budget_halved", budget_tokens=self._budget_tokens)
 
+    def _shorten_steps(self, plans: list[SlotPlan]) -> None:
+        """Answer a step that was given up with others in it: let none be so long again on this device."""
+        if any(plan.slot.evicted_at is None for plan in plans):
+            self._halve_budget(plans)
+            self._max_tokens_per_step = self._budget_tokens
+
+    @property
+    def _banks(self) -> Collection[Bank]:
+        return {slot.bank.index: slot.bank for slot in self._slots.values()}.values()
+
     def _bank_of(self, layout: Layout) -> Bank:
-        bank = next((bank for bank in self._banks if bank.layout == layout), None)
-        if bank is None:
-            bank = Bank(layout, max((bank.index for bank in self._banks), default=0) + 1, self._device)
-            self._banks.append(bank)
-        return bank
+        """Return the bank of a layout. A new one is known to nobody until a slot has a row of it."""
+        index = max((bank.index for bank in self._banks), default=0) + 1
+        return next((bank for bank in self._banks if bank.layout == layout), None) or Bank(layout, index, self._device)
 
     def _check_memory(self, layout: Layout) -> None:
         """Refuse a slot that would leave a full step too little. Raises NoFreeSlotError, JobTooLargeError."""
@@ -359,5 +354,5 @@ class Engine:
         return self._cost.predict(num_tokens, num_recomputed=self._num_recomputed)
 
 
-def _report(plan: SlotPlan, failure: JobTooLargeError | None = None) -> SlotReport:
+def _report(plan: SlotPlan, *, failure: JobTooLargeError | None = None) -> SlotReport:
     return SlotReport(plan.slot.job.job_id, plan.num_tokens, failure=failure)

@@ -6,9 +6,27 @@ The slot does not train until the last part is scored: every row is judged by th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 
 from worker.engine.examples import Evaluation, Example
 from worker.engine.losses import RowLosses
+
+
+@dataclass(frozen=True)
+class Score:
+    """What some rows have come to, as numbers on the host."""
+
+    loss_sum: float
+    num_right: int
+    num_labels: int
+
+    @classmethod
+    def of(cls, losses: RowLosses) -> Score:
+        """Read the sums off the device. Raises torch.OutOfMemoryError."""
+        loss_sum, num_right = torch.stack([losses.weighted_sum, losses.is_right_M.sum()]).tolist()
+        return cls(loss_sum, int(num_right), len(losses.losses_M))
 
 
 class PendingEvaluation:
@@ -35,13 +53,13 @@ class PendingEvaluation:
             end += 1
         return self._examples[self._position : end]
 
-    def count(self, part: Sequence[Example], scored: Sequence[RowLosses]) -> None:
+    def count(self, part: Sequence[Example], scores: Sequence[Score]) -> None:
         """Add up what was found of the part that `next_part` gave last."""
         self._position += len(part)
-        for losses in scored:
-            self._loss_sum += float(losses.weighted_sum)
-            self._num_right += int(losses.is_right_M.sum())
-            self._num_labels += len(losses.losses_M)
+        for score in scores:
+            self._loss_sum += score.loss_sum
+            self._num_right += score.num_right
+            self._num_labels += score.num_labels
 
     def result(self) -> Evaluation:
         return Evaluation(self._loss_sum / self._num_labels, self._num_right / self._num_labels, self._num_labels)

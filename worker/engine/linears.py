@@ -8,8 +8,7 @@ K in, N out, R rank, J the ranks of siblings side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,27 +18,7 @@ from worker.engine.banks import LoraStack
 from worker.engine.errors import UnsupportedBaseError
 from worker.engine.frozen import FrozenWeight
 from worker.engine.runs import Run
-
-
-class StepContext:
-    """What the linears need to know of the step under way. One object, shared by all of an engine's linears."""
-
-    def __init__(self, device: torch.device) -> None:
-        # Makes the products differentiable even where their input is not, as in the first layer.
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.runs: tuple[Run, ...] = ()
-        # By its linear's name, what waits to be taken: the rows that were multiplied, and the outputs.
-        self.waiting: dict[str, tuple[Tensor, Tensor]] = {}
-
-    @contextmanager
-    def running(self, runs: tuple[Run, ...]) -> Iterator[None]:
-        """Be in a step of these runs. Nothing of it stays, though it ran out of memory between two siblings."""
-        self.runs = runs
-        try:
-            yield
-        finally:
-            self.runs = ()
-            self.waiting.clear()
+from worker.engine.steps import StepContext
 
 
 class Siblings:
@@ -47,6 +26,7 @@ class Siblings:
 
     def __init__(self, names: tuple[str, ...], weights: Sequence[FrozenWeight], context: StepContext) -> None:
         self.names = names
+        self.pause = context.pause
         self._weights = weights
         self._context = context
 
@@ -54,6 +34,7 @@ class Siblings:
         """Return one linear's outputs [1, T, N]. Raises UnsupportedBaseError when these are no siblings' rows."""
         waiting = self._context.waiting
         if name == self.names[0]:
+            self.pause()
             outputs = _AdaptedProducts.apply(self._context.anchor, x_1TK, self, self._context.runs)
             waiting.update((each, (x_1TK, y_1TN)) for each, y_1TN in zip(self.names, outputs, strict=True))
         if name not in waiting or waiting[name][0] is not x_1TK:
@@ -107,6 +88,7 @@ class _AdaptedProducts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_1TK, *hidden = ctx.saved_tensors
         siblings: Siblings = ctx.siblings
+        siblings.pause()
         y_grads = {name: grad_1TN.contiguous() for name, grad_1TN in zip(siblings.names, gradients, strict=True)}
         x_grad_1TK = siblings.multiply_back(y_grads) if ctx.needs_input_grad[1] else None
         for (run, names), h_tJ in zip(ctx.parts, hidden, strict=True):

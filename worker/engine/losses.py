@@ -6,6 +6,7 @@ no [M, V] tensor outlives its chunk. Shapes: M label rows, C rows of a chunk, E 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +38,11 @@ class Head:
         self.rows_VE = linear.weight.detach()
 
 
-def cross_entropy(hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, head: Head) -> RowLosses:
-    """Return each row's cross-entropy against its label; the sum is weighted row by row."""
-    return RowLosses(*_CrossEntropy.apply(hidden_ME, labels_M, weights_M, head))
+def cross_entropy(
+    hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, head: Head, *, pause: Callable[[], None]
+) -> RowLosses:
+    """Return each row's cross-entropy against its label; the sum is weighted row by row. `pause` precedes a chunk."""
+    return RowLosses(*_CrossEntropy.apply(hidden_ME, labels_M, weights_M, head, pause))
 
 
 def loss_bytes(vocab_size: int, device: torch.device) -> int:
@@ -50,12 +53,13 @@ def loss_bytes(vocab_size: int, device: torch.device) -> int:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, head: Head
+        ctx: Any, hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, head: Head, pause: Callable[[], None]
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient_ME = torch.empty_like(hidden_ME) if ctx.needs_input_grad[0] else None
         losses_M = torch.empty(len(labels_M), dtype=torch.float32, device=hidden_ME.device)
         is_right_M = torch.empty(len(labels_M), dtype=torch.bool, device=hidden_ME.device)
         for rows in _chunks(len(labels_M), _chunk_rows(len(head.rows_VE), hidden_ME.device)):
+            pause()
             logits_CV = head.weight.multiply(hidden_ME[rows]).float()
             label_logits_C1 = logits_CV.gather(1, labels_M[rows, None])
             largest_C1 = logits_CV.amax(dim=1, keepdim=True)
@@ -74,7 +78,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ME,) = ctx.saved_tensors
-        return gradient_ME * gradients[0].to(gradient_ME.dtype), None, None, None
+        return gradient_ME * gradients[0].to(gradient_ME.dtype), None, None, None, None
 
 
 def _chunk_rows(vocab_size: int, device: torch.device) -> int:

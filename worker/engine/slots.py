@@ -39,7 +39,6 @@ class Slot:
     def __init__(self, job: EngineJob, bank: Bank) -> None:
         self.job = job
         self.bank = bank
-        self.row = bank.add_row()
         self.step = 0
         self.num_updates = 0
         self.num_skipped_in_a_row = 0
@@ -47,9 +46,17 @@ class Slot:
         self.served_tokens = 0
         self.tally = BatchTally()
         self.evaluation: PendingEvaluation | None = None
+        self.evicted_at: float | None = None
         self.total_steps = count_steps(job.spec, len(job.examples))
         self._order: tuple[int, list[int]] = (-1, [])
-        self._initialise()
+        drawn_P = self._draw_weights()
+        # Last, and then one copy that takes no memory: a row is never left without its slot.
+        self.bank_row = bank.add_row()
+        self.weights_P.copy_(drawn_P)
+
+    @property
+    def row(self) -> int:
+        return self.bank_row.index
 
     @property
     def weights_P(self) -> Tensor:
@@ -101,9 +108,15 @@ class Slot:
 
     def pairs(self) -> dict[str, LoraPair]:
         """Return the weights as matrices, by the linear's qualified name."""
-        rank, rows = self.job.spec.adapter.rank, slice(self.row, self.row + 1)
-        stacks = {name: self.bank.weights(rows, (name,)) for name in self.bank.layout.columns}
-        return {name: LoraPair(stack.A_SJK[0, :rank], stack.Bts_SRN[0][0, :rank].T) for name, stack in stacks.items()}
+        return self.view(self.weights_P)
+
+    def view(self, numbers_P: Tensor) -> dict[str, LoraPair]:
+        """Return a row's P numbers, wherever they are, as matrices, by the linear's qualified name."""
+        layout, rank, pairs = self.bank.layout, self.job.spec.adapter.rank, {}
+        for name, columns in layout.columns.items():
+            A_RK, Bt_RN = (numbers_P[side].view(layout.padded_rank, -1) for side in columns)
+            pairs[name] = LoraPair(A_RK[:rank], Bt_RN[:rank].T)
+        return pairs
 
     @property
     def is_batch_complete(self) -> bool:
@@ -133,13 +146,15 @@ class Slot:
         self.num_updates = 0
         self.restart_batch()
 
-    def _initialise(self) -> None:
-        """Draw A as PEFT does (uniform of bound 1/sqrt(K)), each matrix from a seed of its own; B stays zero."""
-        for name, pair in self.pairs().items():
+    def _draw_weights(self) -> Tensor:
+        """Draw A as PEFT does (uniform of bound 1/sqrt(K)), each matrix from a seed of its own; B is zero."""
+        drawn_P = torch.zeros(self.bank.layout.num_parameters)
+        for name, pair in self.view(drawn_P).items():
             generator = torch.Generator().manual_seed(stable_hash(self.job.spec.seed, name))
             bound = 1 / math.sqrt(pair.A_RK.shape[1])
             drawn_RK = torch.rand(pair.A_RK.shape, generator=generator).mul_(2 * bound).sub_(bound)
             pair.A_RK.copy_(drawn_RK)
+        return drawn_P
 
 
 def stable_hash(*parts: object) -> int:

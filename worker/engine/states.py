@@ -59,7 +59,8 @@ def load_state(slot: Slot, directory: Path) -> int:
     # The whole spec: with another batch size, for one, the same step number is another place in the data.
     is_same_spec = cursor["spec"] == slot.job.spec.model_dump(mode="json")
     is_same_data = cursor["num_examples"] == len(slot.job.examples)
-    if not (is_same_spec and is_same_data and tensors["weights"].shape == slot.weights_P.shape):
+    is_same_shape = all(tensors[name].shape == slot.weights_P.shape for name in ("weights", "exp_avg", "exp_avg_sq"))
+    if not (is_same_spec and is_same_data and is_same_shape):
         raise InvalidJobError("The saved state belongs to another job: its spec, data or base model differs.")
     slot.weights_P.copy_(tensors["weights"])
     slot.exp_avg_P.copy_(tensors["exp_avg"])

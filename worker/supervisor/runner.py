@@ -43,6 +43,7 @@ from core.storage import ObjectStore, StorageUnavailableError
 from worker.messages import (
     STORAGE_AWAY,
     CheckpointSaved,
+    DeviceLeft,
     EvaluationDone,
     JobFailed,
     JobLogged,
@@ -64,6 +65,7 @@ from worker.messages import (
 from worker.supervisor.artifacts import ArtifactProver, Proof, grant_uploads, result_filename
 from worker.supervisor.bases import BaseHolder
 from worker.supervisor.children import TrainerGoneError
+from worker.supervisor.departures import Departures
 from worker.supervisor.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED, UNRECORDABLE, Failure, explain_exit
 from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.orders import lease_of, order_job, pools_of
@@ -129,6 +131,7 @@ class Runner:
         )
         self._prover = ArtifactProver(store, patience_seconds=settings.storage_patience_seconds)
         self._turns = TurnKeeper(settings, engine=engine)
+        self._departures = Departures(engine)
         self._next_pool: str | None = None  # while the held jobs leave for another pool's turn
         self._charged_at = 0.0
         self._loss: Loss | None = None
@@ -200,13 +203,15 @@ class Runner:
 
     def close(self) -> None:
         self._base.close()
+        self._departures.note_all()
 
     def _turn(self) -> bool:
         """Do what is due now. False when there is nothing left to do."""
         self._settle_loss()
         self._book_usage()
         self._charge_use()
-        if not self._held and not self._hold_pool_with_work():
+        self._departures.record()
+        if not self._held and not self._hold_pool_with_work() and not self._departures.are_due:
             return False
         self._lend_slot()
         self._fill_slots()
@@ -238,6 +243,7 @@ class Runner:
     def _load_base(self, pool: str) -> None:
         with service_transaction(self._engine) as session:
             base = next(base for base in list_known_base_models(session) if pool in pools_of(base))
+        self.close()
         started = time.monotonic()
         refusal = self._base.load(pool, base)
         if refusal:
@@ -324,6 +330,7 @@ class Runner:
     def _hold(self, job: Job, order: StartJob, *, since: float) -> None:
         lease = lease_of(job)
         self._keeper.hold(lease, since=since)
+        self._departures.expect(lease)
         self._held[lease.token] = HeldJob(lease, result_filename(job), order, job.suspect_step, job.num_suspicions)
         self._start_held()
         log.info("job.claimed", job_id=format_id(IdKind.JOB, job.id), lease_token=lease.token, pool=self._base.pool)
@@ -352,6 +359,8 @@ class Runner:
             self._take(report)
 
     def _take(self, report: Report) -> None:
+        if isinstance(report, DeviceLeft):
+            self._departures.note(report.lease_token)
         held = self._held.get(getattr(report, "lease_token", -1))
         if held is None:
             return
@@ -498,7 +507,7 @@ class Runner:
         self._drop(held)
 
     def _stop_stalled(self) -> None:
-        if self._held and not self._is_live():
+        if (self._held or self._departures.are_due) and not self._is_live():
             self._base.kill()
             self._lose_trainer(STALLED)
 
@@ -543,6 +552,8 @@ class Runner:
             return
         self._keeper.let_go(held.lease)
         self._base.send(StopJob(lease_token=held.lease.token))
+        if held.order is not None:
+            self._departures.note(held.lease.token)  # the trainer has never heard of it
         self._unbooked.append(held)
         try:
             self._book_usage()

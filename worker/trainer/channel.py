@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from core.domain.training import Frozen
 from worker.messages import ORDERS, UrlsGranted, UrlsWanted, encode_line
-from worker.trainer.failures import TransferError
+from worker.trainer.failures import JobStoppedError, TransferError
 
 _URL_WAIT_SECONDS = 60.0
 _ORPHANED_EXIT_CODE = 3
@@ -52,7 +52,8 @@ class Channel:
         self._orders, self._reports = orders, reports
         self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str]]] = {}
+        # By lease token and artifact, who waits for URLs; None tells them that there will be none.
+        self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str] | None]] = {}
         self._background = start_pool(_NUM_BACKGROUND_THREADS)
         threading.Thread(target=self._read_orders, daemon=True, name="orders").start()
 
@@ -78,20 +79,37 @@ class Channel:
         """Let the loop call `then` with the future when it is done, between two steps."""
         future.add_done_callback(lambda done: self._inbox.put(lambda: then(done)))
 
-    def request_urls(self, wanted: UrlsWanted) -> dict[str, str]:
-        """Ask for presigned URLs and wait for them. For background threads only. Raises TransferError."""
-        grants = self._grants.setdefault((wanted.lease_token, wanted.artifact), queue.SimpleQueue())
-        self.send(wanted)
+    def request_urls(self, wanted: UrlsWanted, *, check: Callable[[], None]) -> dict[str, str]:
+        """Ask for presigned URLs and wait for them. For background threads only. Raises TransferError.
+
+        `check` raises when the job was stopped; after that `refuse_urls` ends the wait.
+        """
+        key = wanted.lease_token, wanted.artifact
+        grants = self._grants[key] = queue.SimpleQueue()
         try:
-            return grants.get(timeout=_URL_WAIT_SECONDS)
+            check()
+            self.send(wanted)
+            urls = grants.get(timeout=_URL_WAIT_SECONDS)
         except queue.Empty:
             raise TransferError("No upload was granted in time.") from None
+        finally:
+            del self._grants[key]
+        if urls is None:
+            raise JobStoppedError("The job was stopped.")
+        return urls
+
+    def refuse_urls(self, lease_token: int) -> None:
+        """Let nobody wait for URLs of a job that was stopped: nobody will grant them."""
+        for (token, _artifact), grants in tuple(self._grants.items()):
+            if token == lease_token:
+                grants.put(None)
 
     def _read_orders(self) -> None:
         for line in self._orders:
             order = ORDERS.validate_json(line)
             if isinstance(order, UrlsGranted):
-                self._grants[order.lease_token, order.artifact].put(order.urls)
+                if (grants := self._grants.get((order.lease_token, order.artifact))) is not None:
+                    grants.put(order.urls)
             else:
                 self._inbox.put(order)
         os._exit(_ORPHANED_EXIT_CODE)

@@ -2,6 +2,7 @@
 
 TrainerError
 |- JobFaultError        the job's own data or settings; another attempt would end the same
+|- JobStoppedError      an order has stopped it, so that what it still does in the background is of no use
 '- TransferError        a dataset or an artifact could not be moved; another attempt may do
 """
 
@@ -16,6 +17,10 @@ class TrainerError(Exception):
 class JobFaultError(TrainerError):
     code = "invalid_training_data"
     is_job_fault = True
+
+
+class JobStoppedError(TrainerError):
+    code = "stopped"
 
 
 class TransferError(TrainerError):

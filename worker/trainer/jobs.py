@@ -54,7 +54,7 @@ from worker.trainer.exports import (
     verify_adapter,
     write_result_csv,
 )
-from worker.trainer.failures import TransferError
+from worker.trainer.failures import JobStoppedError, TransferError
 from worker.trainer.resume import (
     RESUME_FILES,
     FetchedPoint,
@@ -63,7 +63,7 @@ from worker.trainer.resume import (
     fetch_resume_point,
     write_resume_point,
 )
-from worker.trainer.transfers import download, upload
+from worker.trainer.transfers import Patience, download, upload
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class TrainerJob:
         self._is_last_step_taken = False
         self._is_epoch_open = False
         self._pace = Pace(num_steps=base_order.resume_steps, seconds=base_order.resume_seconds)
-        self._patience_seconds = base_order.storage_patience_seconds
+        self._patience = Patience(base_order.storage_patience_seconds, check=self._check_wanted)
         self._uploads: list[Future[None]] = []
         self._device_seconds = 0.0
         self._trained_tokens = 0
@@ -108,9 +108,9 @@ class TrainerJob:
         if self._order.validation_file is not None:
             files["validation"] = self._order.validation_file
         for name, file in files.items():
-            download(file, self._dataset_path(name), patience_seconds=self._patience_seconds)
+            download(file, self._dataset_path(name), self._patience)
         resume = fetch_resume_point(
-            self._order.resume_points, self._directory, patience_seconds=self._patience_seconds, warn=self._warn
+            self._order.resume_points, self._directory, patience=self._patience, warn=self._warn
         )
         if resume is None and self._order.resume_points:
             self._warn("No resume point can be used; the job starts from its first step.")
@@ -209,8 +209,14 @@ class TrainerJob:
         self._channel.send(JobLogged(lease_token=self.lease_token, name=name, details=details))
 
     def close(self) -> None:
+        """Remove the job's files. What it still does in the background ends at its next chunk, row or wait."""
         self._is_closed = True
+        self._channel.refuse_urls(self.lease_token)
         self._scratch.cleanup()
+
+    def _check_wanted(self) -> None:
+        if self._is_closed:
+            raise JobStoppedError("The job was stopped.")
 
     def _dataset_path(self, name: str) -> Path:
         return self._directory / f"{name}.jsonl"
@@ -370,8 +376,8 @@ class TrainerJob:
     def _upload(self, artifact: str, directory: Path, names: tuple[str, ...]) -> tuple[StoredFile, ...]:
         wanted = UrlsWanted(lease_token=self.lease_token, artifact=artifact, names=names)
         started = time.monotonic()
-        urls = self._channel.request_urls(wanted)
-        stored = tuple(upload(urls[name], directory / name, patience_seconds=self._patience_seconds) for name in names)
+        urls = self._channel.request_urls(wanted, check=self._check_wanted)
+        stored = tuple(upload(urls[name], directory / name, self._patience) for name in names)
         size_bytes = sum(file.size_bytes for file in stored)
         seconds = round(time.monotonic() - started, 3)
         self.log("artifact.uploaded", artifact=artifact, size_bytes=size_bytes, seconds=seconds)

@@ -1,7 +1,7 @@
 """The training loop: orders and finished background work, then one fused step, again and again.
 
 Nothing here waits while a job can step. Downloads, tokenising and uploads run on threads; what they bring is applied
-between steps.
+between steps. Orders do not wait for a step's end: the engine lets the loop look at them between two products.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import structlog
 from safetensors import SafetensorError
 
+from core.domain.training import Frozen
 from worker.engine import Engine, EngineError, NoFreeSlotError, SlotReport
-from worker.messages import Alive, JobFailed, LoadBase, SlotRefused, StartJob, StopJob, YieldJob
+from worker.messages import Alive, DeviceLeft, JobFailed, LoadBase, SlotRefused, StartJob, StopJob, YieldJob
 from worker.trainer.bases import LoadedBase
 from worker.trainer.channel import Channel, start_pool
 from worker.trainer.failures import TrainerError
@@ -46,10 +47,16 @@ class TrainingLoop:
         self._jobs: dict[int, TrainerJob] = {}
         # Prepared, and waiting until another job leaves the memory that they need.
         self._waiting: deque[tuple[TrainerJob, PreparedJob]] = deque()
+        # Came within a step, and is applied at its end.
+        self._postponed: deque[Callable[[], None]] = deque()
+        # Evicted, and not yet reported: a step under way may still have their examples in it.
+        self._leaving: list[int] = []
 
     def run(self) -> None:
         while True:
             self._show_life()
+            while self._postponed:
+                self._apply(self._postponed.popleft())
             while (item := self._channel.receive(wait_seconds=_LIFE_SECONDS if self._is_idle else 0)) is not None:
                 self._apply(item)
             self._admit_waiting()
@@ -59,8 +66,21 @@ class TrainingLoop:
     def _is_idle(self) -> bool:
         return not self._engine.job_ids and not self._waiting
 
+    def _look(self) -> None:
+        """Take the orders that have come within a step, and show that it goes on."""
+        self._show_life()
+        while (item := self._channel.receive(wait_seconds=0)) is not None:
+            if isinstance(item, Frozen):
+                self._apply(item)
+            else:
+                self._postponed.append(item)  # it may admit a job
+        self._tell_who_left()
+
     def _show_life(self) -> None:
-        """Say that this loop turns, and what its jobs have used: a thread that lives on must not hide a hung step."""
+        """Say that this loop turns, and what its jobs have used: a thread that lives on must not hide a hung step.
+
+        Called between products as well, so that a step that takes minutes, and goes on, is no hung one.
+        """
         if time.monotonic() - self._shown_at < _LIFE_SECONDS:
             return
         self._shown_at = time.monotonic()
@@ -112,16 +132,18 @@ class TrainingLoop:
 
     def _step(self) -> None:
         started = time.monotonic()
-        reports = self._engine.step()
-        if not reports:
-            return
+        reports = self._engine.step(look=self._look)
+        self._tell_who_left()
         seconds = time.monotonic() - started
         cost_tokens = sum(report.cost_tokens for report in reports)
         for report in reports:
-            job = self._jobs[int(report.job_id)]
+            job = self._jobs.get(int(report.job_id))
+            if job is None:  # stopped within the step
+                continue
             if cost_tokens:  # none where the step's only report is a row that did not fit
                 job.use_device(seconds * report.cost_tokens / cost_tokens)
-            self._take_report(job, report)
+            if not job.is_ending:
+                self._take_report(job, report)
 
     def _take_report(self, job: TrainerJob, report: SlotReport) -> None:
         if report.failure is not None:
@@ -133,8 +155,7 @@ class TrainingLoop:
             self._fail(job, error)
             return
         if is_trained:
-            job.is_ending = True
-            self._engine.evict(report.job_id)
+            self._evict(job)
             self._channel.run_in_background(job.publish, then=self._guarded(job, self._finish))
 
     def _finish(self, job: TrainerJob, _result: None) -> None:
@@ -143,19 +164,20 @@ class TrainingLoop:
 
     def _stop(self, lease_token: int) -> None:
         job = self._jobs.pop(lease_token, None)
-        if job is not None:
+        if job is None:
+            return
+        if not job.is_ending:
             self._evict(job)
-            job.close()
+        job.close()
 
     def _yield(self, lease_token: int) -> None:
         """Store a job's slot as it stands and free it. A job that is on its way out already ends as it would."""
         job = self._jobs.get(lease_token)
         if job is None or job.is_ending:
             return
-        job.is_ending = True
         if str(lease_token) in self._engine.job_ids:
             job.save_resume_point(self._engine)
-            self._engine.evict(str(lease_token))
+        self._evict(job)
         self._channel.run_in_background(job.give_back, then=self._guarded(job, self._finish))
 
     def _fail(self, job: TrainerJob, error: Exception) -> None:
@@ -168,8 +190,21 @@ class TrainingLoop:
         self._stop(job.lease_token)
 
     def _evict(self, job: TrainerJob) -> None:
+        """Take a job off the device, and from what may still get there."""
+        job.is_ending = True
         if str(job.lease_token) in self._engine.job_ids:
             self._engine.evict(str(job.lease_token))
+        self._leaving.append(job.lease_token)
+        self._tell_who_left()
+
+    def _tell_who_left(self) -> None:
+        if not self._leaving:
+            return
+        running_ids = self._engine.running_ids
+        for lease_token in tuple(self._leaving):
+            if str(lease_token) not in running_ids:
+                self._leaving.remove(lease_token)
+                self._channel.send(DeviceLeft(lease_token=lease_token))
 
     def _guarded(self, job: TrainerJob, apply: Callable[[TrainerJob, Any], None]) -> Callable[[Future[Any]], None]:
         """Return a callback that applies a background result, or fails the job; a stopped job's result is dropped."""

@@ -18,7 +18,7 @@ from core.domain.training import Frozen
 from worker.engine import CURSOR_FILE, TENSORS_FILE, SlotState
 from worker.messages import RemoteResumePoint
 from worker.trainer.exports import MANIFEST, ResultRow, describe_file
-from worker.trainer.transfers import IntegrityError, ObjectMissingError, download
+from worker.trainer.transfers import IntegrityError, ObjectMissingError, Patience, download
 
 PROGRESS_FILE = "progress.json"
 _STATE_FILES = (TENSORS_FILE, CURSOR_FILE, PROGRESS_FILE)
@@ -76,7 +76,7 @@ def write_resume_point(directory: Path, state: SlotState, progress: Progress) ->
 
 
 def fetch_resume_point(
-    points: tuple[RemoteResumePoint, ...], scratch: Path, *, patience_seconds: float, warn: Callable[[str], None]
+    points: tuple[RemoteResumePoint, ...], scratch: Path, *, patience: Patience, warn: Callable[[str], None]
 ) -> FetchedPoint | None:
     """Return the newest point that is whole, or None. Raises TransferError when the store does not answer."""
     for point in points:
@@ -84,7 +84,7 @@ def fetch_resume_point(
         directory.mkdir()
         try:
             for name in _STATE_FILES:
-                download(point.files[name], directory / name, patience_seconds=patience_seconds)
+                download(point.files[name], directory / name, patience)
         except (IntegrityError, ObjectMissingError) as error:
             warn(f"The resume point of step {point.step} cannot be used, so an earlier one is: {error}")
             continue

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -43,29 +44,38 @@ class _PassingError(TransferError):
     code = STORAGE_AWAY
 
 
-def download(file: RemoteFile, destination: Path, *, patience_seconds: float) -> None:
+@dataclass(frozen=True)
+class Patience:
+    """For how long a transfer is tried. `check` is called before every try and chunk, and raises to end it."""
+
+    seconds: float
+    check: Callable[[], None]
+
+
+def download(file: RemoteFile, destination: Path, patience: Patience) -> None:
     """Fetch a file and check its SHA-256. Raises TransferError, or IntegrityError after the last try."""
-    for attempt in _tries(patience_seconds):
+    for attempt in _tries(patience):
         with attempt, _translated(), httpx.stream("GET", file.url, timeout=_TIMEOUT, trust_env=False) as response:
             response.raise_for_status()
             digest = hashlib.sha256()
             with destination.open("wb") as out:
                 for chunk in response.iter_bytes(CHUNK_BYTES):
+                    patience.check()
                     digest.update(chunk)
                     out.write(chunk)
             if digest.hexdigest() != file.sha256:
                 raise IntegrityError("Its bytes are not the ones that were stored.")
 
 
-def upload(url: str, path: Path, *, patience_seconds: float) -> StoredFile:
+def upload(url: str, path: Path, patience: Patience) -> StoredFile:
     """Store a file under its URL and say what it is. Raises TransferError."""
     size_bytes = path.stat().st_size
-    for attempt in _tries(patience_seconds):
+    for attempt in _tries(patience):
         with attempt, _translated():
             digest = hashlib.sha256()
             response = httpx.put(
                 url,
-                content=_read_chunks(path, digest.update),
+                content=_read_chunks(path, digest.update, check=patience.check),
                 headers={"content-length": str(size_bytes)},
                 timeout=_TIMEOUT,
                 trust_env=False,
@@ -74,7 +84,7 @@ def upload(url: str, path: Path, *, patience_seconds: float) -> StoredFile:
     return StoredFile(name=path.name, size_bytes=size_bytes, sha256=digest.hexdigest())
 
 
-def _tries(patience_seconds: float) -> Iterable[AbstractContextManager[Any]]:
+def _tries(patience: Patience) -> Iterator[AbstractContextManager[Any]]:
     """Try until patience ends, with growing pauses and jitter; bytes that differ again and again are not waited for."""
     mismatches = itertools.count(1)
 
@@ -83,14 +93,17 @@ def _tries(patience_seconds: float) -> Iterable[AbstractContextManager[Any]]:
             return next(mismatches) < _MAX_MISMATCHES
         return isinstance(error, _PassingError)
 
-    return stamina.retry_context(
-        on=is_passing, attempts=None, timeout=patience_seconds, wait_max=_LONGEST_PAUSE_SECONDS
-    )
+    for attempt in stamina.retry_context(
+        on=is_passing, attempts=None, timeout=patience.seconds, wait_max=_LONGEST_PAUSE_SECONDS
+    ):
+        patience.check()
+        yield attempt
 
 
-def _read_chunks(path: Path, on_chunk: Callable[[bytes], None]) -> Iterator[bytes]:
+def _read_chunks(path: Path, on_chunk: Callable[[bytes], None], *, check: Callable[[], None]) -> Iterator[bytes]:
     with path.open("rb") as content:
         while chunk := content.read(CHUNK_BYTES):
+            check()
             reach(CrashPoint.UPLOAD)
             on_chunk(chunk)
             yield chunk

@@ -33,6 +33,7 @@ from worker.engine import (
     inspect_base,
 )
 from worker.engine.banks import Layout
+from worker.engine.updates import read_sums
 
 
 def example_of(token_ids: list[int], is_label: list[bool]) -> Example:
@@ -292,7 +293,7 @@ def test_one_step_that_is_not_finite_is_skipped_without_touching_weights_or_mome
     batch = engine._pack(plans)
     losses = engine._forward_backward(plans, batch)
     slot.weights_P.copy_(good)
-    (report,) = engine._commit(plans, batch, losses, ())
+    (report,) = engine._commit(plans, read_sums([slot], batch, losses), ())
     assert report.update is not None
     assert report.update.is_skipped
     after = (slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P)

@@ -1,0 +1,96 @@
+"""Memory that runs out at a chosen allocation, and what must then be as it was: every other slot, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from worker.engine import Engine
+from worker.engine.slots import BatchTally, Slot
+
+
+class MemoryRunsOut(TorchDispatchMode):
+    """Within it, the n-th operator that needs new memory gets none. `has_failed` says whether there were so many.
+
+    A copy into a matrix that is no stretch of memory counts as well: a GPU takes a buffer for what comes from its host.
+    """
+
+    def __init__(self, nth: int) -> None:
+        super().__init__()
+        self._left = nth
+
+    @property
+    def has_failed(self) -> bool:
+        return self._left <= 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and not args[0].is_contiguous():
+            self._allocate()
+        found = func(*args, **(kwargs or {}))
+        if storages(found) - storages((args, kwargs)):
+            self._allocate()
+        return found
+
+    def _allocate(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise torch.OutOfMemoryError("the test's device is full")
+
+
+def storages(values: Any) -> set[int]:
+    tensors = [each for each in tree_leaves(values) if isinstance(each, Tensor) and each.layout == torch.strided]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """All that a slot is, copied."""
+
+    vectors: tuple[Tensor, ...]
+    counts: tuple[int, ...]
+    tally: BatchTally
+    evaluation: object
+
+    @classmethod
+    def of(cls, slot: Slot) -> Standing:
+        return cls(
+            tuple(each.clone() for each in (slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P)),
+            (slot.step, slot.num_updates, slot.num_skipped_in_a_row, slot.num_fused_steps, slot.served_tokens),
+            replace(slot.tally),
+            slot.evaluation,
+        )
+
+    def has_numbers_of(self, slot: Slot) -> bool:
+        """Say whether weights, gradients and moments are the slot's of now, bit for bit."""
+        return all(torch.equal(a, b) for a, b in zip(self.vectors, Standing.of(slot).vectors, strict=True))
+
+    def is_that_of(self, slot: Slot) -> bool:
+        now = Standing.of(slot)
+        are_counts_equal = (self.counts, self.tally, self.evaluation) == (now.counts, now.tally, now.evaluation)
+        return are_counts_equal and self.has_numbers_of(slot)
+
+
+def standings(engine: Engine, *, but: Sequence[str] = ()) -> dict[str, Standing]:
+    return {job_id: Standing.of(slot) for job_id, slot in engine._slots.items() if job_id not in but}
+
+
+def assert_unmoved(engine: Engine, before: dict[str, Standing]) -> None:
+    for job_id, standing in before.items():
+        assert standing.is_that_of(engine._slots[job_id]), job_id
+
+
+def assert_every_row_has_one_slot(engine: Engine) -> None:
+    """The rows of a bank are its slots', one each, and whatever is beyond them is zero."""
+    banks = {slot.bank for slot in engine._slots.values()}
+    for bank in banks:
+        rows = sorted(slot.row for slot in engine._slots.values() if slot.bank is bank)
+        assert rows == list(range(bank.num_rows))
+        for vectors_SP in (bank.weights_SP, bank.grads_SP, bank.exp_avg_SP, bank.exp_avg_sq_SP):
+            assert not vectors_SP[bank.num_rows :].any()
+    assert len({bank.layout.padded_rank for bank in banks}) == len(banks)

@@ -1,0 +1,89 @@
+"""The step under way: what its linears need to know of it, where it can be left, and who leaves in it.
+
+A step of a slow device takes a minute and more, and an order to stop a job does not wait for its end. So linears and
+loss call `pause` before their products: what siblings multiply, or a chunk of the loss, is all that is between two
+calls. No row of a bank moves while a step is under way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from worker.engine.runs import Run
+from worker.engine.slots import Slot
+
+# A step that others are in as well may go on for so long after a job was evicted from it.
+PATIENCE_SECONDS = 2.0
+
+
+class StepGivenUpError(Exception):
+    """What is under way is of no use to anyone in it any more, or has kept for too long one who left."""
+
+
+class StepContext:
+    """One object, shared by all of an engine's linears."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Makes the products differentiable even where their input is not, as in the first layer.
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.runs: tuple[Run, ...] = ()
+        # Whose examples are on the device now.
+        self.slots: tuple[Slot, ...] = ()
+        # By its linear's name, what waits to be taken: the rows that were multiplied, and the outputs.
+        self.waiting: dict[str, tuple[Tensor, Tensor]] = {}
+        self._look: Callable[[], None] | None = None
+        self._leaving: list[Slot] = []
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._look is not None
+
+    @contextmanager
+    def under_way(self, look: Callable[[], None]) -> Iterator[None]:
+        """Be in a step, whose pauses call `look`. Who leaves meanwhile has left at its end."""
+        self._look = look
+        try:
+            yield
+        finally:
+            self._look = None
+            self._remove_rows()
+
+    @contextmanager
+    def running(self, runs: tuple[Run, ...]) -> Iterator[None]:
+        """Have these runs on the device. Nothing of them stays, though they were left between two siblings."""
+        self.runs = runs
+        self.slots = tuple(part.slot for run in runs for part in run.parts)
+        try:
+            yield
+        finally:
+            self.runs, self.slots = (), ()
+            self.waiting.clear()
+
+    def leave(self, slot: Slot) -> None:
+        """Remove an evicted slot's row, now or at the end of the step under way."""
+        slot.evicted_at = time.monotonic()
+        self._leaving.append(slot)
+        if not self.is_under_way:
+            self._remove_rows()
+
+    def pause(self) -> None:
+        """Let the step's caller look. Raises StepGivenUpError when what is under way is not to go on."""
+        if self._look is None:
+            return
+        self._look()
+        if not self._leaving:
+            return
+        evicted_at = [slot.evicted_at for slot in self.slots if slot.evicted_at is not None]
+        is_unwanted = len(evicted_at) == len(self.slots)
+        if evicted_at and (is_unwanted or time.monotonic() - min(evicted_at) > PATIENCE_SECONDS):
+            raise StepGivenUpError
+
+    def _remove_rows(self) -> None:
+        while self._leaving:
+            slot = self._leaving.pop()
+            slot.bank.remove_row(slot.bank_row)

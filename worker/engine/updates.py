@@ -1,0 +1,70 @@
+"""What a fused step has come to for a slot, read off the device once, and what it makes of an optimizer batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from worker.engine.errors import DivergedError
+from worker.engine.examples import SlotReport, StepMetrics
+from worker.engine.losses import RowLosses
+from worker.engine.optimizers import AdamW
+from worker.engine.packing import PackedBatch
+from worker.engine.slots import Slot
+
+MAX_SKIPPED_STEPS = 3
+
+
+class SlotSums(NamedTuple):
+    """Sums over a slot's examples of one fused step, and the norm of its gradients so far."""
+
+    loss_sum: float
+    num_right: float
+    grad_norm: float
+
+
+def read_sums(slots: Sequence[Slot], batch: PackedBatch, losses: RowLosses) -> list[SlotSums]:
+    """Read each slot's sums. Raises torch.OutOfMemoryError. This is the step's one read that waits for the device."""
+    sums = [
+        torch.stack(
+            [
+                losses.losses_M[group.label_start : group.label_end].sum(),
+                losses.is_right_M[group.label_start : group.label_end].sum(),
+                torch.linalg.vector_norm(slot.grads_P),
+            ]
+        )
+        for slot, group in zip(slots, batch.groups, strict=True)
+    ]
+    return [SlotSums(*numbers) for numbers in torch.stack(sums).tolist()]
+
+
+def complete_batch(slot: Slot, optimizer: AdamW, *, grad_norm: float, num_tokens: int) -> SlotReport:
+    """Update the slot's weights, unless its gradient is not finite, and go on to its next optimizer batch."""
+    is_skipped = not (math.isfinite(grad_norm) and math.isfinite(slot.tally.loss_sum))
+    learning_rate = 0.0 if is_skipped else optimizer.update(slot, grad_norm=grad_norm)
+    slot.num_skipped_in_a_row = slot.num_skipped_in_a_row + 1 if is_skipped else 0
+    num_labels, tally = sum(example.num_labels for example in slot.batch_examples()), slot.tally
+    slot.advance()
+    update = StepMetrics(
+        step=slot.step,
+        total_steps=slot.total_steps,
+        epoch=slot.step / slot.steps_per_epoch,
+        loss=tally.loss_sum / num_labels,
+        token_accuracy=tally.num_right / num_labels,
+        learning_rate=learning_rate,
+        grad_norm=grad_norm,
+        num_tokens=tally.num_tokens,
+        num_label_tokens=num_labels,
+        is_epoch_end=slot.step % slot.steps_per_epoch == 0,
+        is_last=slot.is_finished,
+        is_skipped=is_skipped,
+    )
+    failure = None
+    if slot.num_skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        failure = DivergedError(
+            f"The gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row. Lower the learning rate."
+        )
+    return SlotReport(slot.job.job_id, num_tokens, update=update, failure=failure)

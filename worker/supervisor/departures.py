@@ -1,0 +1,58 @@
+"""When the device was rid of an attempt: because its trainer says so, or because the trainer is gone itself.
+
+An attempt is expected to leave from the moment it is claimed, and its leaving is recorded once, with its own time,
+however long the database was away in between.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from sqlalchemy import Engine
+
+from core.db.session import service_transaction
+from core.services import attempts
+from core.services.attempts import Lease
+
+
+@dataclass(frozen=True)
+class _Departure:
+    lease: Lease
+    left_at: float
+
+
+class Departures:
+    """The attempts that may be on the device, by lease token, and those that have left it unrecorded."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._expected: dict[int, Lease] = {}
+        self._unrecorded: list[_Departure] = []
+
+    @property
+    def are_due(self) -> bool:
+        return bool(self._expected or self._unrecorded)
+
+    def expect(self, lease: Lease) -> None:
+        self._expected[lease.token] = lease
+
+    def note(self, lease_token: int) -> None:
+        """Take it that an attempt is off the device, as of now."""
+        lease = self._expected.pop(lease_token, None)
+        if lease is not None:
+            self._unrecorded.append(_Departure(lease, time.monotonic()))
+
+    def note_all(self) -> None:
+        """Take it that nobody is on the device: its trainer is gone."""
+        for lease_token in tuple(self._expected):
+            self.note(lease_token)
+
+    def record(self) -> None:
+        """Store what was noted. Raises the database's errors, and then nothing is forgotten."""
+        if not self._unrecorded:
+            return
+        with service_transaction(self._engine) as session:
+            for each in self._unrecorded:
+                attempts.record_departure(session, each.lease, seconds_ago=time.monotonic() - each.left_at)
+        self._unrecorded.clear()
