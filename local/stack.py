@@ -21,7 +21,7 @@ from core.domain.api_keys import ALL_SCOPES
 from core.domain.errors import NotFoundError
 from core.domain.jobs import pool_name
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry, read_registry, sync_base_models
-from core.services.tenants import create_tenant, find_tenant, rotate_api_key
+from core.services.tenants import create_tenant, find_tenant, issue_api_key, rotate_api_key
 from local.binaries import find_smollm2
 from local.external import OWNER_URL_SETTING
 from local.ports import free_ports, is_free
@@ -151,7 +151,10 @@ class LocalStack:
                 tenant = find_tenant(session, slug)
             except NotFoundError:
                 tenant = create_tenant(session, slug)
-            issued = rotate_api_key(session, tenant.id, name="local", scopes=ALL_SCOPES)
+            try:
+                issued = rotate_api_key(session, tenant.id, name="local")
+            except NotFoundError:
+                issued = issue_api_key(session, tenant.id, name="local", scopes=ALL_SCOPES)
         engine.dispose()
         return str(issued.api_key)
 

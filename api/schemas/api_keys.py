@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from core.db.models import ApiKeyRow
-from core.domain.api_keys import DEFAULT_SCOPES, PREFIX, Scope, format_key_id
+from core.domain.api_keys import DEFAULT_SCOPES, MAX_DAYS, PREFIX, Scope, format_key_id
 from core.services.tenants import IssuedKey
 
 KeyName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -20,7 +20,7 @@ class ExpiresAfter(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     anchor: Literal["created_at"]
-    seconds: int = Field(ge=60, le=3650 * _DAY_SECONDS)
+    seconds: int = Field(ge=60, le=MAX_DAYS * _DAY_SECONDS)
 
     @property
     def lifetime(self) -> timedelta:
@@ -35,6 +35,11 @@ class CreateApiKey(BaseModel):
     expires_after: ExpiresAfter | None = None
 
     @property
+    def asked_scopes(self) -> frozenset[Scope] | None:
+        """The scopes that were asked for: those of a request that names none depend on who makes the key."""
+        return self.scopes if "scopes" in self.model_fields_set else None
+
+    @property
     def lifetime(self) -> timedelta | None:
         return self.expires_after.lifetime if self.expires_after else None
 
@@ -45,6 +50,7 @@ class ApiKeyObject(BaseModel):
     name: str
     scopes: list[Scope]
     redacted_value: str
+    created_by: str | None
     created_at: int
     expires_at: int | None
     last_used_at: int | None
@@ -70,6 +76,7 @@ def _fields_of(row: ApiKeyRow) -> dict[str, object]:
         "name": row.name,
         "scopes": sorted(row.scopes),
         "redacted_value": f"{PREFIX}_{row.key_id}_...",
+        "created_by": format_key_id(row.created_by) if row.created_by else None,
         "created_at": int(row.created_at.timestamp()),
         "expires_at": int(row.expires_at.timestamp()) if row.expires_at else None,
         "last_used_at": int(row.last_used_at.timestamp()) if row.last_used_at else None,

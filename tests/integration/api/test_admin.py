@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -64,6 +65,16 @@ def test_to_everybody_else_the_operators_surface_is_an_unknown_url(api_url: str,
                 assert answer.status_code == 404, (verb, path)
                 told = answer.json()["error"]
                 assert told == unknown.json()["error"] | {"message": f"Not Found: {verb} {path}"}
+
+
+def test_an_operators_key_that_has_expired_opens_nothing(api_url: str, owner: Engine) -> None:
+    with operator_transaction(owner, actor="test") as session:
+        key = str(issue_operator_key(session, name="brief", lifetime=timedelta(hours=1)))
+    with http(api_url, key) as client:
+        good(client.get("/admin/tenants"))
+        with service_transaction(owner) as session:
+            session.execute(text("update operator_keys set expires_at = now() where name = 'brief'"))
+        assert client.get("/admin/tenants").status_code == 401
 
 
 def test_an_operators_key_opens_nothing_of_a_tenants(admin: httpx.Client) -> None:
