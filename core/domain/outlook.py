@@ -22,6 +22,7 @@ class WaitCode(StrEnum):
     PAUSED = "paused"
     RETRY_BACKOFF = "retry_backoff"
     TENANT_DISABLED = "tenant_disabled"
+    BASE_UNUSABLE = "base_unusable"
     TENANT_CONCURRENCY = "tenant_concurrency"
     QUOTA = "quota"
     NO_WORKER = "no_worker"
@@ -33,8 +34,9 @@ class WaitCode(StrEnum):
 
 @dataclass(frozen=True)
 class PoolWorkers:
-    """The workers alive that may serve a pool. `num_serving` hold its base, `num_elsewhere` are busy with another.
+    """The workers alive that can serve a pool. `num_serving` hold its base, `num_elsewhere` are busy with another.
 
+    `num_unfit` more are alive and cannot load the base at present, for want of memory or the like.
     `last_seen_at` is the newest heartbeat of any worker of the pool, alive or not.
     """
 
@@ -45,6 +47,7 @@ class PoolWorkers:
     slots: int
     slots_in_use: int
     last_seen_at: dt.datetime | None
+    num_unfit: int = 0
 
     @property
     def free_slots(self) -> int:
@@ -82,6 +85,7 @@ class WaitingJob:
     run_after: dt.datetime
     total_steps: int
     last_outcome: str | None
+    is_base_unusable: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ def explain_wait(
     """Return the one thing that must change first for the job to start."""
     if job.is_paused:
         return Reason(WaitCode.PAUSED, "The job is paused; resume it to queue it again.")
-    if tenant.is_disabled:
-        return Reason(WaitCode.TENANT_DISABLED, "The operator has disabled this organization; its jobs are held.")
+    if held := _explain_hold(job, tenant):
+        return held
     if job.run_after > now:
         seconds = math.ceil((job.run_after - now).total_seconds())
         return Reason(WaitCode.RETRY_BACKOFF, f"The last attempt failed; the next may start in {seconds} s.")
@@ -112,12 +116,19 @@ def explain_wait(
     return _explain_workers(job, workers, queue, now)
 
 
+def _explain_hold(job: WaitingJob, tenant: TenantState) -> Reason | None:
+    """Return what the operator alone can change."""
+    if tenant.is_disabled:
+        return Reason(WaitCode.TENANT_DISABLED, "The operator has disabled this organization; its jobs are held.")
+    if job.is_base_unusable:
+        sentence = "Its base model cannot be loaded; the operator has to mend it. The job waits, and loses no attempt."
+        return Reason(WaitCode.BASE_UNUSABLE, sentence)
+    return None
+
+
 def _explain_workers(job: WaitingJob, workers: PoolWorkers, queue: PoolQueue, now: dt.datetime) -> Reason:
     if not workers.num_alive:
-        seen = "none has been seen yet"
-        if workers.last_seen_at is not None:
-            seen = f"the last was heard of {math.ceil((now - workers.last_seen_at).total_seconds())} s ago"
-        return Reason(WaitCode.NO_WORKER, f"No worker that may serve this base model is alive; {seen}.")
+        return Reason(WaitCode.NO_WORKER, _describe_absence(workers, now))
     if not workers.num_serving:
         if workers.num_loading or workers.num_elsewhere < workers.num_alive:
             return Reason(WaitCode.BASE_LOADING, "A worker is loading this base model, or is about to.")
@@ -131,6 +142,16 @@ def _explain_workers(job: WaitingJob, workers: PoolWorkers, queue: PoolQueue, no
     return Reason(WaitCode.NO_FREE_SLOT, sentence)
 
 
+def _describe_absence(workers: PoolWorkers, now: dt.datetime) -> str:
+    if workers.num_unfit:
+        told = f"{workers.num_unfit} workers that may serve this base model are alive, and none can load it at present."
+        return f"{told} They try again; the operator can see why."
+    seen = "none has been seen yet"
+    if workers.last_seen_at is not None:
+        seen = f"the last was heard of {math.ceil((now - workers.last_seen_at).total_seconds())} s ago"
+    return f"No worker that may serve this base model is alive; {seen}."
+
+
 def estimate_wait(
     job: WaitingJob, *, reason: Reason, workers: PoolWorkers, queue: PoolQueue, now: dt.datetime
 ) -> Interval | None:
@@ -142,6 +163,7 @@ def estimate_wait(
     unknowable = (
         WaitCode.PAUSED,
         WaitCode.TENANT_DISABLED,
+        WaitCode.BASE_UNUSABLE,
         WaitCode.QUOTA,
         WaitCode.TENANT_CONCURRENCY,
         WaitCode.NO_WORKER,

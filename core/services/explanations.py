@@ -10,10 +10,11 @@ import datetime as dt
 import uuid
 from dataclasses import dataclass
 
-from sqlalchemy import Boolean, ColumnElement, and_, any_, func, literal, or_, select, text
+from sqlalchemy import Boolean, ColumnElement, and_, any_, func, literal, not_, or_, select, text
 from sqlalchemy.orm import Session
 
-from core.db.models import Attempt, Job, Tenant, Worker
+from core.db.models import Attempt, BaseModelRow, Job, Tenant, Worker
+from core.domain.bases import BaseState
 from core.domain.jobs import JobStatus
 from core.domain.outlook import (
     PoolQueue,
@@ -66,6 +67,7 @@ def explain_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, no
         run_after=job.run_after,
         total_steps=job.total_steps - job.trained_steps,
         last_outcome=_last_outcome(session, tenant_id, job_id),
+        is_base_unusable=_is_base_unusable(session, job),
     )
     queue, workers = _read_queue(session, job), _read_workers(session, job.pool)
     reason = explain_wait(waiting, tenant=tenant, workers=workers, queue=queue, now=now)
@@ -93,6 +95,11 @@ def _last_outcome(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> 
     return session.scalar(select(Attempt.outcome).where(*own).order_by(Attempt.lease_token.desc()).limit(1))
 
 
+def _is_base_unusable(session: Session, job: Job) -> bool:
+    query = select(BaseModelRow.state).where(BaseModelRow.id == job.base_model_id)
+    return session.scalar(query) == BaseState.UNUSABLE
+
+
 def _read_queue(session: Session, job: Job) -> PoolQueue:
     parameters = {
         "pool": job.pool,
@@ -115,7 +122,8 @@ def _read_queue(session: Session, job: Job) -> PoolQueue:
 
 
 def _read_workers(session: Session, pool: str) -> PoolWorkers:
-    is_alive = and_(Worker.alive_until > func.now(), Worker.state != "stopping")
+    is_present = and_(Worker.alive_until > func.now(), Worker.state != "stopping")
+    is_alive = and_(is_present, not_(Worker.refusals.has_key(pool)))
     holds = and_(is_alive, Worker.pool == pool, Worker.state != "loading")
     is_elsewhere = and_(is_alive, Worker.pool != pool, or_(Worker.slots_in_use > 0, Worker.state == "loading"))
 
@@ -130,6 +138,7 @@ def _read_workers(session: Session, pool: str) -> PoolWorkers:
         func.coalesce(func.sum(Worker.slots).filter(holds), 0),
         func.coalesce(func.sum(Worker.slots_in_use).filter(holds), 0),
         func.max(Worker.heartbeat_at),
+        count(and_(is_present, Worker.refusals.has_key(pool))),
     ).where(literal(pool) == any_(Worker.pools))
-    alive, serving, loading, elsewhere, slots, in_use, last_seen_at = session.execute(query).one()
-    return PoolWorkers(alive, serving, loading, elsewhere, int(slots), int(in_use), last_seen_at)
+    alive, serving, loading, elsewhere, slots, in_use, last_seen_at, unfit = session.execute(query).one()
+    return PoolWorkers(alive, serving, loading, elsewhere, int(slots), int(in_use), last_seen_at, unfit)

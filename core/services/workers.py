@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
@@ -17,7 +18,10 @@ WorkerState = Literal["idle", "loading", "serving", "stopping"]
 
 @dataclass(frozen=True)
 class WorkerFacts:
-    """What a worker says of itself. `pool` is the one whose base it holds or loads, with that base's slots."""
+    """What a worker says of itself. `pool` is the one whose base it holds or loads, with that base's slots.
+
+    `refusals` says, by pool, why it cannot load the bases of others, in words for operators.
+    """
 
     name: str
     pools: tuple[str, ...]
@@ -25,6 +29,7 @@ class WorkerFacts:
     pool: str | None = None
     slots: int = 0
     slots_in_use: int = 0
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
 def record_worker(session: Session, facts: WorkerFacts, *, alive_seconds: float, is_start: bool) -> None:
@@ -36,6 +41,7 @@ def record_worker(session: Session, facts: WorkerFacts, *, alive_seconds: float,
         "pool": facts.pool,
         "slots": facts.slots,
         "slots_in_use": facts.slots_in_use,
+        "refusals": dict(facts.refusals),
         "heartbeat_at": func.now(),
         "alive_until": func.now() + timedelta(seconds=alive_seconds),
     }

@@ -24,13 +24,13 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from core.crashpoints import CrashPoint, reach
-from core.db.models import Job
+from core.db.models import BaseModelRow, Job
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import is_acquitted
 from core.services import attempts
 from core.services.attempts import Lease, StaleLeaseError
-from core.services.base_models import list_base_models
+from core.services.base_models import list_known_base_models
 from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
 from core.storage import ObjectStore, StorageUnavailableError
@@ -134,7 +134,7 @@ class Runner:
     def describe(self) -> WorkerFacts:
         """Say what this worker holds now. Called from another thread than `serve`."""
         num_held = len(self._held)
-        pool = self._base.pool if self._base.is_alive else None
+        pool = self._base.shown_pool
         state: WorkerState = "serving" if num_held else "idle"
         if self._stop_requested.is_set():
             state = "stopping"
@@ -147,6 +147,7 @@ class Runner:
             pool=pool,
             slots=max(self._base.slots, num_held) if pool else 0,
             slots_in_use=num_held if pool else 0,
+            refusals=self._base.refusals,
         )
 
     @property
@@ -160,9 +161,9 @@ class Runner:
         return not self._serving.locked() or time.monotonic() - self._turned_at < self._settings.stall_seconds
 
     def has_claimable_work(self) -> bool:
-        """Say whether a pool of this worker's has a job to claim. Raises the database's errors."""
+        """Say whether there is a job to claim on a base that this worker may load. Raises the database's errors."""
         with service_transaction(self._engine) as session:
-            return any(pool in self._settings.worker_pools for pool in attempts.claimable_pools(session))
+            return bool(self._list_work(session))
 
     def serve(self) -> None:
         """Work until none of this worker's pools has a claimable job and none is held. One caller at a time serves."""
@@ -177,6 +178,18 @@ class Runner:
                     self._stop_requested.wait(_AWAY_SECONDS)
             self._give_back_if_stopping()
             self._idle_since = time.monotonic()
+
+    def warm(self) -> None:
+        """Hold a base while there is no work, and look at those in doubt. Raises the database's errors."""
+        if self._serving.acquire(blocking=False):
+            self._turned_at = time.monotonic()
+            try:
+                if not self._stop_requested.is_set() and not self.has_claimable_work():
+                    self._base.warm()
+            finally:
+                self._serving.release()
+        if not self._stop_requested.is_set():
+            self._base.inspect_others()
 
     def wait_until_idle(self) -> None:
         """Wait, after `request_stop`, until whoever serves has given its jobs back, for the grace at most."""
@@ -211,23 +224,19 @@ class Runner:
 
     def _hold_pool_with_work(self) -> bool:
         with service_transaction(self._engine) as session:
-            waiting = [pool for pool in attempts.claimable_pools(session) if pool in self._settings.worker_pools]
-            if not waiting:
-                return False
-            pool = self._base.pool if self._base.pool in waiting else waiting[0]
-            base = next(base for base in list_base_models(session) if pool in pools_of(base))
-        if (pool != self._base.pool or not self._base.is_alive) and (refusal := self._base.load(pool, base)):
-            self._fail_next_job(Failure("base_model_refused", refusal))
+            waiting = self._list_work(session)
+        if not waiting:
+            return False
+        pool = self._base.pool if self._base.pool in waiting else next(iter(waiting))
+        if pool != self._base.pool or not self._base.is_alive:
+            self._base.load(pool, waiting[pool])
         return True
 
-    def _fail_next_job(self, failure: Failure) -> None:
-        """Charge a job of the pool for a base that cannot be loaded, so that its tenant is told why."""
-        with service_transaction(self._engine) as session:
-            job = self._claim(session)
-            if job is not None:
-                attempts.fail_attempt(
-                    session, lease_of(job), code=failure.code, message=failure.message, is_job_fault=False
-                )
+    def _list_work(self, session: Session) -> dict[str, BaseModelRow]:
+        """Return the bases, by pool, on which this worker may claim a job: also those that are served no more."""
+        bases = {pool: base for base in list_known_base_models(session) for pool in pools_of(base)}
+        own = [pool for pool in attempts.claimable_pools(session) if pool in self._settings.worker_pools]
+        return {pool: bases[pool] for pool in own if pool in bases and self._base.may_load(pool, bases[pool])}
 
     def _fill_slots(self) -> None:
         while self._has_room():
