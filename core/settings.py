@@ -78,7 +78,19 @@ class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings):
     leader_lease_seconds: float = Field(default=6.0, gt=0)
 
 
-class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings):
+class TrainerSettings(_Settings):
+    """How trainers are started. `cache_dir` keeps what is made of bases, such as those converted from GGUF files."""
+
+    cache_dir: Path = Path(".espalier/cache")
+    scratch_dir: Path | None = None
+    resume_steps: int = Field(default=200, ge=1)
+    resume_seconds: float = Field(default=60.0, gt=0)
+    storage_patience_seconds: float = Field(default=120.0, gt=0)
+    trainer_start_seconds: float = Field(default=900.0, gt=0)
+    trainer_threads: int | None = None
+
+
+class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, TrainerSettings):
     """`worker_pools`: the pools this worker may serve, "<base model id>@none" or "...@nf4".
 
     A slot's state is stored every `resume_steps` steps or `resume_seconds`, whichever comes first. `grace_seconds` is
@@ -88,16 +100,9 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings):
 
     worker_name: str = ""
     worker_pools: tuple[str, ...] = ()
-    cache_dir: Path = Path(".espalier/cache")
-    scratch_dir: Path | None = None
     lease_seconds: float = Field(default=60.0, gt=0)
     heartbeat_seconds: float = Field(default=5.0, gt=0)
     stall_seconds: float = Field(default=600.0, gt=0)
-    resume_steps: int = Field(default=200, ge=1)
-    resume_seconds: float = Field(default=60.0, gt=0)
     grace_seconds: float = Field(default=25.0, gt=0)
-    storage_patience_seconds: float = Field(default=120.0, gt=0)
     deaf_seconds: float = Field(default=60.0, gt=0)
     liveness_file: Path | None = None
-    trainer_start_seconds: float = Field(default=900.0, gt=0)
-    trainer_threads: int | None = None

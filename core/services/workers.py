@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
-from sqlalchemy import delete, func
+from sqlalchemy import any_, delete, func, literal, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -48,6 +48,31 @@ def record_worker(session: Session, facts: WorkerFacts, *, alive_seconds: float,
     if is_start:
         values["started_at"] = func.now()
     session.execute(insert(Worker).values(values).on_conflict_do_update(index_elements=["name"], set_=values))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a worker cannot load the base of one of its pools, in words for operators."""
+
+    worker: str
+    pool: str
+    reason: str
+
+
+def list_refusals(session: Session) -> tuple[Refusal, ...]:
+    """Return what the workers alive cannot load. For operators."""
+    query = select(Worker.name, Worker.refusals).where(Worker.alive_until > func.now()).order_by(Worker.name)
+    return tuple(
+        Refusal(name, pool, reason)
+        for name, refusals in session.execute(query)
+        for pool, reason in sorted(refusals.items())
+    )
+
+
+def is_served(session: Session, pool: str) -> bool:
+    """Say whether a worker is alive that may serve a pool."""
+    alive = select(Worker.name).where(Worker.alive_until > func.now(), literal(pool) == any_(Worker.pools))
+    return session.scalar(alive.limit(1)) is not None
 
 
 def forget_worker(session: Session, name: str) -> None:
