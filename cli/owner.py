@@ -1,4 +1,4 @@
-"""How commands of an operator reach the database: by its owner's URL, in the operator's role, under the user's name.
+"""How commands of an operator reach the database: by its owner's URL, mostly in the operator's role, under a name.
 
 The URL is ESPALIER_OWNER_DATABASE_URL, or that of the local stack that runs on the data directory.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from core.db.session import connect, operator_transaction
@@ -27,15 +28,26 @@ DataDir = Annotated[Path, typer.Option(help="Where the local servers keep their 
 @contextmanager
 def operator_session(data_dir: Path) -> Iterator[Session]:
     """Open an operator's transaction. An error that may be shown is printed and ends the command."""
+    with owner_engine(data_dir) as engine, operator_transaction(engine, actor=actor()) as session:
+        yield session
+
+
+@contextmanager
+def owner_engine(data_dir: Path) -> Iterator[Engine]:
+    """Yield an engine in the role of the tables' owner. Errors are as in `operator_session`."""
     engine = connect(owner_url(data_dir))
     try:
-        with operator_transaction(engine, actor=f"cli:{_who()}") as session:
-            yield session
+        yield engine
     except DomainError as error:
         print(error.message)
         raise typer.Exit(1) from error
     finally:
         engine.dispose()
+
+
+def actor() -> str:
+    """Return the name under which the audit log knows whoever runs this command."""
+    return f"cli:{_who()}"
 
 
 def owner_url(data_dir: Path) -> str:

@@ -62,8 +62,8 @@ class S3Settings(_Settings):
 class FairnessSettings(_Settings):
     """How long a slot is a job's own while others wait, and how long a worker keeps its base while others wait."""
 
-    quantum_seconds: float = Field(default=QUANTUM_SECONDS, gt=0)
-    turn_seconds: float = Field(default=TURN_SECONDS, gt=0)
+    quantum_seconds: float = Field(default=QUANTUM_SECONDS, ge=0.1, le=24 * 3600)
+    turn_seconds: float = Field(default=TURN_SECONDS, ge=0.1, le=24 * 3600)
 
     @property
     def fairness_terms(self) -> FairnessTerms:
@@ -95,7 +95,19 @@ class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings):
     leader_lease_seconds: float = Field(default=6.0, ge=0.1, le=3600)
 
 
-class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettings):
+class TrainerSettings(_Settings):
+    """How trainers are started. `cache_dir` keeps what is made of bases, such as those converted from GGUF files."""
+
+    cache_dir: Path = Path(".espalier/cache")
+    scratch_dir: Path | None = None
+    resume_steps: int = Field(default=200, ge=1, le=1_000_000)
+    resume_seconds: float = Field(default=60.0, ge=0.1, le=24 * 3600)
+    storage_patience_seconds: float = Field(default=120.0, ge=0.1, le=3600)
+    trainer_start_seconds: float = Field(default=900.0, ge=0.1, le=24 * 3600)
+    trainer_threads: int | None = Field(default=None, ge=1, le=1024)
+
+
+class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettings, TrainerSettings):
     """`worker_pools`: the pools this worker may serve, "<base model id>@none" or "...@nf4".
 
     A slot's state is stored every `resume_steps` steps or `resume_seconds`, whichever comes first. `grace_seconds` is
@@ -105,16 +117,9 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettin
 
     worker_name: str = ""
     worker_pools: tuple[str, ...] = ()
-    cache_dir: Path = Path(".espalier/cache")
-    scratch_dir: Path | None = None
     lease_seconds: float = Field(default=60.0, ge=0.1, le=3600)
     heartbeat_seconds: float = Field(default=5.0, ge=0.01, le=600)
     stall_seconds: float = Field(default=600.0, ge=0.1, le=24 * 3600)
-    resume_steps: int = Field(default=200, ge=1, le=1_000_000)
-    resume_seconds: float = Field(default=60.0, ge=0.1, le=24 * 3600)
     grace_seconds: float = Field(default=25.0, ge=0.1, le=3600)
-    storage_patience_seconds: float = Field(default=120.0, ge=0.1, le=3600)
     deaf_seconds: float = Field(default=60.0, ge=0.1, le=3600)
     liveness_file: Path | None = None
-    trainer_start_seconds: float = Field(default=900.0, ge=0.1, le=24 * 3600)
-    trainer_threads: int | None = Field(default=None, ge=1, le=1024)

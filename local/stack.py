@@ -20,8 +20,15 @@ from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.errors import NotFoundError
 from core.domain.jobs import pool_name
-from core.services.base_models import BaseModelEntry, BaseModelSource, Registry, read_registry, sync_base_models
-from core.services.tenants import create_tenant, find_tenant, rotate_api_key
+from core.services.base_models import (
+    BaseModelEntry,
+    BaseModelSource,
+    Registry,
+    list_base_models,
+    read_registry,
+    sync_base_models,
+)
+from core.services.tenants import create_tenant, find_tenant, issue_api_key, rotate_api_key
 from local.binaries import find_smollm2
 from local.external import OWNER_URL_SETTING
 from local.ports import free_ports, is_free
@@ -110,6 +117,7 @@ class LocalStack:
         self._port = api_port or free_ports(1)[0]
         self._registry = read_registry(registry_path) if registry_path else default_registry()
         self._extra_env = dict(env or {})
+        self._pools: list[str] = []
         self._supervisor = Supervisor(self.data_dir / "logs")
 
     def __enter__(self) -> Self:
@@ -151,9 +159,20 @@ class LocalStack:
                 tenant = find_tenant(session, slug)
             except NotFoundError:
                 tenant = create_tenant(session, slug)
-            issued = rotate_api_key(session, tenant.id, name="local", scopes=ALL_SCOPES)
+            try:
+                issued = rotate_api_key(session, tenant.id, name="local")
+            except NotFoundError:
+                issued = issue_api_key(session, tenant.id, name="local", scopes=ALL_SCOPES)
         engine.dispose()
         return str(issued.api_key)
+
+    def find_unusable_bases(self) -> dict[str, str]:
+        """Return why bases cannot be used, by their ids, as far as a worker has found out."""
+        engine = connect(self.owner_url)
+        with service_transaction(engine) as session:
+            found = {row.id: row.state_reason for row in list_base_models(session) if row.state_reason is not None}
+        engine.dispose()
+        return found
 
     def restart_dead(self) -> tuple[str, ...]:
         """Start again the processes that have died, each after its delay, and return the names of those started.
@@ -186,15 +205,25 @@ class LocalStack:
             "schedule": RoleLogin("espalier_schedule", self._servers.secrets.schedule),
         }
         prepare_database(self.owner_url, self._registry, logins=tuple(logins.values()))
+        self._pools = self._list_pools()
         for module, login in logins.items():
             argv = [sys.executable, "-m", module]
             self._supervisor.start(ProcessSpec(module, argv, self._environment(login), stop_seconds=30.0))
         self.process("api").wait_until(lambda: answers(self.api_url), timeout_seconds=_READY_SECONDS)
         self._state.write(self.data_dir)
 
+    def _list_pools(self) -> list[str]:
+        """Return the pools of all bases that are served: the registry's in its order, then those added by hand."""
+        engine = connect(self.owner_url)
+        with service_transaction(engine) as session:
+            rows = {row.id: row for row in list_base_models(session)}
+        engine.dispose()
+        named = [base.id for base in self._registry.base_models if base.id in rows]
+        ids = [*named, *(name for name in rows if name not in named)]
+        return [pool_name(name, q) for name in ids for q in (None, *rows[name].quantizations)]
+
     def _environment(self, login: RoleLogin) -> dict[str, str]:
         storage = self.addresses.storage
-        pools = [pool_name(base.id, q) for base in self._registry.base_models for q in (None, *base.quantizations)]
         return {
             "ESPALIER_DATABASE_URL": login_url(self.addresses.postgres_url, login),
             "ESPALIER_REDIS_URL": self.addresses.redis_url,
@@ -204,7 +233,7 @@ class LocalStack:
             "ESPALIER_S3_BUCKET": storage.bucket,
             "ESPALIER_S3_SECURE": json.dumps(storage.secure),
             "ESPALIER_API_PORT": str(self._port),
-            "ESPALIER_WORKER_POOLS": json.dumps(pools),
+            "ESPALIER_WORKER_POOLS": json.dumps(self._pools),
             "ESPALIER_CACHE_DIR": str(self.data_dir / "cache"),
             OWNER_URL_SETTING: "",  # --external reads it; who serves must not have it
             **self._extra_env,

@@ -53,7 +53,10 @@ class JobFacts(Frozen):
 
 
 class LoadBase(Frozen):
-    """The base to hold, and how: slot states are due every `resume_steps` steps or `resume_seconds`."""
+    """The base to hold, and how: slot states are due every `resume_steps` steps or `resume_seconds`.
+
+    The trainer looks at its files, answers BaseInspected, and waits for LoadWeights.
+    """
 
     kind: Literal["load_base"] = "load_base"
     base_model_id: str
@@ -71,6 +74,12 @@ class LoadBase(Frozen):
     resume_steps: int
     resume_seconds: float
     storage_patience_seconds: float
+
+
+class LoadWeights(Frozen):
+    """The base that was inspected is wanted, and there is room for it."""
+
+    kind: Literal["load_weights"] = "load_weights"
 
 
 class StartJob(Frozen):
@@ -109,15 +118,24 @@ class UrlsGranted(Frozen):
     urls: dict[str, str] = Field(repr=False)
 
 
-class BaseLoaded(Frozen):
-    kind: Literal["base_loaded"] = "base_loaded"
-    seconds: float
+class BaseInspected(Frozen):
+    """The base's files are such as can be loaded, as far as can be seen without its weights."""
+
+    kind: Literal["base_inspected"] = "base_inspected"
     tokenizer_path: str
 
 
+class BaseLoaded(Frozen):
+    kind: Literal["base_loaded"] = "base_loaded"
+    seconds: float
+
+
 class BaseRefused(Frozen):
+    """The base cannot be loaded, and the trainer ends. Where `is_worker_fault`, another worker may be able to."""
+
     kind: Literal["base_refused"] = "base_refused"
     message: str
+    is_worker_fault: bool
 
 
 class Alive(Frozen):
@@ -244,9 +262,10 @@ class JobFailed(Frozen):
     is_job_fault: bool
 
 
-Order = Annotated[LoadBase | StartJob | StopJob | YieldJob | UrlsGranted, Field(discriminator="kind")]
+Order = Annotated[LoadBase | LoadWeights | StartJob | StopJob | YieldJob | UrlsGranted, Field(discriminator="kind")]
 Report = Annotated[
-    BaseLoaded
+    BaseInspected
+    | BaseLoaded
     | BaseRefused
     | Alive
     | JobStarted

@@ -18,7 +18,10 @@ _PREFIX = "espalier-trainer-"
 
 @contextlib.contextmanager
 def scratch_directory() -> Iterator[Path]:
-    """Yield a directory of this process's own within the system's temporary one, and remove it with all it holds."""
+    """Yield a directory of this process's own within the system's temporary one, and remove it with all it holds.
+
+    Raises OSError where there is no such place, or the one that the environment names is none.
+    """
     remove_abandoned(Path(tempfile.gettempdir()))
     path, lock = _make()
     try:
@@ -39,7 +42,7 @@ def remove_abandoned(parent: Path) -> None:
 
 def _make() -> tuple[Path, int]:
     while True:
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=os.environ.get("TMPDIR")))  # or nowhere, if that is no place
         with contextlib.suppress(OSError):  # taken for abandoned before it was locked
             lock = _lock(path)
             if path.exists():

@@ -52,7 +52,7 @@ def download_adapter(
         return StreamingResponse(
             _stream_tar(store, row.object_prefix, row.files), media_type="application/x-tar", headers=disposition
         )
-    lifetime = timedelta(seconds=settings.presign_seconds)
+    lifetime = caller.limit_lifetime(timedelta(seconds=settings.presign_seconds), now=now)
     urls = [
         DownloadFile(
             url=store.presign_get(row.object_prefix + file["name"], expires=lifetime, filename=file["name"]), **file

@@ -56,7 +56,9 @@ def create_api_key(database: Database, operator: Operator, slug: str, body: Crea
     """Make a key. The transaction ends here: others may wait for its lock in every thread that there is."""
     with operator_transaction(database, actor=operator.actor) as session:
         tenant = tenants.find_tenant(session, slug)
-        issued = tenants.issue_api_key(session, tenant.id, name=body.name, scopes=body.scopes, lifetime=body.lifetime)
+        issued = tenants.issue_api_key(
+            session, tenant.id, name=body.name, scopes=body.asked_scopes, lifetime=body.lifetime
+        )
     return IssuedApiKeyObject.of_issued(issued)
 
 
@@ -67,9 +69,12 @@ def list_api_keys(session: OperatorTransaction, slug: str) -> ListObject[ApiKeyO
 
 
 @router.delete("/tenants/{slug}/api_keys/{key_id}")
-def revoke_api_key(session: OperatorTransaction, slug: str, key_id: str) -> DeletedObject:
+def revoke_api_key(
+    session: OperatorTransaction, slug: str, key_id: str, *, with_children: bool = False
+) -> DeletedObject:
+    """End a key, and with it all keys that came of it if `with_children`."""
     tenant = tenants.find_tenant(session, slug)
-    tenants.revoke_api_key(session, tenant.id, key_id=parse_key_id(key_id))
+    tenants.revoke_api_key(session, tenant.id, key_id=parse_key_id(key_id), with_children=with_children)
     return DeletedObject(id=key_id, object="organization.api_key")
 
 

@@ -17,10 +17,18 @@ router = APIRouter(prefix="/v1/api_keys", tags=["api-keys"], route_class=OneThre
 
 @router.post("", dependencies=[needs(Scope.ADMIN)])
 def create_api_key(database: Database, caller: Caller, body: CreateApiKey) -> IssuedApiKeyObject:
-    """Make a key. The transaction ends here: others may wait for its lock in every thread that there is."""
+    """Make a key that may do what its maker may, at most.
+
+    The transaction ends here: others may wait for its lock in every thread that there is.
+    """
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         issued = tenants.issue_api_key(
-            session, caller.tenant_id, name=body.name, scopes=body.scopes, lifetime=body.lifetime
+            session,
+            caller.tenant_id,
+            name=body.name,
+            scopes=body.asked_scopes,
+            lifetime=body.lifetime,
+            maker_id=caller.key_id,
         )
     return IssuedApiKeyObject.of_issued(issued)
 
@@ -38,6 +46,7 @@ def get_api_key(session: Transaction, caller: Caller, key_id: str) -> ApiKeyObje
 
 
 @router.delete("/{key_id}", dependencies=[needs(Scope.ADMIN)])
-def revoke_api_key(session: Transaction, caller: Caller, key_id: str) -> DeletedObject:
-    tenants.revoke_api_key(session, caller.tenant_id, key_id=parse_key_id(key_id))
+def revoke_api_key(session: Transaction, caller: Caller, key_id: str, *, with_children: bool = False) -> DeletedObject:
+    """End a key, and with it all keys that came of it if `with_children`."""
+    tenants.revoke_api_key(session, caller.tenant_id, key_id=parse_key_id(key_id), with_children=with_children)
     return DeletedObject(id=key_id, object="organization.api_key")

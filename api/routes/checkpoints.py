@@ -73,7 +73,7 @@ def download_checkpoint(
 ) -> DownloadObject:
     """Return one presigned URL a file of the adapter as it was at that step."""
     row = checkpoints.find_checkpoint(session, caller.tenant_id, name=checkpoint)
-    lifetime = timedelta(seconds=settings.presign_seconds)
+    lifetime = caller.limit_lifetime(timedelta(seconds=settings.presign_seconds), now=now)
     urls = [
         DownloadFile(
             url=store.presign_get(row.object_prefix + file["name"], expires=lifetime, filename=file["name"]), **file

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.db.models import AuditEntry, BaseModelRow, Tenant
+from core.domain.bases import BaseState
 from core.domain.ids import IdKind, format_id
 from core.services.tenants import SLUG_PATTERN, TenantChange, TenantName
 
@@ -65,6 +66,10 @@ class KnownBaseModelObject(BaseModel):
     max_seq_len: int
     max_rank: int
     slots: int
+    state: BaseState
+    state_reason: str | None
+    state_since: int
+    checked_by: str | None
 
     @classmethod
     def of(cls, row: BaseModelRow) -> KnownBaseModelObject:
@@ -76,6 +81,10 @@ class KnownBaseModelObject(BaseModel):
             max_seq_len=row.max_seq_len,
             max_rank=row.max_rank,
             slots=row.slots,
+            state=BaseState(row.state),
+            state_reason=row.state_reason,
+            state_since=int(row.state_since.timestamp()),
+            checked_by=row.checked_by,
         )
 
 

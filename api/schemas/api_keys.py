@@ -35,6 +35,11 @@ class CreateApiKey(BaseModel):
     expires_after: ExpiresAfter | None = None
 
     @property
+    def asked_scopes(self) -> frozenset[Scope] | None:
+        """The scopes that were asked for: those of a request that names none depend on who makes the key."""
+        return self.scopes if "scopes" in self.model_fields_set else None
+
+    @property
     def lifetime(self) -> timedelta | None:
         return self.expires_after.lifetime if self.expires_after else None
 
@@ -45,6 +50,7 @@ class ApiKeyObject(BaseModel):
     name: str
     scopes: list[Scope]
     redacted_value: str
+    created_by: str | None
     created_at: int
     expires_at: int | None
     last_used_at: int | None
@@ -70,6 +76,7 @@ def _fields_of(row: ApiKeyRow) -> dict[str, object]:
         "name": row.name,
         "scopes": sorted(row.scopes),
         "redacted_value": f"{PREFIX}_{row.key_id}_...",
+        "created_by": format_key_id(row.created_by) if row.created_by else None,
         "created_at": int(row.created_at.timestamp()),
         "expires_at": int(row.expires_at.timestamp()) if row.expires_at else None,
         "last_used_at": int(row.last_used_at.timestamp()) if row.last_used_at else None,

@@ -9,7 +9,8 @@ import typer
 
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
 from cli.tables import print_table
-from core.domain.api_keys import DEFAULT_SCOPES, Scope
+from core.domain.api_keys import Scope
+from core.domain.bounds import MAX_KEY_DAYS
 from core.services import tenants as services
 
 keys = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
@@ -20,11 +21,13 @@ def create_key(
     slug: str,
     name: Annotated[str, typer.Option()] = "default",
     scope: Annotated[list[Scope] | None, typer.Option(help="Repeat it; all but admin by default.")] = None,
-    days: Annotated[int | None, typer.Option(min=1, max=3650, help="How long it lives; for ever by default.")] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=MAX_KEY_DAYS, help="How long it lives; for ever by default.")
+    ] = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Print a new API key of a tenant. It cannot be shown again."""
-    scopes = frozenset(scope or DEFAULT_SCOPES)
+    scopes = frozenset(scope) if scope else None
     lifetime = timedelta(days=days) if days else None
     with operator_session(data_dir) as session:
         tenant = services.find_tenant(session, slug)
@@ -36,20 +39,35 @@ def list_keys(slug: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Show a tenant's live API keys."""
     with operator_session(data_dir) as session:
         rows = services.list_api_keys(session, services.find_tenant(session, slug).id)
-    columns = ("key_id", "name", "scopes", "created_at", "expires_at", "last_used_at")
+    columns = ("key_id", "name", "scopes", "created_by", "created_at", "expires_at", "last_used_at")
     print_table(columns, ([getattr(row, column) for column in columns] for row in rows))
 
 
 @keys.command("rotate")
-def rotate_key(slug: str, name: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
-    """Print a new key of this name with the scopes of the newest; the newest goes on working, an older one ends."""
+def rotate_key(
+    slug: str,
+    name: str,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=MAX_KEY_DAYS, help="How long it lives; as the newest by default.")
+    ] = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Print a new key of this name with all that the newest has; the newest goes on working, an older one ends."""
+    lifetime = timedelta(days=days) if days else None
     with operator_session(data_dir) as session:
-        print(services.rotate_api_key(session, services.find_tenant(session, slug).id, name=name).api_key)
+        tenant = services.find_tenant(session, slug)
+        print(services.rotate_api_key(session, tenant.id, name=name, lifetime=lifetime).api_key)
 
 
 @keys.command("revoke")
-def revoke_key(key_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+def revoke_key(
+    key_id: str,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    *,
+    with_children: Annotated[bool, typer.Option("--with-children", help="Also the keys that came of it.")] = False,
+) -> None:
     """Revoke an API key by its id, the third part of the key."""
     with operator_session(data_dir) as session:
-        services.revoke_api_key(session, services.find_key_owner(session, key_id), key_id=key_id)
+        owner = services.find_key_owner(session, key_id)
+        services.revoke_api_key(session, owner, key_id=key_id, with_children=with_children)
     print(f"Revoked {key_id}.")

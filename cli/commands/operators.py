@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Annotated
+
 import typer
 
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
 from cli.tables import print_table
+from core.domain.bounds import MAX_KEY_DAYS
 from core.services import operators as operator_keys
 
 operators = typer.Typer(no_args_is_help=True, help="Keys of operators, which open /admin.")
 
 
 @operators.command("create")
-def create_operator(name: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+def create_operator(
+    name: str,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=MAX_KEY_DAYS, help="How long it lives; for ever by default.")
+    ] = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
     """Print a new operator key, which opens /admin. It cannot be shown again."""
+    lifetime = timedelta(days=days) if days else None
     with operator_session(data_dir) as session:
-        print(operator_keys.issue_operator_key(session, name=name))
+        print(operator_keys.issue_operator_key(session, name=name, lifetime=lifetime))
 
 
 @operators.command("list")
@@ -23,7 +34,7 @@ def list_operators(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Show the live operator keys."""
     with operator_session(data_dir) as session:
         rows = operator_keys.list_operator_keys(session)
-    columns = ("key_id", "name", "created_at", "last_used_at")
+    columns = ("key_id", "name", "created_at", "expires_at", "last_used_at")
     print_table(columns, ([getattr(row, column) for column in columns] for row in rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from cli.owner import DEFAULT_DATA_DIR, DataDir
+from core.db.session import DATABASE_ERRORS
 from local.binaries import BinaryMissingError
 from local.external import ExternalServers, ExternalServersError
 from local.locks import AlreadyRunningError, find_launcher, is_running
@@ -33,6 +35,7 @@ STACK_FAILURES = (
 )
 _STOP_SECONDS = 180.0
 _WATCH_SECONDS = 0.2
+_WATCHES_PER_LOOK_AT_BASES = 25
 console = Console(soft_wrap=True)
 
 
@@ -106,14 +109,31 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def _watch(stack: LocalStack) -> None:
+    told: dict[str, str] = {}
     try:
-        while True:
+        for look in itertools.count():
             time.sleep(_WATCH_SECONDS)
             for name in stack.restart_dead():
                 log = stack.process(name).log_path
                 console.print(f"[yellow]{name} had died and was started again; see {log}[/]")
+            if look % _WATCHES_PER_LOOK_AT_BASES == 0:
+                told = _tell_of_bases(stack, told)
     except KeyboardInterrupt:
         console.print("Stopping.")
+
+
+def _tell_of_bases(stack: LocalStack, told: dict[str, str]) -> dict[str, str]:
+    """Print which bases cannot be used, and which can again, as far as that was not told. Returns what is told now."""
+    try:
+        unusable = stack.find_unusable_bases()
+    except DATABASE_ERRORS:
+        return told
+    for base_model_id, reason in unusable.items():
+        if told.get(base_model_id) != reason:
+            console.print(f"[red]{escape(base_model_id)} is unusable, because {escape(reason)}[/]")
+    for base_model_id in told.keys() - unusable.keys():
+        console.print(f"{escape(base_model_id)} may be used again.")
+    return unusable
 
 
 def _welcome(stack: LocalStack) -> Panel:

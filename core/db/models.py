@@ -28,6 +28,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from core.db.base import CreatedAt, Json, Row
 from core.domain import bounds
 from core.domain.api_keys import Scope
+from core.domain.bases import BaseState
 from core.domain.bounds import Bounds
 from core.domain.duties import Duty
 from core.domain.jobs import MAX_ATTEMPTS, AttemptOutcome, JobStatus
@@ -89,6 +90,9 @@ class ApiKeyRow(Row):
         CheckConstraint("length(secret_hash) = 32", name="secret_hash_length"),
         CheckConstraint(f"scopes <@ array[{_quoted(Scope)}] and scopes <> '{{}}'", name="scopes_known"),
         CheckConstraint("length(name) between 1 and 64", name="name_length"),
+        UniqueConstraint("tenant_id", "key_id"),
+        ForeignKeyConstraint(["tenant_id", "created_by"], ["api_keys.tenant_id", "api_keys.key_id"]),
+        Index("ix_api_keys_created_by", "created_by"),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), index=True)
@@ -96,6 +100,7 @@ class ApiKeyRow(Row):
     secret_hash: Mapped[bytes]
     name: Mapped[str]
     scopes: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    created_by: Mapped[str | None]  # the key that made this one; null where it was an operator
     expires_at: Mapped[dt.datetime | None]
     last_used_at: Mapped[dt.datetime | None]
     revoked_at: Mapped[dt.datetime | None]
@@ -112,6 +117,7 @@ class OperatorKeyRow(Row):
     key_id: Mapped[str] = mapped_column(unique=True)
     secret_hash: Mapped[bytes]
     name: Mapped[str]
+    expires_at: Mapped[dt.datetime | None]
     last_used_at: Mapped[dt.datetime | None]
     revoked_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
@@ -140,6 +146,8 @@ class BaseModelRow(Row):
         _bounded("slots", bounds.SLOTS),
         _bounded("max_tokens_per_step", bounds.TOKENS_PER_STEP),
         CheckConstraint("cardinality(target_modules) > 0", name="has_target_modules"),
+        CheckConstraint(_one_of("state", BaseState), name="state_known"),
+        CheckConstraint("(state = 'unusable') = (state_reason is not null)", name="reason_when_unusable"),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     source: Mapped[Json]
@@ -153,7 +161,14 @@ class BaseModelRow(Row):
     chat_template: Mapped[str | None]
     # In the registry or not; `disabled_at` is the operator's own switch, which the registry does not move.
     is_enabled: Mapped[bool] = mapped_column(server_default=text("true"))
+    # By `base-models add`: a registry file that does not name it leaves it alone.
+    is_registered_by_hand: Mapped[bool] = mapped_column(server_default=text("false"))
     disabled_at: Mapped[dt.datetime | None]
+    # What the last worker or operator that loaded it found; the reason is in an operator's words and for operators.
+    state: Mapped[str] = mapped_column(server_default=BaseState.UNCHECKED)
+    state_reason: Mapped[str | None]
+    state_since: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+    checked_by: Mapped[str | None]
     created_at: Mapped[CreatedAt]
 
 
@@ -479,6 +494,8 @@ class Worker(Row):
     # Since when it holds that base, and the pool whose base it is about to load instead.
     pool_since: Mapped[dt.datetime | None]
     next_pool: Mapped[str | None]
+    # Why it cannot load the bases of some of its pools, by pool: for operators.
+    refusals: Mapped[Json] = mapped_column(server_default=text("'{}'::jsonb"))
     started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     heartbeat_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     alive_until: Mapped[dt.datetime]

@@ -67,6 +67,13 @@ def operator_transaction(engine: Engine, *, actor: str) -> Iterator[Session]:
 
 
 @contextmanager
+def owner_transaction(engine: Engine, *, actor: str) -> Iterator[Session]:
+    """Open a transaction in the role that the engine logs in with, the owner's; `actor` is as with operators."""
+    with _transaction(engine, {"app.actor": actor}) as session:
+        yield session
+
+
+@contextmanager
 def key_transaction(engine: Engine, key_id: str) -> Iterator[Session]:
     """Open a transaction that sees one API key's row only: whose tenant it is is not yet known."""
     with _transaction(engine, {"app.key_id": key_id}) as session:

@@ -6,6 +6,7 @@ by secret scanners. Only the SHA-256 of the secret is stored: 178 random bits ne
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import secrets
 import string
@@ -13,7 +14,7 @@ import zlib
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from core.domain.errors import NotFoundError, UnauthenticatedError
+from core.domain.errors import NotFoundError, PermissionDeniedError, UnauthenticatedError
 
 PREFIX = "esp_live"
 OPERATOR_PREFIX = "esp_oper"
@@ -40,6 +41,34 @@ class Scope(StrEnum):
 # What a key can do unless it is asked for otherwise: everything but making keys.
 DEFAULT_SCOPES = frozenset({Scope.READ, Scope.SUBMIT, Scope.DOWNLOAD})
 ALL_SCOPES = frozenset(Scope)
+
+
+@dataclass(frozen=True)
+class Power:
+    """What a key may do, and until when: None is for ever."""
+
+    scopes: frozenset[Scope]
+    expires_at: dt.datetime | None
+
+    def hand_down(self, *, scopes: frozenset[Scope] | None, expires_at: dt.datetime | None) -> Power:
+        """Return what a key made by the holder of this one has; what is not asked for is the maker's own.
+
+        Raises PermissionDeniedError for more than the maker has.
+        """
+        given = self.scopes & DEFAULT_SCOPES if scopes is None else scopes
+        if not given or given - self.scopes:
+            raise PermissionDeniedError(
+                f"A key makes keys with its own scopes only. This one has {', '.join(sorted(self.scopes))}.",
+                code="insufficient_scope",
+                param="scopes",
+            )
+        if self.expires_at is not None and expires_at is not None and expires_at > self.expires_at:
+            raise PermissionDeniedError(
+                f"A key makes no key that outlives it. This one expires at {self.expires_at.isoformat()}.",
+                code="outlives_its_maker",
+                param="expires_after",
+            )
+        return Power(given, expires_at or self.expires_at)
 
 
 @dataclass(frozen=True)

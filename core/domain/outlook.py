@@ -23,6 +23,7 @@ class WaitCode(StrEnum):
     PAUSED = "paused"
     RETRY_BACKOFF = "retry_backoff"
     TENANT_DISABLED = "tenant_disabled"
+    BASE_UNUSABLE = "base_unusable"
     TENANT_CONCURRENCY = "tenant_concurrency"
     UNCLAIMABLE = "unclaimable"
     QUOTA = "quota"
@@ -40,6 +41,7 @@ class WaitCode(StrEnum):
 _UNKNOWABLE = (
     WaitCode.PAUSED,
     WaitCode.TENANT_DISABLED,
+    WaitCode.BASE_UNUSABLE,
     WaitCode.UNCLAIMABLE,
     WaitCode.QUOTA,
     WaitCode.STORAGE_QUOTA,
@@ -50,10 +52,11 @@ _UNKNOWABLE = (
 
 @dataclass(frozen=True)
 class PoolWorkers:
-    """The workers alive that may serve a pool. `num_serving` hold its base, `num_elsewhere` are busy with another.
+    """The workers alive that can serve a pool. `num_serving` hold its base, `num_elsewhere` are busy with another.
 
-    `last_seen_at` is the newest heartbeat of any worker of the pool, alive or not. The first of those elsewhere may end
-    its turn in `turn_left_seconds`.
+    `num_unfit` more are alive and cannot load the base at present, for want of memory or the like. `last_seen_at` is
+    the newest heartbeat of any worker of the pool, alive or not. The first of those elsewhere may end its turn in
+    `turn_left_seconds`.
     """
 
     num_alive: int
@@ -63,6 +66,7 @@ class PoolWorkers:
     slots: int
     slots_in_use: int
     last_seen_at: dt.datetime | None
+    num_unfit: int = 0
     turn_left_seconds: float | None = None
 
     @property
@@ -113,6 +117,7 @@ class WaitingJob:
     total_steps: int
     last_outcome: str | None
     set_aside_until: dt.datetime | None = None
+    is_base_unusable: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,9 +132,8 @@ def explain_wait(
     """Return the one thing that must change first for the job to start."""
     if job.is_paused:
         return Reason(WaitCode.PAUSED, "The job is paused; resume it to queue it again.")
-    if tenant.is_disabled:
-        return Reason(WaitCode.TENANT_DISABLED, "The operator has disabled this organization; its jobs are held.")
-    return _explain_rest(job, now) or _explain_quotas(tenant) or _explain_workers(job, workers, queue, now)
+    held = _explain_hold(job, tenant) or _explain_rest(job, now) or _explain_quotas(tenant)
+    return held or _explain_workers(job, workers, queue, now)
 
 
 def _explain_rest(job: WaitingJob, now: dt.datetime) -> Reason | None:
@@ -158,12 +162,19 @@ def _explain_quotas(tenant: TenantState) -> Reason | None:
     return None
 
 
+def _explain_hold(job: WaitingJob, tenant: TenantState) -> Reason | None:
+    """Return what the operator alone can change."""
+    if tenant.is_disabled:
+        return Reason(WaitCode.TENANT_DISABLED, "The operator has disabled this organization; its jobs are held.")
+    if job.is_base_unusable:
+        sentence = "Its base model cannot be loaded; the operator has to mend it. The job waits, and loses no attempt."
+        return Reason(WaitCode.BASE_UNUSABLE, sentence)
+    return None
+
+
 def _explain_workers(job: WaitingJob, workers: PoolWorkers, queue: PoolQueue, now: dt.datetime) -> Reason:
     if not workers.num_alive:
-        seen = "none has been seen yet"
-        if workers.last_seen_at is not None:
-            seen = f"the last was heard of {math.ceil((now - workers.last_seen_at).total_seconds())} s ago"
-        return Reason(WaitCode.NO_WORKER, f"No worker that may serve this base model is alive; {seen}.")
+        return Reason(WaitCode.NO_WORKER, _describe_absence(workers, now))
     if not workers.num_serving:
         if workers.num_loading or workers.num_elsewhere < workers.num_alive:
             return Reason(WaitCode.BASE_LOADING, "A worker is loading this base model, or is about to.")
@@ -189,6 +200,16 @@ def _describe_turn(workers: PoolWorkers) -> str:
         return f"{sentence} The next turn is this base's when its jobs come first."
     minutes = math.ceil(workers.turn_left_seconds / 60)
     return f"{sentence} The first turn ends in {minutes} min if jobs of this base come first then."
+
+
+def _describe_absence(workers: PoolWorkers, now: dt.datetime) -> str:
+    if workers.num_unfit:
+        told = f"{workers.num_unfit} workers that may serve this base model are alive, and none can load it at present."
+        return f"{told} They try again; the operator can see why."
+    seen = "none has been seen yet"
+    if workers.last_seen_at is not None:
+        seen = f"the last was heard of {math.ceil((now - workers.last_seen_at).total_seconds())} s ago"
+    return f"No worker that may serve this base model is alive; {seen}."
 
 
 def estimate_wait(

@@ -76,9 +76,17 @@ limit 1
 for no key update of t skip locked
 """)  # noqa: S608 (of constants)
 
+# Nobody is woken for a base that cannot be used, or that each worker alive has just failed to load: they try again by
+# themselves. `split_part`: a pool is named after its base.
+_MAY_BE_LOADED = """
+not exists (select from base_models b where b.id = split_part(p.pool, '@', 1) and b.state = 'unusable')
+  and (not exists (select from workers w where p.pool = any (w.pools) and w.alive_until > now())
+    or exists (select from workers w where p.pool = any (w.pools) and w.alive_until > now()
+      and not jsonb_exists(w.refusals, p.pool)))
+"""
 _CLAIMABLE_POOLS = text(f"""
 select p.pool from (select distinct pool from queues where num_queued > 0) p
-where exists (
+where {_MAY_BE_LOADED} and exists (
     select from queues q join tenants t on t.id = q.tenant_id
     where q.pool = p.pool and q.num_queued > 0 and {MAY_START} and exists (
         select from jobs j

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field
-from sqlalchemy import ColumnElement, and_, any_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, any_, case, func, not_, or_, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from core.db.models import BaseModelRow, BaseTokenizerRow, Tenant
+from core.db.models import BaseModelRow, BaseTokenizerRow, Tenant, Worker
 from core.domain import bounds
+from core.domain.bases import BaseState
 from core.domain.errors import ConflictError, NotFoundError
 from core.domain.training import Frozen, Quantization
+
+# The columns of a base's entry that decide whether it can be loaded.
+_WHAT_IS_LOADED = ("source", "dtype", "target_modules", "chat_template")
 
 
 class BaseModelSource(Frozen):
@@ -52,13 +57,73 @@ def read_registry(path: Path) -> Registry:
 
 
 def sync_base_models(session: Session, registry: Registry) -> None:
-    """Make the table say what the registry says; a base that left the registry is disabled, never deleted."""
+    """Make the table say what the registry says; a base that left the registry is disabled, never deleted.
+
+    What was registered by hand stays, unless the registry names it.
+    """
     ids = [entry.id for entry in registry.base_models]
-    session.execute(update(BaseModelRow).where(BaseModelRow.id.not_in(ids)).values(is_enabled=False))
+    is_left = and_(BaseModelRow.id.not_in(ids), BaseModelRow.is_registered_by_hand.is_(False))
+    session.execute(update(BaseModelRow).where(is_left).values(is_enabled=False))
     for entry in registry.base_models:
-        values = entry.model_dump(mode="json") | {"is_enabled": True}
-        statement = insert(BaseModelRow).values(values)
-        session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=values))
+        register_base_model(session, entry, is_by_hand=False)
+
+
+def register_base_model(session: Session, entry: BaseModelEntry, *, is_by_hand: bool) -> None:
+    """Add a base, or make its row say what the entry says. What was found of one that has changed counts no more."""
+    values = entry.model_dump(mode="json") | {"is_enabled": True, "is_registered_by_hand": is_by_hand}
+    statement = insert(BaseModelRow).values(values)
+    row, given = BaseModelRow.__table__.c, statement.excluded
+    is_changed = or_(*(row[name].is_distinct_from(given[name]) for name in _WHAT_IS_LOADED))
+    forgotten = {"state": BaseState.UNCHECKED, "state_reason": None, "state_since": func.now(), "checked_by": None}
+    reset = {name: case((is_changed, value), else_=row[name]) for name, value in forgotten.items()}
+    session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=values | reset))
+
+
+def unregister_base_model(session: Session, base_model_id: str) -> None:
+    """Take a base that was registered by hand out again. Jobs that have been submitted go on.
+
+    Raises NotFoundError, and ConflictError for one that stands in the registry's file.
+    """
+    row = get_known_base_model(session, base_model_id)
+    if row.is_enabled and not row.is_registered_by_hand:
+        raise ConflictError(f"{row.id} stands in the registry's file: take it out there and run `espalier migrate`.")
+    session.execute(update(BaseModelRow).where(BaseModelRow.id == row.id).values(is_enabled=False))
+
+
+def record_state(
+    session: Session, base_model_id: str, *, state: BaseState, reason: str | None, by: str
+) -> dt.datetime | None:
+    """Say what whoever has tried to load a base has found, and return since when its row says what it says now.
+
+    That it is unusable is not believed while another worker lives that holds it or found it well: then it is the
+    finder's own trouble, such as a disk that is not mounted there.
+    """
+    is_news = or_(BaseModelRow.state != state, BaseModelRow.state_reason.is_distinct_from(reason))
+    is_believed = true() if state != BaseState.UNUSABLE else not_(_has_witness(by))
+    session.execute(
+        update(BaseModelRow)
+        .where(BaseModelRow.id == base_model_id, is_news, is_believed)
+        .values(state=state, state_reason=reason, state_since=func.clock_timestamp(), checked_by=by)
+        .execution_options(synchronize_session=False)
+    )
+    return session.scalar(select(BaseModelRow.state_since).where(BaseModelRow.id == base_model_id))
+
+
+def _has_witness(by: str) -> ColumnElement[bool]:
+    is_other = and_(Worker.name != by, Worker.alive_until > func.now())
+    found_it_well = and_(Worker.name == BaseModelRow.checked_by, BaseModelRow.state != BaseState.UNUSABLE)
+    holds_it = and_(func.split_part(Worker.pool, "@", 1) == BaseModelRow.id, Worker.state.in_(("idle", "serving")))
+    return select(Worker.name).where(is_other, or_(found_it_well, holds_it)).correlate(BaseModelRow).exists()
+
+
+def check_is_usable(row: BaseModelRow) -> None:
+    """Raise ConflictError for a base that no worker can load: a job on it would wait for its operator."""
+    if row.state == BaseState.UNUSABLE:
+        raise ConflictError(
+            f"The base model {row.id!r} cannot be trained on at the moment. The operator has to mend it.",
+            code="base_model_unusable",
+            param="model",
+        )
 
 
 def record_tokenizer(session: Session, base_model_id: str, *, object_key: str) -> None:
@@ -92,11 +157,17 @@ def list_known_base_models(session: Session) -> Sequence[BaseModelRow]:
     return session.scalars(select(BaseModelRow).order_by(BaseModelRow.id)).all()
 
 
-def switch_base_model(session: Session, base_model_id: str, *, is_disabled: bool) -> BaseModelRow:
-    """Let tenants use a base or not, whatever the registry says. Jobs that have been submitted go on."""
+def get_known_base_model(session: Session, base_model_id: str) -> BaseModelRow:
+    """Return a base that ever stood in the registry. For operators."""
     row = session.get(BaseModelRow, base_model_id)
     if row is None:
         raise NotFoundError(f"There is no base model {base_model_id[:200]!r}.", code="model_not_found")
+    return row
+
+
+def switch_base_model(session: Session, base_model_id: str, *, is_disabled: bool) -> BaseModelRow:
+    """Let tenants use a base or not, whatever the registry says. Jobs that have been submitted go on."""
+    row = get_known_base_model(session, base_model_id)
     session.execute(
         update(BaseModelRow)
         .where(BaseModelRow.id == base_model_id)

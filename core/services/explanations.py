@@ -10,10 +10,11 @@ import datetime as dt
 import uuid
 from dataclasses import dataclass
 
-from sqlalchemy import Boolean, ColumnElement, and_, any_, func, literal, or_, select, text
+from sqlalchemy import Boolean, ColumnElement, and_, any_, func, literal, not_, or_, select, text
 from sqlalchemy.orm import Session
 
-from core.db.models import Attempt, Job, Pool, SetAside, Tenant, Worker
+from core.db.models import Attempt, BaseModelRow, Job, Pool, SetAside, Tenant, Worker
+from core.domain.bases import BaseState
 from core.domain.duties import Duty
 from core.domain.jobs import JobStatus
 from core.domain.outlook import (
@@ -79,6 +80,7 @@ def explain_job(
         total_steps=job.total_steps - job.trained_steps,
         last_outcome=_last_outcome(session, tenant_id, job_id),
         set_aside_until=_read_rest(session, tenant_id, job_id),
+        is_base_unusable=_is_base_unusable(session, job),
     )
     workers = _read_workers(session, job.pool, terms)
     queue = _read_queue(session, job, workers, terms)
@@ -115,6 +117,11 @@ def _read_rest(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> dt.
     return session.scalar(select(SetAside.retry_at).where(SetAside.tenant_id == tenant_id, *resting))
 
 
+def _is_base_unusable(session: Session, job: Job) -> bool:
+    query = select(BaseModelRow.state).where(BaseModelRow.id == job.base_model_id)
+    return session.scalar(query) == BaseState.UNUSABLE
+
+
 def _read_queue(session: Session, job: Job, workers: PoolWorkers, terms: FairnessTerms) -> PoolQueue:
     pool = session.get(Pool, job.pool)
     step_seconds = pool.step_seconds if pool is not None else None
@@ -148,7 +155,8 @@ def _read_queue(session: Session, job: Job, workers: PoolWorkers, terms: Fairnes
 
 
 def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWorkers:
-    is_alive = and_(Worker.alive_until > func.now(), Worker.state != "stopping")
+    is_present = and_(Worker.alive_until > func.now(), Worker.state != "stopping")
+    is_alive = and_(is_present, not_(Worker.refusals.has_key(pool)))
     loads = and_(is_alive, or_(Worker.next_pool == pool, and_(Worker.pool == pool, Worker.state == "loading")))
     holds = and_(is_alive, Worker.pool == pool, Worker.state != "loading", Worker.next_pool.is_(None))
     is_busy = or_(Worker.slots_in_use > 0, Worker.state == "loading")
@@ -167,11 +175,21 @@ def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWork
         func.coalesce(func.sum(Worker.slots).filter(holds), 0),
         func.coalesce(func.sum(Worker.slots_in_use).filter(holds), 0),
         func.max(Worker.heartbeat_at),
+        count(and_(is_present, Worker.refusals.has_key(pool))),
         func.min(turn_left).filter(is_elsewhere),
     )
     query = query.select_from(Worker).outerjoin(Pool, Pool.name == Worker.pool)
-    alive, serving, loading, elsewhere, slots, in_use, last_seen_at, left = session.execute(
+    alive, serving, loading, elsewhere, slots, in_use, last_seen_at, unfit, left = session.execute(
         query.where(literal(pool) == any_(Worker.pools))
     ).one()
-    turn_left_seconds = float(left) if left is not None else None
-    return PoolWorkers(alive, serving, loading, elsewhere, int(slots), int(in_use), last_seen_at, turn_left_seconds)
+    return PoolWorkers(
+        num_alive=alive,
+        num_serving=serving,
+        num_loading=loading,
+        num_elsewhere=elsewhere,
+        slots=int(slots),
+        slots_in_use=int(in_use),
+        last_seen_at=last_seen_at,
+        num_unfit=unfit,
+        turn_left_seconds=float(left) if left is not None else None,
+    )

@@ -7,7 +7,7 @@ import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import OperatorKeyRow
@@ -29,18 +29,23 @@ class OperatorIdentity:
         return f"operator:{self.name}:{self.key_id}"
 
 
-def issue_operator_key(session: Session, *, name: str) -> ApiKey:
+def issue_operator_key(session: Session, *, name: str, lifetime: dt.timedelta | None = None) -> ApiKey:
     """Add an operator key and return it whole: its secret cannot be had again."""
     api_key = generate_api_key(OPERATOR_PREFIX)
-    row = OperatorKeyRow(id=new_id(), key_id=api_key.key_id, secret_hash=api_key.secret_hash, name=name)
+    row = OperatorKeyRow(
+        id=new_id(),
+        key_id=api_key.key_id,
+        secret_hash=api_key.secret_hash,
+        name=name,
+        expires_at=None if lifetime is None else func.now() + lifetime,
+    )
     session.add(row)
     session.flush()
     return api_key
 
 
 def list_operator_keys(session: Session) -> Sequence[OperatorKeyRow]:
-    query = select(OperatorKeyRow).where(OperatorKeyRow.revoked_at.is_(None))
-    return session.scalars(query.order_by(OperatorKeyRow.id)).all()
+    return session.scalars(select(OperatorKeyRow).where(*_is_live()).order_by(OperatorKeyRow.id)).all()
 
 
 def revoke_operator_key(session: Session, key_id: str) -> None:
@@ -55,11 +60,14 @@ def revoke_operator_key(session: Session, key_id: str) -> None:
 
 
 def authenticate_operator(session: Session, api_key: ApiKey) -> OperatorIdentity:
-    """Return whose live operator key this is. Unknown, wrong and revoked ones are answered alike."""
-    query = select(OperatorKeyRow).where(OperatorKeyRow.key_id == api_key.key_id, OperatorKeyRow.revoked_at.is_(None))
-    row = session.scalar(query)
+    """Return whose live operator key this is. Unknown, wrong, revoked and expired ones are answered alike."""
+    row = session.scalar(select(OperatorKeyRow).where(OperatorKeyRow.key_id == api_key.key_id, *_is_live()))
     if not hmac.compare_digest(row.secret_hash if row else bytes(32), api_key.secret_hash) or row is None:
-        raise UnauthenticatedError("Incorrect operator key provided: it is unknown or revoked.")
+        raise UnauthenticatedError("Incorrect operator key provided: it is unknown, expired or revoked.")
     if row.last_used_at is None or dt.datetime.now(dt.UTC) - row.last_used_at >= LAST_USED_INTERVAL:
         session.execute(update(OperatorKeyRow).where(OperatorKeyRow.id == row.id).values(last_used_at=func.now()))
     return OperatorIdentity(name=row.name, key_id=row.key_id)
+
+
+def _is_live() -> tuple[ColumnElement[bool], ...]:
+    return (OperatorKeyRow.revoked_at.is_(None), func.coalesce(OperatorKeyRow.expires_at > func.now(), True))

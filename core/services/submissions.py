@@ -41,7 +41,7 @@ from core.domain.training import (
     resolve_learning_rate,
 )
 from core.services.adapters import find_adapter, get_adapter
-from core.services.base_models import get_base_model, is_usable_by
+from core.services.base_models import check_is_usable, get_base_model, is_usable_by
 from core.services.checkpoints import find_checkpoint
 from core.services.events import insert_first_event
 from core.services.files import get_file, is_live_file
@@ -116,6 +116,7 @@ def submit_job(
         validation = found.validation_file or _get_dataset(session, tenant_id, validation_id, "validation_file")
         _check_dataset(validation, param="validation_file")
     _check_quantization(base, request.quantization)
+    check_is_usable(base)
     spec = resolve_spec(request, base=base, num_examples=training_file.num_examples)
     check_tokens(spec, quota=found.max_tokens, dataset=training_file)
     new = {

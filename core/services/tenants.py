@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import StringConstraints
-from sqlalchemy import ColumnElement, any_, func, literal, select, update
+from sqlalchemy import CTE, ColumnElement, any_, func, literal, select, update
 from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
@@ -23,6 +23,7 @@ from core.domain.api_keys import (
     MAX_LIVE_KEYS,
     MAX_LIVE_KEYS_PER_NAME,
     ApiKey,
+    Power,
     Scope,
     format_key_id,
     generate_api_key,
@@ -52,11 +53,18 @@ class Identity:
     key_id: str
     scopes: frozenset[Scope]
     requests_per_minute: int | None = None
+    expires_at: dt.datetime | None = None
 
     @property
     def actor(self) -> str:
         """Return the name under which the audit log knows this key."""
         return f"key:{self.key_id}"
+
+    def limit_lifetime(self, lifetime: dt.timedelta, *, now: dt.datetime) -> dt.timedelta:
+        """Return how long what is handed out now may open doors by itself: no longer than the key does."""
+        if self.expires_at is None:
+            return lifetime
+        return max(min(lifetime, self.expires_at - now), dt.timedelta(seconds=1))
 
 
 @dataclass(frozen=True)
@@ -147,11 +155,47 @@ def issue_api_key(
     tenant_id: uuid.UUID,
     *,
     name: str,
-    scopes: frozenset[Scope] = DEFAULT_SCOPES,
+    scopes: frozenset[Scope] | None = None,
     lifetime: dt.timedelta | None = None,
+    maker_id: str | None = None,
 ) -> IssuedKey:
-    """Add an API key of the tenant. Raises ConflictError when two keys of this name, or very many, are alive."""
+    """Add an API key of the tenant, which an operator makes, or its key `maker_id` within that key's own power.
+
+    Raises ConflictError when two keys of this name, or very many, are alive; PermissionDeniedError for more power than
+    the maker has; UnauthenticatedError for a maker that is dead.
+    """
     lock_for_tenant(session, tenant_id, purpose="api_keys")
+    expires_at = _instant_after(session, lifetime)
+    power = Power(scopes or DEFAULT_SCOPES, expires_at)
+    if maker_id is not None:
+        maker = _find_live_key(session, maker_id)
+        if maker is None:
+            raise UnauthenticatedError("The API key has expired or was revoked.")
+        power = _power_of(maker).hand_down(scopes=scopes, expires_at=expires_at)
+    return _add_key(session, tenant_id, name=name, power=power, maker_id=maker_id)
+
+
+def rotate_api_key(
+    session: Session, tenant_id: uuid.UUID, *, name: str, lifetime: dt.timedelta | None = None
+) -> IssuedKey:
+    """Add a key that is what the newest of this name is, to the day of its expiry unless a new lifetime is given.
+
+    The newest goes on working; where two are alive already, the older one ends. Raises NotFoundError where none is.
+    """
+    lock_for_tenant(session, tenant_id, purpose="api_keys")
+    same_name = [row for row in list_api_keys(session, tenant_id) if row.name == name]
+    if not same_name:
+        raise NotFoundError(f"There is no live key named {name!r}.", param="name")
+    for row in same_name[: 1 - MAX_LIVE_KEYS_PER_NAME]:
+        revoke_api_key(session, tenant_id, key_id=row.key_id)
+    newest = same_name[-1]
+    power = _power_of(newest)
+    if lifetime is not None:
+        power = Power(power.scopes, _instant_after(session, lifetime))
+    return _add_key(session, tenant_id, name=name, power=power, maker_id=newest.created_by)
+
+
+def _add_key(session: Session, tenant_id: uuid.UUID, *, name: str, power: Power, maker_id: str | None) -> IssuedKey:
     live = list_api_keys(session, tenant_id)
     if sum(row.name == name for row in live) >= MAX_LIVE_KEYS_PER_NAME or len(live) >= MAX_LIVE_KEYS:
         raise ConflictError(
@@ -167,8 +211,9 @@ def issue_api_key(
         key_id=api_key.key_id,
         secret_hash=api_key.secret_hash,
         name=name,
-        scopes=sorted(scopes),
-        expires_at=None if lifetime is None else func.now() + lifetime,
+        scopes=sorted(power.scopes),
+        expires_at=power.expires_at,
+        created_by=maker_id,
     )
     session.add(row)
     session.flush()
@@ -176,18 +221,13 @@ def issue_api_key(
     return IssuedKey(api_key, row)
 
 
-def rotate_api_key(
-    session: Session, tenant_id: uuid.UUID, *, name: str, scopes: frozenset[Scope] | None = None
-) -> IssuedKey:
-    """Add a key of this name, with the scopes of the newest unless others are given; that one goes on working.
+def _power_of(row: ApiKeyRow) -> Power:
+    return Power(frozenset(map(Scope, row.scopes)), row.expires_at)
 
-    Where two are alive already, the older one ends.
-    """
-    same_name = [row for row in list_api_keys(session, tenant_id) if row.name == name]
-    for row in same_name[: 1 - MAX_LIVE_KEYS_PER_NAME]:
-        revoke_api_key(session, tenant_id, key_id=row.key_id)
-    kept = frozenset(map(Scope, same_name[-1].scopes)) if same_name else DEFAULT_SCOPES
-    return issue_api_key(session, tenant_id, name=name, scopes=scopes or kept)
+
+def _instant_after(session: Session, lifetime: dt.timedelta | None) -> dt.datetime | None:
+    """Return when what is made now is over, by the database's clock."""
+    return None if lifetime is None else session.scalar(select(func.now() + lifetime))
 
 
 def list_api_keys(session: Session, tenant_id: uuid.UUID) -> Sequence[ApiKeyRow]:
@@ -204,10 +244,30 @@ def get_api_key(session: Session, tenant_id: uuid.UUID, *, key_id: str) -> ApiKe
     return row
 
 
-def revoke_api_key(session: Session, tenant_id: uuid.UUID, *, key_id: str) -> None:
-    """End a key. It is refused everywhere within seconds, also on streams that it has opened."""
+def revoke_api_key(session: Session, tenant_id: uuid.UUID, *, key_id: str, with_children: bool = False) -> None:
+    """End a key, and with it those that it made, and theirs, if asked: for a key that has leaked.
+
+    What is ended is refused everywhere within seconds, also on streams that it has opened.
+    """
     row = get_api_key(session, tenant_id, key_id=key_id)
-    session.execute(update(ApiKeyRow).where(ApiKeyRow.id == row.id).values(revoked_at=func.now()))
+    ended = ApiKeyRow.id == row.id
+    if with_children:
+        lock_for_tenant(session, tenant_id, purpose="api_keys")  # none of them makes another meanwhile
+        ended = ApiKeyRow.id.in_(select(_descent(tenant_id, row.id).c.id))
+    session.execute(
+        update(ApiKeyRow)
+        .where(ApiKeyRow.tenant_id == tenant_id, ended, ApiKeyRow.revoked_at.is_(None))
+        .values(revoked_at=func.now())
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _descent(tenant_id: uuid.UUID, row_id: uuid.UUID) -> CTE:
+    """Return a key and all that came of it, also through keys that are dead."""
+    own = ApiKeyRow.tenant_id == tenant_id
+    family = select(ApiKeyRow.id, ApiKeyRow.key_id).where(own, ApiKeyRow.id == row_id).cte("family", recursive=True)
+    children = select(ApiKeyRow.id, ApiKeyRow.key_id).where(own, ApiKeyRow.created_by == family.c.key_id)
+    return family.union_all(children)
 
 
 def find_key_owner(session: Session, key_id: str) -> uuid.UUID:
@@ -274,4 +334,5 @@ def _identity_of(session: Session, row: ApiKeyRow) -> Identity:
         key_id=row.key_id,
         scopes=frozenset(map(Scope, row.scopes)),
         requests_per_minute=tenant.requests_per_minute,
+        expires_at=row.expires_at,
     )

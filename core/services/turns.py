@@ -39,7 +39,8 @@ not exists (select from set_asides s where s.duty = 'claim' and s.row_id = j.id 
 """
 # Another worker `w` that takes jobs of pool `p.name` soon, if any come.
 _IS_ABOUT_TO_SERVE = """
-w.alive_until > now() and w.state <> 'stopping' and w.name <> :worker and p.name = any(w.pools) and (
+w.alive_until > now() and w.state <> 'stopping' and w.name <> :worker and p.name = any(w.pools)
+and not jsonb_exists(w.refusals, p.name) and (
     w.next_pool = p.name or (w.pool = p.name and (w.state = 'loading' or w.slots_in_use < w.slots))
     or (w.state = 'idle' and w.next_pool is null and w.pool is distinct from p.name and :counts_idle))
 """

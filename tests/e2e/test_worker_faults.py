@@ -142,6 +142,21 @@ def test_31_a_worker_stopped_while_idle_or_claiming_leaves_no_job_behind(lab: La
     assert (lab.job(job_id).status, lab.attempt_count(job_id)) == ("queued", 0)
 
 
+def test_an_idle_worker_has_its_base_warm_before_the_first_job_and_stops_at_once_while_it_warms(lab: Lab) -> None:
+    lab.kill_workers()
+    worker = lab.start_worker()
+    trainer = lab.trainer_of(worker)
+    worker.ask_to_stop()
+    wait_until(lambda: not worker.is_alive, seconds=60)
+    wait_until(lambda: not is_running(trainer), seconds=60)
+    worker = lab.start_worker()
+    is_warm = "select count(*) from workers where name = %s and state = 'idle' and pool is not null"
+    wait_until(lambda: lab.sql(is_warm, worker.spec.name)[0][0] == 1, what="a warm worker")
+    warm = lab.trainer_of(worker).pid
+    lab.succeed(lab.submit(n_epochs=1))
+    assert lab.trainer_of(worker).pid == warm
+
+
 def test_33_a_host_without_memory_for_a_job_is_told_and_not_tried_again(lab: Lab) -> None:
     worker = lab.ensure_worker()
     lab.succeed(lab.submit(n_epochs=1))

@@ -16,7 +16,7 @@ EXACTLY = {
     "base_models": {
         "espalier_api": "select",
         "espalier_operator": "select update",
-        "espalier_worker": "select",
+        "espalier_worker": "select update",
         "espalier_schedule": "select",
     },
     "tenants": {
@@ -31,6 +31,7 @@ COLUMNS = {
     ("espalier_operator", "api_keys"): {"revoked_at"},
     ("espalier_operator", "operator_keys"): {"revoked_at", "last_used_at"},
     ("espalier_operator", "base_models"): {"disabled_at"},
+    ("espalier_worker", "base_models"): {"state", "state_reason", "state_since", "checked_by"},
     ("espalier_worker", "tenants"): {"usage", "lift", "usage_at"},
     ("espalier_schedule", "tenants"): {"usage", "lift", "usage_at"},
 }

@@ -11,11 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from core.domain.bases import LINEARS_BY_MODEL_TYPE
 from worker.engine.errors import UnsupportedBaseError
 
-# Decoders whose attention goes through transformers' attention interface with plain causal (or sliding) masks, and
-# whose logits are the head's output as it is.
-SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "smollm3"})
 # Rotary embeddings whose frequencies follow the longest sequence of a forward: tenants would bend each other's.
 _COUPLING_ROPE_TYPES = frozenset({"dynamic", "longrope"})
 # What a parent calls in this order on the same rows.
@@ -43,8 +41,8 @@ class BaseShape:
 def inspect_base(model: Any) -> BaseShape:
     """Return the base's shape. Raises UnsupportedBaseError."""
     config = model.config
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        supported = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
+    if config.model_type not in LINEARS_BY_MODEL_TYPE:
+        supported = ", ".join(sorted(LINEARS_BY_MODEL_TYPE))
         raise UnsupportedBaseError(f"Models of type {config.model_type!r} cannot be fused; supported: {supported}.")
     rope_type = config.rope_parameters["rope_type"]
     if rope_type in _COUPLING_ROPE_TYPES:

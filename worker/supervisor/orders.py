@@ -10,7 +10,7 @@ from core.domain.jobs import fine_tuned_model_name, pool_name
 from core.domain.training import TrainingSpec
 from core.services.attempts import Lease
 from core.services.resume_points import list_resume_points
-from core.settings import WorkerSettings
+from core.settings import TrainerSettings
 from core.storage import ObjectStore
 from worker.messages import JobFacts, LoadBase, StartJob
 from worker.supervisor.artifacts import grant_file, grant_resume_point
@@ -25,7 +25,7 @@ def pools_of(base: BaseModelRow) -> tuple[str, ...]:
     return tuple(pool_name(base.id, quantization) for quantization in (None, *base.quantizations))
 
 
-def order_base(base: BaseModelRow, pool: str, *, settings: WorkerSettings) -> LoadBase:
+def order_base(base: BaseModelRow, pool: str, *, settings: TrainerSettings) -> LoadBase:
     quantization = next(q for q in (None, *base.quantizations) if pool_name(base.id, q) == pool)
     return LoadBase.model_validate(
         {

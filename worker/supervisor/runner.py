@@ -28,7 +28,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from core.crashpoints import CrashPoint, reach
-from core.db.models import Job
+from core.db.models import BaseModelRow, Job
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import is_acquitted
@@ -130,7 +130,7 @@ class Runner:
             fence=self._base.kill,
         )
         self._prover = ArtifactProver(store, patience_seconds=settings.storage_patience_seconds)
-        self._turns = TurnKeeper(settings, engine=engine)
+        self._turns = TurnKeeper(settings, engine=engine, base=self._base)
         self._departures = Departures(engine)
         self._next_pool: str | None = None  # while the held jobs leave for another pool's turn
         self._charged_at = 0.0
@@ -150,7 +150,7 @@ class Runner:
         """Say what this worker holds now. Called from another thread than `serve`."""
         num_held = len(self._held)
         slots = max(self._base.slots, num_held)
-        pool = self._base.pool if self._base.is_alive else None
+        pool = self._base.shown_pool
         state: WorkerState = "serving" if num_held else "idle"
         if self._stop_requested.is_set():
             state = "stopping"
@@ -163,8 +163,9 @@ class Runner:
             pool=pool,
             slots=slots if pool else 0,
             slots_in_use=(slots if self._is_trying else num_held) if pool else 0,
-            pool_seconds=self._turns.pool_seconds,
+            pool_seconds=self._base.held_seconds,
             next_pool=self._next_pool,
+            refusals=self._base.refusals,
         )
 
     @property
@@ -178,9 +179,10 @@ class Runner:
         return not self._serving.locked() or time.monotonic() - self._turned_at < self._settings.stall_seconds
 
     def has_claimable_work(self) -> bool:
-        """Say whether a pool of this worker's has a job to claim. Raises the database's errors."""
+        """Say whether there is a job to claim on a base that this worker may load. Raises the database's errors."""
         with service_transaction(self._engine) as session:
-            return any(pool in self._settings.worker_pools for pool in attempts.claimable_pools(session))
+            loadable = self._loadable_bases(session)
+            return any(pool in loadable for pool in attempts.claimable_pools(session))
 
     def serve(self) -> None:
         """Work until none of this worker's pools has a claimable job and none is held. One caller at a time serves."""
@@ -195,6 +197,18 @@ class Runner:
                     self._stop_requested.wait(_AWAY_SECONDS)
             self._give_back_if_stopping()
             self._idle_since = time.monotonic()
+
+    def warm(self) -> None:
+        """Hold a base while there is no work, and look at those in doubt. Raises the database's errors."""
+        if self._serving.acquire(blocking=False):
+            self._turned_at = time.monotonic()
+            try:
+                if not self._stop_requested.is_set() and not self.has_claimable_work():
+                    self._base.warm()
+            finally:
+                self._serving.release()
+        if not self._stop_requested.is_set():
+            self._base.inspect_others()
 
     def wait_until_idle(self) -> None:
         """Wait, after `request_stop`, until whoever serves has given its jobs back, for the grace at most."""
@@ -232,33 +246,23 @@ class Runner:
         self._heed_news()
 
     def _hold_pool_with_work(self) -> bool:
-        pool = self._next_pool = self._turns.choose_pool(self._base.pool)
+        with service_transaction(self._engine) as session:
+            bases = self._loadable_bases(session)
+        pool = self._next_pool = self._turns.choose_pool(tuple(bases))
         if pool is None:
             return False
         if pool != self._base.pool or not self._base.is_alive:
-            self._load_base(pool)
+            self._base.load(pool, bases[pool])
+            if self._base.pool == pool:  # where it was refused at a first look, the old trainer lives on
+                self._departures.note_all()
         self._next_pool = None
         return True
 
-    def _load_base(self, pool: str) -> None:
-        with service_transaction(self._engine) as session:
-            base = next(base for base in list_known_base_models(session) if pool in pools_of(base))
-        self.close()
-        started = time.monotonic()
-        refusal = self._base.load(pool, base)
-        if refusal:
-            self._fail_next_job(Failure("base_model_refused", refusal))
-        elif self._base.is_alive:
-            self._turns.begin(pool, load_seconds=time.monotonic() - started)
-
-    def _fail_next_job(self, failure: Failure) -> None:
-        """Charge a job of the pool for a base that cannot be loaded, so that its tenant is told why."""
-        with service_transaction(self._engine) as session:
-            job = self._claim(session)
-            if job is not None:
-                attempts.fail_attempt(
-                    session, lease_of(job), code=failure.code, message=failure.message, is_job_fault=False
-                )
+    def _loadable_bases(self, session: Session) -> dict[str, BaseModelRow]:
+        """Return the bases, by pool, that this worker may try to load: also those that are served no more."""
+        bases = {pool: base for base in list_known_base_models(session) for pool in pools_of(base)}
+        own = [pool for pool in self._settings.worker_pools if pool in bases]
+        return {pool: bases[pool] for pool in own if self._base.may_load(pool, bases[pool])}
 
     def _fill_slots(self) -> None:
         while self._has_room() and not self._ends_turn():
@@ -290,13 +294,15 @@ class Runner:
 
     def _ends_turn(self) -> bool:
         """Let the held jobs leave if another pool's turn has come, and say so."""
-        pool = self._base.pool
-        assert pool is not None
+        if not self._turns.is_over:
+            return False
+        with service_transaction(self._engine) as session:
+            pools = tuple(self._loadable_bases(session))
         holders = [held.lease.tenant_id for held in self._held.values()]
-        next_pool = self._turns.end(pool, holders=holders, held=tuple(self._held))
+        next_pool = self._turns.end(pools, holders=holders, held=tuple(self._held))
         if next_pool is None:
             return False
-        log.info("pool.turn_ended", pool=pool, next_pool=next_pool, num_jobs=len(self._held))
+        log.info("pool.turn_ended", pool=self._base.pool, next_pool=next_pool, num_jobs=len(self._held))
         self._next_pool = next_pool
         for held in tuple(self._held.values()):
             self._yield(held)
@@ -309,8 +315,7 @@ class Runner:
             return
         if self._ends_turn() or any(held.is_yielding for held in self._held.values()):
             return
-        assert self._base.pool is not None
-        token = self._turns.lend(self._base.pool, held=tuple(self._held), slots=self._base.slots, wanting=wanting)
+        token = self._turns.lend(held=tuple(self._held), wanting=wanting)
         if token is not None:
             log.info("slot.lent", lease_token=token)
             self._yield(self._held[token])

@@ -19,6 +19,7 @@ from worker.scratch import remove_abandoned
 from worker.supervisor.app import create_celery
 from worker.supervisor.presence import Presence
 from worker.supervisor.runner import Runner
+from worker.supervisor.warming import Warmer
 from worker.supervisor.watchdog import Watchdog
 
 
@@ -56,11 +57,15 @@ def main() -> None:
         store=S3ObjectStore(settings.storage_config),
     )
     Watchdog(settings, runner).start()
+    warmer = Warmer(runner, interval_seconds=settings.heartbeat_seconds)
+    warmer.start()
     try:
         build_worker(settings, runner, engine=engine).worker_main(
             ["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--without-mingle"]
         )
     finally:
+        runner.request_stop()
+        warmer.close()
         runner.wait_until_idle()  # the watchdog may be the one who serves, and Celery does not know it
         runner.close()  # the trainer, which would outlive this line and leave its scratch directory
         remove_abandoned(settings.scratch_dir or Path(tempfile.gettempdir()))

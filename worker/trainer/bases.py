@@ -6,8 +6,6 @@ On a CPU everything computes in float32, whatever the registry says: bfloat16 pr
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -19,10 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from worker.messages import LoadBase
-from worker.trainer.failures import BaseRefusedError
+from worker.trainer.blame import blaming
+from worker.trainer.inspection import (
+    SMALL_FILES,
+    BaseFiles,
+    check_weights,
+    converted_path,
+    existing,
+    fetch,
+    read_tokenizer,
+    refuse_foreign_code,
+)
 from worker.trainer.tokenizers import describe_tokenizer
-
-_HASH_CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -35,25 +41,23 @@ class LoadedBase:
 
 
 def load_base(order: LoadBase) -> LoadedBase:
-    """Load what the order names. Raises BaseRefusedError with what the operator must change."""
+    """Load what the order names. Raises BaseRefusedError with what the operator must change, or WorkerUnfitError."""
     started = time.monotonic()
-    directory = materialize_base(order.source_kind, order.location, Path(order.cache_dir), revision=order.revision)
-    _refuse_foreign_code(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    if order.chat_template is not None:
-        tokenizer.chat_template = order.chat_template
-    if not tokenizer.chat_template:
-        raise BaseRefusedError(f"{order.base_model_id} has no chat template: give one in the registry.")
-    model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=_compute_dtype(order),
-        quantization_config=_quantization_config(order),
-        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    _check_target_modules(model, order)
+    with blaming():
+        cache_dir = Path(order.cache_dir)
+        directory = materialize_base(order.source_kind, order.location, cache_dir, revision=order.revision)
+        refuse_foreign_code(directory)
+        check_weights(directory)
+        tokenizer = read_tokenizer(BaseFiles(directory), order)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=_compute_dtype(order),
+            quantization_config=_quantization_config(order),
+            device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
     revision = order.revision or directory.name
     bundle = describe_tokenizer(tokenizer)
     return LoadedBase(model, BaseTokenizer(bundle), bundle, revision, seconds=time.monotonic() - started)
@@ -63,17 +67,18 @@ def materialize_base(source_kind: str, location: str, cache_dir: Path, *, revisi
     """Return a local safetensors directory for a source, converting or fetching it into the cache if need be."""
     match source_kind:
         case "path":
-            return _existing(Path(location))
+            return existing(Path(location))
         case "gguf":
-            return _convert_gguf(_existing(Path(location)), cache_dir / "bases")
+            return _convert_gguf(existing(Path(location)), cache_dir)
         case _:
-            return _fetch(location, revision)
+            return fetch(location, revision, patterns=("*.safetensors", *SMALL_FILES))
 
 
-def _convert_gguf(gguf: Path, bases_dir: Path) -> Path:
-    target = bases_dir / f"gguf-{_hash_file(gguf)[:16]}"
+def _convert_gguf(gguf: Path, cache_dir: Path) -> Path:
+    target = converted_path(gguf, cache_dir)
     if target.exists():
         return target
+    bases_dir = target.parent
     bases_dir.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     weights = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).state_dict()
@@ -94,29 +99,6 @@ def _convert_gguf(gguf: Path, bases_dir: Path) -> Path:
     return target
 
 
-def _fetch(repository: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 (only where a hub is used)
-
-    if not revision:
-        raise BaseRefusedError(f"{repository} comes from a hub: pin its revision (a commit hash) in the registry.")
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise BaseRefusedError(f"There is no base model at {path}; mend the registry's location.")
-    return path
-
-
-def _refuse_foreign_code(directory: Path) -> None:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if "auto_map" in config:
-        raise BaseRefusedError("The base model's config names code of its own (auto_map), which is never run.")
-    if not any(directory.glob("*.safetensors")):
-        raise BaseRefusedError("The base model has no safetensors files; convert it first.")
-
-
 def _compute_dtype(order: LoadBase) -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
@@ -132,25 +114,3 @@ def _quantization_config(order: LoadBase) -> BitsAndBytesConfig | None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=_compute_dtype(order),
     )
-
-
-def _check_target_modules(model: torch.nn.Module, order: LoadBase) -> None:
-    has = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()  # type: ignore[operator]
-    }
-    lacking = sorted(set(order.target_modules) - has)
-    if lacking:
-        raise BaseRefusedError(
-            f"The registry lists target_modules {', '.join(lacking)}, which {order.base_model_id} lacks; "
-            f"it has {', '.join(sorted(has))}."
-        )
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as content:
-        while chunk := content.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -3,7 +3,10 @@
 TrainerError
 |- JobFaultError        the job's own data or settings; another attempt would end the same
 |- JobStoppedError      an order has stopped it, so that what it still does in the background is of no use
-'- TransferError        a dataset or an artifact could not be moved; another attempt may do
+|- TransferError        a dataset or an artifact could not be moved; another attempt may do
+|- AdapterInvalidError  the finished adapter did not pass its own inspection
+|- BaseRefusedError     the base cannot be served as it is registered, by whichever worker
+'- WorkerUnfitError     this worker cannot load the base; another may
 """
 
 from __future__ import annotations
@@ -31,6 +34,12 @@ class BaseRefusedError(TrainerError):
     """The base model cannot be served as it is registered; the operator must act."""
 
     code = "base_model_refused"
+
+
+class WorkerUnfitError(TrainerError):
+    """This worker lacks what it takes to load the base: memory, disk, a package. Another may have it."""
+
+    code = "worker_unfit"
 
 
 class AdapterInvalidError(TrainerError):

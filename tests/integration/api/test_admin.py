@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -11,6 +12,8 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import ProgrammingError
 
 from core.db.session import connect, operator_transaction, service_transaction, tenant_transaction
+from core.domain.bases import BaseState
+from core.services.base_models import record_state
 from core.services.operators import issue_operator_key, revoke_operator_key
 from tests.integration.conftest import BASE_MODEL, Database, Tenant
 from tests.routes import all_routes
@@ -64,6 +67,16 @@ def test_to_everybody_else_the_operators_surface_is_an_unknown_url(api_url: str,
                 assert answer.status_code == 404, (verb, path)
                 told = answer.json()["error"]
                 assert told == unknown.json()["error"] | {"message": f"Not Found: {verb} {path}"}
+
+
+def test_an_operators_key_that_has_expired_opens_nothing(api_url: str, owner: Engine) -> None:
+    with operator_transaction(owner, actor="test") as session:
+        key = str(issue_operator_key(session, name="brief", lifetime=timedelta(hours=1)))
+    with http(api_url, key) as client:
+        good(client.get("/admin/tenants"))
+        with service_transaction(owner) as session:
+            session.execute(text("update operator_keys set expires_at = now() where name = 'brief'"))
+        assert client.get("/admin/tenants").status_code == 401
 
 
 def test_an_operators_key_opens_nothing_of_a_tenants(admin: httpx.Client) -> None:
@@ -134,6 +147,27 @@ def test_a_base_switched_off_is_gone_for_everybody_until_it_is_switched_on(
         good(admin.post(f"/admin/base_models/{BASE_MODEL}", json={"is_disabled": False}))
         assert client.get(f"/v1/models/{BASE_MODEL}").status_code == 200
     assert admin.post("/admin/base_models/gpt-9", json={"is_disabled": True}).status_code == 404
+
+
+def test_an_operator_sees_why_a_base_cannot_be_used_and_a_tenant_only_that_it_cannot(
+    api_url: str, admin: httpx.Client, owner: Engine, tenant: Tenant
+) -> None:
+    reason = "There is no base model at /models/x."
+    with service_transaction(owner) as session:
+        record_state(session, BASE_MODEL, state=BaseState.UNUSABLE, reason=reason, by="w1")
+    try:
+        (base,) = good(admin.get("/admin/base_models"))["data"]
+        with http(api_url, tenant.api_key) as client:
+            file = good(client.post("/v1/files", files={"file": ("a.jsonl", GOOD)}, data={"purpose": "fine-tune"}))
+            body = {"model": BASE_MODEL, "training_file": file["id"]}
+            refused = client.post("/v1/fine_tuning/jobs", json=body)
+    finally:
+        with service_transaction(owner) as session:
+            record_state(session, BASE_MODEL, state=BaseState.USABLE, reason=None, by="w1")
+    assert (base["state"], base["state_reason"], base["checked_by"]) == ("unusable", reason, "w1")
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (409, "base_model_unusable", "model")
+    assert "/models" not in refused.text
 
 
 def test_a_change_is_written_down_with_who_made_it_and_no_secret(

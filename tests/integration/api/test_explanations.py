@@ -14,11 +14,13 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import ProgrammingError
 
 from core.db.session import connect, service_transaction, tenant_transaction
+from core.domain.bases import BaseState
 from core.domain.ids import IdKind, format_id
 from core.services import attempts
+from core.services.base_models import record_state
 from core.services.workers import WorkerFacts, record_worker
 from tests.integration.conftest import Database, Tenant, add_tenant
-from tests.integration.training import POOL, fail_job, queue_job, record_step, start_job
+from tests.integration.training import BASE_MODEL, POOL, fail_job, queue_job, record_step, start_job
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +73,30 @@ def test_the_reason_follows_what_workers_say_of_themselves(api_url: str, owner: 
     stale = explain(api_url, tenant, job.id)
     assert (stale["reason"]["code"], stale["workers"]["num_alive"]) == ("no_worker", 0)
     assert abs(stale["workers"]["last_seen_at"] - time.time()) < 30
+
+
+def test_a_base_that_cannot_be_used_is_said_to_be_so_without_a_word_of_the_workers_files(
+    api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    def find(state: BaseState, reason: str | None) -> None:
+        with service_transaction(owner) as session:
+            record_state(session, BASE_MODEL, state=state, reason=reason, by="w")
+
+    job = queue_job(owner, tenant.id)
+    refusal = "OSError: No space left on device: '/cache'"
+    add_worker(owner, WorkerFacts("w", (POOL,), "idle", refusals={POOL: refusal}))
+    told = explain(api_url, tenant, job.id)
+    assert (told["reason"]["code"], told["workers"]["num_alive"], told["eta"]) == ("no_worker", 0, None)
+    assert "none can load it at present" in told["reason"]["message"]
+    find(BaseState.UNUSABLE, "There is no base model at /models/x.")
+    try:
+        unusable = explain(api_url, tenant, job.id)
+    finally:
+        find(BaseState.UNCHECKED, None)
+    assert (unusable["reason"]["code"], unusable["eta"]) == ("base_unusable", None)
+    assert "/" not in told["reason"]["message"] + unusable["reason"]["message"]
+    add_worker(owner, WorkerFacts("w", (POOL,), "idle"))
+    assert explain(api_url, tenant, job.id)["reason"]["code"] == "base_loading"
 
 
 def test_quota_and_backoff_come_before_the_workers(api_url: str, owner: Engine, tenant: Tenant) -> None:

@@ -6,20 +6,23 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, select, text, update
+from sqlalchemy.exc import IntegrityError
 
 from api import auth
 from api.auth import Authenticator
 from core.db.models import ApiKeyRow
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.api_keys import ALL_SCOPES, Scope
-from core.domain.errors import ConflictError, DomainError, UnauthenticatedError
-from core.services.tenants import issue_api_key, list_api_keys, revoke_api_key, rotate_api_key
+from core.domain.errors import ConflictError, DomainError, NotFoundError, UnauthenticatedError
+from core.services.tenants import Identity, issue_api_key, list_api_keys, revoke_api_key, rotate_api_key
 from tests.integration.conftest import Database, Tenant
 
 REVOCATION_SECONDS = 5.0
@@ -136,9 +139,99 @@ def test_twenty_requests_at_once_never_make_a_third_live_key(api: Engine, tenant
 
 def test_rotation_keeps_the_key_before_and_ends_the_one_before_that(owner: Engine, tenant: Tenant) -> None:
     with service_transaction(owner) as session:
-        issued = [rotate_api_key(session, tenant.id, name="ci").row.key_id for _ in range(3)]
+        issued = [issue_api_key(session, tenant.id, name="ci").row.key_id]
+        issued += [rotate_api_key(session, tenant.id, name="ci").row.key_id for _ in range(2)]
         live = [row.key_id for row in list_api_keys(session, tenant.id) if row.name == "ci"]
         assert live == issued[1:]
+
+
+def test_rotation_keeps_the_scopes_the_maker_and_the_day_of_expiry(
+    http: httpx.Client, owner: Engine, tenant: Tenant
+) -> None:
+    made = make_key(http, scopes=["read"], expires_after={"anchor": "created_at", "seconds": 3600})
+    with service_transaction(owner) as session:
+        row = rotate_api_key(session, tenant.id, name="ci").row
+    assert row.scopes == ["read"]
+    assert row.expires_at is not None
+    assert int(row.expires_at.timestamp()) == made["expires_at"]
+    assert row.created_by == tenant.key_id
+
+
+def test_an_operator_may_give_a_rotated_key_a_new_lifetime(owner: Engine, tenant: Tenant) -> None:
+    with service_transaction(owner) as session:
+        first = issue_api_key(session, tenant.id, name="ci", lifetime=timedelta(hours=1)).row
+        second = rotate_api_key(session, tenant.id, name="ci", lifetime=timedelta(hours=3)).row
+    assert first.expires_at is not None
+    assert second.expires_at == first.expires_at + timedelta(hours=2)  # one transaction has one now()
+
+
+def test_a_name_of_which_no_key_is_alive_cannot_be_rotated_into_life(owner: Engine, tenant: Tenant) -> None:
+    with service_transaction(owner) as session:
+        key_id = issue_api_key(session, tenant.id, name="ci", scopes=frozenset({Scope.READ})).row.key_id
+        revoke_api_key(session, tenant.id, key_id=key_id)
+        with pytest.raises(NotFoundError, match="no live key"):
+            rotate_api_key(session, tenant.id, name="ci")
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ({"scopes": ["admin", "download"]}, (403, "insufficient_scope", "scopes")),
+        ({"expires_after": {"anchor": "created_at", "seconds": 7300}}, (403, "outlives_its_maker", "expires_after")),
+    ],
+)
+def test_a_key_makes_no_key_that_may_do_more_than_itself_or_outlives_it(
+    api_url: str, http: httpx.Client, fields: dict[str, Any], refusal: tuple[int, str, str]
+) -> None:
+    maker = make_key(http, scopes=["admin", "read"], expires_after={"anchor": "created_at", "seconds": 7200})
+    with connect_http(api_url, maker["value"]) as client:
+        answer = client.post("/api_keys", json={"name": "child", "scopes": ["read"], **fields})
+    assert (*error_of(answer), answer.json()["error"]["param"]) == refusal
+
+
+def test_what_is_not_asked_for_a_key_is_what_its_maker_has(api_url: str, http: httpx.Client) -> None:
+    maker = make_key(http, scopes=["admin", "read"], expires_after={"anchor": "created_at", "seconds": 7200})
+    with connect_http(api_url, maker["value"]) as client:
+        child = make_key(client, name="child")
+        assert (child["scopes"], child["expires_at"], child["created_by"]) == (
+            ["read"],
+            maker["expires_at"],
+            maker["id"],
+        )
+        brief = make_key(client, name="brief", expires_after={"anchor": "created_at", "seconds": 60})
+        assert brief["expires_at"] == brief["created_at"] + 60
+
+
+def test_a_key_that_only_makes_keys_must_say_which_of_its_scopes_it_hands_on(api_url: str, http: httpx.Client) -> None:
+    maker = make_key(http, scopes=["admin"])
+    with connect_http(api_url, maker["value"]) as client:
+        assert error_of(client.post("/api_keys", json={"name": "child"})) == (403, "insufficient_scope")
+        assert make_key(client, name="deputy", scopes=["admin"])["scopes"] == ["admin"]
+
+
+def test_a_key_revoked_a_moment_ago_makes_no_key_though_it_is_still_remembered(api: Engine, tenant: Tenant) -> None:
+    with tenant_transaction(api, tenant.id) as session:
+        revoke_api_key(session, tenant.id, key_id=tenant.key_id)
+        with pytest.raises(UnauthenticatedError):
+            issue_api_key(session, tenant.id, name="late", maker_id=tenant.key_id)
+
+
+def test_a_key_is_revoked_alone_or_with_all_that_came_of_it(api_url: str, http: httpx.Client) -> None:
+    def is_live(key: dict[str, Any]) -> bool:
+        return http.get(f"/api_keys/{key['id']}").status_code == 200
+
+    maker, other = (make_key(http, name=name, scopes=["admin", "read"]) for name in ("maker", "other"))
+    with connect_http(api_url, maker["value"]) as client:
+        child = make_key(client, name="child", scopes=["admin", "read"])
+    with connect_http(api_url, child["value"]) as client:
+        grandchild = make_key(client, name="grandchild")
+    assert http.delete(f"/api_keys/{child['id']}").status_code == 200
+    assert is_live(grandchild)
+    answer = http.delete(f"/api_keys/{maker['id']}", params={"with_children": True})
+    assert answer.status_code == 200
+    assert not is_live(maker)
+    assert not is_live(grandchild)
+    assert is_live(other)
 
 
 def test_a_revoked_key_is_refused_within_five_seconds_though_it_was_just_used(api_url: str, http: httpx.Client) -> None:
@@ -230,3 +323,18 @@ def test_the_database_knows_the_same_scopes_as_the_code(owner: Engine) -> None:
         rule = session.scalars(query).one()
     assert all(f"'{scope}'" in rule for scope in ALL_SCOPES)
     assert rule.count("::text") == len(ALL_SCOPES) + rule.count("::text[]")
+
+
+def test_a_link_handed_out_for_a_key_that_soon_expires_expires_with_it() -> None:
+    now = datetime.now(UTC)
+    identity = Identity(uuid4(), "k", ALL_SCOPES, expires_at=now + timedelta(seconds=40))
+    assert identity.limit_lifetime(timedelta(minutes=15), now=now) == timedelta(seconds=40)
+    assert identity.limit_lifetime(timedelta(seconds=5), now=now) == timedelta(seconds=5)
+    assert identity.limit_lifetime(timedelta(minutes=15), now=now + timedelta(hours=1)) == timedelta(seconds=1)
+    assert replace(identity, expires_at=None).limit_lifetime(timedelta(minutes=15), now=now) == timedelta(minutes=15)
+
+
+def test_the_database_refuses_a_maker_of_another_tenants(owner: Engine, tenant: Tenant, other_tenant: Tenant) -> None:
+    with pytest.raises(IntegrityError), service_transaction(owner) as session:
+        issued = issue_api_key(session, tenant.id, name="stray")
+        session.execute(update(ApiKeyRow).where(ApiKeyRow.id == issued.row.id).values(created_by=other_tenant.key_id))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -204,6 +205,21 @@ def test_the_database_itself_shows_a_shared_checkpoint_and_only_that(
         assert session.execute(text("delete from checkpoint_permissions")).rowcount == 0  # type: ignore[attr-defined]
     with service_transaction(api) as session:
         assert session.scalars(select(Checkpoint.model_name)).all() == []
+
+
+def test_links_to_what_was_trained_live_no_longer_than_the_key_that_asked(
+    api_url: str, owner: Engine, servers: ServerAddresses, tenant: Tenant, job_id: str
+) -> None:
+    checkpoint = add_checkpoint(owner, servers, tenant, job_id, step=1)
+    add_adapter(owner, tenant, job_id)
+    (adapter,) = ask(api_url, tenant, "GET", "/adapters").json()["data"]
+    body = {"name": "brief", "expires_after": {"anchor": "created_at", "seconds": 100}}
+    made = ask(api_url, tenant, "POST", "/api_keys", json=body).json()
+    for path in (f"/adapters/{adapter['id']}/download", f"/fine_tuning/checkpoints/{checkpoint}/download"):
+        link = ask(api_url, replace(tenant, api_key=made["value"]), "GET", path).json()
+        assert link["expires_at"] <= made["expires_at"]
+        for file in link["files"]:
+            assert int(httpx.URL(file["url"]).params["X-Amz-Expires"]) <= 100
 
 
 def test_a_permission_for_nobody_tells_nothing(

@@ -1,0 +1,168 @@
+"""What is wrong with a base is found before its weights are read, and blamed on the base or on the worker."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from core.domain.bases import LINEARS_BY_MODEL_TYPE
+from local.binaries import find_smollm2
+from tests.e2e.lab import write_tiny_base
+from worker.engine import UnsupportedBaseError, inspect_base
+from worker.messages import LoadBase
+from worker.scratch import scratch_directory
+from worker.trainer.bases import load_base
+from worker.trainer.blame import blaming, blaming_the_worker
+from worker.trainer.failures import BaseRefusedError, WorkerUnfitError
+from worker.trainer.inspection import inspect_files
+
+LLAMA = LINEARS_BY_MODEL_TYPE["llama"]
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def base_dir(tiny_base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+
+def make_order(location: Path, **changes: Any) -> LoadBase:
+    order = LoadBase(
+        base_model_id="acme/tiny",
+        source_kind="path",
+        location=str(location),
+        revision="",
+        dtype="float32",
+        quantization=None,
+        target_modules=LLAMA,
+        chat_template=None,
+        slots=2,
+        max_rank=8,
+        max_tokens_per_step=64,
+        cache_dir=str(location.parent / "cache"),
+        resume_steps=10,
+        resume_seconds=10,
+        storage_patience_seconds=1,
+    )
+    return order.model_copy(update=changes)
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def add_index(directory: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def cut_short(directory: Path) -> None:
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def take_template(directory: Path) -> None:
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
+
+
+def test_a_base_that_is_well_is_inspected_without_a_weight_and_loaded(base_dir: Path) -> None:
+    tokenizer = inspect_files(make_order(base_dir))
+    assert tokenizer.chat_template
+    assert load_base(make_order(base_dir)).model.config.model_type == "llama"
+
+
+def test_a_gguf_file_is_inspected_without_being_converted(tmp_path: Path) -> None:
+    gguf = find_smollm2()
+    order = make_order(gguf, source_kind="gguf", cache_dir=str(tmp_path))
+    assert inspect_files(order).chat_template
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (shutil.rmtree, "There is no base model at"),
+        (lambda base: (base / "config.json").unlink(), "config.json"),
+        (lambda base: (base / "config.json").write_text("{"), "JSON"),
+        (lambda base: change_config(base, model_type="gpt2"), "Models of type 'gpt2' cannot be fused"),
+        (lambda base: change_config(base, model_type="no-such-model"), "no-such-model"),
+        (lambda base: change_config(base, auto_map={"AutoModel": "x.py"}), "code of its own"),
+        (lambda base: (base / "model.safetensors").unlink(), "no safetensors files"),
+        (add_index, "model-00002.safetensors"),
+        (cut_short, "SafetensorError"),
+        (take_template, "no chat template"),
+        (lambda base: (base / "tokenizer.json").unlink(), "okenizer"),
+    ],
+)
+def test_what_is_wrong_with_a_bases_files_is_the_bases_fault_and_named(
+    base_dir: Path, spoil: Callable[[Path], Any], reason: str
+) -> None:
+    spoil(base_dir)
+    with pytest.raises(BaseRefusedError, match=reason):
+        inspect_files(make_order(base_dir))
+
+
+def test_targets_that_a_base_lacks_are_named_with_those_it_has(base_dir: Path) -> None:
+    with pytest.raises(BaseRefusedError, match=r"target_modules c_attn, which acme/tiny lacks; it has down_proj"):
+        inspect_files(make_order(base_dir, target_modules=("q_proj", "c_attn")))
+
+
+def test_a_hubs_repository_needs_a_revision_and_one_that_is_not_there_is_the_bases_fault(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = make_order(base_dir).model_copy(update={"source_kind": "hub", "location": "acme/none"})
+    with pytest.raises(BaseRefusedError, match="pin its revision"):
+        inspect_files(order)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BaseRefusedError):
+        inspect_files(order.model_copy(update={"revision": "0" * 40}))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/models/model.safetensors"), BaseRefusedError),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/models/model.safetensors"), BaseRefusedError),
+        (ValueError("The checkpoint is of another type."), BaseRefusedError),
+        (UnsupportedBaseError("It cannot be fused."), BaseRefusedError),
+        (RuntimeError("Error(s) in loading state_dict: size mismatch"), BaseRefusedError),
+        (MemoryError(), WorkerUnfitError),
+        (torch.OutOfMemoryError("CUDA out of memory."), WorkerUnfitError),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), WorkerUnfitError),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), WorkerUnfitError),
+        (OSError(errno.ENOSPC, "No space left on device"), WorkerUnfitError),
+        (ImportError("bitsandbytes is not installed"), WorkerUnfitError),
+    ],
+)
+def test_a_base_is_blamed_for_its_files_and_a_worker_for_what_it_lacks(error: Exception, kind: type[Exception]) -> None:
+    with pytest.raises(kind) as blamed, blaming():
+        raise error
+    assert str(blamed.value)
+
+
+def test_a_worker_without_a_place_for_its_files_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    with pytest.raises(WorkerUnfitError, match="nowhere"), blaming_the_worker(), scratch_directory():
+        pass
+
+
+@pytest.mark.parametrize("model_type", sorted(LINEARS_BY_MODEL_TYPE))
+def test_the_linears_that_are_registered_by_default_are_those_that_a_model_of_the_type_has(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type)
+    with torch.device("meta"):
+        shape = inspect_base(AutoModelForCausalLM.from_config(config))
+    assert set(shape.target_modules) == set(LINEARS_BY_MODEL_TYPE[model_type])

@@ -1,0 +1,43 @@
+"""Keeps a base warm while there is no work, and looks again and again at those that could not be used.
+
+A thread of its own from the worker's start to its end, so that a first job waits for no load, and a base that comes to
+be usable is used without anybody's doing.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import structlog
+
+from core.db.session import DATABASE_ERRORS
+from worker.supervisor.runner import Runner
+
+log = structlog.get_logger()
+_STOP_SECONDS = 5.0
+
+
+class Warmer:
+    """Looks at every interval, until it is closed; the runner's own stop ends a load that is under way."""
+
+    def __init__(self, runner: Runner, *, interval_seconds: float) -> None:
+        self._runner = runner
+        self._interval_seconds = interval_seconds
+        self._stop_requested = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="warmer")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, after the runner was asked to."""
+        self._stop_requested.set()
+        self._thread.join(_STOP_SECONDS)
+
+    def _run(self) -> None:
+        while not self._stop_requested.is_set():
+            try:
+                self._runner.warm()
+            except DATABASE_ERRORS as error:
+                log.warning("database.unavailable", error=type(error).__name__)
+            self._stop_requested.wait(self._interval_seconds)
