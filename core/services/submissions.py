@@ -109,12 +109,7 @@ def submit_job(
     if not found.is_within_storage:
         raise refuse_storage(session, tenant_id)
     base = found.base or _get_trainable(session, tenant_id, model=request.base_model_id)
-    training_file = found.training_file or _get_dataset(session, tenant_id, request.training_file_id, "training_file")
-    _check_dataset(training_file, param="training_file")
-    if request.validation_file_id is not None:
-        validation_id = request.validation_file_id
-        validation = found.validation_file or _get_dataset(session, tenant_id, validation_id, "validation_file")
-        _check_dataset(validation, param="validation_file")
+    training_file = _check_files(session, tenant_id, request, found)
     _check_quantization(base, request.quantization)
     check_is_usable(base)
     spec = resolve_spec(request, base=base, num_examples=training_file.num_examples)
@@ -165,6 +160,17 @@ def resolve_spec(request: JobRequest, *, base: BaseModelRow, num_examples: int) 
         max_seq_len=max_seq_len,
         seed=secrets.randbelow(2**31) if request.seed is None else request.seed,
     )
+
+
+def _check_files(session: Session, tenant_id: uuid.UUID, request: JobRequest, found: _Means) -> File:
+    """Return the training file. Raises InvalidRequestError for a file that is not there or cannot be trained on."""
+    training_file = found.training_file or _get_dataset(session, tenant_id, request.training_file_id, "training_file")
+    _check_dataset(training_file, param="training_file")
+    if request.validation_file_id is not None:
+        validation_id = request.validation_file_id
+        validation = found.validation_file or _get_dataset(session, tenant_id, validation_id, "validation_file")
+        _check_dataset(validation, param="validation_file")
+    return training_file
 
 
 def _get_trainable(session: Session, tenant_id: uuid.UUID, *, model: str) -> BaseModelRow:
