@@ -56,7 +56,8 @@ class S3Settings(_Settings):
 class ApiSettings(DatabaseSettings, S3Settings):
     """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's.
 
-    `api_processes` share the port.
+    `api_processes` share the port. Each has `max_connections` at most, waits `header_seconds` for a header, and gives
+    up a body that has brought next to nothing in `body_seconds`.
     """
 
     redis_url: SecretStr | None = None
@@ -65,6 +66,9 @@ class ApiSettings(DatabaseSettings, S3Settings):
     api_host: str = "127.0.0.1"
     api_port: int = 8000
     api_processes: int = Field(default=1, ge=1, le=64)
+    max_connections: int = Field(default=2000, ge=1)
+    header_seconds: float = Field(default=10.0, gt=0)
+    body_seconds: float = Field(default=30.0, gt=0)
     max_file_bytes: int = 512 * 2**20
     presign_seconds: int = Field(default=900, ge=1, le=900)
 

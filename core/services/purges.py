@@ -27,7 +27,7 @@ class Purge:
 def find_purges(session: Session) -> tuple[Purge, ...]:
     """Return some of what is due."""
     files = session.scalars(select(File).where(File.deleted_at.is_not(None), File.purged_at.is_(None)).limit(_LIMIT))
-    is_over = or_(Upload.status != "pending", Upload.expires_at < func.now())
+    is_over = or_(Upload.status.in_(("completed", "cancelled")), Upload.expires_at < func.now())
     uploads = session.scalars(select(Upload).where(Upload.purged_at.is_(None), is_over).limit(_LIMIT))
     return (
         *(Purge(file, file.object_key) for file in files),

@@ -51,7 +51,9 @@ def check_storage(session: Session, tenant_id: uuid.UUID, *, num_bytes: int = 0)
         Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None)
     )
     promised = select(func.sum(Upload.size_bytes)).where(
-        Upload.tenant_id == tenant_id, Upload.status == "pending", Upload.expires_at > func.now()
+        Upload.tenant_id == tenant_id,
+        Upload.status.in_(("pending", "completing")),
+        Upload.expires_at > func.now(),
     )
     stored = sum(int(session.scalar(query) or 0) for query in (in_files, in_adapters, promised))
     if stored + num_bytes > quota:
