@@ -99,7 +99,9 @@ def require_pending(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.U
         .with_for_update()
     )
     if row is None:
-        status = get_upload(session, tenant_id, upload_id=upload_id).status
+        upload = get_upload(session, tenant_id, upload_id=upload_id)
+        session.refresh(upload)  # another may have changed it since it was read, and while its lock was waited for
+        status = upload.status
         if status == "completing":
             raise BusyError("The upload is being completed; ask again.", code="upload_completing")
         shown = "expired" if status == "pending" else status
