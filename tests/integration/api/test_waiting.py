@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import select
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
 
-from api.admission import COMPLETIONS, DOWNLOADS, PREVIEWS, UPLOADS, Gate
+from api.admission import DOWNLOADS, LONG_BODIES, PREVIEWS, UPLOADS, Gate
 from api.routing import SHARE_OF_TENANT
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, parse_id
@@ -189,10 +193,25 @@ def test_uploads_that_the_store_does_not_take_hold_up_nobody_else(
     assert sorted(each.status_code for each in answers)[: UPLOADS.of_tenant] == [200] * UPLOADS.of_tenant
 
 
-def test_where_all_places_are_taken_the_next_is_told_that_it_is_not_its_fault() -> None:
-    gate = Gate("naps", places=1, of_tenant=1)
-    assert COMPLETIONS.of_tenant < COMPLETIONS.places, "one tenant never has them all"
-    assert gate.threads.total_tokens == 1
+def test_long_bodies_of_one_tenant_leave_places_to_others(
+    api_url: str, http: httpx.Client, neighbour: httpx.Client, tenant: Tenant
+) -> None:
+    address = urlsplit(api_url)
+    head = f"POST /v1/fine_tuning/jobs HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {tenant.api_key}\r\n".encode()
+    head += b"content-type: application/json\r\ncontent-length: 100000\r\n\r\n{"
+    with ExitStack() as stack:
+        held = []
+        for _ in range(LONG_BODIES.of_tenant + 3):
+            held.append(stack.enter_context(socket.create_connection((address.hostname, address.port), timeout=60)))
+            held[-1].sendall(head)
+        until(lambda: len(select.select(held, [], [], 0)[0]) == 3)
+        for each in select.select(held, [], [], 0)[0]:
+            answer = each.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 429")
+            assert b"retry-after" in answer
+        long = {"model": "no such", "training_file": "x", "suffix": "x" * 500_000}
+        assert neighbour.post("/fine_tuning/jobs", json=long).status_code == 400
+        assert http.get("/fine_tuning/jobs").status_code == 200
 
 
 def test_a_completion_whose_process_died_can_be_done_again(
