@@ -5,7 +5,7 @@ connection is always in one of three states, and each has its bound:
 
     waiting     for a whole header, as a stranger or between two requests: `header_seconds`
     receiving   a body: at least MIN_BODY_BYTES in every `body_seconds`, unless we are the ones who do not read
-    answering   nothing more is due from the client, but that it reads: an answer that stalls WRITE_SECONDS is cut off
+    answering   nothing more is due from the client, but that it reads: an answer stalled for `body_seconds` is cut off
 
 Between two steps of a request (header complete, bytes of the body, end of the body) a connection may send
 MAX_HEADER_BYTES, whatever it calls them: header, chunk extension, trailer or empty lines. A full house makes room for
@@ -30,7 +30,6 @@ MAX_URL_BYTES = 32 * 2**10
 MAX_HEADERS = 100
 MAX_PIPELINED = 8
 MIN_BODY_BYTES = 16 * 2**10
-WRITE_SECONDS = 60.0
 # How long a refused client may take to read why, and one that was answered early to finish its body.
 _LINGER_SECONDS = 1.0
 _DISCARD_SECONDS = 60.0
@@ -220,7 +219,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def check(self, now: float) -> None:
         """End this connection if it has passed its time."""
         limits = self._house.limits
-        if self._write_paused_at is not None and now - self._write_paused_at > WRITE_SECONDS:
+        if self._write_paused_at is not None and now - self._write_paused_at > limits.body_seconds:
             self.transport.abort()
         elif self._is_waiting:
             patience = _DISCARD_SECONDS if self._is_receiving else limits.header_seconds
@@ -247,7 +246,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, refusal: Refusal) -> None:
         """Answer and close, once; where the client would take that for another request's answer, just close.
 
-        The client is given a moment to read: bytes of its that arrive at a closed socket would take the answer away.
+        The client has a moment to read the answer, which bytes of its that arrive at a closed socket would take away.
+        What it goes on to send is not read: that would cost as much as taking it.
         """
         if self._is_refused or self.transport.is_closing():
             return
@@ -258,6 +258,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._has_asked:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+        self.flow.pause_reading()
         self.transport.write(refusal.to_bytes())
         self.transport.write_eof()
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)
