@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, cast
 
-import anyio
 import anyio.from_thread
 from fastapi import Depends, Request
 from fastapi.params import Depends as Dependency
@@ -20,15 +19,15 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from api.admission import CHUNK_SECONDS, UploadGate
+from api.admission import DOWNLOADS
 from api.auth import Authenticator, identify_operator
 from api.feeds import EventFeed
 from api.previews import Previewer
 from api.rate_limits import RateLimiter
-from api.routing import Deferred
+from api.routing import Deferred, Door
 from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
-from core.domain.errors import InvalidRequestError, PermissionDeniedError, RateLimitedError
+from core.domain.errors import PermissionDeniedError, RateLimitedError
 from core.services.operators import OperatorIdentity
 from core.services.tenants import Identity
 from core.settings import ApiSettings
@@ -56,6 +55,14 @@ async def get_settings(request: Request) -> ApiSettings:
 
 
 async def get_identity(request: Request) -> Identity:
+    """Return who calls. Asked several times a request, it looks and counts once."""
+    identity: Identity | None = getattr(request.state, "identity", None)
+    if identity is None:
+        request.state.identity = identity = await _identify(request)
+    return identity
+
+
+async def _identify(request: Request) -> Identity:
     authenticator: Authenticator = request.app.state.authenticator
     authorization = request.headers.get("authorization")
     identity = authenticator.recall(authorization)
@@ -84,12 +91,13 @@ async def _count_request(request: Request, identity: Identity) -> None:
 
 
 @dataclass(frozen=True)
-class ScopeGate:
+class ScopeGate(Door):
     """Lets a request pass whose key has the scope. Every route of a tenant stands behind exactly one."""
 
     scope: Scope
 
-    async def __call__(self, identity: Annotated[Identity, Depends(get_identity)]) -> None:
+    async def __call__(self, request: Request) -> None:
+        identity = await get_identity(request)
         if self.scope not in identity.scopes:
             raise PermissionDeniedError(
                 f"This API key lacks the scope {self.scope.value!r}; it has {', '.join(sorted(identity.scopes))}.",
@@ -102,12 +110,23 @@ def needs(scope: Scope) -> Dependency:
     return cast("Dependency", Depends(ScopeGate(scope)))
 
 
-def get_operator(request: Request) -> OperatorIdentity:
+async def get_operator(request: Request) -> OperatorIdentity:
     """Return the calling operator. For everybody else there is nothing here: the answer is that of an unknown URL."""
-    operator = identify_operator(request.app.state.engine, request.headers.get("authorization"))
+    operator: OperatorIdentity | None = getattr(request.state, "operator", None)
+    if operator is None:
+        authorization = request.headers.get("authorization")
+        operator = await run_in_threadpool(identify_operator, request.app.state.engine, authorization)
     if operator is None:
         raise HTTPException(404)
+    request.state.operator = operator
     return operator
+
+
+class OperatorGate(Door):
+    """Lets operators pass."""
+
+    async def __call__(self, request: Request) -> None:
+        await get_operator(request)
 
 
 async def get_operator_session(
@@ -120,14 +139,19 @@ async def get_session(request: Request, identity: Annotated[Identity, Depends(ge
     return Deferred(partial(tenant_transaction, request.app.state.engine, identity.tenant_id, actor=identity.actor))
 
 
-async def get_body(
-    request: Request, identity: Annotated[Identity, Depends(get_identity)]
-) -> AsyncIterator[Iterator[bytes]]:
-    """Yield the body as it arrives, of any length: whoever reads it keeps to caps of its own."""
+async def hold_place_for_archive(request: Request) -> AsyncIterator[None]:
+    """Hold a place among the downloads if the answer is an archive; one of presigned URLs waits for nobody."""
+    if "archive" not in request.query_params:
+        yield
+        return
+    with DOWNLOADS.admit((await get_identity(request)).tenant_id):
+        yield
+
+
+async def get_body(request: Request) -> Iterator[bytes]:
+    """Return the body as it arrives, of any length: whoever reads it keeps to caps of its own."""
     request.state.is_body_streamed = True
-    gate = cast("UploadGate", request.app.state.upload_gate)
-    with gate.admit(identity.tenant_id):
-        yield _iterate_body(request)
+    return _iterate_body(request)
 
 
 def _iterate_body(request: Request) -> Iterator[bytes]:
@@ -135,12 +159,7 @@ def _iterate_body(request: Request) -> Iterator[bytes]:
     chunks = request.stream()
 
     async def next_chunk() -> bytes | None:
-        try:
-            with anyio.fail_after(CHUNK_SECONDS):
-                return await anext(chunks, None)
-        except TimeoutError as error:
-            message = f"Nothing more of the body came for {CHUNK_SECONDS:.0f} seconds."
-            raise InvalidRequestError(message, code="upload_stalled") from error
+        return await anext(chunks, None)
 
     while (chunk := anyio.from_thread.run(next_chunk)) is not None:
         if chunk:

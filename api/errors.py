@@ -8,12 +8,13 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from core.db.session import DATABASE_ERRORS
 from core.domain.errors import (
+    BusyError,
     ConflictError,
     DomainError,
     IdempotencyKeyReusedError,
@@ -44,12 +45,19 @@ STATUSES: dict[type[DomainError], int] = {
     DomainError: 500,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "payload_too_large"}
+_HTTP_CODES = {
+    404: "unknown_url",
+    405: "method_not_allowed",
+    413: "payload_too_large",
+    429: "too_many_long_bodies",
+    503: "unavailable",
+}
 _KINDS = {"int", "float", "str", "bool", "dict"}
 _RETRY_AFTER = {"retry-after": "2"}
 _FINAL = {"x-should-retry": "false"}
 # A conflict of states stays one, however often the client asks again; what is too much or too fast needs a while.
 _HEADERS: dict[type[DomainError], dict[str, str]] = {
+    BusyError: {"retry-after": "5", "x-should-retry": "true"},
     ConflictError: _FINAL,
     UnsupportedError: _FINAL,
     RateLimitedError: {"retry-after": "10"},
@@ -61,7 +69,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(DomainError, _answer_domain_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    for kind in (OperationalError, PoolTimeoutError, StorageError):
+    for kind in (*DATABASE_ERRORS, StorageError):
         app.add_exception_handler(kind, _answer_unavailable)
     app.add_exception_handler(DataError, _answer_unstorable)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)

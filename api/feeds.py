@@ -18,12 +18,10 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from api.schemas.objects import EventObject
 from core.db.notifications import Listener
-from core.db.session import tenant_transaction
+from core.db.session import DATABASE_ERRORS, tenant_transaction
 from core.domain.errors import RateLimitedError
 from core.services.events import EVENT_CHANNEL
 from core.services.streams import Watch, WatchState, read_watches
@@ -183,7 +181,7 @@ class EventFeed:
         try:
             with tenant_transaction(self._engine, tenant_id, actor="event feed") as session:
                 states = read_watches(session, tenant_id, watches=watches)
-        except (OperationalError, PoolTimeoutError) as error:
+        except DATABASE_ERRORS as error:
             log.warning("database.unavailable", error=type(error).__name__)
             return None
         return [_as_batch(state) for state in states]

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
+from types import TracebackType
+from typing import Self
 from uuid import UUID
 
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from core.db.models import File, Upload
+from core.db.session import DATABASE_ERRORS, tenant_transaction
 from core.domain.datasets import DatasetChecker
 from core.domain.ids import new_id
 from core.domain.objects import file_key
+from core.services import uploads
 from core.services.files import NewFile
+from core.services.tenants import Identity
+from core.services.uploads import Completion
 from core.storage import ObjectStore
+
+# One thread checks at a time. Several would not be faster, and every request would wait for each of them in turn
+# whenever it asks for the interpreter.
+_CHECKING = threading.Lock()
+_EXTEND_SECONDS = 30.0  # well within the lease, as is the longest wait for the store
 
 
 def store_dataset(chunks: Iterable[bytes], *, store: ObjectStore, tenant_id: UUID) -> NewFile:
@@ -20,7 +38,8 @@ def store_dataset(chunks: Iterable[bytes], *, store: ObjectStore, tenant_id: UUI
 
     def checked() -> Iterator[bytes]:
         for chunk in chunks:
-            checker.feed(chunk)
+            with _CHECKING:
+                checker.feed(chunk)
             yield chunk
 
     stored = store.put_stream(object_key, checked(), content_type="application/jsonl")
@@ -37,3 +56,43 @@ def store_dataset(chunks: Iterable[bytes], *, store: ObjectStore, tenant_id: UUI
         problems=tuple(asdict(problem) for problem in report.problems),
         report=report.counts,
     )
+
+
+class HeldUpload:
+    """An upload for as long as it is being completed. Where nothing comes of it, it is let go as it was."""
+
+    def __init__(self, database: Engine, caller: Identity, completion: Completion) -> None:
+        self._database, self._caller, self._completion = database, caller, completion
+        self._is_over = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._is_over:
+            return
+        with suppress(*DATABASE_ERRORS), self._transaction() as session:  # else its time runs out
+            uploads.abandon_completion(session, self._caller.tenant_id, self._completion)
+
+    def keep_while(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass chunks on, and hold the upload until they end. Raises BusyError where another has taken it."""
+        extended_at = time.monotonic()
+        for chunk in chunks:
+            if time.monotonic() - extended_at > _EXTEND_SECONDS:
+                extended_at = time.monotonic()
+                with self._transaction() as session:
+                    self._completion = uploads.extend_completion(session, self._caller.tenant_id, self._completion)
+            yield chunk
+
+    def complete(self, file: NewFile) -> tuple[Upload, File]:
+        """Return the upload, and the file that it has become. Raises BusyError where another has taken it."""
+        with self._transaction() as session:
+            upload = uploads.complete_upload(session, self._caller.tenant_id, self._completion, file=file)
+            row = uploads.find_file(session, upload)
+            assert row is not None
+            session.refresh(row)
+        self._is_over = True
+        return upload, row
+
+    def _transaction(self) -> AbstractContextManager[Session]:
+        return tenant_transaction(self._database, self._caller.tenant_id, actor=self._caller.actor)

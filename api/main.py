@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from api.admission import UploadGate
 from api.auth import Authenticator
 from api.contract import DescribedApp
 from api.errors import install_error_handlers
@@ -54,7 +53,6 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.feed = EventFeed(app.state.engine, database_url)
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
-    app.state.upload_gate = UploadGate()
     app.state.store = S3ObjectStore(settings.storage_config)
     app.state.previewer = Previewer(app.state.store)
     for routes in (

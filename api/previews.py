@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from core.domain.datasets.statistics import NumberedLine, TokenReport
-from core.domain.errors import InvalidRequestError, UnavailableError
+from core.domain.errors import InvalidRequestError
 from core.previews import PreviewLimitError, preview_lines
 from core.storage import ObjectStore
 
 MAX_ROWS = 2000
 MAX_ROW_BYTES = 2 * 2**20
 _MAX_SKIPPED_BYTES = 64 * 2**20
-_NUM_CHILDREN = 2
-_WAIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -42,26 +39,21 @@ class Preview:
 
 
 class Previewer:
-    """Renders previews, a few at a time: each costs a process and about a second of the processor."""
+    """Renders previews. Each costs a process and about a second of the processor; their gate says how many at once."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
-        self._children = threading.BoundedSemaphore(_NUM_CHILDREN)
 
     def preview(self, order: PreviewOrder) -> Preview:
-        """Raises InvalidRequestError for rows that are not there or pass a limit, UnavailableError when busy."""
+        """Raises InvalidRequestError for rows that are not there or pass a limit."""
         lines, is_whole_file = self._read_lines(order)
         if not lines:
             raise InvalidRequestError(f"The file has no line {order.from_line}.", param="from_line")
         bundle_path = self._fetch_tokenizer(order.tokenizer_key)
-        if not self._children.acquire(timeout=_WAIT_SECONDS):
-            raise UnavailableError("Too many previews are being made; try again.", code="previews_busy")
         try:
             report = preview_lines(bundle_path, lines, max_seq_len=order.max_seq_len, num_shown=order.num_shown)
         except PreviewLimitError as error:
             raise InvalidRequestError(str(error), code="preview_limit") from error
-        finally:
-            self._children.release()
         return Preview(report, is_whole_file)
 
     @cached_property

@@ -5,26 +5,38 @@ costs a request more than a statement. Besides, a transaction that needs another
 for its locks. So a dependency only says which transaction a route wants, which lasts as long as the endpoint does.
 
 Of two transactions that cannot both go on, PostgreSQL undoes one whole. Its endpoint is called again.
+
+Long work runs in the threads of its gate (see `admission`). What is short shares Starlette's 40 threads, of which one
+tenant never has more than SHARE_OF_TENANT: its own requests wait for one another, and nobody else's do.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+import uuid
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import structlog
-from fastapi import Response
+from anyio import CapacityLimiter, to_thread
+from fastapi import Request, Response
+from fastapi.params import Depends as Dependency
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from sqlalchemy.exc import OperationalError
 
+from api.admission import Gate
+from core.services.tenants import Identity
+
 log = structlog.get_logger()
 
 _MAX_TRIES = 3
+SHARE_OF_TENANT = 16
+_shares: WeakValueDictionary[uuid.UUID, CapacityLimiter] = WeakValueDictionary()
 _UNDONE_STATES = ("40P01", "40001")  # SQLSTATEs: deadlock_detected, serialization_failure
 
 
@@ -35,21 +47,67 @@ class Deferred:
     open: Callable[[], AbstractContextManager[Any]]
 
 
+class Door:
+    """A dependency that says who may pass. It is asked before the body is read: a stranger's is not waited for."""
+
+    async def __call__(self, request: Request) -> None:
+        raise NotImplementedError
+
+
 class OneThreadRoute(APIRoute):
     """A route whose endpoint, if it is a plain function, is given what its `Deferred` arguments yield."""
 
-    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+    def __init__(
+        self,
+        path: str,
+        endpoint: Callable[..., Any],
+        *,
+        dependencies: Sequence[Dependency] | None = None,
+        **options: Any,
+    ) -> None:
+        asked = [each.dependency for each in dependencies or ()]
+        self._doors = [each for each in asked if isinstance(each, Door)]
+        gate = next((each for each in asked if isinstance(each, Gate)), None)
         is_plain = not (inspect.iscoroutinefunction(endpoint) or inspect.isasyncgenfunction(endpoint))
-        super().__init__(path, _in_one_thread(endpoint) if is_plain else endpoint, **options)
+        run = _in_one_thread(endpoint, gate) if is_plain else endpoint
+        super().__init__(path, run, dependencies=dependencies, **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+        if self.body_field is None:
+            return answer
+
+        async def pass_doors(request: Request) -> Response:
+            for door in self._doors:
+                await door(request)
+            return await answer(request)
+
+        return pass_doors
 
 
-def _in_one_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(endpoint)
-    def run(**arguments: Any) -> Any:
+def _in_one_thread(endpoint: Callable[..., Any], gate: Gate | None) -> Callable[..., Coroutine[Any, Any, Any]]:
+    def work(arguments: dict[str, Any]) -> Any:
         answer = _call_until_done(endpoint, arguments)
         return _as_json(answer, arguments.get("response")) if isinstance(answer, BaseModel) else answer
 
+    @functools.wraps(endpoint)
+    async def run(**arguments: Any) -> Any:
+        if gate is not None:
+            return await to_thread.run_sync(work, arguments, limiter=gate.threads)
+        async with _share_of(arguments.get("caller")):
+            return await to_thread.run_sync(work, arguments)
+
     return run
+
+
+def _share_of(caller: Identity | None) -> AbstractAsyncContextManager[None]:
+    """Return what a tenant's requests hold while they are in a shared thread. An operator's hold nothing."""
+    if caller is None:
+        return nullcontext()
+    share = _shares.get(caller.tenant_id)
+    if share is None:
+        share = _shares[caller.tenant_id] = CapacityLimiter(SHARE_OF_TENANT)
+    return share
 
 
 def _call_until_done(endpoint: Callable[..., Any], arguments: dict[str, Any]) -> Any:

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import resource
 import socket
 import sys
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
+from api.connections import Connections, Limits
 from api.main import create_app
 from core.settings import ApiSettings
 
 # A request changes threads twice, and each time may wait this long for a thread that computes. Python's own is 5 ms.
 _SWITCH_SECONDS = 0.001
+# Files that are open besides the clients' connections: to the database and the object store, pipes, listeners.
+_OTHER_FILES = 200
+_TICKS_A_SWEEP = 10  # a tick is a tenth of a second
 
 
 class ApiServer(uvicorn.Server):
-    """A server that ends the open event streams when it is asked to stop: it would wait for them for ever."""
+    """A server within bounds, which ends the open event streams when it is asked to stop: it would wait for ever."""
 
     def __init__(self, settings: ApiSettings) -> None:
         app = create_app(settings)
-        super().__init__(make_config(settings, app))
+        self._connections = Connections(_limits_of(settings))
+        super().__init__(make_config(settings, app, protocol=self._connections.make_protocol))
         self._feed = app.state.feed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         self._feed.close()
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS_A_SWEEP == 0:
+            self._connections.sweep(asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
 
-def make_config(settings: ApiSettings, app: object = None) -> uvicorn.Config:
+
+def make_config(settings: ApiSettings, app: object = None, *, protocol: Any = "httptools") -> uvicorn.Config:
     """Return the server's configuration. A line a request would cost as much as the request's own work."""
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
@@ -38,7 +51,8 @@ def make_config(settings: ApiSettings, app: object = None) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         loop="uvloop",
-        http="httptools",
+        http=protocol,
+        ws="none",  # its connections would be nobody's to bound
     )
 
 
@@ -48,3 +62,14 @@ def serve(settings: ApiSettings, listener: socket.socket | None = None) -> None:
     server = ApiServer(settings)
     gc.freeze()  # what was loaded lives as long as the process: no collection looks at it again while a request waits
     server.run([listener] if listener else None)
+
+
+def _limits_of(settings: ApiSettings) -> Limits:
+    """Return the limits, within the files that the system lets this process open: it asks for all it may have."""
+    num_files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.max_connections + _OTHER_FILES
+    if num_files < wanted and num_files != resource.RLIM_INFINITY:
+        num_files = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, most))
+        wanted = num_files
+    return Limits(max(1, wanted - _OTHER_FILES), settings.header_seconds, settings.body_seconds)

@@ -87,7 +87,7 @@ def main() -> None:
 
 
 @contextmanager
-def running_stack(directory: Path) -> Iterator[LocalStack]:
+def running_stack(directory: Path, *, num_processes: int = NUM_PROCESSES) -> Iterator[LocalStack]:
     entry = {
         "id": BASE_ID,
         "source": {"kind": "path", "location": "/nowhere"},
@@ -96,7 +96,7 @@ def running_stack(directory: Path) -> Iterator[LocalStack]:
     }
     registry = directory / "registry.yaml"
     registry.write_text(yaml.safe_dump({"base_models": [entry]}))
-    env = {"ESPALIER_REQUESTS_PER_MINUTE": "10000000", "ESPALIER_API_PROCESSES": str(NUM_PROCESSES)}
+    env = {"ESPALIER_REQUESTS_PER_MINUTE": "10000000", "ESPALIER_API_PROCESSES": str(num_processes)}
     with LocalStack(directory / "data", registry_path=registry, env=env) as stack:
         stack.process("worker").stop()
         yield stack

@@ -25,6 +25,7 @@ from core.domain.training import Frozen
 
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "HOME")
 _OUT_OF_MEMORY = 3
+_NICENESS = 10  # the processor is first for those who serve
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def _run_child(order: bytes, limits: PreviewLimits) -> tuple[bytes, int]:
     argv = [sys.executable, "-m", "core.previews"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(argv, env=environment, **pipes) as child:  # type: ignore[call-overload]
+        os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
         timer = threading.Timer(limits.wall_seconds, child.kill)
         timer.start()
         try:

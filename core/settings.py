@@ -73,7 +73,8 @@ class FairnessSettings(_Settings):
 class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):
     """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's.
 
-    `api_processes` share the port.
+    `api_processes` share the port. Each has `max_connections` at most, waits `header_seconds` for a header, and gives
+    up a body, of a request or an answer, that has hardly moved in `body_seconds`.
     """
 
     redis_url: SecretStr | None = None
@@ -82,6 +83,9 @@ class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):
     api_host: str = "127.0.0.1"
     api_port: int = Field(default=8000, ge=0, le=65_535)
     api_processes: int = Field(default=1, ge=1, le=64)
+    max_connections: int = Field(default=2000, ge=1, le=100_000)
+    header_seconds: float = Field(default=10.0, ge=0.1, le=600)
+    body_seconds: float = Field(default=30.0, ge=0.1, le=3600)
     max_file_bytes: Annotated[int, bounds.UPLOAD_BYTES.field] = 512 * 2**20
     presign_seconds: int = Field(default=900, ge=1, le=900)
 

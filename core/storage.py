@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,7 +72,7 @@ class ObjectStore(Protocol):
     def put_bytes(self, object_key: str, body: bytes, *, content_type: str) -> StoredObject:
         """Store a small object."""
 
-    def get_stream(self, object_key: str, *, offset: int = 0) -> Iterator[bytes]:
+    def get_stream(self, object_key: str, *, offset: int = 0) -> Generator[bytes]:
         """Return an object's bytes in chunks. Raises ObjectNotFoundError at the call, before the first chunk."""
 
     def stat(self, object_key: str) -> int | None:
@@ -139,7 +139,7 @@ class S3ObjectStore:
     def put_bytes(self, object_key: str, body: bytes, *, content_type: str) -> StoredObject:
         return self.put_stream(object_key, [body], content_type=content_type)
 
-    def get_stream(self, object_key: str, *, offset: int = 0) -> Iterator[bytes]:
+    def get_stream(self, object_key: str, *, offset: int = 0) -> Generator[bytes]:
         # Opened here and not in the generator: a caller learns of a missing object before it has answered anybody.
         with _translated_errors():
             response = self._client.get_object(self._bucket, object_key, offset=offset)
@@ -222,7 +222,7 @@ def _check_url(object_key: str, expires: timedelta) -> None:
         raise ValueError(f"A URL lives for {MAX_URL_LIFETIME} at most.")
 
 
-def _iterate_response(response: BaseHTTPResponse) -> Iterator[bytes]:
+def _iterate_response(response: BaseHTTPResponse) -> Generator[bytes]:
     try:
         with _translated_errors():
             yield from response.stream(CHUNK_BYTES)

@@ -24,10 +24,9 @@ import redis
 import structlog
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from core.db.session import connect, service_transaction
+from core.db.session import DATABASE_ERRORS, connect, service_transaction
 from core.queue import WakeUpPublisher
 from core.services.attempts import claimable_pools, expire_leases
 from core.services.charges import level_newcomers
@@ -86,7 +85,7 @@ class Schedule:
             self._stop_requested.set()
             for thread in threads:
                 thread.join()
-        with contextlib.suppress(OperationalError), service_transaction(self._engine) as session:
+        with contextlib.suppress(*DATABASE_ERRORS), service_transaction(self._engine) as session:
             resign(session, self._holder)
         return int(self._is_broken)
 
@@ -94,7 +93,7 @@ class Schedule:
         while not self._stop_requested.is_set():
             try:
                 serve()
-            except (psycopg.OperationalError, OperationalError) as error:
+            except (psycopg.OperationalError, *DATABASE_ERRORS) as error:
                 log.warning("database.unavailable", error=str(error))
                 self._stop_requested.wait(self._settings.wake_interval_seconds)
 

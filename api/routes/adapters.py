@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from fastapi.responses import StreamingResponse
 
-from api.dependencies import Caller, Now, Settings, Store, Transaction, needs
+from api.admission import DOWNLOADS
+from api.dependencies import Caller, Now, Settings, Store, Transaction, hold_place_for_archive, needs
 from api.routing import OneThreadRoute
 from api.schemas.objects import AdapterObject, DownloadFile, DownloadObject, ListObject, as_list
 from core.domain.api_keys import Scope
@@ -35,7 +36,11 @@ def get_adapter(session: Transaction, caller: Caller, adapter_id: str) -> Adapte
     return AdapterObject.of(found)
 
 
-@router.get("/{adapter_id}/download", response_model=DownloadObject, dependencies=[needs(Scope.DOWNLOAD)])
+@router.get(
+    "/{adapter_id}/download",
+    response_model=DownloadObject,
+    dependencies=[needs(Scope.DOWNLOAD), Depends(hold_place_for_archive)],
+)
 def download_adapter(
     session: Transaction,
     caller: Caller,
@@ -49,9 +54,8 @@ def download_adapter(
     row = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id))
     if archive == "tar":
         disposition = {"content-disposition": f'attachment; filename="{adapter_id}.tar"'}
-        return StreamingResponse(
-            _stream_tar(store, row.object_prefix, row.files), media_type="application/x-tar", headers=disposition
-        )
+        chunks = DOWNLOADS.iterate(_stream_tar(store, row.object_prefix, row.files))
+        return StreamingResponse(chunks, media_type="application/x-tar", headers=disposition)
     lifetime = caller.limit_lifetime(timedelta(seconds=settings.presign_seconds), now=now)
     urls = [
         DownloadFile(
@@ -62,7 +66,7 @@ def download_adapter(
     return DownloadObject(id=adapter_id, expires_at=int((now + lifetime).timestamp()), files=urls)
 
 
-def _stream_tar(store: ObjectStore, prefix: str, files: list[dict[str, Any]]) -> Iterator[bytes]:
+def _stream_tar(store: ObjectStore, prefix: str, files: list[dict[str, Any]]) -> Generator[bytes]:
     """Yield an uncompressed tar in constant memory: headers are made here, contents pass through."""
     for file in files:
         entry = tarfile.TarInfo(file["name"])

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 
-from api.dependencies import Database, Operator, OperatorTransaction, get_operator
+from api.dependencies import Database, Operator, OperatorGate, OperatorTransaction
 from api.routing import OneThreadRoute
 from api.schemas.admin import (
     AuditObject,
@@ -22,7 +22,7 @@ from core.db.session import operator_transaction
 from core.domain.api_keys import parse_key_id
 from core.services import audit, base_models, tenants
 
-router = APIRouter(prefix="/admin", tags=["admin"], route_class=OneThreadRoute, dependencies=[Depends(get_operator)])
+router = APIRouter(prefix="/admin", tags=["admin"], route_class=OneThreadRoute, dependencies=[Depends(OperatorGate())])
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 

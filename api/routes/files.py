@@ -7,13 +7,14 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
+from api.admission import DOWNLOADS, LISTINGS, UPLOADS
 from api.dependencies import Body, Caller, Database, Settings, Store, Transaction, needs
 from api.intake import store_dataset
 from api.routing import OneThreadRoute
-from api.schemas.objects import DeletedObject, FileObject, ListObject, as_list
+from api.schemas.objects import DeletedObject, FileObject, FileSummary, ListObject, as_list
 from api.schemas.uploads import MAX_SECONDS, MIN_SECONDS, read_lifetime, require_trainable
 from api.uploads import MultipartUpload, describe_form
 from core.db.session import tenant_transaction
@@ -25,6 +26,7 @@ from core.services import quotas
 from core.services.files import NewFile
 
 router = APIRouter(prefix="/v1/files", tags=["files"], route_class=OneThreadRoute)
+_MAX_LISTED = 1000
 _BINARY = {"type": "string", "format": "binary"}
 _BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {"schema": _BINARY}}}}
 _FORM = describe_form(
@@ -38,7 +40,7 @@ _FORM = describe_form(
 )
 
 
-@router.post("", dependencies=[needs(Scope.SUBMIT)], openapi_extra=_FORM)
+@router.post("", dependencies=[needs(Scope.SUBMIT), Depends(UPLOADS)], openapi_extra=_FORM)
 def create_file(
     request: Request, body: Body, caller: Caller, database: Database, store: Store, settings: Settings
 ) -> FileObject:
@@ -62,7 +64,7 @@ def create_file(
     return FileObject.of(row)
 
 
-@router.get("", dependencies=[needs(Scope.READ)])
+@router.get("", dependencies=[needs(Scope.READ), Depends(LISTINGS)])
 def list_files(
     session: Transaction,
     caller: Caller,
@@ -70,10 +72,12 @@ def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
-) -> ListObject[FileObject]:
+) -> ListObject[FileSummary]:
+    """List files without their problems, at most 1,000 an answer, whatever limit is asked for: see `has_more`."""
     cursor = parse_id(IdKind.FILE, after, param="after") if after else None
-    page = file_service.list_files(session, caller.tenant_id, purpose=purpose, after=cursor, limit=limit, order=order)
-    return as_list(page, FileObject.of)
+    most = min(limit, _MAX_LISTED)
+    page = file_service.list_files(session, caller.tenant_id, purpose=purpose, after=cursor, limit=most, order=order)
+    return as_list(page, FileSummary.of)
 
 
 @router.get("/{file_id}", dependencies=[needs(Scope.READ)])
@@ -83,12 +87,19 @@ def get_file(session: Transaction, caller: Caller, file_id: str) -> FileObject:
 
 
 @router.get(
-    "/{file_id}/content", dependencies=[needs(Scope.DOWNLOAD)], responses=_BYTES, response_class=StreamingResponse
+    "/{file_id}/content",
+    dependencies=[needs(Scope.DOWNLOAD), Depends(DOWNLOADS)],
+    responses=_BYTES,
+    response_class=StreamingResponse,
 )
-def get_file_content(session: Transaction, caller: Caller, store: Store, file_id: str) -> StreamingResponse:
-    row = file_service.get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
-    headers = {"content-length": str(row.size_bytes)}
-    return StreamingResponse(store.get_stream(row.object_key), media_type="application/octet-stream", headers=headers)
+def get_file_content(caller: Caller, database: Database, store: Store, file_id: str) -> StreamingResponse:
+    """Stream a file. No transaction is open while the store is asked."""
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
+        row = file_service.get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
+    chunks = DOWNLOADS.iterate(store.get_stream(row.object_key))
+    return StreamingResponse(
+        chunks, media_type="application/octet-stream", headers={"content-length": str(row.size_bytes)}
+    )
 
 
 @router.delete("/{file_id}", dependencies=[needs(Scope.SUBMIT)])

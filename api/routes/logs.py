@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 
+from api.admission import LISTINGS
 from api.dependencies import Caller, Transaction, needs
 from api.routing import OneThreadRoute
 from api.schemas.objects import ListObject, as_list
@@ -18,7 +19,7 @@ from core.services.logs import LogFilter, list_log_lines
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
 
 
-@router.get("/{job_id}/logs", dependencies=[needs(Scope.READ)])
+@router.get("/{job_id}/logs", dependencies=[needs(Scope.READ), Depends(LISTINGS)])
 def list_logs(
     session: Transaction,
     caller: Caller,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 
+from api.admission import LISTINGS
 from api.dependencies import Caller, Transaction, needs
 from api.routing import OneThreadRoute
 from api.schemas.observations import MetricSeriesObject
@@ -20,7 +21,7 @@ _MAX_STEP = 2**40
 Step = Annotated[int, Query(ge=1, le=_MAX_STEP)]
 
 
-@router.get("/{job_id}/metrics", dependencies=[needs(Scope.READ)])
+@router.get("/{job_id}/metrics", dependencies=[needs(Scope.READ), Depends(LISTINGS)])
 def get_metrics(
     session: Transaction,
     caller: Caller,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
+from api.admission import LISTINGS
 from api.dependencies import Caller, Transaction, needs
 from api.routing import OneThreadRoute
 from api.schemas.objects import DeletedObject, ListObject, ModelObject
@@ -13,11 +14,12 @@ from core.domain.jobs import is_checkpoint_model, is_fine_tuned_model
 from core.services import adapters, base_models, checkpoints
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=OneThreadRoute)
-_MAX_ADAPTERS = 10_000
+_MAX_ADAPTERS = 1000
 
 
-@router.get("", dependencies=[needs(Scope.READ)])
+@router.get("", dependencies=[needs(Scope.READ), Depends(LISTINGS)])
 def list_models(session: Transaction, caller: Caller) -> ListObject[ModelObject]:
+    """List the base models and the newest 1,000 fine-tuned ones: this listing has no cursor, `/v1/adapters` has."""
     bases = [ModelObject.of_base(row) for row in base_models.list_allowed_base_models(session, caller.tenant_id)]
     own = adapters.list_adapters(session, caller.tenant_id, after=None, limit=_MAX_ADAPTERS)
     return ListObject(data=bases + [ModelObject.of_adapter(row) for row in own.items], has_more=own.has_more)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
+from api.admission import PREVIEWS
 from api.dependencies import Caller, Database, Previews, needs
 from api.previews import PreviewOrder
 from api.routing import OneThreadRoute
@@ -18,7 +19,7 @@ from core.services.files import get_file
 router = APIRouter(prefix="/v1/files", tags=["files"], route_class=OneThreadRoute)
 
 
-@router.post("/{file_id}/preview", dependencies=[needs(Scope.DOWNLOAD)])
+@router.post("/{file_id}/preview", dependencies=[needs(Scope.DOWNLOAD), Depends(PREVIEWS)])
 def create_preview(
     previews: Previews, database: Database, caller: Caller, file_id: str, body: CreatePreview
 ) -> PreviewObject:

@@ -8,10 +8,11 @@ from dataclasses import replace
 from datetime import timedelta
 from uuid import UUID
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
+from api.admission import COMPLETIONS, UPLOADS
 from api.dependencies import Body, Caller, Database, Now, Store, Transaction, needs
-from api.intake import store_dataset
+from api.intake import HeldUpload, store_dataset
 from api.routing import OneThreadRoute
 from api.schemas.uploads import (
     MAX_PART_BYTES,
@@ -57,7 +58,7 @@ def create_upload(database: Database, caller: Caller, now: Now, body: CreateUplo
     return UploadObject.of(upload, now=now)
 
 
-@router.post("/{upload_id}/parts", dependencies=[needs(Scope.SUBMIT)], openapi_extra=_PART_FORM)
+@router.post("/{upload_id}/parts", dependencies=[needs(Scope.SUBMIT), Depends(UPLOADS)], openapi_extra=_PART_FORM)
 def add_part(
     request: Request, body: Body, caller: Caller, database: Database, store: Store, upload_id: str
 ) -> PartObject:
@@ -82,28 +83,25 @@ def add_part(
         raise
 
 
-@router.post("/{upload_id}/complete", dependencies=[needs(Scope.SUBMIT)])
+@router.post("/{upload_id}/complete", dependencies=[needs(Scope.SUBMIT), Depends(COMPLETIONS)])
 def complete_upload(
     caller: Caller, database: Database, store: Store, now: Now, upload_id: str, body: CompleteUpload
 ) -> UploadObject:
     """Compose the parts to a file, checked like any other. Completing a completed upload returns it."""
-    row_id = parse_id(IdKind.UPLOAD, upload_id)
+    row_id, part_ids = parse_id(IdKind.UPLOAD, upload_id), _parse_part_ids(body.part_ids)
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         upload = uploads.get_upload(session, caller.tenant_id, upload_id=row_id)
         if upload.status == "completed":
             return UploadObject.of(upload, now=now, file=uploads.find_file(session, upload))
-        part_ids = _parse_part_ids(body.part_ids)
-        parts = uploads.order_parts(session, caller.tenant_id, upload_id=row_id, part_ids=part_ids)
-    chunks = _read_parts(store, [part.object_key for part in parts], md5=body.md5)
-    file = _describe(store_dataset(chunks, store=store, tenant_id=caller.tenant_id), upload)
-    try:
-        with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
-            upload = uploads.complete_upload(session, caller.tenant_id, upload_id=row_id, file=file)
-            row = uploads.find_file(session, upload)
-            session.refresh(row)
-    except DomainError:
-        store.delete(file.object_key)
-        raise
+        begun = uploads.begin_completion(session, caller.tenant_id, upload_id=row_id, part_ids=part_ids)
+    with HeldUpload(database, caller, begun) as held:
+        chunks = held.keep_while(_read_parts(store, begun.part_keys, md5=body.md5))
+        file = _describe(store_dataset(chunks, store=store, tenant_id=caller.tenant_id), upload)
+        try:
+            upload, row = held.complete(file)
+        except DomainError:
+            store.delete(file.object_key)
+            raise
     return UploadObject.of(upload, now=now, file=row)
 
 

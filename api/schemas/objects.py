@@ -27,7 +27,9 @@ class ListObject(BaseModel, Generic[T]):
     last_id: str | None = None
 
 
-class FileObject(BaseModel):
+class FileSummary(BaseModel):
+    """A file as it is listed: `validation` counts what is wrong, the file itself tells it row by row."""
+
     id: str
     object: str = "file"
     bytes: int
@@ -39,25 +41,19 @@ class FileObject(BaseModel):
     status_details: str | None
     num_examples: int
     sha256: str
-    problems: list[dict[str, Any]]
     validation: dict[str, Any]
 
     @classmethod
+    def of(cls, row: File) -> FileSummary:
+        return cls(**_describe_file(row))
+
+
+class FileObject(FileSummary):
+    problems: list[dict[str, Any]]
+
+    @classmethod
     def of(cls, row: File) -> FileObject:
-        return cls(
-            id=format_id(IdKind.FILE, row.id),
-            bytes=row.size_bytes,
-            created_at=_seconds(row.created_at),
-            expires_at=_seconds(row.expires_at) if row.expires_at else None,
-            filename=row.filename,
-            purpose=row.purpose,
-            status=row.status,
-            status_details=row.status_details,
-            num_examples=row.num_examples,
-            sha256=row.sha256,
-            problems=row.problems,
-            validation=row.report,
-        )
+        return cls(**_describe_file(row), problems=row.problems)
 
 
 class DeletedObject(BaseModel):
@@ -256,6 +252,22 @@ def as_list(page: Page[R], convert: Callable[[R], Any]) -> ListObject[Any]:
     data = [convert(row) for row in page.items]
     first_id, last_id = (data[0].id, data[-1].id) if data else (None, None)
     return ListObject(data=data, has_more=page.has_more, first_id=first_id, last_id=last_id)
+
+
+def _describe_file(row: File) -> dict[str, Any]:
+    return {
+        "id": format_id(IdKind.FILE, row.id),
+        "bytes": row.size_bytes,
+        "created_at": _seconds(row.created_at),
+        "expires_at": _seconds(row.expires_at) if row.expires_at else None,
+        "filename": row.filename,
+        "purpose": row.purpose,
+        "status": row.status,
+        "status_details": row.status_details,
+        "num_examples": row.num_examples,
+        "sha256": row.sha256,
+        "validation": row.report,
+    }
 
 
 def _seconds(instant: dt.datetime) -> int:

@@ -10,10 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sqlalchemy.exc import OperationalError
 
 from cli.owner import DEFAULT_DATA_DIR, DataDir
-from core.db.session import connect, service_transaction
+from core.db.session import DATABASE_ERRORS, connect, service_transaction
 from core.services.contract import Finding, check_objects, check_rows
 from core.settings import FairnessSettings, S3Settings, StorageConfig
 from core.storage import S3ObjectStore, StorageError
@@ -31,7 +30,7 @@ def check_contract(
     owner_url, storage = _find_servers(data_dir)
     try:
         findings = run_checks(owner_url, storage, is_deep=deep)
-    except (OperationalError, StorageError) as error:
+    except (*DATABASE_ERRORS, StorageError) as error:
         console.print(f"[red]The check could not be finished: {escape(str(error))}[/]")
         raise typer.Exit(2) from error
     console.print(as_table(findings))
@@ -40,7 +39,7 @@ def check_contract(
 
 
 def run_checks(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tuple[Finding, ...]:
-    """Return one finding a promise, in their order. Raises OperationalError and StorageError."""
+    """Return one finding a promise, in their order. Raises DATABASE_ERRORS and StorageError."""
     engine = connect(owner_url)
     try:
         with service_transaction(engine) as session:

@@ -220,7 +220,10 @@ class Upload(Row):
     __table_args__ = (
         UniqueConstraint("tenant_id", "id"),
         ForeignKeyConstraint(["tenant_id", "file_id"], ["files.tenant_id", "files.id"]),
-        CheckConstraint("status in ('pending', 'completed', 'cancelled')", name="status_known"),
+        CheckConstraint("status in ('pending', 'completing', 'completed', 'cancelled')", name="status_known"),
+        CheckConstraint(
+            "(status = 'completing') = (completing_until is not null)", name="completing_until_while_completing"
+        ),
         CheckConstraint("(status = 'completed') = (file_id is not null)", name="file_when_completed"),
         _bounded("size_bytes", bounds.UPLOAD_BYTES),
         _bounded("file_lifetime_seconds", bounds.FILE_SECONDS),
@@ -234,6 +237,7 @@ class Upload(Row):
     size_bytes: Mapped[int]
     file_lifetime_seconds: Mapped[int | None]
     status: Mapped[str] = mapped_column(server_default="pending")
+    completing_until: Mapped[dt.datetime | None]
     file_id: Mapped[uuid.UUID | None]
     expires_at: Mapped[dt.datetime]
     purged_at: Mapped[dt.datetime | None]

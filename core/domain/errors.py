@@ -7,6 +7,7 @@
     |- PermissionDeniedError    a live key that may not do this
     |- NotFoundError            no such thing for this tenant (another tenant's thing is no thing)
     |- ConflictError            the thing's present state forbids this
+    |  '- BusyError             ... and is about to change: ask again
     |- IdempotencyKeyReusedError  an Idempotency-Key that stands for another request
     |- RateLimitedError         too much or too fast; later may work
     |- UnsupportedError         a call of OpenAI's that this service does not have
@@ -60,6 +61,10 @@ class NotFoundError(DomainError):
 
 class ConflictError(DomainError):
     default_code = "conflict"
+
+
+class BusyError(ConflictError):
+    default_code = "busy"
 
 
 class IdempotencyKeyReusedError(DomainError):

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from core.db.models import File, Job
 from core.domain.errors import ConflictError, NotFoundError
@@ -79,7 +79,12 @@ def list_files(
     limit: int,
     order: Literal["asc", "desc"],
 ) -> Page[File]:
-    query = select(File).where(File.tenant_id == tenant_id, File.deleted_at.is_(None))
+    """Return the tenant's files without their problems, which may be a hundred a file."""
+    query = (
+        select(File)
+        .options(defer(File.problems, raiseload=True))
+        .where(File.tenant_id == tenant_id, File.deleted_at.is_(None))
+    )
     if purpose is not None:
         query = query.where(File.purpose == purpose)
     if after is not None:

@@ -2,24 +2,29 @@
 
 A part is an object of its own from its first byte on, so nothing is ever held in memory; a row is added only when its
 object is whole. Every change locks the upload's row, so a part never slips into an upload that has ended.
+
+Completing takes as long as a copy of the file. Whoever does it holds the upload in the status `completing`, and says
+again and again that it still does; the upload of one that has died can be changed again after COMPLETION_LEASE.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from sqlalchemy import func, select
+from sqlalchemy import Update, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import File, Upload, UploadPart
-from core.domain.errors import ConflictError, InvalidRequestError, NotFoundError, PayloadTooLargeError
+from core.domain.errors import BusyError, ConflictError, InvalidRequestError, NotFoundError, PayloadTooLargeError
 from core.domain.ids import IdKind, format_id, new_id
 from core.services.files import NewFile, create_file
 
 UPLOAD_LIFETIME = timedelta(hours=1)
+COMPLETION_LEASE = timedelta(minutes=2)
 MAX_PARTS = 10_000
 
 
@@ -39,6 +44,15 @@ class NewPart:
     id: uuid.UUID
     object_key: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An upload that is held for completion. `until` is the fence: whoever holds it later has a later one."""
+
+    upload_id: uuid.UUID
+    until: dt.datetime
+    part_keys: tuple[str, ...]
 
 
 def create_upload(session: Session, tenant_id: uuid.UUID, *, new: NewUpload) -> Upload:
@@ -72,19 +86,24 @@ def find_file(session: Session, upload: Upload) -> File | None:
 
 
 def require_pending(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
-    """Return an upload that still takes parts, its row locked. Raises NotFoundError or ConflictError."""
+    """Return an upload that may be changed, its row locked. Raises NotFoundError, ConflictError or BusyError."""
+    is_abandoned = and_(Upload.status == "completing", Upload.completing_until < func.now())
     row = session.scalar(
         select(Upload)
         .where(
             Upload.tenant_id == tenant_id,
             Upload.id == upload_id,
-            Upload.status == "pending",
+            or_(Upload.status == "pending", is_abandoned),
             Upload.expires_at > func.now(),
         )
         .with_for_update()
     )
     if row is None:
-        status = get_upload(session, tenant_id, upload_id=upload_id).status
+        upload = get_upload(session, tenant_id, upload_id=upload_id)
+        session.refresh(upload)  # another may have changed it since it was read, and while its lock was waited for
+        status = upload.status
+        if status == "completing":
+            raise BusyError("The upload is being completed; ask again.", code="upload_completing")
         shown = "expired" if status == "pending" else status
         raise ConflictError(f"The upload is {shown}; only a pending one can be changed.", code="upload_not_pending")
     return row
@@ -112,12 +131,54 @@ def add_part(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, ne
     return row
 
 
-def order_parts(
+def begin_completion(
     session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, part_ids: Sequence[uuid.UUID]
-) -> tuple[UploadPart, ...]:
-    """Return the named parts in their order. Raises InvalidRequestError unless they are what was promised."""
+) -> Completion:
+    """Hold an upload for completion. Raises InvalidRequestError unless the parts are what was promised."""
     upload = require_pending(session, tenant_id, upload_id=upload_id)
-    query = select(UploadPart).where(UploadPart.tenant_id == tenant_id, UploadPart.upload_id == upload_id)
+    parts = _order_parts(session, upload, part_ids)
+    until = session.scalars(select(func.now() + COMPLETION_LEASE)).one()
+    upload.status, upload.completing_until = "completing", until
+    upload.expires_at = max(upload.expires_at, until)
+    session.flush()
+    return Completion(upload_id, until, tuple(part.object_key for part in parts))
+
+
+def extend_completion(session: Session, tenant_id: uuid.UUID, completion: Completion) -> Completion:
+    """Hold an upload for longer. Raises BusyError where another has taken it."""
+    until = func.now() + COMPLETION_LEASE
+    values = {"completing_until": until, "expires_at": func.greatest(Upload.expires_at, until)}
+    extended = session.scalar(_held(tenant_id, completion).values(values).returning(Upload.completing_until))
+    if extended is None:
+        raise _taken()
+    return replace(completion, until=extended)
+
+
+def abandon_completion(session: Session, tenant_id: uuid.UUID, completion: Completion) -> None:
+    """Let an upload go as it was before, unless another has taken it."""
+    session.execute(_held(tenant_id, completion).values(status="pending", completing_until=None))
+
+
+def complete_upload(session: Session, tenant_id: uuid.UUID, completion: Completion, *, file: NewFile) -> Upload:
+    """Turn an upload into the file that its parts were composed to. Raises BusyError where another has taken it."""
+    row = create_file(session, tenant_id, new=file)
+    values = {"status": "completed", "completing_until": None, "file_id": row.id}
+    upload: Upload | None = session.scalar(_held(tenant_id, completion).values(values).returning(Upload))
+    if upload is None:
+        raise _taken()
+    return upload
+
+
+def cancel_upload(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
+    upload = require_pending(session, tenant_id, upload_id=upload_id)
+    upload.status, upload.completing_until = "cancelled", None
+    session.flush()
+    return upload
+
+
+def _order_parts(session: Session, upload: Upload, part_ids: Sequence[uuid.UUID]) -> tuple[UploadPart, ...]:
+    """Return the named parts in their order."""
+    query = select(UploadPart).where(UploadPart.tenant_id == upload.tenant_id, UploadPart.upload_id == upload.id)
     known = {row.id: row for row in session.scalars(query)}
     if len(set(part_ids)) < len(part_ids) or not known.keys() >= set(part_ids):
         raise InvalidRequestError("`part_ids` names a part twice, or one that is not there.", param="part_ids")
@@ -132,17 +193,19 @@ def order_parts(
     return parts
 
 
-def complete_upload(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, file: NewFile) -> Upload:
-    """Turn an upload into the file that its parts were composed to."""
-    upload = require_pending(session, tenant_id, upload_id=upload_id)
-    upload.file_id = create_file(session, tenant_id, new=file).id
-    upload.status = "completed"
-    session.flush()
-    return upload
+def _held(tenant_id: uuid.UUID, completion: Completion) -> Update:
+    """Return the beginning of an update of an upload that is still this completion's."""
+    return (
+        update(Upload)
+        .where(
+            Upload.tenant_id == tenant_id,
+            Upload.id == completion.upload_id,
+            Upload.status == "completing",
+            Upload.completing_until == completion.until,
+        )
+        .execution_options(synchronize_session=False)
+    )
 
 
-def cancel_upload(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
-    upload = require_pending(session, tenant_id, upload_id=upload_id)
-    upload.status = "cancelled"
-    session.flush()
-    return upload
+def _taken() -> BusyError:
+    return BusyError("The upload took too long, and another request completes it.", code="upload_completing")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -123,11 +123,17 @@ def api_url(database: Database, servers: ServerAddresses) -> Iterator[str]:
 
 @contextmanager
 def running_api(
-    database_url: str, storage: StorageConfig, *, port: int, num_processes: int = 1
+    database_url: str,
+    storage: StorageConfig,
+    *,
+    port: int,
+    num_processes: int = 1,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run an API on a port and wait until it is ready. In one process by default: some caps are a process's own."""
     env = {
         **os.environ,
+        **(env or {}),
         "ESPALIER_DATABASE_URL": database_url,
         "ESPALIER_S3_ENDPOINT": storage.endpoint,
         "ESPALIER_S3_ACCESS_KEY": storage.access_key,

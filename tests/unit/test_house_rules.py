@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("api", "core", "worker", "schedule", "local", "cli")
 FORBIDDEN_PARTS = {"utils", "helpers", "common", "misc", "manager", "handler", "processor", "do"}
+LIBRARY_NAMES = {"get_route_handler"}  # FastAPI's, which we override
 MAX_FUNCTION_LINES = 40
 
 
@@ -50,7 +51,8 @@ def test_nothing_catches_everything(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES)
 def test_names_say_what_things_are(path: Path) -> None:
     named = [node.name for node in walk(path) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    words = {word for name in [path.stem, *named] for word in name.lower().strip("_").split("_")}
+    own = {path.stem, *named} - LIBRARY_NAMES
+    words = {word for name in own for word in name.lower().strip("_").split("_")}
     assert not words & FORBIDDEN_PARTS
 
 
@@ -72,7 +74,7 @@ def test_no_code_or_pickle_of_others_is_ever_run(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "api/routes").glob("*.py")), ids=lambda path: path.name)
 def test_routes_are_plain_functions(path: Path) -> None:
-    if path.name == "streams.py":  # an open stream must not hold a thread
+    if path.name in {"streams.py", "health.py"}:  # an open stream, or a probe, must not hold a thread
         return
     assert not [node for node in walk(path) if isinstance(node, ast.AsyncFunctionDef)]
 

@@ -11,10 +11,8 @@ from collections.abc import Callable
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from core.db.session import service_transaction
+from core.db.session import DATABASE_ERRORS, service_transaction
 from core.services.workers import WorkerFacts, forget_worker, record_worker
 
 log = structlog.get_logger()
@@ -44,14 +42,14 @@ class Presence:
         try:
             with service_transaction(self._engine) as session:
                 forget_worker(session, self._describe().name)
-        except (OperationalError, PoolTimeoutError) as error:
+        except DATABASE_ERRORS as error:
             log.warning("database.unavailable", error=type(error).__name__)
 
     def _run(self) -> None:
         while not self._stop_requested.is_set():
             try:
                 self._beat()
-            except (OperationalError, PoolTimeoutError) as error:
+            except DATABASE_ERRORS as error:
                 log.warning("database.unavailable", error=type(error).__name__)
             self._woken.wait(self._interval_seconds)
             self._woken.clear()

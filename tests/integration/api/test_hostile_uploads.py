@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 from sqlalchemy import Engine
 
-from api.admission import MAX_UPLOADS, MAX_UPLOADS_OF_TENANT
+from api.admission import UPLOADS
 from tests.integration.api.test_bad_input import GOOD, upload
 from tests.integration.conftest import Tenant, add_tenant
 
@@ -48,7 +48,6 @@ def answer_of_one(held: list[socket.socket]) -> bytes:
     answer = b""
     while b"\r\n\r\n{" not in answer:
         answer += answered.recv(4096)
-    assert answer.startswith(b"HTTP/1.1 429")
     return bytes(answer)
 
 
@@ -66,8 +65,10 @@ def test_one_tenant_can_hold_up_neither_others_uploads_nor_anything_else(
     tenant: Tenant,
     slow_uploads: Callable[[Tenant, int], list[socket.socket]],
 ) -> None:
-    held = slow_uploads(tenant, MAX_UPLOADS_OF_TENANT + 1)
-    assert b"too_many_uploads" in answer_of_one(held)
+    held = slow_uploads(tenant, UPLOADS.of_tenant + 1)
+    answer = answer_of_one(held)
+    assert answer.startswith(b"HTTP/1.1 429")
+    assert b"too_many_uploads" in answer
     assert upload(other_client, GOOD).status == "processed"
     assert client.models.list().data
     for each in held:
@@ -80,10 +81,12 @@ def test_one_tenant_can_hold_up_neither_others_uploads_nor_anything_else(
 def test_all_slow_uploads_together_leave_threads_for_everything_else(
     api_url: str, owner: Engine, slow_uploads: Callable[[Tenant, int], list[socket.socket]]
 ) -> None:
-    tenants = [add_tenant(owner) for _ in range(MAX_UPLOADS // MAX_UPLOADS_OF_TENANT)]
-    held = [each for tenant in tenants for each in slow_uploads(tenant, MAX_UPLOADS_OF_TENANT)]
+    tenants = [add_tenant(owner) for _ in range(UPLOADS.places // UPLOADS.of_tenant)]
+    held = [each for tenant in tenants for each in slow_uploads(tenant, UPLOADS.of_tenant)]
     held += slow_uploads(add_tenant(owner), 1)
-    assert b"too_many_uploads" in answer_of_one(held)
+    answer = answer_of_one(held)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"uploads_busy" in answer
     assert httpx.get(f"{api_url}/readyz", timeout=5).is_success
 
 
@@ -101,7 +104,7 @@ def test_a_body_that_would_be_read_whole_has_a_cap(api_url: str, tenant: Tenant,
 def test_clients_that_vanish_in_the_middle_leave_nothing_behind(
     client: OpenAI, api_url: str, tenant: Tenant, slow_uploads: Callable[[Tenant, int], list[socket.socket]]
 ) -> None:
-    for each in slow_uploads(tenant, MAX_UPLOADS_OF_TENANT):
+    for each in slow_uploads(tenant, UPLOADS.of_tenant):
         each.close()
     headers = {"authorization": f"Bearer {tenant.api_key}"}
     form = {"files": {"file": ("whole.jsonl", GOOD)}, "data": {"purpose": "fine-tune"}}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
 import psycopg
 import pytest
 from psycopg import errors
@@ -35,7 +36,7 @@ class Calls:
 
     def run(self, **arguments: Any) -> Any:
         route = OneThreadRoute("/", self.endpoint, response_model=None)
-        return route.endpoint(session=Deferred(self.open), **arguments)
+        return anyio.run(lambda: route.endpoint(session=Deferred(self.open), **arguments))
 
 
 @pytest.mark.parametrize(

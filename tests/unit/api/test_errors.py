@@ -1,0 +1,39 @@
+"""An error of what the service stands on is passing: it says when to come again."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from api.errors import install_error_handlers
+from core.db.session import DATABASE_ERRORS
+from core.storage import StorageUnavailableError
+
+ERRORS = [
+    InterfaceError("select 1", {}, Exception("the connection is closed")),
+    InternalError("commit", {}, Exception("terminating connection due to idle-in-transaction timeout")),
+    OperationalError("select 1", {}, Exception("server closed the connection")),
+    PoolTimeoutError("QueuePool limit reached"),
+    StorageUnavailableError("The object store did not answer."),
+]
+
+
+def test_every_error_of_the_database_is_among_them() -> None:
+    assert set(DATABASE_ERRORS) <= {type(error) for error in ERRORS}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_it_is_answered_503_and_a_time_to_come_again(error: Exception) -> None:
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.get("/")
+    def fail() -> None:
+        raise error
+
+    answer = TestClient(app, raise_server_exceptions=False).get("/")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+    assert answer.json()["error"]["code"] == "unavailable"
