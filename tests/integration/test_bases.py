@@ -18,8 +18,11 @@ from core.db.models import Attempt, BaseModelRow, BaseTokenizerRow, Job
 from core.db.session import connect, service_transaction
 from core.domain.bases import BaseState
 from core.domain.errors import ConflictError
+from core.domain.ids import new_id
 from core.services import attempts
 from core.services.base_models import record_state
+from core.services.files import NewFile, create_file
+from core.services.submissions import JobRequest, submit_job
 from core.services.workers import WorkerFacts, record_worker
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
@@ -150,8 +153,13 @@ def test_what_a_worker_lacks_is_its_own_trouble_and_the_base_stays_open_to_other
     assert claimable(owner) == {POOL}
 
 
-def test_an_idle_worker_warms_the_first_base_that_it_can_load_and_its_tokenizer_is_known_before_a_job(
-    start: Callable[[WorkerSettings], Runner], settings: WorkerSettings, owner: Engine, tiny_base: Path
+def test_an_idle_worker_has_its_first_base_and_the_tokenizer_before_a_job_which_then_waits_for_no_load(
+    start: Callable[[WorkerSettings], Runner],
+    settings: WorkerSettings,
+    owner: Engine,
+    tenant: Tenant,
+    servers: ServerAddresses,
+    tiny_base: Path,
 ) -> None:
     place(owner, tiny_base)
     runner = start(settings)
@@ -164,7 +172,9 @@ def test_an_idle_worker_warms_the_first_base_that_it_can_load_and_its_tokenizer_
     warm = trainers()
     assert len(warm) == 1
     runner.warm()
+    job = queue_real_job(owner, tenant, S3ObjectStore(servers.storage))
     runner.serve()
+    assert tries_of(owner, job) == ("succeeded", 1, 1)
     assert trainers() == warm
 
 
@@ -287,6 +297,27 @@ def test_one_worker_alone_does_not_call_a_base_unusable_that_another_alive_holds
     with service_transaction(owner) as session:
         session.connection().exec_driver_sql("delete from workers")
     assert find(BaseState.UNUSABLE, by="blind") == "unusable"
+
+
+def queue_real_job(owner: Engine, tenant: Tenant, store: S3ObjectStore) -> Job:
+    """Queue a job of one step on rows that are really stored."""
+    rows = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}] for n in range(4)]
+    content = "\n".join(json.dumps({"messages": row}) for row in rows).encode()
+    file_id = new_id()
+    stored = store.put_bytes(f"tenants/{tenant.id}/files/{file_id}", content, content_type="application/jsonl")
+    new = NewFile(
+        id=file_id,
+        filename="rows.jsonl",
+        purpose="fine-tune",
+        object_key=f"tenants/{tenant.id}/files/{file_id}",
+        size_bytes=stored.size_bytes,
+        sha256=stored.sha256,
+        num_examples=len(rows),
+    )
+    request = JobRequest(base_model_id=BASE_MODEL, training_file_id=file_id, n_epochs=1, batch_size=4, rank=4)
+    with service_transaction(owner) as session:
+        create_file(session, tenant.id, new=new)
+        return submit_job(session, tenant.id, request=request)
 
 
 def copy_base(owner: Engine, base_model_id: str, directory: Path) -> str:

@@ -125,8 +125,6 @@ class BaseHolder:
 
     def warm(self) -> None:
         """Hold the base of this worker's first pool that can be loaded, unless one is held."""
-        if self._is_state_owed:
-            self._record_usable()
         for pool, base in () if self.is_alive else self._served():
             if self.may_load(pool, base) and not self._stop_requested.is_set():
                 self.load(pool, base)
@@ -135,6 +133,8 @@ class BaseHolder:
 
     def inspect_others(self) -> None:
         """Look at the bases that nobody has loaded or could load, without a hand on the one that is held."""
+        if self._is_state_owed:
+            self._record_usable()
         served = {base.id: (pool, base) for pool, base in reversed(self._served())}  # each by its first pool
         for pool, base in served.values():
             is_at_hand = self.shown_pool in pools_of(base)
@@ -183,17 +183,19 @@ class BaseHolder:
             self._record_usable()
 
     def _inspect(self, pool: str, base: BaseModelRow) -> None:
-        self._looked_at[base.id] = base.state_since
         try:
             inspected = self._starter.inspect(order_base(base, pool, settings=self._settings))
         except BaseUnusableError as error:
             self._refuse(pool, base, error)
             return
-        if inspected is not None:
-            inspected.trainer.close()
-            self._accept(base, inspected)
-            if base.state == BaseState.UNUSABLE:  # whoever needs it may try
-                self._record(base, BaseState.UNCHECKED)
+        if inspected is None:
+            return
+        inspected.trainer.close()
+        self._accept(base, inspected)
+        since = None
+        if base.state == BaseState.UNUSABLE:  # whoever needs it may try
+            since = self._record(base, BaseState.UNCHECKED)
+        self._looked_at[base.id] = since or base.state_since
 
     def _accept(self, base: BaseModelRow, inspected: InspectedBase) -> None:
         for pool in pools_of(base):

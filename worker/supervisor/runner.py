@@ -175,8 +175,12 @@ class Runner:
 
     @property
     def is_turning(self) -> bool:
-        """False when the loop serves and has not come round for as long as a trainer may stall."""
-        return not self._serving.locked() or time.monotonic() - self._turned_at < self._settings.stall_seconds
+        """False when the loop serves, loads no base, and has not come round for as long as a trainer may stall."""
+        return (
+            not self._serving.locked()
+            or self._base.is_loading
+            or time.monotonic() - self._turned_at < self._settings.stall_seconds
+        )
 
     def has_claimable_work(self) -> bool:
         """Say whether there is a job to claim on a base that this worker may load. Raises the database's errors."""
