@@ -30,6 +30,8 @@ class MemoryRunsOut(TorchDispatchMode):
         return self._left <= 0
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.has_failed:
+            return func(*args, **(kwargs or {}))
         if func is torch.ops.aten.copy_.default and not args[0].is_contiguous():
             self._allocate()
         found = func(*args, **(kwargs or {}))
@@ -74,6 +76,20 @@ class Standing:
         now = Standing.of(slot)
         are_counts_equal = (self.counts, self.tally, self.evaluation) == (now.counts, now.tally, now.evaluation)
         return are_counts_equal and self.has_numbers_of(slot)
+
+
+def put_back(engine: Engine, before: dict[str, Standing]) -> None:
+    """Make every slot what it was, so that one engine can try the same step again and again."""
+    for job_id, standing in before.items():
+        slot = engine._slots[job_id]
+        vectors = (slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P)
+        for vector_P, was_P in zip(vectors, standing.vectors, strict=True):
+            vector_P.copy_(was_P)
+        slot.step, slot.num_updates, slot.num_skipped_in_a_row, slot.num_fused_steps, slot.served_tokens = (
+            standing.counts
+        )
+        slot.tally = replace(standing.tally)
+    engine._budget_tokens = engine._max_tokens_per_step
 
 
 def standings(engine: Engine, *, but: Sequence[str] = ()) -> dict[str, Standing]:

@@ -22,6 +22,7 @@ from tests.unit.engine.tiny import (
 from worker.engine import Engine, SlotReport
 from worker.engine.bases import recompute_layers
 from worker.engine.frozen import FrozenWeight
+from worker.engine.losses import _CHUNK_BYTES
 
 NUM_LAYERS = 2
 
@@ -44,23 +45,21 @@ class Place:
         return self.num_looks - self.number
 
 
-def make_engine_of(*names: str, num_recomputed: int = 0) -> Engine:
+def make_engine_of(*names: str, num_recomputed: int = 0, batch_size: int = 5, max_tokens: int = 256) -> Engine:
     model = tiny_llama()
-    engine = make_engine(model)
+    engine = make_engine(model, max_tokens=max_tokens)
     recompute_layers(model, num_recomputed)
     for seed, name in enumerate(names):
-        engine.admit(make_job(name, seed=seed + 1, batch_size=5))
+        engine.admit(make_job(name, seed=seed + 1, batch_size=batch_size))
         randomise_weights(engine, name, seed=seed)
     train(engine, num_fused_steps=2)
     return engine
 
 
-def places(
-    *names: str, evicted: str, num_recomputed: int = 0
-) -> Iterator[tuple[Engine, Place, tuple[SlotReport, ...]]]:
+def places(*names: str, evicted: str, **settings: int) -> Iterator[tuple[Engine, Place, tuple[SlotReport, ...]]]:
     """Step engines in which a job is evicted at the first look, at the second, and so on to the last."""
     for number in count(1):
-        engine = make_engine_of(*names, num_recomputed=num_recomputed)
+        engine = make_engine_of(*names, **settings)
         place = Place(number, partial(engine.evict, evicted))
         reports = engine.step(look=place)
         if place.num_looks < number:
@@ -77,6 +76,7 @@ def recorded(product: Callable[..., torch.Tensor], happened: list[str]) -> Calla
 
 
 def test_no_two_products_of_a_step_are_without_a_look_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_CHUNK_BYTES, "cpu", 1)  # so that the loss takes several chunks
     engine, happened = make_engine_of("a", "b"), []
     for kind in FrozenWeight.__subclasses__():
         for name in ("multiply", "multiply_back"):
@@ -145,11 +145,13 @@ def test_a_step_that_keeps_an_evicted_job_for_too_long_is_made_again_for_the_oth
 ) -> None:
     monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", -1.0)
     alone = make_engine()
-    alone.admit(make_job("last", seed=2, batch_size=5))
+    alone.admit(make_job("last", seed=2, batch_size=9))
     randomise_weights(alone, "last", seed=1)
     expected = {update.step: update.loss for update in train(alone)["last"]}
+    settings = {"num_recomputed": num_recomputed, "batch_size": 9, "max_tokens": 70}
+    assert make_engine_of("mine", "last", **settings)._slots["last"].tally.position > 0, "it is in no batch's middle"
     num_places = 0
-    for engine, place, reports in places("mine", "last", evicted="mine", num_recomputed=num_recomputed):
+    for engine, place, reports in places("mine", "last", evicted="mine", **settings):
         num_places += 1
         assert (reports, place.num_after, engine.job_ids) == ((), 0, ("last",))
         assert_every_row_has_one_slot(engine)

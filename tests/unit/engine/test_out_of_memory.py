@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,6 +20,7 @@ from tests.unit.engine.starved import (
     Standing,
     assert_every_row_has_one_slot,
     assert_unmoved,
+    put_back,
     standings,
 )
 from tests.unit.engine.tiny import VOCABULARY, evaluate, make_job, random_examples, randomise_weights, train
@@ -157,28 +158,26 @@ def losses_alone(job: EngineJob, *, seed: int) -> dict[int, float]:
 
 
 def test_a_step_that_finds_no_memory_anywhere_is_made_again_and_moves_no_slot_that_has_no_part_in_it() -> None:
-    untroubled = make_engine_of_five()
-    resting = standings(untroubled)["resting"]
-    alone = {
-        job_id: losses_alone(slot.job, seed=ALL.index(job_id))
-        for job_id, slot in untroubled._slots.items()
-        if job_id != "resting"
-    }
-    num_places = 0
+    engine = make_engine_of_five()
+    before, balances = standings(engine), engine._planner._balances
+    assert any(standing.tally.position for standing in before.values()), "nobody is in the middle of a batch"
+    slots = {job_id: slot for job_id, slot in engine._slots.items() if job_id != "resting"}
+    alone = {job_id: losses_alone(slot.job, seed=ALL.index(job_id)) for job_id, slot in slots.items()}
     for nth in count(1):
-        engine = make_engine_of_five()
+        put_back(engine, before)
+        engine._planner._balances = dict(balances)
         with MemoryRunsOut(nth) as memory:
-            updates = [report for report in engine.step() if report.update]
+            updates = [(report.job_id, report.update) for report in engine.step()]
         if not memory.has_failed:
             break
-        num_places += 1
         assert_every_row_has_one_slot(engine)
-        assert resting.is_that_of(engine._slots["resting"])
-        for job_id, later in train(engine, num_fused_steps=6).items():
-            for update in [report.update for report in updates if report.job_id == job_id] + later:
+        later = train(engine, num_fused_steps=6 if nth % 10 == 1 else 1)
+        updates += [(job_id, update) for job_id, found in later.items() for update in found]
+        assert before["resting"].is_that_of(engine._slots["resting"])
+        for job_id, update in updates:
+            if update is not None:
                 assert update.loss == pytest.approx(alone[job_id][update.step], abs=1e-4)
-        assert resting.is_that_of(engine._slots["resting"])
-    assert num_places > 100
+    assert nth > 100
 
 
 def test_an_evaluation_that_finds_no_memory_anywhere_counts_every_row_once() -> None:
@@ -278,11 +277,17 @@ DEEDS = st.lists(
         st.one_of(st.none(), st.integers(1, 12), st.integers(1, 120)),
     ),
     min_size=4,
-    max_size=24,
+    max_size=12,
 )
 
 
-@settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=200,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],  # to shrink a failure would take minutes; its deeds are printed as they were
+    suppress_health_check=list(HealthCheck),
+)
 @given(deeds=DEEDS)
 def test_whoever_comes_and_goes_while_memory_runs_out_every_job_is_bit_for_bit_what_it_is_alone(
     deeds: list[tuple[str, tuple[int, int], int, int | None]],
