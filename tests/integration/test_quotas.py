@@ -23,6 +23,7 @@ from core.services.files import NewFile, create_file
 from core.services.quotas import reserve_storage
 from core.services.submissions import JobRequest, submit_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant
+from tests.waiting import PATIENCE_SECONDS
 
 POOL = pool_name(BASE_MODEL, None)
 NUM_AT_ONCE = 20
@@ -144,7 +145,9 @@ def test_a_file_over_the_storage_quota_is_refused_and_its_object_is_gone(
     assert kept.status_code == 200
     refused = upload()
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "storage_quota_exceeded")
-    httpx.delete(f"{api_url}/v1/files/{kept.json()['id']}", headers=headers, trust_env=False).raise_for_status()
+    httpx.delete(
+        f"{api_url}/v1/files/{kept.json()['id']}", headers=headers, trust_env=False, timeout=PATIENCE_SECONDS
+    ).raise_for_status()
     assert upload().status_code == 200
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from http import HTTPStatus
@@ -24,6 +23,7 @@ from tokenizers.pre_tokenizers import Split
 from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from core.domain.training import Frozen
 from tests.unit.engine.tiny import ALL_MODULES, make_spec, tiny_llama
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from worker.engine import CURSOR_FILE, TENSORS_FILE, Engine, Example, JobTooLargeError, SlotReport
 from worker.engine.losses import RowLosses
 from worker.engine.planner import SlotPlan
@@ -165,7 +165,8 @@ class Supervisor:
 
     def stop_loop(self) -> None:
         self._channel.run_in_background(_end_loop, then=lambda done: done.result())
-        self._thread.join(10)
+        self._thread.join(PATIENCE_SECONDS)
+        assert not self._thread.is_alive(), "the loop goes on"
         self._lines.close()
 
     def send(self, order: Frozen) -> None:
@@ -176,7 +177,6 @@ class Supervisor:
         for report in self.told(kind):
             if getattr(report, "lease_token", None) == lease_token:
                 return report
-        deadline = time.monotonic() + 30
         for line in self._lines:
             report = REPORTS.validate_json(line)
             self.reports.append(report)
@@ -185,7 +185,6 @@ class Supervisor:
             if isinstance(report, kind) and getattr(report, "lease_token", None) == lease_token:
                 return report
             assert kind is JobFailed or not isinstance(report, JobFailed), report
-            assert time.monotonic() < deadline, f"no {kind.__name__} came in time"
         raise AssertionError
 
     def told(self, kind: type[R]) -> list[R]:
@@ -311,20 +310,14 @@ def test_a_validation_that_does_not_fit_fails_its_job_although_the_step_did_noth
     supervisor.wait_for(JobSucceeded, 2)
 
 
-def wait_until_fetched(store: Store, paths: list[str]) -> None:
-    deadline = time.monotonic() + 10
-    while sorted(store.fetched) != paths:
-        assert time.monotonic() < deadline, store.fetched
-        time.sleep(0.02)
-
-
 def test_a_job_is_given_back_while_all_the_other_slots_prepare(supervisor: Supervisor, store: Store) -> None:
     supervisor.send(make_order(store.add_rows("rows", num_rows=100), n_epochs=50))
     supervisor.wait_for(JobStarted)
     store.is_open.clear()
     for number in range(2, SLOTS + 1):
         supervisor.send(make_order(store.add_rows(f"rows-{number}"), lease_token=number))
-    wait_until_fetched(store, ["/rows", *(f"/rows-{number}" for number in range(2, SLOTS + 1))])
+    asked_for = ["/rows", *(f"/rows-{number}" for number in range(2, SLOTS + 1))]
+    wait_until(lambda: sorted(store.fetched) == asked_for, what="a question for every file")
     supervisor.send(YieldJob(lease_token=1))
     supervisor.wait_for(JobYielded)
     assert not store.is_open.is_set()
@@ -342,8 +335,8 @@ def test_jobs_that_were_stopped_while_they_prepared_keep_no_slot_of_others(
         supervisor.send(make_order(rows, validation_file=large, lease_token=number))
     for number in range(1, SLOTS + 1):
         supervisor.wait_for(JobLogged, number)
-    while sum(file.path.endswith("validation.jsonl") for file in psutil.Process().open_files()) < SLOTS:
-        time.sleep(0.02)  # until each tokenises its other file, which takes minutes
+    # Until each tokenises its other file, which takes minutes.
+    wait_until(lambda: sum(file.path.endswith("validation.jsonl") for file in psutil.Process().open_files()) == SLOTS)
     for number in range(1, SLOTS + 1):
         supervisor.send(StopJob(lease_token=number))
     supervisor.send(make_order(rows, lease_token=SLOTS + 1))
