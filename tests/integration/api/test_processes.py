@@ -25,7 +25,7 @@ from tests.integration.training import start_job
 from tests.waiting import PATIENCE_SECONDS, ask_until, wait_until
 
 REVOCATION_SECONDS = 5.0
-YOUNG_SECONDS = 7.0  # well beyond five: the clock of a process's birth is a coarse one
+YOUNG_SECONDS = 12.0  # well beyond five: the parent counts from a moment after the birth
 
 
 @pytest.fixture

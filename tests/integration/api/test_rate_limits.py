@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
@@ -20,7 +21,7 @@ from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.faults import FaultProxy, Hang, port_of, with_port
 from tests.integration.conftest import Database, Tenant
-from tests.waiting import PATIENCE_SECONDS, wait_until
+from tests.waiting import PATIENCE_SECONDS
 
 
 def settings_of(database: Database, servers: ServerAddresses, redis_url: str | None) -> ApiSettings:
@@ -49,15 +50,11 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.rate_limits._TIMEOUT_SECONDS", PATIENCE_SECONDS)
 
 
-@pytest.fixture
-def endless_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One window for the whole test, however slow the machine."""
-    monkeypatch.setattr("api.rate_limits.WINDOW_SECONDS", 100 * 365 * 86400)
-
-
-def await_window() -> None:
-    """Wait until the present window has half its time left, so that a test of a few requests does not straddle two."""
-    wait_until(lambda: time.time() % WINDOW_SECONDS < WINDOW_SECONDS / 2, what="the next window")
+@pytest.fixture(autouse=True)
+def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of the windows stands in the middle of one, so that no test straddles two on a busy machine."""
+    middle = time.time() // WINDOW_SECONDS * WINDOW_SECONDS + WINDOW_SECONDS / 2
+    monkeypatch.setattr("api.rate_limits.time", SimpleNamespace(time=lambda: middle, monotonic=time.monotonic))
 
 
 def auth(tenant: Tenant) -> dict[str, str]:
@@ -67,7 +64,6 @@ def auth(tenant: Tenant) -> dict[str, str]:
 def test_the_sixth_request_of_five_a_minute_is_refused_and_told_when_to_come_back(
     client: TestClient, tenant: Tenant, other_tenant: Tenant
 ) -> None:
-    await_window()
     answers = [client.get("/v1/models", headers=auth(tenant)) for _ in range(6)]
     assert [answer.status_code for answer in answers] == [200] * 5 + [429]
     assert [re.fullmatch(r'"requests";r=(\d);t=\d+', answer.headers["ratelimit"])[1] for answer in answers] == list(
@@ -82,7 +78,6 @@ def test_the_sixth_request_of_five_a_minute_is_refused_and_told_when_to_come_bac
 
 
 def test_an_error_counts_and_is_told_the_standing_too(client: TestClient, tenant: Tenant) -> None:
-    await_window()
     answer = client.get(f"/v1/files/file-{'0' * 32}", headers=auth(tenant))
     assert (answer.status_code, answer.headers["ratelimit"][:14]) == (404, '"requests";r=4')
 
@@ -90,11 +85,9 @@ def test_an_error_counts_and_is_told_the_standing_too(client: TestClient, tenant
 def test_an_operator_sets_one_tenants_own_limit(client: TestClient, owner: Engine, tenant: Tenant) -> None:
     with service_transaction(owner) as session:
         session.execute(text("update tenants set requests_per_minute = 2 where id = :id"), {"id": tenant.id})
-    await_window()
     assert [client.get("/v1/models", headers=auth(tenant)).status_code for _ in range(3)] == [200, 200, 429]
 
 
-@pytest.mark.usefixtures("endless_window")
 def test_a_hundred_requests_at_once_pass_exactly_as_many_as_the_limit(servers: ServerAddresses) -> None:
     limiters = [RateLimiter(servers.redis_url) for _ in range(2)]  # as two processes
     tenant_id = uuid.uuid4()
@@ -108,7 +101,6 @@ def test_a_hundred_requests_at_once_pass_exactly_as_many_as_the_limit(servers: S
         assert sum(threads.map(count, range(100))) == 30
 
 
-@pytest.mark.usefixtures("endless_window")
 def test_far_from_its_limit_a_tenant_is_counted_in_advance_and_passes_it_never(servers: ServerAddresses) -> None:
     limiters = [RateLimiter(servers.redis_url) for _ in range(2)]
     tenant_id, limit = uuid.uuid4(), 10_000

@@ -14,7 +14,7 @@ from core.domain.datasets.statistics import NumberedLine, TokenReport
 from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError, TokenizerBundle
 from core.previews import PreviewLimitError, PreviewLimits, preview_lines
 from tests.bundles import letters_bundle, load_smollm2_tokenizer
-from tests.waiting import PATIENCE_SECONDS, takes_at_least
+from tests.waiting import takes_at_least
 from worker.trainer.datasets import read_examples, tokenize_dataset
 from worker.trainer.tokenizers import describe_tokenizer
 
@@ -89,7 +89,7 @@ def write(bundle: TokenizerBundle, directory: Path) -> Path:
     return path
 
 
-LIMITS = PreviewLimits(cpu_seconds=2, wall_seconds=PATIENCE_SECONDS, memory_bytes=2**29, answer_bytes=2**16)
+LIMITS = PreviewLimits(cpu_seconds=2, wall_seconds=60.0, memory_bytes=2**29, answer_bytes=2**16)
 
 
 def children_cpu_seconds() -> float:
