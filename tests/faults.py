@@ -23,6 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from local.processes import ChildProcess
 from local.servers import LocalServers, ServerAddresses
+from tests.waiting import PATIENCE_SECONDS
 
 _CHUNK_BYTES = 64 * 1024
 _REFUSAL = (
@@ -136,7 +137,7 @@ class FaultProxy:
         return len(self._links)
 
     def _call(self, coroutine):  # type: ignore[no-untyped-def]
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE_SECONDS)
 
     async def _apply(self, fault: Fault) -> None:
         self._fault = fault
@@ -238,7 +239,7 @@ class FaultProxy:
         link.client.write(_REFUSAL % (len(_SLOW_DOWN), _SLOW_DOWN))
         link.client.write_eof()
         with contextlib.suppress(TimeoutError):  # a client that is still sending reads its answer when it has done so
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while await reader.read(_CHUNK_BYTES):
                     pass
 

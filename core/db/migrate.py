@@ -20,6 +20,9 @@ from sqlalchemy.exc import DBAPIError
 from core.db.session import connect
 
 MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
+_MAX_TRIES = 10
+# SQLSTATEs: "tuple concurrently updated", a role made twice, and a lock that was not free in time.
+_IN_THE_WAY = ("XX000", "23505", "55P03")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class RoleLogin:
 def migrate_database(owner_url: str, *, logins: tuple[RoleLogin, ...] = ()) -> None:
     """Apply every migration and set the logins. `owner_url` is the owner's `postgresql://` URL."""
     engine = connect(owner_url)
-    for attempt in stamina.retry_context(on=_is_race_for_roles, attempts=10, wait_initial=0.1, wait_max=2.0):
+    for attempt in stamina.retry_context(
+        on=_is_in_the_way, attempts=_MAX_TRIES, timeout=None, wait_initial=0.1, wait_max=2.0
+    ):
         with attempt:
             _migrate(engine, logins)
     engine.dispose()
@@ -54,12 +59,12 @@ def _migrate(engine: Engine, logins: tuple[RoleLogin, ...]) -> None:
             connection.exec_driver_sql(statement.as_string(driver))
 
 
-def _is_race_for_roles(error: Exception) -> bool:
-    """Return whether another database of the cluster was migrated just now: roles belong to all of them.
+def _is_in_the_way(error: Exception) -> bool:
+    """Return whether another transaction was: most often another database's migration, as roles belong to all of them.
 
-    Nothing has been done then, and it may be tried again: "tuple concurrently updated", or a role made twice.
+    Nothing has been done then, and it may be tried again.
     """
-    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", "") in ("XX000", "23505")
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", "") in _IN_THE_WAY
 
 
 def login_url(owner_url: str, login: RoleLogin) -> str:

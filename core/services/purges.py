@@ -28,7 +28,8 @@ from tenants t cross join lateral (
         select 'file' as kind, f.id, f.object_key as location from files f
         where f.tenant_id = t.id and f.deleted_at is not null and f.purged_at is null
         union all select 'upload', u.id, null from uploads u
-        where u.tenant_id = t.id and u.purged_at is null and (u.status in ('completed', 'cancelled') or u.expires_at < now())
+        where u.tenant_id = t.id and u.purged_at is null
+          and (u.status in ('completed', 'cancelled') or u.expires_at < now())
         union all select 'adapter', a.id, a.object_prefix from adapters a
         where a.tenant_id = t.id and a.deleted_at is not null and a.purged_at is null
         union all select 'checkpoint', c.id, c.object_prefix from checkpoints c

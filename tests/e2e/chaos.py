@@ -31,11 +31,16 @@ from rich.table import Table
 from cli.commands.contract import as_table, run_checks
 from core.services.contract import Finding
 from tests.e2e.lab import BASE_MODEL, ENDED, Lab, running_lab, write_tiny_base
-from tests.e2e.nemesis import Fleet, Nemesis
+from tests.e2e.nemesis import LEASE_SECONDS, Fleet, Nemesis
 
 NUM_OPEN = 8
 TENANTS = ("acme", "beta", "gamma")
 DRAIN_SECONDS = 600.0
+HASTE = {
+    "ESPALIER_LEASE_SECONDS": str(LEASE_SECONDS),
+    "ESPALIER_GRACE_SECONDS": "8",
+    "ESPALIER_STALL_SECONDS": "8",
+}
 ROWS = b"\n".join(
     b'{"messages": [{"role": "user", "content": "Say %d."}, {"role": "assistant", "content": "It is %d."}]}' % (n, n)
     for n in range(12)
@@ -206,7 +211,7 @@ def main() -> None:
         temporary.mkdir()
         base_dir = directory / "base"
         base_dir.mkdir()
-        with running_lab(write_tiny_base(base_dir), directory, TMPDIR=str(temporary)) as lab:
+        with running_lab(write_tiny_base(base_dir), directory, TMPDIR=str(temporary), **HASTE) as lab:
             fleet = Fleet(lab)
             try:
                 tenants = Tenants(lab, options.seed)

@@ -36,7 +36,7 @@ def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     registry = directory / "registry.yaml"
     registry.write_text(yaml.safe_dump({"base_models": [base_entry(tiny_base) | {"quantizations": ["nf4"]}]}))
     env = {
-        "ESPALIER_LEASE_SECONDS": "3",
+        "ESPALIER_LEASE_SECONDS": "10",
         "ESPALIER_HEARTBEAT_SECONDS": "0.5",
         "ESPALIER_REAP_INTERVAL_SECONDS": "0.5",
         "ESPALIER_TRAINER_THREADS": "1",

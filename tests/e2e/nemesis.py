@@ -21,10 +21,11 @@ import redis
 from core.domain.jobs import pool_name
 from core.queue import WakeUpPublisher, queue_name
 from local.processes import ChildProcess, ProcessSpec
-from tests.e2e.lab import BASE_MODEL, LEASE_SECONDS, Lab
+from tests.e2e.lab import BASE_MODEL, Lab
 from tests.faults import Answer503, Cut, CutAfter, Delay, Fault, FaultProxy, FlipByte, Hang
 
 POOL = pool_name(BASE_MODEL, None)
+LEASE_SECONDS = 4.0  # short, so that there is time for many faults and recoveries
 WORKERS = ("worker-0", "worker-1")
 SCHEDULES = ("schedule-0", "schedule-1")
 

@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from core.db.session import connect
 from tests.e2e.lab import LONG, Lab
 from tests.integration.poisoning import break_row, change
+from tests.waiting import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -33,7 +34,9 @@ def test_a_job_that_no_worker_can_read_waits_and_says_so_while_others_train(lab:
         sound = lab.submit(n_epochs=1)
     lab.succeed(sound)
     url = f"{lab.stack.api_url}/v1/fine_tuning/jobs/{poisonous}/explain"
-    told = httpx.get(url, headers={"authorization": f"Bearer {lab.api_key}"}, trust_env=False).json()
+    told = httpx.get(
+        url, headers={"authorization": f"Bearer {lab.api_key}"}, trust_env=False, timeout=PATIENCE_SECONDS
+    ).json()
     assert (told["status"], told["reason"]["code"]) == ("queued", "unclaimable")
     change(owner, "jobs", id_of(poisonous), spec="""spec || '{"n_epochs": 1}'""")
     assert lab.attempt_count(poisonous) == 0

@@ -21,7 +21,8 @@ from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from local.stack import LocalStack
-from tests.e2e.lab import BASE_MODEL, ENDED, wait_until
+from tests.e2e.lab import BASE_MODEL, ENDED
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 ROWS = "\n".join(
     json.dumps(
@@ -71,7 +72,7 @@ def messages(client: OpenAI, job_id: str) -> list[str]:
 def assert_preview_is_what_is_served(stack: LocalStack, headers: dict[str, str], file_id: str, tiny_base: Path) -> None:
     """The tokenizer that the worker left is the one that transformers loads from the base's directory."""
     url = f"{stack.api_url}/v1/files/{file_id}/preview"
-    shown = httpx.post(url, json={"model": BASE_MODEL, "rows": 12}, headers=headers, timeout=60).json()
+    shown = httpx.post(url, json={"model": BASE_MODEL, "rows": 12}, headers=headers, timeout=PATIENCE_SECONDS).json()
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     for row, line in zip(shown["data"], ROWS.splitlines(), strict=True):
         served = tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False)
@@ -96,19 +97,21 @@ def test_a_job_ends_with_an_adapter_that_plain_peft_loads(
     assert csv[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert len(csv) == 1 + job.model_extra["total_steps"]
     headers = {"authorization": f"Bearer {api_key}"}
-    lines = httpx.get(f"{stack.api_url}/v1/fine_tuning/jobs/{job.id}/logs", headers=headers).json()["data"]
+    lines = httpx.get(
+        f"{stack.api_url}/v1/fine_tuning/jobs/{job.id}/logs", headers=headers, timeout=PATIENCE_SECONDS
+    ).json()["data"]
     assert [line["data"]["num_examples"] for line in lines if line["name"] == "dataset.tokenized"] == [12, 12]
     uploaded = [line["data"]["artifact"] for line in lines if line["name"] == "artifact.uploaded"]
     published = {"checkpoints/step-3", "checkpoints/step-6", "adapter", "result"}
     assert {artifact for artifact in uploaded if not artifact.startswith("resume/")} == published
     assert_preview_is_what_is_served(stack, headers, job.training_file, tiny_base)
-    adapters = httpx.get(f"{stack.api_url}/v1/adapters", headers=headers).json()["data"]
+    adapters = httpx.get(f"{stack.api_url}/v1/adapters", headers=headers, timeout=PATIENCE_SECONDS).json()["data"]
     (adapter,) = (adapter for adapter in adapters if adapter["fine_tuning_job_id"] == job.id)
     url = f"{stack.api_url}/v1/adapters/{adapter['id']}/download"
-    archive = httpx.get(url, params={"archive": "tar"}, headers=headers).content
+    archive = httpx.get(url, params={"archive": "tar"}, headers=headers, timeout=PATIENCE_SECONDS).content
     tarfile.open(fileobj=io.BytesIO(archive)).extractall(tmp_path, filter="data")
-    for file in httpx.get(url, headers=headers).json()["files"]:
-        assert httpx.get(file["url"]).content == (tmp_path / file["name"]).read_bytes()
+    for file in httpx.get(url, headers=headers, timeout=PATIENCE_SECONDS).json()["files"]:
+        assert httpx.get(file["url"], timeout=PATIENCE_SECONDS).content == (tmp_path / file["name"]).read_bytes()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE_MODEL
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["job_id"], manifest["base_model"]) == (job.id, BASE_MODEL)

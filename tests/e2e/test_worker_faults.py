@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import resource
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.lab import LEASE_SECONDS, LONG, Lab, continue_process, is_running, stop_process, wait_until
+from tests.e2e.lab import LONG, Lab, continue_process, is_running, stop_process
+from tests.waiting import wait_until
 
 
 def test_03_a_job_that_kills_its_trainer_every_time_fails_and_its_neighbours_are_not_charged(lab: Lab) -> None:
@@ -23,13 +23,18 @@ def test_03_a_job_that_kills_its_trainer_every_time_fails_and_its_neighbours_are
     num_kills = 0
     for job_id in neighbours:
         lab.wait_for_step(job_id, 1)
-    while (row := lab.sql(query, poison)[0])[0] != "failed":
-        started = "select max(step) from metrics where job_id = %s and lease_token = " + str(row[1] or 0)
-        if row[0] == "running" and lab.sql(started, poison)[0][0] is not None:
+
+    def has_failed() -> bool:
+        nonlocal num_kills
+        status, token = lab.sql(query, poison)[0]
+        started = f"select max(step) from metrics where job_id = %s and lease_token = {token or 0}"
+        if status == "running" and lab.sql(started, poison)[0][0] is not None:
             lab.trainer_of(worker).send_signal(signal.SIGSEGV)
             num_kills += 1
-            wait_until(lambda token=row[1]: lab.sql(query, poison)[0][1] != token)
-        time.sleep(0.05)
+            wait_until(lambda: lab.sql(query, poison)[0][1] != token)
+        return bool(status == "failed")
+
+    wait_until(has_failed)
     assert num_kills == 3, "once with its neighbours, uncharged, and twice alone"
     assert lab.job(poison).error.code == "trainer_crashed"
     assert lab.attempt_count(poison) == 2
@@ -133,12 +138,12 @@ def test_31_a_worker_stopped_while_idle_or_claiming_leaves_no_job_behind(lab: La
     lab.succeed(lab.submit(n_epochs=1))
     job_id = lab.submit(**LONG)
     worker.ask_to_stop()  # somewhere around the claim
-    wait_until(lambda: not worker.is_alive, seconds=12)
+    wait_until(lambda: not worker.is_alive)
     assert (lab.job(job_id).status, lab.attempt_count(job_id)) == ("queued", 0)
     worker = lab.start_worker()
     lab.wait_for_status(job_id, "running")
     worker.ask_to_stop()  # right behind it
-    wait_until(lambda: not worker.is_alive, seconds=12)
+    wait_until(lambda: not worker.is_alive)
     assert (lab.job(job_id).status, lab.attempt_count(job_id)) == ("queued", 0)
 
 
@@ -198,8 +203,9 @@ def test_35_a_job_that_diverges_is_stopped_and_its_events_are_numbers(lab: Lab) 
 
 
 def test_36_a_training_that_hangs_is_stopped_although_its_process_lives(lab: Lab) -> None:
+    lab.kill_workers()
     job_id = lab.submit(**LONG)
-    worker = lab.ensure_worker()
+    worker = lab.start_worker(ESPALIER_STALL_SECONDS="8")
     lab.wait_for_step(job_id, 2)
     stop_process(lab.trainer_of(worker).pid)
     job = lab.wait_for_end(job_id)
@@ -213,17 +219,21 @@ def test_43_cancelling_at_any_moment_ends_once_and_frees_the_slot(lab: Lab) -> N
     with lab.claims_held():
         early = lab.submit(**LONG)
         assert [lab.post(early, "cancel").json()["status"] for _ in range(2)] == ["cancelled"] * 2
-    running = lab.submit(n_epochs=50, num_rows=80)  # whose training would go on for much longer than ten seconds
+    running = lab.submit(n_epochs=50, num_rows=80)
     lab.wait_for_step(running, 2)
     assert [lab.post(running, "cancel").json()["status"] for _ in range(2)] == ["cancelled"] * 2
     assert lab.seconds_until_device_was_free(running) < 10
-    booked = "select gpu_seconds from usage join attempts a on a.id = attempt_id where a.job_id = %s"
-    wait_until(lambda: bool(lab.sql(booked, running)), what="its usage")
+    booked = "select u.trained_tokens from usage u join attempts a on a.id = attempt_id where a.job_id = %s"
+    wait_until(lambda: bool(lab.sql(booked, running)), what="the end of the training")
     at_claim = lab.submit(**LONG)
     wait_until(lambda: lab.job(at_claim).status == "running")
     assert lab.post(at_claim, "cancel").json()["status"] == "cancelled"
     done = lab.submit(n_epochs=1)
     lab.succeed(done)
+    whole = (
+        lab.sql(booked, done)[0][0] * 50 * 80 / 12
+    )  # of a job of so many epochs and rows, by that of one epoch of 12
+    assert lab.sql(booked, running)[0][0] < whole / 2, "the training has ended long before its own end"
     assert lab.post(done, "cancel").status_code == 409
     for job_id in (early, running, at_claim):
         assert lab.job(job_id).status == "cancelled"
@@ -235,8 +245,9 @@ def test_44_a_job_cancelled_while_its_worker_is_frozen_stays_cancelled_when_it_w
     worker = lab.ensure_worker()
     lab.wait_for_step(job_id, 2)
     stop_process(worker.pid)
+    held_until = lab.lease_end(job_id)
     assert lab.post(job_id, "cancel").json()["status"] == "cancelled"
-    time.sleep(LEASE_SECONDS)  # so that the frozen worker's lease would be over
+    lab.wait_for_instant(held_until)  # so that the frozen worker's lease would be over
     num_told = len(lab.messages(job_id))
     continue_process(worker.pid)
     lab.succeed(lab.submit(n_epochs=1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from core.settings import StorageConfig
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from local.stack import prepare_database
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 BASE_MODEL = "acme-labs/tiny-base"
 PASSWORD = "test-password"
@@ -145,13 +145,12 @@ def running_api(
     }
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen([sys.executable, "-m", "api"], env=env) as process:
-        deadline = time.monotonic() + 60
-        while not _is_ready(url):
+        try:
+            wait_until(lambda: _is_ready(url) or process.poll() is not None, what="the API")
             assert process.poll() is None, "the API has ended"
-            assert time.monotonic() < deadline, "the API does not answer"
-            time.sleep(0.05)
-        yield process
-        process.terminate()
+            yield process
+        finally:
+            process.terminate()
 
 
 @pytest.fixture
@@ -168,6 +167,6 @@ def other_client(api_url: str, other_tenant: Tenant) -> Iterator[OpenAI]:
 
 def _is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readyz", trust_env=False).is_success
+        return httpx.get(f"{url}/readyz", trust_env=False, timeout=PATIENCE_SECONDS).is_success
     except httpx.TransportError:
         return False

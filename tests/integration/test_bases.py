@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from local.servers import ServerAddresses
 from tests.e2e.lab import write_tiny_base
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import BASE_MODEL, POOL, queue_job
+from tests.waiting import wait_until
 from worker.supervisor.runner import Runner
 
 NF4_POOL = f"{BASE_MODEL}@nf4"
@@ -329,10 +329,3 @@ def copy_base(owner: Engine, base_model_id: str, directory: Path) -> str:
             (base_model_id, str(directory)),
         )
     return base_model_id
-
-
-def wait_until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not is_true():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)

@@ -13,7 +13,8 @@ from core.db.session import connect, service_transaction
 from local.servers import ServerAddresses
 from tests.integration.conftest import Database, Tenant
 from tests.integration.test_attempts import claim, queue_job, status_of
-from tests.integration.test_leadership import leader_pid, schedule_process, wait_until
+from tests.integration.test_leadership import leader_pid, schedule_process
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_row_28_a_schedule_whose_clock_is_an_hour_wrong_expires_nothing_early_an
 ) -> None:
     queue_job(owner, tenant)
     queue_job(owner, tenant)
-    lost, live = claim(worker, lease_seconds=1), claim(worker, lease_seconds=60)
+    lost, live = claim(worker, lease_seconds=1), claim(worker, lease_seconds=1800)
     assert lost is not None
     assert live is not None
     wrong = {"ld_preload": find_faketime(), "faketime": f"{hours:+d}h", "dont_fake_monotonic": "1"}

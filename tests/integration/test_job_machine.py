@@ -296,7 +296,6 @@ def test_any_order_of_verbs_and_stale_fences_keeps_the_contract(owner: Engine, d
             settings=settings(
                 max_examples=10,
                 stateful_step_count=40,
-                deadline=None,
                 database=None,
                 phases=[Phase.generate],  # to shrink a failure would take minutes; its steps are printed as they were
                 suppress_health_check=list(HealthCheck),

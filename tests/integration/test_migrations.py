@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import subprocess
 import sys
 import uuid
@@ -19,6 +20,7 @@ from core.db.migrate import MIGRATIONS_DIR
 from core.db.session import connect
 from local.servers import ServerAddresses
 from tests.integration.conftest import PASSWORD
+from tests.waiting import wait_until
 
 SCHEMA = """
     select table_name, column_name, data_type, is_nullable from information_schema.columns
@@ -94,3 +96,28 @@ def test_databases_of_one_cluster_can_be_migrated_at_once(servers: ServerAddress
             migration.result()
         for name in names:
             owner.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.mark.usefixtures("migrated")  # which has made the roles
+def test_a_migration_outwaits_another_transaction_that_holds_the_roles_for_longer_than_a_lock_is_waited_for(
+    servers: ServerAddresses,
+) -> None:
+    name = f"test_{uuid.uuid4().hex}"
+    url = servers.postgres_url.rpartition("/")[0] + f"/{name}"
+    blocked = "select xact_start from pg_stat_activity where datname = %s and wait_event_type = 'Lock'"
+    tries: set[dt.datetime] = set()
+
+    with psycopg.connect(servers.postgres_url, autocommit=True) as owner:
+        owner.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+
+        def has_tried_again() -> bool:
+            tries.update(row[0] for row in owner.execute(blocked, [name]))
+            return len(tries) > 1 or migration.poll() is not None
+
+        with psycopg.connect(servers.postgres_url) as other:
+            other.execute("alter role espalier_api password 'of-another-database'")
+            migration = subprocess.Popen([sys.executable, "-c", MIGRATE, url])
+            wait_until(has_tried_again)
+            other.rollback()
+        assert migration.wait() == 0
+        owner.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

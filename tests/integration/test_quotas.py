@@ -33,6 +33,7 @@ from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from schedule.purger import purge
 from tests.integration.conftest import BASE_MODEL, Database, Tenant
+from tests.waiting import PATIENCE_SECONDS
 
 POOL = pool_name(BASE_MODEL, None)
 NUM_AT_ONCE = 20
@@ -154,7 +155,9 @@ def test_a_file_over_the_storage_quota_is_refused_until_what_was_deleted_is_gone
     assert kept.status_code == 200
     refused = upload()
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "storage_quota_exceeded")
-    httpx.delete(f"{api_url}/v1/files/{kept.json()['id']}", headers=headers, trust_env=False).raise_for_status()
+    httpx.delete(
+        f"{api_url}/v1/files/{kept.json()['id']}", headers=headers, trust_env=False, timeout=PATIENCE_SECONDS
+    ).raise_for_status()
     assert upload().json()["error"]["code"] == "storage_quota_exceeded"
     schedule, store = connect(database.schedule_url), S3ObjectStore(servers.storage)
     assert purge(schedule, store, may_go_on=lambda _session: True) == 1

@@ -12,8 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from local.binaries import find_redis
 from local.locks import AlreadyRunningError, DataDirLock, find_launcher, is_running
 from local.processes import ProcessFailedError
 from local.servers import LocalServers, ServerAddresses
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = """
@@ -87,13 +87,6 @@ def assert_traces(addresses: ServerAddresses) -> None:
     assert b"".join(S3ObjectStore(addresses.storage).get_stream("traces/one")) == b"object"
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
-
-
 def test_a_restart_keeps_rows_objects_and_addresses_and_needs_no_short_or_plain_path(tmp_path: Path) -> None:
     data_dir = tmp_path / "a path with spaces" / ("long" * 20)  # longer than the path of a Unix socket may be
     with LocalServers(data_dir) as first:
@@ -127,7 +120,7 @@ def test_the_next_launcher_waits_for_the_servers_of_one_that_was_killed(tmp_path
             wait_until(lambda: not is_running(s3_pid) and not is_running(postgres_pid))
             assert not waiting.done()
             os.kill(redis_pid, signal.SIGCONT)
-            waiting.result(15).close()
+            waiting.result().close()
         assert not is_running(redis_pid)
     with launcher(tmp_path) as following, redis.Redis.from_url(following.redis_url) as client:
         assert client.ping()

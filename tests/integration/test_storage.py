@@ -20,6 +20,7 @@ from minio import Minio
 from core.domain.objects import attempt_prefix, file_key, tenant_prefix
 from core.settings import StorageConfig
 from core.storage import PART_BYTES, ObjectNotFoundError, S3ObjectStore, StorageUnavailableError, StoredObject
+from tests.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from local.servers import ServerAddresses
@@ -161,7 +162,9 @@ def test_a_prefix_of_more_than_a_page_of_objects_is_listed_and_deleted_whole(sto
 def test_a_presigned_download_is_an_attachment_of_that_name(store: S3ObjectStore, prefix: str, filename: str) -> None:
     store.put_bytes(prefix + "object", b"content", content_type=TYPE)
 
-    answer = httpx.get(store.presign_get(prefix + "object", expires=MINUTE, filename=filename))
+    answer = httpx.get(
+        store.presign_get(prefix + "object", expires=MINUTE, filename=filename), timeout=PATIENCE_SECONDS
+    )
 
     assert answer.content == b"content"
     disposition = answer.headers["content-disposition"]
@@ -173,7 +176,9 @@ def test_a_presigned_download_is_an_attachment_of_that_name(store: S3ObjectStore
 
 
 def test_a_presigned_upload_stores_the_object(store: S3ObjectStore, prefix: str) -> None:
-    answer = httpx.put(store.presign_put(prefix + "object", expires=MINUTE), content=b"from outside")
+    answer = httpx.put(
+        store.presign_put(prefix + "object", expires=MINUTE), content=b"from outside", timeout=PATIENCE_SECONDS
+    )
     assert answer.status_code == 200
     assert store.hash_object(prefix + "object") == _describe(b"from outside")
 
@@ -183,11 +188,11 @@ def test_a_presigned_url_opens_one_object_for_one_verb_only(store: S3ObjectStore
     store.put_bytes(prefix + "other", b"other", content_type=TYPE)
     url = store.presign_internal_get(prefix + "mine", expires=MINUTE)
 
-    assert httpx.get(url).content == b"mine"
-    assert httpx.get(url.replace("mine", "other")).status_code == 403
-    assert httpx.put(url, content=b"overwritten").status_code == 403
-    assert httpx.get(url.replace("X-Amz-Expires=60", "X-Amz-Expires=6000")).status_code == 403
-    assert httpx.get(url.partition("?")[0]).status_code == 403
+    assert httpx.get(url, timeout=PATIENCE_SECONDS).content == b"mine"
+    assert httpx.get(url.replace("mine", "other"), timeout=PATIENCE_SECONDS).status_code == 403
+    assert httpx.put(url, content=b"overwritten", timeout=PATIENCE_SECONDS).status_code == 403
+    assert httpx.get(url.replace("X-Amz-Expires=60", "X-Amz-Expires=6000"), timeout=PATIENCE_SECONDS).status_code == 403
+    assert httpx.get(url.partition("?")[0], timeout=PATIENCE_SECONDS).status_code == 403
 
 
 def test_tenants_urls_name_the_public_endpoint_and_the_trainers_the_internal_one(

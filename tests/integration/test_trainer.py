@@ -7,8 +7,7 @@ import json
 import math
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +24,7 @@ from tokenizers.pre_tokenizers import Split
 from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from core.domain.training import Frozen
 from tests.unit.engine.tiny import ALL_MODULES, make_spec, tiny_llama
+from tests.waiting import PATIENCE_SECONDS, repeat_until, wait_until
 from worker.engine import CURSOR_FILE, TENSORS_FILE, Engine, Example, JobTooLargeError, SlotReport
 from worker.engine.evaluations import Score
 from worker.engine.frozen import PackedWeight
@@ -115,9 +115,7 @@ class _StoreRequest(BaseHTTPRequestHandler):
         self.send_response(HTTPStatus.OK)
         self.end_headers()
         with suppress(ConnectionError):
-            while True:
-                self.wfile.write(bytes(2**20))
-                time.sleep(0.05)
+            repeat_until(lambda: False, lambda: self.wfile.write(bytes(2**20)))
 
     def _answer(self, status: HTTPStatus, content: bytes) -> None:
         self.send_response(status)
@@ -189,7 +187,8 @@ class Supervisor:
 
     def stop_loop(self) -> None:
         self._channel.run_in_background(_end_loop, then=lambda done: done.result())
-        self._thread.join(10)
+        self._thread.join(PATIENCE_SECONDS)
+        assert not self._thread.is_alive(), "the loop goes on"
         self._lines.close()
 
     def send(self, order: Frozen) -> None:
@@ -205,17 +204,23 @@ class Supervisor:
         for report in self.told(kind):
             if getattr(report, "lease_token", None) == lease_token:
                 return report
-        deadline = time.monotonic() + 30
+        for report in self._read_reports():
+            if isinstance(report, kind) and getattr(report, "lease_token", None) == lease_token:
+                return report
+            assert kind is JobFailed or not isinstance(report, JobFailed), report
+        raise AssertionError
+
+    def wait_for_another(self, kind: type[Report]) -> None:
+        """Read on until there is one more report of this kind."""
+        next(report for report in self._read_reports() if isinstance(report, kind))
+
+    def _read_reports(self) -> Iterator[Report]:
         for line in self._lines:
             report = REPORTS.validate_json(line)
             self.reports.append(report)
             if isinstance(report, UrlsWanted) and self.grants_uploads:
                 self._grant(report)
-            if isinstance(report, kind) and getattr(report, "lease_token", None) == lease_token:
-                return report
-            assert kind is JobFailed or not isinstance(report, JobFailed), report
-            assert time.monotonic() < deadline, f"no {kind.__name__} came in time"
-        raise AssertionError
+            yield report
 
     def told(self, kind: type[R]) -> list[R]:
         return [report for report in self.reports if isinstance(report, kind)]
@@ -340,20 +345,14 @@ def test_a_validation_that_does_not_fit_fails_its_job_although_the_step_did_noth
     supervisor.wait_for(JobSucceeded, 2)
 
 
-def wait_until_fetched(store: Store, paths: list[str]) -> None:
-    deadline = time.monotonic() + 10
-    while sorted(store.fetched) != paths:
-        assert time.monotonic() < deadline, store.fetched
-        time.sleep(0.02)
-
-
 def test_a_job_is_given_back_while_all_the_other_slots_prepare(supervisor: Supervisor, store: Store) -> None:
     supervisor.send(make_order(store.add_rows("rows", num_rows=100), n_epochs=50))
     supervisor.wait_for(JobStarted)
     store.is_open.clear()
     for number in range(2, SLOTS + 1):
         supervisor.send(make_order(store.add_rows(f"rows-{number}"), lease_token=number))
-    wait_until_fetched(store, ["/rows", *(f"/rows-{number}" for number in range(2, SLOTS + 1))])
+    asked_for = ["/rows", *(f"/rows-{number}" for number in range(2, SLOTS + 1))]
+    wait_until(lambda: sorted(store.fetched) == asked_for, what="a question for every file")
     supervisor.send(YieldJob(lease_token=1))
     supervisor.wait_for(JobYielded)
     assert not store.is_open.is_set()
@@ -371,8 +370,8 @@ def test_jobs_that_were_stopped_while_they_prepared_keep_no_slot_of_others(
         supervisor.send(make_order(rows, validation_file=large, lease_token=number))
     for number in range(1, SLOTS + 1):
         supervisor.wait_for(JobLogged, number)
-    while sum(file.path.endswith("validation.jsonl") for file in psutil.Process().open_files()) < SLOTS:
-        time.sleep(0.02)  # until each tokenises its other file, which takes minutes
+    # Until each tokenises its other file, which takes minutes.
+    wait_until(lambda: sum(file.path.endswith("validation.jsonl") for file in psutil.Process().open_files()) == SLOTS)
     for number in range(1, SLOTS + 1):
         supervisor.send(StopJob(lease_token=number))
     supervisor.send(make_order(rows, lease_token=SLOTS + 1))
@@ -406,13 +405,6 @@ class HeldStep:
         return self._multiply(weight, rows)  # type: ignore[no-any-return]
 
 
-def wait_until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("product", ["multiply", "multiply_back"])
 @pytest.mark.parametrize("order", [StopJob, YieldJob])
 def test_an_order_that_comes_in_the_middle_of_a_step_is_obeyed_before_its_end(
@@ -442,10 +434,12 @@ def test_a_step_that_goes_on_for_long_shows_that_it_lives(
     held = HeldStep(monkeypatch)
     supervisor.send(make_order(store.add_rows("rows"), n_epochs=1))
     held.has_begun.wait()
-    time.sleep(1.1)  # longer than the loop may be silent
+    supervisor.wait_for(JobStarted)
+    for _ in range(2):  # the first may have been sent before the step
+        supervisor.wait_for_another(Alive)
+    assert not supervisor.told(StepDone)
     held.may_go_on.set()
-    started, done = (supervisor.reports.index(supervisor.wait_for(kind)) for kind in (JobStarted, StepDone))
-    assert any(isinstance(report, Alive) for report in supervisor.reports[started:done])
+    supervisor.wait_for(StepDone)
 
 
 def test_a_job_stopped_while_it_waits_for_a_slot_leaves_at_once_and_never_starts(
@@ -468,7 +462,7 @@ def test_jobs_stopped_while_they_download_keep_no_thread_from_others(supervisor:
     endless = RemoteFile(url=store.url(ENDLESS), sha256="0" * 64, size_bytes=1)
     for number in range(1, SLOTS + 1):
         supervisor.send(make_order(endless, lease_token=number))
-    wait_until_fetched(store, [f"/{ENDLESS}"] * SLOTS)
+    wait_until(lambda: store.fetched == [f"/{ENDLESS}"] * SLOTS)
     for number in range(1, SLOTS + 1):
         supervisor.send(StopJob(lease_token=number))
         supervisor.wait_for(DeviceLeft, number)

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from core.domain.training import Frozen
+from tests.waiting import PATIENCE_SECONDS
 from worker.supervisor.children import TrainerChild, TrainerGoneError
 
 CREDENTIALS = {
@@ -43,7 +44,7 @@ def test_a_trainer_has_no_credential_in_its_environment_arguments_or_files(monke
     finally:
         child.close()
         with pytest.raises(TrainerGoneError):
-            child.receive(timeout_seconds=10)
+            child.receive(timeout_seconds=PATIENCE_SECONDS)
     assert "hush" not in environment + arguments
     assert "CUDA_VISIBLE_DEVICES=0" in environment.split("\0")
     assert "ESPALIER_TRAINER_THREADS=1" in environment.split("\0")

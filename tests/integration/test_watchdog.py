@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,17 +15,11 @@ from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import POOL, queue_job
+from tests.waiting import wait_until
 from worker.supervisor.runner import Runner
 from worker.supervisor.watchdog import Watchdog
 
 NOBODY = "redis://127.0.0.1:1/0"
-
-
-def wait_until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not is_true():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture

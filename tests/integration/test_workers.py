@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, func, select, text
 
 from core.db.models import Worker
 from core.db.session import connect, service_transaction
 from core.services.workers import WorkerFacts
 from tests.integration.conftest import Database
+from tests.waiting import wait_until
 from worker.supervisor.presence import Presence
 
 
@@ -22,28 +22,26 @@ def engine(database: Database) -> Iterator[Engine]:
     made.dispose()
 
 
+def row_of(owner: Engine, name: str) -> Worker:
+    with service_transaction(owner) as session:
+        return session.scalars(select(Worker).where(Worker.name == name)).one()
+
+
 def alive(owner: Engine) -> dict[str, Worker]:
     with service_transaction(owner) as session:
         rows = session.scalars(select(Worker).where(Worker.alive_until > func.now())).all()
     return {row.name: row for row in rows}
 
 
-def wait_until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not is_true():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
-
-
 def test_a_worker_is_seen_with_what_it_holds_until_it_closes(engine: Engine, owner: Engine) -> None:
     facts = [WorkerFacts("one", ("p", "q"), "idle")]
-    presence = Presence(engine, interval_seconds=0.05, describe=lambda: facts[-1])
+    presence = Presence(engine, interval_seconds=0.5, describe=lambda: facts[-1])
     presence.start()
     wait_until(lambda: "one" in alive(owner))
-    started_at = alive(owner)["one"].started_at
+    started_at = row_of(owner, "one").started_at
     facts.append(WorkerFacts("one", ("p", "q"), "serving", pool="q", slots=8, slots_in_use=3))
-    wait_until(lambda: alive(owner)["one"].state == "serving")
-    row = alive(owner)["one"]
+    wait_until(lambda: row_of(owner, "one").state == "serving")
+    row = row_of(owner, "one")
     assert (row.pools, row.pool, row.slots, row.slots_in_use) == (["p", "q"], "q", 8, 3)
     assert row.started_at == started_at
     presence.close()
@@ -51,7 +49,9 @@ def test_a_worker_is_seen_with_what_it_holds_until_it_closes(engine: Engine, own
 
 
 def test_a_worker_that_beats_no_more_is_not_alive(engine: Engine, owner: Engine) -> None:
-    presence = Presence(engine, interval_seconds=0.05, describe=lambda: WorkerFacts("two", (), "idle"))
+    presence = Presence(engine, interval_seconds=60, describe=lambda: WorkerFacts("two", (), "idle"))
     presence._beat()  # and then it is killed
     assert "two" in alive(owner)
-    wait_until(lambda: "two" not in alive(owner))
+    with service_transaction(owner) as session:
+        session.execute(text("update workers set alive_until = alive_until - interval '181 seconds'"))
+    assert "two" not in alive(owner), "three beats later"

@@ -14,6 +14,9 @@ ROOMS = ("api", "core", "worker", "schedule", "local", "cli")
 FORBIDDEN_PARTS = {"utils", "helpers", "common", "misc", "manager", "handler", "processor", "do"}
 LIBRARY_NAMES = {"get_route_handler"}  # FastAPI's, which we override
 MAX_FUNCTION_LINES = 40
+PATIENT_SECONDS = 60
+CLOCKS = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "sleep"}
+WAITS = {"wait", "join", "result", "communicate", "receive", "select"}  # whose bound may stand without a name
 
 
 def sources() -> Iterator[Path]:
@@ -84,6 +87,42 @@ def test_a_transaction_of_a_tenant_names_who_acts(path: Path) -> None:
     calls = [node for node in walk(path) if isinstance(node, ast.Call)]
     opened = [call for call in calls if getattr(call.func, "id", "") == "tenant_transaction"]
     assert all("actor" in {keyword.arg for keyword in call.keywords} for call in opened), "the audit log wants a name"
+
+
+TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py")) if path.stem.startswith(("test_", "conftest"))]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_test_reads_no_clock_and_sleeps_for_no_luck(path: Path) -> None:
+    """What waits, and what must not be early, stands in tests/waiting.py; how long things take is shown by bench/."""
+    called = [node.func for node in walk(path) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    read = [each for each in called if getattr(each.value, "id", "") == "time" and each.attr in CLOCKS]
+    assert not [f"line {each.lineno}: time.{each.attr}" for each in read]
+    assert "time" not in {node.module for node in walk(path) if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_wait_of_a_test_ends_only_what_would_never_end(path: Path) -> None:
+    """A bound that a busy machine may pass fails a test for nothing; one that is never passed costs nothing."""
+    calls = [node for node in walk(path) if isinstance(node, ast.Call)]
+    assert not [f"line {call.lineno}: {seconds} s" for call in calls for seconds in bounds_of(call)]
+    assert not [f"line {call.lineno}: httpx waits 5 s if it is not told" for call in calls if is_unbound(call)]
+
+
+def bounds_of(call: ast.Call) -> Iterator[float]:
+    """Yield the bounds of a call's wait that are too short. 0 waits for nothing, and may."""
+    name = getattr(call.func, "attr", "")
+    given = [keyword.value for keyword in call.keywords if keyword.arg and "timeout" in keyword.arg]
+    given += call.args[-1:] if name in WAITS else []
+    for each in given:
+        if isinstance(each, ast.Constant) and isinstance(each.value, int | float) and 0 < each.value < PATIENT_SECONDS:
+            yield each.value
+
+
+def is_unbound(call: ast.Call) -> bool:
+    is_httpx = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "httpx"
+    asks = is_httpx and call.func.attr in {"get", "post", "put", "delete", "request", "stream", "Client"}  # type: ignore[attr-defined]
+    return asks and "timeout" not in {keyword.arg for keyword in call.keywords}
 
 
 def test_the_import_contracts_know_every_room() -> None:

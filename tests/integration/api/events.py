@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+from tests.waiting import PATIENCE_SECONDS
+
 
 @dataclass(frozen=True)
 class Received:
@@ -24,7 +26,7 @@ class Received:
 
 @contextmanager
 def open_stream(
-    api_url: str, api_key: str, job_id: str, *, after: int | None = None, timeout: float = 30
+    api_url: str, api_key: str, job_id: str, *, after: int | None = None, timeout: float = PATIENCE_SECONDS
 ) -> Iterator[Iterator[Received]]:
     headers = {"authorization": f"Bearer {api_key}"} | ({} if after is None else {"last-event-id": str(after)})
     url = f"{api_url}/v1/fine_tuning/jobs/{job_id}/stream"

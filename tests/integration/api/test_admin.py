@@ -17,6 +17,7 @@ from core.services.base_models import record_state
 from core.services.operators import issue_operator_key, revoke_operator_key
 from tests.integration.conftest import BASE_MODEL, Database, Tenant
 from tests.routes import all_routes
+from tests.waiting import PATIENCE_SECONDS
 
 GOOD = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}'
 
@@ -42,7 +43,7 @@ def api(database: Database) -> Iterator[Engine]:
 
 def http(api_url: str, api_key: str) -> httpx.Client:
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    return httpx.Client(base_url=api_url, headers=headers, trust_env=False, timeout=30)
+    return httpx.Client(base_url=api_url, headers=headers, trust_env=False, timeout=PATIENCE_SECONDS)
 
 
 def good(answer: httpx.Response) -> Any:

@@ -21,6 +21,7 @@ from core.services.base_models import record_state
 from core.services.workers import WorkerFacts, record_worker
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.training import BASE_MODEL, POOL, fail_job, queue_job, record_step, start_job
+from tests.waiting import PATIENCE_SECONDS
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def explain(api_url: str, tenant: Tenant, job_id: uuid.UUID) -> dict[str, Any]:
 
 def get(api_url: str, tenant: Tenant, path: str) -> httpx.Response:
     headers = {"authorization": f"Bearer {tenant.api_key}"}
-    return httpx.get(f"{api_url}/v1/fine_tuning/jobs{path}", headers=headers, trust_env=False)
+    return httpx.get(f"{api_url}/v1/fine_tuning/jobs{path}", headers=headers, trust_env=False, timeout=PATIENCE_SECONDS)
 
 
 def add_worker(owner: Engine, facts: WorkerFacts, *, alive_seconds: float = 60) -> None:
@@ -72,7 +73,7 @@ def test_the_reason_follows_what_workers_say_of_themselves(api_url: str, owner: 
     add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 4, 3), alive_seconds=-1)
     stale = explain(api_url, tenant, job.id)
     assert (stale["reason"]["code"], stale["workers"]["num_alive"]) == ("no_worker", 0)
-    assert abs(stale["workers"]["last_seen_at"] - time.time()) < 30
+    assert abs(stale["workers"]["last_seen_at"] - time.time()) < PATIENCE_SECONDS
 
 
 def test_a_base_that_cannot_be_used_is_said_to_be_so_without_a_word_of_the_workers_files(
@@ -174,12 +175,12 @@ def test_a_running_job_has_an_interval_from_its_own_steps(api_url: str, owner: E
         session.execute(text("update jobs set total_steps = 104 where id = :id"), {"id": lease.job_id})
         spread = "update metrics set created_at = now() - (4 - step) * interval '10 s' where job_id = :id"
         session.execute(text(spread), {"id": lease.job_id})
-    now = time.time()
+    before = time.time() - 60  # the last step may have been a while ago on a busy machine
     job = get(api_url, tenant, f"/{format_id(IdKind.JOB, lease.job_id)}").json()
     assert job["progress"] == pytest.approx(4 / 104)
-    assert job["estimated_finish"] == pytest.approx(now + 1000, abs=15)
-    assert job["estimated_finish_interval"]["earliest"] == pytest.approx(now + 500, abs=15)
-    assert job["estimated_finish_interval"]["latest"] == pytest.approx(now + 2000, abs=15)
+    interval = job["estimated_finish_interval"]
+    told = (interval["earliest"], job["estimated_finish"], interval["latest"])
+    assert all(before + left <= at <= time.time() + left + 1 for left, at in zip((500, 1000, 2000), told, strict=True))
     told = explain(api_url, tenant, lease.job_id)
     assert (told["status"], told["reason"], told["eta"]["basis"]) == ("running", None, "measured_steps")
     assert told["eta"]["num_measured"] == 3
@@ -200,6 +201,7 @@ def test_a_queued_job_has_an_interval_from_what_recent_jobs_took(
     with service_transaction(owner) as session:
         session.execute(text(ended))
         session.execute(text("update jobs set run_after = now()"))
+    before = time.time() - 1  # answers are in whole seconds
     told = explain(api_url, tenant, job.id)
     assert (told["reason"]["code"], told["eta"]["basis"], told["eta"]["num_measured"]) == ("starting", "recent_jobs", 1)
-    assert told["eta"]["earliest"] == pytest.approx(time.time() + 30, abs=15)
+    assert before + 30 <= told["eta"]["earliest"] <= time.time() + 30 + 1

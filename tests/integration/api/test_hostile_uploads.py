@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from urllib.parse import urlsplit
@@ -17,6 +16,7 @@ from sqlalchemy import Engine
 from api.admission import UPLOADS
 from tests.integration.api.test_bad_input import GOOD, upload
 from tests.integration.conftest import Tenant, add_tenant
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 BEGINNING = '--b\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{"messa'
 
@@ -24,7 +24,7 @@ BEGINNING = '--b\r\ncontent-disposition: form-data; name="file"; filename="a.jso
 def begin_upload(api_url: str, tenant: Tenant) -> socket.socket:
     """Send the beginning of an upload, and no more."""
     address = urlsplit(api_url)
-    made = socket.create_connection((address.hostname, address.port), timeout=20)
+    made = socket.create_connection((address.hostname, address.port), timeout=PATIENCE_SECONDS)
     headers = {
         "host": "x",
         "authorization": f"Bearer {tenant.api_key}",
@@ -44,18 +44,11 @@ def slow_uploads(api_url: str) -> Iterator[Callable[[Tenant, int], list[socket.s
 
 def answer_of_one(held: list[socket.socket]) -> bytes:
     """Return what the first to be answered is told; which of them came last is the service's to say."""
-    (answered, *_), _, _ = select.select(held, [], [], 20)
+    (answered, *_), _, _ = select.select(held, [], [], PATIENCE_SECONDS)
     answer = b""
     while b"\r\n\r\n{" not in answer:
         answer += answered.recv(4096)
     return bytes(answer)
-
-
-def until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_one_tenant_can_hold_up_neither_others_uploads_nor_anything_else(
@@ -75,7 +68,7 @@ def test_one_tenant_can_hold_up_neither_others_uploads_nor_anything_else(
         each.close()
     headers = {"authorization": f"Bearer {tenant.api_key}"}
     form = {"files": {"file": ("a.jsonl", GOOD)}, "data": {"purpose": "fine-tune"}}
-    until(lambda: httpx.post(f"{api_url}/v1/files", headers=headers, **form).is_success)  # type: ignore[arg-type]
+    wait_until(lambda: httpx.post(f"{api_url}/v1/files", headers=headers, **form, timeout=PATIENCE_SECONDS).is_success)  # type: ignore[arg-type]
 
 
 def test_all_slow_uploads_together_leave_threads_for_everything_else(
@@ -87,14 +80,16 @@ def test_all_slow_uploads_together_leave_threads_for_everything_else(
     answer = answer_of_one(held)
     assert answer.startswith(b"HTTP/1.1 503")
     assert b"uploads_busy" in answer
-    assert httpx.get(f"{api_url}/readyz", timeout=5).is_success
+    assert httpx.get(f"{api_url}/readyz", timeout=PATIENCE_SECONDS).is_success
+    answered, _, _ = select.select(held, [], [], 0)
+    assert len(answered) <= 1, "the others were still under way when everything else was answered"
 
 
 @pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/uploads", "/v1/fine_tuning/jobs/x/cancel"])
 def test_a_body_that_would_be_read_whole_has_a_cap(api_url: str, tenant: Tenant, path: str) -> None:
     headers = {"authorization": f"Bearer {tenant.api_key}", "content-type": "application/json"}
     body = b'{"model": "' + b"x" * 2**21 + b'"}'
-    answer = httpx.post(f"{api_url}{path}", headers=headers, content=body)
+    answer = httpx.post(f"{api_url}{path}", headers=headers, content=body, timeout=PATIENCE_SECONDS)
     if path.endswith("cancel"):  # nobody reads it
         assert answer.status_code == 404
     else:
@@ -109,5 +104,5 @@ def test_clients_that_vanish_in_the_middle_leave_nothing_behind(
     headers = {"authorization": f"Bearer {tenant.api_key}"}
     form = {"files": {"file": ("whole.jsonl", GOOD)}, "data": {"purpose": "fine-tune"}}
     # All their places are free again only when every one of them has been noticed and cleaned up after.
-    until(lambda: httpx.post(f"{api_url}/v1/files", headers=headers, **form).is_success)  # type: ignore[arg-type]
+    wait_until(lambda: httpx.post(f"{api_url}/v1/files", headers=headers, **form, timeout=PATIENCE_SECONDS).is_success)  # type: ignore[arg-type]
     assert {file.filename for file in client.files.list().data} == {"whole.jsonl"}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -22,6 +21,7 @@ from core.services.idempotency import Submission, forget_expired_keys, submit_on
 from core.services.submissions import JobRequest
 from tests.integration.api.test_bad_input import GOOD, submit, upload
 from tests.integration.conftest import BASE_MODEL, Database, Tenant
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
 def num_jobs(owner: Engine, tenant: Tenant) -> int:
@@ -31,13 +31,6 @@ def num_jobs(owner: Engine, tenant: Tenant) -> int:
 
 def with_key(key: str) -> dict[str, str]:
     return {"Idempotency-Key": key}
-
-
-def wait_until(is_true: Callable[[], bool], *, timeout_seconds: float = 30) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
 
 
 def retry(number: int) -> dict[str, str]:
@@ -165,7 +158,7 @@ def answers_lost(api_url: str, *, num_lost: int) -> Iterator[str]:
     thread.start()
     with listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        thread.join(timeout=30)
+        thread.join(PATIENCE_SECONDS)
 
 
 def test_lost_answers_do_not_make_the_real_client_submit_twice(

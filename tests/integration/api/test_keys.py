@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -24,6 +23,7 @@ from core.domain.api_keys import ALL_SCOPES, Scope
 from core.domain.errors import ConflictError, DomainError, NotFoundError, UnauthenticatedError
 from core.services.tenants import Identity, issue_api_key, list_api_keys, revoke_api_key, rotate_api_key
 from tests.integration.conftest import Database, Tenant
+from tests.waiting import PATIENCE_SECONDS, ask_until
 
 REVOCATION_SECONDS = 5.0
 
@@ -44,7 +44,7 @@ def http(api_url: str, tenant: Tenant) -> Iterator[httpx.Client]:
 
 def connect_http(api_url: str, api_key: str) -> httpx.Client:
     headers = {"authorization": f"Bearer {api_key}"}
-    return httpx.Client(base_url=f"{api_url}/v1", headers=headers, trust_env=False, timeout=30)
+    return httpx.Client(base_url=f"{api_url}/v1", headers=headers, trust_env=False, timeout=PATIENCE_SECONDS)
 
 
 def make_key(http: httpx.Client, **fields: Any) -> dict[str, Any]:
@@ -55,13 +55,6 @@ def make_key(http: httpx.Client, **fields: Any) -> dict[str, Any]:
 
 def error_of(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def is_refused(api_url: str, api_key: str) -> bool:
@@ -238,7 +231,7 @@ def test_a_revoked_key_is_refused_within_five_seconds_though_it_was_just_used(ap
     made = make_key(http)
     assert not is_refused(api_url, made["value"])
     assert http.delete(f"/api_keys/{made['id']}").status_code == 200
-    wait_until(lambda: is_refused(api_url, made["value"]), REVOCATION_SECONDS)
+    ask_until(lambda: is_refused(api_url, made["value"]), promised_seconds=REVOCATION_SECONDS)
     assert http.get(f"/api_keys/{made['id']}").status_code == 404
     assert http.delete(f"/api_keys/{made['id']}").status_code == 404
 
@@ -259,7 +252,7 @@ def test_an_open_stream_learns_within_five_seconds_that_its_key_was_revoked(
             return True
         return False
 
-    wait_until(has_ended, REVOCATION_SECONDS)
+    ask_until(has_ended, promised_seconds=REVOCATION_SECONDS)
 
 
 def test_an_expired_key_is_refused(owner: Engine, api: Engine, tenant: Tenant) -> None:

@@ -22,6 +22,7 @@ from local.servers import ServerAddresses
 from tests.integration.api.test_bad_input import GOOD, submit, upload
 from tests.integration.api.test_wire import add_adapter
 from tests.integration.conftest import BASE_MODEL, Database, Tenant
+from tests.waiting import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def add_checkpoint(owner: Engine, servers: ServerAddresses, tenant: Tenant, job_
 
 def ask(api_url: str, tenant: Tenant, method: str, path: str, **options: Any) -> httpx.Response:
     headers = {"authorization": f"Bearer {tenant.api_key}"}
-    return httpx.request(method, f"{api_url}/v1{path}", headers=headers, **options)
+    return httpx.request(method, f"{api_url}/v1{path}", headers=headers, **options, timeout=PATIENCE_SECONDS)
 
 
 def test_models_are_found_by_names_with_slashes_and_colons(
@@ -163,7 +164,7 @@ def test_a_shared_checkpoint_can_be_read_and_downloaded_and_nothing_else(
     read = ask(api_url, other_tenant, "GET", f"/fine_tuning/checkpoints/{shared}").json()
     assert read["fine_tuned_model_checkpoint"] == shared
     download = ask(api_url, other_tenant, "GET", f"/fine_tuning/checkpoints/{shared}/download").json()
-    assert httpx.get(download["files"][0]["url"]).content == b"weights"
+    assert httpx.get(download["files"][0]["url"], timeout=PATIENCE_SECONDS).content == b"weights"
     job = f"/fine_tuning/jobs/{job_id}"
     for method, path in (
         ("GET", f"/models/{private}"),

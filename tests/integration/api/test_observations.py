@@ -16,6 +16,7 @@ from core.services.attempts import Lease
 from core.services.logs import record_log_line
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import record_step, start_job
+from tests.waiting import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -27,7 +28,13 @@ def worker(database: Database) -> Iterator[Engine]:
 
 def get(api_url: str, tenant: Tenant, lease: Lease, what: str, **params: Any) -> httpx.Response:
     url = f"{api_url}/v1/fine_tuning/jobs/{format_id(IdKind.JOB, lease.job_id)}/{what}"
-    return httpx.get(url, params=params, headers={"authorization": f"Bearer {tenant.api_key}"}, trust_env=False)
+    return httpx.get(
+        url,
+        params=params,
+        headers={"authorization": f"Bearer {tenant.api_key}"},
+        trust_env=False,
+        timeout=PATIENCE_SECONDS,
+    )
 
 
 def add_steps(

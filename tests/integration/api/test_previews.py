@@ -17,6 +17,7 @@ from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.bundles import letters_bundle
 from tests.integration.conftest import BASE_MODEL, Tenant
+from tests.waiting import PATIENCE_SECONDS
 
 GOOD = [
     json.dumps({"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "A" * n}]})
@@ -43,7 +44,9 @@ def upload(client: OpenAI, rows: list[str]) -> Any:
 def preview(api_url: str, tenant: Tenant, file_id: str, **body: Any) -> httpx.Response:
     headers = {"authorization": f"Bearer {tenant.api_key}"}
     url = f"{api_url}/v1/files/{file_id}/preview"
-    return httpx.post(url, json={"model": BASE_MODEL, **body}, headers=headers, timeout=40, trust_env=False)
+    return httpx.post(
+        url, json={"model": BASE_MODEL, **body}, headers=headers, timeout=PATIENCE_SECONDS, trust_env=False
+    )
 
 
 def test_a_file_carries_up_to_100_problems_and_counts_of_all(client: OpenAI) -> None:

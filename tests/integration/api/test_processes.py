@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import psutil
@@ -22,9 +22,10 @@ from local.servers import ServerAddresses
 from tests.integration.api.events import open_stream
 from tests.integration.conftest import Database, Tenant, running_api
 from tests.integration.training import start_job
+from tests.waiting import PATIENCE_SECONDS, ask_until, wait_until
 
 REVOCATION_SECONDS = 5.0
-YOUNG_SECONDS = 7.0  # well beyond five: the clock of a process's birth is a coarse one
+YOUNG_SECONDS = 12.0  # well beyond five: the parent counts from a moment after the birth
 
 
 @pytest.fixture
@@ -36,13 +37,6 @@ def port() -> int:
 def group(database: Database, servers: ServerAddresses, port: int) -> Iterator[subprocess.Popen[bytes]]:
     with running_api(database.api_url, servers.storage, port=port, num_processes=2) as process:
         yield process
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def children_of(group: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -72,7 +66,7 @@ def test_all_stop_together_though_a_stream_is_open(
         group.terminate()
         with contextlib.suppress(httpx.TransportError):
             assert len(list(events)) <= 1
-    assert group.wait(30) == 0
+    assert group.wait() == 0
     assert all(map(is_gone, children))
     assert is_free(port)
 
@@ -83,17 +77,21 @@ def test_one_that_died_is_replaced(group: subprocess.Popen[bytes], port: int) ->
     victim.kill()
     wait_until(lambda: len(set(children_of(group)) - {victim}) == 2)
     assert other in children_of(group)
-    assert httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False, timeout=30).status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False, timeout=PATIENCE_SECONDS).status_code == 200
 
 
 def test_the_death_of_a_young_one_ends_all(group: subprocess.Popen[bytes], port: int) -> None:
     wait_until(lambda: all(time.time() - child.create_time() > YOUNG_SECONDS for child in children_of(group)))
     victim, other = children_of(group)
     victim.kill()
-    wait_until(lambda: len(set(children_of(group)) - {victim}) == 2)
-    (young,) = set(children_of(group)) - {victim, other}
-    young.kill()
-    assert group.wait(30) == 1
+
+    def young_is_killed() -> bool:  # again and again: a busy machine may let one grow old before it is seen
+        for young in set(children_of(group)) - {victim, other}:
+            young.kill()
+        return group.poll() is not None
+
+    wait_until(young_is_killed, what="the end of all")
+    assert group.wait() == 1
     assert is_gone(other)
     assert is_free(port)
 
@@ -111,16 +109,19 @@ def test_a_revoked_key_is_refused_within_five_seconds_by_each(
     url, headers = f"http://127.0.0.1:{port}/v1/models", {"authorization": f"Bearer {tenant.api_key}"}
     with contextlib.ExitStack() as stack:
         clients: dict[int, httpx.Client] = {}
-        deadline = time.monotonic() + 60
-        while len(clients) < 2:  # a connection stays with the process that took it
-            assert time.monotonic() < deadline
-            client = stack.enter_context(httpx.Client(trust_env=False, timeout=30, headers=headers))
+
+        def both_are_found() -> bool:  # a connection stays with the process that took it
+            client = stack.enter_context(httpx.Client(trust_env=False, timeout=PATIENCE_SECONDS, headers=headers))
             answer = client.get(url)
             assert answer.status_code == 200
             own_port = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
-            clients |= {child.pid: client for child in children_of(group) if has_connection_from(child, own_port)}
+            clients.update((child.pid, client) for child in children_of(group) if has_connection_from(child, own_port))
+            return len(clients) == 2
+
+        wait_until(both_are_found)
         with service_transaction(owner) as session:
             revoke_api_key(session, tenant.id, key_id=tenant.key_id)
-        wait_until(
-            lambda: [client.get(url).status_code for client in clients.values()] == [401, 401], REVOCATION_SECONDS
+        ask_until(
+            lambda: [client.get(url).status_code for client in clients.values()] == [401, 401],
+            promised_seconds=REVOCATION_SECONDS,
         )

@@ -22,6 +22,7 @@ from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.integration.api.test_bad_input import GOOD, submit, upload
 from tests.integration.conftest import Database, Tenant
+from tests.waiting import PATIENCE_SECONDS
 
 ROWS = b"\n".join([GOOD] * 400)
 
@@ -236,5 +237,8 @@ def test_files_are_filtered_by_their_purpose(client: OpenAI) -> None:
 def test_a_part_that_is_no_form_is_refused(client: OpenAI, api_url: str, tenant: Tenant) -> None:
     url = f"{api_url}/v1/uploads/{begin(client, 4).id}/parts"
     headers = {"authorization": f"Bearer {tenant.api_key}"}
-    assert httpx.post(url, headers=headers, content=b"1234").status_code == 400
-    assert httpx.post(url, headers=headers, files={"file": b"1234"}).json()["error"]["param"] == "data"
+    assert httpx.post(url, headers=headers, content=b"1234", timeout=PATIENCE_SECONDS).status_code == 400
+    assert (
+        httpx.post(url, headers=headers, files={"file": b"1234"}, timeout=PATIENCE_SECONDS).json()["error"]["param"]
+        == "data"
+    )

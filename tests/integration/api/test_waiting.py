@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import select
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -30,6 +29,7 @@ from tests.faults import FaultProxy, Hang, port_of
 from tests.integration.api.planting import plant
 from tests.integration.api.test_previews import publish
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, running_api
+from tests.waiting import wait_until
 
 ROW = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}'
 NUM_ASKED = 45
@@ -100,13 +100,6 @@ def begun(http: httpx.Client) -> Begun:
     return Begun(upload_id, part["id"])
 
 
-def until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def statuses_of(asked: list[Future[httpx.Response]]) -> list[int]:
     return [each.result().status_code for each in asked if each.done()]
 
@@ -126,12 +119,12 @@ def check_nobody_is_held_up(
     with ThreadPoolExecutor(NUM_ASKED) as pool:
         with proxy.during(Hang()):
             asked = [pool.submit(ask, http) for _ in range(NUM_ASKED)]
-            until(lambda: len(statuses_of(asked)) == NUM_ASKED - num_held)
+            wait_until(lambda: len(statuses_of(asked)) == NUM_ASKED - num_held)
             for _ in range(20):
                 assert neighbour.get("/fine_tuning/jobs").status_code == 200
                 assert http.get("/fine_tuning/jobs").status_code == 200
             assert len(statuses_of(asked)) == NUM_ASKED - num_held, "they still wait, and nobody else does"
-            until(lambda: idle_transactions(database) == 0, 4)  # it would be ended after five
+            wait_until(lambda: idle_transactions(database) == 0)
         return [each.result() for each in asked]
 
 
@@ -204,7 +197,7 @@ def test_long_bodies_of_one_tenant_leave_places_to_others(
         for _ in range(LONG_BODIES.of_tenant + 3):
             held.append(stack.enter_context(socket.create_connection((address.hostname, address.port), timeout=60)))
             held[-1].sendall(head)
-        until(lambda: len(select.select(held, [], [], 0)[0]) == 3)
+        wait_until(lambda: len(select.select(held, [], [], 0)[0]) == 3)
         for each in select.select(held, [], [], 0)[0]:
             answer = each.recv(65536)
             assert answer.startswith(b"HTTP/1.1 429")
@@ -228,7 +221,7 @@ def test_a_completion_whose_process_died_can_be_done_again(
     with running_api(database.api_url, storage, port=port) as process, ThreadPoolExecutor(1) as pool:
         with client_of(f"http://127.0.0.1:{port}", tenant) as dying, proxy.during(Hang()):
             lost = pool.submit(begun.complete, dying)
-            until(lambda: status() == "completing")
+            wait_until(lambda: status() == "completing")
             process.kill()
             process.wait()
         with pytest.raises(httpx.TransportError):
@@ -257,7 +250,7 @@ def test_requests_that_wait_for_a_lock_leave_threads_to_other_tenants(
         holding.execute("select set_config('app.tenant_id', %s, false)", [str(tenant.id)])
         holding.execute("select 1 from jobs where id = %s for update", [parse_id(IdKind.JOB, job)])
         asked = [pool.submit(http.post, f"/fine_tuning/jobs/{job}/cancel") for _ in range(NUM_ASKED)]
-        until(lambda: num_waiting(database) == SHARE_OF_TENANT)
+        wait_until(lambda: num_waiting(database) == SHARE_OF_TENANT)
         for _ in range(20):
             assert neighbour.get("/fine_tuning/jobs").status_code == 200
         assert not statuses_of(asked)

@@ -20,6 +20,7 @@ from core.domain.ids import IdKind, new_id, parse_id
 from core.domain.jobs import JobStatus
 from tests.integration.api.test_bad_input import GOOD, submit, upload
 from tests.integration.conftest import BASE_MODEL, Tenant
+from tests.waiting import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -68,7 +69,10 @@ def test_every_answer_has_a_request_id_of_its_own(client: OpenAI, api_url: str, 
         client.models.list()
     assert (failed.value.status_code, failed.value.code) == (500, "internal_error")
     assert failed.value.response.headers["x-content-type-options"] == "nosniff"
-    ids = {httpx.get(f"{api_url}{path}").headers["x-request-id"] for path in ("/livez", "/nowhere", "/v1/models")}
+    ids = {
+        httpx.get(f"{api_url}{path}", timeout=PATIENCE_SECONDS).headers["x-request-id"]
+        for path in ("/livez", "/nowhere", "/v1/models")
+    }
     ids |= {str(refused.value.request_id), str(failed.value.request_id)}
     assert len(ids) == 5
     assert all(request_id.startswith("req_") for request_id in ids)
@@ -76,7 +80,7 @@ def test_every_answer_has_a_request_id_of_its_own(client: OpenAI, api_url: str, 
 
 @pytest.mark.parametrize(("path", "status"), [("/nowhere", 404), ("/livez", 405), ("/v1/files", 401)])
 def test_every_refusal_is_an_error_object(api_url: str, path: str, status: int) -> None:
-    answer = httpx.post(f"{api_url}{path}")
+    answer = httpx.post(f"{api_url}{path}", timeout=PATIENCE_SECONDS)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
@@ -166,7 +170,9 @@ def test_a_page_names_its_ends_and_whether_there_is_more(
     headers = {"authorization": f"Bearer {tenant.api_key}"}
 
     def page(**query: Any) -> Any:
-        answer = httpx.get(f"{api_url}/v1/fine_tuning/jobs", params=query, headers=headers).json()
+        answer = httpx.get(
+            f"{api_url}/v1/fine_tuning/jobs", params=query, headers=headers, timeout=PATIENCE_SECONDS
+        ).json()
         return answer["first_id"], answer["last_id"], answer["has_more"], len(answer["data"])
 
     assert page(limit=2) == (made[0], made[1], True, 2)
@@ -195,7 +201,7 @@ def test_events_are_walked_over_pages_newest_first_and_are_of_two_types(
 def test_cancel_needs_no_body(client: OpenAI, api_url: str, tenant: Tenant, file_id: str) -> None:
     job = submit(client, file_id)
     headers = {"authorization": f"Bearer {tenant.api_key}", "content-type": "application/json"}
-    answer = httpx.post(f"{api_url}/v1/fine_tuning/jobs/{job.id}/cancel", headers=headers)
+    answer = httpx.post(f"{api_url}/v1/fine_tuning/jobs/{job.id}/cancel", headers=headers, timeout=PATIENCE_SECONDS)
     assert answer.json()["status"] == "cancelled"
 
 
@@ -222,7 +228,7 @@ HOSTILE = {
 @pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_body_is_a_bad_request(api_url: str, tenant: Tenant, body: bytes) -> None:
     headers = {"authorization": f"Bearer {tenant.api_key}", "content-type": "application/json"}
-    answer = httpx.post(f"{api_url}/v1/fine_tuning/jobs", content=body, headers=headers)
+    answer = httpx.post(f"{api_url}/v1/fine_tuning/jobs", content=body, headers=headers, timeout=PATIENCE_SECONDS)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["code"] is not None
 
@@ -244,5 +250,7 @@ def test_a_hostile_body_is_a_bad_request(api_url: str, tenant: Tenant, body: byt
     ],
 )
 def test_a_hostile_address_is_refused(api_url: str, tenant: Tenant, path: str) -> None:
-    answer = httpx.get(f"{api_url}{path}", headers={"authorization": f"Bearer {tenant.api_key}"})
+    answer = httpx.get(
+        f"{api_url}{path}", headers={"authorization": f"Bearer {tenant.api_key}"}, timeout=PATIENCE_SECONDS
+    )
     assert answer.status_code < 500, answer.text

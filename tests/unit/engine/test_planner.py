@@ -198,7 +198,7 @@ def test_a_plan_can_be_made_again() -> None:
     assert first == second
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.lists(st.integers(2, 30), min_size=1, max_size=12), min_size=1, max_size=4),
     budget=st.integers(1, 120),
@@ -254,7 +254,7 @@ a_visit = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(drawn=st.lists(a_visit, min_size=1, max_size=5), max_tokens=st.sampled_from([32, 64, 200]))
 def test_any_company_leaves_every_job_on_its_solo_trajectory(drawn: list[Visit], max_tokens: int) -> None:
     visits = {str(number): visit for number, visit in enumerate(drawn)}

@@ -139,7 +139,7 @@ _ANSWERS = _CONTENTS.filter(str.strip)
 @given(
     turns=st.lists(st.tuples(_CONTENTS, _ANSWERS, st.sampled_from([0, 1])), min_size=1, max_size=4), system=_CONTENTS
 )
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_whatever_is_said_labels_are_the_answers_and_controls_are_the_templates(
     tokenizer: Any, turns: list[tuple[str, str, int]], system: str
 ) -> None:
@@ -290,7 +290,6 @@ def test_a_bad_row_is_the_jobs_own_fault_and_names_its_line() -> None:
     ),
     end=st.sampled_from([b"", b"\n", b"\r\n"]),
 )
-@settings(deadline=None)
 def test_the_trainer_reads_what_the_api_accepts_and_nothing_else(lines: list[bytes], end: bytes) -> None:
     content = b"\n".join(lines) + end
     checker = DatasetChecker()
