@@ -191,10 +191,13 @@ def test_what_was_stored_waited_and_was_named_before_is_counted_and_reserved(con
         insert into resume_points (id, tenant_id, job_id, lease_token, step, object_prefix, files)
         select gen_random_uuid(), tenant_id, id, 1, 1, 'p', '[{"size_bytes": 7}, {"size_bytes": 4000}]' from jobs
         where status = 'paused';
+        insert into checkpoints (id, tenant_id, job_id, lease_token, step, model_name, object_prefix, files, metrics)
+        select gen_random_uuid(), tenant_id, id, 1, 1, 'm', 'p', '[{"size_bytes": 500}]', '{}' from jobs
+        where status = 'paused';
         """)
     )
     command.upgrade(config, "0016")
-    assert connection.execute(text("select num_bytes from storage_totals")).scalars().all() == [4127]
+    assert connection.execute(text("select num_bytes from storage_totals")).scalars().all() == [4627]
     assert [tuple(row) for row in connection.execute(text("select num_queued, num_paused from queues"))] == [(1, 1)]
     digits = {row.status: row.name_digits for row in connection.execute(text("select status, name_digits from jobs"))}
     assert (digits["succeeded"], digits["queued"]) == ("aaaaaaaa", "bbbbbbbb")
