@@ -23,7 +23,7 @@ from core.settings import WorkerSettings
 from core.storage import ObjectStore
 from worker.messages import Report
 from worker.supervisor.artifacts import publish_tokenizer
-from worker.supervisor.children import TrainerChild
+from worker.supervisor.children import TrainerChild, TrainerGoneError
 from worker.supervisor.loading import BaseUnusableError, InspectedBase, TrainerStarter
 from worker.supervisor.orders import order_base, pools_of
 from worker.supervisor.refusals import Refusals
@@ -112,6 +112,7 @@ class BaseHolder:
 
     def warm(self) -> None:
         """Hold the base of this worker's first pool that can be loaded, unless one is held."""
+        self._hear_idle_trainer()
         for pool, base in () if self.is_alive else self._served():
             if self.may_load(pool, base) and not self._stop_requested.is_set():
                 self.load(pool, base)
@@ -151,6 +152,14 @@ class BaseHolder:
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None
+
+    def _hear_idle_trainer(self) -> None:
+        """Take what an idle trainer says: while there is no work nobody else does, and it would pile up."""
+        try:
+            while self._trainer is not None and self._trainer.receive(timeout_seconds=0) is not None:
+                pass
+        except TrainerGoneError:
+            self.close()
 
     def _hold(self, pool: str, base: BaseModelRow, inspected: InspectedBase) -> None:
         self.close()
