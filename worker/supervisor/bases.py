@@ -126,7 +126,7 @@ class BaseHolder:
         served = {base.id: (pool, base) for pool, base in reversed(self._served())}  # each by its first pool
         for pool, base in served.values():
             is_at_hand = self.shown_pool in pools_of(base)
-            if not is_at_hand and base.state != BaseState.USABLE and self._is_look_due(pool, base):
+            if not is_at_hand and self._is_in_doubt(base) and self._is_look_due(pool, base):
                 self._inspect(pool, base)
 
     def send(self, order: Frozen) -> None:
@@ -168,11 +168,16 @@ class BaseHolder:
         loaded = None
         try:
             loaded = self._starter.load_weights(inspected.trainer)
+        except BaseUnusableError as error:
+            if error.is_worker_fault and base.state == BaseState.UNUSABLE:  # its files are well now
+                self._record(base, BaseState.UNCHECKED)
+            raise
         finally:
             if loaded is None:
                 self._trainer = None  # it was ended
         if loaded is not None:
             log.info("base_model.loaded", pool=pool, seconds=round(loaded.seconds, 2))
+            self._refusals.forget(pool)
             self._accept(base, inspected)
             self._record_usable()
 
@@ -193,7 +198,7 @@ class BaseHolder:
 
     def _accept(self, base: BaseModelRow, inspected: InspectedBase) -> None:
         for pool in pools_of(base):
-            self._refusals.forget(pool)
+            self._refusals.forget_base_fault(pool)
         publish_tokenizer(self._engine, self._store, base.id, inspected.tokenizer_path)
 
     def _refuse(self, pool: str, base: BaseModelRow, error: BaseUnusableError) -> None:
@@ -228,6 +233,10 @@ class BaseHolder:
         with service_transaction(self._engine) as session:
             bases = {pool: base for base in list_base_models(session) for pool in pools_of(base)}
         return [(pool, bases[pool]) for pool in self._settings.worker_pools if pool in bases]
+
+    def _is_in_doubt(self, base: BaseModelRow) -> bool:
+        """Say whether a look may tell something new: one that is unchecked is loaded rather, where nothing is held."""
+        return base.state == BaseState.UNUSABLE or (base.state == BaseState.UNCHECKED and self.is_alive)
 
     def _is_look_due(self, pool: str, base: BaseModelRow) -> bool:
         refusal = self._refusals.find(pool)

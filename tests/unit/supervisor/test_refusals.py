@@ -60,6 +60,10 @@ def test_a_row_that_has_changed_since_is_tried_at_once_and_an_older_look_at_it_i
 def test_a_reason_is_news_once_and_what_was_loaded_begins_anew() -> None:
     refusals = Refusals()
     assert [refuse(refusals), refuse(refusals), refuse(refusals, "It is gone.")] == [True, False, True]
-    refusals.forget("p")
+    refusals.add("q", "It is too large.", is_worker_fault=True, state_since=None)
+    for pool in ("p", "q"):
+        refusals.forget_base_fault(pool)
+    assert refusals.standing == {"q": "It is too large."}
+    refusals.forget("q")
     assert refusals.standing == {}
     assert refuse(refusals, "It is gone.")
