@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from sqlalchemy import Engine, func, select, update
+from structlog.testing import capture_logs
 
 from core.db.models import Attempt, BaseModelRow, BaseTokenizerRow, Job
 from core.db.session import connect, service_transaction
@@ -207,8 +208,11 @@ def test_a_base_that_is_put_right_is_used_again_without_anybodys_doing(
     place(owner, tmp_path / "late")
     queue_job(owner, tenant.id)
     runner = start(settings)
-    runner.serve()
+    with capture_logs() as lines:
+        runner.serve()
+        runner.warm()
     assert row_of(owner).state == BaseState.UNUSABLE
+    assert [line["event"] for line in lines if line["log_level"] == "error"] == ["base_model.refused"]
     shutil.copytree(tiny_base, tmp_path / "late")
     runner.warm()
     assert row_of(owner).state == BaseState.USABLE
@@ -236,6 +240,8 @@ def test_other_bases_are_looked_at_while_one_is_held_and_what_is_held_stays(
     start: Callable[[WorkerSettings], Runner],
     settings: WorkerSettings,
     owner: Engine,
+    tenant: Tenant,
+    servers: ServerAddresses,
     tiny_base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -259,8 +265,12 @@ def test_other_bases_are_looked_at_while_one_is_held_and_what_is_held_stays(
     runner.warm()
     with service_transaction(owner) as session:
         assert session.get_one(BaseModelRow, other).state == BaseState.UNCHECKED
-        session.connection().exec_driver_sql("delete from base_tokenizers where base_model_id = %s", (other,))
-        session.connection().exec_driver_sql("delete from base_models where id = %s", (other,))
+    config.unlink()
+    job = queue_real_job(owner, tenant, S3ObjectStore(servers.storage), base_model_id=other)
+    runner.serve()
+    assert tries_of(owner, job) == ("queued", 0, 0)
+    with service_transaction(owner) as session:
+        assert session.get_one(BaseModelRow, other).state == BaseState.UNUSABLE
     assert trainers() == warm
 
 
@@ -299,7 +309,7 @@ def test_one_worker_alone_does_not_call_a_base_unusable_that_another_alive_holds
     assert find(BaseState.UNUSABLE, by="blind") == "unusable"
 
 
-def queue_real_job(owner: Engine, tenant: Tenant, store: S3ObjectStore) -> Job:
+def queue_real_job(owner: Engine, tenant: Tenant, store: S3ObjectStore, *, base_model_id: str = BASE_MODEL) -> Job:
     """Queue a job of one step on rows that are really stored."""
     rows = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}] for n in range(4)]
     content = "\n".join(json.dumps({"messages": row}) for row in rows).encode()
@@ -314,7 +324,7 @@ def queue_real_job(owner: Engine, tenant: Tenant, store: S3ObjectStore) -> Job:
         sha256=stored.sha256,
         num_examples=len(rows),
     )
-    request = JobRequest(base_model_id=BASE_MODEL, training_file_id=file_id, n_epochs=1, batch_size=4, rank=4)
+    request = JobRequest(base_model_id=base_model_id, training_file_id=file_id, n_epochs=1, batch_size=4, rank=4)
     with service_transaction(owner) as session:
         create_file(session, tenant.id, new=new)
         return submit_job(session, tenant.id, request=request)

@@ -38,7 +38,7 @@ SETTINGS = "ESPALIER_"
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry whose base is never loaded: no job is submitted here."""
+    """A registry whose base cannot be loaded: no job is submitted here."""
     source = {"kind": "path", "location": "/nowhere"}
     entry = {"id": BASE_MODEL, "source": source, "target_modules": ["q_proj"], "max_seq_len": 256}
     path = tmp_path_factory.mktemp("registry") / "registry.yaml"
@@ -120,6 +120,11 @@ def list_models(api_url: str, api_key: str) -> httpx.Response:
 def up(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     with run_up(tmp_path_factory.mktemp("stack") / "data", registry) as running:
         yield running
+
+
+def test_up_says_once_that_a_base_cannot_be_used_and_why_before_any_job(up: Up) -> None:
+    wait_until(lambda: "is unusable" in up.said, seconds=120)
+    assert up.said.count(f"{BASE_MODEL} is unusable, because There is no base model at /nowhere.") == 1
 
 
 def test_up_prints_a_url_and_a_key_that_a_client_can_use_at_once(up: Up) -> None:

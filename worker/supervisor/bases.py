@@ -24,7 +24,7 @@ from core.settings import WorkerSettings
 from core.storage import ObjectStore
 from worker.messages import Report
 from worker.supervisor.artifacts import publish_tokenizer
-from worker.supervisor.children import TrainerChild
+from worker.supervisor.children import TrainerChild, TrainerGoneError
 from worker.supervisor.loading import BaseUnusableError, InspectedBase, TrainerStarter
 from worker.supervisor.orders import order_base, pools_of
 from worker.supervisor.refusals import Refusals
@@ -125,6 +125,7 @@ class BaseHolder:
 
     def warm(self) -> None:
         """Hold the base of this worker's first pool that can be loaded, unless one is held."""
+        self._hear_idle_trainer()
         for pool, base in () if self.is_alive else self._served():
             if self.may_load(pool, base) and not self._stop_requested.is_set():
                 self.load(pool, base)
@@ -138,7 +139,7 @@ class BaseHolder:
         served = {base.id: (pool, base) for pool, base in reversed(self._served())}  # each by its first pool
         for pool, base in served.values():
             is_at_hand = self.shown_pool in pools_of(base)
-            if not is_at_hand and base.state != BaseState.USABLE and self._is_look_due(pool, base):
+            if not is_at_hand and self._is_in_doubt(base) and self._is_look_due(pool, base):
                 self._inspect(pool, base)
 
     def send(self, order: Frozen) -> None:
@@ -165,6 +166,14 @@ class BaseHolder:
             self._trainer.close()
             self._trainer = None
 
+    def _hear_idle_trainer(self) -> None:
+        """Take what an idle trainer says: while there is no work nobody else does, and it would pile up."""
+        try:
+            while self._trainer is not None and self._trainer.receive(timeout_seconds=0) is not None:
+                pass
+        except TrainerGoneError:
+            self.close()
+
     def _hold(self, pool: str, base: BaseModelRow, inspected: InspectedBase, *, began_at: float) -> None:
         self.close()
         self._trainer, self._pool, self._base = inspected.trainer, pool, base
@@ -172,6 +181,10 @@ class BaseHolder:
         loaded = None
         try:
             loaded = self._starter.load_weights(inspected.trainer)
+        except BaseUnusableError as error:
+            if error.is_worker_fault and base.state == BaseState.UNUSABLE:  # its files are well now
+                self._record(base, BaseState.UNCHECKED)
+            raise
         finally:
             if loaded is None:
                 self._trainer = None  # it was ended
@@ -179,6 +192,7 @@ class BaseHolder:
             log.info("base_model.loaded", pool=pool, seconds=round(loaded.seconds, 2))
             self._held_since = time.monotonic()
             self._load_seconds = self._held_since - began_at
+            self._refusals.forget(pool)
             self._accept(base, inspected)
             self._record_usable()
 
@@ -199,7 +213,7 @@ class BaseHolder:
 
     def _accept(self, base: BaseModelRow, inspected: InspectedBase) -> None:
         for pool in pools_of(base):
-            self._refusals.forget(pool)
+            self._refusals.forget_base_fault(pool)
         publish_tokenizer(self._engine, self._store, base.id, inspected.tokenizer_path)
 
     def _refuse(self, pool: str, base: BaseModelRow, error: BaseUnusableError) -> None:
@@ -238,6 +252,10 @@ class BaseHolder:
         with service_transaction(self._engine) as session:
             bases = {pool: base for base in list_base_models(session) for pool in pools_of(base)}
         return [(pool, bases[pool]) for pool in self._settings.worker_pools if pool in bases]
+
+    def _is_in_doubt(self, base: BaseModelRow) -> bool:
+        """Say whether a look may tell something new: one that is unchecked is loaded rather, where nothing is held."""
+        return base.state == BaseState.UNUSABLE or (base.state == BaseState.UNCHECKED and self.is_alive)
 
     def _is_look_due(self, pool: str, base: BaseModelRow) -> bool:
         refusal = self._refusals.find(pool)

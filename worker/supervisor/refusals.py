@@ -41,6 +41,12 @@ class Refusals:
     def forget(self, pool: str) -> None:
         self._by_pool = {name: refusal for name, refusal in self._by_pool.items() if name != pool}
 
+    def forget_base_fault(self, pool: str) -> None:
+        """Forget a refusal that a look at the base's files disproves; what the worker lacks, it lacks still."""
+        refusal = self._by_pool.get(pool)
+        if refusal is not None and not refusal.is_worker_fault:
+            self.forget(pool)
+
     def find(self, pool: str) -> Refusal | None:
         return self._by_pool.get(pool)
 
