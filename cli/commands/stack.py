@@ -18,6 +18,7 @@ from cli.owner import DEFAULT_DATA_DIR, DataDir
 from local.binaries import BinaryMissingError
 from local.external import ExternalServers, ExternalServersError
 from local.locks import AlreadyRunningError, find_launcher, is_running
+from local.private_files import write_private
 from local.processes import ProcessFailedError
 from local.servers import LocalServers
 from local.stack import LocalStack, PortTakenError, StackState, answers
@@ -110,7 +111,7 @@ def _watch(stack: LocalStack) -> None:
         while True:
             time.sleep(_WATCH_SECONDS)
             for name in stack.restart_dead():
-                log = stack.process(name).log_path
+                log = stack.data_dir / "logs" / f"{name}.log"
                 console.print(f"[yellow]{name} had died and was started again; see {log}[/]")
     except KeyboardInterrupt:
         console.print("Stopping.")
@@ -129,8 +130,5 @@ def _local_key(stack: LocalStack) -> str:
     """Return the API key of the tenant `local`: the same at every start on a data directory."""
     kept = stack.data_dir / "api_key"
     if not kept.exists():
-        api_key = stack.create_tenant("local")
-        descriptor = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-            out.write(api_key)
+        write_private(kept, stack.create_tenant("local"))
     return kept.read_text(encoding="utf-8")

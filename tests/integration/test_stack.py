@@ -250,13 +250,21 @@ def test_what_down_stopped_comes_back_with_its_key_and_leaves_nothing_when_kille
     assert find_launcher(tmp_path / "data dir") is None
 
 
-def test_a_server_that_dies_ends_up_with_the_reason_and_leaves_nothing(registry: Path, tmp_path: Path) -> None:
-    with run_up(tmp_path / "data", registry) as running:
-        everything = running.everything()
-        os.kill(running.state.pids["postgres"], signal.SIGKILL)
-        assert running.process.wait(60) == 1
-        assert "postgres has exited. Its log ends:" in running.said
-        wait_until(lambda: not any(map(is_running, everything)))
+@pytest.mark.parametrize("name", ["redis", "s3", "postgres"])
+def test_a_server_that_died_is_started_again_beside_the_rest_and_up_and_status_say_so(up: Up, name: str) -> None:
+    before = up.state.pids
+    os.kill(before[name], signal.SIGKILL)
+    wait_until(lambda: up.state.pids[name] != before[name], seconds=60)
+    assert {key for key in before if up.state.pids[key] != before[key]} == {name}
+    wait_until(lambda: f"{name} had died and was started again" in up.said)
+    wait_until(lambda: espalier("status", "--data-dir", up.data_dir).exit_code == 0, seconds=60)
+    assert re.search(rf"^ +{name} +{up.state.pids[name]} +runs$", status_of(up), re.MULTILINE)
+    wait_until(lambda: list_models(up.state.api_url, up.api_key).is_success, seconds=60)
+    assert up.process.poll() is None
+
+
+def status_of(up: Up) -> str:
+    return espalier("status", "--data-dir", up.data_dir).stdout
 
 
 def test_ctrl_c_while_it_starts_leaves_nothing(registry: Path, tmp_path: Path) -> None:
@@ -309,7 +317,8 @@ def test_external_servers_are_used_and_left_running(registry: Path, tmp_path: Pa
             everything = running.everything()
             assert espalier("down", "--data-dir", running.data_dir).exit_code == 0
             assert not any(map(is_running, everything))
-        assert servers.failed() is None
+        assert set(servers.pids) == {"s3", "redis", "postgres"}
+        assert all(map(is_running, servers.pids.values()))
 
 
 @pytest.mark.parametrize(
