@@ -28,6 +28,7 @@ from sqlalchemy.orm import Session
 
 from core.db.session import connect, service_transaction
 from core.queue import WakeUpPublisher
+from core.sandbox import hide_memory
 from core.services.attempts import claimable_pools, expire_leases
 from core.services.files import expire_files
 from core.services.idempotency import forget_expired_keys
@@ -164,6 +165,7 @@ class Schedule:
 
 
 def main() -> None:
+    hide_memory()
     configure_logs("schedule")
     settings = ScheduleSettings()  # read from the environment
     with WakeUpPublisher(settings.redis_url.get_secret_value()) as publisher:

@@ -15,10 +15,11 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from cli.owner import DEFAULT_DATA_DIR, DataDir
+from core.sandbox import hide_memory
 from local.binaries import BinaryMissingError
 from local.external import ExternalServers, ExternalServersError
 from local.locks import AlreadyRunningError, find_launcher, is_running
-from local.private_files import write_private
+from local.private_files import UMASK, write_private
 from local.processes import ProcessFailedError
 from local.servers import LocalServers
 from local.stack import LocalStack, PortTakenError, StackState, answers
@@ -47,6 +48,7 @@ def up(
     external: Annotated[bool, typer.Option("--external", help="Use the servers that the settings name.")] = False,
 ) -> None:
     """Start the service, with servers of its own unless --external, and stay until Ctrl-C."""
+    guard_secrets()
     _interrupt_on_signals()
     try:
         servers = ExternalServers(data_dir) if external else LocalServers(data_dir)
@@ -93,6 +95,12 @@ def status(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
         console.print(f"  {name:<10} {process_id:>8}  {'runs' if is_running(process_id) else 'has ended'}")
     if not is_ready or not all(map(is_running, state.pids.values())):
         raise typer.Exit(1)
+
+
+def guard_secrets() -> None:
+    """Let nobody else read this process or what it writes: it holds, or makes, every password of the stack."""
+    hide_memory()
+    os.umask(UMASK)
 
 
 def _interrupt_on_signals() -> None:
