@@ -81,7 +81,7 @@ class Schedule:
             try:
                 serve()
             except (psycopg.OperationalError, OperationalError) as error:
-                log.warning("database.unavailable", error=str(error))
+                log.warning("database.unavailable", error=type(error).__name__)
                 self._stop_requested.wait(self._settings.wake_interval_seconds)
 
     def _listen(self) -> None:

@@ -316,3 +316,16 @@ def umask(mask: int) -> Iterator[None]:
 
 def is_open_to_others(path: Path) -> bool:
     return not path.is_symlink() and bool(path.lstat().st_mode & 0o077)
+
+
+def test_no_server_logs_a_value_that_it_refused(tmp_path: Path) -> None:
+    with LocalServers(tmp_path, is_durable=False) as servers:
+        with psycopg.connect(servers.addresses.postgres_url) as connection:
+            connection.execute("create table words (word text primary key)")
+            with pytest.raises(psycopg.errors.UniqueViolation):
+                connection.execute("insert into words values (%s), (%s)", ["hush-79", "hush-79"])
+        with redis.Redis.from_url(servers.addresses.redis_url) as client, pytest.raises(redis.ResponseError):
+            client.execute_command("no-such-command", "hush-79")
+        logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    assert "duplicate key value" in logs["postgres.log"]
+    assert not [name for name, log in logs.items() if "hush-79" in log]
