@@ -19,6 +19,7 @@ from multiprocessing.context import SpawnProcess
 import structlog
 
 from api.server import make_config, serve
+from core.sandbox import die_with_parent, hide_memory
 from core.settings import ApiSettings
 from core.telemetry import configure_logs
 
@@ -88,6 +89,8 @@ def _note_signals() -> socket.socket:
 
 
 def _serve_as_child(listener: socket.socket) -> None:
+    die_with_parent()
+    hide_memory()
     threading.Thread(target=_end_with_parent, daemon=True, name="end with parent").start()
     configure_logs("api")
     serve(ApiSettings(), listener)  # read from the environment, as the parent's were

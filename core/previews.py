@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from core.domain.datasets.statistics import NumberedLine, TokenReport, report_tokens
 from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from core.domain.training import Frozen
+from core.sandbox import die_with_parent, leave_root, plain_environment, shed_capabilities
 
-_ENVIRONMENT = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "HOME")
 _OUT_OF_MEMORY = 3
 _NICENESS = 10  # the processor is first for those who serve
 
@@ -85,8 +85,7 @@ def preview_lines(
 
 def _run_child(order: bytes, limits: PreviewLimits) -> tuple[bytes, int]:
     """Return what the child wrote, up to one byte more than it may, and its exit code."""
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    environment = plain_environment() | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     argv = [sys.executable, "-m", "core.previews"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(argv, env=environment, **pipes) as child:  # type: ignore[call-overload]
@@ -106,12 +105,15 @@ def _run_child(order: bytes, limits: PreviewLimits) -> tuple[bytes, int]:
 
 
 def _be_child() -> None:
+    die_with_parent()
+    shed_capabilities()
     order = _Order.model_validate_json(sys.stdin.buffer.read())
     resource.setrlimit(resource.RLIMIT_CPU, (order.cpu_seconds, order.cpu_seconds))
     resource.setrlimit(resource.RLIMIT_AS, (order.memory_bytes, order.memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     try:
         bundle = TokenizerBundle.model_validate_json(Path(order.bundle_path).read_bytes())
+        leave_root()
         report = report_tokens(
             BaseTokenizer(bundle), order.lines, max_seq_len=order.max_seq_len, num_shown=order.num_shown
         )

@@ -10,6 +10,8 @@ import os
 import time
 from pathlib import Path
 
+from local.private_files import open_private
+
 _LEFTOVER_SECONDS = 20.0
 _POLL_SECONDS = 0.05
 
@@ -22,7 +24,7 @@ class DataDirLock:
     """An exclusive hold on a data directory, from construction to `close`. Raises AlreadyRunningError."""
 
     def __init__(self, data_dir: Path) -> None:
-        self._file = _path(data_dir).open("a+", encoding="utf-8")
+        self._file = open(_path(data_dir), "a+", encoding="utf-8", opener=open_private)
         try:
             self._acquire(data_dir)
         except BaseException:

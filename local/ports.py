@@ -11,6 +11,8 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from local.private_files import write_private
+
 _LOWEST, _HIGHEST = 12000, 21999
 # SeaweedFS' maintenance worker looks for its admin server there, whatever port that server was told.
 _ADMIN_GRPC_OFFSET = 10000
@@ -49,7 +51,7 @@ class Ports:
             return kept
         postgres, redis, *rest = free_ports(2 + len(S3Ports.__dataclass_fields__))
         ports = cls(postgres, redis, S3Ports(*rest))
-        path.write_text(json.dumps(asdict(ports)), encoding="utf-8")
+        write_private(path, json.dumps(asdict(ports)))
         return ports
 
     @classmethod

@@ -18,6 +18,8 @@ from local.privileges import drop_root
 from local.processes import ProcessFailedError, ProcessSpec
 
 DATABASE = "espalier"
+# Details of errors quote rows, and its log is a file.
+_TERSE = "log_error_verbosity=terse"
 _FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
@@ -38,7 +40,7 @@ class PostgresServer:
         if not (self._directory / "PG_VERSION").exists():
             self._initialise()
         self._check_version()
-        settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=200"]
+        settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=200", _TERSE]
         settings += () if self._is_durable else _FAST
         argv = [str(self._binaries / "postgres"), "-D", str(self._directory), "-p", str(self._port)]
         argv += [word for setting in settings for word in ("-c", setting)]

@@ -25,8 +25,10 @@ def drop_root(directory: Path) -> tuple[str, ...]:
     if owner.st_uid == 0:
         nobody = pwd.getpwnam("nobody")
         os.chown(directory, nobody.pw_uid, nobody.pw_gid)
-        directory.parent.chmod(0o711)  # what is in there keeps modes of its own
         owner = directory.stat()
+    # That user's group, and nobody else, passes through the parent, where everything else has a closed mode of its own.
+    os.chown(directory.parent, -1, owner.st_gid)
+    directory.parent.chmod(0o710)
     return ("setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups")
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from local.private_files import UMASK, make_private, open_private
+
 _LOG_TAIL_BYTES = 2000
 _LOG_KEPT_BYTES = 20 * 2**20
 _POLL_SECONDS = 0.02
@@ -48,11 +50,11 @@ class ChildProcess:
     """One running child."""
 
     def __init__(self, spec: ProcessSpec, log_dir: Path) -> None:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        make_private(log_dir)
         self.spec = spec
         self.log_path = log_dir / f"{spec.name}.log"
         _rotate(self.log_path)
-        with self.log_path.open("ab") as log:
+        with open(self.log_path, "ab", opener=open_private) as log:
             self._process = subprocess.Popen(
                 [*spec.prefix, *as_mortal(spec)],
                 env={**os.environ, **spec.env},
@@ -61,6 +63,7 @@ class ChildProcess:
                 stdout=log,
                 stderr=log,
                 pass_fds=tuple(spec.inherited_fds),
+                umask=UMASK,
                 start_new_session=True,  # Ctrl-C is for the launcher, which stops its children in order
             )
 

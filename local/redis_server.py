@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
 import redis
 
 from local.binaries import find_redis
+from local.private_files import make_private, write_private
 from local.processes import ProcessSpec
 
 
@@ -26,7 +26,7 @@ class RedisServer:
 
     def prepare(self) -> ProcessSpec:
         """Write the settings. They hold the password, which a command line would show to everyone on the machine."""
-        self._directory.mkdir(exist_ok=True, mode=0o700)
+        make_private(self._directory)
         settings = (
             f"port {self._port}",
             "bind 127.0.0.1",
@@ -37,9 +37,7 @@ class RedisServer:
             "maxmemory-policy noeviction",
         )
         config = self._directory / "redis.conf"
-        config.unlink(missing_ok=True)
-        with os.fdopen(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
-            out.write("\n".join(settings))
+        write_private(config, "\n".join(settings))
         return ProcessSpec("redis", [str(self._binary), config.name], death_signal=signal.SIGTERM, cwd=self._directory)
 
     def answers(self) -> bool:

@@ -1,4 +1,9 @@
-"""A real S3 server (SeaweedFS) on loopback ports, with its data in one directory. It reports to nobody."""
+"""A real S3 server (SeaweedFS) on loopback ports, with its data in one directory. It reports to nobody.
+
+SeaweedFS is five servers with two listeners each, of which only the S3 gateway asks for keys. The others speak TLS and
+take no client without the certificate that each start makes anew: neither another user of the machine nor a web page in
+somebody's browser gets past the handshake.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +13,18 @@ from pathlib import Path
 from core.settings import StorageConfig
 from core.storage import S3ObjectStore, StorageError
 from local.binaries import find_s3
+from local.certificates import make_certificate
 from local.ports import S3Ports
+from local.private_files import make_private, write_private
 from local.processes import ProcessSpec
 
 BUCKET = "espalier"
 _PROBE = "readiness-probe"
+_ADDRESS = "127.0.0.1"
 _FLAGS = (
     "-dir=.",
-    "-ip=127.0.0.1",
-    "-ip.bind=127.0.0.1",
+    f"-ip={_ADDRESS}",
+    f"-ip.bind={_ADDRESS}",
     # Relative to the working directory: the path of a Unix socket holds about a hundred bytes only.
     "-s3.localSocket=s3.sock",
     "-filer.localSocket=filer.sock",
@@ -28,7 +36,11 @@ _FLAGS = (
     "-s3.port.lance=0",
     "-s3.allowDeleteBucketNotEmpty=false",
     "-s3.autoCreateBucket=false",
+    "-s3.allowedOrigins=",  # none; every web page, if it is not said
 )
+_CERTIFICATE, _KEY = "door.pem", "door.key"
+_HTTP_DOORS = ("master", "volume", "filer", "admin")
+_GRPC_ROLES = (*_HTTP_DOORS, "s3", "worker", "client")
 
 
 class S3Server:
@@ -39,11 +51,12 @@ class S3Server:
         self._directory = data_dir / "s3"
         self._ports = ports
         self.config = StorageConfig(
-            endpoint=f"127.0.0.1:{ports.s3}", access_key=access_key, secret_key=secret_key, bucket=BUCKET
+            endpoint=f"{_ADDRESS}:{ports.s3}", access_key=access_key, secret_key=secret_key, bucket=BUCKET
         )
 
     def prepare(self) -> ProcessSpec:
-        self._directory.mkdir(exist_ok=True, mode=0o700)
+        make_private(self._directory)
+        self._lock_doors()
         (self._directory / "mini.options").unlink(missing_ok=True)  # it would bring back the last start's ports
         self.remove_sockets()
         env = {
@@ -75,6 +88,20 @@ class S3Server:
         """Remove what it leaves in /tmp, whatever TMPDIR says, when it has ended."""
         for name, (_, port) in self._pairs.items():
             Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108 (its own choice)
+
+    def _lock_doors(self) -> None:
+        """Write the certificate, and the settings (SeaweedFS' security.toml) by which both ends demand it."""
+        certificate, key = make_certificate(_ADDRESS)
+        write_private(self._directory / _CERTIFICATE, certificate)
+        write_private(self._directory / _KEY, key)
+        trusted, pair = f'ca = "{_CERTIFICATE}"\n', f'cert = "{_CERTIFICATE}"\nkey = "{_KEY}"\n'
+        settings = (
+            f"[grpc]\n{trusted}",
+            *(f"[grpc.{role}]\n{pair}" for role in _GRPC_ROLES),
+            *(f"[https.{door}]\n{pair}{trusted}" for door in _HTTP_DOORS),
+            f"[https.client]\nenabled = true\n{pair}{trusted}",
+        )
+        write_private(self._directory / "security.toml", "".join(settings))
 
     @property
     def _pairs(self) -> dict[str, tuple[int, int]]:

@@ -7,7 +7,6 @@ taken them, ports survive restarts. One launcher a directory: a second one is re
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -19,9 +18,11 @@ from core.settings import StorageConfig
 from local.locks import DataDirLock, find_launcher
 from local.ports import Ports
 from local.postgres_server import PostgresServer
+from local.private_files import make_private, write_private
 from local.processes import ChildProcess, ProcessFailedError, ProcessSpec
 from local.redis_server import RedisServer
 from local.s3_server import S3Server
+from local.supervisor import Supervisor
 
 _START_SECONDS = 30.0
 _START_ATTEMPTS = 3
@@ -60,12 +61,7 @@ class Secrets:
         if path.exists():
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         made = cls(**{name: secrets.token_hex(16) for name in cls.__dataclass_fields__})
-        unfinished = path.with_suffix(".new")
-        unfinished.unlink(missing_ok=True)
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-            json.dump(asdict(made), out)
-        unfinished.rename(path)
+        write_private(path, json.dumps(asdict(made)))
         return made
 
 
@@ -80,7 +76,7 @@ class LocalServers:
         self.data_dir = data_dir.resolve()
         self._is_durable = is_durable
         self._lock: DataDirLock | None = None
-        self._children: list[ChildProcess] = []
+        self._supervisor = Supervisor(self.data_dir / "logs")
         self._s3: S3Server | None = None
 
     def __enter__(self) -> Self:
@@ -93,6 +89,7 @@ class LocalServers:
     def start(self) -> ServerAddresses:
         """Start all three side by side and wait until they answer. Raises AlreadyRunningError, ProcessFailedError."""
         self._lock = DataDirLock(self.data_dir)
+        make_private(self.data_dir)
         self.secrets = Secrets.load(self.data_dir / "secrets.json")
         try:
             self.addresses = self._start_on_free_ports()
@@ -101,22 +98,19 @@ class LocalServers:
             raise
         return self.addresses
 
+    def revive(self) -> tuple[str, ...]:
+        """Start again, on its port and its data, each server that has died and waited; return the names."""
+        return self._supervisor.revive()
+
     def stop(self) -> None:
-        self._stop_children()
+        self._stop_servers()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    def failed(self) -> str | None:
-        """Return what happened to a server that has exited, or None."""
-        for child in self._children:
-            if not child.is_alive:
-                return f"{child.spec.name} has exited. Its log ends:\n{child.log_tail()}"
-        return None
-
     @property
     def pids(self) -> dict[str, int]:
-        return {child.spec.name: child.pid for child in self._children}
+        return self._supervisor.pids
 
     def _start_on_free_ports(self) -> ServerAddresses:
         """Start, and start again elsewhere when a port was taken between the look and the server's own bind."""
@@ -125,7 +119,7 @@ class LocalServers:
             try:
                 return self._start_on(ports)
             except ProcessFailedError:
-                self._stop_children()
+                self._stop_servers()
                 if ports.are_free or attempt == _START_ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
@@ -143,17 +137,12 @@ class LocalServers:
 
     def _spawn(self, server: Server) -> ChildProcess:
         assert self._lock is not None
-        spec = replace(server.prepare(), inherited_fds=(self._lock.fileno(),))
-        child = ChildProcess(spec, self.data_dir / "logs")
-        self._children.append(child)
-        return child
+        return self._supervisor.start(replace(server.prepare(), inherited_fds=(self._lock.fileno(),)))
 
-    def _stop_children(self) -> None:
-        for child in self._children:
-            child.ask_to_stop()
-        for child in self._children:
-            child.stop()
-        self._children.clear()
+    def _stop_servers(self) -> None:
+        for name in self._supervisor.pids:  # side by side: none needs another to stop
+            self._supervisor.process(name).ask_to_stop()
+        self._supervisor.stop()
         if self._s3 is not None:
             self._s3.remove_sockets()
 

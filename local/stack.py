@@ -1,6 +1,7 @@
 """The local stack: servers, schema, registry, and the three processes of the service, supervised.
 
-A process that dies is started again, with a growing delay. Everything stops, in reverse order, with the launcher.
+Whatever dies, server or process, is started again, with a growing delay. Everything stops, in reverse order, with the
+launcher.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from core.services.tenants import create_tenant, find_tenant, issue_api_key, rot
 from local.binaries import find_smollm2
 from local.external import OWNER_URL_SETTING
 from local.ports import free_ports, is_free
+from local.private_files import write_private
 from local.processes import ChildProcess, ProcessSpec
 from local.servers import LocalServers, Secrets, ServerAddresses
 from local.supervisor import Supervisor
@@ -74,9 +76,9 @@ class Servers(Protocol):
 
     def start(self) -> ServerAddresses: ...
 
-    def stop(self) -> None: ...
+    def revive(self) -> tuple[str, ...]: ...
 
-    def failed(self) -> str | None: ...
+    def stop(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,7 @@ class StackState:
         return cls(**json.loads((data_dir / "stack.json").read_text(encoding="utf-8")))
 
     def write(self, data_dir: Path) -> None:
-        unfinished = data_dir / "stack.json.new"
-        unfinished.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        unfinished.rename(data_dir / "stack.json")
+        write_private(data_dir / "stack.json", json.dumps(asdict(self)))
 
 
 class LocalStack:
@@ -175,13 +175,11 @@ class LocalStack:
         return found
 
     def restart_dead(self) -> tuple[str, ...]:
-        """Start again the processes that have died, each after its delay, and return the names of those started.
+        """Start again what has died, servers too, each after its delay, and return the names of those started.
 
-        Raises RuntimeError for a dead server: what stood on it cannot go on.
+        Nothing else is stopped meanwhile: the three processes wait for a server that is away.
         """
-        if failure := self._servers.failed():
-            raise RuntimeError(failure)
-        revived = self._supervisor.revive()
+        revived = (*self._servers.revive(), *self._supervisor.revive())
         if revived:
             self._state.write(self.data_dir)
         return revived

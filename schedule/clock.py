@@ -28,6 +28,7 @@ from sqlalchemy.orm import Session
 
 from core.db.session import DATABASE_ERRORS, connect, service_transaction
 from core.queue import WakeUpPublisher
+from core.sandbox import hide_memory
 from core.services.attempts import claimable_pools, expire_leases
 from core.services.charges import level_newcomers
 from core.services.files import expire_files
@@ -94,7 +95,7 @@ class Schedule:
             try:
                 serve()
             except (psycopg.OperationalError, *DATABASE_ERRORS) as error:
-                log.warning("database.unavailable", error=str(error))
+                log.warning("database.unavailable", error=type(error).__name__)
                 self._stop_requested.wait(self._settings.wake_interval_seconds)
 
     def _listen(self) -> None:
@@ -185,6 +186,7 @@ class Schedule:
 
 
 def main() -> None:
+    hide_memory()
     configure_logs("schedule")
     settings = ScheduleSettings()  # read from the environment
     with WakeUpPublisher(settings.redis_url.get_secret_value()) as publisher:

@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
-from local.processes import ChildProcess
 from local.servers import LocalServers, ServerAddresses
 from tests.waiting import PATIENCE_SECONDS
 
@@ -275,14 +274,13 @@ class FaultyServers(LocalServers):
 
     def restart(self, name: str, *, blow: signal.Signals, lost: tuple[str, ...] = ()) -> None:
         """End a server by a signal, delete these of its directories, and start it again in its place."""
-        number = next(n for n, child in enumerate(self._children) if child.spec.name == name)
-        child = self._children[number]
+        child = self._supervisor.process(name)
         os.kill(child.pid, blow)
         while child.is_alive:
             time.sleep(0.01)
         for directory in lost:
             shutil.rmtree(self.data_dir / name / directory, ignore_errors=True)
-        self._children[number] = ChildProcess(child.spec, self.data_dir / "logs")
+        self._supervisor.start(child.spec)
 
     def stop(self) -> None:
         self._proxies.close()

@@ -17,9 +17,11 @@ from rich.panel import Panel
 
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from core.db.session import DATABASE_ERRORS
+from core.sandbox import hide_memory
 from local.binaries import BinaryMissingError
 from local.external import ExternalServers, ExternalServersError
 from local.locks import AlreadyRunningError, find_launcher, is_running
+from local.private_files import UMASK, write_private
 from local.processes import ProcessFailedError
 from local.servers import LocalServers
 from local.stack import LocalStack, PortTakenError, StackState, answers
@@ -49,6 +51,7 @@ def up(
     external: Annotated[bool, typer.Option("--external", help="Use the servers that the settings name.")] = False,
 ) -> None:
     """Start the service, with servers of its own unless --external, and stay until Ctrl-C."""
+    guard_secrets()
     _interrupt_on_signals()
     try:
         servers = ExternalServers(data_dir) if external else LocalServers(data_dir)
@@ -97,6 +100,12 @@ def status(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
         raise typer.Exit(1)
 
 
+def guard_secrets() -> None:
+    """Let nobody else read this process or what it writes: it holds, or makes, every password of the stack."""
+    hide_memory()
+    os.umask(UMASK)
+
+
 def _interrupt_on_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -114,7 +123,7 @@ def _watch(stack: LocalStack) -> None:
         for look in itertools.count():
             time.sleep(_WATCH_SECONDS)
             for name in stack.restart_dead():
-                log = stack.process(name).log_path
+                log = stack.data_dir / "logs" / f"{name}.log"
                 console.print(f"[yellow]{name} had died and was started again; see {log}[/]")
             if look % _WATCHES_PER_LOOK_AT_BASES == 0:
                 told = _tell_of_bases(stack, told)
@@ -149,8 +158,5 @@ def _local_key(stack: LocalStack) -> str:
     """Return the API key of the tenant `local`: the same at every start on a data directory."""
     kept = stack.data_dir / "api_key"
     if not kept.exists():
-        api_key = stack.create_tenant("local")
-        descriptor = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-            out.write(api_key)
+        write_private(kept, stack.create_tenant("local"))
     return kept.read_text(encoding="utf-8")

@@ -16,10 +16,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from core.sandbox import die_with_parent, shed_capabilities
+
 _MAX_NEW_TOKENS = 40
 
 
 def main() -> None:
+    die_with_parent()
+    shed_capabilities()
     request = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from cli.demo.documentation import Documentation, build_documentation
+from core.sandbox import plain_environment
 from local.stack import LocalStack
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -172,6 +173,7 @@ def _ask(jobs: Sequence[DemoJob], stack: LocalStack) -> list[dict[str, list[str]
     adapters = [{"directory": str(job.directory), "questions": job.documentation.questions} for job in jobs]
     done = subprocess.run(
         [sys.executable, "-m", "cli.demo.answers"],
+        env=plain_environment(),
         input=json.dumps({"base_dir": str(base_dir), "adapters": adapters}),
         capture_output=True,
         text=True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import stamina
 from alembic import command
@@ -36,12 +37,14 @@ class RoleLogin:
 def migrate_database(owner_url: str, *, logins: tuple[RoleLogin, ...] = ()) -> None:
     """Apply every migration and set the logins. `owner_url` is the owner's `postgresql://` URL."""
     engine = connect(owner_url)
-    for attempt in stamina.retry_context(
-        on=_is_in_the_way, attempts=_MAX_TRIES, timeout=None, wait_initial=0.1, wait_max=2.0
-    ):
-        with attempt:
-            _migrate(engine, logins)
-    engine.dispose()
+    try:
+        for attempt in stamina.retry_context(
+            on=_is_in_the_way, attempts=_MAX_TRIES, timeout=None, wait_initial=0.1, wait_max=2.0
+        ):
+            with attempt:
+                _migrate(engine, logins)
+    finally:
+        engine.dispose()
 
 
 def _migrate(engine: Engine, logins: tuple[RoleLogin, ...]) -> None:
@@ -50,12 +53,13 @@ def _migrate(engine: Engine, logins: tuple[RoleLogin, ...]) -> None:
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        driver: Any = connection.connection.driver_connection
         for login in logins:
+            # Statements are logged when they fail: this one holds what checks the password, not the password.
+            verifier = driver.pgconn.encrypt_password(login.password.encode(), login.role.encode(), b"scram-sha-256")
             statement = sql.SQL("alter role {} login password {}").format(
-                sql.Identifier(login.role), sql.Literal(login.password)
+                sql.Identifier(login.role), sql.Literal(verifier.decode())
             )
-            driver = connection.connection.driver_connection
-            assert driver is not None
             connection.exec_driver_sql(statement.as_string(driver))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 from psycopg.pq import Escaping, ExecStatus, TransactionStatus
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, text
 from sqlalchemy.exc import InterfaceError, InternalError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
 # A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
 _IDLE_TRANSACTION_MILLISECONDS = 5000
+_DATA_EXCEPTIONS = "22"  # the class of SQLSTATEs whose messages quote the value: "invalid input syntax for ..."
 # A connection that has rested for longer is asked for a sign of life before it is used.
 _REST_SECONDS = 0.5
 
@@ -38,6 +39,7 @@ def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: floa
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=5,
+        hide_parameters=True,  # in the texts of errors, which are logged
         pool_use_lifo=True,  # few connections do the work, and seldom need to be asked whether they live
         connect_args={
             "connect_timeout": 5,
@@ -49,6 +51,7 @@ def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: floa
         },
     )
     _ping_what_has_rested(engine)
+    event.listen(engine, "handle_error", _forget_values)
     return engine
 
 
@@ -140,6 +143,17 @@ def _set_config_call(driver: Any, name: str, value: str) -> bytes:
 def _set_identity(connection: Connection, identity: Mapping[Any, str]) -> None:
     for name, value in identity.items():
         connection.execute(text("select set_config(:name, :value, true)"), {"name": name, "value": value})
+
+
+def _forget_values(context: ExceptionContext) -> None:
+    """Keep of an error what names the schema, and nothing that quotes a row or a value: errors are logged."""
+    refused, wrapped = context.original_exception, context.sqlalchemy_exception
+    if not isinstance(refused, psycopg.Error) or refused.diag.message_primary is None or wrapped is None:
+        return
+    is_about_a_value = (refused.sqlstate or "").startswith(_DATA_EXCEPTIONS)
+    refused.args = ("a value was refused" if is_about_a_value else refused.diag.message_primary,)
+    kind = type(refused)
+    wrapped.args = (f"({kind.__module__}.{kind.__name__}) {refused}",)
 
 
 def _ping_what_has_rested(engine: Engine) -> None:

@@ -220,6 +220,9 @@ def test_root_can_run_the_servers_where_user_namespaces_are_refused(open_directo
     # What one user has made, another start serves as that user, namespaces or not.
     with launcher(open_directory / "data") as again:
         assert psutil.Process(again.server_pids[-1]).uids().real == (open_directory / "data/postgres").stat().st_uid
+    # That user's group may pass through the directory to its own, and nobody may read it.
+    assert stat.S_IMODE((open_directory / "data").stat().st_mode) == 0o710
+    assert not [path for path in entries(open_directory / "data") if is_open_to_others(path)]
 
 
 def test_a_first_start_that_was_cut_off_is_made_good(tmp_path: Path) -> None:
@@ -242,13 +245,24 @@ def test_data_of_another_postgres_are_refused_with_the_setting_to_change(tmp_pat
     assert find_launcher(tmp_path) is None
 
 
-def test_a_server_that_has_exited_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
-    with LocalServers(tmp_path, is_durable=False) as servers:
-        assert servers.failed() is None
-        os.kill(servers.pids["redis"], signal.SIGTERM)
-        wait_until(lambda: servers.failed() is not None)
-        assert "redis has exited" in str(servers.failed())
-        assert "ready to exit" in str(servers.failed())
+@pytest.mark.parametrize("name", ["s3", "redis", "postgres"])
+def test_a_server_that_was_killed_comes_back_in_its_place_with_its_data(name: str, tmp_path: Path) -> None:
+    with LocalServers(tmp_path) as servers:
+        leave_traces(servers.addresses)
+        before = servers.pids
+        os.kill(before[name], signal.SIGKILL)
+        wait_until(lambda: servers.revive() == (name,))
+        assert {key for key in before if servers.pids[key] != before[key]} == {name}
+        wait_until(lambda: has_traces(servers.addresses), seconds=60)
+
+
+def has_traces(addresses: ServerAddresses) -> bool:
+    """Return whether all is there; a server that is coming up refuses, or is still loading."""
+    try:
+        assert_traces(addresses)
+    except (psycopg.OperationalError, redis.RedisError, StorageError):
+        return False
+    return True
 
 
 def test_a_binary_that_a_setting_names_is_the_one_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,3 +271,54 @@ def test_a_binary_that_a_setting_names_is_the_one_that_runs(tmp_path: Path, monk
     monkeypatch.setenv("ESPALIER_REDIS_BIN", str(own))
     with LocalServers(tmp_path / "data", is_durable=False) as servers:
         assert psutil.Process(servers.pids["redis"]).exe() == str(own)
+
+
+def test_a_data_directory_that_others_could_read_is_closed_with_all_that_it_holds(open_directory: Path) -> None:
+    data_dir = open_directory / "data"
+    with LocalServers(data_dir, is_durable=False):
+        pass
+    for path in (data_dir, *data_dir.iterdir(), *(data_dir / "logs").iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (data_dir / "postgres").chmod(0o700)  # PostgreSQL itself refuses anything else
+    with umask(0o000), LocalServers(data_dir, is_durable=False):
+        assert not [path for path in (data_dir, *entries(data_dir)) if is_open_to_others(path)]
+
+
+def test_what_everybody_shares_is_left_as_it_is_and_what_is_made_in_it_is_closed(open_directory: Path) -> None:
+    open_directory.chmod(0o1777)
+    (open_directory / "note").write_text("somebody's")
+    (open_directory / "note").chmod(0o644)
+    with umask(0o000), LocalServers(open_directory, is_durable=False):
+        assert stat.S_IMODE(open_directory.stat().st_mode) == 0o1777
+        assert [path.name for path in entries(open_directory) if is_open_to_others(path)] == ["note"]
+
+
+def entries(data_dir: Path) -> list[Path]:
+    """What lies in a data directory, and the logs; other directories in it are closed themselves."""
+    return [*data_dir.iterdir(), *(data_dir / "logs").iterdir()]
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def is_open_to_others(path: Path) -> bool:
+    return not path.is_symlink() and bool(path.lstat().st_mode & 0o077)
+
+
+def test_no_server_logs_a_value_that_it_refused(tmp_path: Path) -> None:
+    with LocalServers(tmp_path, is_durable=False) as servers:
+        with psycopg.connect(servers.addresses.postgres_url) as connection:
+            connection.execute("create table words (word text primary key)")
+            with pytest.raises(psycopg.errors.UniqueViolation):
+                connection.execute("insert into words values (%s), (%s)", ["hush-79", "hush-79"])
+        with redis.Redis.from_url(servers.addresses.redis_url) as client, pytest.raises(redis.ResponseError):
+            client.execute_command("no-such-command", "hush-79")
+        logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    assert "duplicate key value" in logs["postgres.log"]
+    assert not [name for name, log in logs.items() if "hush-79" in log]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
+import uuid
 from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import Engine, text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
+from core.db.migrate import RoleLogin, migrate_database
 from core.db.session import DATABASE_ERRORS, connect, operator_transaction, service_transaction, tenant_transaction
 from tests.integration.conftest import Database, Tenant
 
@@ -97,3 +100,34 @@ def test_a_connection_ended_inside_a_transaction_is_an_error_that_may_be_tried_a
         end_connections(owner)
         session.execute(text("select 1"))
     assert identity(api, tenant, "after") == (str(tenant.id), "after")
+
+
+REFUSED = {
+    "a parameter": ("select no_such_function(:value)", "42883"),
+    "a value of the wrong type": ("select cast(:value as integer)", "22P02"),
+    "a key that is there": ("insert into words values (:value), (:value)", "23505"),
+    "a row that may not be": ("insert into words values (:value || :value)", "23514"),
+    "a row without a value": ("insert into words select nullif(:value, :value)", "23502"),
+}
+
+
+@pytest.mark.parametrize(("statement", "sqlstate"), REFUSED.values(), ids=REFUSED.keys())
+def test_no_text_of_an_error_holds_a_value_and_all_of_them_name_the_statement(
+    owner: Engine, statement: str, sqlstate: str
+) -> None:
+    value = "hush" + uuid.uuid4().hex[:4]  # a traceback shows this line, so that it must not hold the value
+    with pytest.raises(DBAPIError) as caught, service_transaction(owner) as session:
+        session.execute(text("create temporary table words (word text primary key check (length(word) < 9))"))
+        session.execute(text(statement), {"value": value})
+    told = "".join(traceback.format_exception(caught.value))
+    assert value not in told
+    assert statement.partition(":")[0] in told
+    assert caught.value.orig is not None
+    assert caught.value.orig.sqlstate == sqlstate  # type: ignore[attr-defined]
+
+
+def test_the_statement_that_lets_a_role_in_does_not_hold_its_password(database: Database) -> None:
+    with pytest.raises(DBAPIError) as caught:
+        migrate_database(database.owner_url, logins=(RoleLogin("no_such_role", "hush-78"),))
+    assert "no_such_role" in str(caught.value)
+    assert "hush-78" not in str(caught.value)

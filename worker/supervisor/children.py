@@ -1,7 +1,7 @@
 """The supervisor's end of its trainer: starts the child process, sends orders, collects reports, ends it.
 
-The child gets an environment without any credential. It ends by itself when this process is gone, because its standard
-input closes.
+The child gets a few names of the environment, none of them a credential. It ends by itself when this process is gone,
+because its standard input closes; one that is frozen, or busy, is killed by the kernel.
 """
 
 from __future__ import annotations
@@ -9,18 +9,27 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import re
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 from core.domain.training import Frozen
+from core.sandbox import plain_environment
 from worker.messages import REPORTS, Alive, BaseLoaded, LoadBase, Report, encode_line
 
-_SECRET_WORDS = ("DATABASE", "REDIS", "BROKER", "S3_", "PASS", "SECRET", "TOKEN", "KEY", "CREDENTIAL", "DSN")
-_URL_WITH_CREDENTIALS = re.compile(r"://[^/\s]*@")
+# What torch, the hub's cache and TLS are told by. No family of names is among them that holds somebody's keys too.
+_FAMILIES = ("CUDA_", "KMP_", "MALLOC_", "MKL_", "OMP_", "PYTORCH_", "TORCH_")
+_NAMES = frozenset(
+    {"BNB_CUDA_VERSION", "CRASHPOINT", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_VISIBLE_DEVICES", "TRITON_CACHE_DIR"}
+    | {"HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"}
+    | {"REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"}
+)
+# How a hub is reached, for a trainer that may reach one: a token and proxies, which may carry a password.
+_HUB_NAMES = frozenset({"ALL_PROXY", "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"})
+_TRUE = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads it
 _STOP_SECONDS = 5.0
 
 
@@ -39,16 +48,12 @@ class TrainerChild:
     """One trainer process, for one base model."""
 
     def __init__(self, order: LoadBase, *, threads: int | None, scratch_dir: Path | None) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=_child_environment(threads, scratch_dir),
-            start_new_session=True,  # a terminal's Ctrl-C is the supervisor's to answer
-        )
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
         self._alive_at = time.monotonic()
-        threading.Thread(target=self._read_reports, daemon=True, name="reports").start()
+        started: Future[subprocess.Popen[bytes]] = Future()
+        environment = _child_environment(threads, scratch_dir)
+        threading.Thread(target=self._accompany, args=(started, environment), daemon=True, name="trainer").start()
+        self._process = started.result()
         self.send(order)
 
     @property
@@ -101,17 +106,38 @@ class TrainerChild:
         self._process.kill()
         self._process.wait()
 
-    def _read_reports(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
-            for line in lines:
-                self._reports.put(REPORTS.validate_json(line))
-        self._reports.put(None)
+    def _accompany(self, started: Future[subprocess.Popen[bytes]], environment: dict[str, str]) -> None:
+        """Start the trainer and read its reports until it has ended: it is killed when this thread ends."""
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "worker.trainer"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,  # a terminal's Ctrl-C is the supervisor's to answer
+            )
+        except OSError as error:
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        assert process.stdout is not None
+        try:
+            with process.stdout as lines:
+                for line in lines:
+                    self._reports.put(REPORTS.validate_json(line))
+        finally:
+            self._reports.put(None)
+        process.wait()
 
 
 def _child_environment(threads: int | None, scratch_dir: Path | None) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if not _is_secret(name, value)}
-    environment["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "1").upper() in _TRUE
+    names = _NAMES if is_offline else _NAMES | _HUB_NAMES
+    environment = plain_environment()
+    environment |= {
+        name: value for name, value in os.environ.items() if name.upper() in names or name.startswith(_FAMILIES)
+    }
+    environment.setdefault("HF_HUB_OFFLINE", "1")
     environment["TOKENIZERS_PARALLELISM"] = "false"
     # Nothing here is compiled, and importing bitsandbytes would load the compiler: a quarter of a trainer's start.
     environment["TORCHDYNAMO_DISABLE"] = "1"
@@ -120,7 +146,3 @@ def _child_environment(threads: int | None, scratch_dir: Path | None) -> dict[st
     if threads is not None:
         environment["ESPALIER_TRAINER_THREADS"] = str(threads)
     return environment
-
-
-def _is_secret(name: str, value: str) -> bool:
-    return any(word in name.upper() for word in _SECRET_WORDS) or _URL_WITH_CREDENTIALS.search(value) is not None

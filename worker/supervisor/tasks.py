@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 
 from core.db.session import connect
 from core.queue import TASK_NAME
+from core.sandbox import hide_memory
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from core.telemetry import configure_logs
@@ -45,6 +46,7 @@ def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine) ->
 
 
 def main() -> None:
+    hide_memory()
     configure_logs("worker")
     settings = WorkerSettings()  # read from the environment
     settings = settings.model_copy(update={"worker_name": settings.worker_name or socket.gethostname()})
