@@ -20,6 +20,7 @@ import pytest
 from core import sandbox
 from core.domain.training import Frozen
 from local.locks import is_running
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from worker.supervisor.children import TrainerChild, TrainerGoneError
 
 ROOT = Path(__file__).resolve().parents[2]
