@@ -6,8 +6,11 @@ import copy
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from core.domain.datasets.statistics import NumberedLine, TokenReport
@@ -17,6 +20,7 @@ from tests.bundles import letters_bundle, load_smollm2_tokenizer
 from worker.trainer.datasets import read_examples, tokenize_dataset
 from worker.trainer.tokenizers import describe_tokenizer
 
+LOOKING_INTO_OTHERS = 1 << 19 | 1 << 21 | 1 << 38  # CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON
 TURNS = [
     {"role": "system", "content": "Sei kurz."},
     {"role": "user", "content": 'Où? "<b>" & {{ 7 }} 🙂'},
@@ -126,6 +130,37 @@ def test_a_child_that_only_waits_is_killed_by_the_clock(tmp_path: Path) -> None:
     with pytest.raises(PreviewLimitError):
         preview_lines(pipe, [], max_seq_len=8, num_shown=1, limits=PreviewLimits(wall_seconds=1.5))
     assert 1 < time.monotonic() - started < 5
+
+
+def test_a_child_has_no_credential_and_may_not_look_into_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPALIER_DATABASE_URL", "postgresql://espalier_api:hush@db/espalier")
+    pipe = tmp_path / "never"
+    os.mkfifo(pipe)  # the child waits in it
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(preview_lines, pipe, [], max_seq_len=8, num_shown=1)
+        child = wait_for_child("core.previews")
+        environment = Path(f"/proc/{child.pid}/environ").read_text()
+        child.kill()
+        with pytest.raises(PreviewLimitError):
+            waiting.result()
+    assert "hush" not in environment
+
+
+def wait_for_child(module: str) -> psutil.Process:
+    """Return the child that runs a module, once it has no right to look into others, and can gain none."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for child in psutil.Process().children():
+            with suppress(psutil.Error, FileNotFoundError):
+                lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+                facts = dict(line.split(":\t", 1) for line in lines)
+                is_confined = facts["NoNewPrivs"] == "1" and not int(facts["CapEff"], 16) & LOOKING_INTO_OTHERS
+                if module in child.cmdline() and is_confined:
+                    return child
+        time.sleep(0.02)
+    raise AssertionError("there is no such child")
 
 
 def test_a_preview_is_what_the_trainer_makes_token_for_token(tmp_path: Path) -> None:
