@@ -6,18 +6,21 @@ import copy
 import json
 import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from core.domain.datasets.statistics import NumberedLine, TokenReport
 from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError, TokenizerBundle
 from core.previews import PreviewLimitError, PreviewLimits, preview_lines
 from tests.bundles import letters_bundle, load_smollm2_tokenizer
-from tests.waiting import takes_at_least
+from tests.waiting import takes_at_least, wait_until
 from worker.trainer.datasets import read_examples, tokenize_dataset
 from worker.trainer.tokenizers import describe_tokenizer
 
+LOOKING_INTO_OTHERS = 1 << 19 | 1 << 21 | 1 << 38  # CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON
 TURNS = [
     {"role": "system", "content": "Sei kurz."},
     {"role": "user", "content": 'Où? "<b>" & {{ 7 }} 🙂'},
@@ -130,6 +133,44 @@ def test_a_child_that_only_waits_is_killed_by_the_clock(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     with takes_at_least(1.5), pytest.raises(PreviewLimitError):
         preview_lines(pipe, [], max_seq_len=8, num_shown=1, limits=PreviewLimits(wall_seconds=1.5))
+
+
+def test_a_child_has_no_credential_and_may_not_look_into_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPALIER_DATABASE_URL", "postgresql://espalier_api:hush@db/espalier")
+    pipe = tmp_path / "never"
+    os.mkfifo(pipe)  # the child waits in it
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(preview_lines, pipe, [], max_seq_len=8, num_shown=1)
+        child = wait_for_child("core.previews")
+        environment = Path(f"/proc/{child.pid}/environ").read_text()
+        child.kill()
+        with pytest.raises(PreviewLimitError):
+            waiting.result()
+    assert "hush" not in environment
+
+
+def wait_for_child(module: str) -> psutil.Process:
+    """Return the child that runs a module, once it has no right to look into others, and can gain none."""
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        found[:] = [child for child in psutil.Process().children() if is_confined(child, module)]
+        return bool(found)
+
+    wait_until(is_there)
+    return found[0]
+
+
+def is_confined(child: psutil.Process, module: str) -> bool:
+    try:
+        lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+        facts = dict(line.split(":\t", 1) for line in lines)
+        may_look = int(facts["CapEff"], 16) & LOOKING_INTO_OTHERS
+        return module in child.cmdline() and facts["NoNewPrivs"] == "1" and not may_look
+    except (psutil.Error, FileNotFoundError):
+        return False
 
 
 def test_a_preview_is_what_the_trainer_makes_token_for_token(tmp_path: Path) -> None:
