@@ -8,16 +8,21 @@ from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import Engine, select, text
+from typer.testing import CliRunner
 
+from cli.main import app
 from core.db.models import Attempt, Job, Usage
 from core.db.session import connect, service_transaction, tenant_transaction
+from core.domain.duties import Duty
 from core.domain.outlook import WaitCode
 from core.domain.scheduling import FairnessTerms
 from core.domain.training import TrainingSpec
 from core.services import attempts
 from core.services.explanations import explain_job
 from core.services.set_asides import list_set_asides
-from schedule.sweeper import settle
+from core.storage import S3ObjectStore
+from local.servers import ServerAddresses
+from schedule.sweeper import settle, sweep
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.poisoning import break_row, change, drop_checks
 from tests.integration.test_attempts import POOL, claim, queue_job, status_of
@@ -148,6 +153,39 @@ def test_an_attempt_that_cannot_be_settled_keeps_no_other_from_being_booked(
     settle(schedule)
     with service_transaction(owner) as session:
         assert session.scalars(select(Usage.attempt_id)).all() == [second.id]
+
+
+def test_a_job_that_cannot_be_swept_keeps_no_other_from_being_swept(
+    worker: Engine, schedule: Engine, owner: Engine, tenant: Tenant, servers: ServerAddresses
+) -> None:
+    for _ in range(2):
+        queue_job(owner, tenant)
+        lease = claim(worker)
+        assert lease is not None
+        with service_transaction(worker) as session:
+            attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True)
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set finished_at = now() - interval '2 days'"))
+        stuck, swept = session.scalars(select(Job.id).order_by(Job.id)).all()
+    break_row(owner, "jobs", "id", stuck)
+    for _ in range(2):
+        sweep(schedule, S3ObjectStore(servers.storage), min_age=dt.timedelta(days=1))
+    with service_transaction(owner) as session:
+        assert session.scalars(select(Job.id).where(Job.swept_at.is_not(None))).all() == [swept]
+        (aside,) = list_set_asides(session)
+    assert (aside.duty, aside.row_id, aside.num_failures) == (Duty.SWEEP, stuck, 1)
+
+
+def test_an_operator_sees_what_is_set_aside_and_why(
+    worker: Engine, owner: Engine, tenant: Tenant, database: Database
+) -> None:
+    job = queue_job(owner, tenant)
+    break_row(owner, "jobs", "id", job.id)
+    assert claim(worker) is None
+    told = CliRunner().invoke(app, ["set-asides"], env={"ESPALIER_OWNER_DATABASE_URL": database.owner_url})
+    assert told.exit_code == 0, told.output
+    for word in ("claim", str(job.id), str(tenant.id), "value out of range: overflow"):
+        assert word in told.stdout
 
 
 def test_a_month_of_impossible_use_holds_its_tenant_and_no_other(worker: Engine, owner: Engine, tenant: Tenant) -> None:

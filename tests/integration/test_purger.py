@@ -128,3 +128,18 @@ def stored_bytes(owner: Engine, tenant_id: uuid.UUID) -> int:
     with service_transaction(owner) as session:
         query = text("select num_bytes from storage_totals where tenant_id = :id")
         return session.scalars(query, {"id": tenant_id}).one()
+
+
+def test_a_duty_that_dies_of_our_fault_ends_the_process_to_be_started_again(
+    owner: Engine, database: Database, servers: ServerAddresses
+) -> None:
+    """A schedule that no longer purges, and still leads, would be worse than none."""
+    with service_transaction(owner) as session:
+        session.execute(text("revoke delete on idempotency_keys from espalier_schedule"))
+    try:
+        with schedule_process(database, servers, clean_interval_seconds="0.1") as process:
+            wait_until(lambda: process.poll() is not None)
+            assert process.returncode == 1
+    finally:
+        with service_transaction(owner) as session:
+            session.execute(text("grant delete on idempotency_keys to espalier_schedule"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import Engine, func, select, text
+from sqlalchemy import Engine, event, func, select, text
 
 from core.db.models import Attempt, File, Job, Usage
 from core.db.session import connect, service_transaction, tenant_transaction
@@ -409,3 +409,23 @@ def test_a_job_waits_while_more_is_stored_than_may_be_and_says_so(
     assert "stores more than it may" in told.reason.sentence
     limit(owner, tenant, max_storage_bytes=100)
     assert must_claim(worker).job_id == job.id
+
+
+def test_quotas_cost_a_submission_no_round_trip_and_an_upload_two(api: Engine, owner: Engine, tenant: Tenant) -> None:
+    limit(owner, tenant, max_storage_bytes=10**6)
+    file_id = add_file(api, tenant)
+    submit(api, tenant, file_id)
+    assert count_statements(api, lambda: submit(api, tenant, file_id)) == 3  # the means, the lock, the job
+    assert count_statements(api, lambda: act(api, tenant, reserve_storage, num_bytes=1)) == 2  # the lock, the total
+
+
+def count_statements(engine: Engine, do: Callable[[], Any]) -> int:
+    statements: list[Any] = []
+
+    def note(*told: Any) -> None:
+        statements.append(told)
+
+    event.listen(engine, "before_cursor_execute", note)
+    do()
+    event.remove(engine, "before_cursor_execute", note)
+    return len(statements)

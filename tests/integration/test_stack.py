@@ -211,7 +211,7 @@ def test_an_operator_sets_quotas_rotates_keys_switches_bases_and_reads_who_did_w
     [
         (("tenants", "create", "local"), "There is a tenant 'local' already."),
         (("keys", "create", "nobody"), "There is no tenant 'nobody'."),
-        (("tenants", "set", "local", "--weight", "0"), "weight: Input should be greater than 0."),
+        (("tenants", "set", "local", "--weight", "0"), "weight: Input should be greater than or equal to 0.01."),
         (("base-models", "disable", "gpt-9"), "There is no base model 'gpt-9'."),
         (("keys", "revoke", "nothing"), "There is no API key 'nothing'."),
     ],
