@@ -214,6 +214,7 @@ def test_43_cancelling_at_any_moment_ends_once_and_frees_the_slot(lab: Lab) -> N
     assert lab.post(at_claim, "cancel").json()["status"] == "cancelled"
     done = lab.submit(n_epochs=1)
     lab.succeed(done)
+    wait_until(lambda: bool(lab.sql(booked, done)))
     whole = (
         lab.sql(booked, done)[0][0] * 50 * 80 / 12
     )  # of a job of so many epochs and rows, by that of one epoch of 12
