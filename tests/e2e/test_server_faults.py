@@ -21,18 +21,18 @@ def test_11_jobs_run_although_redis_hangs_because_a_worker_that_nobody_wakes_cla
 def test_13_a_database_that_goes_away_for_a_moment_costs_no_attempt(lab: Lab) -> None:
     lab.kill_workers()
     lab.start_worker(ESPALIER_LEASE_SECONDS="60")  # longer than the restart
-    job_id = lab.submit(n_epochs=14, num_rows=80)
+    job_id = lab.submit(n_epochs=20, num_rows=80)
     lab.wait_for_step(job_id, 3)
     with lab.servers.postgres.during(Cut()):
         answer = lab.get(job_id)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
     held_until = lab.lease_end(job_id)
     lab.servers.restart("postgres", blow=signal.SIGQUIT)  # as `pg_ctl restart -m immediate` does
-    wait_until(lambda: lab.get(job_id).is_success, what="the API's return")
     wait_until(lambda: lab.lease_end(job_id) > held_until, what="a heartbeat after the restart")
+    wait_until(lambda: lab.get(job_id).is_success, what="the API's return")
     lab.succeed(job_id)
     assert lab.outcomes(job_id) == ["succeeded"]
-    assert lab.metric_steps(job_id) == list(range(1, 281))
+    assert lab.metric_steps(job_id) == list(range(1, 401))
 
 
 def test_14_a_database_away_for_longer_than_a_lease_stops_the_training_before_its_end(lab: Lab) -> None:

@@ -228,12 +228,11 @@ def test_43_cancelling_at_any_moment_ends_once_and_frees_the_slot(lab: Lab) -> N
     at_claim = lab.submit(**LONG)
     wait_until(lambda: lab.job(at_claim).status == "running")
     assert lab.post(at_claim, "cancel").json()["status"] == "cancelled"
-    done = lab.submit(n_epochs=1)
+    done = lab.submit(n_epochs=1, num_rows=12)
     lab.succeed(done)
-    whole = (
-        lab.sql(booked, done)[0][0] * 50 * 80 / 12
-    )  # of a job of so many epochs and rows, by that of one epoch of 12
-    assert lab.sql(booked, running)[0][0] < whole / 2, "the training has ended long before its own end"
+    wait_until(lambda: bool(lab.sql(booked, done)))
+    num_tokens_a_row = lab.sql(booked, done)[0][0] / 12
+    assert lab.sql(booked, running)[0][0] < num_tokens_a_row * 80 * 50 / 2, "it has ended long before its own end"
     assert lab.post(done, "cancel").status_code == 409
     for job_id in (early, running, at_claim):
         assert lab.job(job_id).status == "cancelled"

@@ -120,6 +120,7 @@ def bounds_of(call: ast.Call) -> Iterator[float]:
 
 
 def is_unbound(call: ast.Call) -> bool:
+    """Return whether a request is sent with httpx' own patience."""
     is_httpx = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "httpx"
     asks = is_httpx and call.func.attr in {"get", "post", "put", "delete", "request", "stream", "Client"}  # type: ignore[attr-defined]
     return asks and "timeout" not in {keyword.arg for keyword in call.keywords}
