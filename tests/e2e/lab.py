@@ -117,6 +117,19 @@ class Lab:
     def workers(self) -> list[ChildProcess]:
         return [worker for worker in self._workers if worker.is_alive]
 
+    @contextmanager
+    def as_tenant(self, slug: str) -> Iterator[None]:
+        """Let another tenant be the one who submits and asks, within this block."""
+        acme = self.api_key, self.client
+        self.api_key = self.stack.create_tenant(slug)
+        self.client = OpenAI(base_url=f"{self.stack.api_url}/v1", api_key=self.api_key, max_retries=0)
+        try:
+            yield
+        finally:
+            self.cancel_all()
+            self.client.close()
+            self.api_key, self.client = acme
+
     def cancel_all(self) -> None:
         """Leave no job to the next test."""
         for job in self.client.fine_tuning.jobs.list(limit=50):
@@ -277,6 +290,7 @@ class Lab:
 def running_lab(base_dir: Path, directory: Path, *, max_tokens_per_step: int = 512, **env: str) -> Iterator[Lab]:
     # Its rank, so that a job can be larger than any device.
     entry = base_entry(base_dir) | {"max_rank": 2**24, "max_tokens_per_step": max_tokens_per_step}
+    entry["quantizations"] = ["nf4"]
     registry = directory / "registry.yaml"
     registry.write_text(yaml.safe_dump({"base_models": [entry]}))
     servers = FaultyServers(directory / "data")

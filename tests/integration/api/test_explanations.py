@@ -16,7 +16,7 @@ from sqlalchemy.exc import ProgrammingError
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.bases import BaseState
 from core.domain.ids import IdKind, format_id
-from core.services import attempts
+from core.services import attempts, turns
 from core.services.base_models import record_state
 from core.services.workers import WorkerFacts, record_worker
 from tests.integration.conftest import Database, Tenant, add_tenant
@@ -205,3 +205,75 @@ def test_a_queued_job_has_an_interval_from_what_recent_jobs_took(
     told = explain(api_url, tenant, job.id)
     assert (told["reason"]["code"], told["eta"]["basis"], told["eta"]["num_measured"]) == ("starting", "recent_jobs", 1)
     assert before + 30 <= told["eta"]["earliest"] <= time.time() + 30 + 1
+
+
+def plant_recent_job(owner: Engine, tenant: Tenant) -> None:
+    """A job of the pool that took 30 s."""
+    lease = start_job(owner, tenant.id)
+    ended = "update attempts set outcome = 'succeeded', ended_at = now(), started_at = now() - interval '30 s' where lease_token = :token"
+    with service_transaction(owner) as session:
+        session.execute(text(ended), {"token": lease.token})
+        session.execute(text("update jobs set status = 'paused', lease_token = null, lease_until = null"))
+
+
+def plant_running_job(owner: Engine, tenant: Tenant, *, num_steps: int) -> None:
+    """A job with 100 steps to go, of 10 s each as far as it has done any."""
+    lease = start_job(owner, tenant.id)
+    for step in range(1, num_steps + 1):
+        record_step(owner, lease, step)
+    values = {"id": lease.job_id, "total": num_steps + 100}
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set total_steps = :total where id = :id"), values)
+        spread = "update metrics set created_at = now() - (trained_steps - step) * interval '10 s' from jobs j where job_id = j.id and j.id = :id"
+        session.execute(text(spread), values)
+        session.execute(text("update jobs set run_after = now()"))
+
+
+def test_a_wait_for_a_slot_follows_from_the_remaining_steps_of_what_runs(
+    api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    plant_recent_job(owner, other_tenant)
+    plant_running_job(owner, other_tenant, num_steps=5)
+    with service_transaction(owner) as session:
+        session.execute(text("update tenants set usage = 0"))  # nobody is above anybody, and nothing is lent
+    job = queue_job(owner, tenant.id)
+    add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 1, 1))
+    told = explain(api_url, tenant, job.id)
+    assert told["reason"]["code"] == "no_free_slot"
+    now = time.time()
+    assert told["eta"]["earliest"] == pytest.approx(now + 750 + 30, abs=PATIENCE_SECONDS)
+    assert told["eta"]["latest"] == pytest.approx(now + 1250 + 30, abs=PATIENCE_SECONDS)
+    assert told["eta"]["latest"] - told["eta"]["earliest"] == pytest.approx(500, abs=5)
+    with service_transaction(owner) as session:
+        session.execute(text("update tenants set usage = 1e5 where id = :id"), {"id": other_tenant.id})
+    lent = explain(api_url, tenant, job.id)["eta"]
+    assert lent["latest"] - told["eta"]["latest"] == pytest.approx(600 - 1250, abs=PATIENCE_SECONDS), "a quantum"
+
+
+def test_nothing_is_promised_behind_a_job_whose_pace_nobody_knows(
+    api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    """What was seen: 30 to 77 s were promised, again and again, where 20 days were to come."""
+    plant_recent_job(owner, other_tenant)
+    plant_running_job(owner, other_tenant, num_steps=1)
+    with service_transaction(owner) as session:
+        session.execute(text("update tenants set usage = 0"))
+    job = queue_job(owner, tenant.id)
+    add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 1, 1))
+    told = explain(api_url, tenant, job.id)
+    assert (told["reason"]["code"], told["eta"]) == ("no_free_slot", None)
+
+
+def test_a_lent_slot_and_another_bases_turn_have_codes_and_the_turn_an_end(
+    api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    with service_transaction(owner) as session:
+        turns.mark_lending(session, [lease.token])
+        attempts.requeue_attempt(session, lease)
+    add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 4, 4))
+    assert explain(api_url, tenant, lease.job_id)["reason"]["code"] == "slot_lent"
+    add_worker(owner, WorkerFacts("w", (POOL, "x"), "serving", "x", 4, 4, pool_seconds=300.0))
+    told = explain(api_url, tenant, lease.job_id)["reason"]
+    assert told["code"] == "other_base_turn"
+    assert "ends in 10 min" in told["message"]
