@@ -88,11 +88,12 @@ def complete_upload(
     caller: Caller, database: Database, store: Store, now: Now, upload_id: str, body: CompleteUpload
 ) -> UploadObject:
     """Compose the parts to a file, checked like any other. Completing a completed upload returns it."""
-    row_id, part_ids = parse_id(IdKind.UPLOAD, upload_id), _parse_part_ids(body.part_ids)
+    row_id = parse_id(IdKind.UPLOAD, upload_id)
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         upload = uploads.get_upload(session, caller.tenant_id, upload_id=row_id)
         if upload.status == "completed":
             return UploadObject.of(upload, now=now, file=uploads.find_file(session, upload))
+        part_ids = _parse_part_ids(body.part_ids)
         begun = uploads.begin_completion(session, caller.tenant_id, upload_id=row_id, part_ids=part_ids)
     with HeldUpload(database, caller, begun) as held:
         chunks = held.keep_while(_read_parts(store, begun.part_keys, md5=body.md5))

@@ -56,7 +56,9 @@ def complete(api: Engine, tenant: Tenant, completion: Completion) -> str:
 
 def let_time_pass(owner: Engine, tenant: Tenant, column: str) -> None:
     with tenant_transaction(owner, tenant.id) as session:
-        session.execute(text(f"update uploads set {column} = now() - interval '1 second'"))
+        session.execute(
+            text(f"update uploads set {column} = now() - interval '1 second' where tenant_id = :id"), {"id": tenant.id}
+        )
 
 
 def test_a_stale_completion_cannot_end_the_upload_of_a_newer_one(
@@ -90,14 +92,19 @@ def test_an_upload_does_not_expire_while_it_is_completed_and_counts_as_stored(
     api: Engine, owner: Engine, schedule: Engine, tenant: Tenant, part: tuple[uuid.UUID, uuid.UUID]
 ) -> None:
     with tenant_transaction(owner, tenant.id) as session:
-        session.execute(text("update uploads set expires_at = now() + interval '1 second'"))
+        session.execute(
+            text("update uploads set expires_at = now() + interval '1 second' where tenant_id = :id"), {"id": tenant.id}
+        )
     begin(api, tenant, part)
     with tenant_transaction(owner, tenant.id) as session:
-        assert session.scalar(text("select min(expires_at - now()) > interval '1 minute' from uploads"))
+        left = text("select expires_at - now() > interval '1 minute' from uploads where tenant_id = :id")
+        assert session.scalar(left, {"id": tenant.id})
     with service_transaction(schedule) as session:
         assert str(part[0]) not in " ".join(purge.location for purge in find_purges(session))
     with tenant_transaction(owner, tenant.id) as session:
-        session.execute(text("update tenants set max_storage_bytes = :size"), {"size": SIZE})
+        session.execute(
+            text("update tenants set max_storage_bytes = :size where id = :id"), {"size": SIZE, "id": tenant.id}
+        )
     with pytest.raises(PermissionDeniedError), tenant_transaction(api, tenant.id) as session:
         quotas.check_storage(session, tenant.id, num_bytes=1)
     let_time_pass(owner, tenant, "expires_at")

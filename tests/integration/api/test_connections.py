@@ -83,6 +83,12 @@ def pour(connection: socket.socket, piece: bytes, *, most: int) -> int:
     return num_bytes
 
 
+def address_of(answer: httpx.Response) -> object:
+    """Return by which connection a client was answered."""
+    assert answer.is_success
+    return answer.extensions["network_stream"].get_extra_info("client_addr")
+
+
 def is_answered(url: str) -> bool:
     return httpx.get(f"{url}/livez", trust_env=False, timeout=60).is_success
 
@@ -221,12 +227,12 @@ def test_pipelined_requests_are_answered_in_order_and_a_flood_of_them_is_not(url
 
 def test_half_open_connections_shut_nobody_out(small_url: str, connect_to_small: Connect) -> None:
     with httpx.Client(base_url=small_url, trust_env=False, timeout=60) as working:
-        assert working.get("/livez").is_success
+        own = address_of(working.get("/livez"))
         half_open = [connect_to_small() for _ in range(5 * MAX_CONNECTIONS)]
         for each in half_open:
             with contextlib.suppress(ConnectionError):
                 each.sendall(BEGUN)
-            assert working.get("/livez").is_success
+            assert address_of(working.get("/livez")) == own, "its connection is kept"
         assert is_answered(small_url), "a newcomer gets in"
     closed = [each for each in half_open if select.select([each], [], [], 0)[0]]
     assert len(closed) >= 4 * MAX_CONNECTIONS - 1
