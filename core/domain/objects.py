@@ -9,7 +9,7 @@ OBJECTS_PREFIX = "tenants/"
 _UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _FILE_KEY = re.compile(rf"{OBJECTS_PREFIX}{_UUID}/files/({_UUID})/content\.jsonl")
 # Of a file, of an upload, or of one attempt at a job: never all that a tenant or a job has.
-_LOCATION = re.compile(rf"(?:files/{_UUID}/[^/]+|uploads/{_UUID}/|jobs/{_UUID}/[0-9]+/.*)")
+_LOCATION = re.compile(rf"{OBJECTS_PREFIX}{_UUID}/(?:files/{_UUID}/[^/]+|uploads/{_UUID}/|jobs/{_UUID}/[0-9]+/.*)")
 
 
 def tenant_prefix(tenant_id: uuid.UUID) -> str:
@@ -30,11 +30,14 @@ def file_id_of(object_key: str) -> uuid.UUID | None:
     return uuid.UUID(match[1]) if match else None
 
 
+def is_location(location: str) -> bool:
+    """Say whether a key, or a prefix that ends in a slash, is of one thing of one tenant's, and may be deleted."""
+    return ".." not in location.split("/") and bool(_LOCATION.fullmatch(location))
+
+
 def is_location_of(tenant_id: uuid.UUID, location: str) -> bool:
-    """Say whether a key, or a prefix that ends in a slash, is of one thing of this tenant's, and may be deleted."""
-    prefix = tenant_prefix(tenant_id)
-    is_plain = ".." not in location.split("/")
-    return location.startswith(prefix) and is_plain and bool(_LOCATION.fullmatch(location.removeprefix(prefix)))
+    """As `is_location`, of this tenant."""
+    return location.startswith(tenant_prefix(tenant_id)) and is_location(location)
 
 
 def job_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID) -> str:
