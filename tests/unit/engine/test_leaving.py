@@ -77,11 +77,11 @@ def recorded(product: Callable[..., torch.Tensor], happened: list[str]) -> Calla
 
 def test_no_two_products_of_a_step_are_without_a_look_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_CHUNK_BYTES, "cpu", 1)  # so that the loss takes several chunks
-    engine, happened = make_engine_of("a", "b"), []
+    engine, happened = make_engine_of("a", "b", batch_size=10), []
     for kind in FrozenWeight.__subclasses__():
         for name in ("multiply", "multiply_back"):
             monkeypatch.setattr(kind, name, recorded(getattr(kind, name), happened))
-    engine.begin_evaluation("a", random_examples(8, 4))
+    engine.begin_evaluation("a", random_examples(8, 20))
     engine.step(look=lambda: happened.append("look"))
     stretches = "".join(each[0] for each in happened).split("l")
     widest = 3  # query, key and value read the same rows and are one product; so are a chunk's logits and gradient

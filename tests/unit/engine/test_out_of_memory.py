@@ -271,13 +271,13 @@ def engine_of_all_examples() -> Engine:
 
 DEEDS = st.lists(
     st.tuples(
-        st.sampled_from(("admit", "evict", "step", "step")),
+        st.sampled_from(("admit", "admit", "evict", "step", "step")),
         st.sampled_from(KINDS),
         st.integers(0, 5),
-        st.one_of(st.none(), st.integers(1, 12), st.integers(1, 120)),
+        st.one_of(st.none(), st.integers(1, 4), st.integers(1, 100)),
     ),
-    min_size=4,
-    max_size=12,
+    min_size=8,
+    max_size=16,
 )
 
 
