@@ -61,6 +61,7 @@ ALLOWED_POLICIES = {
     "shared_rows": {"espalier_api"},
     "outlook_rows": {"espalier_outlook"},
     "operator_rows": {"espalier_operator"},
+    "checked_rows": {"espalier_worker"},  # of bases, which are nobody's: what a worker found when it loaded one
     "service_rows": {"espalier_schedule,espalier_worker", "espalier_schedule"},
     "owner_rows": {"postgres"},
 }

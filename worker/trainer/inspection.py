@@ -89,7 +89,8 @@ def check_weights(directory: Path) -> None:
     if not names:
         raise BaseRefusedError("The base model has no safetensors files; convert it first.")
     for name in sorted(names):
-        with safe_open(directory / name, framework="pt"):
+        # The first says why a file cannot be read, which the second calls missing.
+        with (directory / name).open("rb"), safe_open(directory / name, framework="pt"):
             pass
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from worker.trainer.blame import blaming, blaming_the_worker
 from worker.trainer.failures import BaseRefusedError, WorkerUnfitError
 from worker.trainer.inspection import inspect_files
 
+NOBODY = 65534
 LLAMA = LINEARS_BY_MODEL_TYPE["llama"]
 
 
@@ -114,6 +118,31 @@ def test_what_is_wrong_with_a_bases_files_is_the_bases_fault_and_named(
     spoil(base_dir)
     with pytest.raises(BaseRefusedError, match=reason):
         inspect_files(make_order(base_dir))
+
+
+def test_files_that_a_workers_user_may_not_read_are_named_as_such(tiny_base: Path) -> None:
+    with tempfile.TemporaryDirectory() as parent:  # pytest's own is closed to everybody else
+        base = Path(shutil.copytree(tiny_base, Path(parent) / "base"))
+        Path(parent).chmod(0o755)
+        base.chmod(0o755)
+        for file in base.iterdir():
+            file.chmod(0o644)
+        (base / "model.safetensors").chmod(0)
+        order = make_order(base)
+        with as_nobody(), pytest.raises(BaseRefusedError, match=r"Permission denied: .*model\.safetensors"):
+            inspect_files(order)
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Be a user who may read what everybody may: root reads everything."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
 
 
 def test_targets_that_a_base_lacks_are_named_with_those_it_has(base_dir: Path) -> None:
