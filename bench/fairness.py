@@ -27,7 +27,7 @@ from sqlalchemy import Engine, text
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
 from core.domain.jobs import pool_name
-from core.domain.scheduling import QUANTUM_SECONDS, TURN_SECONDS, slot_seconds, turn_length
+from core.domain.scheduling import QUANTUM_SECONDS, FairnessTerms, slot_seconds
 from core.services import attempts, charges, turns
 from core.services.attempts import Lease
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
@@ -163,8 +163,7 @@ class SimulatedWorker:
 
     @property
     def _is_over(self) -> bool:
-        turn_seconds = turn_length(TURN_SECONDS, load_seconds=LOAD_SECONDS)
-        return self._service.now - self._held_since >= turn_seconds
+        return self._service.now - self._held_since >= FairnessTerms().turn_length(LOAD_SECONDS)
 
     def tick(self) -> None:
         self._beat()

@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from core.domain import bounds
-from core.domain.scheduling import QUANTUM_SECONDS, TURN_SECONDS, FairnessTerms
+from core.domain.scheduling import MAX_LOADING_FRACTION, QUANTUM_SECONDS, TURN_SECONDS, FairnessTerms
 
 _WEEK_SECONDS = 7 * 24 * 3600
 
@@ -60,14 +60,18 @@ class S3Settings(_Settings):
 
 
 class FairnessSettings(_Settings):
-    """How long a slot is a job's own while others wait, and how long a worker keeps its base while others wait."""
+    """How long a slot is a job's own while others wait, and how long a worker keeps its base while others wait.
+
+    Loading bases takes at most `max_loading_fraction` of a worker's time where tenants alternate between them.
+    """
 
     quantum_seconds: float = Field(default=QUANTUM_SECONDS, ge=0.1, le=24 * 3600)
     turn_seconds: float = Field(default=TURN_SECONDS, ge=0.1, le=24 * 3600)
+    max_loading_fraction: float = Field(default=MAX_LOADING_FRACTION, ge=0.001, le=1)
 
     @property
     def fairness_terms(self) -> FairnessTerms:
-        return FairnessTerms(self.quantum_seconds, self.turn_seconds)
+        return FairnessTerms(self.quantum_seconds, self.turn_seconds, self.max_loading_fraction)
 
 
 class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):

@@ -31,10 +31,18 @@ SLOT_SECONDS = QUANTUM_SECONDS / _USUAL_SLOTS
 
 @dataclass(frozen=True)
 class FairnessTerms:
-    """How long a slot is a job's own, and how long a worker keeps its base, while others wait."""
+    """How long a slot is a job's own, and how long a worker keeps its base, while others wait.
+
+    A turn is longer where loading a base would otherwise take more than `max_loading_fraction` of a worker's time.
+    """
 
     quantum_seconds: float = QUANTUM_SECONDS
     turn_seconds: float = TURN_SECONDS
+    max_loading_fraction: float = MAX_LOADING_FRACTION
+
+    def turn_length(self, load_seconds: float) -> float:
+        """Return how long a worker keeps its base, given what loading it took."""
+        return max(self.turn_seconds, load_seconds / self.max_loading_fraction)
 
 
 def decay_usage(usage: float, elapsed_seconds: float) -> float:
@@ -45,8 +53,3 @@ def decay_usage(usage: float, elapsed_seconds: float) -> float:
 def slot_seconds(quantum_seconds: float, *, slots: int = _USUAL_SLOTS) -> float:
     """Return the GPU-seconds that one slot of a full worker uses in a quantum."""
     return quantum_seconds / slots
-
-
-def turn_length(turn_seconds: float, *, load_seconds: float) -> float:
-    """Return how long a worker keeps its base, given what loading it took."""
-    return max(turn_seconds, load_seconds / MAX_LOADING_FRACTION)

@@ -29,7 +29,6 @@ from core.domain.outlook import (
 from core.domain.progress import Estimate, Interval
 from core.domain.scheduling import (
     ENTRY_CHARGE_SECONDS,
-    MAX_LOADING_FRACTION,
     USAGE_HALF_LIFE_SECONDS,
     FairnessTerms,
     slot_seconds,
@@ -161,7 +160,7 @@ def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWork
     holds = and_(is_alive, Worker.pool == pool, Worker.state != "loading", Worker.next_pool.is_(None))
     is_busy = or_(Worker.slots_in_use > 0, Worker.state == "loading")
     is_elsewhere = and_(is_alive, Worker.pool != pool, Worker.next_pool.is_distinct_from(pool), is_busy)
-    turn = func.greatest(terms.turn_seconds, func.coalesce(Pool.load_seconds, 0.0) / MAX_LOADING_FRACTION)
+    turn = func.greatest(terms.turn_seconds, func.coalesce(Pool.load_seconds, 0.0) / terms.max_loading_fraction)
     turn_left = func.greatest(0.0, turn - func.extract("epoch", func.now() - Worker.pool_since))
 
     def count(condition: ColumnElement[bool]) -> ColumnElement[int]:

@@ -17,7 +17,7 @@ ENDLESS = {"n_epochs": 50, "num_rows": 400}
 def impatient(lab: Lab) -> Iterator[Lab]:
     """A lab whose one worker lends and turns within seconds."""
     lab.kill_workers()
-    lab.start_worker(ESPALIER_QUANTUM_SECONDS="2", ESPALIER_TURN_SECONDS="2")
+    lab.start_worker(ESPALIER_QUANTUM_SECONDS="2", ESPALIER_TURN_SECONDS="2", ESPALIER_MAX_LOADING_FRACTION="1")
     yield lab
     lab.cancel_all()
     lab.kill_workers()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from sqlalchemy import Engine, text
 from core.db.session import connect, service_transaction
 from core.domain.ids import new_id
 from core.domain.objects import file_key
+from core.domain.scheduling import FairnessTerms
 from core.services.contract import check_rows
 from core.services.files import NewFile, create_file
 from core.services.jobs import cancel_job
@@ -25,6 +25,7 @@ from local.servers import ServerAddresses
 from tests.e2e.lab import write_tiny_base
 from tests.integration.conftest import BASE_MODEL, Database, Tenant
 from tests.integration.test_attempts import POOL
+from tests.waiting import wait_until
 from worker.supervisor.runner import Runner
 
 ROWS = "\n".join(
@@ -33,13 +34,6 @@ ROWS = "\n".join(
     )
     for n in range(400)
 ).encode()
-
-
-def wait_until(is_true: Callable[[], bool], *, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -102,4 +96,4 @@ def test_a_cancelled_jobs_leaving_is_recorded_before_its_supervisor_rests(
     assert ask("select 1 from attempts where job_id = :id and left_device_at >= ended_at") == 1
     assert ask("select 1 from usage where tenant_id = (select tenant_id from jobs where id = :id)") == 1
     with service_transaction(owner) as session:
-        assert [finding for finding in check_rows(session) if finding.num_broken] == []
+        assert [finding for finding in check_rows(session, FairnessTerms()) if finding.num_broken] == []

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from sqlalchemy import Engine
 
 from core.db.session import service_transaction
-from core.domain.scheduling import slot_seconds, turn_length
+from core.domain.scheduling import slot_seconds
 from core.services import turns
 from core.services.turns import PoolChoice, SlotTerms
 from core.settings import WorkerSettings
@@ -34,7 +34,7 @@ class TurnKeeper:
     @property
     def is_over(self) -> bool:
         """Whether another pool may have its turn."""
-        length = turn_length(self._settings.turn_seconds, load_seconds=self._base.load_seconds)
+        length = self._settings.fairness_terms.turn_length(self._base.load_seconds)
         return len(self._settings.worker_pools) > 1 and self._base.held_seconds >= length
 
     def is_due(self) -> bool:
