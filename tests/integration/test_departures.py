@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from core.db.session import DATABASE_ERRORS, connect, service_transaction
+from core.domain.scheduling import FairnessTerms
 from core.services import attempts
 from core.services.attempts import Lease
 from core.services.contract import Finding, check_rows
@@ -55,7 +56,7 @@ def record_departure(worker: Engine, lease: Lease, *, seconds_ago: float) -> Non
 
 def check_i10(owner: Engine) -> Finding:
     with service_transaction(owner) as session:
-        (finding,) = (each for each in check_rows(session) if each.promise == "I10")
+        (finding,) = (each for each in check_rows(session, FairnessTerms()) if each.promise == "I10")
     return finding
 
 
