@@ -17,7 +17,7 @@ import tempfile
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psycopg
@@ -240,8 +240,11 @@ class SimulatedWorker:
         return PoolChoice(self._name, POOLS, self._pool, keeps_pool=not self._is_over, holders=holders)
 
     def _hold_pool_with_work(self) -> None:
+        choice = self._choice()
+        if self._next_pool is not None:  # whose turn was promised
+            choice = replace(choice, pool=self._next_pool, keeps_pool=True)
         with service_transaction(self._engine) as session:
-            pool = turns.choose_pool(session, self._choice())
+            pool = turns.choose_pool(session, choice)
         self._next_pool = None
         if pool is None or pool == self._pool:
             return

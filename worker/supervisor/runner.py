@@ -252,7 +252,7 @@ class Runner:
     def _hold_pool_with_work(self) -> bool:
         with service_transaction(self._engine) as session:
             bases = self._loadable_bases(session)
-        pool = self._next_pool = self._turns.choose_pool(tuple(bases))
+        pool = self._next_pool = self._turns.choose_pool(tuple(bases), promised=self._next_pool)
         if pool is None:
             return False
         if pool != self._base.pool or not self._base.is_alive:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sqlalchemy import Engine
 
@@ -44,10 +45,16 @@ class TurnKeeper:
             self._looked_at = time.monotonic()
         return is_due
 
-    def choose_pool(self, pools: Sequence[str]) -> str | None:
-        """Return which of these pools a worker without jobs serves next, or None where none has work for it."""
+    def choose_pool(self, pools: Sequence[str], *, promised: str | None) -> str | None:
+        """Return which of these pools a worker without jobs serves next, or None where none has work for it.
+
+        A pool whose turn was `promised` comes first. The jobs that left for it wait too, and may be older.
+        """
+        choice = self._choice(pools)
+        if promised is not None:
+            choice = replace(choice, pool=promised, keeps_pool=True)
         with service_transaction(self._engine) as session:
-            return turns.choose_pool(session, self._choice(pools))
+            return turns.choose_pool(session, choice)
 
     def end(self, pools: Sequence[str], *, holders: Sequence[uuid.UUID], held: Sequence[int]) -> str | None:
         """Return which of these pools has its turn now, or None while the job that is next is that of the held base.
