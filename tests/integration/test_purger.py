@@ -55,7 +55,7 @@ def test_all_that_is_due_goes_in_one_go_and_nobody_waits_for_the_tenant_that_del
     add_deleted_files(owner, small, 3)
     with schedule_process(database, servers, clean_interval_seconds="3600"):
         wait_until(lambda: num_unpurged(owner, small) == 0)
-        wait_until(lambda: num_unpurged(owner, whale) == 0, seconds=60)
+        wait_until(lambda: num_unpurged(owner, whale) == 0)
     with service_transaction(owner) as session:
         last = session.scalar(select(func.max(File.purged_at)).where(File.tenant_id == small.id))
         sooner = select(func.count()).where(File.tenant_id == whale.id, File.purged_at < last)
@@ -93,7 +93,7 @@ def test_a_row_that_names_no_object_of_its_tenant_deletes_nothing_and_holds_up_n
         session.execute(text("update checkpoints set object_prefix = :prefix where tenant_id = :id"), own)
     with schedule_process(database, servers, clean_interval_seconds="3600"):
         wait_until(lambda: store.stat(gone) is None)
-        wait_until(lambda: num_unpurged(owner, tenant) == 1, seconds=30)  # the job's dataset, which is not deleted
+        wait_until(lambda: num_unpurged(owner, tenant) == 1)  # the job's dataset, which is not deleted
         wait_until(lambda: is_set_aside(owner, tenant))
     assert [store.stat(key) for key in [*keys, poisonous]] == [4, 4, 1]
 

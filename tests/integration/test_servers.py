@@ -253,7 +253,7 @@ def test_a_server_that_was_killed_comes_back_in_its_place_with_its_data(name: st
         os.kill(before[name], signal.SIGKILL)
         wait_until(lambda: servers.revive() == (name,))
         assert {key for key in before if servers.pids[key] != before[key]} == {name}
-        wait_until(lambda: has_traces(servers.addresses), seconds=60)
+        wait_until(lambda: has_traces(servers.addresses))
 
 
 def has_traces(addresses: ServerAddresses) -> bool:
