@@ -7,12 +7,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from core.db.models import Adapter, BaseModelRow, Checkpoint, Event, File, Job
 from core.domain.ids import IdKind, format_id
 from core.domain.progress import Estimate
-from core.domain.training import TrainingSpec
+from core.domain.training import AdapterConfig, TrainingSpec
 from core.services.pages import Page
 
 T = TypeVar("T")
@@ -69,6 +69,25 @@ class IntervalObject(BaseModel):
     latest: int
 
 
+# What is shown of a job whose stored terms cannot be read: the other jobs of its tenant's list are shown all the same.
+_UNREADABLE = TrainingSpec.model_construct(
+    adapter=AdapterConfig.model_construct(rank=0, alpha=0.0, target_modules=()),
+    n_epochs=0,
+    batch_size=0,
+    learning_rate=0.0,
+    learning_rate_multiplier=0.0,
+    max_seq_len=0,
+    seed=0,
+)
+
+
+def _read_spec(stored: dict[str, Any]) -> TrainingSpec:
+    try:
+        return TrainingSpec.model_validate(stored)
+    except ValidationError:
+        return _UNREADABLE
+
+
 class JobObject(BaseModel):
     id: str
     object: str = "fine_tuning.job"
@@ -102,7 +121,7 @@ class JobObject(BaseModel):
 
     @classmethod
     def of(cls, row: Job, *, estimate: Estimate | None = None) -> JobObject:
-        spec = TrainingSpec.model_validate(row.spec)
+        spec = _read_spec(row.spec)
         shown = {
             "n_epochs": spec.n_epochs,
             "batch_size": spec.batch_size,

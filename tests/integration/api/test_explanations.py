@@ -277,3 +277,15 @@ def test_a_lent_slot_and_another_bases_turn_have_codes_and_the_turn_an_end(
     told = explain(api_url, tenant, lease.job_id)["reason"]
     assert told["code"] == "other_base_turn"
     assert "ends in 10 min" in told["message"]
+
+
+def test_a_job_whose_terms_cannot_be_read_hides_no_other_from_its_tenant(
+    api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    unreadable, sound = queue_job(owner, tenant.id), queue_job(owner, tenant.id)
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set spec = '{}' where id = :id"), {"id": unreadable.id})
+    listed = get(api_url, tenant, "?limit=10").raise_for_status().json()["data"]
+    assert [job["id"] for job in listed] == [format_id(IdKind.JOB, job.id) for job in (sound, unreadable)]
+    assert [job["hyperparameters"]["n_epochs"] > 0 for job in listed] == [True, False]
+    assert get(api_url, tenant, f"/{format_id(IdKind.JOB, unreadable.id)}").is_success
