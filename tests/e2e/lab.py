@@ -281,9 +281,16 @@ class Lab:
         values = (job_id.removeprefix("ftjob-"),)
         try:
             return self._connection.execute(query, values).fetchall()
-        except psycopg.OperationalError:  # the server was restarted since
-            self._connection = psycopg.connect(self.servers.direct.postgres_url, autocommit=True)
+        except psycopg.OperationalError:  # the server was restarted since, and may be on its way back
+            wait_until(self._has_reconnected, what="the database")
             return self._connection.execute(query, values).fetchall()
+
+    def _has_reconnected(self) -> bool:
+        try:
+            self._connection = psycopg.connect(self.servers.direct.postgres_url, autocommit=True)
+        except psycopg.OperationalError:
+            return False
+        return True
 
 
 @contextmanager
