@@ -278,8 +278,15 @@ def test_one_worker_moves_for_one_job(worker: Engine, owner: Engine, tenant: Ten
 # Newcomers
 
 
-def level(owner: Engine) -> None:
-    with service_transaction(owner) as session:
+@pytest.fixture
+def schedule(database: Database) -> Iterator[Engine]:
+    engine = connect(database.schedule_url)
+    yield engine
+    engine.dispose()
+
+
+def level(schedule: Engine) -> None:
+    with service_transaction(schedule) as session:
         charges.level_newcomers(session)
 
 
@@ -290,13 +297,13 @@ def account(owner: Engine, tenant: Tenant) -> float:
 
 
 def test_a_newcomer_starts_a_quantum_of_a_slot_before_the_level_and_its_usage_stays_true(
-    worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
+    worker: Engine, owner: Engine, schedule: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
     hold_slots(owner, worker, tenant, count=2, seconds_ago=0)
-    level(owner)
+    level(schedule)
     set_usage(owner, tenant, 30_000)
     queue_job(owner, other_tenant.id)
-    level(owner)
+    level(schedule)
     assert account(owner, other_tenant) == pytest.approx(30_000 - 75, rel=1e-3)
     with service_transaction(owner) as session:
         assert session.get_one(TenantRow, other_tenant.id).usage == 0
@@ -304,41 +311,43 @@ def test_a_newcomer_starts_a_quantum_of_a_slot_before_the_level_and_its_usage_st
 
 
 def test_who_comes_back_is_not_behind_for_what_it_used_of_an_idle_device(
-    worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
+    worker: Engine, owner: Engine, schedule: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
     hold_slots(owner, worker, tenant, count=2, seconds_ago=0)
-    level(owner)
+    level(schedule)
     set_usage(owner, tenant, 1_000)
     set_usage(owner, other_tenant, 30_000)
     queue_job(owner, other_tenant.id)
-    level(owner)
+    level(schedule)
     assert account(owner, other_tenant) == pytest.approx(1_000, rel=1e-3)
     queue_job(owner, tenant.id)
     assert account(owner, tenant) == pytest.approx(1_000, rel=1e-3)
 
 
 def test_who_trains_or_waits_already_keeps_its_place(
-    worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
+    worker: Engine, owner: Engine, schedule: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
     hold_slots(owner, worker, tenant, count=2, seconds_ago=0)
     hold_slots(owner, worker, other_tenant, count=1, seconds_ago=0)
-    level(owner)
+    level(schedule)
     set_usage(owner, tenant, 10_000)
     set_usage(owner, other_tenant, 30_000)
     queue_job(owner, other_tenant.id)  # it trains, and nothing of it waited
-    level(owner)
+    level(schedule)
     assert account(owner, other_tenant) == pytest.approx(30_000, rel=1e-3)
     set_usage(owner, other_tenant, 100)
     queue_job(owner, other_tenant.id)  # something of it waits
-    level(owner)
+    level(schedule)
     assert account(owner, other_tenant) == pytest.approx(100, rel=1e-3)
 
 
-def test_nobody_is_moved_where_nobody_else_trains(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+def test_nobody_is_moved_where_nobody_else_trains(
+    worker: Engine, owner: Engine, schedule: Engine, tenant: Tenant
+) -> None:
     hold_slots(owner, worker, tenant, count=1, seconds_ago=0)
     set_usage(owner, tenant, 10_000)
     queue_job(owner, tenant.id)
-    level(owner)
+    level(schedule)
     assert account(owner, tenant) == pytest.approx(10_000, rel=1e-3)
 
 
