@@ -33,7 +33,7 @@ from core.services.events import record_event
 from core.services.files import NewFile, create_file
 from core.services.jobs import announce_work
 from core.services.set_asides import is_in_reach, setting_aside
-from core.services.turns import IS_IN_REACH, MAY_START, is_lending
+from core.services.turns import IS_IN_REACH, IS_USABLE, MAY_START, is_lending
 
 # The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` has the
 # tenants that have queued jobs in that order, so that mostly its first row is the answer, however many tenants and jobs
@@ -77,24 +77,23 @@ for no key update of t skip locked
 """)  # noqa: S608 (of constants)
 
 # Nobody is woken for a base that cannot be used, or that each worker alive has just failed to load: they try again by
-# themselves. `split_part`: a pool is named after its base.
-_MAY_BE_LOADED = """
-not exists (select from base_models b where b.id = split_part(p.pool, '@', 1) and b.state = 'unusable')
-  and (not exists (select from workers w where p.pool = any (w.pools) and w.alive_until > now())
-    or exists (select from workers w where p.pool = any (w.pools) and w.alive_until > now()
-      and not jsonb_exists(w.refusals, p.pool)))
-"""
+# themselves.
+_MAY_BE_LOADED = f"""
+{IS_USABLE} and (not exists (select from workers w where p.name = any (w.pools) and w.alive_until > now())
+    or exists (select from workers w where p.name = any (w.pools) and w.alive_until > now()
+      and not jsonb_exists(w.refusals, p.name)))
+"""  # noqa: S608 (of constants)
 _CLAIMABLE_POOLS = text(f"""
-select p.pool from (select distinct pool from queues where num_queued > 0) p
+select p.name from (select distinct pool as name from queues where num_queued > 0) p
 where {_MAY_BE_LOADED} and exists (
     select from queues q join tenants t on t.id = q.tenant_id
-    where q.pool = p.pool and q.num_queued > 0 and {MAY_START} and exists (
+    where q.pool = p.name and q.num_queued > 0 and {MAY_START} and exists (
         select from jobs j
         where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
           and {IS_IN_REACH}
     )
 )
-order by p.pool
+order by p.name
 """)  # noqa: S608 (of constants)
 
 

@@ -33,6 +33,10 @@ t.disabled_at is null and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
   and within_storage_quota(t.id, t.max_storage_bytes)
   and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
 """
+# A pool `p`, which is named after its base, whose base can be used as far as is known.
+IS_USABLE = """
+not exists (select from base_models b where b.id = split_part(p.name, '@', 1) and b.state = 'unusable')
+"""
 # A job `j` that is not set aside.
 IS_IN_REACH = """
 not exists (select from set_asides s where s.duty = 'claim' and s.row_id = j.id and s.retry_at > now())
@@ -63,8 +67,8 @@ cross join lateral (
     where q.pool = p.name and q.num_queued > 0 and {MAY_START}
     order by q.rank, q.tenant_id limit 1
 ) c
-where p.name = cast(:pool as text) or c.run_after <= now() - make_interval(secs => :left)
-  or not exists (select from workers w where {_IS_ABOUT_TO_SERVE})
+where {IS_USABLE} and (p.name = cast(:pool as text) or c.run_after <= now() - make_interval(secs => :left)
+  or not exists (select from workers w where {_IS_ABOUT_TO_SERVE}))
 order by coalesce(p.name = cast(:pool as text) and :keeps_pool, false) desc, c.rank, c.tenant_id, c.priority desc, c.id
 limit 1
 """)  # noqa: S608 (of constants)
