@@ -141,7 +141,7 @@ class Service:
         with service_transaction(self.engine) as session:
             for job_id in session.scalars(text(JOB + " returning id"), values):
                 self.left[job_id], self.submitted_at[job_id] = arrival.seconds, self.now
-            charges.level_newcomers(session)
+            charges.level_newcomer(session, self.tenants[arrival.tenant])
 
     def begin_steps(self, lease: Lease) -> None:
         """Show that an attempt steps, and that it has done a step: it may be lent a quantum later."""
@@ -272,9 +272,9 @@ class SimulatedWorker:
             return
         terms = SlotTerms(QUANTUM_SECONDS, slot_seconds(QUANTUM_SECONDS, slots=SLOTS))
         with service_transaction(self._engine) as session:
-            token = turns.lend_slot(session, self._pool, worker_name=self._name, held=tuple(self._slots), terms=terms)
-        if token is not None:
-            self._leave(self._slots[token])
+            loan = turns.lend_slot(session, self._pool, worker_name=self._name, held=tuple(self._slots), terms=terms)
+        if loan is not None:
+            self._leave(self._slots[loan.lease_token])
 
     def _leave(self, slot: Slot) -> None:
         if slot.leaves_at is None:

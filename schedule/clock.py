@@ -30,7 +30,7 @@ from core.db.session import DATABASE_ERRORS, connect, service_transaction
 from core.queue import WakeUpPublisher
 from core.sandbox import hide_memory
 from core.services.attempts import claimable_pools, expire_leases
-from core.services.charges import level_newcomers
+from core.services.charges import level_newcomer, list_newcomers
 from core.services.files import expire_files
 from core.services.idempotency import forget_expired_keys
 from core.services.jobs import WAKE_CHANNEL
@@ -138,8 +138,11 @@ class Schedule:
     def wake_pools(self) -> None:
         with service_transaction(self._engine) as session:
             is_leader = self._leads(session)
-            if is_leader:
-                level_newcomers(session)
+            newcomers = list_newcomers(session) if is_leader else ()
+        for tenant_id in newcomers:
+            with service_transaction(self._engine) as session:
+                level_newcomer(session, tenant_id)
+        with service_transaction(self._engine) as session:
             pools = claimable_pools(session) if is_leader else ()
         try:
             for pool in pools:

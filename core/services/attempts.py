@@ -64,7 +64,9 @@ select t.id as tenant_id, j.id as job_id
 from jobs j join tenants t on t.id = j.tenant_id
 where j.pool = :pool and j.status = 'queued' and j.suspect_step is not null
   and j.run_after <= now() - make_interval(secs => :patience) and {MAY_START} and {IS_IN_REACH}
-  and (:is_idle or not exists (
+  and ((:is_idle and (
+    select a.outcome from attempts a where a.job_id = j.id order by a.lease_token desc limit 1) is distinct from 'lent')
+  or not exists (
     select from tenants o
     where o.id <> t.id
       and share_rank(o.usage + o.lift, o.usage_at, o.weight) < share_rank(t.usage + t.lift, t.usage_at, t.weight)

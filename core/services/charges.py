@@ -21,6 +21,9 @@ from core.domain.scheduling import ENTRY_CHARGE_SECONDS, SLOT_SECONDS, USAGE_HAL
 from core.services.set_asides import ROW_ERRORS
 
 log = structlog.get_logger()
+# Who has not trained for so long was away; and so many attempts that ended meanwhile are looked at.
+_AWAY_SECONDS = 3600.0
+_MAX_ENDED = 200
 # How much the newest attempt of a pool moves the pool's mean.
 _NEWEST_PART = 0.2
 # The attempts whose use has grown, and by how much more their tenants are to be charged. Ordered, so that two workers
@@ -39,24 +42,41 @@ select tenant_id, sum(greatest(entry, seconds) - greatest(entry, used)) as secon
 from grown group by tenant_id having sum(greatest(entry, seconds) - greatest(entry, used)) > 0 order by tenant_id
 """)
 
-_TAKE_NEWCOMERS = text("""
-with new as (select tenant_id, pool from queues where is_new order by tenant_id, pool limit 1000 for update skip locked)
-update queues q set is_new = false from new n where q.tenant_id = n.tenant_id and q.pool = n.pool returning q.tenant_id
+_NEWCOMERS = text("select distinct tenant_id from queues where is_new order by tenant_id limit 1000")
+# The tenant's row first, then its queues: claims and charges lock in this order.
+_TAKE = text("""
+with own as (select id from tenants where id = :tenant for no key update skip locked)
+update queues q set is_new = false from own where q.tenant_id = own.id and q.is_new returning q.pool
 """)
 _SCORE = "share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life)"
-# A tenant that trains already keeps its place if that is behind the level.
+# The level is the median over the attempts of others that run, or have run within the hour. A tenant with other waiting
+# jobs keeps its place, for it asks already. One that was away for the hour does not start behind the level.
 _LEVEL = text(f"""
-with level as (
+with others as (
+    select tenant_id from attempts where outcome is null and tenant_id <> :tenant
+    union all (
+        select tenant_id from attempts where ended_at > now() - make_interval(secs => :away) and tenant_id <> :tenant
+        order by ended_at desc limit {_MAX_ENDED})
+), level as (
     select percentile_disc(0.5) within group (order by {_SCORE}) as score
-    from jobs r join tenants t on t.id = r.tenant_id where r.status = 'running' and r.tenant_id <> :tenant
+    from others o join tenants t on t.id = o.tenant_id
 ), own as (
     select t.id, t.weight, {_SCORE} as score, decayed_usage(t.usage, t.usage_at, :half_life) as usage,
-        exists (select from jobs r where r.tenant_id = t.id and r.status = 'running') as is_training
-    from tenants t where t.id = :tenant for no key update
+        not exists (
+            select from attempts a where a.tenant_id = t.id
+              and (a.outcome is null or a.ended_at > now() - make_interval(secs => :away))
+        ) as was_away,
+        exists (
+            select from queues q
+            where q.tenant_id = t.id and q.num_queued > 0 and q.pool <> all(cast(:pools as text[]))) as waits
+    from tenants t where t.id = :tenant
+), wanted as (
+    select o.id, o.usage, o.weight * greatest(
+        case when o.was_away then least(o.score, l.score) else o.score end, l.score - :credit / o.weight) as account
+    from own o, level l where l.score is not null and not o.waits
 )
-update tenants t set usage = o.usage, usage_at = now(), lift = o.weight * greatest(
-    case when o.is_training then o.score else least(o.score, l.score) end, l.score - :credit / o.weight) - o.usage
-from own o, level l where t.id = o.id and l.score is not null
+update tenants t set usage = w.usage, usage_at = now(), lift = least(greatest(w.account - w.usage, -1e12), 1e12)
+from wanted w where t.id = w.id
 """)  # noqa: S608 (of constants)
 
 
@@ -109,18 +129,23 @@ def charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) ->
     session.execute(update(Tenant).where(Tenant.id == tenant_id).values(usage=usage, lift=lift, usage_at=func.now()))
 
 
-def level_newcomers(session: Session) -> int:
-    """Give tenants that came with work a place beside those who train, and return how many there were.
+def list_newcomers(session: Session) -> Sequence[uuid.UUID]:
+    """Return tenants that have come with work since they were made level."""
+    return session.scalars(_NEWCOMERS).all()
+
+
+def level_newcomer(session: Session, tenant_id: uuid.UUID) -> None:
+    """Give a tenant that has come with work a place beside those who train, unless it is busy: then it is tried again.
 
     As in start-time fair queuing (Goyal, Vin and Cheng 1996), a tenant gets no credit for the time in which it asked
-    for nothing: it starts a slot's quantum before the level, which is the median, over the slots in use, of the scores
-    of the others. Nor does one that had no work at all start behind the level for what it once used of an idle device.
+    for nothing: it starts a slot's quantum before the level. One that was away starts no later than the level, whatever
+    it once used of an idle device.
     """
-    tenants: Sequence[uuid.UUID] = session.scalars(_TAKE_NEWCOMERS).all()
-    for tenant_id in tenants:
-        values = {"tenant": tenant_id, "half_life": USAGE_HALF_LIFE_SECONDS, "credit": SLOT_SECONDS}
-        session.execute(_LEVEL, values)
-    return len(tenants)
+    pools = session.scalars(_TAKE, {"tenant": tenant_id}).all()
+    if not pools:
+        return
+    values = {"tenant": tenant_id, "pools": list(pools), "away": _AWAY_SECONDS, "credit": SLOT_SECONDS}
+    session.execute(_LEVEL, values | {"half_life": USAGE_HALF_LIFE_SECONDS})
 
 
 def _measure_pool(session: Session, job_id: uuid.UUID) -> None:

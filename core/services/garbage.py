@@ -81,7 +81,7 @@ def find_orphaned_files(session: Session, object_keys: Iterable[str], *, min_age
 
 
 def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
-    """Book nothing for attempts whose workers were lost with their counts, and return their entry charges."""
+    """Book what was charged so far for attempts whose workers were lost with their counts; return for how many."""
     is_booked = select(Usage.id).where(Usage.attempt_id == Attempt.id).exists()
     is_recent = Attempt.ended_at.between(func.now() - _SETTLED_WITHIN, func.now() - min_age)
     unbooked = select(Attempt).where(is_recent, ~is_booked, is_in_reach(Duty.SETTLE, Attempt.id))
@@ -89,7 +89,7 @@ def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
     num_settled = 0
     for attempt in attempts:
         with setting_aside(session, Duty.SETTLE, row_id=attempt.id, tenant_id=attempt.tenant_id) as settlement:
-            record_usage(session, attempt.lease_token, gpu_seconds=0.0, trained_tokens=0)
+            record_usage(session, attempt.lease_token, gpu_seconds=attempt.used_seconds, trained_tokens=0)
         num_settled += settlement.is_done
     return num_settled
 

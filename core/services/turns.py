@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from core.db.locks import lock
 from core.db.models import Attempt, Pool, Worker
+from core.domain.jobs import SUSPECT_PATIENCE_SECONDS
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS
 
 # So long is a job left to a worker that seems to be about to take it.
@@ -26,6 +27,7 @@ _LEFT_SECONDS = 60.0
 _MARGIN = 0.5
 # So many tenants are looked at, the lowest scores first, when slots are counted that others wait for.
 _MAX_WAITING_TENANTS = 100
+_MAX_READY_JOBS = 64
 
 # A tenant `t` whose jobs may start now.
 MAY_START = """
@@ -48,12 +50,14 @@ and not jsonb_exists(w.refusals, p.name) and (
     w.next_pool = p.name or (w.pool = p.name and (w.state = 'loading' or w.slots_in_use < w.slots))
     or (w.state = 'idle' and w.next_pool is null and w.pool is distinct from p.name and :counts_idle))
 """
+# A busy worker takes a job `j` that must be tried alone once it has waited for so long.
+_HAS_PATIENCE = f"j.run_after <= now() - make_interval(secs => {SUSPECT_PATIENCE_SECONDS})"
 # In each pool the fairest tenant's first job. Of those the fairest is served; of one tenant's, the one it put first.
 _FAIREST = text(f"""
 select p.name as pool, c.tenant_id, c.id as job_id, c.rank,
-    exists (
-        select from tenants h where h.id = any(cast(:holders as uuid[])) and h.id <> c.tenant_id
-          and share_rank(h.usage + h.lift, h.usage_at, h.weight) < c.rank) as is_behind
+    cardinality(cast(:holders as uuid[])) > 0 and not exists (
+        select from tenants h where h.id = any(cast(:holders as uuid[]))
+          and share_rank(h.usage + h.lift, h.usage_at, h.weight) >= c.rank) as is_behind
 from unnest(cast(:pools as text[])) as p (name)
 cross join lateral (
     select q.tenant_id, q.rank, j.id, j.priority, j.run_after
@@ -61,7 +65,7 @@ cross join lateral (
     cross join lateral (
         select j.id, j.priority, j.run_after from jobs j
         where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
-          and {IS_IN_REACH}
+          and {IS_IN_REACH} and (j.suspect_step is null or cardinality(cast(:holders as uuid[])) = 0 or {_HAS_PATIENCE})
         order by j.priority desc, j.id limit 1
     ) j
     where q.pool = p.name and q.num_queued > 0 and {MAY_START}
@@ -75,32 +79,39 @@ limit 1
 
 _SCORE = "share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life)"
 # Slots among `held` that have had their quantum, in which at least one step was done.
+# A worker that has not heard that its mark was stored marks again.
+_MARK_LASTS = "interval '2 minutes'"
 _LENDABLE = f"""
 select a.lease_token, a.stepping_at, j.priority, j.tenant_id, {_SCORE} as score, :slot_seconds / t.weight as slot_score
 from jobs j join attempts a on a.lease_token = j.lease_token join tenants t on t.id = j.tenant_id
 where j.lease_token = any(cast(:held as bigint[])) and j.status = 'running' and j.pause_requested_at is null
-  and a.lending_at is null and a.stepping_at <= now() - make_interval(secs => :quantum)
+  and (a.lending_at is null or a.lending_at < now() - {_MARK_LASTS})
+  and a.stepping_at <= now() - make_interval(secs => :quantum)
   and exists (
       select from metrics m where m.job_id = j.id and m.step = j.trained_steps and m.lease_token = j.lease_token)
 """  # noqa: S608 (of constants)
 _LEND_TO_WAITING = text(f"""
 with lendable as ({_LENDABLE}), waiting as (
     select q.tenant_id, {_SCORE} as score, least(
-        q.num_queued,
+        ready.num_jobs,
         t.max_running - (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running')) as num_slots
     from queues q join tenants t on t.id = q.tenant_id cross join (select cast(:pool as text) as name) p
-    where q.pool = p.name and q.num_queued > 0 and exists (select from lendable) and {MAY_START} and exists (
-        select from jobs j
-        where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued'
-          and j.run_after <= now() and j.suspect_step is null and {IS_IN_REACH} and (
-            j.run_after <= now() - make_interval(secs => :left)
-            or not exists (select from workers w where {_IS_ABOUT_TO_SERVE})))
+    cross join lateral (
+        select count(*) as num_jobs from (
+            select from jobs j
+            where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued'
+              and j.run_after <= now() and (j.suspect_step is null or {_HAS_PATIENCE}) and {IS_IN_REACH} and (
+                j.run_after <= now() - make_interval(secs => :left)
+                or not exists (select from workers w where {_IS_ABOUT_TO_SERVE}))
+            limit {_MAX_READY_JOBS}) j) ready
+    where q.pool = p.name and q.num_queued > 0 and exists (select from lendable) and {MAY_START}
+      and ready.num_jobs > 0
     order by q.rank limit {_MAX_WAITING_TENANTS}
 ), lending as (
     select count(*) as num from jobs j join attempts a on a.lease_token = j.lease_token
-    where j.pool = :pool and j.status = 'running' and a.lending_at is not null
+    where j.pool = :pool and j.status = 'running' and a.lending_at >= now() - {_MARK_LASTS}
 )
-select v.lease_token from lendable v, lending
+select v.lease_token, null as borrower from lendable v, lending
 where (select sum(w.num_slots) from waiting w
     where w.tenant_id <> v.tenant_id and w.score + :margin * v.slot_score < v.score) > lending.num
 order by v.score desc, v.priority, v.stepping_at
@@ -108,19 +119,19 @@ limit 1
 """)  # noqa: S608 (of constants)
 _LEND_TO_HELD = text(f"""
 with lendable as ({_LENDABLE}), wanting as (
-    select j.tenant_id, {_SCORE} as score from jobs j join tenants t on t.id = j.tenant_id
-    where j.lease_token = :wanting and j.status = 'running'
+    select j.lease_token, j.tenant_id, {_SCORE} as score from jobs j join tenants t on t.id = j.tenant_id
+    where j.lease_token = any(cast(:wanting as bigint[])) and j.status = 'running'
 )
-select v.lease_token from lendable v, wanting w
+select v.lease_token, w.lease_token as borrower from lendable v, wanting w
 where w.tenant_id <> v.tenant_id and w.score + :margin * v.slot_score < v.score
-order by v.score desc, v.priority, v.stepping_at
+order by w.score, v.score desc, v.priority, v.stepping_at
 limit 1
 """)  # noqa: S608 (of constants)
 
 
 @dataclass(frozen=True)
 class FairestJob:
-    """The job that is next over several pools. `is_behind` those who hold slots, whose tenants have used less."""
+    """The job that is next over several pools. It `is_behind` if all who hold slots have used less."""
 
     pool: str
     tenant_id: uuid.UUID
@@ -140,6 +151,14 @@ class PoolChoice:
     pool: str | None
     keeps_pool: bool
     holders: tuple[uuid.UUID, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loan:
+    """A slot that is lent, by its lease token; to the held job `borrower`, or to whoever waits in the pool."""
+
+    lease_token: int
+    borrower: int | None
 
 
 @dataclass(frozen=True)
@@ -168,8 +187,8 @@ def find_fairest_job(session: Session, choice: PoolChoice) -> FairestJob | None:
 def choose_pool(session: Session, choice: PoolChoice) -> str | None:
     """Return the pool a worker serves next, and tell the other workers if it is about to load another base.
 
-    None where no pool has work for it. A worker that holds jobs keeps its pool while their tenants have used less than
-    the one that is next.
+    None where no pool has work for it. A worker that holds jobs keeps its pool while all their tenants have used less
+    than the one that is next.
     """
     lock(session, "turns")  # two workers that choose at once would both move for one job
     fairest = find_fairest_job(session, choice)
@@ -188,12 +207,12 @@ def record_load(session: Session, pool: str, *, seconds: float) -> None:
 
 
 def lend_slot(
-    session: Session, pool: str, *, worker_name: str, held: Sequence[int], terms: SlotTerms, wanting: int | None = None
-) -> int | None:
-    """Choose a slot among `held` (lease tokens) to lend, note that it is being lent, and return its lease token.
+    session: Session, pool: str, *, worker_name: str, held: Sequence[int], terms: SlotTerms, wanting: Sequence[int] = ()
+) -> Loan | None:
+    """Choose a slot among `held` (lease tokens) to lend, and note that it is being lent.
 
-    It goes to a tenant with a lower score whose job waits in the pool, or to the job `wanting`, which this worker holds
-    and has no memory for. None where nobody with a lower score waits, or no slot has had its quantum.
+    It goes to one of the jobs `wanting`, which this worker holds and has no memory for, or else to a tenant whose job
+    waits in the pool: always to one with a lower score. None where there is none, or no slot has had its quantum.
     """
     lock(session, f"lend:{pool}")  # each slot that is being lent is counted once
     values = {
@@ -206,12 +225,14 @@ def lend_slot(
         "margin": _MARGIN,
         "left": _LEFT_SECONDS,
         "counts_idle": True,
-        "wanting": wanting,
+        "wanting": list(wanting),
     }
-    token: int | None = session.scalar(_LEND_TO_WAITING if wanting is None else _LEND_TO_HELD, values)
-    if token is not None:
-        mark_lending(session, [token])
-    return token
+    found = session.execute(_LEND_TO_HELD, values).one_or_none() if wanting else None
+    found = found or session.execute(_LEND_TO_WAITING, values).one_or_none()
+    if found is None:
+        return None
+    mark_lending(session, [found.lease_token])
+    return Loan(found.lease_token, found.borrower)
 
 
 def mark_lending(session: Session, lease_tokens: Sequence[int]) -> None:

@@ -8,6 +8,8 @@ Numbers that are out of bounds are moved to the nearest bound; the audit log say
 import sqlalchemy as sa
 from alembic import op
 
+from migrations.forced import unforced
+
 revision = "0016"
 down_revision = "0015"
 branch_labels = None
@@ -217,6 +219,11 @@ grant select, insert, update, delete on set_asides to espalier_schedule;
 
 
 def upgrade() -> None:
+    with unforced():
+        _upgrade()
+
+
+def _upgrade() -> None:
     _bound_numbers()
     _reserve_names()
     _count_sizes()

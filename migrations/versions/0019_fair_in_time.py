@@ -9,6 +9,8 @@ The old `pool_outlook` stays for an API of the version before; a later migration
 import sqlalchemy as sa
 from alembic import op
 
+from migrations.forced import unforced
+
 revision = "0019"
 down_revision = "0018"
 branch_labels = None
@@ -17,7 +19,8 @@ depends_on = None
 ROLE = "espalier_outlook"
 OUTCOMES = ("succeeded", "failed", "cancelled", "preempted", "paused", "lost", "lent")
 GRANTS = f"""
-grant select, insert, update on pools to espalier_worker;
+grant select, insert, update on pools to espalier_worker, espalier_schedule;
+grant update (used_seconds) on attempts to espalier_schedule;
 grant select on pools to espalier_api;
 grant update (lift) on tenants to espalier_worker, espalier_schedule;
 grant select (lift) on tenants to {ROLE};
@@ -149,7 +152,12 @@ create or replace function count_waiting() returns trigger language plpgsql as $
 declare
     queued int := 0;
     paused int := 0;
+    -- By its tenant's doing: submitted, or resumed. What a worker gives back has waited before.
+    came boolean := tg_op = 'INSERT';
 begin
+    if tg_op = 'UPDATE' then
+        came := old.status = 'paused';
+    end if;
     if tg_op <> 'INSERT' then
         queued := -(old.status = 'queued')::int;
         paused := -is_paused_or_pausing(old.status, old.pause_requested_at)::int;
@@ -175,8 +183,8 @@ WITH_LIFT = {
     "lift_column": "lift,",
     "lift_of_t": "+ t.lift",
     "is_new_column": ", is_new",
-    "is_new_value": ", tg_op = 'INSERT'",
-    "is_new_change": ", is_new = is_new or (tg_op = 'INSERT' and num_queued = 0)",
+    "is_new_value": ", queued > 0 and came",
+    "is_new_change": ", is_new = is_new or (queued > 0 and came and num_queued = 0)",
 }
 RERANK = """
 update queues q set rank = share_rank(t.usage {lift}, t.usage_at, t.weight) from tenants t where t.id = q.tenant_id
@@ -209,6 +217,11 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name=op.f("pk_pools")),
         sa.CheckConstraint("step_seconds >= 0 and load_seconds >= 0", name=op.f("ck_pools_seconds_not_negative")),
     )
+    with unforced():
+        _share_in_time()
+
+
+def _share_in_time() -> None:
     op.execute(GRANTS)
     op.execute("grant update (is_new) on queues to espalier_api")  # the trigger acts in the submitter's name
     op.create_check_constraint(op.f("ck_tenants_lift_bounded"), "tenants", "lift between -1e12 and 1e12")
@@ -235,7 +248,8 @@ def downgrade() -> None:
     op.execute(WITHIN_QUOTA.format(running=""))
     op.execute(TRIGGERS.format(**dict.fromkeys(WITH_LIFT, "")))
     op.execute(RANK.format(half_life=21600))
-    op.execute(RERANK.format(lift=""))
+    with unforced():
+        op.execute(RERANK.format(lift=""))
     op.execute("drop function share_score")
     op.execute("update attempts set outcome = 'preempted' where outcome = 'lent'")
     op.drop_table("pools")

@@ -16,8 +16,9 @@ from core.domain.scheduling import ENTRY_CHARGE_SECONDS, FairnessTerms
 from core.services import attempts, charges, turns
 from core.services.attempts import Lease
 from core.services.contract import check_rows
+from core.services.jobs import pause_job, resume_job
 from core.services.resume_points import begin_steps
-from core.services.turns import PoolChoice, SlotTerms
+from core.services.turns import Loan, PoolChoice, SlotTerms
 from core.services.workers import WorkerFacts, record_worker
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL
@@ -75,11 +76,15 @@ def set_usage(owner: Engine, tenant: Tenant, usage: float, **values: float) -> N
             setattr(row, name, value)
 
 
-def lend(worker: Engine, held: Sequence[Lease], *, wanting: int | None = None) -> int | None:
+def lend(worker: Engine, held: Sequence[Lease]) -> int | None:
+    loan = lend_to(worker, held, wanting=[])
+    return loan.lease_token if loan is not None else None
+
+
+def lend_to(worker: Engine, held: Sequence[Lease], *, wanting: Sequence[Lease]) -> Loan | None:
+    tokens, wanted = ([lease.token for lease in leases] for leases in (held, wanting))
     with service_transaction(worker) as session:
-        return turns.lend_slot(
-            session, POOL, worker_name="w", held=[lease.token for lease in held], terms=TERMS, wanting=wanting
-        )
+        return turns.lend_slot(session, POOL, worker_name="w", held=tokens, terms=TERMS, wanting=wanted)
 
 
 def choose(worker: Engine, *, pool: str | None, keeps_pool: bool, holders: Sequence[uuid.UUID] = ()) -> str | None:
@@ -220,10 +225,83 @@ def test_a_held_job_that_lacks_memory_is_lent_a_slot_of_a_tenant_that_used_more(
     queue_job(owner, other_tenant.id)
     wanting = claim(worker)
     set_usage(owner, tenant, 5000)
-    set_usage(owner, other_tenant, 100)
-    assert lend(worker, [*held, wanting], wanting=wanting.token) == held[0].token
     set_usage(owner, other_tenant, 9000)
-    assert lend(worker, [*held, wanting], wanting=wanting.token) is None
+    assert lend_to(worker, [*held, wanting], wanting=[wanting]) is None
+    set_usage(owner, other_tenant, 100)
+    assert lend_to(worker, [*held, wanting], wanting=[wanting]) == Loan(held[0].token, wanting.token)
+
+
+def test_a_job_that_lacks_memory_keeps_no_slot_from_those_who_wait_and_the_fairest_of_several_is_lent_to(
+    worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    held = hold_slots(owner, worker, tenant, count=2, seconds_ago=601)
+    queue_job(owner, tenant.id)
+    whales = claim(worker)
+    set_usage(owner, tenant, 5000)
+    queue_job(owner, other_tenant.id)
+    assert lend_to(worker, held, wanting=[whales]) == Loan(held[0].token, None)
+    others = claim(worker)
+    assert others.tenant_id == other_tenant.id
+    assert lend_to(worker, held, wanting=[whales, others]) == Loan(held[1].token, others.token)
+
+
+def test_a_mark_that_its_worker_never_heard_of_lapses(
+    worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    held = hold_slots(owner, worker, tenant, count=1, seconds_ago=601)
+    set_usage(owner, tenant, 5000)
+    queue_job(owner, other_tenant.id)
+    assert lend(worker, held) == held[0].token
+    assert lend(worker, held) is None
+    with service_transaction(owner) as session:
+        session.execute(text("update attempts set lending_at = now() - interval '3 minutes'"))
+    assert lend(worker, held) == held[0].token
+
+
+def test_no_slot_is_lent_for_jobs_that_wait_for_their_next_try(
+    worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    held = hold_slots(owner, worker, tenant, count=3, seconds_ago=601)
+    set_usage(owner, tenant, 5000)
+    later = [queue_job(owner, other_tenant.id).id for _ in range(5)]
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set run_after = now() + interval '1 h' where id = any(:ids)"), {"ids": later})
+    assert lend(worker, held) is None
+    queue_job(owner, other_tenant.id)
+    assert [lend(worker, held) is not None for _ in range(2)] == [True, False]
+
+
+def test_a_suspect_is_lent_a_slot_once_it_has_waited_and_holds_up_no_other_pool_before(
+    worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    held = hold_slots(owner, worker, tenant, count=1, seconds_ago=601)
+    set_usage(owner, tenant, 5000)
+    suspect = queue_job(owner, other_tenant.id)
+    waiting = queue_job(owner, add_tenant(owner).id, quantization="nf4")
+    set_usage(owner, other_tenant, 0)
+    with service_transaction(owner) as session:
+        session.get_one(Job, suspect.id).suspect_step = 0
+        session.execute(text("update tenants set usage = 100 where id = :id"), {"id": waiting.tenant_id})
+    assert lend(worker, held) is None
+    assert choose(worker, pool=POOL, keeps_pool=False, holders=[tenant.id]) == NF4_POOL
+    with service_transaction(owner) as session:
+        session.get_one(Job, suspect.id).run_after -= attempts.timedelta(seconds=61)
+    assert choose(worker, pool=POOL, keeps_pool=False, holders=[tenant.id]) == POOL
+    assert lend(worker, held) == held[0].token
+
+
+def test_a_suspect_whose_slot_was_lent_is_not_taken_again_before_those_who_used_less(
+    worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    (suspect,) = hold_slots(owner, worker, tenant, count=1, seconds_ago=601)
+    set_usage(owner, tenant, 5000)
+    with service_transaction(owner) as session:
+        session.get_one(Job, suspect.job_id).suspect_step = 0
+    waiting = queue_job(owner, other_tenant.id)
+    assert lend(worker, [suspect]) == suspect.token
+    with service_transaction(worker) as session:
+        attempts.requeue_attempt(session, suspect)
+    assert claim(worker, is_idle=True).job_id == waiting.id
 
 
 # Pools
@@ -249,6 +327,19 @@ def test_of_one_tenant_the_older_job_decides_between_pools(worker: Engine, owner
     assert choose(worker, pool=POOL, keeps_pool=False) == NF4_POOL
     queue_job(owner, tenant.id, priority=1)
     assert choose(worker, pool=POOL, keeps_pool=False) == POOL
+
+
+def test_one_holder_that_used_less_keeps_no_pool_for_another_that_used_more(
+    worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    """A tenant that can use one slot only stays below its share for ever."""
+    small = add_tenant(owner)
+    queue_job(owner, other_tenant.id, quantization="nf4")
+    set_usage(owner, other_tenant, 31_425)
+    set_usage(owner, tenant, 31_500)
+    set_usage(owner, small, 4_500)
+    assert choose(worker, pool=POOL, keeps_pool=False, holders=[small.id]) == POOL
+    assert choose(worker, pool=POOL, keeps_pool=False, holders=[tenant.id, small.id]) == NF4_POOL
 
 
 def test_who_holds_slots_and_used_less_keeps_the_pool(
@@ -287,7 +378,12 @@ def schedule(database: Database) -> Iterator[Engine]:
 
 def level(schedule: Engine) -> None:
     with service_transaction(schedule) as session:
-        charges.level_newcomers(session)
+        newcomers = charges.list_newcomers(session)
+    for tenant_id in newcomers:
+        with service_transaction(schedule) as session:
+            charges.level_newcomer(session, tenant_id)
+    with service_transaction(schedule) as session:
+        assert charges.list_newcomers(session) == []
 
 
 def account(owner: Engine, tenant: Tenant) -> float:
@@ -339,6 +435,71 @@ def test_who_trains_or_waits_already_keeps_its_place(
     queue_job(owner, other_tenant.id)  # something of it waits
     level(schedule)
     assert account(owner, other_tenant) == pytest.approx(100, rel=1e-3)
+
+
+def test_who_trained_a_moment_ago_is_not_forgiven_and_sets_the_level(
+    worker: Engine, owner: Engine, schedule: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    """Else a tenant would lose what it used by coming with one job after another, and others would come before it."""
+    (lease,) = hold_slots(owner, worker, tenant, count=1, seconds_ago=0)
+    level(schedule)
+    with service_transaction(worker) as session:
+        attempts.fail_attempt(session, lease, code="over", message="Over.", is_job_fault=True)
+    set_usage(owner, tenant, 50_000)
+    hold_slots(owner, worker, other_tenant, count=1, seconds_ago=0)
+    level(schedule)
+    assert account(owner, other_tenant) == pytest.approx(50_000 - 75, rel=1e-2), "nobody trained just then"
+    queue_job(owner, tenant.id)
+    level(schedule)
+    assert account(owner, tenant) == pytest.approx(50_000, rel=1e-2)
+    with service_transaction(owner) as session:
+        session.execute(text("update attempts set ended_at = now() - interval '2 h' where outcome is not null"))
+    set_usage(owner, other_tenant, 1_000)
+    with service_transaction(owner) as session:
+        session.execute(text("update queues set is_new = true where tenant_id = :id"), {"id": tenant.id})
+    level(schedule)
+    assert account(owner, tenant) == pytest.approx(1_000, rel=1e-2), "it was away"
+
+
+def test_who_resumes_has_no_credit_for_the_time_in_which_it_paused(
+    worker: Engine, owner: Engine, schedule: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    job = queue_job(owner, other_tenant.id)
+    with service_transaction(owner) as session:
+        pause_job(session, other_tenant.id, job_id=job.id)
+    level(schedule)
+    hold_slots(owner, worker, tenant, count=1, seconds_ago=0)
+    level(schedule)
+    set_usage(owner, tenant, 30_000)
+    with service_transaction(owner) as session:
+        resume_job(session, other_tenant.id, job_id=job.id)
+    level(schedule)
+    assert account(owner, other_tenant) == pytest.approx(30_000 - 75, rel=1e-2)
+
+
+def test_who_waits_in_one_pool_loses_nothing_by_a_job_in_another(
+    worker: Engine, owner: Engine, schedule: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    hold_slots(owner, worker, tenant, count=1, seconds_ago=0)
+    queue_job(owner, other_tenant.id)
+    level(schedule)
+    set_usage(owner, tenant, 30_000)
+    set_usage(owner, other_tenant, 10_000)
+    queue_job(owner, other_tenant.id, quantization="nf4")
+    level(schedule)
+    assert account(owner, other_tenant) == pytest.approx(10_000, rel=1e-3)
+
+
+def test_the_greatest_difference_of_weights_and_uses_is_a_number(
+    worker: Engine, owner: Engine, schedule: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    hold_slots(owner, worker, tenant, count=1, seconds_ago=0)
+    level(schedule)
+    set_usage(owner, tenant, 1e12, weight=0.01)
+    set_usage(owner, other_tenant, 0, weight=1000)
+    queue_job(owner, other_tenant.id)
+    level(schedule)
+    assert account(owner, other_tenant) > 0
 
 
 def test_nobody_is_moved_where_nobody_else_trains(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import threading
 import time
+from contextlib import suppress
 
 import structlog
 from sqlalchemy import Engine
@@ -106,6 +107,10 @@ class BaseHolder:
     def refusals(self) -> dict[str, str]:
         """Why this worker does not try to load the bases of some pools just now, by pool."""
         return self._refusals.standing
+
+    def was_refused(self, pool: str) -> bool:
+        """Say whether the last try to load the base of a pool has failed, however long ago."""
+        return self._refusals.find(pool) is not None
 
     def may_load(self, pool: str, base: BaseModelRow) -> bool:
         """Say whether a try may succeed: none has failed lately, or the base has changed since."""
@@ -233,9 +238,8 @@ class BaseHolder:
         assert self._base is not None
         assert self._pool is not None
         self._is_state_owed = self._record(self._base, BaseState.USABLE) is None
-        if not self._is_state_owed:
-            with service_transaction(self._engine) as session:
-                record_load(session, self._pool, seconds=self._load_seconds)
+        with suppress(*DATABASE_ERRORS), service_transaction(self._engine) as session:
+            record_load(session, self._pool, seconds=self._load_seconds)
 
     def _record(self, base: BaseModelRow, state: BaseState, *, reason: str | None = None) -> dt.datetime | None:
         """Say in a base's row what was found, and return since when it says so; None where the database is away."""

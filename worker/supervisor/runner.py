@@ -133,6 +133,7 @@ class Runner:
         self._turns = TurnKeeper(settings, engine=engine, base=self._base)
         self._departures = Departures(engine)
         self._next_pool: str | None = None  # while the held jobs leave for another pool's turn
+        self._has_left = True
         self._charged_at = 0.0
         self._loss: Loss | None = None
         self._held: dict[int, HeldJob] = {}
@@ -269,7 +270,9 @@ class Runner:
         return {pool: bases[pool] for pool in own if self._base.may_load(pool, bases[pool])}
 
     def _fill_slots(self) -> None:
-        while self._has_room() and not self._ends_turn():
+        if self._has_room() and self._must_look() and self._ends_turn():
+            return
+        while self._has_room():
             started = time.monotonic()
             orders: list[StartJob] = []
             job = self._claim_with_order(orders)
@@ -296,12 +299,19 @@ class Runner:
         """Whether a job is tried alone."""
         return any(held.suspect_step is not None for held in tuple(self._held.values()))
 
+    def _must_look(self) -> bool:
+        """Say whether to ask whose turn it is before a claim: a slot came free, or nobody has asked for a while."""
+        has_left, self._has_left = self._has_left, False
+        return self._turns.is_over and (has_left or self._turns.is_due())
+
     def _ends_turn(self) -> bool:
         """Let the held jobs leave if another pool's turn has come, and say so."""
         if not self._turns.is_over:
             return False
         with service_transaction(self._engine) as session:
-            pools = tuple(self._loadable_bases(session))
+            bases = self._loadable_bases(session)
+        # One that was refused lately is tried again by an idle worker only: it costs nobody a slot.
+        pools = [pool for pool in bases if pool == self._base.pool or not self._base.was_refused(pool)]
         holders = [held.lease.tenant_id for held in self._held.values()]
         next_pool = self._turns.end(pools, holders=holders, held=tuple(self._held))
         if next_pool is None:
@@ -314,14 +324,18 @@ class Runner:
 
     def _lend_slot(self) -> None:
         """Give a slot to a tenant that has used less and waits, if one of these slots has had its quantum."""
-        wanting = next((token for token, held in self._held.items() if held.wants_memory), None)
-        if not self._is_ready or (self._has_room() and wanting is None) or not self._turns.is_due():
+        wanting = [token for token, held in self._held.items() if held.wants_memory]
+        if not self._is_ready or (self._has_room() and not wanting) or not self._turns.is_due():
             return
         if self._ends_turn() or any(held.is_yielding for held in self._held.values()):
             return
-        token = self._turns.lend(held=tuple(self._held), wanting=wanting)
-        if token is not None:
-            log.info("slot.lent", lease_token=token)
+        loan = self._turns.lend(held=tuple(self._held), wanting=wanting)
+        if loan is None:
+            return
+        log.info("slot.lent", lease_token=loan.lease_token)
+        # Those that wait for memory too are admitted in the order in which they came: they leave, and come after it.
+        leaving = [token for token in wanting if loan.borrower not in (None, token)]
+        for token in (loan.lease_token, *leaving):
             self._yield(self._held[token])
 
     def _claim(self, session: Session, prepare: Callable[[Job], None] = lambda _job: None) -> Job | None:
@@ -559,6 +573,7 @@ class Runner:
         """Forget a job that has ended here, stop its training if it goes on, and book what it used."""
         if held is None or self._held.pop(held.lease.token, None) is None:
             return
+        self._has_left = True
         self._keeper.let_go(held.lease)
         self._base.send(StopJob(lease_token=held.lease.token))
         if held.order is not None:
@@ -618,3 +633,5 @@ class Runner:
                 attempts.requeue_attempt(session, held.lease)
             self._drop(held)
         self.close()
+        with contextlib.suppress(*DATABASE_ERRORS):
+            self._departures.record()

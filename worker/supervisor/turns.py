@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 from core.db.session import service_transaction
 from core.domain.scheduling import slot_seconds
 from core.services import turns
-from core.services.turns import PoolChoice, SlotTerms
+from core.services.turns import Loan, PoolChoice, SlotTerms
 from core.settings import WorkerSettings
 from worker.supervisor.bases import BaseHolder
 
@@ -73,8 +73,8 @@ class TurnKeeper:
             turns.mark_lending(session, held)
         return next_pool
 
-    def lend(self, *, held: Sequence[int], wanting: int | None) -> int | None:
-        """Return the lease token of a slot to lend now, or None. `wanting` is a held job that lacks memory."""
+    def lend(self, *, held: Sequence[int], wanting: Sequence[int]) -> Loan | None:
+        """Return the slot to lend now, or None. `wanting` are the held jobs that lack memory, by their lease tokens."""
         assert self._base.pool is not None
         quantum = self._settings.quantum_seconds
         terms = SlotTerms(quantum, slot_seconds(quantum, slots=self._base.slots))
