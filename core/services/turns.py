@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from core.db.locks import lock
 from core.db.models import Attempt, Pool, Worker
 from core.domain.jobs import SUSPECT_PATIENCE_SECONDS
-from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS
+from core.domain.scheduling import TURN_SECONDS, USAGE_HALF_LIFE_SECONDS
 
 # So long is a job left to a worker that seems to be about to take it.
 _LEFT_SECONDS = 60.0
@@ -57,10 +57,15 @@ _FAIREST = text(f"""
 select p.name as pool, c.tenant_id, c.id as job_id, c.rank,
     cardinality(cast(:holders as uuid[])) > 0 and not exists (
         select from tenants h where h.id = any(cast(:holders as uuid[]))
-          and share_rank(h.usage + h.lift, h.usage_at, h.weight) >= c.rank) as is_behind
+          and share_score(h.usage + h.lift, h.usage_at, h.weight, :half_life) >= c.score + (
+            -- What the workers that are on their way there will use in a turn: else all would move for one tenant.
+            select count(*) * :turn / c.weight from workers w
+            where w.alive_until > now() and w.name <> :worker and p.name <> cast(:pool as text)
+              and (w.next_pool = p.name or (w.pool = p.name and w.state = 'loading')))) as is_behind
 from unnest(cast(:pools as text[])) as p (name)
 cross join lateral (
-    select q.tenant_id, q.rank, j.id, j.priority, j.run_after
+    select q.tenant_id, q.rank, j.id, j.priority, j.run_after, t.weight,
+        share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life) as score
     from queues q join tenants t on t.id = q.tenant_id
     cross join lateral (
         select j.id, j.priority, j.run_after from jobs j
@@ -150,6 +155,7 @@ class PoolChoice:
     pools: tuple[str, ...]
     pool: str | None
     keeps_pool: bool
+    turn_seconds: float = TURN_SECONDS
     holders: tuple[uuid.UUID, ...] = ()
 
 
@@ -179,6 +185,8 @@ def find_fairest_job(session: Session, choice: PoolChoice) -> FairestJob | None:
         "left": _LEFT_SECONDS,
         "holders": list(choice.holders),
         "counts_idle": bool(choice.holders),  # a busy worker leaves the job to an idle one
+        "turn": choice.turn_seconds,
+        "half_life": USAGE_HALF_LIFE_SECONDS,
     }
     found = session.execute(_FAIREST, values).one_or_none()
     return None if found is None else FairestJob(found.pool, found.tenant_id, found.job_id, found.is_behind)

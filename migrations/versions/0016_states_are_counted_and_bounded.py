@@ -221,6 +221,8 @@ grant select, insert, update, delete on set_asides to espalier_schedule;
 def upgrade() -> None:
     with unforced():
         _upgrade()
+    for table in ("storage_totals", "set_asides"):
+        op.execute(f"alter table {table} force row level security")
 
 
 def _upgrade() -> None:
@@ -317,7 +319,6 @@ def _make_tables() -> None:
     own = f"tenant_id = {CURRENT_TENANT}"
     for table in ("storage_totals", "set_asides"):
         op.execute(f"alter table {table} enable row level security")
-        op.execute(f"alter table {table} force row level security")
         op.execute(f"create policy tenant_rows on {table} to espalier_api using ({own}) with check ({own})")
         op.execute(f"create policy service_rows on {table} to espalier_worker, espalier_schedule using (true)")
     op.execute("create policy operator_rows on set_asides for select to espalier_operator using (true)")

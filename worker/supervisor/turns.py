@@ -94,5 +94,6 @@ class TurnKeeper:
             pools=tuple(pools),
             pool=self._base.pool,
             keeps_pool=not self.is_over,
+            turn_seconds=self._settings.turn_seconds,
             holders=tuple(holders),
         )
