@@ -191,10 +191,9 @@ def test_34_a_job_too_large_for_the_device_is_told_what_to_lower_and_its_neighbo
 
 def test_35_a_job_that_diverges_is_stopped_and_its_events_are_numbers(lab: Lab) -> None:
     lab.ensure_worker()
-    with lab.claims_held():
-        job_id = lab.submit(**LONG)
-        # The API refuses such a learning rate; what makes a real job diverge is its data.
-        lab.sql("update jobs set spec = jsonb_set(spec, '{learning_rate}', '1e30') where id = %s returning 1", job_id)
+    # Each step multiplies the weights by 1 - 10.
+    terms = {"learning_rate": 1.0, "weight_decay": 10.0, "warmup_ratio": 0.0, "learning_rate_schedule": "constant"}
+    job_id = lab.submit(**LONG, **terms)
     job = lab.wait_for_end(job_id)
     assert (job.status, job.error.code) == ("failed", "diverged")
     assert lab.outcomes(job_id) == ["failed"]
