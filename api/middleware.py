@@ -11,7 +11,6 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.admission import LONG_BODIES
-from api.errors import status_of
 from core.domain.errors import DomainError
 from core.domain.ids import new_id
 
@@ -107,7 +106,7 @@ class _BoundedBody:
         try:
             self._places.enter_context(LONG_BODIES.admit(identity.tenant_id))
         except DomainError as error:
-            raise HTTPException(status_of(error)) from error
+            raise HTTPException(503) from error  # the answer is the cause's, its status too: see `errors`
         self._has_place = True
 
     def _refuse(self) -> NoReturn:
