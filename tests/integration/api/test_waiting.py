@@ -290,6 +290,22 @@ def test_requests_that_wait_for_a_lock_leave_threads_to_other_tenants(
         assert {each.result().status_code for each in asked} == {200}
 
 
+def test_streams_that_wait_to_begin_leave_threads_to_other_tenants(
+    http: httpx.Client, neighbour: httpx.Client, database: Database
+) -> None:
+    path = f"/fine_tuning/jobs/ftjob-{'0' * 32}/stream"
+    num_asked = 3 * NUM_ASKED
+    with ThreadPoolExecutor(num_asked) as pool, psycopg.connect(database.owner_url) as holding:
+        holding.execute("lock table jobs in access exclusive mode")
+        asked = [pool.submit(http.get, path) for _ in range(num_asked)]
+        wait_until(lambda: num_waiting(database) == SHARE_OF_TENANT)
+        for _ in range(20):
+            assert neighbour.get("/api_keys").status_code == 200
+            assert num_waiting(database) <= SHARE_OF_TENANT
+        holding.rollback()
+        assert {each.result().status_code for each in asked} <= {404, 503}  # a lock is not waited for for ever
+
+
 def num_waiting(database: Database) -> int:
     with psycopg.connect(database.owner_url) as connection:
         found = connection.execute(
