@@ -2,6 +2,9 @@
 
 A key that was found alive is believed for `TTL_SECONDS` without another look, so a revoked one is refused everywhere
 within that time. What lasts longer than a request asks again with `Authenticator.recheck`.
+
+Whoever is not remembered waits for a thread among its like: strangers, who can be as many as they like, in one lane,
+and keys that were found alive before in another. A key that was refused is refused for as long again without a look.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import hmac
 import time
 from dataclasses import dataclass
 
+from anyio import CapacityLimiter, to_thread
 from sqlalchemy import Engine
 
 from core.db.session import key_transaction, operator_transaction
@@ -20,6 +24,9 @@ from core.services.tenants import Identity, authenticate, reauthenticate
 
 TTL_SECONDS = 2.0
 _MAX_KEYS = 10_000
+_MAX_REFUSED = 1000
+STRANGERS = CapacityLimiter(4)
+ACQUAINTANCES = CapacityLimiter(8)
 
 
 @dataclass(frozen=True)
@@ -29,25 +36,44 @@ class _LiveKey:
     until: float
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    message: str
+    code: str
+    until: float
+
+
 class Authenticator:
     """Finds the owners of API keys, and remembers them for a moment. Shared by the threads of a process."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._live: dict[str, _LiveKey] = {}
+        self._refused: dict[bytes, _Refusal] = {}
+
+    async def find(self, authorization: str | None) -> Identity:
+        """As `identify`, without holding up the event loop."""
+        if identity := self.recall(authorization):
+            return identity
+        lane = ACQUAINTANCES if self._has_met(_parse_bearer(authorization)) else STRANGERS
+        return await to_thread.run_sync(self.identify, authorization, limiter=lane)
 
     def identify(self, authorization: str | None) -> Identity:
         """Return the owner of an Authorization header's key. Raises UnauthenticatedError. May ask the database."""
         api_key = _parse_bearer(authorization)
         if identity := self._recall(api_key):
             return identity
-        with key_transaction(self._engine, api_key.key_id) as session:
-            identity = authenticate(session, api_key)
+        try:
+            with key_transaction(self._engine, api_key.key_id) as session:
+                identity = authenticate(session, api_key)
+        except UnauthenticatedError as error:
+            self._refuse(api_key, error)
+            raise
         self._remember(identity, api_key)
         return identity
 
     def recall(self, authorization: str | None) -> Identity | None:
-        """As `identify`, but asks nobody: None where the key is not remembered."""
+        """As `identify`, but asks nobody: None where nothing is remembered of the key."""
         return self._recall(_parse_bearer(authorization))
 
     def recheck(self, identity: Identity) -> None:
@@ -57,9 +83,17 @@ class Authenticator:
                 reauthenticate(session, identity.key_id)
 
     def _recall(self, api_key: ApiKey) -> Identity | None:
+        refusal = self._refused.get(_fingerprint(api_key))
+        if refusal and time.monotonic() < refusal.until:
+            raise UnauthenticatedError(refusal.message, code=refusal.code)
         known = self._find(api_key.key_id)
         is_known = known and hmac.compare_digest(known.secret_hash, api_key.secret_hash)
         return known.identity if known and is_known else None
+
+    def _has_met(self, api_key: ApiKey) -> bool:
+        """Return whether a key was alive when it was last looked up, however long ago."""
+        met = self._live.get(api_key.key_id)
+        return met is not None and hmac.compare_digest(met.secret_hash, api_key.secret_hash)
 
     def _find(self, key_id: str) -> _LiveKey | None:
         known = self._live.get(key_id)
@@ -69,6 +103,20 @@ class Authenticator:
         if len(self._live) >= _MAX_KEYS:
             self._live.clear()
         self._live[api_key.key_id] = _LiveKey(identity, api_key.secret_hash, time.monotonic() + TTL_SECONDS)
+
+    def _refuse(self, api_key: ApiKey, error: UnauthenticatedError) -> None:
+        if self._has_met(api_key):
+            self._live.pop(api_key.key_id, None)
+        if len(self._refused) >= _MAX_REFUSED:
+            self._refused.clear()
+        self._refused[_fingerprint(api_key)] = _Refusal(error.message, error.code, time.monotonic() + TTL_SECONDS)
+
+
+async def find_operator(engine: Engine, authorization: str | None) -> OperatorIdentity | None:
+    """As `identify_operator`, without holding up the event loop."""
+    if not _bearer_of(authorization).startswith(OPERATOR_PREFIX):
+        return None
+    return await to_thread.run_sync(identify_operator, engine, authorization, limiter=STRANGERS)
 
 
 def identify_operator(engine: Engine, authorization: str | None) -> OperatorIdentity | None:
@@ -82,6 +130,10 @@ def identify_operator(engine: Engine, authorization: str | None) -> OperatorIden
     api_key = parse_api_key(token, prefix=OPERATOR_PREFIX)
     with operator_transaction(engine, actor=f"operator key {api_key.key_id}") as session:
         return authenticate_operator(session, api_key)
+
+
+def _fingerprint(api_key: ApiKey) -> bytes:
+    return api_key.key_id.encode() + api_key.secret_hash
 
 
 def _parse_bearer(authorization: str | None) -> ApiKey:

@@ -5,7 +5,8 @@ connection is always in one of three states, and each has its bound:
 
     waiting     for a whole header, as a stranger or between two requests: `header_seconds`
     receiving   a body: at least MIN_BODY_BYTES in every `body_seconds`, unless we are the ones who do not read
-    answering   nothing more is due from the client, but that it reads: an answer stalled for `body_seconds` is cut off
+    answering   nothing more is due from the client, but that it reads: at least MIN_BODY_BYTES of what waits to be sent
+                must go in every `body_seconds`
 
 Between two steps of a request (header complete, bytes of the body, end of the body) a connection may send
 MAX_HEADER_BYTES, whatever it calls them: header, chunk extension, trailer or empty lines. A full house makes room for
@@ -16,7 +17,11 @@ Addresses are not counted: behind a proxy all clients come from one.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import sys
+import termios
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -135,7 +140,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_body_bytes = 0  # since then
         self._num_bytes = 0  # since the last step of a request
         self._has_stepped = False
-        self._write_paused_at: float | None = None
+        self._write_since: float | None = None  # while more waits to be sent than the transport likes
+        self._num_unsent = 0  # at that time
 
     # What the transport calls
 
@@ -162,11 +168,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_paused_at = self.loop.time()
+        self._begin_write_window(self.loop.time())
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._write_paused_at = None
+        self._write_since = None
 
     # What the parser calls
 
@@ -219,9 +225,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def check(self, now: float) -> None:
         """End this connection if it has passed its time."""
         limits = self._house.limits
-        if self._write_paused_at is not None and now - self._write_paused_at > limits.body_seconds:
-            self.transport.abort()
-        elif self._is_waiting:
+        if self._write_since is not None and now - self._write_since > limits.body_seconds:
+            if self._num_unsent - self._count_unsent() < MIN_BODY_BYTES:
+                self.transport.abort()
+                return
+            self._begin_write_window(now)
+        if self._is_waiting:
             patience = _DISCARD_SECONDS if self._is_receiving else limits.header_seconds
             if now - self._since <= patience:
                 return
@@ -272,3 +281,17 @@ class BoundedProtocol(HttpToolsProtocol):
     def _begin_window(self, now: float) -> None:
         self._since = now
         self._num_body_bytes = 0
+
+    def _begin_write_window(self, now: float) -> None:
+        self._write_since = now
+        self._num_unsent = self._count_unsent()
+
+    def _count_unsent(self) -> int:
+        """Return how many bytes the client has not taken yet, the kernel's among them.
+
+        The kernel takes more from the transport only once a third of its own buffer, which can be megabytes, is empty.
+        """
+        held = bytearray(4)
+        with suppress(OSError, ValueError):  # its socket has been closed
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, held)
+        return int(self.transport.get_write_buffer_size()) + int.from_bytes(held, sys.byteorder)

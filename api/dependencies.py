@@ -20,11 +20,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from api.admission import DOWNLOADS
-from api.auth import Authenticator, identify_operator
+from api.auth import Authenticator, find_operator
 from api.feeds import EventFeed
 from api.previews import Previewer
 from api.rate_limits import RateLimiter
-from api.routing import Deferred, Door
+from api.routing import Deferred, Door, share_of
 from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError, RateLimitedError
@@ -65,9 +65,7 @@ async def get_identity(request: Request) -> Identity:
 async def _identify(request: Request) -> Identity:
     authenticator: Authenticator = request.app.state.authenticator
     authorization = request.headers.get("authorization")
-    identity = authenticator.recall(authorization)
-    if identity is None:
-        identity = await run_in_threadpool(authenticator.identify, authorization)
+    identity = await authenticator.find(authorization)
     await _count_request(request, identity)
     return identity
 
@@ -79,7 +77,8 @@ async def _count_request(request: Request, identity: Identity) -> None:
     limit = identity.requests_per_minute or request.app.state.settings.requests_per_minute
     standing = limiter.draw(identity.tenant_id, limit=limit)
     if standing is None:
-        standing = await run_in_threadpool(limiter.count, identity.tenant_id, limit=limit)
+        async with share_of(identity):
+            standing = await run_in_threadpool(limiter.count, identity.tenant_id, limit=limit)
     if standing is None:
         return
     request.state.rate_limit = standing.headers  # the middleware puts them on whatever is answered
@@ -115,7 +114,7 @@ async def get_operator(request: Request) -> OperatorIdentity:
     operator: OperatorIdentity | None = getattr(request.state, "operator", None)
     if operator is None:
         authorization = request.headers.get("authorization")
-        operator = await run_in_threadpool(identify_operator, request.app.state.engine, authorization)
+        operator = await find_operator(request.app.state.engine, authorization)
     if operator is None:
         raise HTTPException(404)
     request.state.operator = operator

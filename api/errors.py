@@ -49,7 +49,6 @@ _HTTP_CODES = {
     404: "unknown_url",
     405: "method_not_allowed",
     413: "payload_too_large",
-    429: "too_many_long_bodies",
     503: "unavailable",
 }
 _KINDS = {"int", "float", "str", "bool", "dict"}
@@ -115,7 +114,10 @@ def _field_of(problem: dict[str, Any]) -> str | None:
 
 
 def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
+    """Answer an error of the framework's, or one of ours that had to pass through it as one of its own."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, DomainError):
+        return _answer_domain_error(request, error.__cause__)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
     code = _HTTP_CODES.get(error.status_code, "http_error")
     return error_answer(error.status_code, message, code=code, headers=dict(error.headers or {}))

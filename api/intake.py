@@ -22,7 +22,7 @@ from core.domain.objects import file_key
 from core.services import uploads
 from core.services.files import NewFile
 from core.services.tenants import Identity
-from core.services.uploads import Completion
+from core.services.uploads import COMPLETION_LEASE, Completion
 from core.storage import ObjectStore
 
 # One thread checks at a time. Several would not be faster, and every request would wait for each of them in turn
@@ -75,13 +75,18 @@ class HeldUpload:
             uploads.abandon_completion(session, self._caller.tenant_id, self._completion)
 
     def keep_while(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """Pass chunks on, and hold the upload until they end. Raises BusyError where another has taken it."""
-        extended_at = time.monotonic()
+        """Pass chunks on, and hold the upload until they end. Raises BusyError where another has taken it.
+
+        A database that is away is asked again at each chunk. It ends the work only once the upload may be another's.
+        """
+        held_at = time.monotonic()
         for chunk in chunks:
-            if time.monotonic() - extended_at > _EXTEND_SECONDS:
-                extended_at = time.monotonic()
-                with self._transaction() as session:
-                    self._completion = uploads.extend_completion(session, self._caller.tenant_id, self._completion)
+            now = time.monotonic()
+            if now - held_at > _EXTEND_SECONDS:
+                has_time = now - held_at < COMPLETION_LEASE.total_seconds()
+                with suppress(*DATABASE_ERRORS if has_time else ()):
+                    self._extend()
+                    held_at = now
             yield chunk
 
     def complete(self, file: NewFile) -> tuple[Upload, File]:
@@ -93,6 +98,11 @@ class HeldUpload:
             session.refresh(row)
         self._is_over = True
         return upload, row
+
+    def _extend(self) -> None:
+        with self._transaction() as session:
+            extended = uploads.extend_completion(session, self._caller.tenant_id, self._completion)
+        self._completion = extended
 
     def _transaction(self) -> AbstractContextManager[Session]:
         return tenant_transaction(self._database, self._caller.tenant_id, actor=self._caller.actor)

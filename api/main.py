@@ -51,6 +51,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     database_url = settings.database_url.get_secret_value()
     app.state.engine = connect(database_url, pool_size=20, lock_timeout_seconds=10)
     app.state.feed = EventFeed(app.state.engine, database_url)
+    app.state.readiness = health.Readiness(app.state.engine)
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
     app.state.store = S3ObjectStore(settings.storage_config)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import uuid
+import asyncio
 from contextlib import ExitStack
+from typing import NoReturn
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.admission import LONG_BODIES
-from core.domain.errors import RateLimitedError, UnavailableError
+from core.domain.errors import DomainError
 from core.domain.ids import new_id
 
 _HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store", "x-frame-options": "DENY"}
+# Clients send header and body one after the other. Who needs longer between the two takes a place.
+_MOMENT_SECONDS = 0.2
 
 
 class RequestIdMiddleware:
@@ -39,7 +42,8 @@ class RequestIdMiddleware:
 class BodyCapMiddleware:
     """Refuses to read a body beyond a cap. A route that streams its body has caps of its own: see `get_body`.
 
-    A body is kept until it is whole. Only those that come in one piece, as the small ones do, are kept without a place.
+    A body is kept until it is whole, and one that is waited for holds a place. One that comes in one piece right behind
+    its header, as the small ones do, needs none.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
@@ -59,28 +63,51 @@ class _BoundedBody:
     def __init__(self, scope: Scope, receive: Receive, places: ExitStack, *, max_bytes: int) -> None:
         self._scope, self._receive, self._places = scope, receive, places
         self._max_bytes = max_bytes
-        told = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        told = headers.get("content-length", "")
         self._num_told = int(told) if told.isdecimal() else 0
         self._num_received = 0
+        self._is_first = bool(self._num_told) or "transfer-encoding" in headers  # of a body; else there is none
         self._has_place = False
 
     async def receive(self) -> Message:
-        state = self._scope.get("state", {})
-        if state.get("is_body_streamed"):
+        if self._scope.get("state", {}).get("is_body_streamed"):
             return await self._receive()
-        message = await self._receive() if self._num_told <= self._max_bytes else None
-        self._num_received += len(message.get("body", b"")) if message else 0
-        if message is None or self._num_received > self._max_bytes:
-            raise HTTPException(413, f"The body is larger than {self._max_bytes} bytes")
-        if message.get("more_body") and not self._has_place and "identity" in state:
-            self._take_place(state["identity"].tenant_id)
+        if self._num_told > self._max_bytes:
+            self._refuse()
+        message = await (self._receive_first() if self._is_first else self._receive())
+        self._num_received += len(message.get("body", b""))
+        if self._num_received > self._max_bytes:
+            self._refuse()
         return message
 
-    def _take_place(self, tenant_id: uuid.UUID) -> None:
-        """Raises HTTPException: an error of any other kind would be told as a body that cannot be read."""
+    async def _receive_first(self) -> Message:
+        """Return the first piece. A client that sends none for a moment waits for it from a place."""
+        self._is_first = False
+        coming = asyncio.ensure_future(self._receive())
         try:
-            self._places.enter_context(LONG_BODIES.admit(tenant_id))
-        except (RateLimitedError, UnavailableError) as error:
-            status = 429 if isinstance(error, RateLimitedError) else 503
-            raise HTTPException(status, error.message, headers={"retry-after": "2"}) from error
+            come, _ = await asyncio.wait({coming}, timeout=_MOMENT_SECONDS)
+            if not come:
+                self._take_place()
+            message = await coming
+        finally:
+            coming.cancel()
+        if message.get("more_body"):
+            self._take_place()
+        else:
+            self._places.close()
+        return message
+
+    def _take_place(self) -> None:
+        """Raises HTTPException: an error of any other kind would be told as a body that cannot be read."""
+        identity = self._scope.get("state", {}).get("identity")
+        if identity is None or self._has_place:
+            return
+        try:
+            self._places.enter_context(LONG_BODIES.admit(identity.tenant_id))
+        except DomainError as error:
+            raise HTTPException(503) from error  # the answer is the cause's, its status too: see `errors`
         self._has_place = True
+
+    def _refuse(self) -> NoReturn:
+        raise HTTPException(413, f"The body is larger than {self._max_bytes} bytes")

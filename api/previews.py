@@ -1,14 +1,18 @@
-"""Previews of rows: fetches the base's tokenizer once, reads the rows asked for, has a limited child render them."""
+"""Previews of rows: fetches the base's tokenizer once, reads the rows asked for, has a limited child render them.
+
+A file with many problems is stored although its later lines were never checked: nothing is known of their length.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from core.domain.datasets import DatasetLimits
 from core.domain.datasets.statistics import NumberedLine, TokenReport
 from core.domain.errors import InvalidRequestError
 from core.previews import PreviewLimitError, preview_lines
@@ -16,6 +20,8 @@ from core.storage import ObjectStore
 
 MAX_ROWS = 2000
 MAX_ROW_BYTES = 2 * 2**20
+MAX_LINE_BYTES = DatasetLimits().max_line_bytes
+assert MAX_LINE_BYTES <= MAX_ROW_BYTES, "any line that a dataset may have can be previewed"
 _MAX_SKIPPED_BYTES = 64 * 2**20
 
 
@@ -73,22 +79,36 @@ class Previewer:
         """Return the lines from `from_line` on, up to the caps, and whether they are the whole file."""
         kept: list[NumberedLine] = []
         num_skipped_bytes = num_kept_bytes = 0
-        for number, content in enumerate(self._iterate_lines(order.object_key), start=1):
+        for number, content in enumerate(iterate_lines(self._store.get_stream(order.object_key)), start=1):
             if number < order.from_line:
                 num_skipped_bytes += len(content)
                 if num_skipped_bytes > _MAX_SKIPPED_BYTES:
                     raise InvalidRequestError(f"Line {order.from_line} is too far into the file.", param="from_line")
                 continue
-            if kept and (len(kept) == MAX_ROWS or num_kept_bytes + len(content) > MAX_ROW_BYTES):
+            if len(kept) == MAX_ROWS or num_kept_bytes + len(content) > MAX_ROW_BYTES:
                 return kept, False
             kept.append(NumberedLine(number=number, content=content))
             num_kept_bytes += len(content)
         return kept, order.from_line == 1
 
-    def _iterate_lines(self, object_key: str) -> Iterator[bytes]:
-        pending = b""
-        for chunk in self._store.get_stream(object_key):
-            *whole, pending = (pending + chunk).split(b"\n")
-            yield from whole
-        if pending:
-            yield pending
+
+def iterate_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield lines. Raises InvalidRequestError as soon as one is longer than a line of a dataset may be."""
+    pending, number = bytearray(), 1
+    for chunk in chunks:
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            _extend_line(pending, end, number=number)
+            yield bytes(pending)
+            pending.clear()
+            number += 1
+        _extend_line(pending, rest, number=number)
+    if pending:
+        yield bytes(pending)
+
+
+def _extend_line(pending: bytearray, part: bytes, *, number: int) -> None:
+    if len(pending) + len(part) > MAX_LINE_BYTES:
+        message = f"Line {number} is longer than {MAX_LINE_BYTES} bytes: no preview can reach it."
+        raise InvalidRequestError(message, code="line_too_long", param="from_line")
+    pending += part

@@ -7,7 +7,8 @@ for its locks. So a dependency only says which transaction a route wants, which 
 Of two transactions that cannot both go on, PostgreSQL undoes one whole. Its endpoint is called again.
 
 Long work runs in the threads of its gate (see `admission`). What is short shares Starlette's 40 threads, of which one
-tenant never has more than SHARE_OF_TENANT: its own requests wait for one another, and nobody else's do.
+tenant never has more than SHARE_OF_TENANT: its own requests wait for one another, and nobody else's do. Before a tenant
+is known nothing runs in them: keys are looked up in threads of their own (see `auth`), and so is the database's health.
 """
 
 from __future__ import annotations
@@ -94,13 +95,13 @@ def _in_one_thread(endpoint: Callable[..., Any], gate: Gate | None) -> Callable[
     async def run(**arguments: Any) -> Any:
         if gate is not None:
             return await to_thread.run_sync(work, arguments, limiter=gate.threads)
-        async with _share_of(arguments.get("caller")):
+        async with share_of(arguments.get("caller")):
             return await to_thread.run_sync(work, arguments)
 
     return run
 
 
-def _share_of(caller: Identity | None) -> AbstractAsyncContextManager[None]:
+def share_of(caller: Identity | None) -> AbstractAsyncContextManager[None]:
     """Return what a tenant's requests hold while they are in a shared thread. An operator's hold nothing."""
     if caller is None:
         return nullcontext()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import resource
 import socket
 import sys
@@ -43,7 +44,10 @@ class ApiServer(uvicorn.Server):
 
 
 def make_config(settings: ApiSettings, app: object = None, *, protocol: Any = "httptools") -> uvicorn.Config:
-    """Return the server's configuration. A line a request would cost as much as the request's own work."""
+    """Return the server's configuration. A line a request would cost as much as the request's own work.
+
+    Nothing is swept once the server stops: what a client then stalls is cut off with everything else that is under way.
+    """
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         host=settings.api_host,
@@ -53,6 +57,7 @@ def make_config(settings: ApiSettings, app: object = None, *, protocol: Any = "h
         loop="uvloop",
         http=protocol,
         ws="none",  # its connections would be nobody's to bound
+        timeout_graceful_shutdown=math.ceil(settings.body_seconds),
     )
 
 

@@ -110,6 +110,11 @@ async def slow_bodies(target: Target) -> None:
     await asyncio.gather(*slow)
 
 
+async def bodies_not_begun(target: Target) -> None:
+    head = b"POST /v1/fine_tuning/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n"
+    await connect_again(target, 2000, head + target.key_header + b"\r\n", piece=b"", seconds=1)
+
+
 ATTACKS: dict[str, Callable[[Target], Awaitable[None]]] = {
     "60 previews": previews,
     "45 completions of one upload": completes,
@@ -119,6 +124,7 @@ ATTACKS: dict[str, Callable[[Target], Awaitable[None]]] = {
     "4 endless headers": endless_headers,
     "1,100 half-open connections": half_open,
     "300 slow bodies": slow_bodies,
+    "2,000 bodies that do not begin": bodies_not_begun,
 }
 
 
@@ -150,7 +156,11 @@ async def connect_again(target: Target, num_at_once: int, head: bytes, *, piece:
             with suppress(OSError):
                 reader, writer = await asyncio.open_connection(address.host, address.port)
                 writer.write(head)
-                while not reader.at_eof():
+                if not piece:
+                    await reader.read(1)  # a refusal, or the end
+                    writer.close()
+                    await asyncio.sleep(seconds)
+                while piece and not reader.at_eof():
                     writer.write(piece)
                     await writer.drain()
                     await asyncio.sleep(seconds)

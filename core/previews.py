@@ -3,6 +3,7 @@
 A template is a program. jinja2's sandbox keeps it from the interpreter, but `9**(9**8)`, nested loops or a string of
 half a gigabyte are all legal in it. So rows are rendered by a child without credentials that may use so much processor
 time and memory, may write no file, and is killed when the wall clock says so; what it answers is read up to a cap.
+The limits hold before the child reads its order, which carries the rows.
 `python -m core.previews` is that child.
 """
 
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +51,6 @@ class _Order(Frozen):
     bundle_path: str
     max_seq_len: int
     num_shown: int
-    cpu_seconds: int
-    memory_bytes: int
     lines: tuple[NumberedLine, ...]
 
 
@@ -67,15 +67,14 @@ def preview_lines(
         bundle_path=str(bundle_path),
         max_seq_len=max_seq_len,
         num_shown=num_shown,
-        cpu_seconds=limits.cpu_seconds,
-        memory_bytes=limits.memory_bytes,
         lines=tuple(lines),
     )
     answer, exit_code = _run_child(order.model_dump_json().encode(), limits)
     if len(answer) > limits.answer_bytes:
         raise PreviewLimitError(f"The rows as tokens take more than {limits.answer_bytes} bytes; ask for fewer.")
     if exit_code == _OUT_OF_MEMORY:
-        raise PreviewLimitError(f"The chat template needs more than {limits.memory_bytes >> 20} MiB of memory.")
+        message = f"The rows, or the chat template, need more than {limits.memory_bytes >> 20} MiB of memory."
+        raise PreviewLimitError(message)
     try:
         return TokenReport.model_validate_json(answer)
     except ValidationError as error:
@@ -86,32 +85,32 @@ def preview_lines(
 def _run_child(order: bytes, limits: PreviewLimits) -> tuple[bytes, int]:
     """Return what the child wrote, up to one byte more than it may, and its exit code."""
     environment = plain_environment() | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-    argv = [sys.executable, "-m", "core.previews"]
+    argv = [sys.executable, "-m", "core.previews", str(limits.cpu_seconds), str(limits.memory_bytes)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(argv, env=environment, **pipes) as child:  # type: ignore[call-overload]
+    answer = b""
+    # A child may end before it has read its order. Its pipe says so at the write, and once more when it is closed.
+    with suppress(BrokenPipeError), subprocess.Popen(argv, env=environment, **pipes) as child:  # type: ignore[call-overload]
         os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
         timer = threading.Timer(limits.wall_seconds, child.kill)
         timer.start()
         try:
             child.stdin.write(order)  # the child reads all of it before it writes
             child.stdin.close()
-            answer: bytes = child.stdout.read(limits.answer_bytes + 1)
-        except BrokenPipeError:
-            answer = b""
+            answer = child.stdout.read(limits.answer_bytes + 1)
         finally:
             child.kill()
             timer.cancel()
     return answer, child.returncode
 
 
-def _be_child() -> None:
+def _be_child(*, cpu_seconds: int, memory_bytes: int) -> None:
     die_with_parent()
     shed_capabilities()
-    order = _Order.model_validate_json(sys.stdin.buffer.read())
-    resource.setrlimit(resource.RLIMIT_CPU, (order.cpu_seconds, order.cpu_seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (order.memory_bytes, order.memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     try:
+        order = _Order.model_validate_json(sys.stdin.buffer.read())
         bundle = TokenizerBundle.model_validate_json(Path(order.bundle_path).read_bytes())
         leave_root()
         report = report_tokens(
@@ -123,4 +122,4 @@ def _be_child() -> None:
 
 
 if __name__ == "__main__":
-    _be_child()
+    _be_child(cpu_seconds=int(sys.argv[1]), memory_bytes=int(sys.argv[2]))

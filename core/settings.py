@@ -78,7 +78,7 @@ class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):
     """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's.
 
     `api_processes` share the port. Each has `max_connections` at most, waits `header_seconds` for a header, and gives
-    up a body, of a request or an answer, that has hardly moved in `body_seconds`.
+    up a body, of a request or an answer, that has hardly moved in `body_seconds`. Stopping takes as long.
     """
 
     redis_url: SecretStr | None = None

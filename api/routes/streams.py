@@ -14,16 +14,18 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
 
 from api.dependencies import Caller, Database, Feed, needs
 from api.errors import error_body
-from api.routing import OneThreadRoute
+from api.routing import OneThreadRoute, share_of
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import InvalidRequestError
 from core.domain.ids import IdKind, parse_id
 from core.services import jobs
 from core.services.streams import Watch
+from core.services.tenants import Identity
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
 _RETRY_MILLISECONDS = 1000
@@ -35,14 +37,20 @@ class TenantWatch:
     watch: Watch
 
 
-def begin_watch(
+async def begin_watch(
     database: Database, caller: Caller, feed: Feed, job_id: str, last_event_id: Annotated[str | None, Header()] = None
 ) -> TenantWatch:
     """Check everything that may be refused, before the stream's answer starts."""
-    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
-        job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
     feed.check_room(caller.tenant_id)
-    return TenantWatch(caller.tenant_id, Watch(job.id, caller.key_id, _parse_number(last_event_id)))
+    after = _parse_number(last_event_id)
+    async with share_of(caller):
+        row_id = await run_in_threadpool(_find_job, database, caller, job_id)
+    return TenantWatch(caller.tenant_id, Watch(row_id, caller.key_id, after))
+
+
+def _find_job(database: Database, caller: Identity, job_id: str) -> uuid.UUID:
+    with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
+        return jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)).id
 
 
 @router.get("/{job_id}/stream", dependencies=[needs(Scope.READ)], response_class=EventSourceResponse)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 from api.admission import DOWNLOADS
@@ -21,6 +22,7 @@ from tests.waiting import repeat_until, wait_until
 MAX_CONNECTIONS = 20
 GET = b"GET /livez HTTP/1.1\r\nhost: x\r\n"
 BEGUN = GET + b"x-a: b"
+SLOW_BYTES = 8192  # at a time: some 100 KB a second
 Connect = Callable[[], socket.socket]
 
 
@@ -192,20 +194,57 @@ def test_a_body_that_trickles_is_given_up(connect: Connect, tenant: Tenant, requ
     assert b"body_stalled" in answer
 
 
-def test_who_does_not_read_an_answer_does_not_keep_its_place(url: str, connect: Connect, tenant: Tenant) -> None:
+@pytest.fixture
+def content_url(url: str, tenant: Tenant) -> str:
+    """The path of a file that no buffer holds."""
+    row = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    form = {"files": {"file": ("a.jsonl", row * (2**24 // len(row)))}, "data": {"purpose": "fine-tune"}}
+    headers = {"authorization": f"Bearer {tenant.api_key}"}
+    answer = httpx.post(f"{url}/v1/files", headers=headers, trust_env=False, timeout=60, **form)  # type: ignore[arg-type]
+    return f"/v1/files/{answer.json()['id']}/content"
+
+
+def ask_for(path: str, tenant: Tenant) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {tenant.api_key}\r\n\r\n".encode()
+
+
+def test_who_does_not_read_an_answer_does_not_keep_its_place(
+    url: str, connect: Connect, tenant: Tenant, content_url: str
+) -> None:
     headers = {"authorization": f"Bearer {tenant.api_key}"}
     with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=60) as client:
-        row = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-        form = {"files": {"file": ("a.jsonl", row * (2**24 // len(row)))}, "data": {"purpose": "fine-tune"}}
-        file_id = client.post("/v1/files", **form).json()["id"]  # type: ignore[arg-type]
         for _ in range(DOWNLOADS.of_tenant):
             asking = connect()
-            asking.sendall(f"GET /v1/files/{file_id}/content HTTP/1.1\r\nhost: x\r\n".encode())
-            asking.sendall(f"authorization: Bearer {tenant.api_key}\r\n\r\n".encode())
+            asking.sendall(ask_for(content_url, tenant))
             assert asking.recv(12) == b"HTTP/1.1 200"
-        content = f"/v1/files/{file_id}/content"
-        assert client.get(content).status_code == 429
-        wait_until(lambda: client.get(content).is_success)
+        assert client.get(content_url).status_code == 429
+        wait_until(lambda: client.get(content_url).is_success)
+
+
+def is_held(made: socket.socket) -> bool:
+    """Return whether the server's side of a connection is open, whatever the system still sends for it."""
+    ends = made.getpeername()[1], made.getsockname()[1]
+    open_ = [each for each in psutil.net_connections(kind="tcp") if each.raddr and each.status == "ESTABLISHED"]
+    return ends in [(each.laddr.port, each.raddr.port) for each in open_]
+
+
+def test_who_reads_slowly_and_steadily_reads_on(url: str, tenant: Tenant, content_url: str) -> None:
+    address = urlsplit(url)
+    with socket.socket() as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**15)
+        made.settimeout(60)
+        made.connect((address.hostname, address.port))
+        made.sendall(ask_for(content_url, tenant))
+        num_read = 0
+
+        def read() -> None:
+            nonlocal num_read
+            assert is_held(made), "the server has not closed it"
+            piece = made.recv(SLOW_BYTES)
+            assert piece
+            num_read += len(piece)
+
+        repeat_until(lambda: num_read >= 100 * SLOW_BYTES, read)
 
 
 def test_without_a_key_no_body_is_waited_for(connect: Connect) -> None:
@@ -264,3 +303,23 @@ def test_an_upgrade_opens_no_other_door(connect: Connect) -> None:
     made = connect()
     made.sendall(GET + b"connection: upgrade, close\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\r\n")
     assert made.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/files"], ids=["read whole", "streamed"])
+def test_a_body_that_does_not_end_does_not_hold_up_the_end_of_the_api(
+    database: Database, servers: ServerAddresses, tenant: Tenant, path: str
+) -> None:
+    (port,) = free_ports(1)
+    with (
+        running_api(database.api_url, servers.storage, port=port, env={"ESPALIER_BODY_SECONDS": "5"}) as api,
+        connecting_to(f"http://127.0.0.1:{port}") as connect,
+    ):
+        made = connect()
+        made.sendall(
+            f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {tenant.api_key}\r\n"
+            "content-type: multipart/form-data; boundary=b\r\ncontent-length: 100\r\n"
+            "expect: 100-continue\r\n\r\n".encode()
+        )
+        assert made.recv(12) == b"HTTP/1.1 100", "its body is waited for"
+        api.terminate()
+        wait_until(lambda: api.poll() is not None, what="the end")

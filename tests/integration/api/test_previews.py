@@ -103,6 +103,17 @@ def test_previews_are_bounded_and_of_ones_own_files(
     assert preview(api_url, tenant, file.id, model="gpt-9").status_code == 404
 
 
+@pytest.mark.usefixtures("published")
+def test_a_line_that_nobody_has_checked_is_not_read_to_its_end(client: OpenAI, api_url: str, tenant: Tenant) -> None:
+    file = upload(client, ["no"] * 10_000 + ["x" * (4 * 2**20), "no"])
+    assert (file.status, file.model_extra["validation"]["is_complete"]) == ("error", False)
+    for from_line in (9_900, 10_001, 10_002):
+        answer = preview(api_url, tenant, file.id, from_line=from_line)
+        refusal = answer.json()["error"]
+        assert (answer.status_code, refusal["code"], refusal["param"]) == (400, "line_too_long", "from_line")
+    assert preview(api_url, tenant, file.id, from_line=7_000).is_success
+
+
 def test_a_hostile_template_costs_its_caller_an_error_and_nobody_else_a_thing(
     client: OpenAI, api_url: str, tenant: Tenant, owner: Engine, servers: ServerAddresses
 ) -> None:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import OperationalError
 
+from api.intake import HeldUpload
 from core.db.models import File
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, parse_id
 from core.services.files import expire_files
 from core.services.purges import find_purges
+from core.services.tenants import Identity
+from core.services.uploads import begin_completion
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.integration.api.test_bad_input import GOOD, submit, upload
@@ -242,3 +247,40 @@ def test_a_part_that_is_no_form_is_refused(client: OpenAI, api_url: str, tenant:
         httpx.post(url, headers=headers, files={"file": b"1234"}, timeout=PATIENCE_SECONDS).json()["error"]["param"]
         == "data"
     )
+
+
+@pytest.fixture
+def hasty(database: Database) -> Iterator[Engine]:
+    """An engine that hardly waits for a lock: to it, a database that holds one is away."""
+    engine = connect(database.api_url)
+
+    @event.listens_for(engine, "connect")
+    def hurry(connection: Any, _record: Any) -> None:
+        connection.execute("set lock_timeout = '10ms'")
+        connection.commit()
+
+    yield engine
+    engine.dispose()
+
+
+def test_a_completion_goes_on_without_the_database_for_as_long_as_its_lease(
+    client: OpenAI, hasty: Engine, owner: Engine, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.intake._EXTEND_SECONDS", -1.0)  # at each chunk
+    begun = begin(client, len(GOOD))
+    part = parse_id(IdKind.PART, client.uploads.parts.create(begun.id, data=GOOD).id)
+    upload_id = parse_id(IdKind.UPLOAD, begun.id)
+    with tenant_transaction(hasty, tenant.id) as session:
+        completion = begin_completion(session, tenant.id, upload_id=upload_id, part_ids=[part])
+    held = HeldUpload(hasty, Identity(tenant.id, tenant.key_id, frozenset()), completion)
+    chunks = held.keep_while([b"1", b"2", b"3", b"4"])
+    with tenant_transaction(owner, tenant.id) as session:
+        session.execute(text("select 1 from uploads where id = :id for update"), {"id": upload_id})
+        assert next(chunks) == b"1"
+    assert next(chunks) == b"2"
+    assert held._completion.until > completion.until, "it was held for longer as soon as it could be"
+    monkeypatch.setattr("api.intake.COMPLETION_LEASE", timedelta(0))
+    with tenant_transaction(owner, tenant.id) as session:
+        session.execute(text("select 1 from uploads where id = :id for update"), {"id": upload_id})
+        with pytest.raises(OperationalError):
+            next(chunks)

@@ -7,7 +7,7 @@ import select
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,12 +28,13 @@ from tests.bundles import letters_bundle
 from tests.faults import FaultProxy, Hang, port_of
 from tests.integration.api.planting import plant
 from tests.integration.api.test_previews import publish
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, running_api
+from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant, running_api
 from tests.waiting import wait_until
 
 ROW = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}'
 NUM_ASKED = 45
 Ask = Callable[[httpx.Client], httpx.Response]
+Sockets = list[socket.socket]
 
 
 @pytest.fixture(scope="module")
@@ -186,25 +187,56 @@ def test_uploads_that_the_store_does_not_take_hold_up_nobody_else(
     assert sorted(each.status_code for each in answers)[: UPLOADS.of_tenant] == [200] * UPLOADS.of_tenant
 
 
-def test_long_bodies_of_one_tenant_leave_places_to_others(
-    api_url: str, http: httpx.Client, neighbour: httpx.Client, tenant: Tenant
-) -> None:
+@contextmanager
+def asking(api_url: str, tenant: Tenant, count: int, *, sent: bytes, num_bytes: int = 100_000) -> Iterator[Sockets]:
+    """Hold requests with a body of so many bytes, of which some have been sent, or none."""
     address = urlsplit(api_url)
     head = f"POST /v1/fine_tuning/jobs HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {tenant.api_key}\r\n".encode()
-    head += b"content-type: application/json\r\ncontent-length: 100000\r\n\r\n{"
+    head += b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % num_bytes
     with ExitStack() as stack:
         held = []
-        for _ in range(LONG_BODIES.of_tenant + 3):
+        for _ in range(count):
             held.append(stack.enter_context(socket.create_connection((address.hostname, address.port), timeout=60)))
-            held[-1].sendall(head)
-        wait_until(lambda: len(select.select(held, [], [], 0)[0]) == 3)
-        for each in select.select(held, [], [], 0)[0]:
+            held[-1].sendall(head + sent)
+        yield held
+
+
+def answered(held: Sockets) -> Sockets:
+    return select.select(held, [], [], 0)[0]
+
+
+@pytest.mark.parametrize("sent", [b"{", b""], ids=["begun", "not begun"])
+def test_long_bodies_of_one_tenant_leave_places_to_others(
+    api_url: str, http: httpx.Client, neighbour: httpx.Client, tenant: Tenant, sent: bytes
+) -> None:
+    with asking(api_url, tenant, LONG_BODIES.of_tenant + 3, sent=sent) as held:
+        wait_until(lambda: len(answered(held)) == 3)
+        for each in answered(held):
             answer = each.recv(65536)
             assert answer.startswith(b"HTTP/1.1 429")
             assert b"retry-after" in answer
+            assert b'"too_many_long_bodies"' in answer
         long = {"model": "no such", "training_file": "x", "suffix": "x" * 500_000}
         assert neighbour.post("/fine_tuning/jobs", json=long).status_code == 400
         assert http.get("/fine_tuning/jobs").status_code == 200
+
+
+def test_while_all_places_are_taken_what_comes_with_its_header_is_answered(
+    api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    with ExitStack() as stack:
+        held: Sockets = []
+        for _ in range(LONG_BODIES.places // LONG_BODIES.of_tenant):
+            held += stack.enter_context(asking(api_url, add_tenant(owner), LONG_BODIES.of_tenant, sent=b""))
+        held += stack.enter_context(asking(api_url, tenant, 1, sent=b""))
+        wait_until(lambda: len(answered(held)) == 1)
+        (refused,) = answered(held)
+        answer = refused.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b'"long_bodies_busy"' in answer
+        (whole,) = stack.enter_context(asking(api_url, tenant, 1, sent=b"{}", num_bytes=2))
+        assert whole.recv(65536).startswith(b"HTTP/1.1 400")
+        assert not answered([each for each in held if each is not refused])
 
 
 def test_a_completion_whose_process_died_can_be_done_again(
@@ -256,6 +288,22 @@ def test_requests_that_wait_for_a_lock_leave_threads_to_other_tenants(
         assert not statuses_of(asked)
         holding.rollback()
         assert {each.result().status_code for each in asked} == {200}
+
+
+def test_streams_that_wait_to_begin_leave_threads_to_other_tenants(
+    http: httpx.Client, neighbour: httpx.Client, database: Database
+) -> None:
+    path = f"/fine_tuning/jobs/ftjob-{'0' * 32}/stream"
+    num_asked = 3 * NUM_ASKED
+    with ThreadPoolExecutor(num_asked) as pool, psycopg.connect(database.owner_url) as holding:
+        holding.execute("lock table jobs in access exclusive mode")
+        asked = [pool.submit(http.get, path) for _ in range(num_asked)]
+        wait_until(lambda: num_waiting(database) == SHARE_OF_TENANT)
+        for _ in range(20):
+            assert neighbour.get("/api_keys").status_code == 200
+            assert num_waiting(database) <= SHARE_OF_TENANT
+        holding.rollback()
+        assert {each.result().status_code for each in asked} <= {404, 503}  # a lock is not waited for for ever
 
 
 def num_waiting(database: Database) -> int:

@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import resource
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,6 +135,22 @@ def test_a_child_that_only_waits_is_killed_by_the_clock(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     with takes_at_least(1.5), pytest.raises(PreviewLimitError):
         preview_lines(pipe, [], max_seq_len=8, num_shown=1, limits=PreviewLimits(wall_seconds=1.5))
+
+
+def test_a_child_reads_its_rows_within_its_memory(tmp_path: Path) -> None:
+    path = write(letters_bundle(), tmp_path)
+    rows = [NumberedLine(number=number, content=b"x" * 2**20) for number in range(1, 129)]
+    limits = PreviewLimits(memory_bytes=2**27)
+    with pytest.raises(PreviewLimitError, match="128 MiB of memory"):
+        preview_lines(path, rows, max_seq_len=8, num_shown=1, limits=limits)
+
+
+def test_a_child_is_limited_before_its_order_comes() -> None:
+    argv = [sys.executable, "-m", "core.previews", "5", str(2**27)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        wait_until(lambda: psutil.Process(child.pid).rlimit(psutil.RLIMIT_AS) == (2**27, 2**27))
+        assert child.poll() is None, "it waits for its order"
+        child.kill()
 
 
 def test_a_child_has_no_credential_and_may_not_look_into_its_parent(
