@@ -48,6 +48,7 @@ from worker.messages import (
     RemoteFile,
     RemoteResumePoint,
     Report,
+    SlotRefused,
     StartJob,
     StepDone,
     StopJob,
@@ -455,6 +456,24 @@ def test_a_job_stopped_while_it_waits_for_a_slot_leaves_at_once_and_never_starts
     supervisor.send(StopJob(lease_token=1))
     supervisor.wait_for(DeviceLeft, 1)
     assert [report.lease_token for report in supervisor.told(JobStarted)] == [1]
+
+
+def test_a_job_that_waited_for_memory_and_whose_scratch_disk_breaks_fails_alone(
+    supervisor: Supervisor, store: Store
+) -> None:
+    supervisor.engine._max_slots = 1
+    supervisor.send(make_order(store.add_rows("rows", num_rows=100), n_epochs=50))
+    supervisor.wait_for(JobStarted)
+    progress = b'{"trained_tokens": 0, "is_epoch_open": false, "rows": []}'
+    contents = {TENSORS_FILE: b"no tensors", CURSOR_FILE: b'{"format": "espalier-slot-2"}', PROGRESS_FILE: progress}
+    point = RemoteResumePoint(step=1, files={name: store.add(name, each) for name, each in contents.items()})
+    supervisor.send(make_order(store.add_rows("next"), lease_token=2, resume_points=(point,)))
+    supervisor.wait_for(SlotRefused, 2)
+    supervisor.send(StopJob(lease_token=1))
+    failed = supervisor.wait_for(JobFailed, 2)
+    assert (failed.code, failed.is_job_fault) == ("worker_disk", False)
+    supervisor.send(make_order(store.add_rows("third"), lease_token=3, n_epochs=1))
+    supervisor.wait_for(JobSucceeded, 3)
 
 
 def test_jobs_stopped_while_they_download_keep_no_thread_from_others(supervisor: Supervisor, store: Store) -> None:

@@ -127,7 +127,7 @@ class TrainingLoop:
             if self._jobs.get(job.lease_token) is job:
                 try:
                     self._admit(job, prepared)
-                except EngineError as error:
+                except JOB_ERRORS as error:
                     self._fail(job, error)
 
     def _step(self) -> None:
