@@ -7,7 +7,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,6 +54,7 @@ from worker.messages import (
     StopJob,
     UrlsGranted,
     UrlsWanted,
+    UsageCounted,
     YieldJob,
     encode_line,
 )
@@ -392,15 +393,22 @@ def test_everything_is_fetched_before_anything_is_tokenised(supervisor: Supervis
 class HeldStep:
     """A step that stands still in the middle, as on a slow device, until it is let go on."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, product: str = "multiply") -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        product: str = "multiply",
+        is_due: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.has_begun, self.may_go_on = threading.Event(), threading.Event()
         self._num_products = 0
+        self._is_due = is_due
         self._multiply = getattr(PackedWeight, product)
         monkeypatch.setattr(PackedWeight, product, lambda weight, rows: self._hold(weight, rows))
 
     def _hold(self, weight: PackedWeight, rows: torch.Tensor) -> torch.Tensor:
-        self._num_products += 1
-        if self._num_products == 3:
+        self._num_products += self._is_due()
+        if self._num_products == 3 and not self.has_begun.is_set():
             self.has_begun.set()
             self.may_go_on.wait()
         return self._multiply(weight, rows)  # type: ignore[no-any-return]
@@ -427,6 +435,33 @@ def test_an_order_that_comes_in_the_middle_of_a_step_is_obeyed_before_its_end(
     supervisor.wait_for(JobSucceeded, 2)
     assert {report.lease_token for report in supervisor.told(StepDone)} == {2}
     assert bool(supervisor.told(JobYielded)) == (order is YieldJob)
+
+
+@pytest.mark.parametrize("order", [StopJob, YieldJob])
+def test_a_job_that_leaves_within_a_step_of_others_is_billed_its_part_of_the_step(
+    supervisor: Supervisor, store: Store, monkeypatch: pytest.MonkeyPatch, order: type[StopJob | YieldJob]
+) -> None:
+    monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", PATIENCE_SECONDS)  # the step is not given up
+    held = HeldStep(monkeypatch, is_due=lambda: set(supervisor.engine.running_ids) == {"1", "2"})
+    rows = store.add_rows("rows", num_rows=100)
+    for number in (1, 2):
+        supervisor.send(make_order(rows, lease_token=number, n_epochs=50))
+    held.has_begun.wait()
+    supervisor.wait_for(JobStarted, 2)
+    supervisor.send(order(lease_token=2))
+    wait_until(lambda: not supervisor.has_obeyed)
+    held.may_go_on.set()
+    supervisor.wait_for(DeviceLeft, 2)
+    if order is YieldJob:
+        supervisor.wait_for(JobYielded, 2)
+    supervisor.send(StopJob(lease_token=1))
+    supervisor.wait_for(DeviceLeft, 1)
+    told = [report for report in supervisor.reports if isinstance(report, UsageCounted | JobYielded)]
+    billed = [report for report in told if report.lease_token == 2]
+    if order is YieldJob:
+        assert isinstance(billed.pop(), JobYielded), "nothing is counted any more after it"
+    assert isinstance(billed[-1], UsageCounted)
+    assert billed[-1].gpu_seconds > 0
 
 
 def test_a_step_that_goes_on_for_long_shows_that_it_lives(
