@@ -11,9 +11,9 @@ from pathlib import Path
 
 UMASK = 0o077
 # What the stack makes in a data directory; a file that is not whole yet has `.new` behind its name.
-_OWN_NAMES = frozenset(
-    ("postgres", "postgres.password", "redis", "s3", "logs", "cache", "adapters", "launcher.pid", "api_key")
-    + ("secrets.json", "ports.json", "stack.json")
+_OWN_DIRECTORIES = frozenset(("postgres", "redis", "s3", "logs", "cache", "adapters"))
+_OWN_FILES = frozenset(
+    ("postgres.password", "launcher.pid", "api_key", "secrets.json", "ports.json", "stack.json"),
 )
 
 
@@ -22,7 +22,7 @@ def close_data_dir(directory: Path) -> None:
 
     Where other things lie too, as in a checkout or a home, they and the directory's own mode stay as they are.
     """
-    own = [path for path in directory.iterdir() if path.name.removesuffix(".new") in _OWN_NAMES]
+    own = [path for path in directory.iterdir() if path.name.removesuffix(".new") in _OWN_DIRECTORIES | _OWN_FILES]
     if len(own) == len(list(directory.iterdir())):
         make_private(directory)
     for path in own:
