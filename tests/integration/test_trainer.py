@@ -48,6 +48,7 @@ from worker.messages import (
     RemoteFile,
     RemoteResumePoint,
     Report,
+    ResumePointSaved,
     SlotRefused,
     StartJob,
     StepDone,
@@ -79,6 +80,7 @@ class Store(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _StoreRequest)
         self.objects: dict[str, bytes] = {}
         self.fetched: list[str] = []
+        self.refuses_resume_points = False
         self.is_open = threading.Event()
         self.is_open.set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -110,7 +112,11 @@ class _StoreRequest(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.NOT_FOUND if content is None else HTTPStatus.OK, content or b"")
 
     def do_PUT(self) -> None:
-        self.server.objects[self.path] = self.rfile.read(int(self.headers["content-length"]))
+        content = self.rfile.read(int(self.headers["content-length"]))
+        if self.server.refuses_resume_points and self.path.startswith("/resume/"):
+            self._answer(HTTPStatus.FORBIDDEN, b"")
+            return
+        self.server.objects[self.path] = content
         self._answer(HTTPStatus.OK, b"")
 
     def _drip(self) -> None:
@@ -362,6 +368,25 @@ def test_a_job_is_given_back_while_all_the_other_slots_prepare(supervisor: Super
     store.is_open.set()
     for number in range(2, SLOTS + 1):
         supervisor.wait_for(JobSucceeded, number)
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_job_whose_last_resume_point_was_not_stored_stores_it_again_before_it_is_given_back(
+    supervisor: Supervisor, store: Store, monkeypatch: pytest.MonkeyPatch, *, is_back: bool
+) -> None:
+    store.refuses_resume_points = True
+    slots = supervisor.engine._slots
+    held = HeldStep(monkeypatch, is_due=lambda: "1" in slots and slots["1"].step == 1)
+    supervisor.send(make_order(store.add_rows("rows"), n_epochs=50))  # one step an epoch, each with a resume point
+    held.has_begun.wait()
+    assert "resume point of step 1 could not be stored" in supervisor.wait_for(JobWarned).message
+    store.refuses_resume_points = not is_back
+    supervisor.send(YieldJob(lease_token=1))
+    wait_until(lambda: not supervisor.has_obeyed)
+    held.may_go_on.set()
+    supervisor.wait_for(JobYielded)
+    assert [report.step for report in supervisor.told(ResumePointSaved)] == ([1] if is_back else [])
+    assert len(supervisor.told(JobWarned)) == (1 if is_back else 2)
 
 
 def test_jobs_that_were_stopped_while_they_prepared_keep_no_slot_of_others(

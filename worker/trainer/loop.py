@@ -189,7 +189,7 @@ class TrainingLoop:
         if job is None or job.is_ending:
             return
         if str(lease_token) in self._engine.job_ids:
-            job.save_resume_point(self._engine)
+            job.save_last_resume_point(self._engine)
         self._evict(job)
         if self._is_stepping:
             self._postponed.append(lambda: self._give_back(job))  # the step's end is part of what it has used
