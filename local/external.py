@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from core.settings import RedisSettings, S3Settings
 from core.storage import S3ObjectStore, StorageError
 from local.locks import DataDirLock
-from local.private_files import make_private
+from local.private_files import close_data_dir
 from local.servers import Secrets, ServerAddresses
 
 OWNER_URL_SETTING = "ESPALIER_OWNER_DATABASE_URL"
@@ -38,7 +38,7 @@ class ExternalServers:
         addresses = _read_addresses()
         _ask_all(addresses)
         self._lock = DataDirLock(self.data_dir)
-        make_private(self.data_dir)
+        close_data_dir(self.data_dir)
         self.secrets = Secrets.load(self.data_dir / "secrets.json")
         self.addresses = addresses
         return addresses

@@ -1,4 +1,7 @@
-"""What a data directory holds is its owner's alone: directories are 0700 and files 0600, whatever they were before."""
+"""What a data directory holds is its owner's alone: directories are 0700 and files 0600, whatever they were before.
+
+What others keep beside it is not touched.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,23 @@ import stat
 from pathlib import Path
 
 UMASK = 0o077
+# What the stack makes in a data directory; a file that is not whole yet has `.new` behind its name.
+_OWN_DIRECTORIES = frozenset(("postgres", "redis", "s3", "logs", "cache", "adapters"))
+_OWN_FILES = frozenset(
+    ("postgres.password", "launcher.pid", "api_key", "secrets.json", "ports.json", "stack.json"),
+)
+
+
+def close_data_dir(directory: Path) -> None:
+    """Close a data directory, and what the stack has made in it.
+
+    Where other things lie too, as in a checkout or a home, they and the directory's own mode stay as they are.
+    """
+    own = [path for path in directory.iterdir() if path.name.removesuffix(".new") in _OWN_DIRECTORIES | _OWN_FILES]
+    if len(own) == len(list(directory.iterdir())):
+        make_private(directory)
+    for path in own:
+        _close(path)
 
 
 def make_private(directory: Path) -> None:
@@ -18,8 +38,7 @@ def make_private(directory: Path) -> None:
     if not directory.stat().st_mode & stat.S_ISVTX:
         directory.chmod(0o700)
         for path in directory.iterdir():
-            if not path.is_symlink():
-                path.chmod(0o700 if path.is_dir() else 0o600)
+            _close(path)
 
 
 def open_private(path: str, flags: int) -> int:
@@ -35,3 +54,8 @@ def write_private(path: Path, text: str) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as out:
         out.write(text)
     unfinished.replace(path)
+
+
+def _close(path: Path) -> None:
+    if not path.is_symlink():
+        path.chmod(0o700 if path.is_dir() else 0o600)

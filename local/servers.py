@@ -18,7 +18,7 @@ from core.settings import StorageConfig
 from local.locks import DataDirLock, find_launcher
 from local.ports import Ports
 from local.postgres_server import PostgresServer
-from local.private_files import make_private, write_private
+from local.private_files import close_data_dir, write_private
 from local.processes import ChildProcess, ProcessFailedError, ProcessSpec
 from local.redis_server import RedisServer
 from local.s3_server import S3Server
@@ -89,7 +89,7 @@ class LocalServers:
     def start(self) -> ServerAddresses:
         """Start all three side by side and wait until they answer. Raises AlreadyRunningError, ProcessFailedError."""
         self._lock = DataDirLock(self.data_dir)
-        make_private(self.data_dir)
+        close_data_dir(self.data_dir)
         self.secrets = Secrets.load(self.data_dir / "secrets.json")
         try:
             self.addresses = self._start_on_free_ports()

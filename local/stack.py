@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -118,6 +119,7 @@ class LocalStack:
         self._registry = read_registry(registry_path) if registry_path else default_registry()
         self._extra_env = dict(env or {})
         self._pools: list[str] = []
+        self._written: StackState | None = None
         self._supervisor = Supervisor(self.data_dir / "logs")
 
     def __enter__(self) -> Self:
@@ -180,8 +182,9 @@ class LocalStack:
         Nothing else is stopped meanwhile: the three processes wait for a server that is away.
         """
         revived = (*self._servers.revive(), *self._supervisor.revive())
-        if revived:
-            self._state.write(self.data_dir)
+        if self._state != self._written:
+            with suppress(OSError):  # a full disk, say: the next round writes it
+                self._write_state()
         return revived
 
     def stop(self) -> None:
@@ -208,7 +211,12 @@ class LocalStack:
             argv = [sys.executable, "-m", module]
             self._supervisor.start(ProcessSpec(module, argv, self._environment(login), stop_seconds=30.0))
         self.process("api").wait_until(lambda: answers(self.api_url), timeout_seconds=_READY_SECONDS)
-        self._state.write(self.data_dir)
+        self._write_state()
+
+    def _write_state(self) -> None:
+        state = self._state
+        state.write(self.data_dir)
+        self._written = state
 
     def _list_pools(self) -> list[str]:
         """Return the pools of all bases that are served: the registry's in its order, then those added by hand."""

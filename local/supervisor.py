@@ -1,6 +1,7 @@
 """Keeps a set of child processes running: one that has died is started again, with a growing delay.
 
-Nothing here waits but `stop`; the launcher's loop calls `revive` and stays free to notice a signal.
+A start that the machine refuses counts as another death. Nothing here waits but `stop`; the launcher's loop calls
+`revive` and stays free to notice a signal.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ class _Charge:
     started_at: float
     num_deaths: int = 0
     due_at: float | None = None
+
+    @property
+    def delay_seconds(self) -> float:
+        return _DELAYS_SECONDS[min(self.num_deaths, len(_DELAYS_SECONDS)) - 1]
 
 
 class Supervisor:
@@ -59,9 +64,14 @@ class Supervisor:
         if charge.due_at is None:
             is_healthy = now - charge.started_at > _HEALTHY_SECONDS
             charge.num_deaths = 1 if is_healthy else charge.num_deaths + 1
-            charge.due_at = now + _DELAYS_SECONDS[min(charge.num_deaths, len(_DELAYS_SECONDS)) - 1]
+            charge.due_at = now + charge.delay_seconds
         if now < charge.due_at:
             return False
-        charge.child = ChildProcess(charge.child.spec, self._log_dir)
+        try:
+            charge.child = ChildProcess(charge.child.spec, self._log_dir)
+        except OSError:  # a full disk, or no memory for another process: it must not end the others
+            charge.num_deaths += 1
+            charge.due_at = now + charge.delay_seconds
+            return False
         charge.started_at, charge.due_at = now, None
         return True

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -124,7 +125,7 @@ def _watch(stack: LocalStack) -> None:
             time.sleep(_WATCH_SECONDS)
             for name in stack.restart_dead():
                 log = stack.data_dir / "logs" / f"{name}.log"
-                console.print(f"[yellow]{name} had died and was started again; see {log}[/]")
+                _tell(f"[yellow]{name} had died and was started again; see {log}[/]")
             if look % _WATCHES_PER_LOOK_AT_BASES == 0:
                 told = _tell_of_bases(stack, told)
     except KeyboardInterrupt:
@@ -139,10 +140,16 @@ def _tell_of_bases(stack: LocalStack, told: dict[str, str]) -> dict[str, str]:
         return told
     for base_model_id, reason in unusable.items():
         if told.get(base_model_id) != reason:
-            console.print(f"[red]{escape(base_model_id)} is unusable, because {escape(reason)}[/]")
+            _tell(f"[red]{escape(base_model_id)} is unusable, because {escape(reason)}[/]")
     for base_model_id in told.keys() - unusable.keys():
-        console.print(f"{escape(base_model_id)} may be used again.")
+        _tell(f"{escape(base_model_id)} may be used again.")
     return unusable
+
+
+def _tell(text: str) -> None:
+    """Print what happens while the stack runs, which goes on although nobody can be told."""
+    with suppress(OSError):  # the disk of a file that it is printed to may be full
+        console.print(text)
 
 
 def _welcome(stack: LocalStack) -> Panel:

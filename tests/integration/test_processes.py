@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,27 @@ def test_a_child_that_died_comes_back_after_a_delay_that_grows_and_the_living_ar
             with takes_at_least(delay_seconds):
                 await_revival(supervisor, "weak")
         assert supervisor.process("steady").pid == steady.pid
+    finally:
+        supervisor.stop()
+
+
+def test_a_child_that_cannot_be_started_again_is_tried_again_after_a_delay_that_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local.supervisor._DELAYS_SECONDS", (0.1, 0.2, 0.4))
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    supervisor = Supervisor(tmp_path)
+    try:
+        steady = supervisor.start(make_spec(WAITS, name="steady"))
+        died = supervisor.start(replace(make_spec(DIES, name="weak"), cwd=home))
+        wait_until(lambda: not died.is_alive)
+        home.rename(away)  # no process can be started there, as when the machine has no room for one
+        wait_until(lambda: not supervisor.revive() and supervisor._charges["weak"].num_deaths > 3)
+        assert supervisor.process("weak") is died
+        assert supervisor.process("steady").pid == steady.pid
+        away.rename(home)
+        wait_until(lambda: supervisor.revive() == ("weak",))
     finally:
         supervisor.stop()
 

@@ -293,6 +293,21 @@ def test_what_everybody_shares_is_left_as_it_is_and_what_is_made_in_it_is_closed
         assert [path.name for path in entries(open_directory) if is_open_to_others(path)] == ["note"]
 
 
+def test_what_others_keep_in_a_data_directory_stays_as_it_is_and_what_is_made_beside_it_is_closed(
+    open_directory: Path,
+) -> None:
+    (open_directory / "run.sh").touch()
+    (open_directory / "run.sh").chmod(0o755)
+    (open_directory / "source").mkdir(mode=0o755)
+    before = {path: path.stat().st_mode for path in (open_directory, *open_directory.iterdir())}
+    with umask(0o000), LocalServers(open_directory, is_durable=False):
+        pass
+    (open_directory / "secrets.json").chmod(0o644)  # as an older version may have left it
+    with umask(0o000), LocalServers(open_directory, is_durable=False):
+        assert {path: path.stat().st_mode for path in before} == before
+        assert {path for path in entries(open_directory) if is_open_to_others(path)} == set(before) - {open_directory}
+
+
 def entries(data_dir: Path) -> list[Path]:
     """What lies in a data directory, and the logs; other directories in it are closed themselves."""
     return [*data_dir.iterdir(), *(data_dir / "logs").iterdir()]

@@ -26,6 +26,7 @@ from cli.main import app
 from local.external import ExternalServers, ExternalServersError
 from local.locks import find_launcher, is_running
 from local.ports import free_ports
+from local.processes import ProcessSpec
 from local.servers import LocalServers, ServerAddresses
 from local.stack import LocalStack, PortTakenError, StackState
 from tests.waiting import PATIENCE_SECONDS, wait_until
@@ -229,6 +230,25 @@ def test_a_worker_that_died_is_started_again_and_up_says_so(up: Up) -> None:
     assert is_running(up.state.pids["worker"])
     assert {**up.state.pids, "worker": 0} == {**before, "worker": 0}
     wait_until(lambda: "worker had died and was started again" in up.said)
+
+
+def test_a_stack_whose_state_cannot_be_written_goes_on_and_writes_it_at_the_next_round(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local.supervisor._DELAYS_SECONDS", (0.0,))
+    stack = LocalStack(tmp_path, registry_path=registry, servers=ExternalServers(tmp_path))
+    died = stack._supervisor.start(ProcessSpec("weak", [sys.executable, "-c", ""]))
+    try:
+        wait_until(lambda: not died.is_alive)
+        in_the_way = tmp_path / "stack.json.new"
+        in_the_way.mkdir()
+        assert stack.restart_dead() == ("weak",)
+        assert not (tmp_path / "stack.json").exists()
+        in_the_way.rmdir()
+        stack.restart_dead()
+        assert StackState.read(tmp_path).pids == stack._supervisor.pids
+    finally:
+        stack._supervisor.stop()
 
 
 READER = """

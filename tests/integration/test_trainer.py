@@ -7,7 +7,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,11 +48,14 @@ from worker.messages import (
     RemoteFile,
     RemoteResumePoint,
     Report,
+    ResumePointSaved,
+    SlotRefused,
     StartJob,
     StepDone,
     StopJob,
     UrlsGranted,
     UrlsWanted,
+    UsageCounted,
     YieldJob,
     encode_line,
 )
@@ -77,6 +80,7 @@ class Store(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _StoreRequest)
         self.objects: dict[str, bytes] = {}
         self.fetched: list[str] = []
+        self.refuses_resume_points = False
         self.is_open = threading.Event()
         self.is_open.set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -108,7 +112,11 @@ class _StoreRequest(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.NOT_FOUND if content is None else HTTPStatus.OK, content or b"")
 
     def do_PUT(self) -> None:
-        self.server.objects[self.path] = self.rfile.read(int(self.headers["content-length"]))
+        content = self.rfile.read(int(self.headers["content-length"]))
+        if self.server.refuses_resume_points and self.path.startswith("/resume/"):
+            self._answer(HTTPStatus.FORBIDDEN, b"")
+            return
+        self.server.objects[self.path] = content
         self._answer(HTTPStatus.OK, b"")
 
     def _drip(self) -> None:
@@ -362,6 +370,25 @@ def test_a_job_is_given_back_while_all_the_other_slots_prepare(supervisor: Super
         supervisor.wait_for(JobSucceeded, number)
 
 
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_job_whose_last_resume_point_was_not_stored_stores_it_again_before_it_is_given_back(
+    supervisor: Supervisor, store: Store, monkeypatch: pytest.MonkeyPatch, *, is_back: bool
+) -> None:
+    store.refuses_resume_points = True
+    slots = supervisor.engine._slots
+    held = HeldStep(monkeypatch, is_due=lambda: "1" in slots and slots["1"].step == 1)
+    supervisor.send(make_order(store.add_rows("rows"), n_epochs=50))  # one step an epoch, each with a resume point
+    held.has_begun.wait()
+    assert "resume point of step 1 could not be stored" in supervisor.wait_for(JobWarned).message
+    store.refuses_resume_points = not is_back
+    supervisor.send(YieldJob(lease_token=1))
+    wait_until(lambda: not supervisor.has_obeyed)
+    held.may_go_on.set()
+    supervisor.wait_for(JobYielded)
+    assert [report.step for report in supervisor.told(ResumePointSaved)] == ([1] if is_back else [])
+    assert len(supervisor.told(JobWarned)) == (1 if is_back else 2)
+
+
 def test_jobs_that_were_stopped_while_they_prepared_keep_no_slot_of_others(
     supervisor: Supervisor, store: Store
 ) -> None:
@@ -391,15 +418,22 @@ def test_everything_is_fetched_before_anything_is_tokenised(supervisor: Supervis
 class HeldStep:
     """A step that stands still in the middle, as on a slow device, until it is let go on."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, product: str = "multiply") -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        product: str = "multiply",
+        is_due: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.has_begun, self.may_go_on = threading.Event(), threading.Event()
         self._num_products = 0
+        self._is_due = is_due
         self._multiply = getattr(PackedWeight, product)
         monkeypatch.setattr(PackedWeight, product, lambda weight, rows: self._hold(weight, rows))
 
     def _hold(self, weight: PackedWeight, rows: torch.Tensor) -> torch.Tensor:
-        self._num_products += 1
-        if self._num_products == 3:
+        self._num_products += self._is_due()
+        if self._num_products == 3 and not self.has_begun.is_set():
             self.has_begun.set()
             self.may_go_on.wait()
         return self._multiply(weight, rows)  # type: ignore[no-any-return]
@@ -426,6 +460,33 @@ def test_an_order_that_comes_in_the_middle_of_a_step_is_obeyed_before_its_end(
     supervisor.wait_for(JobSucceeded, 2)
     assert {report.lease_token for report in supervisor.told(StepDone)} == {2}
     assert bool(supervisor.told(JobYielded)) == (order is YieldJob)
+
+
+@pytest.mark.parametrize("order", [StopJob, YieldJob])
+def test_a_job_that_leaves_within_a_step_of_others_is_billed_its_part_of_the_step(
+    supervisor: Supervisor, store: Store, monkeypatch: pytest.MonkeyPatch, order: type[StopJob | YieldJob]
+) -> None:
+    monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", PATIENCE_SECONDS)  # the step is not given up
+    held = HeldStep(monkeypatch, is_due=lambda: set(supervisor.engine.running_ids) == {"1", "2"})
+    rows = store.add_rows("rows", num_rows=100)
+    for number in (1, 2):
+        supervisor.send(make_order(rows, lease_token=number, n_epochs=50))
+    held.has_begun.wait()
+    supervisor.wait_for(JobStarted, 2)
+    supervisor.send(order(lease_token=2))
+    wait_until(lambda: not supervisor.has_obeyed)
+    held.may_go_on.set()
+    supervisor.wait_for(DeviceLeft, 2)
+    if order is YieldJob:
+        supervisor.wait_for(JobYielded, 2)
+    supervisor.send(StopJob(lease_token=1))
+    supervisor.wait_for(DeviceLeft, 1)
+    told = [report for report in supervisor.reports if isinstance(report, UsageCounted | JobYielded)]
+    billed = [report for report in told if report.lease_token == 2]
+    if order is YieldJob:
+        assert isinstance(billed.pop(), JobYielded), "nothing is counted any more after it"
+    assert isinstance(billed[-1], UsageCounted)
+    assert billed[-1].gpu_seconds > 0
 
 
 def test_a_step_that_goes_on_for_long_shows_that_it_lives(
@@ -455,6 +516,24 @@ def test_a_job_stopped_while_it_waits_for_a_slot_leaves_at_once_and_never_starts
     supervisor.send(StopJob(lease_token=1))
     supervisor.wait_for(DeviceLeft, 1)
     assert [report.lease_token for report in supervisor.told(JobStarted)] == [1]
+
+
+def test_a_job_that_waited_for_memory_and_whose_scratch_disk_breaks_fails_alone(
+    supervisor: Supervisor, store: Store
+) -> None:
+    supervisor.engine._max_slots = 1
+    supervisor.send(make_order(store.add_rows("rows", num_rows=100), n_epochs=50))
+    supervisor.wait_for(JobStarted)
+    progress = b'{"trained_tokens": 0, "is_epoch_open": false, "rows": []}'
+    contents = {TENSORS_FILE: b"no tensors", CURSOR_FILE: b'{"format": "espalier-slot-2"}', PROGRESS_FILE: progress}
+    point = RemoteResumePoint(step=1, files={name: store.add(name, each) for name, each in contents.items()})
+    supervisor.send(make_order(store.add_rows("next"), lease_token=2, resume_points=(point,)))
+    supervisor.wait_for(SlotRefused, 2)
+    supervisor.send(StopJob(lease_token=1))
+    failed = supervisor.wait_for(JobFailed, 2)
+    assert (failed.code, failed.is_job_fault) == ("worker_disk", False)
+    supervisor.send(make_order(store.add_rows("third"), lease_token=3, n_epochs=1))
+    supervisor.wait_for(JobSucceeded, 3)
 
 
 def test_jobs_stopped_while_they_download_keep_no_thread_from_others(supervisor: Supervisor, store: Store) -> None:

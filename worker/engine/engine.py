@@ -42,6 +42,8 @@ log = structlog.get_logger()
 # they leave is all that slots will ever have. It is what most jobs ask for at most; with max_rank's, a worker that
 # allows for one large job would compute layers twice for ever.
 _USUAL_RANK = 16
+# Steps that were shortened are twice as long again after so many in a row that would still have been quick enough.
+_BRISK_STEPS = 100
 _ONE_EXAMPLE_TOO_LARGE = "One example alone does not fit the device; lower max_seq_len."
 
 
@@ -57,8 +59,9 @@ class Engine:
         self._base_model_id = base_model_id
         self._max_slots = max_slots
         self._limits = JobLimits(self._shape, max_rank=max_rank, max_tokens=max_tokens_per_step)
-        self._max_tokens_per_step = max_tokens_per_step
+        self._configured_tokens_per_step = self._max_tokens_per_step = max_tokens_per_step
         self._budget_tokens = max_tokens_per_step
+        self._num_brisk_steps = 0
         self._decoder: nn.Module = model.base_model
         self._head = Head(model.get_output_embeddings())
         self._device = self._head.rows_VE.device
@@ -140,11 +143,12 @@ class Engine:
         Empty when no job has work left. `look` is called between any two products, and may capture states and evict
         jobs; of those, too, it is reported what the step did. What is under way is given up when all who are in it
         have been evicted, or the first of them for longer than steps.PATIENCE_SECONDS. Then the others' batches come
-        again, in steps half as long from then on, so that this happens a few times at most.
+        again, in steps half as long, so that this happens seldom; they grow again as _lengthen_steps says.
         """
         with self._context.under_way(look):
             scored = self._evaluate()
             trained = self._train(scored)
+        self._lengthen_steps(sum(report.num_tokens for report in trained))
         for slot in self._slots.values():
             # Not before: its caller wants to see the weights that were judged.
             if slot.evaluation is not None and slot.evaluation.is_complete:
@@ -302,6 +306,27 @@ class Engine:
         if any(plan.slot.evicted_at is None for plan in plans):
             self._halve_budget(plans)
             self._max_tokens_per_step = self._budget_tokens
+            self._num_brisk_steps = 0
+
+    def _lengthen_steps(self, num_tokens: int) -> None:
+        """Double shortened steps after many that were quick: what made one slow does not last as long as a trainer.
+
+        Only steps that were half full or more count, for a short one does not show how long a full one takes.
+        """
+        if self._max_tokens_per_step == self._configured_tokens_per_step:
+            return
+        if not self._context.was_brisk:
+            self._num_brisk_steps = 0
+        elif 2 * num_tokens >= self._budget_tokens:
+            self._num_brisk_steps += 1
+        if self._num_brisk_steps < _BRISK_STEPS:
+            return
+        self._num_brisk_steps = 0
+        is_short_of_memory = self._budget_tokens < self._max_tokens_per_step
+        self._max_tokens_per_step = min(2 * self._max_tokens_per_step, self._configured_tokens_per_step)
+        if not is_short_of_memory:
+            self._budget_tokens = self._max_tokens_per_step
+        log.info("engine.steps_lengthened", max_tokens_per_step=self._max_tokens_per_step)
 
     @property
     def _banks(self) -> Collection[Bank]:

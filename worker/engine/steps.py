@@ -36,6 +36,8 @@ class StepContext:
         self.slots: tuple[Slot, ...] = ()
         # By its linear's name, what waits to be taken: the rows that were multiplied, and the outputs.
         self.waiting: dict[str, tuple[Tensor, Tensor]] = {}
+        # Whether the last step took less than half of the patience.
+        self.was_brisk = False
         self._look: Callable[[], None] | None = None
         self._leaving: list[Slot] = []
 
@@ -47,9 +49,11 @@ class StepContext:
     def under_way(self, look: Callable[[], None]) -> Iterator[None]:
         """Be in a step, whose pauses call `look`. Who leaves meanwhile has left at its end."""
         self._look = look
+        begun_at = time.monotonic()
         try:
             yield
         finally:
+            self.was_brisk = time.monotonic() - begun_at < PATIENCE_SECONDS / 2
             self._look = None
             self._remove_rows()
 

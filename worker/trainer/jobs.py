@@ -95,6 +95,9 @@ class TrainerJob:
         self._pace = Pace(num_steps=base_order.resume_steps, seconds=base_order.resume_seconds)
         self._patience = Patience(base_order.storage_patience_seconds, check=self._check_wanted)
         self._uploads: list[Future[None]] = []
+        self._stored_step = 0
+        # What the job leaves with, unless an upload that was sent before it left has stored it.
+        self._left_with: tuple[SlotState, Progress] | None = None
         self._device_seconds = 0.0
         self._trained_tokens = 0
         self._tokens_before = 0
@@ -133,6 +136,7 @@ class TrainerJob:
         # Stored between its last step and the evaluation that follows, a job has only that left to do.
         self._is_last_step_taken = step == count_steps(self._order.spec, len(prepared.training.examples))
         self._pace.begin(step)
+        self._stored_step = step
         self._channel.send(JobStarted(lease_token=self.lease_token, step=step))
         if self._is_epoch_open:
             self._end_epoch(engine)
@@ -169,10 +173,24 @@ class TrainerJob:
     def save_resume_point(self, engine: Engine) -> None:
         """Copy the slot's state; writing and storing it go on in the background."""
         state = engine.capture_state(str(self.lease_token))
-        if state.step == self._pace.step:
-            return
+        if state.step != self._pace.step:
+            self._send_resume_point(state)
+
+    def save_last_resume_point(self, engine: Engine) -> None:
+        """Copy the slot's state as the job leaves: a step whose upload has failed, or may fail, is stored again."""
+        state = engine.capture_state(str(self.lease_token))
+        if state.step != self._pace.step:
+            self._send_resume_point(state)
+        elif state.step != self._stored_step:
+            self._left_with = state, self._progress
+
+    @property
+    def _progress(self) -> Progress:
         tokens = self._tokens_before + self._trained_tokens
-        progress = Progress(trained_tokens=tokens, is_epoch_open=self._is_epoch_open, rows=tuple(self._rows))
+        return Progress(trained_tokens=tokens, is_epoch_open=self._is_epoch_open, rows=tuple(self._rows))
+
+    def _send_resume_point(self, state: SlotState) -> None:
+        progress = self._progress
         earlier = tuple(self._uploads)
         upload = self._channel.run_in_background(lambda: self._store_resume_point(state, progress, earlier))
         self._pace.send(state.step, upload)
@@ -181,6 +199,8 @@ class TrainerJob:
     def give_back(self) -> None:
         """Wait for what is on its way, and report that the job has left. Runs on a background thread."""
         wait(self._uploads)
+        if self._left_with is not None and self._left_with[0].step != self._stored_step:
+            self._store_resume_point(*self._left_with, earlier=())
         self.bill()
         self._channel.send(JobYielded(lease_token=self.lease_token))
 
@@ -288,6 +308,7 @@ class TrainerJob:
             return
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+        self._stored_step = state.step
         wait(earlier)  # a checkpoint of this step or before is told of first
         self._channel.send(
             ResumePointSaved(lease_token=self.lease_token, step=state.step, artifact=artifact, files=files)

@@ -51,6 +51,9 @@ class TrainingLoop:
         self._postponed: deque[Callable[[], None]] = deque()
         # Evicted, and not yet reported: a step under way may still have their examples in it.
         self._leaving: list[int] = []
+        # Stopped within the step under way, whose part of it is booked at its end.
+        self._stopped: dict[int, TrainerJob] = {}
+        self._is_stepping = False
 
     def run(self) -> None:
         while True:
@@ -127,23 +130,31 @@ class TrainingLoop:
             if self._jobs.get(job.lease_token) is job:
                 try:
                     self._admit(job, prepared)
-                except EngineError as error:
+                except JOB_ERRORS as error:
                     self._fail(job, error)
 
     def _step(self) -> None:
         started = time.monotonic()
+        self._is_stepping = True
         reports = self._engine.step(look=self._look)
+        self._is_stepping = False
         self._tell_who_left()
-        seconds = time.monotonic() - started
-        cost_tokens = sum(report.cost_tokens for report in reports)
+        self._book(reports, time.monotonic() - started)
         for report in reports:
             job = self._jobs.get(int(report.job_id))
-            if job is None:  # stopped within the step
-                continue
-            if cost_tokens:  # none where the step's only report is a row that did not fit
-                job.use_device(seconds * report.cost_tokens / cost_tokens)
-            if not job.is_ending:
+            if job is not None and not job.is_ending:
                 self._take_report(job, report)
+
+    def _book(self, reports: tuple[SlotReport, ...], seconds: float) -> None:
+        """Divide the step's time among those who had a part in it, those who left within it included."""
+        cost_tokens = sum(report.cost_tokens for report in reports)
+        jobs = self._jobs | self._stopped
+        for report in reports:
+            if cost_tokens:  # none where the step's only report is a row that did not fit
+                jobs[int(report.job_id)].use_device(seconds * report.cost_tokens / cost_tokens)
+        for job in self._stopped.values():
+            job.bill()
+        self._stopped.clear()
 
     def _take_report(self, job: TrainerJob, report: SlotReport) -> None:
         if report.failure is not None:
@@ -166,6 +177,8 @@ class TrainingLoop:
         job = self._jobs.pop(lease_token, None)
         if job is None:
             return
+        if self._is_stepping:
+            self._stopped[lease_token] = job
         if not job.is_ending:
             self._evict(job)
         job.close()
@@ -176,9 +189,16 @@ class TrainingLoop:
         if job is None or job.is_ending:
             return
         if str(lease_token) in self._engine.job_ids:
-            job.save_resume_point(self._engine)
+            job.save_last_resume_point(self._engine)
         self._evict(job)
-        self._channel.run_in_background(job.give_back, then=self._guarded(job, self._finish))
+        if self._is_stepping:
+            self._postponed.append(lambda: self._give_back(job))  # the step's end is part of what it has used
+        else:
+            self._give_back(job)
+
+    def _give_back(self, job: TrainerJob) -> None:
+        if self._jobs.get(job.lease_token) is job:  # and was not stopped since
+            self._channel.run_in_background(job.give_back, then=self._guarded(job, self._finish))
 
     def _fail(self, job: TrainerJob, error: Exception) -> None:
         log.warning("job.failed", lease_token=job.lease_token, error=type(error).__name__)
