@@ -61,6 +61,11 @@ VERBS = (
     *("delete_file", "delete_adapter", "delete_checkpoint", "pass_an_hour", "purge"),
 )
 
+PARTS_OF_PENDING_UPLOADS = (
+    "select upload_parts.id, upload_id, upload_parts.size_bytes from upload_parts"
+    " join uploads on uploads.id = upload_id and status = 'pending'"
+)
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -139,9 +144,21 @@ class QuotaMachine(RuleBasedStateMachine):
         )
 
     def complete_upload(self, drawn: Drawn) -> None:
-        for upload in self._pick(drawn, "select id, size_bytes from uploads where status = 'pending'"):
-            new = self._new_file(self.tenants[drawn.who].id, upload.size_bytes)
-            self._ask(drawn.who, uploads.complete_upload, may_conflict=True, upload_id=upload.id, file=new)
+        for part in self._pick(drawn, PARTS_OF_PENDING_UPLOADS):
+            completion = self._ask(
+                drawn.who,
+                uploads.begin_completion,
+                may_conflict=True,
+                upload_id=part.upload_id,
+                part_ids=[part.id],
+            )
+            if completion is None:  # the upload has expired
+                continue
+            if drawn.size % 4:
+                new = self._new_file(self.tenants[drawn.who].id, part.size_bytes)
+                self._ask(drawn.who, uploads.complete_upload, completion=completion, file=new)
+            else:
+                self._ask(drawn.who, uploads.abandon_completion, completion=completion)
 
     def cancel_upload(self, drawn: Drawn) -> None:
         for upload in self._pick(drawn, "select id from uploads where status = 'pending'"):
@@ -269,13 +286,16 @@ class QuotaMachine(RuleBasedStateMachine):
         refused: dict[str, Callable[[Counts], bool]] | None = None,
         may_conflict: bool = False,
         **arguments: Any,
-    ) -> None:
-        """Do a verb of the tenant's. `refused` says by code when it must be refused; else it must not be."""
+    ) -> Any:
+        """Do a verb of the tenant's. `refused` says by code when it must be refused; else it must not be.
+
+        Return what the verb returns, or None where it was refused.
+        """
         before = self._count(self.tenants[who])
-        code = None
+        code = done = None
         try:
             with tenant_transaction(self.api, self.tenants[who].id) as session:
-                verb(session, self.tenants[who].id, **arguments)
+                done = verb(session, self.tenants[who].id, **arguments)
         except ConflictError:
             assert may_conflict
         except DomainError as error:
@@ -285,6 +305,7 @@ class QuotaMachine(RuleBasedStateMachine):
         after = self._count(self.tenants[who])
         assert after.waiting <= max(before.waiting, MAX_QUEUED)
         assert after.stored <= max(before.stored, MAX_BYTES)
+        return done
 
     def _work(self, verb: Callable[..., Any], lease: Lease, **arguments: Any) -> None:
         with service_transaction(self.worker) as session:
@@ -297,7 +318,7 @@ class QuotaMachine(RuleBasedStateMachine):
     def _pick(self, drawn: Drawn, query: str) -> list[Any]:
         """Return one of the tenant's rows that a query finds, or none."""
         with tenant_transaction(self.api, self.tenants[drawn.who].id) as session:
-            rows = session.execute(text(f"{query} order by id")).all()
+            rows = session.execute(text(f"{query} order by 1")).all()
         return [rows[drawn.pick % len(rows)]] if rows else []
 
     def _leases(self, drawn: Drawn) -> list[Lease]:

@@ -51,8 +51,8 @@ def test_a_row_for_another_tenant_is_refused(api: Engine, tenant: Tenant, other_
 
 
 # Tables without a tenant, and why: one list of bases for all (walled by the allow-list), operators, the schedules' leader,
-# the workers, whose presence is no secret, and where the bases' tokenizers are.
-SHARED_TABLES = {"base_models", "base_tokenizers", "operator_keys", "leaders", "workers", "alembic_version"}
+# the workers, whose presence is no secret, where the bases' tokenizers are, and how fast each base is.
+SHARED_TABLES = {"base_models", "base_tokenizers", "operator_keys", "leaders", "pools", "workers", "alembic_version"}
 ALLOWED_POLICIES = {
     "tenant_rows": {"espalier_api"},
     "own_key": {"espalier_api"},
