@@ -155,6 +155,8 @@ def test_a_multipart_upload_that_nobody_completes_is_given_up_after_its_time(
 def test_an_attempt_whose_worker_was_lost_is_booked_as_nothing_once_and_its_charge_returned(
     schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
+    with service_transaction(owner) as session:  # the entry charge is that of a pool of which nothing was measured
+        session.execute(text("delete from pools"))
     queue_job(owner, tenant)
     lost = claim(worker, lease_seconds=-1)
     assert lost is not None
