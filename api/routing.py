@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -48,11 +49,12 @@ class Deferred:
     open: Callable[[], AbstractContextManager[Any]]
 
 
-class Door:
+class Door(ABC):
     """A dependency that says who may pass. It is asked before the body is read: a stranger's is not waited for."""
 
+    @abstractmethod
     async def __call__(self, request: Request) -> None:
-        raise NotImplementedError
+        """Return if the caller may pass, and raise the answer's error if not."""
 
 
 class OneThreadRoute(APIRoute):
