@@ -289,7 +289,7 @@ def succeed_attempt(
         fine_tuned_model=name,
         trained_tokens=trained_tokens,
         result_file_id=result.id,
-        finished_at=func.now(),
+        finished_at=func.clock_timestamp(),
     )
     _end_attempt(session, lease, outcome=AttemptOutcome.SUCCEEDED)
     record_event(session, job, message=f"New fine-tuned model created: {name}")
@@ -406,7 +406,11 @@ def claimable_pools(session: Session) -> Sequence[str]:
 
 
 def lock_held(session: Session, lease: Lease) -> Job:
-    """Return the lease's job, locked until the transaction ends. Raises StaleLeaseError."""
+    """Return the lease's job, locked until the transaction ends. Raises StaleLeaseError.
+
+    What ends under this lock ends at `clock_timestamp()`: `now()` is when the transaction began, which may be before
+    the last rows that others wrote until they gave the lock up.
+    """
     job = session.scalar(select(Job).where(*_held(lease)).with_for_update())
     if job is None:
         raise StaleLeaseError("The lease is not held any more.")
@@ -481,13 +485,13 @@ def _end_attempt(
     session.execute(
         update(Attempt)
         .where(Attempt.lease_token == lease.token)
-        .values(outcome=outcome, error=error, ended_at=func.now())
+        .values(outcome=outcome, error=error, ended_at=func.clock_timestamp())
     )
 
 
 def _retry_or_fail(session: Session, job: Job, lease: Lease, *, error: dict[str, Any], is_final: bool) -> None:
     if is_final or job.attempt_count >= job.max_attempts:
-        _leave_running(session, lease, status=JobStatus.FAILED, error=error, finished_at=func.now())
+        _leave_running(session, lease, status=JobStatus.FAILED, error=error, finished_at=func.clock_timestamp())
         record_event(session, job, level="error", message=f"The job has failed: {error['message']}")
         return
     delay = timedelta(seconds=retry_delay_seconds(job.attempt_count))

@@ -20,10 +20,16 @@ from core.services.quotas import check_queue, has_queue_place
 WAKE_CHANNEL = "espalier_wake"
 # Made once: making it takes longer than running it.
 _ONE_JOB = select(Job).where(Job.tenant_id == bindparam("tenant_id"), Job.id == bindparam("job_id"))
+_ONE_JOB_LOCKED = _ONE_JOB.with_for_update(key_share=True).execution_options(populate_existing=True)
 
 
-def get_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
-    job: Job | None = session.scalar(_ONE_JOB, {"tenant_id": tenant_id, "job_id": job_id})
+def get_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, lock: bool = False) -> Job:
+    """Return a tenant's job; with `lock`, as it stands once nobody else changes it, until the transaction ends.
+
+    Raises NotFoundError.
+    """
+    query = _ONE_JOB_LOCKED if lock else _ONE_JOB
+    job: Job | None = session.scalar(query, {"tenant_id": tenant_id, "job_id": job_id})
     if job is None:
         raise NotFoundError(f"Could not find fine tune: {format_id(IdKind.JOB, job_id)}")
     return job
@@ -52,29 +58,31 @@ def cancel_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
 
     Cancelling a cancelled job changes nothing. Raises ConflictError when it has succeeded or failed.
     """
-    job = get_job(session, tenant_id, job_id=job_id)
-    cancelled = session.scalar(
+    job = get_job(session, tenant_id, job_id=job_id, lock=True)
+    if job.status == JobStatus.CANCELLED:
+        return job
+    if job.status not in UNFINISHED_STATUSES:
+        raise ConflictError(f"The job has already {job.status}; only an unfinished job can be cancelled.")
+    # Not now(): the transaction may have begun before the last row that the job's worker wrote until the lock was free.
+    ended_at = session.scalar(
         update(Job)
-        .where(Job.tenant_id == tenant_id, Job.id == job_id, Job.status.in_(UNFINISHED_STATUSES))
+        .where(Job.tenant_id == tenant_id, Job.id == job_id)
         .values(
             status=JobStatus.CANCELLED,
             lease_token=None,
             lease_until=None,
             pause_requested_at=None,
-            finished_at=func.now(),
+            finished_at=func.clock_timestamp(),
         )
-        .returning(Job.id)
+        .returning(Job.finished_at)
+    )
+    session.execute(
+        update(Attempt)
+        .where(Attempt.tenant_id == tenant_id, Attempt.job_id == job_id, Attempt.outcome.is_(None))
+        .values(outcome=AttemptOutcome.CANCELLED, ended_at=ended_at)
     )
     session.refresh(job)
-    if cancelled is None and job.status != JobStatus.CANCELLED:
-        raise ConflictError(f"The job has already {job.status}; only an unfinished job can be cancelled.")
-    if cancelled is not None:
-        session.execute(
-            update(Attempt)
-            .where(Attempt.tenant_id == tenant_id, Attempt.job_id == job_id, Attempt.outcome.is_(None))
-            .values(outcome=AttemptOutcome.CANCELLED, ended_at=func.now())
-        )
-        record_event(session, job, message="The job was cancelled.")
+    record_event(session, job, message="The job was cancelled.")
     return job
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import Engine, func, select, text
+from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, Job, Usage
 from core.db.session import connect, service_transaction
 from core.domain.ids import new_id
 from core.domain.jobs import pool_name
-from core.domain.objects import file_key
+from core.domain.objects import attempt_prefix, file_key
 from core.domain.training import Quantization
 from core.services import attempts, charges
-from core.services.attempts import Lease, StaleLeaseError
+from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
 from core.services.files import NewFile, create_file
 from core.services.jobs import cancel_job
 from core.services.submissions import JobRequest, submit_job
@@ -140,6 +142,39 @@ def test_a_cancelled_job_is_stale_for_its_worker(worker: Engine, owner: Engine, 
         assert cancel_job(session, tenant.id, job_id=job.id).status == "cancelled"
     with pytest.raises(StaleLeaseError), service_transaction(worker) as session:
         attempts.heartbeat(session, lease, lease_seconds=60)
+
+
+ENDINGS: dict[str, Callable[[Session, Lease], object]] = {
+    "cancel": lambda session, lease: cancel_job(session, lease.tenant_id, job_id=lease.job_id),
+    "fail": lambda session, lease: attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True),
+    "succeed": lambda session, lease: attempts.succeed_attempt(
+        session,
+        lease,
+        adapter=StoredArtifact(attempt_prefix(lease.tenant_id, lease.job_id, lease.token), files=()),
+        result_file=NewFile(new_id(), "r", "fine-tune-results", file_key(lease.tenant_id, new_id()), 1, "0" * 64),
+        trained_tokens=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDINGS.values(), ids=ENDINGS)
+def test_a_job_ends_after_all_that_was_written_of_it_however_early_its_transaction_began(
+    worker: Engine, owner: Engine, tenant: Tenant, end: Callable[[Session, Lease], object]
+) -> None:
+    queue_job(owner, tenant)
+    with service_transaction(owner) as ending:
+        ending.execute(text("select 1"))  # the moment of now()
+        lease = claim(worker)
+        assert lease is not None
+        step = StepRecord(step=1, train_loss=1.0, train_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=1)
+        with service_transaction(worker) as session:
+            attempts.record_step(session, lease, record=step, total_steps=2)
+        end(ending, lease)
+    query = """select min(j.finished_at - m.created_at), min(a.ended_at - a.started_at)
+        from jobs j join metrics m on m.job_id = j.id join attempts a on a.job_id = j.id where j.id = :id"""
+    with service_transaction(owner) as session:
+        after_the_step, after_the_start = session.execute(text(query), {"id": lease.job_id}).one()
+    assert min(after_the_step, after_the_start) > dt.timedelta(0)
 
 
 def test_a_quota_of_one_holds_under_concurrent_claims(worker: Engine, owner: Engine, tenant: Tenant) -> None:
