@@ -1,9 +1,10 @@
 """Watches over the supervisor from threads of its own: is it alive, and does anybody wake it?
 
 Two ways in which wake-ups stop are known. Redis is away: then this worker claims by itself whatever may be claimed.
-Redis is there and wake-ups wait in it, but the consumer does not take them (a timed-out acknowledgement can leave it
-deaf for ever, while it answers every ping): then the process ends, holding no job, to be started afresh. Liveness is a
-file that is touched while the loop turns, never a question to the consumer.
+Redis is there and wake-ups wait in it for long, but the consumer does not take them (a timed-out acknowledgement can
+leave it deaf for ever, while it answers every ping): then the process ends, holding no job, to be started afresh. One
+look is no proof: a wake-up may have come just now, and the consumer of a worker that starts is not there yet. Liveness
+is a file that is touched while the loop turns, never a question to the consumer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _DEAF_EXIT_CODE = 1
 
 
 class Watchdog:
-    """Looks several times within `deaf_seconds`; `end_process` is called with the exit code of a deaf worker."""
+    """Looks several times within `deaf_seconds`; `end_process` is called with the exit code of a deaf worker.
+
+    A worker is deaf when it has been idle for `deaf_seconds` and let wake-ups wait at every look for as long again.
+    """
 
     def __init__(
         self, settings: WorkerSettings, runner: Runner, *, end_process: Callable[[int], None] = os._exit
@@ -42,11 +46,26 @@ class Watchdog:
             socket_connect_timeout=_REDIS_TIMEOUT_SECONDS,
             retry=None,
         )
+        self._unheard_since: float | None = None
 
     def start(self) -> None:
         # Apart, because who heeds silence may serve for hours.
         threading.Thread(target=self._repeat, args=(self._touch_liveness_file,), daemon=True, name="liveness").start()
-        threading.Thread(target=self._repeat, args=(self._heed_silence,), daemon=True, name="watchdog").start()
+        threading.Thread(target=self._repeat, args=(self.heed_silence,), daemon=True, name="watchdog").start()
+
+    def heed_silence(self) -> None:
+        """Work, or end, when nobody has woken this worker for long although there is work for it."""
+        if not self._is_left_asleep():
+            self._unheard_since = None
+        elif not self._is_wake_up_waiting():
+            self._unheard_since = None
+            log.warning("worker.claims_unwoken")
+            self._runner.serve()
+        elif self._unheard_since is None:
+            self._unheard_since = time.monotonic()
+        elif time.monotonic() - self._unheard_since >= self._settings.deaf_seconds:
+            log.error("worker.deaf")
+            self._end_process(_DEAF_EXIT_CODE)
 
     def _repeat(self, look: Callable[[], None]) -> None:
         while True:
@@ -57,21 +76,14 @@ class Watchdog:
         if self._settings.liveness_file is not None and self._runner.is_turning:
             self._settings.liveness_file.touch()
 
-    def _heed_silence(self) -> None:
-        """Work, or end, when nobody has woken this worker for long although there is work for it."""
+    def _is_left_asleep(self) -> bool:
+        """Say whether this worker has been idle for long although there is work. False where the database is away."""
         if self._runner.idle_seconds < self._settings.deaf_seconds:
-            return
+            return False
         try:
-            has_work = self._runner.has_claimable_work()
+            return self._runner.has_claimable_work()
         except DATABASE_ERRORS:
-            return
-        if not has_work:
-            return
-        if self._is_wake_up_waiting():
-            log.error("worker.deaf")
-            self._end_process(_DEAF_EXIT_CODE)
-        log.warning("worker.claims_unwoken")
-        self._runner.serve()
+            return False
 
     def _is_wake_up_waiting(self) -> bool:
         try:
