@@ -27,8 +27,10 @@ from worker.trainer.tokenizers import describe_tokenizer, write_bundle
 log = structlog.get_logger()
 
 
-def main() -> None:
+def main(*, are_secrets_hidden: bool) -> None:
     configure_logs("trainer")
+    if not are_secrets_hidden:
+        log.warning("trainer.secrets_readable")
     if threads := os.environ.get("ESPALIER_TRAINER_THREADS"):
         torch.set_num_threads(int(threads))
     channel = Channel(*take_pipes())
