@@ -5,6 +5,7 @@ The CUDA worker cannot be built where there is no room and no index for its 3 GB
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -40,7 +41,9 @@ class Version:
     created: str
 
     @classmethod
+    @functools.cache
     def read(cls) -> Version:
+        """Return one version for the whole check, whatever is committed meanwhile."""
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         revision = _git("rev-parse", "HEAD")
         return cls(f"{project['version']}-g{revision[:7]}", revision, _git("log", "-1", "--format=%cI"))
