@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import subprocess
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -56,7 +57,6 @@ def make_client(rollout: Rollout) -> OpenAI:
 def check_that_nothing_was_lost(rollout: Rollout, load: Load) -> None:
     wait_until(lambda: not rollout.ask("select 1 from jobs where finished_at is null limit 1"), what="the end of jobs")
     assert load.errors == []
-    print(f"{load.num_requests} requests, {len(load.accepted)} jobs")
     with psycopg.connect(rollout.owner_url) as connection:
         ends = dict(connection.execute("select 'ftjob-' || replace(id::text, '-', ''), status from jobs").fetchall())
         outcomes = Counter(row[0] for row in connection.execute("select outcome from attempts").fetchall())
@@ -64,7 +64,7 @@ def check_that_nothing_was_lost(rollout: Rollout, load: Load) -> None:
     assert {job_id: ends[job_id] for job_id in load.accepted} == dict.fromkeys(load.accepted, "succeeded")
     assert len(ends) == len(load.accepted), "a submission was accepted twice"
     assert set(outcomes) <= {"succeeded", "preempted"}
-    print(f"attempts: {dict(outcomes)}")
+    sys.stderr.write(f"{load.num_requests} requests, {len(load.accepted)} jobs, attempts {dict(outcomes)}\n")
     assert outcomes["preempted"] > 0, "no worker was replaced in the middle of a job"
     assert charged == (0,)
     broken = [each for each in run_checks(rollout.owner_url, rollout.storage, is_deep=True) if each.num_broken]
