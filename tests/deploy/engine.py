@@ -77,6 +77,7 @@ def running_engine() -> Iterator[Engine]:
     directory = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="espalier-engine-"))
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     engine = Engine(directory)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stopped, it leaves nothing behind
     daemon = _start(engine)
     try:
         yield engine
