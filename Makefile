@@ -105,6 +105,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/deptry .
+	$(BIN)/hadolint Dockerfile tests/deploy/standins/Dockerfile
 
 types: $(INSTALLED)
 	$(BIN)/mypy
