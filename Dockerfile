@@ -42,7 +42,8 @@ RUN python3 -m venv /opt/espalier
 # What each image needs, apart: a change elsewhere in pyproject.toml leaves the environments as they are.
 FROM builder AS requirements
 COPY pyproject.toml deploy/images/requirements.py ./
-RUN python3 requirements.py api schedule cli > control.txt && python3 requirements.py worker > worker.txt
+RUN python3 requirements.py api schedule cli tracing > control.txt \
+    && python3 requirements.py worker tracing > worker.txt
 
 FROM builder AS control-environment
 COPY constraints.txt deploy/images/slim.py ./

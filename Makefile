@@ -7,7 +7,7 @@ CLIENTS := .venv-clients/.installed
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: install openapi demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint types \
-	contracts images check-images compose-check
+	contracts images check-images compose-check check-alerts dashboard
 
 install: $(INSTALLED)
 
@@ -74,6 +74,14 @@ bench-gpu: $(BENCHES)
 
 MINUTES ?= 5
 SEED ?= $(shell date +%s)
+# Whether each alert fires on what it is for; installs Debian's promtool where root may.
+check-alerts: $(INSTALLED)
+	$(BIN)/python -m tests.deploy.alerts
+
+# Runs the local stack under a real Prometheus, asks every panel, and draws docs/dashboard.png.
+dashboard: $(BENCHES)
+	$(BIN)/python -m tests.deploy.dashboard
+
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.e2e.chaos --minutes $(MINUTES) --seed $(SEED)
 

@@ -77,7 +77,7 @@ def build_all(engine: Engine) -> None:
     with timed("base"):
         import_base(engine)
     with timed("wheels"):
-        fill_wheelhouse(engine.directory / "wheels", extras=("api", "schedule", "cli", "worker"))
+        fill_wheelhouse(engine.directory / "wheels", extras=("api", "schedule", "cli", "worker", "tracing"))
     with offered_wheels(engine.directory / "wheels") as pip_conf:
         for target in TARGETS:
             with timed(target):
