@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BASE_IMAGE = "debian:bookworm-slim"
 _PACKAGES = ("docker.io", "iptables", "mmdebstrap")
-_PLUGINS = ("docker-compose", "docker-buildx")
+_PLUGINS = ("docker-compose",)
 _START_SECONDS = 90.0
 _STOP_SECONDS = 60.0
 # As the published slim image is made, so that sizes can be compared.
