@@ -29,7 +29,7 @@ from tests.waiting import PATIENCE_SECONDS, wait_until
 
 BASE_MODEL = "acme-labs/tiny-llama"
 ENDED = ("succeeded", "failed", "cancelled")
-LEASE_SECONDS = 10.0  # a sound worker on a busy machine is silent for seconds, and must not be fenced
+LEASE_SECONDS = 15.0  # a sound worker on a busy machine is silent for seconds, and must not be fenced
 LONG = {"n_epochs": 4, "num_rows": 80}  # 80 steps, 20 an epoch
 SETTINGS = {
     "ESPALIER_LEASE_SECONDS": str(LEASE_SECONDS),

@@ -69,6 +69,25 @@ def test_row_11_a_worker_whose_consumer_takes_no_wake_up_ends_to_be_started_afre
             client.delete(queue_name(POOL))
 
 
+def test_a_wake_up_that_has_just_come_is_no_sign_of_a_deaf_consumer(
+    settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant.id)
+    codes: list[int] = []
+    runner = make_runner(settings, servers)
+    runner.request_stop()  # nothing is to be served in this process
+    watchdog = Watchdog(settings, runner, end_process=codes.append)
+    wait_until(lambda: runner.idle_seconds > settings.deaf_seconds)
+    with WakeUpPublisher(servers.redis_url) as publisher, redis.Redis.from_url(servers.redis_url) as client:
+        for number in range(2, 4):
+            publisher.publish(POOL)
+            watchdog.heed_silence()
+            client.delete(queue_name(POOL))  # the consumer takes it
+            watchdog.heed_silence()
+            wait_until(lambda number=number: runner.idle_seconds > number * settings.deaf_seconds)  # type: ignore[misc]
+    assert codes == []
+
+
 def test_a_worker_is_sound_while_the_watchdog_itself_serves(
     settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
 ) -> None:

@@ -1,9 +1,10 @@
 """Watches over the supervisor from a thread of its own: does anybody wake it?
 
 Two ways in which wake-ups stop are known. Redis is away: then this worker claims by itself whatever may be claimed.
-Redis is there and wake-ups wait in it, but the consumer does not take them (a timed-out acknowledgement can leave it
-deaf for ever, while it answers every ping): then the process ends, holding no job, to be started afresh. Whether the
-loop that serves still turns is part of the process's liveness, which never asks the consumer.
+Redis is there and wake-ups wait in it for long, but the consumer does not take them (a timed-out acknowledgement can
+leave it deaf for ever, while it answers every ping): then the process ends, holding no job, to be started afresh. One
+look is no proof: a wake-up may have come just now, and the consumer of a worker that starts is not there yet. Whether
+the loop that serves still turns is part of the process's liveness, which never asks the consumer.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ _PATIENCE_SECONDS = 60.0
 
 
 class Watchdog:
-    """Looks several times within `deaf_seconds`; `end_process` is called with the exit code of a deaf worker."""
+    """Looks several times within `deaf_seconds`; `end_process` is called with the exit code of a deaf worker.
+
+    A worker is deaf when it has been idle for `deaf_seconds` and let wake-ups wait at every look for as long again.
+    """
 
     def __init__(
         self,
@@ -50,14 +54,30 @@ class Watchdog:
             socket_connect_timeout=_REDIS_TIMEOUT_SECONDS,
             retry=None,
         )
+        self._unheard_since: float | None = None
+        patience_seconds = settings.deaf_seconds + _PATIENCE_SECONDS
+        self._life = liveness.add_duty("heeding silence", patience_seconds=patience_seconds)
 
     def start(self) -> None:
-        patience_seconds = self._settings.deaf_seconds + _PATIENCE_SECONDS
-        self._life = self._liveness.add_duty("heeding silence", patience_seconds=patience_seconds)
         self._liveness.add_check("the loop that serves", self._find_stall)
         thread = threading.Thread(target=self._look_forever, daemon=True, name="watchdog")
         self._liveness.watch(thread)
         thread.start()
+
+    def heed_silence(self) -> None:
+        """Work, or end, when nobody has woken this worker for long although there is work for it."""
+        if not self._is_left_asleep():
+            self._unheard_since = None
+        elif not self._is_wake_up_waiting():
+            self._unheard_since = None
+            log.warning("worker.claims_unwoken")
+            self._life.rest()  # it may serve for hours; whether the loop turns is looked at from elsewhere
+            self._runner.serve()
+        elif self._unheard_since is None:
+            self._unheard_since = time.monotonic()
+        elif time.monotonic() - self._unheard_since >= self._settings.deaf_seconds:
+            log.error("worker.deaf")
+            self._end_process(_DEAF_EXIT_CODE)
 
     def _find_stall(self) -> str | None:
         return None if self._runner.is_turning else "the loop that serves jobs does not turn"
@@ -65,25 +85,17 @@ class Watchdog:
     def _look_forever(self) -> None:
         while True:
             self._life.beat()
-            self._heed_silence()
+            self.heed_silence()
             time.sleep(self._settings.deaf_seconds / _LOOKS_PER_DEAF_TIME)
 
-    def _heed_silence(self) -> None:
-        """Work, or end, when nobody has woken this worker for long although there is work for it."""
+    def _is_left_asleep(self) -> bool:
+        """Say whether this worker has been idle for long although there is work. False where the database is away."""
         if self._runner.idle_seconds < self._settings.deaf_seconds:
-            return
+            return False
         try:
-            has_work = self._runner.has_claimable_work()
+            return self._runner.has_claimable_work()
         except DATABASE_ERRORS:
-            return
-        if not has_work:
-            return
-        if self._is_wake_up_waiting():
-            log.error("worker.deaf")
-            self._end_process(_DEAF_EXIT_CODE)
-        log.warning("worker.claims_unwoken")
-        self._life.rest()  # it may serve for hours; whether the loop turns is looked at from elsewhere
-        self._runner.serve()
+            return False
 
     def _is_wake_up_waiting(self) -> bool:
         try:
