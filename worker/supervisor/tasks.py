@@ -18,6 +18,7 @@ from core.storage import S3ObjectStore
 from core.telemetry import configure_logs
 from worker.scratch import remove_abandoned
 from worker.supervisor.app import create_celery
+from worker.supervisor.idle_exit import IdleExit
 from worker.supervisor.presence import Presence
 from worker.supervisor.runner import Runner
 from worker.supervisor.warming import Warmer
@@ -33,6 +34,8 @@ def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine) ->
     @worker_ready.connect(weak=False)
     def show_presence(**_details: object) -> None:
         presence.start()
+        if settings.idle_exit_seconds is not None:
+            IdleExit(runner, idle_seconds=settings.idle_exit_seconds).start()
 
     @worker_shutting_down.connect(weak=False)
     def stop_serving(**_details: object) -> None:
