@@ -1,6 +1,6 @@
 """How commands of an operator reach the database: by its owner's URL, mostly in the operator's role, under a name.
 
-The URL is ESPALIER_OWNER_DATABASE_URL, or that of the local stack that runs on the data directory.
+The URL is ESPALIER_OWNER_DATABASE_URL (or in a file), or that of the local stack that runs on the data directory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import typer
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from cli.environment import reading_settings
 from core.db.session import connect, operator_transaction
 from core.domain.errors import DomainError
+from core.settings import OwnerSettings
 from local.external import OWNER_URL_SETTING
 from local.servers import find_addresses
 
@@ -52,7 +54,8 @@ def actor() -> str:
 
 def owner_url(data_dir: Path) -> str:
     addresses = find_addresses(data_dir)
-    url = os.environ.get(OWNER_URL_SETTING) or (addresses.postgres_url if addresses else None)
+    with reading_settings():
+        url = OwnerSettings().owner_url or (addresses.postgres_url if addresses else None)
     if not url:
         print(
             f"Set {OWNER_URL_SETTING} to the URL of the database's owner, postgresql://..., "

@@ -1,18 +1,25 @@
-"""Settings, read once at the edge of each process from `ESPALIER_*` variables and passed inward as values."""
+"""Settings, read once at the edge of each process from `ESPALIER_*` variables and passed inward as values.
+
+Every setting may also come from a file: `ESPALIER_X_FILE` names a file that holds the value of `ESPALIER_X`.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from core.domain import bounds
 from core.domain.scheduling import MAX_LOADING_FRACTION, QUANTUM_SECONDS, TURN_SECONDS, FairnessTerms
 
 _WEEK_SECONDS = 7 * 24 * 3600
+_PREFIX = "ESPALIER_"
+FILE_SUFFIX = "_FILE"
 
 
 @dataclass(frozen=True)
@@ -27,12 +34,105 @@ class StorageConfig:
     public_endpoint: str | None = None
 
 
+class SettingFileError(Exception):
+    """A file that a setting names cannot be used. The message names the variable and never the content."""
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """Values of settings whose variable has the suffix `_FILE`: what the named file holds, without the space around it.
+
+    An empty variable is one that is not set, as compose files pass it on.
+    """
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return _read_setting_file(variable_of(field_name)), field_name, self.field_is_complex(field)
+
+    def __call__(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, described in self.settings_cls.model_fields.items():
+            value, key, is_complex = self.get_field_value(described, name)
+            if value is not None:
+                found[key] = self.prepare_field_value(name, described, value, is_complex)
+        return found
+
+
+def variable_of(setting: str) -> str:
+    """Return the name of the environment variable that holds a setting."""
+    return f"{_PREFIX}{setting.upper()}"
+
+
+SETTINGS_ERRORS = (ValidationError, SettingFileError)
+
+
+def describe_faults(error: ValidationError | SettingFileError) -> str:
+    """Return which variables are missing or wrong, and why, without any value."""
+    if isinstance(error, SettingFileError):
+        return str(error)
+    return ", ".join(f"{variable_of(str(fault['loc'][0]))} ({fault['msg']})" for fault in error.errors())
+
+
+def _read_setting_file(variable: str) -> str | None:
+    path = os.environ.get(variable + FILE_SUFFIX)
+    if not path:
+        return None
+    if os.environ.get(variable):
+        raise SettingFileError(f"{variable} and {variable}{FILE_SUFFIX} are both set: keep one of them.")
+    try:
+        value = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingFileError(f"{variable}{FILE_SUFFIX} names {path}, which cannot be read: {reason}.") from None
+    if not value:
+        raise SettingFileError(f"{variable}{FILE_SUFFIX} names {path}, which is empty.")
+    return value
+
+
 class _Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="ESPALIER_", frozen=True, extra="ignore", allow_inf_nan=False)
+    # Whoever starts a process without one setting must not find the others, secrets among them, in its log.
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, frozen=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        del dotenv_settings, file_secret_settings
+        return (init_settings, _FileSource(settings_cls), env_settings)
 
 
 class DatabaseSettings(_Settings):
     database_url: SecretStr
+
+
+class OwnerSettings(_Settings):
+    """What commands of an operator use: the URL of the owner of the tables."""
+
+    owner_database_url: SecretStr | None = None
+
+    @property
+    def owner_url(self) -> str | None:
+        """Return the URL, or None where there is none; an empty one is none."""
+        return (self.owner_database_url.get_secret_value() if self.owner_database_url else "") or None
+
+
+class LoginSettings(_Settings):
+    """The passwords that `espalier migrate` gives to the runtime roles."""
+
+    api_password: SecretStr | None = None
+    schedule_password: SecretStr | None = None
+    worker_password: SecretStr | None = None
+
+    @property
+    def passwords(self) -> dict[str, str]:
+        """Return the passwords that are set, by the name of the role."""
+        named = {f"espalier_{name.removesuffix('_password')}": secret for name, secret in self if secret}
+        return {role: secret.get_secret_value() for role, secret in named.items() if secret.get_secret_value()}
 
 
 class RedisSettings(_Settings):

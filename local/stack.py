@@ -31,6 +31,7 @@ from core.services.base_models import (
     sync_base_models,
 )
 from core.services.tenants import create_tenant, find_tenant, issue_api_key, rotate_api_key
+from core.settings import FILE_SUFFIX
 from local.binaries import find_smollm2
 from local.external import OWNER_URL_SETTING
 from local.ports import free_ports, is_free
@@ -230,7 +231,7 @@ class LocalStack:
 
     def _environment(self, login: RoleLogin) -> dict[str, str]:
         storage = self.addresses.storage
-        return {
+        given = {
             "ESPALIER_DATABASE_URL": login_url(self.addresses.postgres_url, login),
             "ESPALIER_REDIS_URL": self.addresses.redis_url,
             "ESPALIER_S3_ENDPOINT": storage.endpoint,
@@ -244,6 +245,7 @@ class LocalStack:
             OWNER_URL_SETTING: "",  # --external reads it; who serves must not have it
             **self._extra_env,
         }
+        return given | {name + FILE_SUFFIX: "" for name in given if name.startswith("ESPALIER_")}
 
 
 def answers(api_url: str) -> bool:

@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 
 from cli.base_files import BaseFilesError, describe_base
 from cli.owner import DEFAULT_DATA_DIR, DataDir, actor, operator_session, owner_engine
+from cli.stores import find_storage
 from cli.tables import print_table
 from core.db.models import BaseModelRow
 from core.db.session import owner_transaction
@@ -21,9 +22,8 @@ from core.domain.jobs import pool_name
 from core.services import base_models as bases
 from core.services.base_models import BaseModelEntry, BaseModelSource
 from core.services.workers import is_served, list_refusals
-from core.settings import S3Settings, TrainerSettings
-from core.storage import ObjectStore, S3ObjectStore
-from local.servers import find_addresses
+from core.settings import TrainerSettings
+from core.storage import S3ObjectStore
 from worker.supervisor.artifacts import publish_tokenizer
 from worker.supervisor.loading import BaseUnusableError, TrainerStarter
 from worker.supervisor.orders import order_base
@@ -180,13 +180,8 @@ def _load_once(engine: Engine, base: BaseModelRow, *, quantization: str | None, 
     loaded = starter.load_weights(inspected.trainer)
     assert loaded is not None
     inspected.trainer.close()
-    publish_tokenizer(engine, _open_store(data_dir), base.id, inspected.tokenizer_path)
+    publish_tokenizer(engine, S3ObjectStore(find_storage(data_dir)), base.id, inspected.tokenizer_path)
     return loaded.seconds
-
-
-def _open_store(data_dir: Path) -> ObjectStore:
-    addresses = find_addresses(data_dir)
-    return S3ObjectStore(addresses.storage if addresses else S3Settings().storage_config)  # of the environment
 
 
 def _record(engine: Engine, base: BaseModelRow, state: BaseState, *, reason: str | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli.environment import reading_settings
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from core.db.session import DATABASE_ERRORS, connect, service_transaction
 from core.services.contract import Finding, check_objects, check_rows
-from core.settings import FairnessSettings, S3Settings, StorageConfig
+from core.settings import FairnessSettings, OwnerSettings, S3Settings, StorageConfig
 from core.storage import S3ObjectStore, StorageError
 from local.external import OWNER_URL_SETTING
 from local.servers import ServerAddresses, find_addresses
@@ -60,8 +60,9 @@ def as_table(findings: tuple[Finding, ...]) -> Table:
 
 
 def _find_servers(data_dir: Path) -> tuple[str, StorageConfig]:
-    if owner_url := os.environ.get(OWNER_URL_SETTING):
-        return owner_url, S3Settings().storage_config  # read from the environment
+    with reading_settings():
+        if owner_url := OwnerSettings().owner_url:
+            return owner_url, S3Settings().storage_config  # read from the environment
     addresses: ServerAddresses | None = find_addresses(data_dir)
     if addresses is None:
         print(f"Set {OWNER_URL_SETTING} and ESPALIER_S3_*, or start a local stack: no servers run on {data_dir}.")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cli.environment import reading_settings
 from cli.owner import DEFAULT_DATA_DIR, DataDir, owner_url
 from core.db.migrate import RoleLogin
 from core.services import base_models as bases
+from core.settings import LoginSettings
 from local.stack import prepare_database
-
-_ROLES = ("espalier_api", "espalier_worker", "espalier_schedule")
 
 
 def migrate(
@@ -27,6 +26,6 @@ def migrate(
     A role gets a password only where ESPALIER_API_PASSWORD, ESPALIER_WORKER_PASSWORD or ESPALIER_SCHEDULE_PASSWORD is
     set.
     """
-    named = [(role, os.environ.get(f"{role.upper()}_PASSWORD")) for role in _ROLES]
-    logins = tuple(RoleLogin(role, password) for role, password in named if password)
+    with reading_settings():
+        logins = tuple(RoleLogin(role, password) for role, password in LoginSettings().passwords.items())
     prepare_database(owner_url(data_dir), bases.read_registry(registry), logins=logins)

@@ -1,0 +1,22 @@
+"""How commands tell of settings that are missing or wrong: one line, without any value, and exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from core.settings import SETTINGS_ERRORS, describe_faults
+
+_CANNOT_SAY = 2
+
+
+@contextmanager
+def reading_settings() -> Iterator[None]:
+    """Print what is wrong with the settings that are read inside, and end the command."""
+    try:
+        yield
+    except SETTINGS_ERRORS as error:
+        print(f"These settings are missing or wrong: {describe_faults(error)}")
+        raise typer.Exit(_CANNOT_SAY) from None
