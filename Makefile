@@ -7,7 +7,7 @@ CLIENTS := .venv-clients/.installed
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: install openapi demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint types \
-	contracts
+	contracts check-k8s
 
 install: $(INSTALLED)
 
@@ -76,6 +76,10 @@ MINUTES ?= 5
 SEED ?= $(shell date +%s)
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.e2e.chaos --minutes $(MINUTES) --seed $(SEED)
+
+# What can be known of k8s/ without a cluster: kubectl and npm from the machine, the rest is installed apart.
+check-k8s: $(INSTALLED)
+	$(BIN)/python -m tests.deploy.k8s_check
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -15,6 +15,7 @@ import yaml
 from core.services.base_models import Registry
 from core.settings import ApiSettings
 from tests.deploy.k8s_render import K8S, Object, Pod, list_pods, of_kind, template_of
+from tests.unit.test_deployments import KNOWN, KNOWN_TOO
 
 IMAGES = ("espalier-control", "espalier-worker-cpu", "espalier-worker-cuda")
 GPU = "nvidia.com/gpu"
@@ -204,12 +205,24 @@ def variables_of(container: Object, objects: list[Object]) -> dict[str, str]:
     return found | {each["name"]: each["value"] for each in container.get("env", ()) if "value" in each}
 
 
+def variables_are_settings(objects: list[Object]) -> Iterator[str]:
+    for pod in list_pods(objects):
+        for each in pod.containers if pod.is_ours else ():
+            told = {name for name in variables_of(each, objects) if name.startswith("ESPALIER_")}
+            told |= {variable["name"] for variable in each.get("env", ()) if variable["name"].startswith("ESPALIER_")}
+            yield from (f"{pod}: {name} is no setting" for name in sorted(told - KNOWN - KNOWN_TOO))
+
+
 def selectors_find_pods(objects: list[Object]) -> Iterator[str]:
     pods = list_pods(objects)
     for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
         for each in of_kind(objects, kind):
             spec = each["spec"]
-            selector = {"matchLabels": spec["selector"]} if kind == "Service" else spec.get("selector", spec.get("podSelector"))
+            selector = (
+                {"matchLabels": spec["selector"]}
+                if kind == "Service"
+                else spec.get("selector", spec.get("podSelector"))
+            )
             if not any(_selects(selector, pod.labels) for pod in pods):
                 yield f"{kind} {each['metadata']['name']} selects no pod"
     for each in of_kind(objects, "Deployment"):
@@ -237,7 +250,13 @@ def _selects(selector: Any, labels: dict[str, str]) -> bool:
 def traffic_is_named(objects: list[Object]) -> Iterator[str]:
     """Nothing goes in or out but what is needed; what is needed does."""
     policies = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
-    if not any(p["podSelector"] == {} and set(p["policyTypes"]) == {"Ingress", "Egress"} and not p.get("egress") and not p.get("ingress") for p in policies):
+    if not any(
+        p["podSelector"] == {}
+        and set(p["policyTypes"]) == {"Ingress", "Egress"}
+        and not p.get("egress")
+        and not p.get("ingress")
+        for p in policies
+    ):
         yield "not everything is denied by default"
     for pod in list_pods(objects):
         matching = [policy for policy in policies if _selects(policy["podSelector"], pod.labels)]
@@ -253,7 +272,9 @@ def traffic_is_named(objects: list[Object]) -> Iterator[str]:
 
 def pools_are_whole(objects: list[Object]) -> Iterator[str]:
     """Each worker serves one pool of the registry, no other object serves it, and it is scaled by that pool's demand."""
-    registries = [each["data"]["registry.yaml"] for each in of_kind(objects, "ConfigMap") if "registry.yaml" in each["data"]]
+    registries = [
+        each["data"]["registry.yaml"] for each in of_kind(objects, "ConfigMap") if "registry.yaml" in each["data"]
+    ]
     bases = Registry.model_validate(yaml.safe_load(registries[0])).base_models
     offered = {f"{base.id}@{q}" for base in bases for q in ("none", *base.quantizations)}
     served = [pool for pod in list_pods(objects) if pod.app == "espalier-worker" for pool in _pools(pod)]
@@ -329,6 +350,7 @@ RULES: tuple[Callable[[list[Object]], Iterator[str]], ...] = (
     images_are_ours,
     names_lead_somewhere,
     workers_drain_in_time,
+    variables_are_settings,
     selectors_find_pods,
     traffic_is_named,
     pools_are_whole,
