@@ -159,6 +159,17 @@ class S3Settings(_Settings):
         )
 
 
+class TelemetrySettings(_Settings):
+    """`management_port` serves metrics and probes without a key, on loopback unless told otherwise; 0 is any free port.
+
+    Without it there are none, and no traces without `otlp_endpoint`, the base URL of an OTLP/HTTP collector.
+    """
+
+    management_port: int | None = Field(default=None, ge=0, le=65_535)
+    management_host: str = "127.0.0.1"
+    otlp_endpoint: str | None = None
+
+
 class FairnessSettings(_Settings):
     """How long a slot is a job's own while others wait, and how long a worker keeps its base while others wait.
 
@@ -174,7 +185,7 @@ class FairnessSettings(_Settings):
         return FairnessTerms(self.quantum_seconds, self.turn_seconds, self.max_loading_fraction)
 
 
-class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):
+class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings, TelemetrySettings):
     """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's.
 
     `api_processes` share the port. Each has `max_connections` at most, waits `header_seconds` for a header, and gives
@@ -194,7 +205,7 @@ class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):
     presign_seconds: int = Field(default=900, ge=1, le=900)
 
 
-class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings):
+class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings, TelemetrySettings):
     wake_interval_seconds: float = Field(default=1.0, ge=0.01, le=60)
     reap_interval_seconds: float = Field(default=5.0, ge=0.01, le=600)
     clean_interval_seconds: float = Field(default=10.0, ge=0.01, le=3600)
@@ -215,7 +226,7 @@ class TrainerSettings(_Settings):
     trainer_threads: int | None = Field(default=None, ge=1, le=1024)
 
 
-class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettings, TrainerSettings):
+class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettings, TelemetrySettings, TrainerSettings):
     """`worker_pools`: the pools this worker may serve, "<base model id>@none" or "...@nf4".
 
     A slot's state is stored every `resume_steps` steps or `resume_seconds`, whichever comes first. `grace_seconds` is
@@ -232,4 +243,3 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettin
     grace_seconds: float = Field(default=25.0, ge=0.1, le=3600)
     deaf_seconds: float = Field(default=60.0, ge=0.1, le=3600)
     idle_exit_seconds: float | None = Field(default=None, ge=0.1, le=_WEEK_SECONDS)
-    liveness_file: Path | None = None

@@ -121,6 +121,7 @@ class LocalStack:
         self._extra_env = dict(env or {})
         self._pools: list[str] = []
         self._written: StackState | None = None
+        self.management_ports: dict[str, int] = {}  # by the name of the process, once it is started
         self._supervisor = Supervisor(self.data_dir / "logs")
 
     def __enter__(self) -> Self:
@@ -208,9 +209,11 @@ class LocalStack:
         }
         prepare_database(self.owner_url, self._registry, logins=tuple(logins.values()))
         self._pools = self._list_pools()
+        self.management_ports = dict(zip(logins, free_ports(len(logins)), strict=True))
         for module, login in logins.items():
             argv = [sys.executable, "-m", module]
-            self._supervisor.start(ProcessSpec(module, argv, self._environment(login), stop_seconds=30.0))
+            own = {"ESPALIER_MANAGEMENT_PORT": str(self.management_ports[module])}
+            self._supervisor.start(ProcessSpec(module, argv, self._environment(login) | own, stop_seconds=30.0))
         self.process("api").wait_until(lambda: answers(self.api_url), timeout_seconds=_READY_SECONDS)
         self._write_state()
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+import uuid
+from typing import Annotated
+
 import typer
 
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from cli.stores import find_storage
+from core.domain.objects import tenant_prefix
 from core.storage import S3ObjectStore, StorageError
 
+_PAUSE_SECONDS = 0.5
 bucket = typer.Typer(no_args_is_help=True, help="The bucket of the service.")
 
 
@@ -17,12 +23,29 @@ def _keep_subcommands() -> None:
 
 
 @bucket.command("create")
-def create_bucket(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
-    """Make the bucket that ESPALIER_S3_BUCKET names, if it is not there yet."""
+def create_bucket(
+    wait: Annotated[int, typer.Option(min=0, help="Seconds to wait for a server that does not answer yet.")] = 0,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Make the bucket that ESPALIER_S3_BUCKET names, if it is not there yet, and see that it takes an object."""
     config = find_storage(data_dir)
-    try:
-        was_made = S3ObjectStore(config).ensure_bucket()
-    except (StorageError, ValueError) as error:
-        print(f"{config.endpoint}: {error}")
-        raise typer.Exit(1) from None
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            was_made = _make_and_try(S3ObjectStore(config))
+            break
+        except (StorageError, ValueError) as error:
+            if time.monotonic() >= deadline:
+                print(f"{config.endpoint}: {error}")
+                raise typer.Exit(1) from None
+            time.sleep(_PAUSE_SECONDS)
     print(f"Bucket {config.bucket} {'has been made' if was_made else 'is there'} at {config.endpoint}.")
+
+
+def _make_and_try(store: S3ObjectStore) -> bool:
+    """Make the bucket and store an object for a moment: some servers make buckets before they can store."""
+    was_made = store.ensure_bucket()
+    probe = tenant_prefix(uuid.uuid4()) + "probe"
+    store.put_bytes(probe, b"ready?", content_type="text/plain")
+    store.delete(probe)
+    return was_made

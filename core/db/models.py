@@ -281,6 +281,7 @@ class Job(Row):
         CheckConstraint("length(suffix) between 1 and 64", name="suffix_length"),
         CheckConstraint("name_digits ~ '^[0-9a-f]{8}$'", name="name_digits_form"),
         CheckConstraint("total_steps >= 0", name="total_steps_not_negative"),
+        CheckConstraint("length(traceparent) <= 100", name="traceparent_length"),
         _bounded("priority", bounds.PRIORITY),
         Index(
             "ix_jobs_claimable",
@@ -334,6 +335,8 @@ class Job(Row):
     started_at: Mapped[dt.datetime | None]
     finished_at: Mapped[dt.datetime | None]
     swept_at: Mapped[dt.datetime | None]
+    # The span of its submission, in W3C's words, where there are traces.
+    traceparent: Mapped[str | None]
     created_at: Mapped[CreatedAt]
 
 

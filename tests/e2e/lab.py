@@ -97,7 +97,7 @@ class Lab:
         return worker
 
     def _env_of(self, name: str) -> dict[str, str]:
-        return {**self._spec.env, "ESPALIER_WORKER_NAME": name}
+        return {**self._spec.env, "ESPALIER_WORKER_NAME": name, "ESPALIER_MANAGEMENT_PORT": "0"}
 
     def ensure_worker(self) -> ChildProcess:
         """Return the only worker there is, one that a test gave nothing of its own; started if none lives."""

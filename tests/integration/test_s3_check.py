@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from local.ports import Ports
 from local.processes import ChildProcess
 from local.s3_server import S3Server
 from local.servers import ServerAddresses
-from tests.faults import Answer503, Cut, FaultProxy, FlipByte
+from tests.faults import Answer503, Cut, Fault, FaultProxy, FlipByte
 from tests.waiting import wait_until
 
 Espalier = Callable[..., Result]
@@ -101,6 +102,20 @@ def test_a_server_that_does_not_serve_fails(fault: Cut | Answer503, espalier: Es
         assert espalier("bucket", "create", ESPALIER_S3_ENDPOINT=f"127.0.0.1:{proxy.port}").exit_code == 1
     assert result.exit_code == 1
     assert verdicts(result) == {"bucket": "FAILED"}
+
+
+def test_making_the_bucket_may_wait_for_the_server(
+    espalier: Espalier, proxy: FaultProxy, servers: ServerAddresses
+) -> None:
+    address = f"127.0.0.1:{proxy.port}"
+    proxy.inject(Cut())
+    with ThreadPoolExecutor(1) as beside:
+        made = beside.submit(espalier, "bucket", "create", "--wait", "600", ESPALIER_S3_ENDPOINT=address)
+        wait_until(lambda: proxy.num_hits > 0, what="a first try")
+        proxy.inject(Fault())
+        result = made.result()
+    assert result.exit_code == 0
+    assert f"Bucket {servers.storage.bucket} is there" in result.stdout
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
-"""Watches over the supervisor from threads of its own: is it alive, and does anybody wake it?
+"""Watches over the supervisor from a thread of its own: does anybody wake it?
 
 Two ways in which wake-ups stop are known. Redis is away: then this worker claims by itself whatever may be claimed.
 Redis is there and wake-ups wait in it, but the consumer does not take them (a timed-out acknowledgement can leave it
-deaf for ever, while it answers every ping): then the process ends, holding no job, to be started afresh. Liveness is a
-file that is touched while the loop turns, never a question to the consumer.
+deaf for ever, while it answers every ping): then the process ends, holding no job, to be started afresh. Whether the
+loop that serves still turns is part of the process's liveness, which never asks the consumer.
 """
 
 from __future__ import annotations
@@ -19,21 +19,29 @@ import structlog
 from core.db.session import DATABASE_ERRORS
 from core.queue import queue_name
 from core.settings import WorkerSettings
+from core.telemetry.liveness import PROCESS, Liveness
 from worker.supervisor.runner import Runner
 
 log = structlog.get_logger()
 _LOOKS_PER_DEAF_TIME = 6
 _REDIS_TIMEOUT_SECONDS = 2.0
 _DEAF_EXIT_CODE = 1
+_PATIENCE_SECONDS = 60.0
 
 
 class Watchdog:
     """Looks several times within `deaf_seconds`; `end_process` is called with the exit code of a deaf worker."""
 
     def __init__(
-        self, settings: WorkerSettings, runner: Runner, *, end_process: Callable[[int], None] = os._exit
+        self,
+        settings: WorkerSettings,
+        runner: Runner,
+        *,
+        end_process: Callable[[int], None] = os._exit,
+        liveness: Liveness = PROCESS,
     ) -> None:
         self._settings = settings
+        self._liveness = liveness
         self._runner = runner
         self._end_process = end_process
         self._redis = redis.Redis.from_url(
@@ -44,18 +52,21 @@ class Watchdog:
         )
 
     def start(self) -> None:
-        # Apart, because who heeds silence may serve for hours.
-        threading.Thread(target=self._repeat, args=(self._touch_liveness_file,), daemon=True, name="liveness").start()
-        threading.Thread(target=self._repeat, args=(self._heed_silence,), daemon=True, name="watchdog").start()
+        patience_seconds = self._settings.deaf_seconds + _PATIENCE_SECONDS
+        self._life = self._liveness.add_duty("heeding silence", patience_seconds=patience_seconds)
+        self._liveness.add_check("the loop that serves", self._find_stall)
+        thread = threading.Thread(target=self._look_forever, daemon=True, name="watchdog")
+        self._liveness.watch(thread)
+        thread.start()
 
-    def _repeat(self, look: Callable[[], None]) -> None:
+    def _find_stall(self) -> str | None:
+        return None if self._runner.is_turning else "the loop that serves jobs does not turn"
+
+    def _look_forever(self) -> None:
         while True:
-            look()
+            self._life.beat()
+            self._heed_silence()
             time.sleep(self._settings.deaf_seconds / _LOOKS_PER_DEAF_TIME)
-
-    def _touch_liveness_file(self) -> None:
-        if self._settings.liveness_file is not None and self._runner.is_turning:
-            self._settings.liveness_file.touch()
 
     def _heed_silence(self) -> None:
         """Work, or end, when nobody has woken this worker for long although there is work for it."""
@@ -71,6 +82,7 @@ class Watchdog:
             log.error("worker.deaf")
             self._end_process(_DEAF_EXIT_CODE)
         log.warning("worker.claims_unwoken")
+        self._life.rest()  # it may serve for hours; whether the loop turns is looked at from elsewhere
         self._runner.serve()
 
     def _is_wake_up_waiting(self) -> bool:
