@@ -125,6 +125,7 @@ class LoginSettings(_Settings):
     """The passwords that `espalier migrate` gives to the runtime roles."""
 
     api_password: SecretStr | None = None
+    scaler_password: SecretStr | None = None
     schedule_password: SecretStr | None = None
     worker_password: SecretStr | None = None
 

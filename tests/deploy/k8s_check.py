@@ -35,7 +35,7 @@ _KARPENTER = "@kubernetes-models/karpenter@2.0.0"
 _NOT_WANTED = {
     "CKV_K8S_11": "no CPU limits: they throttle a process while its node has CPU to spare; requests share it out",
     "CKV_K8S_15": "tags are never moved, so an image that is there need not be asked for again",
-    "CKV_K8S_35": "a worker gets secrets as variables: its trainer may read its user's files, but not its environment",
+    "CKV_K8S_35": "a worker gets secrets as variables: its trainer, of the same user, can never read those",
     "CKV_K8S_40": "PostgreSQL and Valkey of the overlay dev run as the users of their images",
     "CKV_K8S_43": "the registry and so the digest are the installation's: k8s/components/images takes one",
 }

@@ -29,6 +29,7 @@ _EGRESS = {
     "espalier-worker": {53, 5432, 6379, 443, 9000},
     "espalier-migrate": {53, 5432},
     "espalier-bucket": {53, 443, 9000},
+    "espalier-operator": {53, 5432, 443, 9000},
     "espalier-fill-weights": {53, 443},
 }
 _POOL = re.compile(r"'([^']+)'|/pools/(.+)/demand$")
