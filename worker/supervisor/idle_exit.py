@@ -16,11 +16,13 @@ from collections.abc import Callable
 import structlog
 
 from core.db.session import DATABASE_ERRORS
+from core.telemetry.liveness import PROCESS, Liveness
 from worker.supervisor.runner import Runner
 
 log = structlog.get_logger()
 _LOOKS_PER_IDLE_TIME = 10
 _MAX_LOOK_SECONDS = 5.0
+_PATIENCE_SECONDS = 60.0  # beyond the longest wait for the database
 
 
 def ask_own_process_to_stop() -> None:
@@ -32,18 +34,27 @@ class IdleExit:
     """Looks several times within `idle_seconds`; `end_process` is called once, when the runner serves no more."""
 
     def __init__(
-        self, runner: Runner, *, idle_seconds: float, end_process: Callable[[], None] = ask_own_process_to_stop
+        self,
+        runner: Runner,
+        *,
+        idle_seconds: float,
+        end_process: Callable[[], None] = ask_own_process_to_stop,
+        liveness: Liveness = PROCESS,
     ) -> None:
         self._runner = runner
+        self._liveness = liveness
         self._idle_seconds = idle_seconds
         self._end_process = end_process
 
     def start(self) -> None:
+        self._life = self._liveness.add_duty("looking whether to leave", patience_seconds=_PATIENCE_SECONDS)
         threading.Thread(target=self._watch, daemon=True, name="idle-exit").start()
 
     def _watch(self) -> None:
         while not self._has_left():
+            self._life.beat()
             time.sleep(min(self._idle_seconds / _LOOKS_PER_IDLE_TIME, _MAX_LOOK_SECONDS))
+        self._life.rest()
         log.info("worker.idled_out", idle_seconds=self._idle_seconds)
         self._end_process()
 
