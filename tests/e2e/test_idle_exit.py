@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import signal
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ def wait_for_exit(worker: ChildProcess) -> int:
     return int(worker._process.returncode)
 
 
+def instant_of(worker: ChildProcess, event: str) -> dt.datetime:
+    """Return when a worker's log tells of an event."""
+    (line,) = Lab.told_by(worker, event)
+    return dt.datetime.fromisoformat(line["timestamp"])
+
+
 def test_a_worker_without_a_job_ends_with_status_0_and_takes_its_row_and_its_trainer_with_it(lab: Lab) -> None:
     with takes_at_least(IDLE_SECONDS):
         worker = lab.start_worker(**IDLES_OUT)
@@ -49,10 +56,16 @@ def test_a_worker_with_a_job_stays_until_its_end_and_leaves_after_it(lab: Lab) -
     assert wait_for_exit(worker) == 0
 
 
-def test_a_base_that_is_long_to_load_is_no_idling(lab: Lab) -> None:
-    worker = lab.start_worker(ESPALIER_IDLE_EXIT_SECONDS="0.1")
-    assert wait_for_exit(worker) == 0
-    assert lab.told_by(worker, "base_model.loaded"), "it takes seconds, and the worker had no job meanwhile"
+def test_the_idle_time_counts_from_the_end_of_the_last_job_and_from_that_of_a_load(lab: Lab) -> None:
+    idle = dt.timedelta(seconds=3)  # a trainer takes longer to start, and this job takes longer than the rest
+    worker = lab.start_worker(ESPALIER_IDLE_EXIT_SECONDS="3")
+    wait_for_exit(worker)
+    assert instant_of(worker, "worker.idled_out") - instant_of(worker, "base_model.loaded") >= idle
+    job_id = lab.submit(**LONG)
+    worker = lab.start_worker(ESPALIER_IDLE_EXIT_SECONDS="3")
+    lab.succeed(job_id)
+    wait_for_exit(worker)
+    assert instant_of(worker, "worker.idled_out") - instant_of(worker, "job.left") >= idle
 
 
 def test_a_job_that_comes_when_the_worker_has_decided_is_the_next_workers_and_nobody_is_charged(lab: Lab) -> None:
