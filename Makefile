@@ -7,7 +7,7 @@ CLIENTS := .venv-clients/.installed
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: install openapi demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint types \
-	contracts images check-images compose-check hosts-check check-alerts dashboard
+	contracts images check-images compose-check hosts-check check-alerts dashboard check-k8s run-k8s
 
 install: $(INSTALLED)
 
@@ -108,6 +108,14 @@ compose-check: $(INSTALLED)
 # Two workers as two hosts, one of which is cut off, frozen and killed under a job.
 hosts-check: $(INSTALLED)
 	$(BIN)/python -m tests.deploy.hosts
+
+# What can be known of k8s/ without a cluster: kubectl and npm from the machine, the rest is installed apart.
+check-k8s: $(INSTALLED)
+	$(BIN)/python -m tests.deploy.k8s_check
+
+# The pods of k8s/ executed, in an engine of its own: as root on Debian; elsewhere it says so.
+run-k8s: $(INSTALLED)
+	$(BIN)/python -m tests.deploy.k8s_run
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -125,6 +125,7 @@ class LoginSettings(_Settings):
     """The passwords that `espalier migrate` gives to the runtime roles."""
 
     api_password: SecretStr | None = None
+    scaler_password: SecretStr | None = None
     schedule_password: SecretStr | None = None
     worker_password: SecretStr | None = None
 
@@ -231,7 +232,8 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettin
 
     A slot's state is stored every `resume_steps` steps or `resume_seconds`, whichever comes first. `grace_seconds` is
     what a stopping worker takes at most to store its slots and give its jobs back. A worker that nobody has woken for
-    `deaf_seconds`, though there is work, claims by itself.
+    `deaf_seconds`, though there is work, claims by itself. One that has held no job for `idle_exit_seconds` ends with
+    status 0; None keeps it for ever.
     """
 
     worker_name: str = ""
@@ -241,3 +243,4 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettin
     stall_seconds: float = Field(default=600.0, ge=0.1, le=24 * 3600)
     grace_seconds: float = Field(default=25.0, ge=0.1, le=3600)
     deaf_seconds: float = Field(default=60.0, ge=0.1, le=3600)
+    idle_exit_seconds: float | None = Field(default=None, ge=0.1, le=_WEEK_SECONDS)

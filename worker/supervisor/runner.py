@@ -180,7 +180,7 @@ class Runner:
         self._unrecorded: list[tuple[HeldJob, ProgressReport]] = []
         self._unpublished: Proof | None = None
         self._serving = threading.Lock()
-        self._turned_at = self._idle_since = time.monotonic()
+        self._turned_at = self._idle_since = self._jobless_since = time.monotonic()
 
     def request_stop(self) -> None:
         """Ask `serve` to give its jobs back and return. Safe from a signal's thread, and any number of times."""
@@ -258,6 +258,23 @@ class Runner:
                 self._serving.release()
         if not self._stop_requested.is_set():
             self._base.inspect_others()
+
+    def leave_if_idle(self, seconds: float) -> bool:
+        """Serve no more if no job was held for so long and none waits. Raises the database's errors.
+
+        The lock keeps the answer true: nobody claims before it is given, and nobody serves after a yes. A base that
+        took longer to load than a worker may idle is held for that time first.
+        """
+        if not self._serving.acquire(blocking=False):
+            return False
+        try:
+            idle_seconds = min(time.monotonic() - self._jobless_since, self._base.held_seconds)
+            if idle_seconds < seconds or self.has_claimable_work():
+                return False
+            self._stop_requested.set()
+            return True
+        finally:
+            self._serving.release()
 
     def wait_until_idle(self) -> None:
         """Wait, after `request_stop`, until whoever serves has given its jobs back, for the grace at most."""
@@ -642,6 +659,7 @@ class Runner:
         ATTEMPTS_ENDED.labels(held.pool, outcome).inc()
         held.trace.end(outcome)
         self._has_left = True
+        self._jobless_since = time.monotonic()
         self._keeper.let_go(held.lease)
         self._base.send(StopJob(lease_token=held.lease.token))
         if held.order is not None:

@@ -22,6 +22,7 @@ from core.telemetry.management import ManagementServer
 from core.telemetry.tracing import configure_tracing
 from worker.scratch import remove_abandoned
 from worker.supervisor.app import create_celery
+from worker.supervisor.idle_exit import IdleExit
 from worker.supervisor.metrics import WorkerCollector
 from worker.supervisor.presence import Presence
 from worker.supervisor.runner import Runner
@@ -38,6 +39,8 @@ def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine) ->
     @worker_ready.connect(weak=False)
     def show_presence(**_details: object) -> None:
         presence.start()
+        if settings.idle_exit_seconds is not None:
+            IdleExit(runner, idle_seconds=settings.idle_exit_seconds).start()
 
     @worker_shutting_down.connect(weak=False)
     def stop_serving(**_details: object) -> None:
