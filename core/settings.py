@@ -31,6 +31,12 @@ class _Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ESPALIER_", frozen=True, extra="ignore", allow_inf_nan=False)
 
 
+class BuildSettings(_Settings):
+    """What an image says of itself: the commit that it was built from."""
+
+    commit: str = ""
+
+
 class DatabaseSettings(_Settings):
     database_url: SecretStr
 

@@ -13,7 +13,7 @@ from core.db.migrate import RoleLogin
 from core.services import base_models as bases
 from local.stack import prepare_database
 
-_ROLES = ("espalier_api", "espalier_worker", "espalier_schedule")
+_ROLES = ("espalier_api", "espalier_worker", "espalier_schedule", "espalier_scaler")
 
 
 def migrate(
@@ -24,8 +24,8 @@ def migrate(
 ) -> None:
     """Bring the database to the newest schema, load the registry, and let the runtime roles log in.
 
-    A role gets a password only where ESPALIER_API_PASSWORD, ESPALIER_WORKER_PASSWORD or ESPALIER_SCHEDULE_PASSWORD is
-    set.
+    A role gets a password only where ESPALIER_API_PASSWORD, ESPALIER_WORKER_PASSWORD, ESPALIER_SCHEDULE_PASSWORD or
+    ESPALIER_SCALER_PASSWORD is set.
     """
     named = [(role, os.environ.get(f"{role.upper()}_PASSWORD")) for role in _ROLES]
     logins = tuple(RoleLogin(role, password) for role, password in named if password)
