@@ -5,7 +5,6 @@ No answer holds what is a tenant's own: no file, no row, no name that a tenant h
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Response
@@ -14,6 +13,7 @@ from api.dependencies import Now, OperatorGate, OperatorTransaction
 from api.routing import OneThreadRoute
 from api.schemas.objects import ListObject, as_list
 from api.schemas.oversight import (
+    Day,
     JobOverviewObject,
     PoolDemandObject,
     PoolObject,
@@ -72,8 +72,8 @@ def get_pool_demand(session: OperatorTransaction, pool: str) -> PoolDemandObject
 def sum_usage(
     session: OperatorTransaction,
     now: Now,
-    first: Annotated[dt.date | None, Query(alias="from", description="The first day; of the month by default.")] = None,
-    last: Annotated[dt.date | None, Query(alias="to", description="The last day, included; today by default.")] = None,
+    first: Annotated[Day | None, Query(alias="from", description="The first day; of the month by default.")] = None,
+    last: Annotated[Day | None, Query(alias="to", description="The last day, included; today by default.")] = None,
     group_by: UsageGroup = UsageGroup.TENANT,
     format: Literal["json", "csv"] | None = None,  # noqa: A002 (the name on the wire)
     limit: Limit = 1000,

@@ -6,15 +6,25 @@ import csv
 import datetime as dt
 import io
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from core.domain.bases import BaseState
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import JobStatus
 from core.services.oversight import JobOverview, PoolDemand, PoolOverview, WorkerOverview
 from core.services.usage import UsageGroup, UsageTotal
+
+
+def _check_day(value: Any) -> Any:
+    """Let days pass that are written as 2026-11-27, and not the numbers that pydantic takes for days as well."""
+    if isinstance(value, str) and value.isdigit():
+        raise ValueError("a day is written as 2026-11-27")
+    return value
+
+
+Day = Annotated[dt.date, BeforeValidator(_check_day)]
 
 
 class JobOverviewObject(BaseModel):

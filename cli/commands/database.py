@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cli.output import is_json, print_json
 from cli.owner import DEFAULT_DATA_DIR, DataDir, owner_url
 from core.db.migrate import RoleLogin
 from core.services import base_models as bases
@@ -29,4 +30,7 @@ def migrate(
     """
     named = [(role, os.environ.get(f"{role.upper()}_PASSWORD")) for role in _ROLES]
     logins = tuple(RoleLogin(role, password) for role, password in named if password)
-    prepare_database(owner_url(data_dir), bases.read_registry(registry), logins=logins)
+    loaded = bases.read_registry(registry)
+    prepare_database(owner_url(data_dir), loaded, logins=logins)
+    if is_json():
+        print_json({"base_models": [each.id for each in loaded.base_models], "logins": [each.role for each in logins]})
