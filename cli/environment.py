@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import typer
-
+from cli.output import fail
 from core.settings import SETTINGS_ERRORS, describe_faults
 
 _CANNOT_SAY = 2
@@ -18,5 +17,4 @@ def reading_settings() -> Iterator[None]:
     try:
         yield
     except SETTINGS_ERRORS as error:
-        print(f"These settings are missing or wrong: {describe_faults(error)}")
-        raise typer.Exit(_CANNOT_SAY) from None
+        fail(f"These settings are missing or wrong: {describe_faults(error)}", exit_code=_CANNOT_SAY)

@@ -17,8 +17,8 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from cli.environment import reading_settings
+from cli.output import fail
 from core.db.session import connect, operator_transaction
-from core.domain.errors import DomainError
 from core.settings import OwnerSettings
 from local.external import OWNER_URL_SETTING
 from local.servers import find_addresses
@@ -29,7 +29,7 @@ DataDir = Annotated[Path, typer.Option(help="Where the local servers keep their 
 
 @contextmanager
 def operator_session(data_dir: Path) -> Iterator[Session]:
-    """Open an operator's transaction. An error that may be shown is printed and ends the command."""
+    """Open an operator's transaction. Errors end the command with one line (cli.reporting)."""
     with owner_engine(data_dir) as engine, operator_transaction(engine, actor=actor()) as session:
         yield session
 
@@ -40,9 +40,6 @@ def owner_engine(data_dir: Path) -> Iterator[Engine]:
     engine = connect(owner_url(data_dir))
     try:
         yield engine
-    except DomainError as error:
-        print(error.message)
-        raise typer.Exit(1) from error
     finally:
         engine.dispose()
 
@@ -57,11 +54,10 @@ def owner_url(data_dir: Path) -> str:
     with reading_settings():
         url = OwnerSettings().owner_url or (addresses.postgres_url if addresses else None)
     if not url:
-        print(
+        fail(
             f"Set {OWNER_URL_SETTING} to the URL of the database's owner, postgresql://..., "
             f"or start a local stack: no servers run on {data_dir}."
         )
-        raise typer.Exit(1)
     return url
 
 

@@ -106,6 +106,12 @@ class _Settings(BaseSettings):
         return (init_settings, _FileSource(settings_cls), env_settings)
 
 
+class BuildSettings(_Settings):
+    """What an image says of itself: the commit that it was built from."""
+
+    commit: str = ""
+
+
 class DatabaseSettings(_Settings):
     database_url: SecretStr
 

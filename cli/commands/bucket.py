@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cli.output import fail, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from cli.stores import find_storage
 from core.domain.objects import tenant_prefix
@@ -36,10 +37,11 @@ def create_bucket(
             break
         except (StorageError, ValueError) as error:
             if time.monotonic() >= deadline:
-                print(f"{config.endpoint}: {error}")
-                raise typer.Exit(1) from None
+                fail(f"{config.endpoint}: {error}")
             time.sleep(_PAUSE_SECONDS)
-    print(f"Bucket {config.bucket} {'has been made' if was_made else 'is there'} at {config.endpoint}.")
+    found = "has been made" if was_made else "is there"
+    facts = {"bucket": config.bucket, "endpoint": config.endpoint, "was_made": was_made}
+    say(f"Bucket {config.bucket} {found} at {config.endpoint}.", **facts)
 
 
 def _make_and_try(store: S3ObjectStore) -> bool:

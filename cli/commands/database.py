@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.environment import reading_settings
+from cli.output import is_json, print_json
 from cli.owner import DEFAULT_DATA_DIR, DataDir, owner_url
 from core.db.migrate import RoleLogin
 from core.services import base_models as bases
@@ -23,9 +24,12 @@ def migrate(
 ) -> None:
     """Bring the database to the newest schema, load the registry, and let the runtime roles log in.
 
-    A role gets a password only where ESPALIER_API_PASSWORD, ESPALIER_WORKER_PASSWORD or ESPALIER_SCHEDULE_PASSWORD is
-    set.
+    A role gets a password only where ESPALIER_API_PASSWORD, ESPALIER_WORKER_PASSWORD, ESPALIER_SCHEDULE_PASSWORD or
+    ESPALIER_SCALER_PASSWORD is set.
     """
     with reading_settings():
         logins = tuple(RoleLogin(role, password) for role, password in LoginSettings().passwords.items())
-    prepare_database(owner_url(data_dir), bases.read_registry(registry), logins=logins)
+    loaded = bases.read_registry(registry)
+    prepare_database(owner_url(data_dir), loaded, logins=logins)
+    if is_json():
+        print_json({"base_models": [each.id for each in loaded.base_models], "logins": [each.role for each in logins]})

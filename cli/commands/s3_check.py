@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
 
 from cli.environment import reading_settings
+from cli.output import fail, say
 from cli.s3_checks import CheckResult, run_s3_checks
 from core.settings import S3Settings, StorageConfig
 
@@ -23,20 +25,18 @@ def s3_check(
     """
     results = []
     for result in run_s3_checks(_parse(url)):
-        print(_as_line(result))
+        say(_as_line(result), **asdict(result))
         results.append(result)
     failed = [result.name for result in results if result.is_needed and not result.is_ok]
     if failed:
-        print(f"The service cannot use this server: {', '.join(failed)}.")
-        raise typer.Exit(_FAILED)
-    print("The service can use this server.")
+        fail(f"The service cannot use this server: {', '.join(failed)}.", exit_code=_FAILED)
+    say("The service can use this server.")
 
 
 def _parse(url: str) -> StorageConfig:
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.netloc or "@" in parts.netloc:
-        print("The URL is http://HOST:PORT or https://HOST, without keys in it.")
-        raise typer.Exit(_CANNOT_SAY)
+        fail("The URL is http://HOST:PORT or https://HOST, without keys in it.", exit_code=_CANNOT_SAY)
     bucket = parts.path.strip("/")
     given = {"s3_endpoint": parts.netloc, "s3_secure": parts.scheme == "https"} | (
         {"s3_bucket": bucket} if bucket else {}

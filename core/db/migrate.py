@@ -28,7 +28,7 @@ _IN_THE_WAY = ("XX000", "23505", "55P03")
 
 @dataclass(frozen=True)
 class RoleLogin:
-    """A runtime role (`espalier_api`, `espalier_worker`, `espalier_schedule`) and the password it may log in with."""
+    """A role (`espalier_api`, `_worker`, `_schedule`, or `_scaler`) and the password that it may log in with."""
 
     role: str
     password: str

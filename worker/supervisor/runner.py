@@ -41,6 +41,7 @@ from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
 from core.storage import ObjectStore, StorageUnavailableError
 from core.telemetry.tracing import AttemptTrace
+from core.version import read_version
 from worker.messages import (
     STORAGE_AWAY,
     CheckpointSaved,
@@ -179,6 +180,7 @@ class Runner:
         self._unbooked: list[HeldJob] = []
         self._unrecorded: list[tuple[HeldJob, ProgressReport]] = []
         self._unpublished: Proof | None = None
+        self._version = str(read_version())
         self._serving = threading.Lock()
         self._turned_at = self._idle_since = self._jobless_since = time.monotonic()
 
@@ -206,6 +208,7 @@ class Runner:
             pool_seconds=self._base.held_seconds,
             next_pool=self._next_pool,
             refusals=self._base.refusals,
+            version=self._version,
         )
 
     @property
