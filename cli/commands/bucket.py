@@ -40,8 +40,8 @@ def create_bucket(
                 fail(f"{config.endpoint}: {error}")
             time.sleep(_PAUSE_SECONDS)
     found = "has been made" if was_made else "is there"
-    facts = {"bucket": config.bucket, "endpoint": config.endpoint, "was_made": was_made}
-    say(f"Bucket {config.bucket} {found} at {config.endpoint}.", **facts)
+    sentence = f"Bucket {config.bucket} {found} at {config.endpoint}."
+    say(sentence, bucket=config.bucket, endpoint=config.endpoint, was_made=was_made)
 
 
 def _make_and_try(store: S3ObjectStore) -> bool:
