@@ -98,6 +98,7 @@ LABEL org.opencontainers.image.title="espalier-control" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}" \
     org.opencontainers.image.created="${CREATED}"
+ENV ESPALIER_COMMIT=${REVISION}
 USER 10001:10001
 EXPOSE 8000 9464
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-m", "core.telemetry.health"]
@@ -114,6 +115,7 @@ LABEL org.opencontainers.image.title="espalier-worker-cpu" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}" \
     org.opencontainers.image.created="${CREATED}"
+ENV ESPALIER_COMMIT=${REVISION}
 USER 10001:10001
 EXPOSE 9464
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "-m", "core.telemetry.health"]
@@ -130,7 +132,7 @@ LABEL org.opencontainers.image.title="espalier-worker-cuda" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}" \
     org.opencontainers.image.created="${CREATED}"
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ENV ESPALIER_COMMIT=${REVISION} NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 EXPOSE 9464
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "-m", "core.telemetry.health"]
