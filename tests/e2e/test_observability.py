@@ -190,7 +190,11 @@ def test_a_submission_and_its_attempt_are_one_story(run: Run) -> None:
     (link,) = attempt.links
     (submission,) = (s for s in run.spans if (s.trace_id, s.span_id) == link)
     assert submission.service == "espalier-api"
-    assert "/v1/fine_tuning/jobs" in submission.name
+    (request,) = (s for s in run.spans if s.trace_id == submission.trace_id and s.parent_id == "")
+    assert (request.attributes["http.route"], request.attributes["http.request.method"]) == (
+        "/v1/fine_tuning/jobs",
+        "POST",
+    )
     assert submission.trace_id != attempt.trace_id
     assert submission.began_at < attempt.began_at
 
