@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tests.deploy.compose import (
-    RESULT,
     Deployment,
     build_standins,
+    count_results,
     create_tenant,
     fetch_adapter,
     prepare,
     status,
-    submit_long_job,
+    submit_long,
     succeed,
     trained_steps,
 )
@@ -64,7 +64,7 @@ def check(engine: Engine) -> None:
 
 
 def lose_a_worker(deployment: Deployment, blow: Callable[[Deployment, str], Iterator[None]]) -> None:
-    job_id = submit_long_job(deployment)
+    job_id = submit_long(deployment)
     wait_until(lambda: trained_steps(deployment, job_id) > 0, what="a first step")
     holder = find_holder(deployment, job_id)
     other = next(name for name in NETWORKS if name != holder)
@@ -76,8 +76,7 @@ def lose_a_worker(deployment: Deployment, blow: Callable[[Deployment, str], Iter
         print(f"{holder} lost at step {before}: claimed by {other} after {claimed:.1f} s", flush=True)
     succeed(deployment, job_id)
     fetch_adapter(deployment, job_id)
-    events = deployment.client.fine_tuning.jobs.list_events(job_id, limit=100).data
-    assert sum(event.message == RESULT for event in events) == 1, "a job has one result"
+    assert count_results(deployment, job_id) == 1, "a job has one result"
     assert status(deployment, job_id) == "succeeded"
 
 
