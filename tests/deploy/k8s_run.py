@@ -34,7 +34,7 @@ from tests.waiting import wait_until
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 IDLE_SECONDS = 20
-NUM_EPOCHS, NUM_ROWS, BATCH_SIZE = 60, 40, 4
+NUM_EPOCHS, NUM_ROWS, BATCH_SIZE = 50, 60, 4
 _STANDINS = {"postgresql": "postgres", "redis": "redis", "s3": "s3"}
 _SETTINGS = ("ESPALIER_S3_ENDPOINT=espalier-dev-s3:9000", "ESPALIER_S3_SECURE=false")
 
