@@ -66,9 +66,8 @@ class Node:
         """Run a Job's pod to its end."""
         started = time.monotonic()
         running = self.start(pod)
-        wait_until(lambda: not running.is_alive, what=f"the end of {pod}")
-        assert running.exit_code == 0, running.log()
-        return Ended(running.exit_code, time.monotonic() - started)
+        assert running.wait_until_ended() == 0, running.log()
+        return Ended(0, time.monotonic() - started)
 
     def _walls(self, pod: Pod, container: Object) -> list[str]:
         context, own = pod.spec["securityContext"], container["securityContext"]
@@ -165,9 +164,13 @@ class RunningPod:
 
     def wait_until_ready(self) -> float:
         """Return after how many seconds it was ready."""
-        wait_until(lambda: self.is_ready or self.is_doomed or not self.is_alive, what=f"{self.name} to be ready")
+        wait_until(lambda: self.is_ready or self.is_doomed, what=f"{self.name} to be ready")
         assert self.is_ready, self.log()
         return time.monotonic() - self.started_at
+
+    def wait_until_ended(self) -> int:
+        """Return the exit status, once there is one."""
+        return int(self._engine.docker("wait", self.name))
 
     def stop(self) -> Ended:
         """Delete it as the API server would: the preStop sleep, SIGTERM, and SIGKILL when the grace is over."""
@@ -195,6 +198,8 @@ class RunningPod:
         for _ in range(probe["failureThreshold"]):
             if self._passes(probe):
                 return True
+            if not self.is_alive:
+                return False
             time.sleep(probe["periodSeconds"])
         return False
 

@@ -34,7 +34,7 @@ from tests.waiting import wait_until
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 IDLE_SECONDS = 20
-NUM_EPOCHS, NUM_ROWS, BATCH_SIZE = 60, 40, 4
+NUM_EPOCHS, NUM_ROWS, BATCH_SIZE = 50, 60, 4
 _STANDINS = {"postgresql": "postgres", "redis": "redis", "s3": "s3"}
 _SETTINGS = ("ESPALIER_S3_ENDPOINT=espalier-dev-s3:9000", "ESPALIER_S3_SECURE=false")
 
@@ -276,8 +276,7 @@ def finish_with_the_next_worker(cluster: Cluster, job_id: str, step: int) -> Non
     assert f"Resumed from step {step}." in messages
     num_bytes = download(cluster, job_id)
     ended_at = time.monotonic()
-    cluster.wait_for(lambda: not worker.is_alive, what="the idle worker's end")
-    assert worker.exit_code == 0, worker.log()
+    assert worker.wait_until_ended() == 0, worker.log()
     assert not cluster.sql("select name from workers")
     seconds = time.monotonic() - ended_at
     print(
