@@ -7,6 +7,7 @@ row is what links them. A provider is made by each process for itself, after it 
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -20,11 +21,17 @@ _NANOSECONDS = 1_000_000_000
 _tracer: Tracer | None = None  # once `configure_tracing` has been called with a collector's URL
 
 
+class TracingUnavailableError(Exception):
+    """Traces are asked for, and what makes them is not installed."""
+
+
 def configure_tracing(process: str, settings: TelemetrySettings) -> None:
     """Send this process's spans to the collector that the settings name, if they name one."""
     global _tracer  # noqa: PLW0603 (a process has one provider)
     if settings.otlp_endpoint is None:
         return
+    if importlib.util.find_spec("opentelemetry.sdk") is None:
+        raise TracingUnavailableError("ESPALIER_OTLP_ENDPOINT is set, and the extra `tracing` is not installed.")
     from opentelemetry import trace  # noqa: PLC0415 (not loaded where nobody asks for traces)
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
     from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
