@@ -1,8 +1,8 @@
 """Traces, by OpenTelemetry over OTLP/HTTP: only where a collector's URL is set, and then the extra `tracing` is needed.
 
-Without it no provider is made and nothing of OpenTelemetry's that makes traces is loaded. A submission is a trace of the
-API's; each attempt is a trace of its own, which may come hours later, with a link to the submission. `traceparent` in a
-job's row is what links them. A provider is made by each process for itself, after it was started.
+Without it no provider is made, and nothing of OpenTelemetry's that makes traces is loaded. A submission is a trace of
+the API's; each attempt is a trace of its own, which may come hours later, with a link to the submission. `traceparent`
+in a job's row is what links them. A provider is made by each process for itself, after it was started.
 """
 
 from __future__ import annotations
