@@ -28,7 +28,13 @@ class StorageConfig:
 
 
 class _Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="ESPALIER_", frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = SettingsConfigDict(
+        env_prefix="ESPALIER_",
+        frozen=True,
+        extra="ignore",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # an error that one is missing would quote the others, passwords too, into the log
+    )
 
 
 class DatabaseSettings(_Settings):
