@@ -38,8 +38,11 @@ def configure_tracing(process: str, settings: TelemetrySettings) -> None:
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
+    from core.telemetry.discretion import QueryHider  # noqa: PLC0415
+
     provider = TracerProvider(resource=Resource.create({"service.name": f"espalier-{process}"}))
     exporter = OTLPSpanExporter(endpoint=f"{settings.otlp_endpoint.rstrip('/')}/v1/traces")
+    provider.add_span_processor(QueryHider())
     provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)  # FastAPI makes a span of each request as soon as there is one
     _tracer = provider.get_tracer("espalier")

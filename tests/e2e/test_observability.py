@@ -131,7 +131,7 @@ def refuse_something(api_url: str, api_key: str) -> None:
         assert client.get("/no/such/page").status_code == 404
         unstorable = {"model": BASE_MODEL, "training_file": "file-" + "0" * 32, "suffix": "a\u0000b"}
         assert client.post("/v1/fine_tuning/jobs", json=unstorable).status_code == 400
-        assert client.get("/v1/files/%00").status_code in (400, 404)
+        assert client.get("/v1/fine_tuning/jobs", params={"metadata[note]": SECRET_WORD}).status_code == 200
 
 
 def read(port: int, page: str = "metrics") -> str:
