@@ -121,4 +121,4 @@ types: $(INSTALLED)
 contracts: $(INSTALLED)
 	$(BIN)/lint-imports
 
-check: lint types contracts test
+check: lint types contracts check-alerts test

@@ -1,12 +1,13 @@
 """Traces, by OpenTelemetry over OTLP/HTTP: only where a collector's URL is set, and then the extra `tracing` is needed.
 
-Without it no provider is made and no library of OpenTelemetry's SDK is loaded. A submission is a trace of the API's;
-each attempt is a trace of its own, which may come hours later, with a link to the submission. `traceparent` in a job's
-row is what links them. A provider is made by each process for itself, after it was started.
+Without it no provider is made, and nothing of OpenTelemetry's that makes traces is loaded. A submission is a trace of
+the API's; each attempt is a trace of its own, which may come hours later, with a link to the submission. `traceparent`
+in a job's row is what links them. A provider is made by each process for itself, after it was started.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -20,19 +21,28 @@ _NANOSECONDS = 1_000_000_000
 _tracer: Tracer | None = None  # once `configure_tracing` has been called with a collector's URL
 
 
+class TracingUnavailableError(Exception):
+    """Traces are asked for, and what makes them is not installed."""
+
+
 def configure_tracing(process: str, settings: TelemetrySettings) -> None:
     """Send this process's spans to the collector that the settings name, if they name one."""
     global _tracer  # noqa: PLW0603 (a process has one provider)
     if settings.otlp_endpoint is None:
         return
+    if importlib.util.find_spec("opentelemetry.sdk") is None:
+        raise TracingUnavailableError("ESPALIER_OTLP_ENDPOINT is set, and the extra `tracing` is not installed.")
     from opentelemetry import trace  # noqa: PLC0415 (not loaded where nobody asks for traces)
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
     from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
+    from core.telemetry.discretion import QueryHider  # noqa: PLC0415
+
     provider = TracerProvider(resource=Resource.create({"service.name": f"espalier-{process}"}))
     exporter = OTLPSpanExporter(endpoint=f"{settings.otlp_endpoint.rstrip('/')}/v1/traces")
+    provider.add_span_processor(QueryHider())
     provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)  # FastAPI makes a span of each request as soon as there is one
     _tracer = provider.get_tracer("espalier")

@@ -33,9 +33,10 @@ UNSEEN = {"espalier_device_peak_flops"}
 
 @dataclass(frozen=True)
 class Run:
-    """What was left of a run: `answered` is the answer to the submission."""
+    """What was left of a run, by the names of its processes."""
 
     lines: dict[str, list[str]]
+    probes: dict[str, str]
     families: dict[str, set[str]]
     pages: dict[str, str]
     spans: list[Span]
@@ -72,11 +73,13 @@ def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
             ports = stack.management_ports
             wait_until(lambda: has_trainer_again(read(ports["worker"])), what="another trainer")
             pages = {name: read(port) for name, port in ports.items()}
+            probes = {name: read(port, "livez") for name, port in ports.items()}
             secrets = (api_key, *vars(stack._servers.secrets).values())
         yield Run(
             lines={name: (directory / "data/logs" / f"{name}.log").read_text().splitlines() for name in ports},
             families={name: families_of(page) for name, page in pages.items()},
             pages=pages,
+            probes=probes,
             spans=collector.spans,
             job_id=job_id,
             other_job_id=other_job_id,
@@ -128,11 +131,11 @@ def refuse_something(api_url: str, api_key: str) -> None:
         assert client.get("/no/such/page").status_code == 404
         unstorable = {"model": BASE_MODEL, "training_file": "file-" + "0" * 32, "suffix": "a\u0000b"}
         assert client.post("/v1/fine_tuning/jobs", json=unstorable).status_code == 400
-        assert client.get("/v1/files/%00").status_code in (400, 404)
+        assert client.get("/v1/fine_tuning/jobs", params={"metadata[note]": SECRET_WORD}).status_code == 200
 
 
-def read(port: int) -> str:
-    return httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False, timeout=PATIENCE_SECONDS).text
+def read(port: int, page: str = "metrics") -> str:
+    return httpx.get(f"http://127.0.0.1:{port}/{page}", trust_env=False, timeout=PATIENCE_SECONDS).text
 
 
 def families_of(page: str) -> set[str]:
@@ -180,6 +183,20 @@ def test_no_figure_is_labelled_with_what_a_client_chooses(run: Run) -> None:
             label for family in text_string_to_metric_families(page) for s in family.samples for label in s.labels
         }
         assert not labels & {"tenant", "tenant_id", "job_id", "path"}, name
+
+
+@pytest.mark.parametrize(
+    ("process", "threads"),
+    [
+        ("schedule", ("printed output", "cleaning", "sweeping")),
+        ("worker", ("printed output", "heartbeats", "self-fence", "proofs", "presence", "warmer", "watchdog")),
+    ],
+)
+def test_a_probe_looks_at_every_thread_that_its_process_depends_on(
+    run: Run, process: str, threads: tuple[str, ...]
+) -> None:
+    assert run.probes[process].startswith("ok: ")
+    assert set(re.findall("thread '(.+?)'", run.probes[process])) == set(threads)
 
 
 def test_a_submission_and_its_attempt_are_one_story(run: Run) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 PROGRAM = """
 import atexit, logging, os, subprocess, sys, threading, warnings
 import structlog
@@ -59,6 +61,14 @@ def test_a_traceback_that_ends_the_process_is_one_line() -> None:
     (line,), status = run("raise ValueError('of ours')")
     assert (line["event"], line["level"], status) == ("process.failed", "critical", 1)
     assert "ValueError: of ours" in line["exception"]
+
+
+def test_a_setting_that_is_missing_puts_no_other_into_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_DATABASE_URL", "postgresql://somebody:hunter2@nowhere/db")
+    (line,), status = run("from core.settings import ScheduleSettings; ScheduleSettings()")
+    assert (line["event"], status) == ("process.failed", 1)
+    assert "redis_url" in line["exception"]
+    assert "hunter2" not in line["exception"]
 
 
 def test_a_thread_that_dies_leaves_one_line() -> None:
