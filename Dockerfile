@@ -37,38 +37,45 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /build
-COPY pyproject.toml constraints.txt ./
-COPY deploy/images/requirements.py deploy/images/slim.py ./deploy/images/
 RUN python3 -m venv /opt/espalier
 
+# What each image needs, apart: a change elsewhere in pyproject.toml leaves the environments as they are.
+FROM builder AS requirements
+COPY pyproject.toml deploy/images/requirements.py ./
+RUN python3 requirements.py api schedule cli tracing > control.txt \
+    && python3 requirements.py worker tracing > worker.txt
+
 FROM builder AS control-environment
+COPY constraints.txt deploy/images/slim.py ./
+COPY --from=requirements /build/control.txt ./
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=ca \
-    python3 deploy/images/requirements.py api schedule cli > requirements.txt \
-    && pip install --constraint constraints.txt --requirement requirements.txt \
-    && python3 deploy/images/slim.py
+    pip install --constraint constraints.txt --requirement control.txt \
+    && python3 slim.py
 
 FROM builder AS worker-cpu-environment
 ARG TORCH_CPU
+COPY constraints.txt deploy/images/slim.py ./
+COPY --from=requirements /build/worker.txt ./
 # torch alone, from its publisher's index; everything else from the usual one.
 # hadolint ignore=SC2086,DL3013
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=ca \
     pip install --no-deps ${TORCH_CPU} \
-    && python3 deploy/images/requirements.py worker > requirements.txt \
-    && pip install --constraint constraints.txt --requirement requirements.txt \
-    && python3 deploy/images/slim.py --without-cuda
+    && pip install --constraint constraints.txt --requirement worker.txt \
+    && python3 slim.py --without-cuda
 
 FROM builder AS worker-cuda-environment
 ARG TORCH_CUDA
+COPY constraints.txt deploy/images/slim.py ./
+COPY --from=requirements /build/worker.txt ./
 # hadolint ignore=SC2086
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=ca \
     pip install --constraint constraints.txt ${TORCH_CUDA} \
-    && python3 deploy/images/requirements.py worker > requirements.txt \
-    && pip install --constraint constraints.txt --requirement requirements.txt \
-    && python3 deploy/images/slim.py
+    && pip install --constraint constraints.txt --requirement worker.txt \
+    && python3 slim.py
 
 # The service itself, apart: a change of the sources leaves the layers above as they are.
 FROM builder AS package
-COPY README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY api ./api
 COPY cli ./cli
 COPY core ./core

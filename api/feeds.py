@@ -102,6 +102,7 @@ class EventFeed:
             yield
         finally:
             self.close()
+            PROCESS.release(listener.thread)
             poller.cancel()
             await asyncio.gather(poller, return_exceptions=True)
             await loop.run_in_executor(None, listener.close)

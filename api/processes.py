@@ -150,8 +150,10 @@ def _note_signals() -> socket.socket:
 def _serve_as_child(listener: socket.socket, turned_at: Any) -> None:
     die_with_parent()
     hide_memory()
-    threading.Thread(target=_end_with_parent, daemon=True, name="end with parent").start()
     configure_logs("api")
+    ending = threading.Thread(target=_end_with_parent, daemon=True, name="end with parent")
+    PROCESS.watch(ending)
+    ending.start()
     settings = ApiSettings()  # read from the environment, as the parent's were
     configure_tracing("api", settings)
 

@@ -242,7 +242,8 @@ def _check_conditional_put(server: _Server) -> str:
 
 
 def _is_refused(answer: httpx.Response) -> bool:
-    return answer.status_code in {httpx.codes.FORBIDDEN, httpx.codes.UNAUTHORIZED}
+    """Return whether it says no; that there is nothing would mean that it has looked."""
+    return answer.is_client_error and answer.status_code != httpx.codes.NOT_FOUND
 
 
 def _expect(is_true: bool, otherwise: str) -> None:  # noqa: FBT001 (an assertion's shape)

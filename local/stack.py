@@ -209,7 +209,8 @@ class LocalStack:
         }
         prepare_database(self.owner_url, self._registry, logins=tuple(logins.values()))
         self._pools = self._list_pools()
-        self.management_ports = dict(zip(logins, free_ports(len(logins)), strict=True))
+        ports = [port for port in free_ports(len(logins) + 1) if port != self._port]  # which nobody listens on yet
+        self.management_ports = dict(zip(logins, ports, strict=False))
         for module, login in logins.items():
             argv = [sys.executable, "-m", module]
             own = {"ESPALIER_MANAGEMENT_PORT": str(self.management_ports[module])}

@@ -104,6 +104,7 @@ class Schedule:
         finally:
             self._stop_requested.set()
             for thread in threads:
+                PROCESS.release(thread)
                 thread.join()
         with contextlib.suppress(*DATABASE_ERRORS), service_transaction(self._engine) as session:
             resign(session, self._holder)

@@ -13,6 +13,8 @@ from typing import Literal
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from core.domain.duties import Duty
+
 _CENSUS = text("""
 with waiting as (
     select pool, case when run_after > now() then 'delayed' else 'queued' end as state,
@@ -43,7 +45,8 @@ union all
 select 'workers', '', s.state, (select count(*) from alive a where a.state = s.state), 0
 from (values ('idle'), ('loading'), ('serving'), ('stopping')) s (state)
 union all
-select 'set_asides', '', duty, count(*), 0 from set_asides group by duty
+select 'set_asides', '', d.name, (select count(*) from set_asides s where s.duty = d.name), 0
+from unnest(cast(:duties as text[])) d (name)
 """)
 
 
@@ -62,4 +65,4 @@ class Count:
 
 
 def take_census(session: Session) -> Sequence[Count]:
-    return [Count(*row) for row in session.execute(_CENSUS)]
+    return [Count(*row) for row in session.execute(_CENSUS, {"duties": list(Duty)})]

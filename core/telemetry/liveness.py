@@ -58,13 +58,21 @@ class Liveness:
 
         self.add_check(f"thread {thread.name!r}", find_fault)
 
+    def release(self, thread: threading.Thread) -> None:
+        """Depend on a thread no more, which is about to end as it should."""
+        self._checks = [each for each in self._checks if each[0] != f"thread {thread.name!r}"]
+
     def add_check(self, name: str, check: Callable[[], str | None]) -> None:
         self._checks.append((name, check))
 
+    def find_faults(self) -> tuple[str, ...]:
+        """Return what is wrong, in one line each."""
+        faults = (check() for _name, check in tuple(self._checks))
+        return tuple(fault for fault in faults if fault is not None)
+
     def find_fault(self) -> str | None:
         """Return the first thing that is wrong, in one line."""
-        faults = (check() for _name, check in tuple(self._checks))
-        return next((fault for fault in faults if fault is not None), None)
+        return next(iter(self.find_faults()), None)
 
 
 # This process's own, as the registry of its figures is.

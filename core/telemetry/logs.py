@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 import structlog
 
+from core.telemetry.liveness import PROCESS
+
 log = structlog.get_logger()
 _MAX_PRINTED_LENGTH = 2000
 _STOP_SECONDS = 1.0
@@ -97,6 +99,7 @@ def _capture(captured: Sequence[int], stream: TextIO) -> None:
         os.dup2(writing, number)
     os.close(writing)
     relay = threading.Thread(target=_relay, args=(reading, stream), daemon=True, name="printed output")
+    PROCESS.watch(relay)  # without it the pipe fills, and whoever prints waits for ever
     relay.start()
     atexit.register(_release, captured, stream, relay)
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import structlog
-from prometheus_client import REGISTRY, CollectorRegistry, make_wsgi_app
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, make_wsgi_app
 
 from core.settings import TelemetrySettings
 from core.telemetry.liveness import PROCESS, Liveness
@@ -43,6 +43,10 @@ class ManagementServer:
         self._show_metrics = make_wsgi_app(registry)
         self._server: _Server | None = None
         if settings.management_port is not None:
+            sound = Gauge(
+                "espalier_sound", "Whether nothing that this process depends on is at fault.", registry=registry
+            )
+            sound.set_function(lambda: liveness.find_fault() is None)
             self._server = _Server((settings.management_host, settings.management_port), _QuietRequest)
             self._server.set_app(self._answer)
             threading.Thread(target=self._server.serve_forever, daemon=True, name="management").start()

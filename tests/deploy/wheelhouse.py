@@ -27,16 +27,22 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-def fill_wheelhouse(directory: Path, *, extras: Sequence[str], others: Sequence[str] = ()) -> None:
-    """Download what the extras need, torch for a CPU among it."""
-    directory.mkdir(parents=True, exist_ok=True)
+def fill_wheelhouse(directory: Path, *, extras: Sequence[str]) -> None:
+    """Download what the extras need, torch for a CPU among it; nothing where all of it is there."""
+    pins = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "constraints.txt"))
+    filled = directory / "filled"
+    if filled.exists() and filled.read_text(encoding="utf-8") == pins:
+        return
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])}
-    _download(directory, *_UNNAMED, *others, options=("--no-deps",))
-    _download(directory, *sorted(named - {"torch"}), *([TORCH] if "torch" in named else []))
+    download(directory, *_UNNAMED, options=("--no-deps",))
+    download(directory, *sorted(named - {"torch"}), *([TORCH] if "torch" in named else []))
+    filled.write_text(pins, encoding="utf-8")
 
 
-def _download(directory: Path, *requirements: str, options: Sequence[str] = ()) -> None:
+def download(directory: Path, *requirements: str, options: Sequence[str] = ()) -> None:
+    """Download wheels in the pinned versions."""
+    directory.mkdir(parents=True, exist_ok=True)
     constraints = ("--constraint", str(ROOT / "constraints.txt"), "--only-binary", ":all:")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(directory), *constraints, *options]
     done = subprocess.run([*pip, *requirements], capture_output=True, text=True, check=False)

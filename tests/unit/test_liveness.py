@@ -29,6 +29,16 @@ def test_a_dead_thread_is_named() -> None:
     assert liveness.find_fault() == "thread 'reading' is dead"
 
 
+def test_a_thread_that_ends_as_it_should_is_missed_by_nobody() -> None:
+    liveness = Liveness()
+    thread = threading.Thread(target=lambda: None, name="reading")
+    liveness.watch(thread)
+    thread.start()
+    liveness.release(thread)
+    thread.join()
+    assert liveness.find_fault() is None
+
+
 def test_a_duty_is_overdue_until_it_is_done_again() -> None:
     liveness = Liveness()
     duty = liveness.add_duty("sweeping", patience_seconds=0.05)

@@ -39,6 +39,7 @@ class Presence:
 
     def close(self) -> None:
         """Stop, and take the row away. An unreachable database is left to forget the worker by itself."""
+        PROCESS.release(self._thread)
         self._stop_requested.set()
         self._woken.set()
         if not self._thread.is_alive():

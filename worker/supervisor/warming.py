@@ -37,6 +37,7 @@ class Warmer:
 
     def close(self) -> None:
         """Stop, after the runner was asked to."""
+        PROCESS.release(self._thread)
         self._stop_requested.set()
         self._thread.join(_STOP_SECONDS)
 
