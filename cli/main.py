@@ -15,6 +15,7 @@ from cli.commands.contract import check_contract
 from cli.commands.database import migrate
 from cli.commands.datasets import validate
 from cli.commands.demo import demo
+from cli.commands.doctor import doctor
 from cli.commands.keys import keys
 from cli.commands.operators import operators
 from cli.commands.oversight import jobs, pools, usage, workers
@@ -30,7 +31,7 @@ app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=F
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(up, down, status, demo, migrate, validate),
     *(jobs, workers, pools, usage, top),
-    *(audit, check_contract, s3_check, set_asides),
+    *(audit, check_contract, s3_check, set_asides, doctor),
 )
 for command in _COMMANDS:
     app.command()(command)

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 from sqlalchemy import Engine
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 
 from cli.environment import reading_settings
@@ -37,7 +38,10 @@ def operator_session(data_dir: Path) -> Iterator[Session]:
 @contextmanager
 def owner_engine(data_dir: Path) -> Iterator[Engine]:
     """Yield an engine in the role of the tables' owner. Errors are as in `operator_session`."""
-    engine = connect(owner_url(data_dir))
+    try:
+        engine = connect(owner_url(data_dir))
+    except (ArgumentError, ValueError):  # whose words may quote the password
+        fail(f"{OWNER_URL_SETTING} is no URL of a database: write postgresql://user:password@host:port/name.")
     try:
         yield engine
     finally:

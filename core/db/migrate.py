@@ -47,6 +47,11 @@ def migrate_database(owner_url: str, *, logins: tuple[RoleLogin, ...] = ()) -> N
         engine.dispose()
 
 
+def list_revisions() -> tuple[str, ...]:
+    """Return the revisions that this code knows, oldest first: each stands in the name of its file."""
+    return tuple(path.name.partition("_")[0] for path in sorted((MIGRATIONS_DIR / "versions").glob("[0-9]*_*.py")))
+
+
 def _migrate(engine: Engine, logins: tuple[RoleLogin, ...]) -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS_DIR))

@@ -34,8 +34,10 @@ grant select (duty, row_id, retry_at) on set_asides to {ROLE};
 grant select on storage_totals to {ROLE};
 grant select ({USAGE}) on usage to {ROLE};
 grant select on alembic_version to {READERS};
+grant select on leaders to espalier_operator;
 """
 REVOKES = f"""
+revoke select on leaders from espalier_operator;
 revoke select on alembic_version from {READERS};
 revoke select ({USAGE}) on usage from {ROLE};
 revoke select on storage_totals from {ROLE};

@@ -133,6 +133,7 @@ def invocations(tmp_path: Path, owner: Engine, tenant: Tenant) -> dict[str, tupl
         "pools": (),
         "usage": (),
         "top": (),
+        "doctor": (),
         "tenants create": (f"made-{slug[:20]}",),
         "tenants list": (),
         "tenants set": (slug, "--weight", "2"),
