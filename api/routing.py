@@ -37,7 +37,7 @@ from core.services.tenants import Identity
 log = structlog.get_logger()
 
 _MAX_TRIES = 3
-SHARE_OF_TENANT = 16
+SHARE_OF_TENANT = 6
 _shares: WeakValueDictionary[uuid.UUID, CapacityLimiter] = WeakValueDictionary()
 _UNDONE_STATES = ("40P01", "40001")  # SQLSTATEs: deadlock_detected, serialization_failure
 

@@ -96,7 +96,7 @@ def running_stack(directory: Path, *, num_processes: int = NUM_PROCESSES) -> Ite
     }
     registry = directory / "registry.yaml"
     registry.write_text(yaml.safe_dump({"base_models": [entry]}))
-    env = {"ESPALIER_REQUESTS_PER_MINUTE": "10000000", "ESPALIER_API_PROCESSES": str(num_processes)}
+    env = {"ESPALIER_REQUESTS_PER_MINUTE": "1000000", "ESPALIER_API_PROCESSES": str(num_processes)}
     with LocalStack(directory / "data", registry_path=registry, env=env) as stack:
         stack.process("worker").stop()
         yield stack
