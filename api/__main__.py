@@ -2,16 +2,16 @@
 
 import sys
 
-from api.processes import ProcessGroup
-from api.server import serve
+from api.processes import ProcessGroup, serve_alone
 from core.sandbox import hide_memory
 from core.settings import ApiSettings
-from core.telemetry import configure_logs
+from core.telemetry.logs import configure_logs
 
 if __name__ == "__main__":
     hide_memory()
-    configure_logs("api")
     settings = ApiSettings()  # read from the environment
     if settings.api_processes > 1:
+        configure_logs("api", captured=())  # its children write to the same log, and not through this process
         sys.exit(ProcessGroup(settings).run())
-    serve(settings)
+    configure_logs("api")
+    serve_alone(settings)

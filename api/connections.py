@@ -29,6 +29,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from api.errors import error_body
+from api.metrics import count_refusal
 
 MAX_HEADER_BYTES = 64 * 2**10
 MAX_URL_BYTES = 32 * 2**10
@@ -149,6 +150,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         if not self._house.admit(self):
             self._is_refused = True
+            count_refusal(_FULL.code)
             transport.write(_FULL.to_bytes())
             transport.close()
 
@@ -261,6 +263,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_refused or self.transport.is_closing():
             return
         self._is_refused = True
+        count_refusal(refusal.code)
         if not self._can_answer:
             self.transport.close()
             return

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Annotated, cast
 
 import anyio.from_thread
+import structlog
 from fastapi import Depends, Request
 from fastapi.params import Depends as Dependency
 from sqlalchemy import Engine
@@ -66,6 +67,7 @@ async def _identify(request: Request) -> Identity:
     authenticator: Authenticator = request.app.state.authenticator
     authorization = request.headers.get("authorization")
     identity = await authenticator.find(authorization)
+    structlog.contextvars.bind_contextvars(tenant_id=str(identity.tenant_id))
     await _count_request(request, identity)
     return identity
 

@@ -12,6 +12,7 @@ from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from api.metrics import count_refusal
 from core.db.session import DATABASE_ERRORS
 from core.domain.errors import (
     BusyError,
@@ -93,6 +94,7 @@ def error_answer(
 def _answer_domain_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, DomainError)
     status = status_of(error)
+    count_refusal(error.code)
     headers = next((_HEADERS[kind] for kind in type(error).__mro__ if kind in _HEADERS), None)
     return error_answer(status, error.message, code=error.code, param=error.param, headers=headers)
 
@@ -120,12 +122,14 @@ def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
         return _answer_domain_error(request, error.__cause__)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
     code = _HTTP_CODES.get(error.status_code, "http_error")
+    count_refusal(code)
     return error_answer(error.status_code, message, code=code, headers=dict(error.headers or {}))
 
 
 def _answer_unavailable(_request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, ObjectNotFoundError):
         return error_answer(404, "The content is gone.", code="not_found")
+    count_refusal("unavailable")
     log.warning("dependency.unavailable", error=type(error).__name__)
     return error_answer(503, "The service is not ready; try again.", code="unavailable", headers=_RETRY_AFTER)
 

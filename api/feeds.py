@@ -19,12 +19,14 @@ from dataclasses import dataclass, field, replace
 import structlog
 from sqlalchemy import Engine
 
+from api.metrics import OPEN_STREAMS
 from api.schemas.objects import EventObject
 from core.db.notifications import Listener
 from core.db.session import DATABASE_ERRORS, tenant_transaction
 from core.domain.errors import RateLimitedError
 from core.services.events import EVENT_CHANNEL
 from core.services.streams import Watch, WatchState, read_watches
+from core.telemetry.liveness import PROCESS
 
 log = structlog.get_logger()
 
@@ -94,11 +96,13 @@ class EventFeed:
             loop.call_soon_threadsafe(self._note, job_id)
 
         listener = Listener(self._database_url, EVENT_CHANNEL, on_payload=note, on_connect=note)
+        PROCESS.watch(listener.thread)
         poller = asyncio.create_task(self._poll())
         try:
             yield
         finally:
             self.close()
+            PROCESS.release(listener.thread)
             poller.cancel()
             await asyncio.gather(poller, return_exceptions=True)
             await loop.run_in_executor(None, listener.close)
@@ -122,6 +126,7 @@ class EventFeed:
         stream = _Stream(tenant_id, watch)
         self._streams.add(stream)
         self._num_open[tenant_id] += 1
+        OPEN_STREAMS.inc()
         try:
             while not self._is_closed:
                 stream.is_waiting = True
@@ -135,6 +140,7 @@ class EventFeed:
         finally:
             self._streams.discard(stream)
             self._num_open[tenant_id] -= 1
+            OPEN_STREAMS.dec()
 
     def _note(self, job_id: str | None) -> None:
         """Mark the streams of a job, or all of them, as having news."""

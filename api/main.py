@@ -28,6 +28,7 @@ from api.routes import (
     logs,
     metrics,
     models,
+    oversight,
     previews,
     streams,
     uploads,
@@ -71,6 +72,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
         adapters,
         api_keys,
         admin,
+        oversight,
         health,
     ):
         app.include_router(routes.router)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import ExitStack
 from typing import NoReturn
 
+import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.admission import LONG_BODIES
+from api.metrics import count_answer
 from core.domain.errors import DomainError
 from core.domain.ids import new_id
 
@@ -20,13 +23,17 @@ _MOMENT_SECONDS = 0.2
 
 
 class RequestIdMiddleware:
-    """Plain ASGI, so that bodies and streams pass untouched."""
+    """Names, counts and times each request. Plain ASGI, so that bodies and streams pass untouched."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = f"req_{new_id().hex}"
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id, began_at = f"req_{new_id().hex}", time.monotonic()
+        structlog.contextvars.bind_contextvars(request_id=request_id)  # of this request's own task
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -34,9 +41,16 @@ class RequestIdMiddleware:
                 headers["x-request-id"] = request_id
                 for name, value in (_HEADERS | scope.get("state", {}).get("rate_limit", {})).items():
                     headers[name] = value
+                seconds = time.monotonic() - began_at
+                count_answer(scope["method"], _template_of(scope), message["status"], seconds=seconds)
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
+
+
+def _template_of(scope: Scope) -> str:
+    """Return the route's path with its parameters unfilled, so that there are as many as there are routes."""
+    return getattr(scope.get("route"), "path_format", "unmatched")
 
 
 class BodyCapMiddleware:

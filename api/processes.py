@@ -1,8 +1,11 @@
 """Several API processes on one port: they share its listening socket, and stop together.
 
-The parent serves nothing; it replaces a child that has died. One that dies young is no accident: then all end, and
-whoever keeps this program running decides when it is tried again. A child whose parent is gone ends at once, so that
-nobody is left on the port.
+The parent serves nothing but the management port; it replaces a child that has died. One that dies young is no
+accident: then all end, and whoever keeps this program running decides when it is tried again. A child whose parent is
+gone ends at once, so that nobody is left on the port.
+
+Each child counts in files of its own, which the parent adds up, and notes when its event loop last turned. A child that
+has died stays counted; only what it had open is not open any more.
 """
 
 from __future__ import annotations
@@ -11,27 +14,52 @@ import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 import structlog
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from api.server import make_config, serve
+from core.db.readiness import find_database_obstacle
+from core.db.session import connect
 from core.sandbox import die_with_parent, hide_memory
 from core.settings import ApiSettings
-from core.telemetry import configure_logs
+from core.telemetry.liveness import PROCESS
+from core.telemetry.logs import configure_logs
+from core.telemetry.management import ManagementServer
+from core.telemetry.tracing import configure_tracing
 
 log = structlog.get_logger()
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _YOUNG_SECONDS = 5.0
+_LOOP_PATIENCE_SECONDS = 30.0
+_START_PATIENCE_SECONDS = 120.0
+_METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # read where prometheus_client is imported: by each child, as it starts
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
 class _Child:
+    """`turned_at` is when its event loop last turned, by the clock that all processes share; 0 before it starts."""
+
     process: SpawnProcess
     started_at: float
+    turned_at: Any
+
+    def find_fault(self) -> str | None:
+        has_turned = self.turned_at.value > 0
+        patience_seconds = _LOOP_PATIENCE_SECONDS if has_turned else _START_PATIENCE_SECONDS
+        silent_seconds = time.monotonic() - (self.turned_at.value if has_turned else self.started_at)
+        if silent_seconds <= patience_seconds:
+            return None
+        return f"API process {self.process.pid} is overdue: no sign of life for {silent_seconds:.0f} s"
 
 
 class ProcessGroup:
@@ -40,24 +68,38 @@ class ProcessGroup:
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
         self._children: list[_Child] = []
+        PROCESS.add_check("API processes", self._find_fault)
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT, or until a child dies young; return the exit status."""
         woken = _note_signals()
         self._listener = make_config(self._settings).bind_socket()
-        self._children = [self._start() for _ in range(self._settings.api_processes)]
-        try:
+        with ExitStack() as exits:
+            directory = exits.enter_context(tempfile.TemporaryDirectory(prefix="espalier-metrics-"))
+            os.environ[_METRICS_DIRECTORY] = directory  # before a child is there
+            exits.callback(self._stop)
+            self._children = [self._start() for _ in range(self._settings.api_processes)]
+            exits.callback(_start_management(self._settings, self._make_registry(directory)).close)
             while not _STOP_SIGNALS.intersection(woken.recv(64)):
                 if not self._replace_dead():
                     return 1
-        finally:
-            self._stop()
         return 0
 
+    def _make_registry(self, directory: str) -> CollectorRegistry:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=directory)  # type: ignore[no-untyped-call]
+        processes = Gauge("espalier_api_processes", "API processes that are alive.", registry=registry)
+        processes.set_function(lambda: sum(child.process.is_alive() for child in self._children))
+        return registry
+
+    def _find_fault(self) -> str | None:
+        return next((fault for child in self._children if (fault := child.find_fault()) is not None), None)
+
     def _start(self) -> _Child:
-        process = multiprocessing.get_context("spawn").Process(target=_serve_as_child, args=(self._listener,))
+        turned_at = _SPAWN.Value("d", 0.0, lock=False)
+        process = _SPAWN.Process(target=_serve_as_child, args=(self._listener, turned_at))
         process.start()
-        return _Child(process, time.monotonic())
+        return _Child(process, time.monotonic(), turned_at)
 
     def _replace_dead(self) -> bool:
         """Start a process for each that has died; False where one died young."""
@@ -66,6 +108,7 @@ class ProcessGroup:
                 continue
             lived_seconds = time.monotonic() - child.started_at
             log.error("api_process.died", status=child.process.exitcode, lived_seconds=round(lived_seconds, 1))
+            mark_process_dead(child.process.pid)  # type: ignore[no-untyped-call]
             if lived_seconds < _YOUNG_SECONDS:
                 return False
             self._children[place] = self._start()
@@ -78,6 +121,22 @@ class ProcessGroup:
             child.process.join()
 
 
+def serve_alone(settings: ApiSettings) -> None:
+    """Serve in this process, with the management port on a thread of its own, until SIGTERM or SIGINT."""
+    configure_tracing("api", settings)
+    loop = PROCESS.add_duty("the event loop", patience_seconds=_LOOP_PATIENCE_SECONDS)
+    management = _start_management(settings)
+    try:
+        serve(settings, show_life=loop.beat)
+    finally:
+        management.close()
+
+
+def _start_management(settings: ApiSettings, registry: CollectorRegistry = REGISTRY) -> ManagementServer:
+    engine = connect(settings.database_url.get_secret_value(), pool_size=1)
+    return ManagementServer(settings, find_obstacle=lambda: find_database_obstacle(engine), registry=registry)
+
+
 def _note_signals() -> socket.socket:
     """Return a socket that yields the number of each signal that comes, whichever thread the system gives it to."""
     woken, waker = socket.socketpair()
@@ -88,12 +147,23 @@ def _note_signals() -> socket.socket:
     return woken
 
 
-def _serve_as_child(listener: socket.socket) -> None:
+def _serve_as_child(listener: socket.socket, turned_at: Any) -> None:
     die_with_parent()
     hide_memory()
-    threading.Thread(target=_end_with_parent, daemon=True, name="end with parent").start()
     configure_logs("api")
-    serve(ApiSettings(), listener)  # read from the environment, as the parent's were
+    ending = threading.Thread(target=_end_with_parent, daemon=True, name="end with parent")
+    PROCESS.watch(ending)
+    ending.start()
+    settings = ApiSettings()  # read from the environment, as the parent's were
+    configure_tracing("api", settings)
+
+    def show_life() -> None:
+        if (fault := PROCESS.find_fault()) is None:
+            turned_at.value = time.monotonic()
+        else:
+            log.error("api_process.unsound", fault=fault)
+
+    serve(settings, listener, show_life=show_life)
 
 
 def _end_with_parent() -> None:

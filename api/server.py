@@ -8,6 +8,7 @@ import math
 import resource
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -25,13 +26,17 @@ _TICKS_A_SWEEP = 10  # a tick is a tenth of a second
 
 
 class ApiServer(uvicorn.Server):
-    """A server within bounds, which ends the open event streams when it is asked to stop: it would wait for ever."""
+    """A server within bounds, which ends the open event streams when it is asked to stop: it would wait for ever.
 
-    def __init__(self, settings: ApiSettings) -> None:
+    Its event loop calls `show_life` again and again.
+    """
+
+    def __init__(self, settings: ApiSettings, *, show_life: Callable[[], None]) -> None:
         app = create_app(settings)
         self._connections = Connections(_limits_of(settings))
         super().__init__(make_config(settings, app, protocol=self._connections.make_protocol))
         self._feed = app.state.feed
+        self._show_life = show_life
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
@@ -40,6 +45,7 @@ class ApiServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if counter % _TICKS_A_SWEEP == 0:
             self._connections.sweep(asyncio.get_running_loop().time())
+            self._show_life()
         return await super().on_tick(counter)
 
 
@@ -61,10 +67,12 @@ def make_config(settings: ApiSettings, app: object = None, *, protocol: Any = "h
     )
 
 
-def serve(settings: ApiSettings, listener: socket.socket | None = None) -> None:
-    """Serve until SIGTERM or SIGINT."""
+def serve(
+    settings: ApiSettings, listener: socket.socket | None = None, *, show_life: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until SIGTERM or SIGINT. A sound event loop calls `show_life` once a second."""
     sys.setswitchinterval(_SWITCH_SECONDS)
-    server = ApiServer(settings)
+    server = ApiServer(settings, show_life=show_life)
     gc.freeze()  # what was loaded lives as long as the process: no collection looks at it again while a request waits
     server.run([listener] if listener else None)
 

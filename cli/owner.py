@@ -1,6 +1,6 @@
 """How commands of an operator reach the database: by its owner's URL, mostly in the operator's role, under a name.
 
-The URL is ESPALIER_OWNER_DATABASE_URL, or that of the local stack that runs on the data directory.
+The URL is ESPALIER_OWNER_DATABASE_URL (or in a file), or that of the local stack that runs on the data directory.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Annotated
 
 import typer
 from sqlalchemy import Engine
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 
+from cli.environment import reading_settings
+from cli.output import fail
 from core.db.session import connect, operator_transaction
-from core.domain.errors import DomainError
+from core.settings import OwnerSettings
 from local.external import OWNER_URL_SETTING
 from local.servers import find_addresses
 
@@ -27,7 +30,7 @@ DataDir = Annotated[Path, typer.Option(help="Where the local servers keep their 
 
 @contextmanager
 def operator_session(data_dir: Path) -> Iterator[Session]:
-    """Open an operator's transaction. An error that may be shown is printed and ends the command."""
+    """Open an operator's transaction. Errors end the command with one line (cli.reporting)."""
     with owner_engine(data_dir) as engine, operator_transaction(engine, actor=actor()) as session:
         yield session
 
@@ -35,12 +38,12 @@ def operator_session(data_dir: Path) -> Iterator[Session]:
 @contextmanager
 def owner_engine(data_dir: Path) -> Iterator[Engine]:
     """Yield an engine in the role of the tables' owner. Errors are as in `operator_session`."""
-    engine = connect(owner_url(data_dir))
+    try:
+        engine = connect(owner_url(data_dir))
+    except (ArgumentError, ValueError):  # whose words may quote the password
+        fail(f"{OWNER_URL_SETTING} is no URL of a database: write postgresql://user:password@host:port/name.")
     try:
         yield engine
-    except DomainError as error:
-        print(error.message)
-        raise typer.Exit(1) from error
     finally:
         engine.dispose()
 
@@ -52,13 +55,13 @@ def actor() -> str:
 
 def owner_url(data_dir: Path) -> str:
     addresses = find_addresses(data_dir)
-    url = os.environ.get(OWNER_URL_SETTING) or (addresses.postgres_url if addresses else None)
+    with reading_settings():
+        url = OwnerSettings().owner_url or (addresses.postgres_url if addresses else None)
     if not url:
-        print(
+        fail(
             f"Set {OWNER_URL_SETTING} to the URL of the database's owner, postgresql://..., "
             f"or start a local stack: no servers run on {data_dir}."
         )
-        raise typer.Exit(1)
     return url
 
 

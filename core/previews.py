@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from core.domain.datasets.statistics import NumberedLine, TokenReport, report_tokens
 from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from core.domain.training import Frozen
-from core.sandbox import die_with_parent, leave_root, plain_environment, shed_capabilities
+from core.sandbox import die_with_parent, hide_secret_files, leave_root, plain_environment, shed_capabilities
 
 _OUT_OF_MEMORY = 3
 _NICENESS = 10  # the processor is first for those who serve
@@ -106,6 +106,7 @@ def _run_child(order: bytes, limits: PreviewLimits) -> tuple[bytes, int]:
 def _be_child(*, cpu_seconds: int, memory_bytes: int) -> None:
     die_with_parent()
     shed_capabilities()
+    hide_secret_files()
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -18,6 +18,12 @@ from pathlib import Path
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _CAPABILITY_VERSION = 0x20080522
 _CAP_CHOWN, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SETGID, _CAP_SETUID = 0, 1, 2, 6, 7
+# From <linux/landlock.h>; the numbers of its calls are the same on every architecture.
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT, _LANDLOCK_VERSION, _PATH_BENEATH = 444, 445, 446, 1, 1
+_READ_FILE, _REFER = 1 << 2, 1 << 13
+_MOVES_SINCE = 2  # the version before has no way to leave files movable between directories
+# Which files of secrets a process was told of, for its children, who are to hide them from themselves.
+_HIDDEN_FILES = "ESPALIER_HIDDEN_FILES"
 _KEPT = sum(1 << each for each in (_CAP_CHOWN, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SETGID, _CAP_SETUID))
 # Nobody's: no account has this number, and no file.
 CONFINED_USER = 65533
@@ -42,7 +48,13 @@ _PLAIN_NAMES = frozenset(
 
 def plain_environment() -> dict[str, str]:
     """Return what any program needs of this process's environment, and nothing that could be a secret."""
-    return {name: value for name, value in os.environ.items() if name in _PLAIN_NAMES or name.startswith("LC_")}
+    plain = {name: value for name, value in os.environ.items() if name in _PLAIN_NAMES or name.startswith("LC_")}
+    named = [path for name, path in os.environ.items() if path and _is_file_of_setting(name)]
+    return plain | ({_HIDDEN_FILES: os.pathsep.join(named)} if named else {})
+
+
+def _is_file_of_setting(name: str) -> bool:
+    return name.startswith("ESPALIER_") and name.endswith("_FILE")
 
 
 def hide_memory() -> None:
@@ -67,6 +79,48 @@ def shed_capabilities() -> None:
     kept = permitted & _KEPT
     if libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)):
         raise OSError(ctypes.get_errno(), "The capabilities of this process could not be given up.")
+
+
+def hide_secret_files() -> bool:
+    """Give up for ever to read the files in which this process's parent found its settings; say whether that holds.
+
+    A child has its parent's user and may read what that user may, so the kernel forbids it (Landlock, Linux 5.19).
+    It knows permissions only: everything beside the files and the directories above them stays readable. Call it after
+    `shed_capabilities`, before there are threads.
+    """
+    hidden = [Path(each).resolve() for each in os.environ.get(_HIDDEN_FILES, "").split(os.pathsep) if each]
+    if not hidden:
+        return True
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION) < _MOVES_SINCE:
+        return False
+    ruleset = libc.syscall(_LANDLOCK_CREATE, struct.pack("=Q", _READ_FILE | _REFER), 8, 0)
+    try:
+        for path in _beside(hidden):
+            _let_read(libc, ruleset, path)
+        return not libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0)
+    finally:
+        os.close(ruleset)
+
+
+def _beside(hidden: list[Path]) -> set[Path]:
+    """Return what is neither one of these files nor a directory above one, as high in the tree as can be."""
+    above = {directory for path in hidden for directory in path.parents}
+    return {entry for directory in above if directory.is_dir() for entry in directory.iterdir()} - above - set(hidden)
+
+
+def _let_read(libc: ctypes.CDLL, ruleset: int, path: Path) -> None:
+    try:
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:  # gone meanwhile, or of another user: nobody reads it here
+        return
+    try:
+        rights = _READ_FILE | (_REFER if path.is_dir() and not path.is_symlink() else 0)
+        libc.syscall(_LANDLOCK_ADD, ruleset, _PATH_BENEATH, struct.pack("=Qi", rights, place), 0)
+    finally:
+        os.close(place)
 
 
 def leave_root(*directories: Path) -> None:

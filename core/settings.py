@@ -1,18 +1,25 @@
-"""Settings, read once at the edge of each process from `ESPALIER_*` variables and passed inward as values."""
+"""Settings, read once at the edge of each process from `ESPALIER_*` variables and passed inward as values.
+
+Every setting may also come from a file: `ESPALIER_X_FILE` names a file that holds the value of `ESPALIER_X`.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from core.domain import bounds
 from core.domain.scheduling import MAX_LOADING_FRACTION, QUANTUM_SECONDS, TURN_SECONDS, FairnessTerms
 
 _WEEK_SECONDS = 7 * 24 * 3600
+_PREFIX = "ESPALIER_"
+FILE_SUFFIX = "_FILE"
 
 
 @dataclass(frozen=True)
@@ -27,12 +34,112 @@ class StorageConfig:
     public_endpoint: str | None = None
 
 
+class SettingFileError(Exception):
+    """A file that a setting names cannot be used. The message names the variable and never the content."""
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """Values of settings whose variable has the suffix `_FILE`: what the named file holds, without the space around it.
+
+    An empty variable is one that is not set, as compose files pass it on.
+    """
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return _read_setting_file(variable_of(field_name)), field_name, self.field_is_complex(field)
+
+    def __call__(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, described in self.settings_cls.model_fields.items():
+            value, key, is_complex = self.get_field_value(described, name)
+            if value is not None:
+                found[key] = self.prepare_field_value(name, described, value, is_complex)
+        return found
+
+
+def variable_of(setting: str) -> str:
+    """Return the name of the environment variable that holds a setting."""
+    return f"{_PREFIX}{setting.upper()}"
+
+
+SETTINGS_ERRORS = (ValidationError, SettingFileError)
+
+
+def describe_faults(error: ValidationError | SettingFileError) -> str:
+    """Return which variables are missing or wrong, and why, without any value."""
+    if isinstance(error, SettingFileError):
+        return str(error)
+    return ", ".join(f"{variable_of(str(fault['loc'][0]))} ({fault['msg']})" for fault in error.errors())
+
+
+def _read_setting_file(variable: str) -> str | None:
+    path = os.environ.get(variable + FILE_SUFFIX)
+    if not path:
+        return None
+    if os.environ.get(variable):
+        raise SettingFileError(f"{variable} and {variable}{FILE_SUFFIX} are both set: keep one of them.")
+    try:
+        value = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingFileError(f"{variable}{FILE_SUFFIX} names {path}, which cannot be read: {reason}.") from None
+    if not value:
+        raise SettingFileError(f"{variable}{FILE_SUFFIX} names {path}, which is empty.")
+    return value
+
+
 class _Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="ESPALIER_", frozen=True, extra="ignore", allow_inf_nan=False)
+    # Whoever starts a process without one setting must not find the others, secrets among them, in its log.
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, frozen=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        del dotenv_settings, file_secret_settings
+        return (init_settings, _FileSource(settings_cls), env_settings)
+
+
+class BuildSettings(_Settings):
+    """What an image says of itself: the commit that it was built from."""
+
+    commit: str = ""
 
 
 class DatabaseSettings(_Settings):
     database_url: SecretStr
+
+
+class OwnerSettings(_Settings):
+    """What commands of an operator use: the URL of the owner of the tables."""
+
+    owner_database_url: SecretStr | None = None
+
+    @property
+    def owner_url(self) -> str | None:
+        """Return the URL, or None where there is none; an empty one is none."""
+        return (self.owner_database_url.get_secret_value() if self.owner_database_url else "") or None
+
+
+class LoginSettings(_Settings):
+    """The passwords that `espalier migrate` gives to the runtime roles."""
+
+    api_password: SecretStr | None = None
+    scaler_password: SecretStr | None = None
+    schedule_password: SecretStr | None = None
+    worker_password: SecretStr | None = None
+
+    @property
+    def passwords(self) -> dict[str, str]:
+        """Return the passwords that are set, by the name of the role."""
+        named = {f"espalier_{name.removesuffix('_password')}": secret for name, secret in self if secret}
+        return {role: secret.get_secret_value() for role, secret in named.items() if secret.get_secret_value()}
 
 
 class RedisSettings(_Settings):
@@ -59,6 +166,17 @@ class S3Settings(_Settings):
         )
 
 
+class TelemetrySettings(_Settings):
+    """`management_port` serves metrics and probes without a key, on loopback unless told otherwise; 0 is any free port.
+
+    Without it there are none, and no traces without `otlp_endpoint`, the base URL of an OTLP/HTTP collector.
+    """
+
+    management_port: int | None = Field(default=None, ge=0, le=65_535)
+    management_host: str = "127.0.0.1"
+    otlp_endpoint: str | None = None
+
+
 class FairnessSettings(_Settings):
     """How long a slot is a job's own while others wait, and how long a worker keeps its base while others wait.
 
@@ -74,7 +192,7 @@ class FairnessSettings(_Settings):
         return FairnessTerms(self.quantum_seconds, self.turn_seconds, self.max_loading_fraction)
 
 
-class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):
+class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings, TelemetrySettings):
     """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's.
 
     `api_processes` share the port. Each has `max_connections` at most, waits `header_seconds` for a header, and gives
@@ -94,7 +212,7 @@ class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings):
     presign_seconds: int = Field(default=900, ge=1, le=900)
 
 
-class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings):
+class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings, TelemetrySettings):
     wake_interval_seconds: float = Field(default=1.0, ge=0.01, le=60)
     reap_interval_seconds: float = Field(default=5.0, ge=0.01, le=600)
     clean_interval_seconds: float = Field(default=10.0, ge=0.01, le=3600)
@@ -115,12 +233,13 @@ class TrainerSettings(_Settings):
     trainer_threads: int | None = Field(default=None, ge=1, le=1024)
 
 
-class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettings, TrainerSettings):
+class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettings, TelemetrySettings, TrainerSettings):
     """`worker_pools`: the pools this worker may serve, "<base model id>@none" or "...@nf4".
 
     A slot's state is stored every `resume_steps` steps or `resume_seconds`, whichever comes first. `grace_seconds` is
     what a stopping worker takes at most to store its slots and give its jobs back. A worker that nobody has woken for
-    `deaf_seconds`, though there is work, claims by itself.
+    `deaf_seconds`, though there is work, claims by itself. One that has held no job for `idle_exit_seconds` ends with
+    status 0; None keeps it for ever.
     """
 
     worker_name: str = ""
@@ -130,4 +249,4 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettin
     stall_seconds: float = Field(default=600.0, ge=0.1, le=24 * 3600)
     grace_seconds: float = Field(default=25.0, ge=0.1, le=3600)
     deaf_seconds: float = Field(default=60.0, ge=0.1, le=3600)
-    liveness_file: Path | None = None
+    idle_exit_seconds: float | None = Field(default=None, ge=0.1, le=_WEEK_SECONDS)

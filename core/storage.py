@@ -108,19 +108,21 @@ class S3ObjectStore:
     def __init__(self, config: StorageConfig) -> None:
         self._config = config
         self._bucket = config.bucket
-        self._client = _connect(config, config.endpoint)
-        self._public_client = _connect(config, config.public_endpoint or config.endpoint)
+        self._client = connect_client(config, config.endpoint)
+        self._public_client = connect_client(config, config.public_endpoint or config.endpoint)
 
-    def ensure_bucket(self) -> None:
-        """Make the bucket if it is not there; another process may be doing the same."""
+    def ensure_bucket(self) -> bool:
+        """Make the bucket if it is not there and say whether; another process may be doing the same."""
         with _translated_errors():
             if self._client.bucket_exists(self._bucket):
-                return
+                return False
             try:
                 self._client.make_bucket(self._bucket)
             except S3Error as error:
                 if error.code not in _BUCKET_EXISTS_CODES:
                     raise
+                return False
+        return True
 
     def put_stream(self, object_key: str, chunks: Iterable[bytes], *, content_type: str) -> StoredObject:
         reader = _HashingReader(iter(chunks))
@@ -278,7 +280,8 @@ def _translated_errors() -> Iterator[None]:
         raise StorageUnavailableError(f"The object store did not answer: {type(error).__name__}.") from error
 
 
-def _connect(config: StorageConfig, endpoint: str) -> Minio:
+def connect_client(config: StorageConfig, endpoint: str) -> Minio:
+    """Return a client that waits seconds for an endpoint, not minutes."""
     pool = urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=2, read=15),
         retries=_RETRIES,

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
 import redis
-from pydantic import ValidationError
 
-from core.settings import RedisSettings, S3Settings
+from core.settings import SETTINGS_ERRORS, OwnerSettings, RedisSettings, S3Settings, describe_faults, variable_of
 from core.storage import S3ObjectStore, StorageError
 from local.locks import DataDirLock
 from local.private_files import close_data_dir
 from local.servers import Secrets, ServerAddresses
 
-OWNER_URL_SETTING = "ESPALIER_OWNER_DATABASE_URL"
+OWNER_URL_SETTING = variable_of("owner_database_url")
 _CONNECT_SECONDS = 5
 
 
@@ -58,14 +56,13 @@ class ExternalServers:
 
 
 def _read_addresses() -> ServerAddresses:
-    owner_url = os.environ.get(OWNER_URL_SETTING)
-    if not owner_url:
-        raise ExternalServersError(f"Set {OWNER_URL_SETTING} to the URL of the database's owner, postgresql://...")
     try:
+        owner_url = OwnerSettings().owner_url
+        if not owner_url:
+            raise ExternalServersError(f"Set {OWNER_URL_SETTING} to the URL of the database's owner, postgresql://...")
         return ServerAddresses(owner_url, RedisSettings().redis_url.get_secret_value(), S3Settings().storage_config)
-    except ValidationError as error:  # its own words would show the values of the other settings
-        named = ", ".join(f"ESPALIER_{str(fault['loc'][0]).upper()} ({fault['msg']})" for fault in error.errors())
-        raise ExternalServersError(f"These settings are missing or wrong: {named}.") from None
+    except SETTINGS_ERRORS as error:
+        raise ExternalServersError(f"These settings are missing or wrong: {describe_faults(error)}.") from None
 
 
 def _ask_all(addresses: ServerAddresses) -> None:

@@ -31,6 +31,7 @@ from core.services.base_models import (
     sync_base_models,
 )
 from core.services.tenants import create_tenant, find_tenant, issue_api_key, rotate_api_key
+from core.settings import FILE_SUFFIX
 from local.binaries import find_smollm2
 from local.external import OWNER_URL_SETTING
 from local.ports import free_ports, is_free
@@ -102,6 +103,8 @@ class LocalStack:
     """The whole service on this machine, for as long as this object lives.
 
     `env` is added to the environment of the three processes. `servers` are local ones of the data directory by default.
+    A management port asks for no key and would answer every user of this machine, so there is none unless
+    `has_management_ports`.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class LocalStack:
         env: Mapping[str, str] | None = None,
         is_durable: bool = True,
         servers: Servers | None = None,
+        has_management_ports: bool = False,
     ) -> None:
         self._servers = servers or LocalServers(data_dir, is_durable=is_durable)
         self._port = api_port or free_ports(1)[0]
@@ -120,6 +124,8 @@ class LocalStack:
         self._extra_env = dict(env or {})
         self._pools: list[str] = []
         self._written: StackState | None = None
+        self._has_management_ports = has_management_ports
+        self.management_ports: dict[str, int] = {}  # by the name of the process, once it is started
         self._supervisor = Supervisor(self.data_dir / "logs")
 
     def __enter__(self) -> Self:
@@ -207,9 +213,14 @@ class LocalStack:
         }
         prepare_database(self.owner_url, self._registry, logins=tuple(logins.values()))
         self._pools = self._list_pools()
+        if self._has_management_ports:
+            ports = [port for port in free_ports(len(logins) + 1) if port != self._port]  # which nobody listens on yet
+            self.management_ports = dict(zip(logins, ports, strict=False))
         for module, login in logins.items():
             argv = [sys.executable, "-m", module]
-            self._supervisor.start(ProcessSpec(module, argv, self._environment(login), stop_seconds=30.0))
+            port = self.management_ports.get(module)
+            own = {} if port is None else {"ESPALIER_MANAGEMENT_PORT": str(port)}
+            self._supervisor.start(ProcessSpec(module, argv, self._environment(login) | own, stop_seconds=30.0))
         self.process("api").wait_until(lambda: answers(self.api_url), timeout_seconds=_READY_SECONDS)
         self._write_state()
 
@@ -230,7 +241,7 @@ class LocalStack:
 
     def _environment(self, login: RoleLogin) -> dict[str, str]:
         storage = self.addresses.storage
-        return {
+        given = {
             "ESPALIER_DATABASE_URL": login_url(self.addresses.postgres_url, login),
             "ESPALIER_REDIS_URL": self.addresses.redis_url,
             "ESPALIER_S3_ENDPOINT": storage.endpoint,
@@ -244,6 +255,7 @@ class LocalStack:
             OWNER_URL_SETTING: "",  # --external reads it; who serves must not have it
             **self._extra_env,
         }
+        return given | {name + FILE_SUFFIX: "" for name in given if name.startswith("ESPALIER_")}
 
 
 def answers(api_url: str) -> bool:

@@ -34,18 +34,22 @@ _SETTLE_AGE = dt.timedelta(minutes=10)
 _BATCH = 500
 
 
-def sweep(engine: Engine, store: ObjectStore, *, min_age: dt.timedelta) -> int:
-    """Do all there is to do and return how many objects and uploads went.
+def sweep(
+    engine: Engine, store: ObjectStore, *, min_age: dt.timedelta, show_life: Callable[[], None] = lambda: None
+) -> int:
+    """Do all there is to do and return how many objects and uploads went. `show_life` is called before each step.
 
     Raises OperationalError, and StorageError when the object store seems to be away.
     """
     num_deleted, patience = 0, Patience()
     for job in _unswept_jobs(engine, min_age):
+        show_life()
         work = partial(_sweep_job, engine, store, job)
         num_deleted += _try(engine, work, patience, row_id=job.id, tenant_id=job.tenant_id)
     with service_transaction(engine) as session:
         tenant_ids = list_tenant_ids(session)
     for tenant_id in tenant_ids:
+        show_life()
         work = partial(_sweep_tenant, engine, store, tenant_id, min_age)
         num_deleted += _try(engine, work, patience, row_id=tenant_id, tenant_id=tenant_id)
     return num_deleted

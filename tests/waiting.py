@@ -16,11 +16,13 @@ PATIENCE_SECONDS = 300.0
 _POLL_SECONDS = 0.05
 
 
-def wait_until(is_true: Callable[[], bool], *, what: str = "the condition") -> None:
+def wait_until(
+    is_true: Callable[[], bool], *, what: str = "the condition", patience_seconds: float = PATIENCE_SECONDS
+) -> None:
     """Look again and again until it is true, for as long as only a broken service takes."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + patience_seconds
     while not is_true():
-        assert time.monotonic() < deadline, f"{what} did not come true in {PATIENCE_SECONDS:.0f} s"
+        assert time.monotonic() < deadline, f"{what} did not come true in {patience_seconds:.0f} s"
         time.sleep(_POLL_SECONDS)
 
 

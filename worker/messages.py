@@ -144,6 +144,35 @@ class Alive(Frozen):
     kind: Literal["alive"] = "alive"
 
 
+class DeviceFigures(Frozen):
+    """What the device did since the last such report, and how its memory and the jobs that wait for it stand now.
+
+    `peak_flops` is None where the device's peak is not known.
+    """
+
+    kind: Literal["device_figures"] = "device_figures"
+    device: str
+    step_seconds: tuple[float, ...]
+    flops: float
+    peak_flops: float | None
+    memory_used_bytes: int
+    memory_total_bytes: int
+    num_preparing: int
+    num_waiting: int
+
+
+class PhaseDone(Frozen):
+    """A phase of an attempt is over. `began_at` is by the machine's clock, in seconds; an upload names its artifact."""
+
+    kind: Literal["phase_done"] = "phase_done"
+    lease_token: int
+    phase: Literal["load", "train", "evaluate", "export", "upload"]
+    began_at: float
+    seconds: float
+    artifact: str | None = None
+    size_bytes: int = 0
+
+
 class JobStarted(Frozen):
     """The job has a slot, and goes on behind this step; 0 is the start."""
 
@@ -268,6 +297,8 @@ Report = Annotated[
     | BaseLoaded
     | BaseRefused
     | Alive
+    | DeviceFigures
+    | PhaseDone
     | JobStarted
     | SlotRefused
     | JobWarned

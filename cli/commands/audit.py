@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from cli.output import Column, fields_of, print_rows
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
-from cli.tables import print_table
 from core.services import audit as changes
 from core.services import tenants as services
 
@@ -21,5 +21,6 @@ def audit(
     with operator_session(data_dir) as session:
         tenant_id = services.find_tenant(session, tenant).id if tenant else None
         rows = changes.list_audit_entries(session, tenant_id, before=None, limit=limit).items
-    columns = ("created_at", "actor", "action", "subject", "before", "after")
-    print_table(columns, ([getattr(row, column) for column in columns] for row in rows))
+    names = ("created_at", "actor", "action", "subject", "before", "after")
+    columns = ("created_at", "actor", Column("action", is_whole=True), "subject", "before", "after")
+    print_rows(columns, (fields_of(row, names) for row in rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,23 +13,44 @@ from pydantic import ValidationError
 from sqlalchemy import Engine
 
 from cli.base_files import BaseFilesError, describe_base
+from cli.output import Column, fail, fields_of, is_json, print_json, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, actor, operator_session, owner_engine
-from cli.tables import print_table
+from cli.stores import find_storage
 from core.db.models import BaseModelRow
 from core.db.session import owner_transaction
 from core.domain.bases import BaseState
 from core.domain.jobs import pool_name
 from core.services import base_models as bases
 from core.services.base_models import BaseModelEntry, BaseModelSource
-from core.services.workers import is_served, list_refusals
-from core.settings import S3Settings, TrainerSettings
-from core.storage import ObjectStore, S3ObjectStore
-from local.servers import find_addresses
+from core.services.workers import Refusal, is_served, list_refusals
+from core.settings import TrainerSettings
+from core.storage import S3ObjectStore
 from worker.supervisor.artifacts import publish_tokenizer
 from worker.supervisor.loading import BaseUnusableError, TrainerStarter
 from worker.supervisor.orders import order_base
 
 base_models = typer.Typer(no_args_is_help=True, help="Base models of the registry.")
+_COLUMNS = (
+    "id",
+    "state",
+    Column("state_since", "since"),
+    Column("checked_by", "by"),
+    Column("quantizations", "quantized"),
+    Column("max_seq_len", "length"),
+    Column("is_enabled", "enabled"),
+    Column("disabled_at", "disabled"),
+)
+_FIELDS = (
+    "id",
+    "state",
+    "state_reason",
+    "state_since",
+    "checked_by",
+    "quantizations",
+    "max_seq_len",
+    "is_enabled",
+    "disabled_at",
+)
 Quantized = Annotated[str | None, typer.Option(help="Load it in this quantization.")]
 
 
@@ -37,13 +59,19 @@ def list_bases(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Show the base models, which of them can be used, and why others cannot."""
     with operator_session(data_dir) as session:
         rows, refusals = bases.list_known_base_models(session), list_refusals(session)
-    columns = ("id", "state", "state_since", "checked_by", "quantizations", "max_seq_len", "is_enabled", "disabled_at")
-    print_table(columns, ([getattr(row, column) for column in columns] for row in rows))
+    print_rows(_COLUMNS, (_describe(row, refusals) for row in rows))
+    if is_json():
+        return
     for row in rows:
         if row.state_reason is not None:
-            print(f"{row.id} is unusable, because {row.state_reason}")
+            say(f"{row.id} is unusable, because {row.state_reason}")
     for refusal in refusals:
-        print(f"Worker {refusal.worker} cannot load {refusal.pool}: {refusal.reason}")
+        say(f"Worker {refusal.worker} cannot load {refusal.pool}: {refusal.reason}")
+
+
+def _describe(row: BaseModelRow, refusals: tuple[Refusal, ...]) -> dict[str, Any]:
+    of_base = [asdict(each) for each in refusals if each.pool.partition("@")[0] == row.id]
+    return {**fields_of(row, _FIELDS), "refusals": of_base}
 
 
 @base_models.command("add")
@@ -80,7 +108,8 @@ def add_base(
     with owner_engine(data_dir) as engine:
         with owner_transaction(engine, actor=actor()) as session:
             bases.register_base_model(session, entry, is_by_hand=True)
-        print(f"Registered {entry.id}: {', '.join(entry.target_modules)}; max_seq_len {entry.max_seq_len}.")
+        if not is_json():
+            say(f"Registered {entry.id}: {', '.join(entry.target_modules)}; max_seq_len {entry.max_seq_len}.")
         _check(engine, entry.id, quantization=None, data_dir=data_dir)
 
 
@@ -96,7 +125,7 @@ def remove_base(base_model_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> Non
     """Take a base model that was added by hand out of the registry. Jobs that have been submitted go on."""
     with owner_engine(data_dir) as engine, owner_transaction(engine, actor=actor()) as session:
         bases.unregister_base_model(session, base_model_id)
-    print(f"Removed {base_model_id}.")
+    say(f"Removed {base_model_id}.", removed=base_model_id)
 
 
 @base_models.command("disable")
@@ -104,6 +133,8 @@ def disable_base(base_model_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> No
     """Refuse new jobs on a base model, whatever the registry says."""
     with operator_session(data_dir) as session:
         bases.switch_base_model(session, base_model_id, is_disabled=True)
+    if is_json():
+        print_json({"base_model": base_model_id, "is_disabled": True})
 
 
 @base_models.command("enable")
@@ -111,6 +142,8 @@ def enable_base(base_model_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> Non
     """Take new jobs on a base model again."""
     with operator_session(data_dir) as session:
         bases.switch_base_model(session, base_model_id, is_disabled=False)
+    if is_json():
+        print_json({"base_model": base_model_id, "is_disabled": False})
 
 
 def _parse_source(text: str) -> BaseModelSource:
@@ -139,8 +172,7 @@ def _complete(registered: dict[str, Any]) -> BaseModelEntry:
             }
         return BaseModelEntry.model_validate(registered)
     except (BaseFilesError, OSError, ValidationError) as error:
-        print(f"{error}\nNothing was registered. Give --target-module, --max-seq-len and --dtype for files elsewhere.")
-        raise typer.Exit(1) from error
+        fail(f"{error} Nothing was registered. Give --target-module, --max-seq-len and --dtype for files elsewhere.")
 
 
 def _check(engine: Engine, base_model_id: str, *, quantization: str | None, data_dir: Path) -> None:
@@ -152,17 +184,22 @@ def _check(engine: Engine, base_model_id: str, *, quantization: str | None, data
         seconds = _load_once(engine, base, quantization=quantization, data_dir=data_dir)
     except BaseUnusableError as error:
         if error.is_worker_fault:
-            print(f"This machine cannot load {base.id}: {error.reason} Whether another can is not known.")
-        else:
-            _record(engine, base, BaseState.UNUSABLE, reason=error.reason)
-            print(f"{base.id} is unusable, because {error.reason}")
-        raise typer.Exit(1) from error
+            fail(f"This machine cannot load {base.id}: {error.reason} Whether another can is not known.")
+        _record(engine, base, BaseState.UNUSABLE, reason=error.reason)
+        fail(f"{base.id} is unusable, because {error.reason}")
     _record(engine, base, BaseState.USABLE)
-    print(f"{base.id} is usable: loaded in {seconds:.1f} s, its tokenizer is kept.")
     pool = pool_name(base.id, quantization)
     with owner_transaction(engine, actor=actor()) as session:
-        if not is_served(session, pool):
-            print(f"No worker alive serves {pool}: name it in ESPALIER_WORKER_POOLS, or start the stack again.")
+        has_worker = is_served(session, pool)
+    facts: dict[str, Any] = {
+        "base_model": base.id,
+        "state": "usable",
+        "load_seconds": round(seconds, 1),
+        "is_served": has_worker,
+    }
+    say(f"{base.id} is usable: loaded in {seconds:.1f} s, its tokenizer is kept.", **facts)
+    if not has_worker and not is_json():
+        say(f"No worker alive serves {pool}: name it in ESPALIER_WORKER_POOLS, or start the stack again.")
 
 
 def _load_once(engine: Engine, base: BaseModelRow, *, quantization: str | None, data_dir: Path) -> float:
@@ -180,13 +217,8 @@ def _load_once(engine: Engine, base: BaseModelRow, *, quantization: str | None, 
     loaded = starter.load_weights(inspected.trainer)
     assert loaded is not None
     inspected.trainer.close()
-    publish_tokenizer(engine, _open_store(data_dir), base.id, inspected.tokenizer_path)
+    publish_tokenizer(engine, S3ObjectStore(find_storage(data_dir)), base.id, inspected.tokenizer_path)
     return loaded.seconds
-
-
-def _open_store(data_dir: Path) -> ObjectStore:
-    addresses = find_addresses(data_dir)
-    return S3ObjectStore(addresses.storage if addresses else S3Settings().storage_config)  # of the environment
 
 
 def _record(engine: Engine, base: BaseModelRow, state: BaseState, *, reason: str | None = None) -> None:

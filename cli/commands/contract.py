@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli.environment import reading_settings
+from cli.output import fail, is_json, print_json
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from core.db.session import DATABASE_ERRORS, connect, service_transaction
 from core.services.contract import Finding, check_objects, check_rows
-from core.settings import FairnessSettings, S3Settings, StorageConfig
+from core.settings import FairnessSettings, OwnerSettings, S3Settings, StorageConfig
 from core.storage import S3ObjectStore, StorageError
 from local.external import OWNER_URL_SETTING
 from local.servers import ServerAddresses, find_addresses
@@ -26,14 +27,16 @@ def check_contract(
     deep: Annotated[bool, typer.Option("--deep", help="Read every object and compare its sha256.")] = False,
 ) -> None:
     """Check the promises of docs/contract.md on the live system; exit code 1 when one is broken. Changes nothing."""
-    console = Console(soft_wrap=True)
     owner_url, storage = _find_servers(data_dir)
     try:
         findings = run_checks(owner_url, storage, is_deep=deep)
     except (*DATABASE_ERRORS, StorageError) as error:
-        console.print(f"[red]The check could not be finished: {escape(str(error))}[/]")
-        raise typer.Exit(2) from error
-    console.print(as_table(findings))
+        fail(f"The check could not be finished: {error}", exit_code=2)
+    if is_json():
+        for finding in findings:
+            print_json(finding)
+    else:
+        Console(soft_wrap=True).print(as_table(findings))
     if any(finding.num_broken for finding in findings):
         raise typer.Exit(1)
 
@@ -60,10 +63,11 @@ def as_table(findings: tuple[Finding, ...]) -> Table:
 
 
 def _find_servers(data_dir: Path) -> tuple[str, StorageConfig]:
-    if owner_url := os.environ.get(OWNER_URL_SETTING):
-        return owner_url, S3Settings().storage_config  # read from the environment
+    with reading_settings():
+        if owner_url := OwnerSettings().owner_url:
+            return owner_url, S3Settings().storage_config  # read from the environment
     addresses: ServerAddresses | None = find_addresses(data_dir)
     if addresses is None:
-        print(f"Set {OWNER_URL_SETTING} and ESPALIER_S3_*, or start a local stack: no servers run on {data_dir}.")
-        raise typer.Exit(2)
+        reason = f"Set {OWNER_URL_SETTING} and ESPALIER_S3_*, or start a local stack: no servers run on {data_dir}."
+        fail(reason, exit_code=2)
     return addresses.postgres_url, addresses.storage

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cli.environment import reading_settings
+from cli.output import is_json, print_json
 from cli.owner import DEFAULT_DATA_DIR, DataDir, owner_url
 from core.db.migrate import RoleLogin
 from core.services import base_models as bases
+from core.settings import LoginSettings
 from local.stack import prepare_database
-
-_ROLES = ("espalier_api", "espalier_worker", "espalier_schedule")
 
 
 def migrate(
@@ -24,9 +24,12 @@ def migrate(
 ) -> None:
     """Bring the database to the newest schema, load the registry, and let the runtime roles log in.
 
-    A role gets a password only where ESPALIER_API_PASSWORD, ESPALIER_WORKER_PASSWORD or ESPALIER_SCHEDULE_PASSWORD is
-    set.
+    A role gets a password only where ESPALIER_API_PASSWORD, ESPALIER_WORKER_PASSWORD, ESPALIER_SCHEDULE_PASSWORD or
+    ESPALIER_SCALER_PASSWORD is set.
     """
-    named = [(role, os.environ.get(f"{role.upper()}_PASSWORD")) for role in _ROLES]
-    logins = tuple(RoleLogin(role, password) for role, password in named if password)
-    prepare_database(owner_url(data_dir), bases.read_registry(registry), logins=logins)
+    with reading_settings():
+        logins = tuple(RoleLogin(role, password) for role, password in LoginSettings().passwords.items())
+    loaded = bases.read_registry(registry)
+    prepare_database(owner_url(data_dir), loaded, logins=logins)
+    if is_json():
+        print_json({"base_models": [each.id for each in loaded.base_models], "logins": [each.role for each in logins]})

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cli.output import fail, is_json, print_json
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from core.domain.datasets import DatasetChecker, DatasetReport
 from core.domain.datasets.statistics import NumberedLine, TokenReport
@@ -38,13 +39,23 @@ def validate(
     try:
         report = _check(file)
     except PayloadTooLargeError as error:
-        console.print(f"[red]{error.message}[/]", markup=True)
-        raise typer.Exit(_INVALID) from error
-    _show_report(report)
-    if not report.is_valid:
+        fail(error.message, exit_code=_INVALID)
+    if not is_json():
+        _show_report(report)
+    tokens = None
+    if report.is_valid and base_model is not None:
+        tokens = _count_tokens(file, tokenizer_path(data_dir / "cache", base_model), max_seq_len)
+        if not is_json():
+            _show_tokens(tokens)
+    is_trainable = report.is_valid and (tokens is None or _is_trainable(tokens))
+    if is_json():
+        print_json({"is_valid": is_trainable, "report": report, "tokens": tokens})
+    if not is_trainable:
         raise typer.Exit(_INVALID)
-    if base_model is not None:
-        _show_tokens(_count_tokens(file, tokenizer_path(data_dir / "cache", base_model), max_seq_len))
+
+
+def _is_trainable(tokens: TokenReport) -> bool:
+    return not tokens.num_problems and tokens.num_nothing_to_learn < tokens.num_rows
 
 
 def _check(file: Path) -> DatasetReport:
@@ -57,22 +68,15 @@ def _check(file: Path) -> DatasetReport:
 
 def _count_tokens(file: Path, bundle_path: Path, max_seq_len: int) -> TokenReport:
     if not bundle_path.exists():
-        console.print(
-            f"[red]There is no tokenizer at {bundle_path}: no worker of this data directory has loaded it.[/]"
-        )
-        raise typer.Exit(_CANNOT_SAY)
+        reason = f"There is no tokenizer at {bundle_path}: no worker of this data directory has loaded it."
+        fail(reason, exit_code=_CANNOT_SAY)
     try:
-        report = TokenReport.joined(
+        return TokenReport.joined(
             preview_lines(bundle_path, part, max_seq_len=max_seq_len, num_shown=0, limits=_LIMITS)
             for part in _iterate_parts(file)
         )
     except PreviewLimitError as error:
-        console.print(f"[red]{error}[/]")
-        raise typer.Exit(_CANNOT_SAY) from error
-    if report.num_problems or report.num_nothing_to_learn == report.num_rows:
-        _show_tokens(report)
-        raise typer.Exit(_INVALID)
-    return report
+        fail(str(error), exit_code=_CANNOT_SAY)
 
 
 def _iterate_parts(file: Path) -> Iterator[list[NumberedLine]]:

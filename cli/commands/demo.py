@@ -6,13 +6,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from cli.commands.stack import STACK_FAILURES, guard_secrets
 from cli.demo.run import run_demo
+from cli.output import fail, is_json, print_json
 from cli.owner import DEFAULT_DATA_DIR, DataDir
-
-console = Console(soft_wrap=True)
 
 
 def demo(
@@ -23,7 +21,10 @@ def demo(
     """Fine-tune a real base model through the whole service and compare its answers before and after."""
     guard_secrets()
     try:
-        run_demo(data_dir, is_quick=quick, console=console)
+        # What happens is told to people all the same: on standard error where standard output is a program's.
+        jobs = run_demo(data_dir, is_quick=quick, console=Console(soft_wrap=True, stderr=is_json()))
     except STACK_FAILURES as error:
-        console.print(f"[red]{escape(str(error))}[/]")
-        raise typer.Exit(1) from error
+        fail(str(error))
+    if is_json():
+        for job in jobs:
+            print_json(job.facts)

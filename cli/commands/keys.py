@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cli.output import fields_of, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
-from cli.tables import print_table
 from core.domain.api_keys import Scope
 from core.domain.bounds import MAX_KEY_DAYS
 from core.services import tenants as services
@@ -31,7 +31,8 @@ def create_key(
     lifetime = timedelta(days=days) if days else None
     with operator_session(data_dir) as session:
         tenant = services.find_tenant(session, slug)
-        print(services.issue_api_key(session, tenant.id, name=name, scopes=scopes, lifetime=lifetime).api_key)
+        issued = services.issue_api_key(session, tenant.id, name=name, scopes=scopes, lifetime=lifetime)
+    say(str(issued.api_key), api_key=str(issued.api_key), name=name, tenant=slug)
 
 
 @keys.command("list")
@@ -40,7 +41,7 @@ def list_keys(slug: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     with operator_session(data_dir) as session:
         rows = services.list_api_keys(session, services.find_tenant(session, slug).id)
     columns = ("key_id", "name", "scopes", "created_by", "created_at", "expires_at", "last_used_at")
-    print_table(columns, ([getattr(row, column) for column in columns] for row in rows))
+    print_rows(columns, (fields_of(row, columns) for row in rows))
 
 
 @keys.command("rotate")
@@ -56,7 +57,8 @@ def rotate_key(
     lifetime = timedelta(days=days) if days else None
     with operator_session(data_dir) as session:
         tenant = services.find_tenant(session, slug)
-        print(services.rotate_api_key(session, tenant.id, name=name, lifetime=lifetime).api_key)
+        issued = services.rotate_api_key(session, tenant.id, name=name, lifetime=lifetime)
+    say(str(issued.api_key), api_key=str(issued.api_key), name=name, tenant=slug)
 
 
 @keys.command("revoke")
@@ -70,4 +72,4 @@ def revoke_key(
     with operator_session(data_dir) as session:
         owner = services.find_key_owner(session, key_id)
         services.revoke_api_key(session, owner, key_id=key_id, with_children=with_children)
-    print(f"Revoked {key_id}.")
+    say(f"Revoked {key_id}.", revoked=key_id)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cli.output import fields_of, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
-from cli.tables import print_table
 from core.domain.bounds import MAX_KEY_DAYS
 from core.services import operators as operator_keys
 
@@ -26,7 +26,8 @@ def create_operator(
     """Print a new operator key, which opens /admin. It cannot be shown again."""
     lifetime = timedelta(days=days) if days else None
     with operator_session(data_dir) as session:
-        print(operator_keys.issue_operator_key(session, name=name, lifetime=lifetime))
+        key = str(operator_keys.issue_operator_key(session, name=name, lifetime=lifetime))
+    say(key, api_key=key, name=name)
 
 
 @operators.command("list")
@@ -35,7 +36,7 @@ def list_operators(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     with operator_session(data_dir) as session:
         rows = operator_keys.list_operator_keys(session)
     columns = ("key_id", "name", "created_at", "expires_at", "last_used_at")
-    print_table(columns, ([getattr(row, column) for column in columns] for row in rows))
+    print_rows(columns, (fields_of(row, columns) for row in rows))
 
 
 @operators.command("revoke")
@@ -43,4 +44,4 @@ def revoke_operator(key_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Revoke an operator key by its id, the third part of the key."""
     with operator_session(data_dir) as session:
         operator_keys.revoke_operator_key(session, key_id)
-    print(f"Revoked {key_id}.")
+    say(f"Revoked {key_id}.", revoked=key_id)

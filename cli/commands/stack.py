@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 
+from cli.output import fail, is_json, print_json, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from core.db.session import DATABASE_ERRORS
 from core.sandbox import hide_memory
@@ -39,7 +39,6 @@ STACK_FAILURES = (
 _STOP_SECONDS = 180.0
 _WATCH_SECONDS = 0.2
 _WATCHES_PER_LOOK_AT_BASES = 25
-console = Console(soft_wrap=True)
 
 
 def up(
@@ -57,47 +56,47 @@ def up(
     try:
         servers = ExternalServers(data_dir) if external else LocalServers(data_dir)
         with LocalStack(data_dir, api_port=port, registry_path=registry, servers=servers) as stack:
-            console.print(_welcome(stack))
+            _welcome(stack)
             _watch(stack)
     except KeyboardInterrupt:
-        console.print("Stopped before it was up.")
+        say("Stopped before it was up.", event="stopped")
     except STACK_FAILURES as error:
-        console.print(f"[red]{escape(str(error))}[/]")
-        raise typer.Exit(1) from error
+        fail(str(error))
 
 
 def down(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Stop the stack that runs on a data directory, and wait until it is gone."""
     pid = find_launcher(data_dir)
     if pid is None:
-        console.print(f"No stack runs on {data_dir}.")
+        say(f"No stack runs on {data_dir}.", stopped=None)
         return
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_SECONDS
     while is_running(pid):
         if time.monotonic() > deadline:
-            console.print(f"[red]Process {pid} has not stopped in {_STOP_SECONDS:.0f} s. See {data_dir}/logs.[/]")
-            raise typer.Exit(1)
+            fail(f"Process {pid} has not stopped in {_STOP_SECONDS:.0f} s. See {data_dir}/logs.")
         time.sleep(0.05)
-    console.print("Stopped.")
+    say("Stopped.", stopped=pid)
 
 
 def status(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Show what runs on a data directory; exit code 1 unless all of it does."""
     pid = find_launcher(data_dir)
     if pid is None:
-        console.print(f"No stack runs on {data_dir}.")
-        raise typer.Exit(1)
+        fail(f"No stack runs on {data_dir}.")
     try:
         state = StackState.read(data_dir)
     except FileNotFoundError:
-        console.print(f"Process {pid} is starting a stack on {data_dir}.")
-        raise typer.Exit(1) from None
+        fail(f"Process {pid} is starting a stack on {data_dir}.")
     is_ready = answers(state.api_url)
-    console.print(f"{state.api_url} {'is ready' if is_ready else 'does not answer'}; launcher {pid}")
-    for name, process_id in state.pids.items():
-        console.print(f"  {name:<10} {process_id:>8}  {'runs' if is_running(process_id) else 'has ended'}")
-    if not is_ready or not all(map(is_running, state.pids.values())):
+    processes = [{"name": name, "pid": each, "is_running": is_running(each)} for name, each in state.pids.items()]
+    if is_json():
+        print_json({"api_url": state.api_url, "is_ready": is_ready, "launcher": pid, "processes": processes})
+    else:
+        say(f"{state.api_url} {'is ready' if is_ready else 'does not answer'}; launcher {pid}")
+        for each in processes:
+            say(f"  {each['name']:<10} {each['pid']:>8}  {'runs' if each['is_running'] else 'has ended'}")
+    if not is_ready or not all(each["is_running"] for each in processes):
         raise typer.Exit(1)
 
 
@@ -125,11 +124,12 @@ def _watch(stack: LocalStack) -> None:
             time.sleep(_WATCH_SECONDS)
             for name in stack.restart_dead():
                 log = stack.data_dir / "logs" / f"{name}.log"
-                _tell(f"[yellow]{name} had died and was started again; see {log}[/]")
+                said = f"{name} had died and was started again; see {log}"
+                _tell(said, style="yellow", event="restarted", process=name, log=str(log))
             if look % _WATCHES_PER_LOOK_AT_BASES == 0:
                 told = _tell_of_bases(stack, told)
     except KeyboardInterrupt:
-        console.print("Stopping.")
+        say("Stopping.", event="stopping")
 
 
 def _tell_of_bases(stack: LocalStack, told: dict[str, str]) -> dict[str, str]:
@@ -140,25 +140,31 @@ def _tell_of_bases(stack: LocalStack, told: dict[str, str]) -> dict[str, str]:
         return told
     for base_model_id, reason in unusable.items():
         if told.get(base_model_id) != reason:
-            _tell(f"[red]{escape(base_model_id)} is unusable, because {escape(reason)}[/]")
+            facts = {"event": "base_model.unusable", "base_model": base_model_id, "reason": reason}
+            _tell(f"{base_model_id} is unusable, because {reason}", style="red", **facts)
     for base_model_id in told.keys() - unusable.keys():
-        _tell(f"{escape(base_model_id)} may be used again.")
+        _tell(f"{base_model_id} may be used again.", event="base_model.usable", base_model=base_model_id)
     return unusable
 
 
-def _tell(text: str) -> None:
+def _tell(text: str, *, style: str = "", **facts: str) -> None:
     """Print what happens while the stack runs, which goes on although nobody can be told."""
     with suppress(OSError):  # the disk of a file that it is printed to may be full
-        console.print(text)
+        say(text, style=style, **facts)
 
 
-def _welcome(stack: LocalStack) -> Panel:
-    api_key = _local_key(stack)
-    return Panel(
-        f"[bold]Espalier is up.[/]\n\n  base_url  {stack.api_url}/v1\n  api_key   {api_key}\n\n"
+def _welcome(stack: LocalStack) -> None:
+    api_key, base_url = _local_key(stack), f"{stack.api_url}/v1"
+    if is_json():
+        logs = str(stack.data_dir / "logs")
+        print_json({"event": "up", "base_url": base_url, "api_key": api_key, "logs": logs})
+        return
+    panel = Panel(
+        f"[bold]Espalier is up.[/]\n\n  base_url  {base_url}\n  api_key   {api_key}\n\n"
         f"Logs are in {stack.data_dir}/logs. Ctrl-C, or espalier down, stops everything; the data stay.",
         expand=False,
     )
+    Console(soft_wrap=True).print(panel)
 
 
 def _local_key(stack: LocalStack) -> str:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from cli.output import Column, fields_of, is_json, print_json, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
-from cli.tables import print_table
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.errors import InvalidRequestError
 from core.services import tenants as services
@@ -18,6 +18,18 @@ from core.services.tenants import TenantChange
 tenants = typer.Typer(no_args_is_help=True, help="Tenants of the service.")
 
 _NO_LIMIT = "none"
+_COLUMNS = (
+    "slug",
+    "weight",
+    Column("max_running", "running"),
+    Column("max_queued", "queued"),
+    Column("max_storage_bytes", "stored bytes"),
+    Column("max_tokens_per_job", "tokens a job"),
+    Column("max_gpu_seconds_per_month", "GPU s a month"),
+    Column("requests_per_minute", "requests a minute"),
+    Column("allowed_base_models", "bases"),
+    Column("disabled_at", "disabled"),
+)
 Limit = Annotated[str | None, typer.Option(help="A number, or none.")]
 
 
@@ -26,7 +38,8 @@ def create(slug: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Add a tenant and print its first API key, which may do everything in that tenant."""
     with operator_session(data_dir) as session:
         tenant = services.create_tenant(session, slug)
-        print(services.issue_api_key(session, tenant.id, name="first", scopes=ALL_SCOPES).api_key)
+        api_key = str(services.issue_api_key(session, tenant.id, name="first", scopes=ALL_SCOPES).api_key)
+    say(api_key, api_key=api_key, tenant=slug)
 
 
 @tenants.command("list")
@@ -34,8 +47,8 @@ def list_tenants(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Show the tenants with their weights, quotas and base models."""
     with operator_session(data_dir) as session:
         rows = services.list_tenants(session, after=None, limit=100_000).items
-    columns = ("slug", *TenantChange.LIMITS, "allowed_base_models", "disabled_at")
-    print_table(columns, ([getattr(row, column) for column in columns] for row in rows))
+    names = ("slug", *TenantChange.LIMITS, "allowed_base_models", "disabled_at")
+    print_rows(_COLUMNS, (fields_of(row, names) for row in rows))
 
 
 @tenants.command("set")
@@ -90,3 +103,5 @@ def _change_tenant(slug: str, fields: dict[str, Any], data_dir: Path) -> None:
             fault = error.errors()[0]
             raise InvalidRequestError(f"{fault['loc'][0]}: {fault['msg']}.") from error
         services.change_tenant(session, slug, change=wanted)
+    if is_json():
+        print_json({"tenant": slug, "changed": fields})

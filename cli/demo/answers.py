@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from core.sandbox import die_with_parent, shed_capabilities
+from core.sandbox import die_with_parent, hide_secret_files, shed_capabilities
 
 _MAX_NEW_TOKENS = 40
 
@@ -24,6 +24,7 @@ _MAX_NEW_TOKENS = 40
 def main() -> None:
     die_with_parent()
     shed_capabilities()
+    hide_secret_files()
     request = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -43,9 +43,15 @@ class DemoJob:
     valid_losses: list[float] = field(default_factory=list)
     directory: Path = Path()
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what came of it, for programs."""
+        named = ("title", "job_id", "status", "valid_losses")
+        return {name: getattr(self, name) for name in named} | {"directory": str(self.directory)}
 
-def run_demo(data_dir: Path, *, is_quick: bool, console: Console) -> None:
-    """Run it all. Raises RuntimeError with the place of the logs when a job does not succeed."""
+
+def run_demo(data_dir: Path, *, is_quick: bool, console: Console) -> tuple[DemoJob, ...]:
+    """Run it all, and return its jobs. Raises RuntimeError with the place of the logs when a job does not succeed."""
     started = time.monotonic()
     console.print("[bold]Starting PostgreSQL, Redis, S3, the API, one worker and the schedule ...[/]")
     with LocalStack(data_dir) as stack:
@@ -66,6 +72,7 @@ def run_demo(data_dir: Path, *, is_quick: bool, console: Console) -> None:
         for job in jobs:
             console.print(f"{job.title}: {job.directory}")
     console.print(f"\nDone in {time.monotonic() - started:.0f} s.")
+    return jobs
 
 
 def _make_jobs(stack: LocalStack, *, is_quick: bool) -> tuple[DemoJob, ...]:

@@ -28,7 +28,7 @@ _IN_THE_WAY = ("XX000", "23505", "55P03")
 
 @dataclass(frozen=True)
 class RoleLogin:
-    """A runtime role (`espalier_api`, `espalier_worker`, `espalier_schedule`) and the password it may log in with."""
+    """A role (`espalier_api`, `_worker`, `_schedule`, or `_scaler`) and the password that it may log in with."""
 
     role: str
     password: str
@@ -45,6 +45,11 @@ def migrate_database(owner_url: str, *, logins: tuple[RoleLogin, ...] = ()) -> N
                 _migrate(engine, logins)
     finally:
         engine.dispose()
+
+
+def list_revisions() -> tuple[str, ...]:
+    """Return the revisions that this code knows, oldest first: each stands in the name of its file."""
+    return tuple(path.name.partition("_")[0] for path in sorted((MIGRATIONS_DIR / "versions").glob("[0-9]*_*.py")))
 
 
 def _migrate(engine: Engine, logins: tuple[RoleLogin, ...]) -> None:

@@ -34,6 +34,7 @@ from core.domain.duties import Duty
 from core.domain.jobs import MAX_ATTEMPTS, AttemptOutcome, JobStatus
 
 LEASE_TOKENS = Sequence("lease_tokens", metadata=Row.metadata)
+_NOT_RUNNING = text("status <> 'running'")
 _UNPURGED = text("deleted_at is not null and purged_at is null")
 
 
@@ -281,6 +282,7 @@ class Job(Row):
         CheckConstraint("length(suffix) between 1 and 64", name="suffix_length"),
         CheckConstraint("name_digits ~ '^[0-9a-f]{8}$'", name="name_digits_form"),
         CheckConstraint("total_steps >= 0", name="total_steps_not_negative"),
+        CheckConstraint("length(traceparent) <= 100", name="traceparent_length"),
         _bounded("priority", bounds.PRIORITY),
         Index(
             "ix_jobs_claimable",
@@ -293,6 +295,8 @@ class Job(Row):
         Index("ix_jobs_waiting", "tenant_id", postgresql_where=text("status in ('validating_files', 'queued')")),
         Index("ix_jobs_unswept", "finished_at", postgresql_where=text("swept_at is null")),
         Index("ix_jobs_running", "tenant_id", "lease_until", postgresql_where=text("status = 'running'")),
+        Index("ix_jobs_pool_status_id", "pool", "status", "id", postgresql_where=_NOT_RUNNING),
+        Index("ix_jobs_tenant_id_pool_status_id", "tenant_id", "pool", "status", "id", postgresql_where=_NOT_RUNNING),
         Index(
             "ix_jobs_suspect",
             "pool",
@@ -334,6 +338,8 @@ class Job(Row):
     started_at: Mapped[dt.datetime | None]
     finished_at: Mapped[dt.datetime | None]
     swept_at: Mapped[dt.datetime | None]
+    # The span of its submission, in W3C's words, where there are traces.
+    traceparent: Mapped[str | None]
     created_at: Mapped[CreatedAt]
 
 
@@ -503,6 +509,7 @@ class Worker(Row):
     started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     heartbeat_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     alive_until: Mapped[dt.datetime]
+    version: Mapped[str | None]
 
 
 class Metric(Row):
@@ -613,6 +620,7 @@ class Usage(Row):
     __table_args__ = (
         UniqueConstraint("attempt_id"),
         ForeignKeyConstraint(["tenant_id", "attempt_id"], ["attempts.tenant_id", "attempts.id"]),
+        Index("ix_usage_created_at", "created_at"),
         Index("ix_usage_tenant_id_created_at", "tenant_id", "created_at"),
         _bounded("gpu_seconds", bounds.GPU_SECONDS),
         _bounded("trained_tokens", bounds.TRAINED_TOKENS),

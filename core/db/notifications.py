@@ -27,12 +27,12 @@ class Listener:
         self._database_url, self._channel = database_url, channel
         self._on_payload, self._on_connect = on_payload, on_connect
         self._stop_requested = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name=f"listen:{channel}")
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, daemon=True, name=f"listen:{channel}")
+        self.thread.start()
 
     def close(self) -> None:
         self._stop_requested.set()
-        self._thread.join()
+        self.thread.join()
 
     def _run(self) -> None:
         while not self._stop_requested.is_set():

@@ -47,6 +47,7 @@ from core.services.events import insert_first_event
 from core.services.files import get_file, is_live_file
 from core.services.jobs import WAKE_CHANNEL
 from core.services.quotas import check_queue, check_tokens, has_queue_place, is_within_storage, refuse_storage
+from core.telemetry.tracing import current_traceparent
 
 _NEW_COLUMNS = (
     "id",
@@ -63,6 +64,7 @@ _NEW_COLUMNS = (
     "request_hash",
     "total_steps",
     "priority",
+    "traceparent",
 )
 
 
@@ -127,6 +129,7 @@ def submit_job(
         "request_hash": request_hash,
         "total_steps": count_steps(spec, training_file.num_examples),
         "priority": request.priority,
+        "traceparent": current_traceparent(),
     }
     return _queue_job(session, tenant_id, new=new)
 

@@ -33,6 +33,7 @@ class WorkerFacts:
     pool_seconds: float = 0.0
     next_pool: str | None = None
     refusals: Mapping[str, str] = field(default_factory=dict)
+    version: str | None = None
 
 
 def record_worker(session: Session, facts: WorkerFacts, *, alive_seconds: float, is_start: bool) -> None:
@@ -47,6 +48,7 @@ def record_worker(session: Session, facts: WorkerFacts, *, alive_seconds: float,
         "pool_since": func.now() - timedelta(seconds=facts.pool_seconds) if facts.pool else None,
         "next_pool": facts.next_pool,
         "refusals": dict(facts.refusals),
+        "version": facts.version,
         "heartbeat_at": func.now(),
         "alive_until": func.now() + timedelta(seconds=alive_seconds),
     }

@@ -97,7 +97,7 @@ class Lab:
         return worker
 
     def _env_of(self, name: str) -> dict[str, str]:
-        return {**self._spec.env, "ESPALIER_WORKER_NAME": name}
+        return {**self._spec.env, "ESPALIER_WORKER_NAME": name, "ESPALIER_MANAGEMENT_PORT": "0"}
 
     def ensure_worker(self) -> ChildProcess:
         """Return the only worker there is, one that a test gave nothing of its own; started if none lives."""
@@ -148,12 +148,14 @@ class Lab:
 
     @staticmethod
     def trainer_of(worker: ChildProcess) -> psutil.Process:
+        def is_trainer(child: psutil.Process) -> bool:
+            try:
+                return "worker.trainer" in child.cmdline()
+            except psutil.NoSuchProcess:  # a zombie among them: another child that has just ended
+                return False
+
         def trainers() -> list[psutil.Process]:
-            return [
-                child
-                for child in psutil.Process(worker.pid).children(recursive=True)
-                if "worker.trainer" in child.cmdline()
-            ]
+            return [child for child in psutil.Process(worker.pid).children(recursive=True) if is_trainer(child)]
 
         wait_until(lambda: bool(trainers()), what="a trainer")
         return trainers()[0]

@@ -41,7 +41,8 @@ class Fleet:
             spec = lab.stack.process(name).spec
             lab.stack.process(name).stop()
             for own_name in {"worker": WORKERS, "schedule": SCHEDULES}.get(name, (name,)):
-                self._start(replace(spec, name=own_name, env={**spec.env, "ESPALIER_WORKER_NAME": own_name}))
+                own = {"ESPALIER_WORKER_NAME": own_name, "ESPALIER_MANAGEMENT_PORT": "0"}
+                self._start(replace(spec, name=own_name, env={**spec.env, **own}))
 
     def _start(self, spec: ProcessSpec) -> None:
         self._children[spec.name] = ChildProcess(spec, self._lab.stack.data_dir / "logs")

@@ -103,7 +103,8 @@ def test_row_9_a_job_is_accepted_while_redis_is_down_and_starts_when_it_is_back(
 def start_api(lab: Lab, log_dir: Path, **env: str) -> tuple[ChildProcess, str]:
     """Start another API of the lab's, and return it with its URL."""
     spec, (port,) = lab.stack.process("api").spec, free_ports(1)
-    spec = replace(spec, name="another-api", env={**spec.env, "ESPALIER_API_PORT": str(port), **env})
+    own = {"ESPALIER_API_PORT": str(port), "ESPALIER_MANAGEMENT_PORT": "0"}
+    spec = replace(spec, name="another-api", env={**spec.env, **own, **env})
     api, url = ChildProcess(spec, log_dir), f"http://127.0.0.1:{port}"
     api.wait_until(lambda: answers(url), timeout_seconds=PATIENCE_SECONDS)
     return api, url

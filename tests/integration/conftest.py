@@ -30,7 +30,7 @@ from tests.waiting import PATIENCE_SECONDS, wait_until
 
 BASE_MODEL = "acme-labs/tiny-base"
 PASSWORD = "test-password"
-LOGINS = tuple(RoleLogin(f"espalier_{name}", PASSWORD) for name in ("api", "worker", "schedule"))
+LOGINS = tuple(RoleLogin(f"espalier_{name}", PASSWORD) for name in ("api", "worker", "schedule", "scaler"))
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Database:
     api_url: str
     worker_url: str
     schedule_url: str
+    scaler_url: str
 
 
 @dataclass(frozen=True)

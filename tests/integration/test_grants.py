@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import ProgrammingError
 
-from core.db.session import service_transaction
+from core.db.session import connect, service_transaction
+from tests.integration.conftest import BASE_MODEL, Database
 
-ROLES = ("espalier_api", "espalier_operator", "espalier_worker", "espalier_schedule")
+ROLES = ("espalier_api", "espalier_operator", "espalier_worker", "espalier_schedule", "espalier_scaler")
 # Verbs by role on the tables that decide who may do what, or that must not be rewritten. "update" may be of columns only.
 EXACTLY = {
     "api_keys": {"espalier_api": "insert select update", "espalier_operator": "insert select update"},
@@ -19,6 +21,9 @@ EXACTLY = {
         "espalier_worker": "select update",
         "espalier_schedule": "select",
     },
+    "pool_demand": {"espalier_operator": "select", "espalier_scaler": "select"},
+    "operator_jobs": {"espalier_operator": "select"},
+    "operator_usage": {"espalier_operator": "select"},
     "tenants": {
         "espalier_api": "select",
         "espalier_operator": "insert select update",
@@ -56,7 +61,7 @@ def verbs(owner: Engine) -> dict[tuple[str, str], set[str]]:
         select r.role, c.relname, v.verb from unnest(cast(:roles as text[])) r (role)
         cross join pg_class c join pg_namespace n on n.oid = c.relnamespace and n.nspname = 'public'
         cross join unnest(array['select', 'insert', 'update', 'delete', 'truncate', 'references', 'trigger']) v (verb)
-        where c.relkind in ('r', 'p') and (has_table_privilege(r.role, c.oid, v.verb) or (
+        where c.relkind in ('r', 'p', 'v', 'm') and (has_table_privilege(r.role, c.oid, v.verb) or (
             v.verb in ('select', 'insert', 'update') and has_any_column_privilege(r.role, c.oid, v.verb)))
     """)
     found: dict[tuple[str, str], set[str]] = {}
@@ -92,6 +97,48 @@ def test_no_runtime_role_rewrites_a_history_or_empties_a_table(verbs: dict[tuple
 
 def test_the_operators_role_reads_nothing_that_tenants_own(verbs: dict[tuple[str, str], set[str]]) -> None:
     assert not [table for table in NOT_THE_OPERATORS if ("espalier_operator", table) in verbs]
+
+
+def test_the_scalers_role_reads_the_demand_of_pools_and_nothing_else(
+    database: Database, owner: Engine, verbs: dict[tuple[str, str], set[str]]
+) -> None:
+    assert {table: granted for (role, table), granted in verbs.items() if role == "espalier_scaler"} == {
+        "pool_demand": {"select"}
+    }
+    callable_as_others = text("""
+        select p.proname from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+        where n.nspname = 'public' and p.prosecdef and has_function_privilege('espalier_scaler', p.oid, 'execute')
+    """)
+    with service_transaction(owner) as session:
+        assert session.scalars(callable_as_others).all() == ["count_pool_demand"]
+        tables = session.scalars(text("select tablename from pg_tables where schemaname = 'public'")).all()
+    scaler = connect(database.scaler_url)
+    try:
+        with service_transaction(scaler) as session:
+            wanted = session.execute(text("select pool, workers_wanted from pool_demand order by pool")).all()
+        assert [tuple(row) for row in wanted] == [(f"{BASE_MODEL}@nf4", 0), (f"{BASE_MODEL}@none", 0)]
+        for name in (*tables, "operator_jobs", "operator_usage"):
+            with pytest.raises(ProgrammingError, match="permission denied"), service_transaction(scaler) as session:
+                session.execute(text(f"select count(*) from {name}"))
+    finally:
+        scaler.dispose()
+
+
+def test_the_views_of_operators_show_no_column_that_holds_a_tenants_words(owner: Engine) -> None:
+    query = text(
+        "select column_name from information_schema.columns where table_name in ('operator_jobs', 'operator_usage')"
+    )
+    with service_transaction(owner) as session:
+        shown = set(session.scalars(query))
+    assert not shown & {
+        "suffix",
+        "metadata",
+        "spec",
+        "error",
+        "fine_tuned_model",
+        "training_file_id",
+        "validation_file_id",
+    }
 
 
 def test_no_runtime_role_owns_makes_or_becomes_anything(owner: Engine) -> None:

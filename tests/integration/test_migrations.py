@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -16,9 +17,9 @@ from alembic.config import Config
 from psycopg import sql
 from sqlalchemy import Connection, text
 
-from core.db.migrate import MIGRATIONS_DIR
-from core.db.session import connect
-from local.servers import ServerAddresses
+from core.db.migrate import MIGRATIONS_DIR, migrate_database
+from core.db.session import connect, operator_transaction
+from local.servers import LocalServers, ServerAddresses
 from tests.integration.conftest import PASSWORD
 from tests.waiting import wait_until
 
@@ -121,3 +122,21 @@ def test_a_migration_outwaits_another_transaction_that_holds_the_roles_for_longe
             other.rollback()
         assert migration.wait() == 0
         owner.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+def test_an_owner_that_is_no_superuser_migrates_and_can_act_as_an_operator(tmp_path: Path) -> None:
+    """As on a managed PostgreSQL: the owner may make roles and databases, and is a member of the roles that it makes."""
+    with LocalServers(tmp_path, is_durable=False) as own:
+        admin_url = own.addresses.postgres_url
+        place = admin_url.rpartition("@")[2].rpartition("/")[0]
+        with psycopg.connect(admin_url, autocommit=True) as admin:
+            admin.execute("create role manager login createrole createdb password 'manager-password'")
+        manager_url = f"postgresql://manager:manager-password@{place}"
+        with psycopg.connect(f"{manager_url}/postgres", autocommit=True) as manager:
+            manager.execute("create database service")
+        migrate_database(f"{manager_url}/service")
+        engine = connect(f"{manager_url}/service")
+        with operator_transaction(engine, actor="test") as session:
+            assert session.scalars(text("select current_user")).one() == "espalier_operator"
+            assert session.execute(text("select pool from pool_demand")).all() == []
+        engine.dispose()

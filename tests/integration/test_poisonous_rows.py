@@ -182,7 +182,7 @@ def test_an_operator_sees_what_is_set_aside_and_why(
     job = queue_job(owner, tenant)
     break_row(owner, "jobs", "id", job.id)
     assert claim(worker) is None
-    told = CliRunner().invoke(app, ["set-asides"], env={"ESPALIER_OWNER_DATABASE_URL": database.owner_url})
+    told = CliRunner().invoke(app, ["set-asides", "--json"], env={"ESPALIER_OWNER_DATABASE_URL": database.owner_url})
     assert told.exit_code == 0, told.output
     for word in ("claim", str(job.id), str(tenant.id), "value out of range: overflow"):
         assert word in told.stdout

@@ -110,8 +110,8 @@ def fail_up(*words: str | Path, env: Mapping[str, str] | None = None) -> str:
     argv = [*ESPALIER, "up", "--port", "0", *map(str, words)]
     done = subprocess.run(argv, env=clean(env), capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert not done.stderr
-    return done.stdout
+    assert len(done.stderr.splitlines()) == 1  # a traceback has more
+    return done.stderr
 
 
 def list_models(api_url: str, api_key: str) -> httpx.Response:
@@ -148,11 +148,26 @@ def test_status_names_every_process(up: Up) -> None:
         assert re.search(rf"^ +{name} +{up.state.pids[name]} +runs$", done.stdout, re.MULTILINE)
 
 
+def test_up_tells_a_program_what_it_tells_people(registry: Path, tmp_path: Path) -> None:
+    argv = [*ESPALIER, "up", "--json", "--data-dir", str(tmp_path / "data"), "--registry", str(registry), "--port", "0"]
+    with subprocess.Popen(argv, env=clean(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        assert (told["event"], told["logs"]) == ("up", str(tmp_path / "data" / "logs"))
+        assert list_models(told["base_url"].removesuffix("/v1"), told["api_key"]).is_success
+        refused = subprocess.run(argv, env=clean(), capture_output=True, text=True, check=False)
+        assert refused.returncode == 1
+        assert "message" in json.loads(refused.stdout)["error"]
+        process.terminate()
+        assert [json.loads(line) for line in process.stdout] == [{"event": "stopping"}]
+    assert process.returncode == 0
+
+
 def test_nothing_runs_where_nothing_was_started(tmp_path: Path) -> None:
     for words in (("status",), ("tenants", "create", "acme")):
         done = espalier(*words, "--data-dir", tmp_path / "empty")
         assert done.exit_code == 1
-        assert "run" in done.stdout
+        assert "run" in done.stderr
     assert espalier("down", "--data-dir", tmp_path / "empty").exit_code == 0
     assert not (tmp_path / "empty").exists()
 
@@ -181,7 +196,7 @@ def test_an_operator_sets_quotas_rotates_keys_switches_bases_and_reads_who_did_w
     base = BASE_MODEL
     run("tenants", "create", "hooli")
     run("tenants", "set", "hooli", "--weight", "2.5", "--max-tokens-per-job", "1000000", "--allow", base)
-    assert all(word in run("tenants", "list") for word in ("hooli", "2.5", "1000000", base))
+    assert all(word in run("tenants", "list", "--json") for word in ("hooli", "2.5", "1000000", base))
     run("tenants", "set", "hooli", "--max-tokens-per-job", "none", "--allow", "none")
     rotated = run("keys", "rotate", "hooli", "first").strip()
     assert list_models(up.state.api_url, rotated).is_success
@@ -220,7 +235,7 @@ def test_an_operator_sets_quotas_rotates_keys_switches_bases_and_reads_who_did_w
 def test_an_operators_mistake_is_told_in_words(up: Up, words: tuple[str, ...], told: str) -> None:
     done = espalier(*words, "--data-dir", up.data_dir)
     assert done.exit_code == 1
-    assert done.stdout.strip() == told
+    assert done.stderr.strip() == told
 
 
 def test_a_worker_that_died_is_started_again_and_up_says_so(up: Up) -> None:

@@ -158,6 +158,53 @@ def test_code_within_a_trainer_gets_nothing_of_its_supervisor(prefix: tuple[str,
     assert json.loads((tmp_path / "got").read_text()) == {}
 
 
+# What the trainer takes for torch: it tries to read secrets by every path it can think of, then works as trainers do.
+PRYING_TORCH = """
+import json, os, shutil
+from pathlib import Path
+scratch = Path(os.environ["TMPDIR"])
+named = [Path(path) for path in os.environ["ESPALIER_HIDDEN_FILES"].split(":")]
+got = []
+for path in (*named, *(Path(f"/proc/self/root{path}") for path in named), *(path.resolve() for path in named)):
+    try:
+        got.append(path.read_text())
+    except OSError:
+        pass
+try:
+    os.link(named[0], scratch / "link")
+    got.append((scratch / "link").read_text())
+except OSError:
+    pass
+(scratch / "made").mkdir()
+(scratch / "made" / "file").write_text("mine")
+(scratch / "made" / "file").rename(scratch / "moved")
+shutil.copy(json.__file__, scratch / "copied")
+(scratch / "got.new").write_text(json.dumps([got, (scratch / "moved").read_text()]))
+(scratch / "got.new").rename(scratch / "got")
+raise SystemExit
+"""
+
+
+def test_code_within_a_trainer_cannot_read_the_files_of_its_supervisors_secrets(tmp_path: Path) -> None:
+    for name in ("torch", "secrets", "secrets/..data", "scratch"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(PRYING_TORCH)
+    (tmp_path / "secrets" / "database_url").write_text("hush-1")
+    (tmp_path / "secrets" / "..data" / "s3").write_text("hush-2")
+    (tmp_path / "secrets" / "s3").symlink_to("..data/s3")  # as Kubernetes mounts them
+    env = {
+        "ESPALIER_DATABASE_URL_FILE": str(tmp_path / "secrets" / "database_url"),
+        "ESPALIER_S3_SECRET_KEY_FILE": str(tmp_path / "secrets" / "s3"),
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+        "TMPDIR": str(tmp_path / "scratch"),
+    }
+    with supervisor(env):
+        wait_until((tmp_path / "scratch" / "got").exists)
+    got, moved = json.loads((tmp_path / "scratch" / "got").read_text())
+    assert got == []
+    assert moved == "mine"
+
+
 def test_a_trainer_that_is_frozen_dies_with_its_supervisor() -> None:
     with supervisor({"PYTHONPATH": str(ROOT)}) as (process, pid):
         # From then on the kernel has been told; torch has not been loaded.

@@ -12,6 +12,7 @@ from core.db.session import connect
 from core.queue import WakeUpPublisher, queue_name
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
+from core.telemetry.liveness import Liveness
 from local.servers import ServerAddresses
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import POOL, queue_job
@@ -36,7 +37,6 @@ def settings(database: Database, servers: ServerAddresses, tmp_path: Path) -> Wo
             "worker_pools": (POOL,),
             "cache_dir": tmp_path,
             "deaf_seconds": 0.3,
-            "liveness_file": tmp_path / "alive",
         }
     )
 
@@ -88,20 +88,29 @@ def test_a_wake_up_that_has_just_come_is_no_sign_of_a_deaf_consumer(
     assert codes == []
 
 
-def test_the_liveness_file_is_touched_while_the_watchdog_itself_serves(
+def test_a_worker_is_sound_while_the_watchdog_itself_serves(
     settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
 ) -> None:
     queue_job(owner, tenant.id)
     settings = settings.model_copy(update={"redis_url": type(settings.redis_url)(NOBODY)})
     runner = make_runner(settings, servers)
-    Watchdog(settings, runner).start()
-    assert settings.liveness_file is not None
+    liveness = Liveness()
+    Watchdog(settings, runner, liveness=liveness).start()
     try:
         wait_until(lambda: runner.describe().state == "loading")
-        settings.liveness_file.unlink()
-        wait_until(settings.liveness_file.exists)
-        assert runner.describe().state == "loading"  # its trainer is still at its imports
+        assert liveness.names == ("heeding silence", "the loop that serves", "thread 'watchdog'")
+        assert liveness.find_fault() is None
     finally:
         runner.request_stop()
         runner.wait_until_idle()
         runner.close()
+
+
+def test_a_loop_that_does_not_turn_is_named(settings: WorkerSettings, servers: ServerAddresses) -> None:
+    runner = make_runner(settings.model_copy(update={"stall_seconds": 0.1}), servers)
+    liveness = Liveness()
+    Watchdog(settings, runner, liveness=liveness).start()
+    with runner._serving:  # somebody serves, and never comes round
+        wait_until(lambda: liveness.find_fault() == "the loop that serves jobs does not turn")
+    assert liveness.find_fault() is None
+    runner.close()

@@ -91,6 +91,16 @@ class Engine:
         return self._max_slots - len(self._slots)
 
     @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def flops_per_token(self) -> float:
+        """The FLOP that training one token costs the base's products: two a weight forward, and two backward."""
+        num_weights = sum(k * n for k, n in self._shape.linears.values()) + self._head.rows_VE.numel()
+        return 4.0 * num_weights
+
+    @property
     def running_ids(self) -> Collection[str]:
         """The jobs whose examples are on the device now; none outside of `look`."""
         return [slot.job.job_id for slot in self._context.slots]

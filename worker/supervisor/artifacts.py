@@ -25,6 +25,7 @@ from core.domain.objects import attempt_prefix, is_location, tokenizer_key
 from core.services.attempts import Lease, StoredArtifact
 from core.services.base_models import record_tokenizer
 from core.storage import ObjectNotFoundError, ObjectStore, StorageError, StorageUnavailableError, StoredObject
+from core.telemetry.liveness import PROCESS
 from worker.messages import (
     CheckpointSaved,
     JobFailed,
@@ -39,6 +40,7 @@ from worker.messages import (
 ArtifactReport = CheckpointSaved | ResumePointSaved | JobSucceeded | JobYielded | JobFailed
 log = structlog.get_logger()
 _URL_LIFETIME = timedelta(minutes=15)
+_READING_SECONDS = 1800.0  # what reading back one report's artifacts may take, beside the patience with the store
 
 
 class ArtifactMismatchError(StorageError):
@@ -105,7 +107,10 @@ class ArtifactProver:
         self._patience_seconds = patience_seconds
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._proofs: queue.SimpleQueue[Proof] = queue.SimpleQueue()
-        threading.Thread(target=self._work_forever, daemon=True, name="proofs").start()
+        self._life = PROCESS.add_duty("reading back artifacts", patience_seconds=patience_seconds + _READING_SECONDS)
+        thread = threading.Thread(target=self._work_forever, daemon=True, name="proofs")
+        PROCESS.watch(thread)
+        thread.start()
 
     def submit(self, lease: Lease, report: ArtifactReport) -> None:
         self._work.put(lambda: self._proofs.put(self._prove(lease, report)))
@@ -124,7 +129,10 @@ class ArtifactProver:
 
     def _work_forever(self) -> None:
         while True:
-            self._work.get()()
+            self._life.rest()
+            work = self._work.get()
+            self._life.beat()
+            work()
 
     def _prove(self, lease: Lease, report: ArtifactReport) -> Proof:
         try:

@@ -23,10 +23,11 @@ from core.services.base_models import list_base_models, record_state
 from core.services.turns import record_load
 from core.settings import WorkerSettings
 from core.storage import ObjectStore
-from worker.messages import Report
+from worker.messages import DeviceFigures, Report
 from worker.supervisor.artifacts import publish_tokenizer
 from worker.supervisor.children import TrainerChild, TrainerGoneError
 from worker.supervisor.loading import BaseUnusableError, InspectedBase, TrainerStarter
+from worker.supervisor.metrics import BASE_LOAD_SECONDS, count_steps
 from worker.supervisor.orders import order_base, pools_of
 from worker.supervisor.refusals import Refusals
 
@@ -58,6 +59,7 @@ class BaseHolder:
         self._is_state_owed = False
         self._held_since = time.monotonic()
         self._load_seconds = 0.0
+        self._figures: DeviceFigures | None = None
 
     @property
     def pool(self) -> str | None:
@@ -96,6 +98,11 @@ class BaseHolder:
     def is_alive(self) -> bool:
         trainer = self._trainer
         return trainer is not None and trainer.is_alive
+
+    @property
+    def figures(self) -> DeviceFigures | None:
+        """What the trainer last said of the device; None where there is no trainer."""
+        return self._figures if self.is_alive else None
 
     @property
     def silent_seconds(self) -> float:
@@ -157,7 +164,10 @@ class BaseHolder:
         if self._trainer is None:
             time.sleep(timeout_seconds)
             return None
-        return self._trainer.receive(timeout_seconds=timeout_seconds)
+        report = self._trainer.receive(timeout_seconds=timeout_seconds)
+        if isinstance(report, DeviceFigures):
+            self._note_figures(report)
+        return report
 
     def kill(self) -> None:
         """End the trainer at once, from whatever thread."""
@@ -169,15 +179,20 @@ class BaseHolder:
         """End the trainer and hold nothing."""
         if self._trainer is not None:
             self._trainer.close()
-            self._trainer = None
+            self._trainer = self._figures = None
 
     def _hear_idle_trainer(self) -> None:
         """Take what an idle trainer says: while there is no work nobody else does, and it would pile up."""
         try:
-            while self._trainer is not None and self._trainer.receive(timeout_seconds=0) is not None:
+            while self._trainer is not None and self.receive(timeout_seconds=0) is not None:
                 pass
         except TrainerGoneError:
             self.close()
+
+    def _note_figures(self, figures: DeviceFigures) -> None:
+        assert self._pool is not None
+        count_steps(self._pool, figures)
+        self._figures = figures
 
     def _hold(self, pool: str, base: BaseModelRow, inspected: InspectedBase, *, began_at: float) -> None:
         self.close()
@@ -197,6 +212,7 @@ class BaseHolder:
             log.info("base_model.loaded", pool=pool, seconds=round(loaded.seconds, 2))
             self._held_since = time.monotonic()
             self._load_seconds = self._held_since - began_at
+            BASE_LOAD_SECONDS.labels(pool).observe(self._load_seconds)
             self._refusals.forget(pool)
             self._accept(base, inspected)
             self._record_usable()

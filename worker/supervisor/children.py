@@ -18,6 +18,7 @@ from pathlib import Path
 
 from core.domain.training import Frozen
 from core.sandbox import plain_environment
+from core.telemetry.logs import find_log_file
 from worker.messages import REPORTS, Alive, BaseLoaded, LoadBase, Report, encode_line
 
 # What torch, the hub's cache and TLS are told by. No family of names is among them that holds somebody's keys too.
@@ -113,6 +114,7 @@ class TrainerChild:
                 [sys.executable, "-m", "worker.trainer"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=find_log_file(),
                 env=environment,
                 start_new_session=True,  # a terminal's Ctrl-C is the supervisor's to answer
             )

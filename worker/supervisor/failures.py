@@ -25,6 +25,8 @@ UNCONFIRMED = "What the trainer wrote could not be confirmed in the object store
 DAMAGED = Failure("integrity", "What the trainer wrote is not what the object store has.")
 UNRECORDABLE = Failure("unrecordable", "What the trainer reported could not be recorded.")
 LEASE_LOST = Failure("lease_lost", "The worker lost touch with the database and stopped itself.")
+# Why a trainer may be lost: those above and below.
+TRAINER_LOSS_CODES = ("lease_lost", "oom_host", "stalled", "trainer_crashed", "trainer_killed")
 _OOM_HOST = Failure(
     "oom_host",
     "The worker's memory did not suffice for this job. Lower max_seq_len, the rank or the size of the dataset.",

@@ -19,10 +19,13 @@ from sqlalchemy import Engine
 
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.services.attempts import Lease, StaleLeaseError, heartbeat
+from core.telemetry.liveness import PROCESS
+from worker.supervisor.metrics import SELF_FENCES
 
 log = structlog.get_logger()
 _SELF_FENCE_FRACTION = 2 / 3
 _LOOKS_PER_LEASE = 50
+_PATIENCE_SECONDS = 60.0  # beyond a lease, which is lost by then
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,13 @@ class LeaseKeeper:
         self._beat_at = 0.0
         self._is_fenced = False
         self._news: queue.SimpleQueue[LeaseNews] = queue.SimpleQueue()
-        threading.Thread(target=self._prolong_forever, daemon=True, name="heartbeats").start()
-        threading.Thread(target=self._watch_clock, daemon=True, name="self-fence").start()
+        patience_seconds = lease_seconds + _PATIENCE_SECONDS
+        self._prolonging = PROCESS.add_duty("prolonging leases", patience_seconds=patience_seconds)
+        self._watching = PROCESS.add_duty("watching leases run out", patience_seconds=patience_seconds)
+        for name, work in (("heartbeats", self._prolong_forever), ("self-fence", self._watch_clock)):
+            thread = threading.Thread(target=work, daemon=True, name=name)
+            PROCESS.watch(thread)
+            thread.start()
 
     @property
     def is_fenced(self) -> bool:
@@ -84,6 +92,7 @@ class LeaseKeeper:
     def _prolong_forever(self) -> None:
         while True:
             time.sleep(self._heartbeat_seconds)
+            self._prolonging.beat()
             if not self._is_live():
                 continue
             try:
@@ -113,6 +122,7 @@ class LeaseKeeper:
     def _watch_clock(self) -> None:
         while True:
             time.sleep(self._lease_seconds / _LOOKS_PER_LEASE)
+            self._watching.beat()
             with self._lock:
                 silent_seconds = time.monotonic() - self._beat_at
                 is_late = bool(self._leases) and silent_seconds > self._lease_seconds * _SELF_FENCE_FRACTION
@@ -120,4 +130,5 @@ class LeaseKeeper:
                 self._is_fenced |= is_late
             if must_fence:
                 log.error("worker.self_fenced", silent_seconds=round(silent_seconds, 2))
+                SELF_FENCES.inc()
                 self._fence()

@@ -14,9 +14,11 @@ from sqlalchemy import Engine
 
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.services.workers import WorkerFacts, forget_worker, record_worker
+from core.telemetry.liveness import PROCESS
 
 log = structlog.get_logger()
 _MISSED_BEATS = 3
+_PATIENCE_SECONDS = 60.0
 
 
 class Presence:
@@ -30,10 +32,14 @@ class Presence:
         self._is_start = True
 
     def start(self) -> None:
+        patience_seconds = self._interval_seconds * _MISSED_BEATS + _PATIENCE_SECONDS
+        self._life = PROCESS.add_duty("showing presence", patience_seconds=patience_seconds)
+        PROCESS.watch(self._thread)
         self._thread.start()
 
     def close(self) -> None:
         """Stop, and take the row away. An unreachable database is left to forget the worker by itself."""
+        PROCESS.release(self._thread)
         self._stop_requested.set()
         self._woken.set()
         if not self._thread.is_alive():
@@ -47,12 +53,14 @@ class Presence:
 
     def _run(self) -> None:
         while not self._stop_requested.is_set():
+            self._life.beat()
             try:
                 self._beat()
             except DATABASE_ERRORS as error:
                 log.warning("database.unavailable", error=type(error).__name__)
             self._woken.wait(self._interval_seconds)
             self._woken.clear()
+        self._life.rest()
 
     def _beat(self) -> None:
         with service_transaction(self._engine) as session:

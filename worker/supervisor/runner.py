@@ -40,9 +40,12 @@ from core.services.set_asides import ROW_ERRORS
 from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
 from core.storage import ObjectStore, StorageUnavailableError
+from core.telemetry.tracing import AttemptTrace
+from core.version import read_version
 from worker.messages import (
     STORAGE_AWAY,
     CheckpointSaved,
+    DeviceFigures,
     DeviceLeft,
     EvaluationDone,
     JobFailed,
@@ -51,6 +54,7 @@ from worker.messages import (
     JobSucceeded,
     JobWarned,
     JobYielded,
+    PhaseDone,
     Report,
     ResumePointSaved,
     SlotRefused,
@@ -68,6 +72,16 @@ from worker.supervisor.children import TrainerGoneError
 from worker.supervisor.departures import Departures
 from worker.supervisor.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED, UNRECORDABLE, Failure, explain_exit
 from worker.supervisor.lease import LeaseKeeper
+from worker.supervisor.metrics import (
+    ATTEMPTS_ENDED,
+    CLAIM_SECONDS,
+    FENCED_WRITES,
+    FIRST_STEP_SECONDS,
+    TRAINERS_LOST,
+    count_phase,
+    count_use,
+    observe_wait,
+)
 from worker.supervisor.orders import lease_of, order_job, pools_of
 from worker.supervisor.records import ProgressReport, record_progress, record_proof
 from worker.supervisor.turns import TurnKeeper
@@ -76,6 +90,7 @@ log = structlog.get_logger()
 _POLL_SECONDS = 0.1
 _AWAY_SECONDS = 0.5  # between two tries to reach a database that is away
 _MAX_REPORTS = 500  # of one turn of the loop
+_OUTCOMES = {"job_succeeded": "succeeded", "job_failed": "failed", "job_yielded": "given_back"}
 
 
 @dataclass
@@ -83,9 +98,13 @@ class HeldJob:
     """A claimed job; `usage` is what the trainer last counted, `is_delivered` when only the proof of its end lacks.
 
     `order` is what the trainer is to be sent, once it is: a job that must be alone waits until the others have left.
+    `claimed_at` is by the monotonic clock.
     """
 
     lease: Lease
+    pool: str
+    claimed_at: float
+    trace: AttemptTrace
     result_filename: str
     order: StartJob | None
     suspect_step: int | None
@@ -94,6 +113,19 @@ class HeldJob:
     wants_memory: bool = False
     is_yielding: bool = False
     is_delivered: bool = False
+    has_stepped: bool = False
+
+    @property
+    def ids(self) -> dict[str, str | int]:
+        """What a line of the log names this attempt by."""
+        return ids_of(self.lease)
+
+    def note_progress(self, report: ProgressReport) -> None:
+        """Note that it has a slot, and how long its first step took to come."""
+        self.wants_memory &= not isinstance(report, JobStarted)
+        if isinstance(report, StepDone) and not self.has_stepped:
+            self.has_stepped = True
+            FIRST_STEP_SECONDS.labels(self.pool).observe(time.monotonic() - self.claimed_at)
 
     def is_acquitted_by(self, report: ProgressReport) -> bool:
         return (
@@ -101,6 +133,14 @@ class HeldJob:
             and self.suspect_step is not None
             and is_acquitted(report.step, suspect_step=self.suspect_step, num_suspicions=self.num_suspicions)
         )
+
+
+def ids_of(lease: Lease) -> dict[str, str | int]:
+    return {
+        "job_id": format_id(IdKind.JOB, lease.job_id),
+        "lease_token": lease.token,
+        "tenant_id": str(lease.tenant_id),
+    }
 
 
 @dataclass(frozen=True)
@@ -140,8 +180,9 @@ class Runner:
         self._unbooked: list[HeldJob] = []
         self._unrecorded: list[tuple[HeldJob, ProgressReport]] = []
         self._unpublished: Proof | None = None
+        self._version = str(read_version())
         self._serving = threading.Lock()
-        self._turned_at = self._idle_since = time.monotonic()
+        self._turned_at = self._idle_since = self._jobless_since = time.monotonic()
 
     def request_stop(self) -> None:
         """Ask `serve` to give its jobs back and return. Safe from a signal's thread, and any number of times."""
@@ -167,7 +208,13 @@ class Runner:
             pool_seconds=self._base.held_seconds,
             next_pool=self._next_pool,
             refusals=self._base.refusals,
+            version=self._version,
         )
+
+    @property
+    def device_figures(self) -> DeviceFigures | None:
+        """What the trainer last said of the device, if there is a trainer."""
+        return self._base.figures
 
     @property
     def idle_seconds(self) -> float:
@@ -214,6 +261,23 @@ class Runner:
                 self._serving.release()
         if not self._stop_requested.is_set():
             self._base.inspect_others()
+
+    def leave_if_idle(self, seconds: float) -> bool:
+        """Serve no more if no job was held for so long and none waits. Raises the database's errors.
+
+        The lock keeps the answer true: nobody claims before it is given, and nobody serves after a yes. A base that
+        took longer to load than a worker may idle is held for that time first.
+        """
+        if not self._serving.acquire(blocking=False):
+            return False
+        try:
+            idle_seconds = min(time.monotonic() - self._jobless_since, self._base.held_seconds)
+            if idle_seconds < seconds or self.has_claimable_work():
+                return False
+            self._stop_requested.set()
+            return True
+        finally:
+            self._serving.release()
 
     def wait_until_idle(self) -> None:
         """Wait, after `request_stop`, until whoever serves has given its jobs back, for the grace at most."""
@@ -275,10 +339,12 @@ class Runner:
         while self._has_room():
             started = time.monotonic()
             orders: list[StartJob] = []
-            job = self._claim_with_order(orders)
+            with CLAIM_SECONDS.time():
+                job = self._claim_with_order(orders)
             if job is None:
                 return
             reach(CrashPoint.POST_CLAIM)
+            observe_wait(job, lease_seconds=self._settings.lease_seconds)
             self._hold(job, orders[-1], since=started)
 
     def _claim_with_order(self, orders: list[StartJob]) -> Job | None:
@@ -354,9 +420,18 @@ class Runner:
         lease = lease_of(job)
         self._keeper.hold(lease, since=since)
         self._departures.expect(lease)
-        self._held[lease.token] = HeldJob(lease, result_filename(job), order, job.suspect_step, job.num_suspicions)
+        self._held[lease.token] = HeldJob(
+            lease,
+            job.pool,
+            since,
+            _trace(job, lease, since=since),
+            result_filename(job),
+            order,
+            job.suspect_step,
+            job.num_suspicions,
+        )
         self._start_held()
-        log.info("job.claimed", job_id=format_id(IdKind.JOB, job.id), lease_token=lease.token, pool=self._base.pool)
+        log.info("job.claimed", **ids_of(lease), pool=self._base.pool)
 
     def _start_held(self) -> None:
         """Hand the trainer what it was not handed yet; before a job that must be alone, the others are given back."""
@@ -389,13 +464,16 @@ class Runner:
             return
         match report:
             case JobStarted() | StepDone() | EvaluationDone() | JobWarned() | JobLogged():
-                held.wants_memory &= not isinstance(report, JobStarted)
+                held.note_progress(report)
                 self._unrecorded.append((held, report))
             case UrlsWanted(artifact=artifact, names=names):
                 urls = grant_uploads(self._store, held.lease, artifact=artifact, names=names)
                 self._base.send(UrlsGranted(lease_token=held.lease.token, artifact=artifact, urls=urls))
             case UsageCounted():
+                count_use(held.pool, held.usage, report)
                 held.usage = report
+            case PhaseDone():
+                self._note_phase(held, report)
             case SlotRefused():
                 held.wants_memory = True
             case CheckpointSaved() | ResumePointSaved():
@@ -403,6 +481,11 @@ class Runner:
             case JobSucceeded() | JobFailed() | JobYielded():
                 held.is_delivered = True
                 self._prover.submit(held.lease, report)
+
+    def _note_phase(self, held: HeldJob, done: PhaseDone) -> None:
+        count_phase(done)
+        attributes = {} if done.artifact is None else {"espalier.artifact": done.artifact}
+        held.trace.add_phase(done.phase, began_at=done.began_at, seconds=done.seconds, attributes=attributes)
 
     def _record_progress(self) -> None:
         """Store what the jobs have done, all in one transaction: a step of many jobs costs one commit.
@@ -442,13 +525,14 @@ class Runner:
                     stale.add(token)
         self._prover.delete_prefixes(tuple(spent))
         for token in stale:
-            self._drop(self._held.get(token))
+            FENCED_WRITES.inc()
+            self._drop(self._held.get(token), outcome="lease_lost")
         for token, must_make_room in acquitted.items():
             self._acquit(self._held.get(token), must_make_room=must_make_room)
 
     def _acquit(self, held: HeldJob | None, *, must_make_room: bool) -> None:
         if held is not None:
-            log.info("job.acquitted", lease_token=held.lease.token)
+            log.info("job.acquitted", **held.ids)
             held.suspect_step = None
             if must_make_room:
                 self._yield(held)
@@ -475,26 +559,27 @@ class Runner:
                 reach(CrashPoint.POST_FINISH)
             self._prover.delete_prefixes(spent)
         except StaleLeaseError:
-            self._drop(held)
+            FENCED_WRITES.inc()
+            self._drop(held, outcome="lease_lost")
             return
         except ROW_ERRORS as error:
             self._fail_unrecordable(held, error)
             return
         if isinstance(proof.report, JobSucceeded | JobFailed | JobYielded):
-            log.info("job.left", job_id=format_id(IdKind.JOB, held.lease.job_id), reason=proof.report.kind)
-            self._drop(held)
+            log.info("job.left", **held.ids, reason=proof.report.kind)
+            self._drop(held, outcome=_OUTCOMES[proof.report.kind])
 
     def _fail_unrecordable(self, held: HeldJob, error: Exception) -> None:
         """End an attempt whose report the database does not take. Where not even that is taken, its lease runs out."""
-        log.error("report.unrecordable", lease_token=held.lease.token, error=type(error).__name__)
+        log.error("report.unrecordable", **held.ids, error=type(error).__name__)
         with contextlib.suppress(StaleLeaseError, *ROW_ERRORS), service_transaction(self._engine) as session:
             attempts.fail_attempt(
                 session, held.lease, code=UNRECORDABLE.code, message=UNRECORDABLE.message, is_job_fault=False
             )
-        self._drop(held)
+        self._drop(held, outcome="failed")
 
     def _report_unproven(self, held: HeldJob, proof: Proof) -> None:
-        log.warning("artifact.unconfirmed", lease_token=held.lease.token, error=str(proof.error))
+        log.warning("artifact.unconfirmed", **held.ids, error=str(proof.error))
         with service_transaction(self._engine) as session:
             if isinstance(proof.report, ResumePointSaved):
                 message = f"The resume point of step {proof.report.step} could not be confirmed."
@@ -506,13 +591,13 @@ class Runner:
                 attempts.fail_attempt(
                     session, held.lease, code=DAMAGED.code, message=DAMAGED.message, is_job_fault=False
                 )
-        self._drop(held)
+        self._drop(held, outcome="failed")
 
     def _heed_news(self) -> None:
         for news in self._keeper.take_news():
             held = self._held.get(news.lease.token)
             if news.is_lost:
-                self._drop(held)
+                self._drop(held, outcome="lease_lost")
             elif held is not None:
                 self._yield(held)
 
@@ -527,7 +612,7 @@ class Runner:
         """Give a job back without asking the trainer."""
         with contextlib.suppress(StaleLeaseError), service_transaction(self._engine) as session:
             attempts.requeue_attempt(session, held.lease)
-        self._drop(held)
+        self._drop(held, outcome="given_back")
 
     def _stop_stalled(self) -> None:
         if (self._held or self._departures.are_due) and not self._is_live():
@@ -542,6 +627,7 @@ class Runner:
         num_jobs = sum(held.order is None and not held.is_delivered for held in self._held.values())
         failure = LEASE_LOST if self._keeper.is_fenced else failure
         log.error("trainer.lost", code=failure.code, num_jobs=num_jobs)
+        TRAINERS_LOST.labels(failure.code).inc()
         self.close()
         self._loss = Loss(failure, is_shared=num_jobs > 1)
 
@@ -567,13 +653,16 @@ class Runner:
                 attempts.fail_attempt(
                     session, held.lease, code=code, message=message, is_job_fault=is_final, is_suspect=True
                 )
-        self._drop(held)
+        self._drop(held, outcome="trainer_lost")
 
-    def _drop(self, held: HeldJob | None) -> None:
+    def _drop(self, held: HeldJob | None, *, outcome: str) -> None:
         """Forget a job that has ended here, stop its training if it goes on, and book what it used."""
         if held is None or self._held.pop(held.lease.token, None) is None:
             return
+        ATTEMPTS_ENDED.labels(held.pool, outcome).inc()
+        held.trace.end(outcome)
         self._has_left = True
+        self._jobless_since = time.monotonic()
         self._keeper.let_go(held.lease)
         self._base.send(StopJob(lease_token=held.lease.token))
         if held.order is not None:
@@ -582,7 +671,7 @@ class Runner:
         try:
             self._book_usage()
         except DATABASE_ERRORS as error:  # it is tried again with the next turn
-            log.warning("usage.unrecorded", lease_token=held.lease.token, error=type(error).__name__)
+            log.warning("usage.unrecorded", **held.ids, error=type(error).__name__)
 
     def _charge_use(self) -> None:
         """Charge the tenants what their jobs have used, as often as leases are prolonged."""
@@ -599,7 +688,7 @@ class Runner:
             try:
                 self._book(held)
             except ROW_ERRORS as error:  # the schedule settles what was not booked
-                log.error("usage.unrecordable", lease_token=held.lease.token, error=type(error).__name__)  # noqa: TRY400
+                log.error("usage.unrecordable", **held.ids, error=type(error).__name__)  # noqa: TRY400
             self._unbooked.pop(0)
 
     def _book(self, held: HeldJob) -> None:
@@ -628,10 +717,20 @@ class Runner:
                 log.warning("database.unavailable", error=type(error).__name__)
                 time.sleep(_AWAY_SECONDS)
         for held in tuple(self._held.values()):
-            log.warning("job.left_without_state", lease_token=held.lease.token)
+            log.warning("job.left_without_state", **held.ids)
             with contextlib.suppress(StaleLeaseError, *DATABASE_ERRORS), service_transaction(self._engine) as session:
                 attempts.requeue_attempt(session, held.lease)
-            self._drop(held)
+            self._drop(held, outcome="given_back")
         self.close()
         with contextlib.suppress(*DATABASE_ERRORS):
             self._departures.record()
+
+
+def _trace(job: Job, lease: Lease, *, since: float) -> AttemptTrace:
+    """Begin the attempt's trace with its claim, which began at `since` by the monotonic clock."""
+    seconds = time.monotonic() - since
+    began_at = time.time() - seconds
+    attributes = {f"espalier.{name}": value for name, value in ids_of(lease).items()} | {"espalier.pool": job.pool}
+    trace = AttemptTrace(traceparent=job.traceparent, began_at=began_at, attributes=attributes)
+    trace.add_phase("claim", began_at=began_at, seconds=seconds)
+    return trace

@@ -8,16 +8,22 @@ from pathlib import Path
 
 from celery import Celery
 from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
+from prometheus_client import REGISTRY
 from sqlalchemy import Engine
 
+from core.db.readiness import find_database_obstacle
 from core.db.session import connect
 from core.queue import TASK_NAME
 from core.sandbox import hide_memory
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
-from core.telemetry import configure_logs
+from core.telemetry.logs import configure_logs
+from core.telemetry.management import ManagementServer
+from core.telemetry.tracing import configure_tracing
 from worker.scratch import remove_abandoned
 from worker.supervisor.app import create_celery
+from worker.supervisor.idle_exit import IdleExit
+from worker.supervisor.metrics import WorkerCollector
 from worker.supervisor.presence import Presence
 from worker.supervisor.runner import Runner
 from worker.supervisor.warming import Warmer
@@ -33,6 +39,8 @@ def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine) ->
     @worker_ready.connect(weak=False)
     def show_presence(**_details: object) -> None:
         presence.start()
+        if settings.idle_exit_seconds is not None:
+            IdleExit(runner, idle_seconds=settings.idle_exit_seconds).start()
 
     @worker_shutting_down.connect(weak=False)
     def stop_serving(**_details: object) -> None:
@@ -49,6 +57,7 @@ def main() -> None:
     hide_memory()
     configure_logs("worker")
     settings = WorkerSettings()  # read from the environment
+    configure_tracing("worker", settings)
     settings = settings.model_copy(update={"worker_name": settings.worker_name or socket.gethostname()})
     database_url = settings.database_url.get_secret_value()
     engine = connect(database_url, pool_size=2)
@@ -58,16 +67,22 @@ def main() -> None:
         heartbeat_engine=connect(database_url, pool_size=1),
         store=S3ObjectStore(settings.storage_config),
     )
+    REGISTRY.register(WorkerCollector(runner.describe, find_figures=lambda: runner.device_figures))
+    management = ManagementServer(settings, find_obstacle=lambda: find_database_obstacle(engine))
     Watchdog(settings, runner).start()
-    warmer = Warmer(runner, interval_seconds=settings.heartbeat_seconds)
+    longest_seconds = settings.trainer_start_seconds * (1 + 2 * len(settings.worker_pools))
+    warmer = Warmer(
+        runner, interval_seconds=settings.heartbeat_seconds, patience_seconds=longest_seconds + settings.deaf_seconds
+    )
     warmer.start()
     try:
         build_worker(settings, runner, engine=engine).worker_main(
-            ["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--without-mingle"]
+            ["--quiet", "worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--without-mingle"]
         )
     finally:
         runner.request_stop()
         warmer.close()
         runner.wait_until_idle()  # the watchdog may be the one who serves, and Celery does not know it
         runner.close()  # the trainer, which would outlive this line and leave its scratch directory
+        management.close()
         remove_abandoned(settings.scratch_dir or Path(tempfile.gettempdir()))

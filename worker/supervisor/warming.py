@@ -11,6 +11,7 @@ import threading
 import structlog
 
 from core.db.session import DATABASE_ERRORS
+from core.telemetry.liveness import PROCESS
 from worker.supervisor.runner import Runner
 
 log = structlog.get_logger()
@@ -18,26 +19,34 @@ _STOP_SECONDS = 5.0
 
 
 class Warmer:
-    """Looks at every interval, until it is closed; the runner's own stop ends a load that is under way."""
+    """Looks at every interval, until it is closed; the runner's own stop ends a load that is under way.
 
-    def __init__(self, runner: Runner, *, interval_seconds: float) -> None:
+    A look that takes longer than `patience_seconds` hangs: it loads one base, or looks at each, in bounded time.
+    """
+
+    def __init__(self, runner: Runner, *, interval_seconds: float, patience_seconds: float) -> None:
         self._runner = runner
+        self._life = PROCESS.add_duty("warming bases", patience_seconds=patience_seconds)
         self._interval_seconds = interval_seconds
         self._stop_requested = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="warmer")
 
     def start(self) -> None:
+        PROCESS.watch(self._thread)
         self._thread.start()
 
     def close(self) -> None:
         """Stop, after the runner was asked to."""
+        PROCESS.release(self._thread)
         self._stop_requested.set()
         self._thread.join(_STOP_SECONDS)
 
     def _run(self) -> None:
         while not self._stop_requested.is_set():
+            self._life.beat()
             try:
                 self._runner.warm()
             except DATABASE_ERRORS as error:
                 log.warning("database.unavailable", error=type(error).__name__)
             self._stop_requested.wait(self._interval_seconds)
+        self._life.rest()

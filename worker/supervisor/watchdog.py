@@ -1,10 +1,10 @@
-"""Watches over the supervisor from threads of its own: is it alive, and does anybody wake it?
+"""Watches over the supervisor from a thread of its own: does anybody wake it?
 
 Two ways in which wake-ups stop are known. Redis is away: then this worker claims by itself whatever may be claimed.
 Redis is there and wake-ups wait in it for long, but the consumer does not take them (a timed-out acknowledgement can
 leave it deaf for ever, while it answers every ping): then the process ends, holding no job, to be started afresh. One
-look is no proof: a wake-up may have come just now, and the consumer of a worker that starts is not there yet. Liveness
-is a file that is touched while the loop turns, never a question to the consumer.
+look is no proof: a wake-up may have come just now, and the consumer of a worker that starts is not there yet. Whether
+the loop that serves still turns is part of the process's liveness, which never asks the consumer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import structlog
 from core.db.session import DATABASE_ERRORS
 from core.queue import queue_name
 from core.settings import WorkerSettings
+from core.telemetry.liveness import PROCESS, Liveness
 from worker.supervisor.runner import Runner
 
 log = structlog.get_logger()
 _LOOKS_PER_DEAF_TIME = 6
 _REDIS_TIMEOUT_SECONDS = 2.0
 _DEAF_EXIT_CODE = 1
+_PATIENCE_SECONDS = 60.0
 
 
 class Watchdog:
@@ -35,9 +37,15 @@ class Watchdog:
     """
 
     def __init__(
-        self, settings: WorkerSettings, runner: Runner, *, end_process: Callable[[int], None] = os._exit
+        self,
+        settings: WorkerSettings,
+        runner: Runner,
+        *,
+        end_process: Callable[[int], None] = os._exit,
+        liveness: Liveness = PROCESS,
     ) -> None:
         self._settings = settings
+        self._liveness = liveness
         self._runner = runner
         self._end_process = end_process
         self._redis = redis.Redis.from_url(
@@ -47,11 +55,14 @@ class Watchdog:
             retry=None,
         )
         self._unheard_since: float | None = None
+        patience_seconds = settings.deaf_seconds + _PATIENCE_SECONDS
+        self._life = liveness.add_duty("heeding silence", patience_seconds=patience_seconds)
 
     def start(self) -> None:
-        # Apart, because who heeds silence may serve for hours.
-        threading.Thread(target=self._repeat, args=(self._touch_liveness_file,), daemon=True, name="liveness").start()
-        threading.Thread(target=self._repeat, args=(self.heed_silence,), daemon=True, name="watchdog").start()
+        self._liveness.add_check("the loop that serves", self._find_stall)
+        thread = threading.Thread(target=self._look_forever, daemon=True, name="watchdog")
+        self._liveness.watch(thread)
+        thread.start()
 
     def heed_silence(self) -> None:
         """Work, or end, when nobody has woken this worker for long although there is work for it."""
@@ -60,6 +71,7 @@ class Watchdog:
         elif not self._is_wake_up_waiting():
             self._unheard_since = None
             log.warning("worker.claims_unwoken")
+            self._life.rest()  # it may serve for hours; whether the loop turns is looked at from elsewhere
             self._runner.serve()
         elif self._unheard_since is None:
             self._unheard_since = time.monotonic()
@@ -67,14 +79,14 @@ class Watchdog:
             log.error("worker.deaf")
             self._end_process(_DEAF_EXIT_CODE)
 
-    def _repeat(self, look: Callable[[], None]) -> None:
-        while True:
-            look()
-            time.sleep(self._settings.deaf_seconds / _LOOKS_PER_DEAF_TIME)
+    def _find_stall(self) -> str | None:
+        return None if self._runner.is_turning else "the loop that serves jobs does not turn"
 
-    def _touch_liveness_file(self) -> None:
-        if self._settings.liveness_file is not None and self._runner.is_turning:
-            self._settings.liveness_file.touch()
+    def _look_forever(self) -> None:
+        while True:
+            self._life.beat()
+            self.heed_silence()
+            time.sleep(self._settings.deaf_seconds / _LOOKS_PER_DEAF_TIME)
 
     def _is_left_asleep(self) -> bool:
         """Say whether this worker has been idle for long although there is work. False where the database is away."""

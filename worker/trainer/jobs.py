@@ -35,6 +35,7 @@ from worker.messages import (
     JobWarned,
     JobYielded,
     LoadBase,
+    PhaseDone,
     ResumePointSaved,
     StartJob,
     StepDone,
@@ -55,6 +56,7 @@ from worker.trainer.exports import (
     write_result_csv,
 )
 from worker.trainer.failures import JobStoppedError, TransferError
+from worker.trainer.phases import Phase
 from worker.trainer.resume import (
     RESUME_FILES,
     FetchedPoint,
@@ -76,7 +78,8 @@ class PreparedJob:
 class TrainerJob:
     """The life of one job here, known by its lease token. `close` removes its scratch directory.
 
-    `is_ending` when it has left its slot, or will not get one; `is_waiting` once the device has had no memory for it.
+    `is_preparing` until its datasets are tokenised; `is_ending` when it has left its slot, or will not get one;
+    `is_waiting` once the device has had no memory for it.
     """
 
     def __init__(
@@ -101,12 +104,30 @@ class TrainerJob:
         self._device_seconds = 0.0
         self._trained_tokens = 0
         self._tokens_before = 0
+        self._training: Phase | None = None
+        self._evaluation: Phase | None = None
+        self.is_preparing = True
         self.is_ending = False
         self.is_waiting = False
         self._is_closed = False
 
+    @property
+    def ids(self) -> dict[str, str | int]:
+        """What a line of the process's log names this attempt by."""
+        return {
+            "job_id": self._order.facts.job_id,
+            "lease_token": self.lease_token,
+            "tenant_id": self._order.tenant_id,
+        }
+
     def prepare(self) -> PreparedJob:
         """Fetch what the order names, while its URLs are young, and then tokenise. Runs on a background thread."""
+        load = Phase("load")
+        prepared = self._prepare()
+        self._report_phase(load)
+        return prepared
+
+    def _prepare(self) -> PreparedJob:
         files = {"training": self._order.training_file}
         if self._order.validation_file is not None:
             files["validation"] = self._order.validation_file
@@ -137,9 +158,16 @@ class TrainerJob:
         self._is_last_step_taken = step == count_steps(self._order.spec, len(prepared.training.examples))
         self._pace.begin(step)
         self._stored_step = step
+        self._training = Phase("train")
         self._channel.send(JobStarted(lease_token=self.lease_token, step=step))
         if self._is_epoch_open:
             self._end_epoch(engine)
+
+    def end_training(self) -> None:
+        """Say how long the job was on the device, once."""
+        if self._training is not None:
+            self._report_phase(self._training)
+            self._training = None
 
     def use_device(self, seconds: float) -> None:
         self._device_seconds += seconds
@@ -287,6 +315,7 @@ class TrainerJob:
             return  # every step of the epoch was skipped: there is nothing new to judge or to store
         self._is_epoch_open = True
         if self._validation is not None:
+            self._evaluation = Phase("evaluate")
             engine.begin_evaluation(str(self.lease_token), self._validation.examples)
         else:
             self._publish_epoch(engine)
@@ -338,6 +367,9 @@ class TrainerJob:
         )
 
     def _take_evaluation(self, result: Evaluation) -> None:
+        if self._evaluation is not None:
+            self._report_phase(self._evaluation)
+            self._evaluation = None
         self._rows[-1].valid_loss = result.loss
         self._rows[-1].valid_mean_token_accuracy = result.token_accuracy
         self._channel.send(
@@ -351,20 +383,23 @@ class TrainerJob:
 
     def _save_checkpoint(self, engine: Engine) -> None:
         """Write the adapter as it is now; its inspection and its upload go on in the background."""
-        step, directory = self._rows[-1].step, self._checkpoint_directory
+        directory = self._checkpoint_directory
+        export = Phase("export")
         directory.mkdir()
         engine.export_adapter(str(self.lease_token), directory)
         metrics = self._last_metrics()
         earlier = tuple(self._uploads)
         self._uploads.append(
-            self._channel.run_in_background(lambda: self._publish_checkpoint(step, directory, metrics, earlier))
+            self._channel.run_in_background(lambda: self._publish_checkpoint(directory, metrics, earlier, export))
         )
 
     def _publish_checkpoint(
-        self, step: int, directory: Path, metrics: dict[str, float], earlier: tuple[Future[None], ...]
+        self, directory: Path, metrics: dict[str, float], earlier: tuple[Future[None], ...], export: Phase
     ) -> None:
+        step = int(metrics["step"])
         artifact = f"checkpoints/step-{step}"
         self._inspect_adapter(step, directory, metrics)
+        self._report_phase(export)
         try:
             files = self._upload(artifact, directory, ADAPTER_FILES)
             wait(earlier)  # they are listed in the order in which they are told of
@@ -396,13 +431,18 @@ class TrainerJob:
 
     def _upload(self, artifact: str, directory: Path, names: tuple[str, ...]) -> tuple[StoredFile, ...]:
         wanted = UrlsWanted(lease_token=self.lease_token, artifact=artifact, names=names)
-        started = time.monotonic()
+        phase = Phase("upload")
         urls = self._channel.request_urls(wanted, check=self._check_wanted)
         stored = tuple(upload(urls[name], directory / name, self._patience) for name in names)
         size_bytes = sum(file.size_bytes for file in stored)
-        seconds = round(time.monotonic() - started, 3)
-        self.log("artifact.uploaded", artifact=artifact, size_bytes=size_bytes, seconds=seconds)
+        done = self._report_phase(phase, artifact=artifact, size_bytes=size_bytes)
+        self.log("artifact.uploaded", artifact=artifact, size_bytes=size_bytes, seconds=round(done.seconds, 3))
         return stored
+
+    def _report_phase(self, phase: Phase, *, artifact: str | None = None, size_bytes: int = 0) -> PhaseDone:
+        done = phase.end(self.lease_token, artifact=artifact, size_bytes=size_bytes)
+        self._channel.send(done)
+        return done
 
     @property
     def _checkpoint_directory(self) -> Path:

@@ -21,6 +21,7 @@ from worker.engine import Engine, EngineError, NoFreeSlotError, SlotReport
 from worker.messages import Alive, DeviceLeft, JobFailed, LoadBase, SlotRefused, StartJob, StopJob, YieldJob
 from worker.trainer.bases import LoadedBase
 from worker.trainer.channel import Channel, start_pool
+from worker.trainer.device_figures import DeviceMeter
 from worker.trainer.failures import TrainerError
 from worker.trainer.jobs import PreparedJob, TrainerJob
 
@@ -54,6 +55,7 @@ class TrainingLoop:
         # Stopped within the step under way, whose part of it is booked at its end.
         self._stopped: dict[int, TrainerJob] = {}
         self._is_stepping = False
+        self._meter = DeviceMeter(engine.device, flops_per_token=engine.flops_per_token)
 
     def run(self) -> None:
         while True:
@@ -88,6 +90,8 @@ class TrainingLoop:
             return
         self._shown_at = time.monotonic()
         self._channel.send(Alive())
+        num_preparing = sum(job.is_preparing for job in self._jobs.values())
+        self._channel.send(self._meter.take(num_preparing=num_preparing, num_waiting=len(self._waiting)))
         for job in self._jobs.values():
             job.bill()
 
@@ -110,6 +114,7 @@ class TrainingLoop:
         self._channel.deliver(self._preparing.submit(job.prepare), self._guarded(job, self._admit))
 
     def _admit(self, job: TrainerJob, prepared: PreparedJob) -> None:
+        job.is_preparing = False
         if job.is_ending:
             return
         try:
@@ -121,7 +126,7 @@ class TrainingLoop:
             self._waiting.append((job, prepared))
             return
         job.begin(self._engine, prepared)
-        log.info("job.admitted", lease_token=job.lease_token, num_examples=len(prepared.training.examples))
+        log.info("job.admitted", **job.ids, num_examples=len(prepared.training.examples))
         job.log("job.admitted", num_examples=len(prepared.training.examples))
 
     def _admit_waiting(self) -> None:
@@ -148,6 +153,8 @@ class TrainingLoop:
     def _book(self, reports: tuple[SlotReport, ...], seconds: float) -> None:
         """Divide the step's time among those who had a part in it, those who left within it included."""
         cost_tokens = sum(report.cost_tokens for report in reports)
+        if reports:
+            self._meter.note_step(seconds=seconds, cost_tokens=cost_tokens)
         jobs = self._jobs | self._stopped
         for report in reports:
             if cost_tokens:  # none where the step's only report is a row that did not fit
@@ -201,7 +208,7 @@ class TrainingLoop:
             self._channel.run_in_background(job.give_back, then=self._guarded(job, self._finish))
 
     def _fail(self, job: TrainerJob, error: Exception) -> None:
-        log.warning("job.failed", lease_token=job.lease_token, error=type(error).__name__)
+        log.warning("job.failed", **job.ids, error=type(error).__name__)
         code, is_job_fault = _classify(error)
         job.bill()
         self._channel.send(
@@ -212,6 +219,7 @@ class TrainingLoop:
     def _evict(self, job: TrainerJob) -> None:
         """Take a job off the device, and from what may still get there."""
         job.is_ending = True
+        job.end_training()
         if str(job.lease_token) in self._engine.job_ids:
             self._engine.evict(str(job.lease_token))
         self._leaving.append(job.lease_token)

@@ -9,10 +9,10 @@ from typing import Any
 
 import structlog
 import torch
+from transformers.utils import logging as transformers_logging
 
 from core.domain.datasets.tokenizers import tokenizer_path
 from core.sandbox import leave_root
-from core.telemetry import configure_logs
 from worker.engine import Engine
 from worker.messages import OUT_OF_MEMORY_EXIT_CODE, BaseInspected, BaseLoaded, BaseRefused, LoadBase, LoadWeights
 from worker.scratch import scratch_directory
@@ -27,8 +27,10 @@ from worker.trainer.tokenizers import describe_tokenizer, write_bundle
 log = structlog.get_logger()
 
 
-def main() -> None:
-    configure_logs("trainer")
+def main(*, are_secrets_hidden: bool) -> None:
+    if not are_secrets_hidden:
+        log.warning("trainer.secrets_readable")
+    _quiet_libraries()
     if threads := os.environ.get("ESPALIER_TRAINER_THREADS"):
         torch.set_num_threads(int(threads))
     channel = Channel(*take_pipes())
@@ -46,6 +48,13 @@ def main() -> None:
             raise
         log.exception("memory.exhausted")
         os._exit(OUT_OF_MEMORY_EXIT_CODE)
+
+
+def _quiet_libraries() -> None:
+    """Let transformers draw no progress bars, and log where everybody does instead of to a stream of its own."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
 
 
 def _prepare(channel: Channel, order: LoadBase, exits: contextlib.ExitStack) -> TrainingLoop | None:

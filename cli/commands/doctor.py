@@ -1,0 +1,142 @@
+"""`espalier doctor`: is this deployment well, looked at from here, and what to do where it is not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from cli.doctor import database, running
+from cli.doctor.devices import check_devices
+from cli.doctor.findings import Finding, FindingState, failed, ok, skipped
+from cli.doctor.servers import check_api, check_redis, check_storage
+from cli.doctor.trial import Trial, check_job
+from cli.output import is_json, print_json, say
+from cli.owner import DEFAULT_DATA_DIR, DataDir, actor
+from cli.reporting import describe_error
+from core.db.session import connect, operator_transaction, service_transaction
+from core.settings import DatabaseSettings, RedisSettings, S3Settings, StorageConfig
+from core.version import read_version
+from local.external import OWNER_URL_SETTING
+from local.servers import find_addresses
+from local.stack import StackState
+
+_STYLES = {
+    FindingState.OK: "green",
+    FindingState.WARNING: "yellow",
+    FindingState.FAILED: "red",
+    FindingState.SKIPPED: "dim",
+}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Where its parts are, as far as this environment says: by settings, or by the local stack of a data directory."""
+
+    database_url: str | None
+    redis_url: str | None
+    storage: StorageConfig | None
+    api_url: str | None
+    wrong: tuple[Finding, ...] = ()
+
+
+def doctor(
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    api_url: Annotated[str | None, typer.Option(envvar="ESPALIER_API_URL", help="Where the API answers.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="What --job trains on; the first on offer by default.")] = None,
+    patience: Annotated[float, typer.Option(min=1, help="How many seconds --job may take.")] = 900.0,
+    *,
+    job: Annotated[
+        bool, typer.Option("--job", help="Also train a tiny adapter, as the tenant espalier-doctor.")
+    ] = False,
+) -> None:
+    """Check a deployment from the environment this runs in. Exit code 1 when a check has failed, else 0."""
+    states = []
+    deployment = find_deployment(data_dir, api_url)
+    for finding in run_checks(deployment, Trial(base_model, patience) if job else None):
+        states.append(finding.state)
+        _show(finding)
+    if FindingState.FAILED in states:
+        raise typer.Exit(1)
+
+
+def find_deployment(data_dir: Path, api_url: str | None) -> Deployment:
+    """Read settings, each for itself: one that is missing or wrong hides no other."""
+    local = find_addresses(data_dir)
+    if local is not None and not os.environ.get(OWNER_URL_SETTING):
+        found = api_url or StackState.read(data_dir).api_url
+        return Deployment(local.postgres_url, local.redis_url, local.storage, found)
+    wrong = []
+    owner_url, redis_url, storage = os.environ.get(OWNER_URL_SETTING), None, None
+    try:
+        owner_url = owner_url or DatabaseSettings().database_url.get_secret_value()
+    except ValidationError as error:
+        wrong.append(_missing("database", error, f"Set {OWNER_URL_SETTING} or ESPALIER_DATABASE_URL."))
+    try:
+        redis_url = RedisSettings().redis_url.get_secret_value()
+    except ValidationError as error:
+        wrong.append(_missing("redis", error, "Set ESPALIER_REDIS_URL."))
+    try:
+        storage = S3Settings().storage_config
+    except ValidationError as error:
+        wrong.append(_missing("storage", error, "Set ESPALIER_S3_ENDPOINT and its keys."))
+    return Deployment(owner_url, redis_url, storage, api_url, tuple(wrong))
+
+
+def run_checks(deployment: Deployment, trial: Trial | None) -> Iterator[Finding]:
+    """Yield what each check finds, as it is found. What depends on a part that is away is not asked."""
+    yield ok("version", f"This is espalier {read_version()}.")
+    yield from deployment.wrong
+    if deployment.redis_url is not None:
+        yield check_redis(deployment.redis_url)
+    if deployment.storage is not None:
+        yield from check_storage(deployment.storage)
+    yield check_devices()
+    yield check_api(deployment.api_url) if deployment.api_url else skipped("api", "Give --api-url to look at the API.")
+    if deployment.database_url is None:
+        return
+    try:
+        engine = connect(deployment.database_url, pool_size=1)
+    except (SQLAlchemyError, ValueError):
+        remedy = "Write it as postgresql://user:password@host:port/name."
+        yield failed("database", "Its setting is no URL of a database.", remedy=remedy)
+        return
+    try:
+        yield from _check_inside(engine, deployment, trial)
+    finally:
+        engine.dispose()
+
+
+def _check_inside(engine: Engine, deployment: Deployment, trial: Trial | None) -> Iterator[Finding]:
+    found = database.check_database(engine)
+    yield found
+    if found.state == FindingState.FAILED:
+        return
+    yield from database.run_each(database.CHECKS, partial(service_transaction, engine))
+    yield from database.run_each(running.CHECKS, partial(operator_transaction, engine, actor=actor()))
+    if trial is None:
+        return
+    if deployment.api_url is None:
+        yield failed("job", "A job goes through the API.", remedy="Give --api-url.")
+    else:
+        yield check_job(engine, deployment.api_url, trial)
+
+
+def _missing(check: str, error: ValidationError, remedy: str) -> Finding:
+    return failed(check, describe_error(error), remedy=remedy)
+
+
+def _show(finding: Finding) -> None:
+    if is_json():
+        print_json(finding)
+        return
+    says = finding.says if finding.says.endswith(".") else f"{finding.says}."
+    say(f"{finding.state:<8} {finding.check:<15} {says} {finding.remedy}".rstrip(), style=_STYLES[finding.state])

@@ -1,0 +1,142 @@
+"""`espalier jobs`, `workers`, `pools` and `usage`: what goes on, over all tenants, and never a tenant's words."""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from api.schemas.oversight import JobOverviewObject, PoolObject, UsageObject, WorkerObject, usage_csv
+from cli.output import Column, as_duration, is_json, print_rows, say
+from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
+from core.domain.ids import IdKind, parse_id
+from core.domain.jobs import JobStatus
+from core.services import oversight
+from core.services import usage as use
+from core.services.oversight import JobFilter, JobOverview, PoolOverview, WorkerOverview
+from core.services.usage import UsageGroup, UsagePeriod
+
+Limit = Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")]
+After = Annotated[str | None, typer.Option(help="Go on behind this one, the last of the page before.")]
+_DAY = ["%Y-%m-%d"]
+JOB_COLUMNS = (Column("id", is_whole=True), "tenant", "pool", "status", "steps", "age", "worker")
+WORKER_COLUMNS = (Column("name", is_whole=True), "state", "base", "slots", "beat", "up", "version", "serves")
+POOL_COLUMNS = ("pool", "base", "queued", "oldest", "running", "slots", "wanted", "workers")
+
+
+def jobs(
+    status: Annotated[JobStatus | None, typer.Option(help="Only those of this status.")] = None,
+    pool: Annotated[str | None, typer.Option(help="Only those of this pool.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only those of this tenant, by its slug.")] = None,
+    limit: Limit = 50,
+    after: After = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Show everybody's jobs, newest first."""
+    cursor = parse_id(IdKind.JOB, after, param="after") if after else None
+    with operator_session(data_dir) as session:
+        wanted = JobFilter(status=status, pool=pool, tenant=tenant)
+        page = oversight.list_job_overviews(session, wanted, after=cursor, limit=limit)
+    now = dt.datetime.now(dt.UTC)
+    rows = [JobOverviewObject.of(each).model_dump() for each in page.items]
+    cells = rows if is_json() else [job_cells(each, now) for each in page.items]
+    print_rows(JOB_COLUMNS, cells)
+    _say_more(has_more=page.has_more, last=rows[-1]["id"] if rows else "")
+
+
+def workers(limit: Limit = 100, after: After = None, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Show the workers: what they hold, how many slots are in use, when they were last heard of."""
+    with operator_session(data_dir) as session:
+        page = oversight.list_worker_overviews(session, after=after, limit=limit)
+    rows = [WorkerObject.of(each).model_dump() if is_json() else worker_cells(each) for each in page.items]
+    print_rows(WORKER_COLUMNS, rows)
+    if not is_json():
+        for each in page.items:
+            for pool, reason in sorted(each.refusals.items()):
+                say(f"Worker {each.name} cannot load {pool}: {reason}")
+    _say_more(has_more=page.has_more, last=page.items[-1].name if page.items else "")
+
+
+def pools(limit: Limit = 100, after: After = None, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Show the pools: what waits and since when, what runs, how many workers that would fill, and who serves them."""
+    with operator_session(data_dir) as session:
+        page = oversight.list_pool_overviews(session, after=after, limit=limit)
+    rows = [PoolObject.of(each).model_dump() if is_json() else pool_cells(each) for each in page.items]
+    print_rows(POOL_COLUMNS, rows)
+    _say_more(has_more=page.has_more, last=page.items[-1].demand.pool if page.items else "")
+
+
+def usage(
+    first: Annotated[
+        dt.datetime | None, typer.Option("--from", formats=_DAY, help="The first day; of the month by default.")
+    ] = None,
+    last: Annotated[
+        dt.datetime | None, typer.Option("--to", formats=_DAY, help="The last day, included; today by default.")
+    ] = None,
+    group_by: Annotated[UsageGroup, typer.Option(help="What is summed up.")] = UsageGroup.TENANT,
+    limit: Limit = 1000,
+    after: After = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    *,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Sum GPU-seconds, tokens and jobs of attempts that have ended, by tenant, pool or day (UTC)."""
+    days = [each.date() if each else None for each in (first, last)]
+    period = UsagePeriod.of(days[0], days[1], now=dt.datetime.now(dt.UTC))
+    with operator_session(data_dir) as session:
+        page = use.sum_usage(session, period, group=group_by, after=after, limit=limit)
+    if as_csv and not is_json():
+        sys.stdout.write(usage_csv(group_by, page.items))
+        return
+    columns = (Column("id", group_by), "gpu_seconds", "trained_tokens", Column("num_jobs", "jobs"))
+    rows = [UsageObject.of(each, group_by).model_dump() for each in page.items]
+    print_rows((*columns, Column("num_attempts", "attempts")), rows)
+    _say_more(has_more=page.has_more, last=page.items[-1].label if page.items else "")
+
+
+def job_cells(job: JobOverview, now: dt.datetime) -> dict[str, Any]:
+    """Return a job as a table shows it. Its age is counted from its submission to its end."""
+    return {
+        "id": f"{IdKind.JOB}{job.id.hex}",
+        "tenant": job.tenant,
+        "pool": job.pool,
+        "status": f"{job.status} {job.error_code}" if job.error_code else job.status,
+        "steps": f"{job.trained_steps}/{job.total_steps}",
+        "age": as_duration(((job.finished_at or now) - job.created_at).total_seconds()),
+        "worker": job.worker_name,
+    }
+
+
+def worker_cells(worker: WorkerOverview) -> dict[str, Any]:
+    held_for = (worker.heartbeat_at - worker.started_at).total_seconds()
+    return {
+        "name": worker.name,
+        "state": worker.state if worker.is_alive else "gone",
+        "base": worker.pool if worker.next_pool is None else f"{worker.pool} -> {worker.next_pool}",
+        "slots": f"{worker.slots_in_use}/{worker.slots}",
+        "beat": f"{as_duration(worker.silent_seconds)} ago",
+        "up": as_duration(held_for),
+        "version": worker.version,
+        "serves": len(worker.pools),
+    }
+
+
+def pool_cells(pool: PoolOverview) -> dict[str, Any]:
+    demand = pool.demand
+    return {
+        "pool": demand.pool,
+        "base": pool.base_state if pool.is_offered else f"{pool.base_state}, not offered",
+        "queued": f"{pool.num_queued} ({demand.num_claimable} now)" if pool.num_queued else 0,
+        "oldest": as_duration(pool.oldest_seconds),
+        "running": demand.num_running,
+        "slots": demand.num_slots,
+        "wanted": demand.workers_wanted,
+        "workers": f"{pool.num_workers} ({pool.num_holding} hold it)" if pool.num_workers else 0,
+    }
+
+
+def _say_more(*, has_more: bool, last: str) -> None:
+    if has_more and not is_json():
+        say(f"There are more: --after {last}")

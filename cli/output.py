@@ -1,0 +1,141 @@
+"""How commands say things: sentences and tables for a person, or JSON for a program, as `--json` asks.
+
+With `--json` standard output holds nothing but JSON: one document, or one object a line where a command lists things or
+tells what happens. An error is then the document `{"error": ...}`; otherwise it is one line on standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+MAX_COLUMNS = 100
+_is_json: ContextVar[bool] = ContextVar("is_json", default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a table: which field it shows, under which heading, and whether its words may be folded."""
+
+    key: str
+    heading: str = ""
+    is_whole: bool = False
+
+
+@contextmanager
+def output_mode(*, is_json: bool) -> Iterator[None]:
+    token = _is_json.set(is_json)
+    try:
+        yield
+    finally:
+        _is_json.reset(token)
+
+
+def is_json() -> bool:
+    """Say whether the command that runs was asked for JSON."""
+    return _is_json.get()
+
+
+def say(sentence: str, *, style: str = "", **facts: Any) -> None:
+    """Print a sentence; as JSON the facts in it, or the sentence itself where none are given."""
+    if is_json():
+        print_json(facts or {"message": sentence})
+    else:
+        Console(soft_wrap=True, highlight=False).print(escape(sentence), style=style)
+
+
+def show(picture: RenderableType) -> None:
+    """Print what is for people only, such as a panel or a table of rich's."""
+    if not is_json():
+        Console(width=find_width()).print(picture)
+
+
+def fail(reason: str, *, exit_code: int = 1) -> NoReturn:
+    """End the command with one line that says why."""
+    line = " ".join(reason.split())
+    if is_json():
+        print_json({"error": {"message": line}})
+    else:
+        Console(soft_wrap=True, highlight=False, stderr=True).print(escape(line), style="red")
+    raise typer.Exit(exit_code)
+
+
+def print_rows(columns: Iterable[str | Column], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print rows as a table of these columns; as JSON one object a row, with all that the row has."""
+    if is_json():
+        for row in rows:
+            print_json(row)
+        return
+    show(make_table(columns, rows))
+
+
+def make_table(columns: Iterable[str | Column], rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Return a table that folds what is too long for the terminal, and cuts nothing."""
+    table = Table(box=None, pad_edge=False)
+    named = [each if isinstance(each, Column) else Column(each) for each in columns]
+    for column in named:
+        table.add_column(column.heading or column.key.replace("_", " "), no_wrap=column.is_whole, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(as_text(row[column.key])) for column in named))
+    return table
+
+
+def fields_of(row: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in names}
+
+
+def find_width() -> int | None:
+    """Return how wide tables are: as the terminal (None), or in a file or a pipe a width that any editor shows."""
+    return None if sys.stdout.isatty() else MAX_COLUMNS
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, default=_as_json, ensure_ascii=False), flush=True)
+
+
+def as_text(value: Any) -> str:
+    """Return a value as a cell of a table shows it: instants in UTC to the second, numbers to two digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dt.datetime):
+        return value.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%S")
+    if isinstance(value, float):
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    if isinstance(value, dict):
+        return json.dumps(value, default=_as_json)
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def as_duration(seconds: float | None) -> str:
+    """Return a duration in its largest two units: 42s, 3m10s, 2h05m, 4d03h."""
+    if seconds is None:
+        return "-"
+    whole = int(seconds)
+    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // part:02}{smaller}"
+    return f"{whole}s"
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, dt.datetime):
+        return value.astimezone(dt.UTC).isoformat()
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)

@@ -1,0 +1,77 @@
+"""What every command has in common: the option `--json`, and errors that are one line instead of a traceback."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import redis
+import typer
+import yaml
+from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from cli.output import fail, output_mode
+from core.domain.errors import DomainError
+from core.storage import StorageError
+
+_KNOWN_ERRORS = (
+    DomainError,
+    OSError,
+    SQLAlchemyError,
+    StorageError,
+    ValidationError,
+    redis.RedisError,
+    yaml.YAMLError,
+)
+_JSON = typer.Option("--json", help="Print JSON: one document, or one object a line.")
+
+
+def reporting(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that also takes `--json`, and ends with one line and exit code 1 on an error that is known."""
+
+    @functools.wraps(command)
+    def run(*, as_json: bool, **arguments: Any) -> None:
+        with output_mode(is_json=as_json):
+            try:
+                command(**arguments)
+            except _KNOWN_ERRORS as error:
+                fail(describe_error(error))
+
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter(
+        "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _JSON]
+    )
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    return run
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error in one sentence for an operator. It names what was asked, and quotes no secret."""
+    if isinstance(error, DomainError):
+        return error.message
+    if isinstance(error, DBAPIError):
+        return f"The database does not answer, or refuses: {_first_line(error)}"
+    if isinstance(error, redis.RedisError):
+        return f"Redis does not answer, or refuses: {_first_line(error)}"
+    if isinstance(error, ValidationError):
+        return _describe_settings(error)
+    return _first_line(error)
+
+
+def _describe_settings(error: ValidationError) -> str:
+    """Name what is missing or wrong. Where settings are read the environment's names are said, and no value."""
+    is_settings = error.title.endswith("Settings")
+    faults = []
+    for each in error.errors(include_input=False, include_url=False):
+        place = ".".join(map(str, each["loc"]))
+        faults.append(f"{'ESPALIER_' + place.upper() if is_settings else place}: {each['msg']}")
+    return f"{'Settings' if is_settings else error.title}: {'; '.join(faults)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = re.sub(r"^\(psycopg[.\w]*\) ", "", str(error).strip()).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,68 @@
+"""What waits, who works and what is set aside, counted over all tenants in one statement. For the schedule's figures.
+
+Jobs that wait are read through partial indexes, never the many that have ended; those that are paused are counted by
+the triggers of `queues`. Nothing here names a tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from core.domain.duties import Duty
+
+_CENSUS = text("""
+with waiting as (
+    select pool, case when run_after > now() then 'delayed' else 'queued' end as state,
+        count(*) as num, extract(epoch from now() - min(run_after))::float8 as seconds
+    from jobs where status = 'queued' group by 1, 2
+), running as (
+    select pool, count(*) as num, extract(epoch from now() - min(started_at))::float8 as seconds
+    from jobs where status = 'running' group by 1
+), alive as (
+    select * from workers where alive_until > now()
+), pools as (
+    select distinct pool as name from queues union select unnest(pools) from alive
+)
+select 'jobs' as subject, p.name as pool, s.state, coalesce(w.num, 0) as num, coalesce(greatest(w.seconds, 0), 0)
+from pools p cross join (values ('queued'), ('delayed')) s (state)
+left join waiting w on w.pool = p.name and w.state = s.state
+union all
+select 'jobs', p.name, 'running', coalesce(r.num, 0), coalesce(greatest(r.seconds, 0), 0)
+from pools p left join running r on r.pool = p.name
+union all
+select 'jobs', p.name, 'paused', coalesce((select sum(q.num_paused) from queues q where q.pool = p.name), 0), 0
+from pools p
+union all
+select 'pool_workers', p.name, '', (
+    select count(*) from alive a where p.name = any (a.pools) and not jsonb_exists(a.refusals, p.name)), 0
+from pools p
+union all
+select 'workers', '', s.state, (select count(*) from alive a where a.state = s.state), 0
+from (values ('idle'), ('loading'), ('serving'), ('stopping')) s (state)
+union all
+select 'set_asides', '', d.name, (select count(*) from set_asides s where s.duty = d.name), 0
+from unnest(cast(:duties as text[])) d (name)
+""")
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many of a subject there are: jobs by pool and state, workers that may serve a pool, and so on.
+
+    `oldest_seconds` is how long the oldest of these jobs has waited, or has been running.
+    """
+
+    subject: Literal["jobs", "pool_workers", "workers", "set_asides"]
+    pool: str
+    state: str
+    num: int
+    oldest_seconds: float
+
+
+def take_census(session: Session) -> Sequence[Count]:
+    return [Count(*row) for row in session.execute(_CENSUS, {"duties": list(Duty)})]

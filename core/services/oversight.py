@@ -1,0 +1,239 @@
+"""What operators see of everybody's jobs, of the workers and of the pools: never a tenant's words, files or rows.
+
+The operator's role reads views that leave out what is a tenant's own (migration 0021), and no table behind them. Every
+list is a page, and no list walks all jobs: a filter asks an index once for each status and pool, newest first.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import RowMapping, func, select, text
+from sqlalchemy.orm import Session
+
+from core.db.models import Worker
+from core.domain.bases import BaseState
+from core.domain.errors import NotFoundError
+from core.domain.jobs import JobStatus
+from core.services.pages import Page
+from core.services.tenants import find_tenant
+
+# Ids of the newest jobs before the cursor. Each compares and sorts by whole rows of one index: if it sorted by the id
+# alone, the planner would walk all jobs from the newest wherever it guesses that every few of them fit. And where it
+# guesses that few fit, it would read and sort them all, unless it is told not to sort what an index has in order.
+_NO_SORT = text("select set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)")
+_NEWEST = "(select j.id from operator_jobs j where j.id < :after order by j.id desc limit :num)"
+_NEWEST_OF_TENANT = """
+(select j.id from operator_jobs j where (j.tenant_id, j.id) < (:tenant_id, :after) and j.tenant_id >= :tenant_id
+order by j.tenant_id desc, j.id desc limit :num)
+"""
+# One branch a status: a status that is written in the statement is what a partial index is found by.
+_NEWEST_OF_STATUS = """
+(select n.id from unnest(cast(:pools as text[])) p (name) cross join lateral (
+    select j.id from operator_jobs j
+    where {of_tenant} (j.pool, j.status, j.id) < (p.name, '{status}', :after)
+      and (j.pool, j.status) >= (p.name, '{status}') and j.status = '{status}'
+    order by j.pool desc, j.id desc limit :num) n)
+"""
+_JOBS = """
+select j.*, t.slug from (select id from ({newest}) found order by id desc limit :num) page
+join operator_jobs j on j.id = page.id join tenants t on t.id = j.tenant_id order by j.id desc
+"""
+_AFTER_ALL = uuid.UUID(int=2**128 - 1)
+_POOL_NAMES = text("select distinct pool from queues")
+# The oldest of a pool that wait, by the ids, which sort by the time they were made.
+_POOLS = text("""
+select d.*, b.id as base_model_id, nullif(split_part(d.pool, '@', 2), 'none') as quantization, b.state, b.state_reason,
+    b.is_enabled, b.disabled_at is not null as is_disabled, q.num_queued, o.oldest_seconds, w.*
+from (select * from pool_demand where pool > :after order by pool limit :num) d
+join base_models b on b.id = split_part(d.pool, '@', 1)
+cross join lateral (
+    select coalesce(sum(num_queued), 0)::bigint as num_queued from queues where queues.pool = d.pool) q
+left join lateral (
+    select greatest(extract(epoch from now() - j.created_at), 0)::float8 as oldest_seconds
+    from operator_jobs j where j.pool = d.pool and j.status = 'queued' order by j.id limit 1) o on true
+cross join lateral (
+    select count(*) as num_workers, count(*) filter (where v.pool = d.pool and v.state <> 'loading') as num_holding,
+        count(*) filter (where jsonb_exists(v.refusals, d.pool)) as num_refusing,
+        coalesce(sum(v.slots_in_use) filter (where v.pool = d.pool), 0)::bigint as slots_in_use
+    from workers v where d.pool = any (v.pools) and v.alive_until > now() and v.state <> 'stopping') w
+order by d.pool
+""")
+_DEMAND = text("select * from pool_demand where pool = :pool")
+
+
+@dataclass(frozen=True)
+class JobFilter:
+    """Which jobs to show; None is any. `tenant` is a slug."""
+
+    status: JobStatus | None = None
+    pool: str | None = None
+    tenant: str | None = None
+
+
+@dataclass(frozen=True)
+class JobOverview:
+    """A job as an operator sees it. `worker_name` and `used_seconds` are of the attempt that runs."""
+
+    id: uuid.UUID
+    tenant: str
+    pool: str
+    base_model_id: str
+    quantization: str | None
+    status: JobStatus
+    priority: int
+    total_steps: int
+    trained_steps: int
+    trained_tokens: int | None
+    attempt_count: int
+    max_attempts: int
+    error_code: str | None
+    worker_name: str | None
+    used_seconds: float | None
+    run_after: dt.datetime
+    created_at: dt.datetime
+    started_at: dt.datetime | None
+    finished_at: dt.datetime | None
+
+
+@dataclass(frozen=True)
+class WorkerOverview:
+    """A worker as it said of itself; `is_alive` by the database's clock."""
+
+    name: str
+    version: str | None
+    state: str
+    is_alive: bool
+    pools: tuple[str, ...]
+    pool: str | None
+    next_pool: str | None
+    slots: int
+    slots_in_use: int
+    refusals: dict[str, str]
+    started_at: dt.datetime
+    heartbeat_at: dt.datetime
+    silent_seconds: float
+
+    @property
+    def is_draining(self) -> bool:
+        return self.state == "stopping"
+
+
+@dataclass(frozen=True)
+class PoolDemand:
+    """How many workers a pool's jobs would fill: those that run, and those that may start now."""
+
+    pool: str
+    num_claimable: int
+    num_running: int
+    num_slots: int
+    workers_wanted: int
+
+
+@dataclass(frozen=True)
+class PoolOverview:
+    """A pool: its demand, all that is queued and since when, the workers alive that may serve it, and its base."""
+
+    demand: PoolDemand
+    base_model_id: str
+    quantization: str | None
+    base_state: BaseState
+    state_reason: str | None
+    is_offered: bool
+    num_queued: int
+    oldest_seconds: float | None
+    num_workers: int
+    num_holding: int
+    num_refusing: int
+    slots_in_use: int
+
+
+def list_job_overviews(
+    session: Session, wanted: JobFilter, *, after: uuid.UUID | None = None, limit: int
+) -> Page[JobOverview]:
+    """Return jobs of everybody, newest first. Raises NotFoundError for a tenant that is not there."""
+    values: dict[str, Any] = {"num": limit + 1, "after": after or _AFTER_ALL, "pools": [wanted.pool]}
+    if wanted.tenant is not None:
+        values["tenant_id"] = find_tenant(session, wanted.tenant).id
+    newest = _NEWEST if wanted.tenant is None else _NEWEST_OF_TENANT
+    if wanted.status is not None or wanted.pool is not None:
+        session.execute(_NO_SORT)
+        of_tenant = "" if wanted.tenant is None else "j.tenant_id = :tenant_id and"
+        statuses = [wanted.status] if wanted.status is not None else list(JobStatus)
+        newest = " union all ".join(_NEWEST_OF_STATUS.format(status=each, of_tenant=of_tenant) for each in statuses)
+        if wanted.pool is None:
+            values["pools"] = list(session.scalars(_POOL_NAMES))
+    rows = session.execute(text(_JOBS.format(newest=newest)), values).mappings().all()
+    return Page.cut([_job_overview(row) for row in rows], limit)
+
+
+def _job_overview(row: RowMapping) -> JobOverview:
+    same = {name: row[name] for name in JobOverview.__dataclass_fields__ if name not in ("tenant", "status")}
+    return JobOverview(tenant=row["slug"], status=JobStatus(row["status"]), **same)
+
+
+def list_worker_overviews(session: Session, *, after: str | None = None, limit: int) -> Page[WorkerOverview]:
+    """Return the workers that have a row, alive or not, by name. One that stops in good order takes its row away."""
+    silent = func.extract("epoch", func.now() - Worker.heartbeat_at)
+    query = select(Worker, Worker.alive_until > func.now(), silent)
+    if after is not None:
+        query = query.where(Worker.name > after)
+    rows = session.execute(query.order_by(Worker.name).limit(limit + 1)).all()
+    found = [_worker_overview(row, is_alive=is_alive, silent_seconds=float(seconds)) for row, is_alive, seconds in rows]
+    return Page.cut(found, limit)
+
+
+def _worker_overview(row: Worker, *, is_alive: bool, silent_seconds: float) -> WorkerOverview:
+    return WorkerOverview(
+        name=row.name,
+        version=row.version,
+        state=row.state,
+        is_alive=is_alive,
+        pools=tuple(row.pools),
+        pool=row.pool,
+        next_pool=row.next_pool,
+        slots=row.slots,
+        slots_in_use=row.slots_in_use,
+        refusals=dict(row.refusals),
+        started_at=row.started_at,
+        heartbeat_at=row.heartbeat_at,
+        silent_seconds=max(0.0, silent_seconds),
+    )
+
+
+def list_pool_overviews(session: Session, *, after: str | None = None, limit: int) -> Page[PoolOverview]:
+    """Return every pool of the bases that are known, by name."""
+    rows = session.execute(_POOLS, {"after": after or "", "num": limit + 1}).mappings().all()
+    return Page.cut([_pool_overview(row) for row in rows], limit)
+
+
+def _pool_overview(row: RowMapping) -> PoolOverview:
+    return PoolOverview(
+        demand=_demand(row),
+        base_model_id=row["base_model_id"],
+        quantization=row["quantization"],
+        base_state=BaseState(row["state"]),
+        state_reason=row["state_reason"],
+        is_offered=row["is_enabled"] and not row["is_disabled"],
+        num_queued=row["num_queued"],
+        oldest_seconds=row["oldest_seconds"],
+        num_workers=row["num_workers"],
+        num_holding=row["num_holding"],
+        num_refusing=row["num_refusing"],
+        slots_in_use=row["slots_in_use"],
+    )
+
+
+def find_pool_demand(session: Session, pool: str) -> PoolDemand:
+    """Return a pool's demand. Raises NotFoundError where no base that is known has such a pool."""
+    row = session.execute(_DEMAND, {"pool": pool}).mappings().one_or_none()
+    if row is None:
+        raise NotFoundError(f"There is no pool {pool[:200]!r}.", code="pool_not_found")
+    return _demand(row)
+
+
+def _demand(row: RowMapping) -> PoolDemand:
+    return PoolDemand(**{name: row[name] for name in PoolDemand.__dataclass_fields__})

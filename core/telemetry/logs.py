@@ -1,0 +1,140 @@
+"""Structured logs: one JSON object a line on standard error, never a tenant's data.
+
+Every line, whoever wrote it: what libraries log or warn of goes through the same renderer, and so do tracebacks that
+end a process or a thread. What is printed, by a library in C, by Celery or by a child process, comes out of a pipe that
+takes the place of standard output and standard error, and is wrapped line by line as `output.printed`.
+
+A line that cannot be written, on a full disk or to a reader that has left, is lost: the work goes on without it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+import structlog
+
+from core.telemetry.liveness import PROCESS
+
+log = structlog.get_logger()
+_MAX_PRINTED_LENGTH = 2000
+_STOP_SECONDS = 1.0
+_log_file: TextIO | None = None  # once `configure_logs` has been called: standard error as this process was given it
+
+
+def configure_logs(process: str, *, captured: Sequence[int] = (1, 2)) -> None:
+    """Send every line of this process, the libraries' too, through one JSON renderer.
+
+    `captured` are the file descriptors whose bytes are wrapped. A process whose children log by themselves captures
+    none, so that they do not write through it.
+    """
+    global _log_file  # noqa: PLW0603 (a process has one log)
+    _log_file = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    _route_libraries(process, _log_file)
+    sys.excepthook = _log_end_of_process
+    threading.excepthook = _log_end_of_thread
+    sys.unraisablehook = _log_unraisable
+    if captured:
+        _capture(captured, _log_file)
+
+
+def find_log_file() -> int | None:
+    """Return the file descriptor of the log, for a child that writes JSON itself; None before there is one."""
+    return _log_file.fileno() if _log_file is not None else None
+
+
+def _route_libraries(process: str, stream: TextIO) -> None:
+    def name_process(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {**event, "process": process}  # no bound variable: threads have none of their starter's
+
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        name_process,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=str),
+        ],
+    )
+    lines = _LossyHandler(stream)
+    lines.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[lines], force=True)
+    logging.captureWarnings(capture=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+class _LossyHandler(logging.StreamHandler[TextIO]):
+    """Says nothing of a line that it cannot write: standard error is the pipe that it writes for, and would fill."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
+        pass
+
+
+def _log_end_of_process(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    log.critical("process.failed", exc_info=(kind, error, at))
+
+
+def _log_end_of_thread(ended: threading.ExceptHookArgs) -> None:
+    name = ended.thread.name if ended.thread is not None else None
+    log.critical("thread.failed", thread=name, exc_info=(ended.exc_type, ended.exc_value, ended.exc_traceback))
+
+
+def _log_unraisable(raised: Any) -> None:
+    log.error("error.unraisable", exc_info=(raised.exc_type, raised.exc_value, raised.exc_traceback))
+
+
+def _capture(captured: Sequence[int], stream: TextIO) -> None:
+    """Put a pipe in the place of the file descriptors, and a thread at its other end."""
+    reading, writing = os.pipe()
+    for number in captured:
+        os.dup2(writing, number)
+    os.close(writing)
+    relay = threading.Thread(target=_relay, args=(reading, stream), daemon=True, name="printed output")
+    PROCESS.watch(relay)  # without it the pipe fills, and whoever prints waits for ever
+    relay.start()
+    atexit.register(_release, captured, stream, relay)
+
+
+def _relay(reading: int, stream: TextIO) -> None:
+    with os.fdopen(reading, "rb") as lines:
+        for line in lines:
+            if _is_json_object(line):
+                with contextlib.suppress(OSError):
+                    os.write(stream.fileno(), line)
+            elif text := line.decode(errors="backslashreplace").strip():
+                log.info("output.printed", line=text[:_MAX_PRINTED_LENGTH])
+
+
+def _is_json_object(line: bytes) -> bool:
+    try:
+        return line.startswith(b"{") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _release(captured: Sequence[int], stream: TextIO, relay: threading.Thread) -> None:
+    """Give the file descriptors back, and let the relay write what it still has."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number in captured:
+        os.dup2(stream.fileno(), number)
+    relay.join(_STOP_SECONDS)

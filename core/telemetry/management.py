@@ -1,0 +1,102 @@
+"""The management port of a process: /metrics for Prometheus, /livez and /readyz for whoever keeps processes running.
+
+It asks for no key, so it listens on loopback unless it is told otherwise, and no tenant may reach it. It runs on
+threads of its own: a process whose work hangs still says so.
+"""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import Any, cast
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import structlog
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, make_wsgi_app
+
+from core.settings import TelemetrySettings
+from core.telemetry.liveness import PROCESS, Liveness
+
+log = structlog.get_logger()
+_REQUEST_SECONDS = 10.0
+
+
+class ManagementServer:
+    """Answers on the management port, where the settings name one, until it is closed; port 0 is any free one.
+
+    `find_obstacle` returns in one line why the process is not ready, or None. Raises OSError where the port is taken.
+    """
+
+    def __init__(
+        self,
+        settings: TelemetrySettings,
+        *,
+        find_obstacle: Callable[[], str | None],
+        liveness: Liveness = PROCESS,
+        registry: CollectorRegistry = REGISTRY,
+    ) -> None:
+        self._liveness, self._find_obstacle = liveness, find_obstacle
+        self._show_metrics = make_wsgi_app(registry)
+        self._server: _Server | None = None
+        if settings.management_port is not None:
+            sound = Gauge(
+                "espalier_sound", "Whether nothing that this process depends on is at fault.", registry=registry
+            )
+            sound.set_function(lambda: liveness.find_fault() is None)
+            self._server = _Server((settings.management_host, settings.management_port), _QuietRequest)
+            self._server.set_app(self._answer)
+            threading.Thread(target=self._server.serve_forever, daemon=True, name="management").start()
+            log.info("management.started", port=self.port)
+
+    @property
+    def port(self) -> int | None:
+        return self._server.server_address[1] if self._server is not None else None
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            return cast("Iterable[bytes]", self._show_metrics(environ, start_response))
+        status, line = self._look(path)
+        start_response(f"{status.value} {status.phrase}", [("content-type", "text/plain; charset=utf-8")])
+        return [f"{line}\n".encode()]
+
+    def _look(self, path: str) -> tuple[HTTPStatus, str]:
+        match path:
+            case "/livez":
+                fault, sound = self._liveness.find_fault(), f"ok: {', '.join(self._liveness.names)}"
+            case "/readyz":
+                fault, sound = self._find_obstacle(), "ok"
+            case _:
+                return HTTPStatus.NOT_FOUND, "no such page"
+        return (HTTPStatus.OK, sound) if fault is None else (HTTPStatus.SERVICE_UNAVAILABLE, fault)
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server who this host is, as the library's own does."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = socket.gethostname(), self.server_address[1]
+        self.setup_environ()
+
+    def handle_error(self, _request: Any, _client_address: Any) -> None:
+        log.warning("management.request_failed", exc_info=sys.exc_info())
+
+
+class _QuietRequest(WSGIRequestHandler):
+    """No line for each scrape, and no thread for a client that sends nothing."""
+
+    timeout = _REQUEST_SECONDS
+
+    def log_message(self, *_arguments: Any) -> None:
+        pass

@@ -1,0 +1,67 @@
+"""`python -m tests.deploy.alerts`: are the alerts well formed, does each fire on what it is for, and is it documented?
+
+What promtool decides needs promtool, from Debian's package `prometheus`; what else can be checked is checked without.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.deploy.promtool import find_program
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+COMMANDS = (
+    ("check", "config", PROMETHEUS / "prometheus.yml"),
+    ("check", "rules", "--lint-fatal", PROMETHEUS / "alerts.yml"),
+    ("test", "rules", PROMETHEUS / "alerts_test.yml"),
+)
+
+
+def read_alerts() -> dict[str, dict[str, Any]]:
+    groups = yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"]}
+
+
+def find_faults() -> list[str]:
+    """Return what is wrong with the alerts, as far as their files say."""
+    alerts = read_alerts()
+    cases = [
+        case
+        for test in yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
+        for case in test["alert_rule_test"]
+    ]
+    fired = {case["alertname"] for case in cases if case["exp_alerts"]}
+    quiet = {case["alertname"] for case in cases if not case["exp_alerts"]}
+    faults = [f"{name}: no test sees it fire" for name in alerts if name not in fired]
+    faults += [f"{name}: no test sees it quiet" for name in alerts if name not in quiet]
+    for name, rule in alerts.items():
+        page, _, anchor = rule["annotations"]["runbook"].partition("#")
+        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+        if anchor not in {heading.strip().lower().replace(" ", "-") for heading in headings}:
+            faults.append(f"{name}: {page} has no section {anchor!r}")
+    return faults
+
+
+def main() -> int:
+    faults = find_faults()
+    promtool = find_program("promtool")
+    if promtool is None:
+        print("promtool is not here and cannot be installed: the rules were read, and not run.")
+    else:
+        for command in COMMANDS:
+            done = subprocess.run([promtool, *command], capture_output=True, text=True, check=False)
+            if done.returncode:
+                faults.append(f"promtool {' '.join(map(str, command))}:\n{done.stdout}{done.stderr}")
+    print("\n".join(faults) or f"{len(read_alerts())} alerts are sound.")
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

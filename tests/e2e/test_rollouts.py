@@ -1,0 +1,103 @@
+"""Every component is replaced while jobs run: no job is lost, no attempt is charged, no client sees an error."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import yaml
+from openai import OpenAI
+
+from cli.commands.contract import run_checks
+from core.db.session import connect, operator_transaction
+from core.domain.api_keys import ALL_SCOPES
+from core.services.tenants import create_tenant, issue_api_key
+from local.servers import LocalServers
+from tests.e2e.lab import base_entry
+from tests.e2e.rollout import Load, Rollout, Service
+from tests.waiting import wait_until
+
+HERE = Path(__file__).resolve().parents[2]
+# The last commit before images, compose and Kubernetes: what an upgrade starts from.
+BEFORE = "7d650b0"
+
+
+@pytest.fixture
+def registry(tiny_base: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "registry.yaml"
+    path.write_text(yaml.safe_dump({"base_models": [base_entry(tiny_base)]}))
+    return path
+
+
+@pytest.fixture
+def rollout(tmp_path: Path) -> Iterator[Rollout]:
+    with LocalServers(tmp_path / "servers", is_durable=False) as servers, Service() as service:
+        made = Rollout(servers, service, tmp_path)
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
+def make_client(rollout: Rollout) -> OpenAI:
+    engine = connect(rollout.owner_url)
+    with operator_transaction(engine, actor="test") as session:
+        key = issue_api_key(session, create_tenant(session, "acme").id, name="test", scopes=ALL_SCOPES).api_key
+    engine.dispose()
+    return OpenAI(base_url=rollout.url, api_key=str(key), max_retries=5)
+
+
+def check_that_nothing_was_lost(rollout: Rollout, load: Load) -> None:
+    wait_until(lambda: not rollout.ask("select 1 from jobs where finished_at is null limit 1"), what="the end of jobs")
+    assert load.errors == []
+    with psycopg.connect(rollout.owner_url) as connection:
+        ends = dict(connection.execute("select 'ftjob-' || replace(id::text, '-', ''), status from jobs").fetchall())
+        outcomes = Counter(row[0] for row in connection.execute("select outcome from attempts").fetchall())
+        charged = connection.execute("select count(*) from jobs where attempt_count <> 1").fetchone()
+    assert {job_id: ends[job_id] for job_id in load.accepted} == dict.fromkeys(load.accepted, "succeeded")
+    assert len(ends) == len(load.accepted), "a submission was accepted twice"
+    assert set(outcomes) <= {"succeeded", "preempted"}
+    sys.stderr.write(f"{load.num_requests} requests, {len(load.accepted)} jobs, attempts {dict(outcomes)}\n")
+    assert outcomes["preempted"] > 0, "no worker was replaced in the middle of a job"
+    assert charged == (0,)
+    broken = [each for each in run_checks(rollout.owner_url, rollout.storage, is_deep=True) if each.num_broken]
+    assert broken == []
+
+
+@pytest.mark.timeout(900)
+def test_every_process_is_replaced_under_load_and_nothing_is_lost(rollout: Rollout, registry: Path) -> None:
+    rollout.migrate(HERE, registry)
+    rollout.start(HERE)
+    load = Load(make_client(rollout))
+    with load.running():
+        rollout.replace_all(HERE)
+    check_that_nothing_was_lost(rollout, load)
+
+
+@pytest.mark.timeout(900)
+def test_an_upgrade_under_load_loses_nothing(rollout: Rollout, registry: Path, tmp_path: Path) -> None:
+    old = unpack(BEFORE, tmp_path / "before")
+    rollout.migrate(old, registry)
+    rollout.start(old)
+    load = Load(make_client(rollout))
+    with load.running():
+        rollout.migrate(HERE, registry)
+        rollout.replace_all(HERE)
+    check_that_nothing_was_lost(rollout, load)
+
+
+def unpack(commit: str, directory: Path) -> Path:
+    """Return the tree of a commit. A checkout without a past, such as a shallow clone, has none to upgrade from."""
+    made = subprocess.run(["git", "archive", commit], cwd=HERE, capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip(f"This checkout does not have the commit {commit}.")
+    with tarfile.open(fileobj=io.BytesIO(made.stdout)) as archive:
+        archive.extractall(directory, filter="data")
+    return directory

@@ -1,0 +1,293 @@
+"""Every command of `espalier`: JSON where it is asked for, tables within 100 columns, one line for an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from click.testing import Result
+from sqlalchemy import Engine, text
+from typer.testing import CliRunner
+
+from cli.main import app, walk_commands
+from core.db.session import operator_transaction, service_transaction
+from core.services.operators import issue_operator_key
+from core.services.workers import WorkerFacts, record_worker
+from local.servers import ServerAddresses
+from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
+from tests.integration.test_attempts import POOL, claim, queue_job
+from tests.integration.test_demand import worker
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_COLUMNS = 100
+LONG = "SomeOrganisation/A-Model-With-A-Rather-Long-Name-70B-Instruct-2026@none"
+REGISTRY = {
+    "base_models": [
+        {
+            "id": BASE_MODEL,
+            "source": {"kind": "path", "location": "/nowhere"},
+            "quantizations": ["nf4"],
+            "target_modules": ["q_proj", "v_proj"],
+            "max_seq_len": 256,
+        }
+    ]
+}
+ROW = '{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}'
+Espalier = Callable[..., Result]
+
+__all__ = ["worker"]  # a fixture
+
+
+@pytest.fixture
+def env(database: Database, servers: ServerAddresses) -> dict[str, str]:
+    return {
+        "ESPALIER_OWNER_DATABASE_URL": database.owner_url,
+        "ESPALIER_DATABASE_URL": database.api_url,
+        "ESPALIER_REDIS_URL": servers.redis_url,
+        "ESPALIER_S3_ENDPOINT": servers.storage.endpoint,
+        "ESPALIER_S3_ACCESS_KEY": servers.storage.access_key,
+        "ESPALIER_S3_SECRET_KEY": servers.storage.secret_key,
+        "ESPALIER_S3_BUCKET": servers.storage.bucket,
+    }
+
+
+@pytest.fixture
+def espalier(env: dict[str, str]) -> Espalier:
+    def run(*words: str | Path) -> Result:
+        return CliRunner().invoke(app, [str(word) for word in words], env=env, catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def busy(worker: Engine, owner: Engine) -> Tenant:
+    """A tenant with a long slug, jobs that wait and run, a worker that serves and one that is gone."""
+    tenant = add_tenant(owner)
+    slug = tenant.slug + "-" + "x" * (31 - len(tenant.slug))
+    with service_transaction(owner) as session:
+        session.execute(text("update tenants set slug = :slug where id = :id"), {"slug": slug, "id": tenant.id})
+        session.execute(text("truncate workers"))
+    for _ in range(3):
+        queue_job(owner, tenant)
+    assert claim(worker) is not None
+    with service_transaction(worker) as session:
+        serving = WorkerFacts(
+            "gpu-node-17.cluster.internal-0",
+            (LONG, POOL),
+            "serving",
+            LONG,
+            8,
+            3,
+            next_pool=POOL,
+            version="0.1.0+0123456789ab",
+        )
+        record_worker(session, serving, alive_seconds=60, is_start=True)
+        record_worker(session, WorkerFacts("gone", (POOL,), "idle"), alive_seconds=-1, is_start=True)
+    return Tenant(tenant.id, slug, tenant.api_key, tenant.key_id)
+
+
+def names_of_commands() -> set[str]:
+    """Return every command as it is typed, groups included."""
+    found = set()
+    for each in app.registered_commands:
+        found.add(str(each.name))
+    for group in app.registered_groups:
+        assert isinstance(group.typer_instance, typer.Typer)
+        found |= {f"{group.name} {each.name}" for each in walk_commands(group.typer_instance)}
+    return found
+
+
+def invocations(tmp_path: Path, owner: Engine, tenant: Tenant) -> dict[str, tuple[str, ...]]:
+    """Return how each command is called here. What cannot be done here ends with an error, which is said as JSON, too."""
+    registry, rows = tmp_path / "registry.yaml", tmp_path / "rows.jsonl"
+    registry.write_text(yaml.safe_dump(REGISTRY))
+    rows.write_text(ROW)
+    with operator_transaction(owner, actor="test") as session:
+        operator_key_id = str(issue_operator_key(session, name="to-be-revoked")).split("_")[2]
+    here = ("--data-dir", str(tmp_path / "data"))
+    slug = tenant.slug
+    return {
+        "up": ("--registry", str(tmp_path / "not-a-registry.yaml")),
+        "down": here,
+        "status": here,
+        "demo": ("--data-dir", "/proc/nowhere"),
+        "migrate": ("--registry", str(registry)),
+        "audit": ("--limit", "5"),
+        "check-contract": (),
+        "set-asides": (),
+        "validate": (str(rows),),
+        "jobs": (),
+        "workers": (),
+        "pools": (),
+        "usage": (),
+        "top": (),
+        "doctor": (),
+        "bucket create": here,
+        "s3-check": ("nowhere",),
+        "tenants create": (f"made-{slug[:20]}",),
+        "tenants list": (),
+        "tenants set": (slug, "--weight", "2"),
+        "tenants disable": (slug,),
+        "tenants enable": (slug,),
+        "keys create": (slug,),
+        "keys list": (slug,),
+        "keys rotate": (slug, "test"),
+        "keys revoke": (tenant.key_id,),
+        "base-models list": (),
+        "base-models add": ("acme/none", "--source", f"path:{tmp_path}/none"),
+        "base-models check": ("acme/none",),
+        "base-models remove": (BASE_MODEL,),
+        "base-models disable": (BASE_MODEL,),
+        "base-models enable": (BASE_MODEL,),
+        "operators create": ("olga",),
+        "operators list": (),
+        "operators revoke": (operator_key_id,),
+    }
+
+
+def documents_of(told: str) -> list[dict[str, Any]]:
+    """Return the JSON that a command has printed: one object a line, which one document is, too."""
+    found = [json.loads(line) for line in told.splitlines()]
+    assert all(isinstance(each, dict) for each in found)
+    return found
+
+
+def test_every_command_prints_json_and_nothing_else_where_it_is_asked_to(
+    espalier: Espalier, owner: Engine, busy: Tenant, tmp_path: Path
+) -> None:
+    called = invocations(tmp_path, owner, busy)
+    assert set(called) == names_of_commands(), "call the new command here"
+    judging = {"check-contract", "doctor"}  # of this database, whose files have no objects
+    impossible = {"status", "demo", "base-models add", "base-models check", "base-models remove", "s3-check"}
+    for name, words in called.items():
+        if name == "up":
+            continue  # its file is refused by typer itself; it is started for real in test_stack
+        done = espalier(*name.split(), *words, "--json")
+        told = documents_of(done.stdout)
+        assert done.exit_code in ({1, 2} if name in impossible else {0, 1} if name in judging else {0}), (
+            name,
+            done.output,
+        )
+        assert told or name in ("audit", "set-asides", "usage"), name
+        assert ("error" in told[0] if told else False) == (name in impossible), (name, told)
+
+
+def test_tables_fit_a_hundred_columns_and_cut_nothing(
+    espalier: Espalier, owner: Engine, busy: Tenant, tmp_path: Path
+) -> None:
+    tables = [
+        name
+        for name in names_of_commands()
+        if name.endswith("list") or name in ("jobs", "workers", "pools", "usage", "top")
+    ]
+    tables += ["audit", "set-asides"]
+    for name in sorted(tables):
+        done = espalier(*name.split(), *invocations(tmp_path, owner, busy)[name])
+        assert done.exit_code == 0, done.output
+        assert max(map(len, done.stdout.splitlines()), default=0) <= MAX_COLUMNS, f"{name}\n{done.stdout}"
+        assert "…" not in done.stdout
+    shown = espalier("jobs").stdout
+    ids = [job["id"] for job in documents_of(espalier("jobs", "--json").stdout)]
+    assert len(ids) == 3
+    assert all(job_id in shown for job_id in ids)
+
+
+def test_what_is_shown_can_be_filtered_and_read_on(espalier: Espalier, busy: Tenant) -> None:
+    (running,) = documents_of(espalier("jobs", "--status", "running", "--json").stdout)
+    assert (running["tenant"], running["worker"]) == (busy.slug, "w")
+    assert documents_of(espalier("jobs", "--tenant", busy.slug, "--pool", f"{BASE_MODEL}@nf4", "--json").stdout) == []
+    first = espalier("jobs", "--limit", "1")
+    after = re.search(r"There are more: --after (\S+)", first.stdout)
+    assert after is not None
+    assert after[1] in first.stdout
+    assert after[1] not in espalier("jobs", "--after", after[1]).stdout
+    pools = {pool["id"]: pool for pool in documents_of(espalier("pools", "--json").stdout)}
+    assert (pools[POOL]["num_queued"], pools[POOL]["num_running"], pools[POOL]["workers_wanted"]) == (2, 1, 1)
+    told = espalier("workers").stdout
+    assert "3/8" in told
+    assert "gone" in told
+
+
+@pytest.mark.usefixtures("busy")
+def test_top_in_a_pipe_is_one_frame(espalier: Espalier) -> None:
+    done = espalier("top")
+    assert done.stdout.count("2 queued, 1 running, 1 workers alive, 3 of 8 slots in use") == 1
+    (frame,) = documents_of(espalier("top", "--json").stdout)
+    assert [job["status"] for job in frame["jobs"]] == ["running"]
+
+
+@pytest.mark.usefixtures("busy")
+def test_top_on_a_terminal_goes_on_until_it_is_interrupted(env: dict[str, str]) -> None:
+    terminal, theirs = pty.openpty()
+    argv = [sys.executable, "-m", "cli", "top", "--interval", "0.1"]
+    here = {**os.environ, **env, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    with subprocess.Popen(argv, cwd=ROOT, env=here, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE) as process:
+        os.close(theirs)
+        seen = b""
+        while len(set(re.findall(rb"\d\d:\d\d:\d\d UTC", seen))) < 2:
+            seen += os.read(terminal, 65536)
+        process.send_signal(signal.SIGINT)
+        _drain(terminal)
+        assert process.wait() == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    os.close(terminal)
+
+
+def _drain(terminal: int) -> None:
+    try:
+        while os.read(terminal, 65536):
+            pass
+    except OSError:  # the other side is closed
+        return
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("jobs", "--tenant", "nobody-here"), "There is no tenant 'nobody-here'."),
+        (("jobs", "--after", "ftjob-1"), "No such object: 'ftjob-1'."),
+        (("usage", "--from", "2026-03-02", "--to", "2026-03-01"), "The period ends on 2026-03-01, before it begins."),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(espalier: Espalier, words: tuple[str, ...], told: str) -> None:
+    done = espalier(*words)
+    assert (done.exit_code, done.stderr.strip(), done.stdout) == (1, told, "")
+    done = espalier(*words, "--json")
+    assert (done.exit_code, documents_of(done.stdout), done.stderr) == (1, [{"error": {"message": told}}], "")
+
+
+@pytest.mark.parametrize("name", ["jobs", "check-contract", "tenants list", "top", "audit"])
+def test_a_database_that_is_away_is_one_line(name: str, env: dict[str, str]) -> None:
+    away = {**env, "ESPALIER_OWNER_DATABASE_URL": "postgresql://nobody:hush@127.0.0.1:9/none"}
+    done = CliRunner().invoke(app, name.split(), env=away, catch_exceptions=False)
+    assert done.exit_code in (1, 2)
+    assert len(done.stderr.splitlines()) == 1
+    assert "hush" not in done.output
+
+
+def test_the_version_is_the_packages_and_its_commit_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_COMMIT", "0123456789abcdef")
+    told = CliRunner().invoke(app, ["--version"])
+    assert told.stdout == f"espalier {version('espalier')}+0123456789ab\n"
+    monkeypatch.delenv("ESPALIER_COMMIT")
+    told = CliRunner().invoke(app, ["--version"])
+    assert told.stdout.startswith(f"espalier {version('espalier')}")
+
+
+@pytest.fixture(autouse=True)
+def _no_marks_of_rich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("NO_COLOR", "1")
+    yield

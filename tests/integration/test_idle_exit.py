@@ -1,0 +1,87 @@
+"""When a worker may leave: what its runner answers, on a real database and without a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from core.db.session import connect, service_transaction
+from core.services import attempts
+from core.settings import WorkerSettings
+from core.storage import S3ObjectStore
+from local.servers import ServerAddresses
+from tests.integration.conftest import Database, Tenant
+from tests.integration.training import POOL, queue_job
+from tests.waiting import wait_until
+from worker.supervisor.idle_exit import IdleExit
+from worker.supervisor.runner import Runner
+
+
+def postpone_jobs(owner: Engine) -> None:
+    """Leave nothing to claim, also of other tests."""
+    with service_transaction(owner) as session:
+        session.connection().exec_driver_sql("update jobs set run_after = 'infinity' where status = 'queued'")
+
+
+@pytest.fixture
+def runner(database: Database, servers: ServerAddresses, owner: Engine, tmp_path: Path) -> Iterator[Runner]:
+    postpone_jobs(owner)
+    storage = servers.storage
+    settings = WorkerSettings.model_validate(
+        {
+            "database_url": database.worker_url,
+            "redis_url": servers.redis_url,
+            "s3_endpoint": storage.endpoint,
+            "s3_access_key": storage.access_key,
+            "s3_secret_key": storage.secret_key,
+            "worker_name": "idler",
+            "worker_pools": (POOL,),
+            "cache_dir": tmp_path,
+        }
+    )
+    engine, heartbeat_engine = connect(database.worker_url), connect(database.worker_url)
+    runner = Runner(settings, engine=engine, heartbeat_engine=heartbeat_engine, store=S3ObjectStore(storage))
+    yield runner
+    runner.request_stop()
+    runner.close()
+
+
+def test_a_worker_does_not_leave_a_job_that_waits_for_it(runner: Runner, owner: Engine, tenant: Tenant) -> None:
+    queue_job(owner, tenant.id)
+    assert not runner.leave_if_idle(0)
+    postpone_jobs(owner)
+    assert runner.leave_if_idle(0)
+
+
+def test_a_worker_that_has_said_it_leaves_claims_nothing_any_more(
+    runner: Runner, owner: Engine, tenant: Tenant
+) -> None:
+    assert runner.leave_if_idle(0)
+    queue_job(owner, tenant.id)
+    runner.serve()  # what the wake-up for it does
+    assert runner.describe().state == "stopping"
+    with service_transaction(owner) as session:
+        assert POOL in attempts.claimable_pools(session), "the schedule wakes another worker for it"
+
+
+def test_a_worker_that_serves_is_not_idle(runner: Runner) -> None:
+    with runner._serving:
+        assert not runner.leave_if_idle(0)
+
+
+def test_a_worker_that_has_not_idled_for_long_stays(runner: Runner) -> None:
+    assert not runner.leave_if_idle(3600)
+
+
+def test_the_process_is_ended_once_and_only_when_its_runner_leaves(
+    runner: Runner, owner: Engine, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant.id)
+    states: list[str] = []
+    IdleExit(runner, idle_seconds=0.1, end_process=lambda: states.append(runner.describe().state)).start()
+    postpone_jobs(owner)
+    wait_until(lambda: bool(states))
+    assert states == ["stopping"]

@@ -1,0 +1,59 @@
+"""What is written for deployments names settings that exist, and every setting is documented."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import core.settings
+from cli.main import app
+from core.settings import FILE_SUFFIX, variable_of
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATIONS = ROOT / "docs/operations.md"
+FORMS = ("Dockerfile", "docker-compose.yml", ".env.example", "deploy/**/*", "k8s/**/*")
+NAME = re.compile(r"\bESPALIER_[A-Z0-9_]+\b")
+# What compose itself is told by, in .env: images, ports on the host, folders.
+COMPOSE_ONLY = re.compile(r"ESPALIER_COMPOSE_[A-Z0-9_]+")
+
+
+def settings() -> set[str]:
+    classes = [each for _, each in inspect.getmembers(core.settings, inspect.isclass) if hasattr(each, "model_fields")]
+    return {variable_of(name) for each in classes for name in each.model_fields}
+
+
+def options(command: Any) -> Iterator[str]:
+    """Yield the variables that options of the command line are read from."""
+    for child in getattr(command, "commands", {}).values():
+        yield from options(child)
+    for each in command.params:
+        if each.envvar:
+            yield each.envvar
+
+
+KNOWN = settings() | set(options(typer.main.get_command(app)))
+KNOWN_TOO = {name + FILE_SUFFIX for name in KNOWN}
+FILES = sorted({path for form in FORMS for path in ROOT.glob(form) if path.is_file()})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_deployment_sets_is_a_setting(path: Path) -> None:
+    named = {name for name in NAME.findall(path.read_text(encoding="utf-8")) if not COMPOSE_ONLY.fullmatch(name)}
+    assert not named - KNOWN - KNOWN_TOO
+
+
+def test_there_is_a_command_with_a_variable_of_its_own() -> None:
+    assert "ESPALIER_REGISTRY" in KNOWN - settings()
+
+
+@pytest.mark.parametrize("variable", sorted(KNOWN))
+def test_every_setting_is_documented(variable: str) -> None:
+    table = OPERATIONS.read_text(encoding="utf-8").partition("## Settings")[2].partition("\n## ")[0]
+    documented = {name.removeprefix("ESPALIER_") for name in re.findall(r"`([A-Z][A-Z0-9_]+)`", table)}
+    assert variable.removeprefix("ESPALIER_") in documented

@@ -1,0 +1,101 @@
+"""Settings from the environment and from files, and what a process says whose settings are missing or wrong."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+import core.settings
+from core.settings import (
+    DatabaseSettings,
+    LoginSettings,
+    OwnerSettings,
+    S3Settings,
+    SettingFileError,
+    WorkerSettings,
+    describe_faults,
+)
+
+URL = "postgresql://espalier_api:a-secret@db/espalier"
+
+
+@pytest.fixture
+def secret_file(tmp_path: Path) -> Path:
+    path = tmp_path / "database_url"
+    path.write_text(f"  {URL}\n\n")
+    return path
+
+
+def test_a_setting_comes_from_the_file_that_its_variable_names(
+    secret_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPALIER_DATABASE_URL_FILE", str(secret_file))
+    assert DatabaseSettings().database_url.get_secret_value() == URL
+
+
+def test_a_list_may_come_from_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret_file: Path) -> None:
+    (tmp_path / "pools").write_text('["acme/tiny@none"]\n')
+    for name in ("DATABASE_URL", "REDIS_URL", "S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY"):
+        monkeypatch.setenv(f"ESPALIER_{name}_FILE", str(secret_file))
+    monkeypatch.setenv("ESPALIER_WORKER_POOLS_FILE", str(tmp_path / "pools"))
+    assert WorkerSettings().worker_pools == ("acme/tiny@none",)
+
+
+def test_a_setting_that_is_set_twice_is_refused_by_name(secret_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_DATABASE_URL_FILE", str(secret_file))
+    monkeypatch.setenv("ESPALIER_DATABASE_URL", "postgresql://other")
+    with pytest.raises(SettingFileError) as raised:
+        DatabaseSettings()
+    assert str(raised.value) == "ESPALIER_DATABASE_URL and ESPALIER_DATABASE_URL_FILE are both set: keep one of them."
+
+
+@pytest.mark.parametrize("empty", ["ESPALIER_DATABASE_URL", "ESPALIER_DATABASE_URL_FILE"])
+def test_an_empty_variable_is_not_set(empty: str, secret_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_DATABASE_URL", URL)
+    monkeypatch.setenv("ESPALIER_DATABASE_URL_FILE", str(secret_file))
+    monkeypatch.setenv(empty, "")
+    assert DatabaseSettings().database_url.get_secret_value() == URL
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "No such file"), (b"\xff", "not UTF-8"), (b"\n", "empty")], ids=str
+)
+def test_a_file_that_cannot_be_used_is_named_with_its_variable(
+    content: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (tmp_path / "url").write_bytes(content)
+    monkeypatch.setenv("ESPALIER_DATABASE_URL_FILE", str(tmp_path / "url"))
+    with pytest.raises(SettingFileError, match=rf"ESPALIER_DATABASE_URL_FILE names {tmp_path}/url.*{reason}"):
+        DatabaseSettings()
+
+
+def test_a_missing_setting_is_told_without_the_others_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_S3_ENDPOINT", "s3.example")
+    monkeypatch.setenv("ESPALIER_S3_SECRET_KEY", "do-not-show")
+    with pytest.raises(ValidationError) as raised:
+        S3Settings()
+    assert "do-not-show" not in str(raised.value)
+    assert describe_faults(raised.value) == "ESPALIER_S3_ACCESS_KEY (Field required)"
+
+
+def test_the_owners_url_and_the_roles_passwords_come_from_files_too(
+    secret_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert OwnerSettings().owner_url is None
+    monkeypatch.setenv("ESPALIER_OWNER_DATABASE_URL_FILE", str(secret_file))
+    monkeypatch.setenv("ESPALIER_API_PASSWORD_FILE", str(secret_file))
+    monkeypatch.setenv("ESPALIER_WORKER_PASSWORD", "w")
+    monkeypatch.setenv("ESPALIER_SCHEDULE_PASSWORD", "")
+    assert OwnerSettings().owner_url == URL
+    assert LoginSettings().passwords == {"espalier_api": URL, "espalier_worker": "w"}
+
+
+def test_no_setting_reads_as_the_file_of_another() -> None:
+    classes = [each for _, each in inspect.getmembers(core.settings, inspect.isclass) if hasattr(each, "model_fields")]
+    names = {name for each in classes for name in each.model_fields}
+    assert "database_url" in names
+    assert not {name for name in names if name.removesuffix("_file") in names - {name}}
