@@ -7,7 +7,7 @@ CLIENTS := .venv-clients/.installed
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: install openapi demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint types \
-	contracts images check-images compose-check hosts-check check-alerts dashboard check-k8s run-k8s
+	contracts images check-images compose-check hosts-check run-k8s check-containers check-alerts dashboard check-k8s
 
 install: $(INSTALLED)
 
@@ -98,24 +98,28 @@ images:
 			--build-arg REVISION=$(REVISION) --build-arg CREATED=$(shell git log -1 --format=%cI) . || exit 1; \
 	done
 
-# Both bring an engine of their own, as root on Debian; elsewhere they lint, and say so.
+# What is deployed, executed in a container engine that the checks bring, as root on Debian; elsewhere they lint and say so.
 check-images: $(INSTALLED)
-	$(BIN)/python -m tests.deploy.images
+	$(BIN)/python -m tests.deploy images
 
 compose-check: $(INSTALLED)
-	$(BIN)/python -m tests.deploy.compose
+	$(BIN)/python -m tests.deploy compose
 
 # Two workers as two hosts, one of which is cut off, frozen and killed under a job.
 hosts-check: $(INSTALLED)
-	$(BIN)/python -m tests.deploy.hosts
+	$(BIN)/python -m tests.deploy hosts
+
+# The pods of k8s/ as a kubelet runs them.
+run-k8s: $(INSTALLED)
+	$(BIN)/python -m tests.deploy pods
+
+# All four in one engine, which builds each image once.
+check-containers: $(INSTALLED)
+	$(BIN)/python -m tests.deploy images compose hosts pods
 
 # What can be known of k8s/ without a cluster: kubectl and npm from the machine, the rest is installed apart.
 check-k8s: $(INSTALLED)
 	$(BIN)/python -m tests.deploy.k8s_check
-
-# The pods of k8s/ executed, in an engine of its own: as root on Debian; elsewhere it says so.
-run-k8s: $(INSTALLED)
-	$(BIN)/python -m tests.deploy.k8s_run
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
@@ -133,4 +137,4 @@ types: $(INSTALLED)
 contracts: $(INSTALLED)
 	$(BIN)/lint-imports
 
-check: lint types contracts check-alerts test
+check: lint types contracts check-alerts check-k8s check-containers test

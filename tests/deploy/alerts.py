@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tests.deploy.promtool import find_program
+from tests.deploy.packages import NotInstalledError, ensure_programs
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -49,16 +49,22 @@ def find_faults() -> list[str]:
     return faults
 
 
+def run_promtool() -> list[str]:
+    told = []
+    for command in COMMANDS:
+        done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            told.append(f"promtool {' '.join(map(str, command))}:\n{done.stdout}{done.stderr}")
+    return told
+
+
 def main() -> int:
     faults = find_faults()
-    promtool = find_program("promtool")
-    if promtool is None:
-        print("promtool is not here and cannot be installed: the rules were read, and not run.")
-    else:
-        for command in COMMANDS:
-            done = subprocess.run([promtool, *command], capture_output=True, text=True, check=False)
-            if done.returncode:
-                faults.append(f"promtool {' '.join(map(str, command))}:\n{done.stdout}{done.stderr}")
+    try:
+        ensure_programs(("promtool",), packages=("prometheus",))
+        faults += run_promtool()
+    except NotInstalledError as error:
+        print(f"The rules were read, and not run: {error}.")
     print("\n".join(faults) or f"{len(read_alerts())} alerts are sound.")
     return int(bool(faults))
 

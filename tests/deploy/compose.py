@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +24,8 @@ from openai import APIConnectionError, InternalServerError, OpenAI
 from cli.demo.documentation import build_documentation
 from local.binaries import find_smollm2
 from local.ports import free_ports
-from tests.deploy.engine import ROOT, Engine, NoEngineError, add_plugins, running_engine
-from tests.deploy.images import build_all, image_name, lint, timed
+from tests.deploy.engine import ROOT, Engine, add_plugins
+from tests.deploy.images import build_all, image_name, timed
 from tests.deploy.wheelhouse import download, offered_wheels
 from tests.e2e.lab import BASE_MODEL as TINY
 from tests.e2e.lab import base_entry, write_tiny_base
@@ -74,18 +72,6 @@ class Deployment:
     @property
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.api_url}/v1", api_key=self.api_key, max_retries=0)
-
-
-def main() -> int:
-    lint()
-    try:
-        with running_engine() as engine:
-            check(engine)
-    except NoEngineError as error:
-        print(f"compose-check: no container engine can start here ({error}); Dockerfiles were linted only.")
-        return 0
-    print("compose-check: all of it held.")
-    return 0
 
 
 def check(engine: Engine) -> None:
@@ -339,8 +325,3 @@ def _try(deployment: Deployment, *words: str) -> str:
     argv = ("compose", "--project-directory", ROOT, "--file", ROOT / "docker-compose.yml", *words)
     done = deployment.engine.try_docker(*argv, env=deployment.env)
     return done.stderr if done.returncode else ""
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main())

@@ -25,7 +25,7 @@ from openai import OpenAI
 from local.ports import free_ports
 from local.processes import ChildProcess, ProcessSpec
 from local.stack import LocalStack
-from tests.deploy.promtool import find_program
+from tests.deploy.packages import NotInstalledError, ensure_programs
 from tests.e2e.lab import BASE_MODEL, base_entry, write_tiny_base
 from tests.waiting import wait_until
 
@@ -52,7 +52,7 @@ class Series:
 class Prometheus:
     """A Prometheus that scrapes the management ports of a stack."""
 
-    def __init__(self, program: Path, stack: LocalStack, directory: Path) -> None:
+    def __init__(self, stack: LocalStack, directory: Path) -> None:
         (port,) = free_ports(1)
         config = directory / "prometheus.yml"
         jobs = [
@@ -62,7 +62,7 @@ class Prometheus:
         timing = {"scrape_interval": f"{SCRAPE_SECONDS}s", "scrape_timeout": f"{SCRAPE_SECONDS}s"}
         config.write_text(yaml.safe_dump({"global": timing, "scrape_configs": jobs}))
         argv = [
-            str(program),
+            "prometheus",
             f"--config.file={config}",
             f"--storage.tsdb.path={directory / 'tsdb'}",
             f"--web.listen-address=127.0.0.1:{port}",
@@ -209,13 +209,14 @@ def draw_lines(axes: Any, panel: dict[str, Any], series: list[Series], since: fl
 
 
 def main() -> int:
-    program = find_program("prometheus")
-    if program is None:
-        print("prometheus is not here and cannot be installed: no panel was asked.")
+    try:
+        ensure_programs(("prometheus",), packages=("prometheus",))
+    except NotInstalledError as error:
+        print(f"No panel was asked: {error}.")
         return 0
     with tempfile.TemporaryDirectory() as scratch, running_stack(Path(scratch)) as stack:
         since = time.time()
-        prometheus = Prometheus(program, stack, Path(scratch))
+        prometheus = Prometheus(stack, Path(scratch))
         try:
             work(stack)
             found, faults = ask_panels(prometheus, since=since, until=time.time())

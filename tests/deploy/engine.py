@@ -18,8 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.deploy.packages import NotInstalledError, ensure_programs
+
 ROOT = Path(__file__).resolve().parents[2]
 BASE_IMAGE = "debian:bookworm-slim"
+_PROGRAMS = ("dockerd", "mmdebstrap", "iptables")
 _PACKAGES = ("docker.io", "iptables", "mmdebstrap")
 _PLUGINS = ("docker-compose",)
 _START_SECONDS = 90.0
@@ -72,7 +75,10 @@ def running_engine() -> Iterator[Engine]:
     """Start an engine, and stop it with everything it runs. Raises NoEngineError."""
     if os.geteuid() != 0 or sys.platform != "linux":
         raise NoEngineError("it takes root on Linux")
-    _install()
+    try:
+        ensure_programs(_PROGRAMS, packages=_PACKAGES)
+    except NotInstalledError as error:
+        raise NoEngineError(str(error)) from error
     kept = os.environ.get("CONTAINER_ENGINE_DIR")
     directory = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="espalier-engine-"))
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -125,19 +131,6 @@ def _find_client() -> str:
     return str(packaged) if packaged.exists() else "docker"
 
 
-def _install() -> None:
-    if all(map(shutil.which, ("dockerd", "mmdebstrap", "iptables"))):
-        return
-    if not shutil.which("apt-get"):
-        raise NoEngineError("there is no dockerd, and no apt-get to install it")
-    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        _run("apt-get", "--quiet", "update", env=env)
-        _run("apt-get", "--quiet", "install", "--yes", "--no-install-recommends", *_PACKAGES, env=env)
-    except subprocess.CalledProcessError as error:
-        raise NoEngineError(f"{' '.join(error.cmd[:3])} failed") from error
-
-
 def _start(engine: Engine) -> subprocess.Popen[bytes]:
     at = engine.directory
     (at / "pid").unlink(missing_ok=True)
@@ -185,8 +178,8 @@ def _last_line(path: Path) -> str:
     return lines[-1][-300:] if lines else "it says nothing"
 
 
-def _run(*argv: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
-    done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+def _run(*argv: str, cwd: Path | None = None) -> None:
+    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr[-2000:])
         raise subprocess.CalledProcessError(done.returncode, argv)

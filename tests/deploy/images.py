@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.deploy.engine import BASE_IMAGE, ROOT, Engine, NoEngineError, import_base, running_engine
+from tests.deploy.engine import BASE_IMAGE, ROOT, Engine, import_base
 from tests.deploy.wheelhouse import TORCH, fill_wheelhouse, offered_wheels
 
 TARGETS = ("control", "worker-cpu")
@@ -49,27 +49,17 @@ class Version:
         return cls(f"{project['version']}-g{revision[:7]}", revision, _git("log", "-1", "--format=%cI"))
 
 
-def main() -> int:
-    lint()
-    try:
-        with running_engine() as engine:
-            build_all(engine)
-            for target in TARGETS:
-                look_into(engine, target)
-            run_control(engine)
-            run_worker(engine)
-    except NoEngineError as error:
-        print(f"check-images: no container engine can start here ({error}); the Dockerfile was linted only.")
-        return 0
-    print("check-images: all of it held.")
-    return 0
+def check(engine: Engine) -> None:
+    build_all(engine)
+    for target in TARGETS:
+        look_into(engine, target)
+    run_control(engine)
+    run_worker(engine)
 
 
 def lint() -> None:
-    hadolint = Path(sys.executable).with_name("hadolint")
-    found = [name for name in DOCKERFILES if (ROOT / name).exists()]
-    subprocess.run([hadolint, *found], cwd=ROOT, check=True)
-    print(f"hadolint: {', '.join(found)}: nothing to say")
+    subprocess.run([Path(sys.executable).with_name("hadolint"), *DOCKERFILES], cwd=ROOT, check=True)
+    print(f"hadolint: {', '.join(DOCKERFILES)}: nothing to say")
 
 
 def build_all(engine: Engine) -> None:
@@ -216,7 +206,3 @@ class timed:
 
 def _git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

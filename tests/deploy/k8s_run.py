@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import yaml
 from openai import OpenAI
 
 from tests.deploy.compose import build_standins
-from tests.deploy.engine import Engine, NoEngineError, running_engine
+from tests.deploy.engine import Engine
 from tests.deploy.images import build_all, image_name
 from tests.deploy.k8s_node import Node, RunningPod
 from tests.deploy.k8s_render import K8S, Object, Pod, find_kubectl, list_pods, of_kind
@@ -36,28 +35,23 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 IDLE_SECONDS = 20
 NUM_EPOCHS, NUM_ROWS, BATCH_SIZE = 50, 60, 4
 _STANDINS = {"postgresql": "postgres", "redis": "redis", "s3": "s3"}
+_IDLE_EXIT = "/spec/jobTargetRef/template/spec/containers/0/env/9"  # where Kustomize puts it
 _SETTINGS = ("ESPALIER_S3_ENDPOINT=espalier-dev-s3:9000", "ESPALIER_S3_SECURE=false")
 
 
-def main() -> int:
-    try:
-        with running_engine() as engine, tempfile.TemporaryDirectory(dir=engine.directory) as place:
-            Path(place).chmod(0o755)
-            build_all(engine)
-            build_standins(engine)
-            run(engine, Path(place))
-    except NoEngineError as error:
-        print(f"run-k8s: no container engine can start here ({error}); k8s/ was not executed.")
-        return 0
-    print("run-k8s: all of it held.")
-    return 0
+def check(engine: Engine) -> None:
+    build_all(engine)
+    build_standins(engine)
+    with tempfile.TemporaryDirectory(dir=engine.directory) as place:
+        Path(place).chmod(0o755)
+        run(engine, Path(place))
 
 
 def run(engine: Engine, place: Path) -> None:
     node = prepare(engine, place)
     engine.docker("network", "create", node.network)
     try:
-        check(Cluster(node))
+        use(Cluster(node))
     except BaseException:
         print(*(pod.log() for pod in node.pods), sep="\n")
         raise
@@ -88,30 +82,36 @@ def _standin_of(image: str, objects: list[Object]) -> str:
 
 
 def render_installation(directory: Path) -> list[Object]:
-    """Write what an operator writes, and render it."""
-    directory.mkdir()
+    """Write what an operator writes, in two layers as the documentation says, and render it."""
     entry = base_entry(Path("/models/tiny")) | {"id": BASE, "quantizations": ["nf4"]}
-    (directory / "registry.yaml").write_text(yaml.safe_dump({"base_models": [entry]}), encoding="utf-8")
-    idle = {
-        "op": "replace",
-        "path": "/spec/jobTargetRef/template/spec/containers/0/env/9/value",
-        "value": str(IDLE_SECONDS),
-    }
-    named = {"op": "test", "path": idle["path"].replace("value", "name"), "value": "ESPALIER_IDLE_EXIT_SECONDS"}
-    installation = {
-        "namespace": "espalier",
-        "resources": [_relative(directory, "overlays/keda"), _relative(directory, "servers")],
-        "components": [_relative(directory, f"components/{name}") for name in ("weights-pvc", "images")],
-        "configMapGenerator": [
+    own, composed = directory, directory.with_name("composed")
+    for each in (composed, own):
+        each.mkdir()
+    (own / "registry.yaml").write_text(yaml.safe_dump({"base_models": [entry]}), encoding="utf-8")
+    _write_layer(
+        composed,
+        resources=[_relative(composed, "overlays/keda"), _relative(composed, "servers")],
+        components=[_relative(composed, f"components/{name}") for name in ("weights-pvc", "images")],
+    )
+    named = {"op": "test", "path": f"{_IDLE_EXIT}/name", "value": "ESPALIER_IDLE_EXIT_SECONDS"}
+    idle = {"op": "replace", "path": f"{_IDLE_EXIT}/value", "value": str(IDLE_SECONDS)}
+    _write_layer(
+        own,
+        namespace="espalier",
+        resources=["../composed"],
+        configMapGenerator=[
             {"name": "espalier-settings", "behavior": "merge", "literals": list(_SETTINGS)},
             {"name": "espalier-registry", "behavior": "merge", "files": ["registry.yaml"]},
         ],
-        "patches": [{"target": {"kind": "ScaledJob"}, "patch": json.dumps([named, idle])}],
-    }
-    (directory / "kustomization.yaml").write_text(yaml.safe_dump(installation), encoding="utf-8")
-    done = subprocess.run([find_kubectl(), "kustomize", directory], capture_output=True, text=True, check=False)
+        patches=[{"target": {"kind": "ScaledJob"}, "patch": json.dumps([named, idle])}],
+    )
+    done = subprocess.run([find_kubectl(), "kustomize", own], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     return [each for each in yaml.safe_load_all(done.stdout) if each]
+
+
+def _write_layer(directory: Path, **fields: Any) -> None:
+    (directory / "kustomization.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
 
 
 def _relative(directory: Path, name: str) -> str:
@@ -179,7 +179,7 @@ class Cluster:
         assert not doomed, f"a kubelet would have killed {doomed}"
 
 
-def check(cluster: Cluster) -> None:
+def use(cluster: Cluster) -> None:
     start_servers(cluster)
     for name in ("migrate", "bucket"):
         print(f"Job {name}: status 0 after {cluster.node.run_job(cluster.pod(name)).seconds:.1f} s", flush=True)
@@ -314,7 +314,3 @@ def roll_the_control_plane(cluster: Cluster) -> None:
         assert ended.exit_code == 0, old.log()
         print(f"{old.name}: replaced; stopped in {ended.seconds:.1f} s, status 0", flush=True)
     assert not [pod.name for pod in cluster.node.pods if pod.is_doomed]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

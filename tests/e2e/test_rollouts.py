@@ -26,7 +26,7 @@ from tests.waiting import wait_until
 
 HERE = Path(__file__).resolve().parents[2]
 # The last commit before images, compose and Kubernetes: what an upgrade starts from.
-BEFORE = "7d650b0"
+BEFORE = "1b075f1"
 
 
 @pytest.fixture

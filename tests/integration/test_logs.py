@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ for _ in range(3000):
     os.write(1, b"from C\\n")
     os.write(1, b'{"event": "child.said"}\\n')
 """
-    with open("/dev/full", "w") as full:  # more than a pipe holds, every write refused
+    with Path("/dev/full").open("w") as full:  # more than a pipe holds, every write refused
         program = PROGRAM.format(body=body)
         done = subprocess.run([sys.executable, "-c", program], stderr=full, check=False, timeout=60)
     assert done.returncode == 0

@@ -7,13 +7,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.deploy import compose, images
+from tests.deploy.__main__ import main
 from tests.deploy.engine import BASE_IMAGE, ROOT
 from tests.deploy.wheelhouse import TORCH
 
@@ -31,15 +30,18 @@ def test_the_images_take_the_torch_of_the_constraints() -> None:
     assert f"torch=={wanted}+cpu" == TORCH
 
 
-@pytest.mark.parametrize("check", [images, compose], ids=["check-images", "compose-check"])
-def test_where_no_engine_can_start_a_check_says_so_in_one_line_and_has_linted(
-    check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_where_no_engine_can_start_the_checks_say_so_in_one_line_and_have_linted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert check.main() == 0
+    assert main(["images", "pods"]) == 0
     linted, said = capsys.readouterr().out.splitlines()
     assert linted.startswith("hadolint: Dockerfile")
-    assert "no container engine can start here (it takes root on Linux)" in said
+    assert said == "No container engine can start here (it takes root on Linux): not executed: images, pods."
+
+
+def test_a_check_that_does_not_exist_is_refused() -> None:
+    assert main(["pod"]) == 2
 
 
 def test_every_stage_stands_on_one_base_and_runs_as_nobody_special() -> None:
