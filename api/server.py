@@ -6,6 +6,7 @@ import asyncio
 import gc
 import math
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -72,9 +73,16 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT. A sound event loop calls `show_life` once a second."""
     sys.setswitchinterval(_SWITCH_SECONDS)
+    for each in (signal.SIGTERM, signal.SIGINT):  # which the server raises again once it has stopped
+        signal.signal(each, _end)
     server = ApiServer(settings, show_life=show_life)
     gc.freeze()  # what was loaded lives as long as the process: no collection looks at it again while a request waits
     server.run([listener] if listener else None)
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    """End with status 0, so that a stop is no failure and what runs at the end of a process runs."""
+    sys.exit(0)
 
 
 def _limits_of(settings: ApiSettings) -> Limits:

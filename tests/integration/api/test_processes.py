@@ -71,6 +71,16 @@ def test_all_stop_together_though_a_stream_is_open(
     assert is_free(port)
 
 
+def test_a_single_process_that_is_asked_to_stop_ends_in_good_order(
+    database: Database, servers: ServerAddresses, port: int
+) -> None:
+    """By a status of 0, and not by the signal: what it runs at its end is run, and no orchestrator sees a failure."""
+    for asked in (signal.SIGTERM, signal.SIGINT):
+        with running_api(database.api_url, servers.storage, port=port) as process:
+            process.send_signal(asked)
+            assert process.wait() == 0
+
+
 def test_one_that_died_is_replaced(group: subprocess.Popen[bytes], port: int) -> None:
     victim, other = children_of(group)
     wait_until(lambda: time.time() - victim.create_time() > YOUNG_SECONDS)
