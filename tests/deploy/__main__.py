@@ -35,8 +35,9 @@ def main(names: Sequence[str]) -> int:
         with running_engine() as engine:
             for name in names:
                 print(f"== {name}", flush=True)
-                with images.timed(f"{name}, all of which held"):
+                with images.timed(name):
                     CHECKS[name](engine)
+                print(f"{name}: all of it held.", flush=True)
     except NoEngineError as error:
         print(f"No container engine can start here ({error}): not executed: {', '.join(names)}.")
     return 0

@@ -6,6 +6,7 @@ still does must not count. Servers, images and the service are those of `make co
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,10 +71,17 @@ def lose_a_worker(deployment: Deployment, blow: Callable[[Deployment, str], Iter
 
 def find_holder(deployment: Deployment, job_id: str) -> str:
     """Return the worker that was the last to claim the job, by what the workers' logs say and when."""
-    lines = deployment.compose("logs", "--no-color", "--timestamps", *NETWORKS).splitlines()
-    claims = [line for line in lines if '"job.claimed"' in line and job_id in line]
-    last = max(claims, key=lambda line: line.partition("|")[2].split()[0])
-    return last.partition("|")[0].strip().rpartition("-")[0]
+    claims = []
+    for worker in NETWORKS:
+        lines = log_of(deployment, worker).splitlines()
+        told = [json.loads(line) for line in lines if '"job.claimed"' in line and job_id in line]
+        claims += [(line["timestamp"], worker) for line in told]
+    return max(claims)[1]
+
+
+def log_of(deployment: Deployment, worker: str) -> str:
+    done = deployment.engine.try_docker("logs", container_of(deployment, worker))
+    return done.stdout + done.stderr
 
 
 def cut_off(deployment: Deployment, worker: str) -> Iterator[None]:
@@ -81,7 +89,7 @@ def cut_off(deployment: Deployment, worker: str) -> Iterator[None]:
     container = container_of(deployment, worker)
     deployment.engine.docker("network", "disconnect", "--force", NETWORKS[worker], container)
     yield
-    assert "worker.self_fenced" in deployment.compose("logs", worker), "it trained on without a lease"
+    assert "worker.self_fenced" in log_of(deployment, worker), "it trained on without a lease"
     deployment.engine.docker("network", "connect", NETWORKS[worker], container)
 
 
