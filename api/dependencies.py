@@ -34,6 +34,8 @@ from core.services.tenants import Identity
 from core.settings import ApiSettings
 from core.storage import ObjectStore
 
+_READING_METHODS = ("GET", "HEAD")
+
 
 async def get_engine(request: Request) -> Engine:
     return cast("Engine", request.app.state.engine)
@@ -112,15 +114,28 @@ def needs(scope: Scope) -> Dependency:
 
 
 async def get_operator(request: Request) -> OperatorIdentity:
-    """Return the calling operator. For everybody else there is nothing here: the answer is that of an unknown URL."""
+    """Return the calling operator. For everybody else there is nothing here: the answer is that of an unknown URL.
+
+    Every route of /admin asks this, by its gate and by its transaction. So a read-only key's changes are refused here,
+    where no route can forget it. Raises PermissionDeniedError.
+    """
     operator: OperatorIdentity | None = getattr(request.state, "operator", None)
     if operator is None:
         authorization = request.headers.get("authorization")
         operator = await find_operator(request.app.state.engine, authorization)
     if operator is None:
         raise HTTPException(404)
+    _refuse_changes_by_readers(operator, request.method)
     request.state.operator = operator
     return operator
+
+
+def _refuse_changes_by_readers(operator: OperatorIdentity, method: str) -> None:
+    if operator.is_read_only and method not in _READING_METHODS:
+        raise PermissionDeniedError(
+            f"This operator key may only read. For {method}, use a key that was made without --read-only.",
+            code="read_only_key",
+        )
 
 
 class OperatorGate(Door):

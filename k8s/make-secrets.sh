@@ -6,7 +6,8 @@
 #       S3_ACCESS_KEY=... S3_SECRET_KEY=... k8s/make-secrets.sh | kubectl apply -f -
 #   k8s/make-secrets.sh --dev | kubectl apply -f -    # for the servers of the overlay dev: everything is drawn
 #
-# OPERATOR_KEY=esp_oper_... adds what the overlay keda-metrics-api needs. Passwords in URLs are hexadecimal: nothing to quote.
+# OPERATOR_KEY=esp_oper_... (of `espalier operators create keda --read-only`) adds what the overlay keda-metrics-api needs.
+# Passwords in URLs are hexadecimal: nothing to quote.
 set -eu
 
 draw() { od -An -tx1 -N24 /dev/urandom | tr -d ' \n'; }

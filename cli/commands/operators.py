@@ -22,20 +22,25 @@ def create_operator(
         int | None, typer.Option(min=1, max=MAX_KEY_DAYS, help="How long it lives; for ever by default.")
     ] = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
+    *,
+    is_read_only: Annotated[
+        bool, typer.Option("--read-only", help="May read everything under /admin, and change nothing.")
+    ] = False,
 ) -> None:
     """Print a new operator key, which opens /admin. It cannot be shown again."""
     lifetime = timedelta(days=days) if days else None
     with operator_session(data_dir) as session:
-        key = str(operator_keys.issue_operator_key(session, name=name, lifetime=lifetime))
-    say(key, api_key=key, name=name)
+        issued = operator_keys.issue_operator_key(session, name=name, lifetime=lifetime, is_read_only=is_read_only)
+    key = str(issued)
+    say(key, api_key=key, name=name, is_read_only=is_read_only)
 
 
 @operators.command("list")
 def list_operators(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
-    """Show the live operator keys."""
+    """Show the live operator keys, and which of them may only read."""
     with operator_session(data_dir) as session:
         rows = operator_keys.list_operator_keys(session)
-    columns = ("key_id", "name", "created_at", "expires_at", "last_used_at")
+    columns = ("key_id", "name", "is_read_only", "created_at", "expires_at", "last_used_at")
     print_rows(columns, (fields_of(row, columns) for row in rows))
 
 

@@ -118,6 +118,7 @@ class OperatorKeyRow(Row):
     key_id: Mapped[str] = mapped_column(unique=True)
     secret_hash: Mapped[bytes]
     name: Mapped[str]
+    is_read_only: Mapped[bool] = mapped_column(server_default=text("false"))
     expires_at: Mapped[dt.datetime | None]
     last_used_at: Mapped[dt.datetime | None]
     revoked_at: Mapped[dt.datetime | None]

@@ -1,4 +1,4 @@
-"""Operators and their keys. A key of an operator opens /admin and nothing of a tenant's."""
+"""Operators and their keys. A key of an operator opens /admin and nothing of a tenant's; it may be read-only."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ class OperatorIdentity:
 
     name: str
     key_id: str
+    is_read_only: bool
 
     @property
     def actor(self) -> str:
         return f"operator:{self.name}:{self.key_id}"
 
 
-def issue_operator_key(session: Session, *, name: str, lifetime: dt.timedelta | None = None) -> ApiKey:
+def issue_operator_key(
+    session: Session, *, name: str, lifetime: dt.timedelta | None = None, is_read_only: bool = False
+) -> ApiKey:
     """Add an operator key and return it whole: its secret cannot be had again."""
     api_key = generate_api_key(OPERATOR_PREFIX)
     row = OperatorKeyRow(
@@ -37,6 +40,7 @@ def issue_operator_key(session: Session, *, name: str, lifetime: dt.timedelta | 
         key_id=api_key.key_id,
         secret_hash=api_key.secret_hash,
         name=name,
+        is_read_only=is_read_only,
         expires_at=None if lifetime is None else func.now() + lifetime,
     )
     session.add(row)
@@ -66,7 +70,7 @@ def authenticate_operator(session: Session, api_key: ApiKey) -> OperatorIdentity
         raise UnauthenticatedError("Incorrect operator key provided: it is unknown, expired or revoked.")
     if row.last_used_at is None or dt.datetime.now(dt.UTC) - row.last_used_at >= LAST_USED_INTERVAL:
         session.execute(update(OperatorKeyRow).where(OperatorKeyRow.id == row.id).values(last_used_at=func.now()))
-    return OperatorIdentity(name=row.name, key_id=row.key_id)
+    return OperatorIdentity(name=row.name, key_id=row.key_id, is_read_only=row.is_read_only)
 
 
 def _is_live() -> tuple[ColumnElement[bool], ...]:

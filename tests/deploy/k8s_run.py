@@ -215,7 +215,7 @@ def give_keys(cluster: Cluster) -> None:
     """Make a tenant and an operator's key where the documentation says: in the pod for an operator's commands."""
     shell = cluster.node.start(cluster.pod("operator"))
     keys = []
-    for words in (("tenants", "create", "acme"), ("operators", "create", "keda")):
+    for words in (("tenants", "create", "acme"), ("operators", "create", "keda", "--read-only")):
         said = shell.execute("espalier", *words).split()
         keys += [word for word in said if word.startswith("esp_")][:1]
     cluster.api_key, cluster.operator_key = keys

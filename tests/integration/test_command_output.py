@@ -204,6 +204,21 @@ def test_tables_fit_a_hundred_columns_and_cut_nothing(
     assert all(job_id in shown for job_id in ids)
 
 
+def test_the_list_of_operators_says_which_keys_may_only_read(espalier: Espalier) -> None:
+    made = {}
+    for words in (("keda", "--read-only"), ("olga",)):
+        (told,) = documents_of(espalier("operators", "create", *words, "--json").stdout)
+        made[told["api_key"].split("_")[2]] = told["is_read_only"]
+    assert list(made.values()) == [True, False]
+    listed = documents_of(espalier("operators", "list", "--json").stdout)
+    assert {each["key_id"]: each["is_read_only"] for each in listed if each["key_id"] in made} == made
+    lines = espalier("operators", "list").stdout.splitlines()
+    assert "is read only" in lines[0]
+    for key_id, is_read_only in made.items():
+        (line,) = (each for each in lines if key_id in each)
+        assert line.split()[2] == ("yes" if is_read_only else "no")
+
+
 def test_what_is_shown_can_be_filtered_and_read_on(espalier: Espalier, busy: Tenant) -> None:
     (running,) = documents_of(espalier("jobs", "--status", "running", "--json").stdout)
     assert (running["tenant"], running["worker"]) == (busy.slug, "w")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,12 @@ GOOD = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant",
 def operator_key(owner: Engine) -> str:
     with operator_transaction(owner, actor="test") as session:
         return str(issue_operator_key(session, name="olga"))
+
+
+@pytest.fixture
+def read_only_key(owner: Engine) -> str:
+    with operator_transaction(owner, actor="test") as session:
+        return str(issue_operator_key(session, name="rita", is_read_only=True))
 
 
 @pytest.fixture
@@ -55,19 +62,97 @@ def audit_of(admin: httpx.Client, tenant: Tenant) -> list[dict[str, Any]]:
     return list(good(admin.get("/admin/audit", params={"tenant": tenant.slug}))["data"])
 
 
+def calls_of_operators(tenant: Tenant) -> list[tuple[str, str]]:
+    """Return the method and the URL of every route of /admin, about this tenant where it is about one."""
+    filled = {
+        "{slug}": tenant.slug,
+        "{key_id}": f"key_{tenant.key_id}",
+        "{base_model_id:path}": BASE_MODEL,
+        "{pool:path}": f"{BASE_MODEL}@none",
+    }
+    calls = []
+    for route in all_routes():
+        if route.path.startswith("/admin"):
+            path = re.sub(r"{[^}]+}", lambda part: filled[part[0]], route.path)
+            calls += [(verb, path) for verb in sorted(route.methods)]
+    assert len(calls) >= 15
+    return calls
+
+
 @pytest.mark.parametrize("who", ["nobody", "tenant"])
 def test_to_everybody_else_the_operators_surface_is_an_unknown_url(api_url: str, tenant: Tenant, who: str) -> None:
-    routes = [route for route in all_routes() if route.path.startswith("/admin")]
-    assert len(routes) >= 10
     with http(api_url, tenant.api_key if who == "tenant" else "") as client:
         unknown = client.get("/admin/nothing/at/all")
-        for route in routes:
-            for verb in route.methods:
-                path = route.path.replace("{slug}", tenant.slug).replace("{base_model_id:path}", BASE_MODEL)
-                answer = client.request(verb, path, json={"slug": "x"})
-                assert answer.status_code == 404, (verb, path)
-                told = answer.json()["error"]
-                assert told == unknown.json()["error"] | {"message": f"Not Found: {verb} {path}"}
+        for verb, path in calls_of_operators(tenant):
+            answer = client.request(verb, path, json={"slug": "x"})
+            assert answer.status_code == 404, (verb, path)
+            told = answer.json()["error"]
+            assert told == unknown.json()["error"] | {"message": f"Not Found: {verb} {path}"}
+
+
+@pytest.mark.parametrize("body", [b'{"slug": "by-rita"}', b'{"nonsense": 1}', b"{"])
+def test_a_read_only_key_changes_nothing_whatever_it_sends(
+    api_url: str, owner: Engine, tenant: Tenant, read_only_key: str, body: bytes
+) -> None:
+    changes = [call for call in calls_of_operators(tenant) if call[0] != "GET"]
+    assert {verb for verb, _ in changes} >= {"POST", "DELETE"}
+    count = text("select count(*) from audit_entries")
+    with service_transaction(owner) as session:
+        before = session.scalar(count)
+    with http(api_url, read_only_key) as client:
+        for verb, path in changes:
+            answer = client.request(verb, path, content=body, headers={"content-type": "application/json"})
+            assert (answer.status_code, answer.json()["error"]) == (
+                403,
+                {
+                    "message": f"This operator key may only read. For {verb}, use a key that was made without --read-only.",
+                    "type": "permission_error",
+                    "param": None,
+                    "code": "read_only_key",
+                },
+            ), (verb, path)
+    with service_transaction(owner) as session:
+        assert session.scalar(count) == before
+
+
+def test_a_read_only_key_reads_what_every_operator_reads(
+    api_url: str, admin: httpx.Client, tenant: Tenant, read_only_key: str
+) -> None:
+    reads = [path for verb, path in calls_of_operators(tenant) if verb == "GET"]
+    assert len(reads) >= 9
+    with http(api_url, read_only_key) as client:
+        for path in reads:
+            assert set(good(client.get(path))) == set(good(admin.get(path))), path
+
+
+def test_a_read_only_key_that_was_revoked_opens_nothing(api_url: str, owner: Engine, read_only_key: str) -> None:
+    with operator_transaction(owner, actor="test") as session:
+        revoke_operator_key(session, read_only_key.split("_")[2])
+    with http(api_url, read_only_key) as client:
+        assert client.get("/admin/tenants").status_code == 401
+        assert client.post("/admin/tenants", json={"slug": "by-rita"}).status_code == 401
+
+
+def test_the_audit_log_says_that_an_operators_key_was_made_to_read_only(
+    admin: httpx.Client, operator_key: str, read_only_key: str
+) -> None:
+    made = {
+        entry["subject"]: entry["after"]["is_read_only"]
+        for entry in good(admin.get("/admin/audit"))["data"]
+        if entry["action"] == "operator_key.created"
+    }
+    assert (made[operator_key.split("_")[2]], made[read_only_key.split("_")[2]]) == (False, True)
+
+
+def test_no_runtime_role_makes_a_read_only_key_one_that_may_do_more(api: Engine, read_only_key: str) -> None:
+    with (
+        pytest.raises(ProgrammingError, match="permission denied"),
+        operator_transaction(api, actor="x") as session,
+    ):
+        session.execute(
+            text("update operator_keys set is_read_only = false where key_id = :id"),
+            {"id": read_only_key.split("_")[2]},
+        )
 
 
 def test_an_operators_key_that_has_expired_opens_nothing(api_url: str, owner: Engine) -> None:
