@@ -88,12 +88,13 @@ chaos: $(INSTALLED)
 # Images of the service, named by the version and the commit, and `latest`. With an index of your own:
 # make images BUILD_OPTIONS="--secret id=pip_conf,src=$$HOME/.config/pip/pip.conf"
 TARGETS ?= control worker-cpu worker-cuda
+DOCKER ?= docker
 BUILD_OPTIONS ?=
 REVISION = $(shell git rev-parse HEAD)
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-g$(shell git rev-parse --short=7 HEAD)
 images:
 	for target in $(TARGETS); do \
-		DOCKER_BUILDKIT=1 docker build --target $$target $(BUILD_OPTIONS) \
+		DOCKER_BUILDKIT=1 $(DOCKER) build --target $$target $(BUILD_OPTIONS) \
 			--tag espalier-$$target:$(VERSION) --tag espalier-$$target:latest --build-arg VERSION=$(VERSION) \
 			--build-arg REVISION=$(REVISION) --build-arg CREATED=$(shell git log -1 --format=%cI) . || exit 1; \
 	done

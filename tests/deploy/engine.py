@@ -41,7 +41,7 @@ class Engine:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._program = _find_client()
+        self.program = _find_client()
         self.env = {
             **os.environ,
             "DOCKER_HOST": f"unix://{directory}/docker.sock",
@@ -62,7 +62,7 @@ class Engine:
         self, *words: str | Path, env: Mapping[str, str] | None = None, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
         """As `docker`, for commands that may fail."""
-        argv = [self._program, *map(str, words)]
+        argv = [self.program, *map(str, words)]
         whole = self.env | dict(env or {})
         return subprocess.run(argv, env=whole, input=stdin, capture_output=True, text=True, check=False)
 

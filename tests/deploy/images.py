@@ -34,11 +34,10 @@ _FORBIDDEN_NAMES = ("pip.conf", ".env", "secrets.json", ".git", "id_rsa", "bundl
 
 @dataclass(frozen=True)
 class Version:
-    """What an image is labelled with, from git."""
+    """What `make images` labels an image with, from git."""
 
     version: str
     revision: str
-    created: str
 
     @classmethod
     @functools.cache
@@ -46,7 +45,7 @@ class Version:
         """Return one version for the whole check, whatever is committed meanwhile."""
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         revision = _git("rev-parse", "HEAD")
-        return cls(f"{project['version']}-g{revision[:7]}", revision, _git("log", "-1", "--format=%cI"))
+        return cls(f"{project['version']}-g{revision[:7]}", revision)
 
 
 def check(engine: Engine) -> None:
@@ -81,14 +80,15 @@ def image_name(target: str) -> str:
 
 
 def build(engine: Engine, target: str, *, pip_conf: Path) -> None:
-    version = Version.read()
-    arguments = {"VERSION": version.version, "REVISION": version.revision, "CREATED": version.created}
-    arguments["TORCH_CPU"] = TORCH
-    options = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
-    secret = ("--secret", f"id=pip_conf,src={pip_conf}")
-    engine.docker(
-        "build", "--network", "host", "--target", target, "--tag", image_name(target), *options, *secret, ROOT
+    """Build an image as a person does, by `make images`."""
+    options = f"--network host --secret id=pip_conf,src={pip_conf} --build-arg TORCH_CPU={TORCH}"
+    words = (f"DOCKER={engine.program}", f"TARGETS={target}", f"BUILD_OPTIONS={options}")
+    done = subprocess.run(
+        ["make", "images", *words], cwd=ROOT, env=engine.env, capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        print(done.stdout[-3000:], done.stderr[-6000:], sep="\n")
+        done.check_returncode()
 
 
 def size_of(engine: Engine, name: str) -> int:

@@ -246,7 +246,8 @@ def test_top_in_a_pipe_is_one_frame(espalier: Espalier) -> None:
 @pytest.mark.usefixtures("busy")
 def test_top_on_a_terminal_goes_on_until_it_is_interrupted(env: dict[str, str]) -> None:
     terminal, theirs = pty.openpty()
-    argv = [sys.executable, "-m", "cli", "top", "--interval", "0.1"]
+    # A test run that was started in the background ignores SIGINT, and so would its children.
+    argv = ["env", "--default-signal=INT", sys.executable, "-m", "cli", "top", "--interval", "0.1"]
     here = {**os.environ, **env, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
     with subprocess.Popen(argv, cwd=ROOT, env=here, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE) as process:
         os.close(theirs)
