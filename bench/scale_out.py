@@ -1,6 +1,6 @@
 """How far does one control plane go? Up to 200 workers, 10,000 jobs, 1,000 tenants: `python -m bench.scale_out`.
 
-    python -m bench.scale_out [--workers 1 10 50 100 200] [--seconds 60] [--step-seconds 1]
+    python -m bench.scale_out [--workers 1 10 50 100 200] [--seconds 60] [--step-seconds 5]
 
 PostgreSQL, Redis and the schedule are real processes. The workers are real supervisors (worker.supervisor: claims,
 leases, progress, presence, charges, proofs), threads of a few driver processes (bench.stub_workers). Each has a stub in
@@ -49,8 +49,8 @@ from local.stack import prepare_database
 
 NUM_TENANTS, NUM_JOBS = 1_000, 10_000
 SLOTS = 8
-MAX_EPOCHS = 5  # jobs of 20 to 100 steps
-WORKERS_A_DRIVER = 50
+MAX_EPOCHS = 5  # jobs of 8 to 40 steps
+WORKERS_A_DRIVER = 25
 LOGINS = {role: RoleLogin(f"espalier_{role}", "bench") for role in ("worker", "schedule")}
 COLUMNS = (
     "workers",
@@ -302,7 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 50, 100, 200])
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--step-seconds", type=float, default=1.0)
+    parser.add_argument("--step-seconds", type=float, default=5.0)
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before. {machine()}\n$ {command()}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)

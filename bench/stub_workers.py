@@ -49,7 +49,7 @@ from worker.supervisor.presence import Presence
 from worker.supervisor.runner import Runner
 
 BASES = tuple(f"acme-labs/base-{number}" for number in range(4))
-STEPS_AN_EPOCH = 20
+STEPS_AN_EPOCH = 8
 LOAD_SECONDS = 2.0
 CONNECTIONS = 12
 CONTENT = b"adapter"
@@ -283,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("first", type=int)
     parser.add_argument("end", type=int)
-    parser.add_argument("--step-seconds", type=float, default=1.0)
+    parser.add_argument("--step-seconds", type=float, default=5.0)
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     settings = WorkerSettings()  # read from the environment

@@ -2,7 +2,7 @@
 
 Both follow the order of fair share (core.domain.scheduling). A waiting job that another worker is about to take,
 because that one has room for it or loads its base, is left to it for a while: otherwise every worker would move for
-one job.
+one job. A worker moves all the same where more jobs wait than those others have room for.
 """
 
 from __future__ import annotations
@@ -52,6 +52,24 @@ and not jsonb_exists(w.refusals, p.name) and (
 """
 # A busy worker takes a job `j` that must be tried alone once it has waited for so long.
 _HAS_PATIENCE = f"j.run_after <= now() - make_interval(secs => {SUSPECT_PATIENCE_SECONDS})"
+# More jobs of pool `p.name` may start than the workers that are about to serve it have room for.
+_EXCEEDS_THEIR_ROOM = f"""
+(select sum(ready.num_jobs) from (
+        select q.pool, q.tenant_id from queues q where q.pool = p.name and q.num_queued > 0
+        order by q.rank, q.tenant_id limit {_MAX_WAITING_TENANTS}) q
+    join tenants t on t.id = q.tenant_id
+    cross join lateral (
+        select least(count(*), t.max_running - (
+            select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running')) as num_jobs
+        from (
+            select from jobs j
+            where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
+              and j.suspect_step is null and {IS_IN_REACH}
+            limit {_MAX_READY_JOBS}) j) ready
+    where {MAY_START})
+> (select sum(case when w.pool = p.name and w.state <> 'loading' then w.slots - w.slots_in_use else b.slots end)
+    from workers w join base_models b on b.id = split_part(p.name, '@', 1) where {_IS_ABOUT_TO_SERVE})
+"""  # noqa: S608 (of constants)
 # In each pool the fairest tenant's first job. Of those the fairest is served; of one tenant's, the one it put first.
 _FAIREST = text(f"""
 select p.name as pool, c.tenant_id, c.id as job_id, c.rank,
@@ -77,7 +95,7 @@ cross join lateral (
     order by q.rank, q.tenant_id limit 1
 ) c
 where {IS_USABLE} and (p.name = cast(:pool as text) or c.run_after <= now() - make_interval(secs => :left)
-  or not exists (select from workers w where {_IS_ABOUT_TO_SERVE}))
+  or not exists (select from workers w where {_IS_ABOUT_TO_SERVE}) or {_EXCEEDS_THEIR_ROOM})
 order by coalesce(p.name = cast(:pool as text) and :keeps_pool, false) desc, c.rank, c.tenant_id, c.priority desc, c.id
 limit 1
 """)  # noqa: S608 (of constants)

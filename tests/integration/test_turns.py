@@ -366,6 +366,29 @@ def test_one_worker_moves_for_one_job(worker: Engine, owner: Engine, tenant: Ten
         assert turns.choose_pool(session, choice) is None, "w has said that it takes the job"
 
 
+def test_as_many_workers_move_as_the_jobs_that_may_start_fill(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    """A pool that is scaled out does not load its base on one worker after another."""
+    for name in ("w", "x", "y", "z"):
+        add_worker(owner, WorkerFacts(name, (POOL,), "idle"))
+
+    def moves(name: str) -> bool:
+        with service_transaction(worker) as session:
+            return turns.choose_pool(session, PoolChoice(name, (POOL,), None, keeps_pool=False)) == POOL
+
+    with service_transaction(owner) as session:
+        slots = session.scalar(text("select slots from base_models where id = :id"), {"id": BASE_MODEL})
+    for _ in range(slots):
+        queue_job(owner, tenant.id)
+    set_usage(owner, tenant, 0, max_running=slots)
+    assert (moves("w"), moves("x")) == (True, False), "w has room for all of them"
+    queue_job(owner, tenant.id)
+    assert not moves("x"), "the tenant's quota lets no more start"
+    set_usage(owner, tenant, 0, max_running=100)
+    assert (moves("x"), moves("y")) == (True, False), "x has room for one more"
+    add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, slots, slots))
+    assert (moves("y"), moves("z")) == (True, False), "w has no room any more, and y has"
+
+
 # Newcomers
 
 
