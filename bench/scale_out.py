@@ -50,7 +50,7 @@ from local.stack import prepare_database
 NUM_TENANTS, NUM_JOBS = 1_000, 10_000
 SLOTS = 8
 MAX_EPOCHS = 5  # jobs of 8 to 40 steps
-WORKERS_A_DRIVER = 25
+WORKERS_A_DRIVER = 50
 LOGINS = {role: RoleLogin(f"espalier_{role}", "bench") for role in ("worker", "schedule")}
 COLUMNS = (
     "workers",
