@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -179,8 +180,15 @@ def _keys(secret: str) -> set[str]:
 @cache
 def secret_keys() -> dict[str, set[str]]:
     """Return the keys of each Secret that make-secrets.sh makes."""
-    printed = subprocess.run([K8S / "make-secrets.sh", "--dev"], capture_output=True, text=True, check=True).stdout
+    printed = print_secrets("--dev") + print_secrets("--operator-key", OPERATOR_KEY="esp_oper_x")
     return {each["metadata"]["name"]: set(each["stringData"]) for each in yaml.safe_load_all(printed) if each}
+
+
+def print_secrets(*arguments: str, **env: str) -> str:
+    """Return what make-secrets.sh prints. Raises CalledProcessError where it refuses."""
+    argv = [K8S / "make-secrets.sh", *arguments]
+    env = {"PATH": os.environ["PATH"], **env}
+    return subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout
 
 
 def workers_drain_in_time(objects: list[Object]) -> Iterator[str]:
