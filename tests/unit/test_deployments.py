@@ -52,7 +52,9 @@ def test_what_a_deployment_sets_is_a_setting(path: Path) -> None:
 def test_a_unit_lets_its_children_shut_themselves_out_of_secret_files(path: Path) -> None:
     """A call that a filter does not name ends the process. The schedule has no children."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    allowed = {word for line in lines if line.startswith("SystemCallFilter=") for word in line.partition("=")[2].split()}
+    allowed = {
+        word for line in lines if line.startswith("SystemCallFilter=") for word in line.partition("=")[2].split()
+    }
     needed = {"landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"}
     assert not allowed or needed <= allowed or "schedule" in path.name
 

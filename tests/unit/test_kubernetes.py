@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.k8s_render import K8S
+from tests.deploy.k8s_render import K8S, ROOT
 from tests.deploy.k8s_rules import print_secrets
 
 SERVERS = list(yaml.safe_load_all((K8S / "servers/servers.yaml").read_text(encoding="utf-8")))
@@ -37,7 +36,7 @@ def refusal(*arguments: str, **env: str) -> str:
 
 def recording_programs(place: Path, *, log: Path) -> str:
     """Return a PATH whose programs write down what they were called with."""
-    for name in os.listdir("/usr/bin"):
+    for name in (each.name for each in Path("/usr/bin").iterdir()):
         program = place / name
         program.write_text(f'#!/bin/sh\nprintf "%s\\n" "{name} $*" >> {log}\nexec /usr/bin/{name} "$@"\n')
         program.chmod(0o755)
@@ -105,3 +104,20 @@ def test_minio_writes_to_its_mounts_alone() -> None:
     writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
     for directory in (container["args"][1], options["--config-dir"], options["--certs-dir"]):
         assert {str(path) for path in (Path(directory), *Path(directory).parents)} & writable
+
+
+def test_prometheus_finds_the_pods_that_it_may_ask() -> None:
+    (scrape,) = yaml.safe_load((ROOT / "deploy/prometheus/kubernetes.yml").read_text(encoding="utf-8"))[
+        "scrape_configs"
+    ]
+    kept = {
+        rule["source_labels"][0]: rule["regex"] for rule in scrape["relabel_configs"] if rule.get("action") == "keep"
+    }
+    policies = yaml.safe_load_all((K8S / "control/network-policies.yaml").read_text(encoding="utf-8"))
+    (policy,) = (each["spec"] for each in policies if each["metadata"]["name"] == "espalier-metrics")
+    (names,) = (each["values"] for each in policy["podSelector"]["matchExpressions"])
+    assert kept["__meta_kubernetes_pod_label_app_kubernetes_io_name"] == f"({'|'.join(names)})"
+    (port,) = (each["port"] for each in policy["ingress"][0]["ports"])
+    assert kept["__meta_kubernetes_pod_container_port_name"] == port
+    jobs = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
+    assert [each["job_name"] for each in jobs] == names
