@@ -60,6 +60,15 @@ def _as_metrics(counts: Sequence[Count]) -> Iterator[Metric]:
         "How long the oldest of these jobs has waited, or since when it has been running.",
         labels=("pool", "state"),
     )
+    claimable = GaugeMetricFamily(
+        "espalier_queue_claimable_jobs", "Queued jobs that their tenants may start now.", labels=("pool",)
+    )
+    claimable_ages = GaugeMetricFamily(
+        "espalier_queue_claimable_oldest_seconds", "How long the oldest of these has waited.", labels=("pool",)
+    )
+    wanted = GaugeMetricFamily(
+        "espalier_pool_workers_wanted", "Workers that claimable and running jobs would fill.", labels=("pool",)
+    )
     pools = GaugeMetricFamily(
         "espalier_pool_workers", "Workers that are alive and may serve the pool.", labels=("pool",)
     )
@@ -71,10 +80,15 @@ def _as_metrics(counts: Sequence[Count]) -> Iterator[Metric]:
                 jobs.add_metric((each.pool, each.state), each.num)
                 if each.state != "paused":
                     ages.add_metric((each.pool, each.state), each.oldest_seconds)
+            case "claimable":
+                claimable.add_metric((each.pool,), each.num)
+                claimable_ages.add_metric((each.pool,), each.oldest_seconds)
+            case "workers_wanted":
+                wanted.add_metric((each.pool,), each.num)
             case "pool_workers":
                 pools.add_metric((each.pool,), each.num)
             case "workers":
                 workers.add_metric((each.state,), each.num)
             case "set_asides":
                 set_asides.add_metric((each.state,), each.num)
-    return iter((jobs, ages, pools, workers, set_asides))
+    return iter((jobs, ages, claimable, claimable_ages, wanted, pools, workers, set_asides))

@@ -2,6 +2,10 @@
 
 Jobs that wait are read through partial indexes, never the many that have ended; those that are paused are counted by
 the triggers of `queues`. Nothing here names a tenant.
+
+`claimable` are the queued jobs that their tenants may start now, at most as many of a tenant's as it has places to run:
+a job that waits for a quota of its tenant is nobody's fault. One whose base is unusable is among them, for that is the
+operator's to mend; `workers_wanted` leaves it out, as the view `pool_demand` does.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from core.domain.duties import Duty
+from core.services.turns import IS_IN_REACH, IS_USABLE, MAY_START
 
-_CENSUS = text("""
+_CENSUS = text(f"""
 with waiting as (
     select pool, case when run_after > now() then 'delayed' else 'queued' end as state,
         count(*) as num, extract(epoch from now() - min(run_after))::float8 as seconds
@@ -27,6 +32,18 @@ with waiting as (
     select * from workers where alive_until > now()
 ), pools as (
     select distinct pool as name from queues union select unnest(pools) from alive
+), claimable as (
+    select q.pool, sum(ready.num) as num, extract(epoch from now() - min(ready.since))::float8 as seconds
+    from queues q join tenants t on t.id = q.tenant_id cross join lateral (
+        select count(*) as num, min(may_start.run_after) as since from (
+            select j.run_after from jobs j
+            where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
+              and {IS_IN_REACH}
+            order by j.id limit greatest(t.max_running - (
+                select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running'), 0)
+        ) may_start
+    ) ready
+    where q.num_queued > 0 and {MAY_START} group by q.pool
 )
 select 'jobs' as subject, p.name as pool, s.state, coalesce(w.num, 0) as num, coalesce(greatest(w.seconds, 0), 0)
 from pools p cross join (values ('queued'), ('delayed')) s (state)
@@ -38,6 +55,14 @@ union all
 select 'jobs', p.name, 'paused', coalesce((select sum(q.num_paused) from queues q where q.pool = p.name), 0), 0
 from pools p
 union all
+select 'claimable', p.name, '', coalesce(c.num, 0)::bigint, coalesce(greatest(c.seconds, 0), 0)
+from pools p left join claimable c on c.pool = p.name
+union all
+select 'workers_wanted', p.name, '', ceil(
+    (case when {IS_USABLE} then coalesce(c.num, 0) else 0 end + coalesce(r.num, 0))::numeric / b.slots)::bigint, 0
+from pools p join base_models b on b.id = split_part(p.name, '@', 1)
+left join claimable c on c.pool = p.name left join running r on r.pool = p.name
+union all
 select 'pool_workers', p.name, '', (
     select count(*) from alive a where p.name = any (a.pools) and not jsonb_exists(a.refusals, p.name)), 0
 from pools p
@@ -47,7 +72,7 @@ from (values ('idle'), ('loading'), ('serving'), ('stopping')) s (state)
 union all
 select 'set_asides', '', d.name, (select count(*) from set_asides s where s.duty = d.name), 0
 from unnest(cast(:duties as text[])) d (name)
-""")
+""")  # noqa: S608 (of constants)
 
 
 @dataclass(frozen=True)
@@ -57,7 +82,7 @@ class Count:
     `oldest_seconds` is how long the oldest of these jobs has waited, or has been running.
     """
 
-    subject: Literal["jobs", "pool_workers", "workers", "set_asides"]
+    subject: Literal["jobs", "claimable", "workers_wanted", "pool_workers", "workers", "set_asides"]
     pool: str
     state: str
     num: int

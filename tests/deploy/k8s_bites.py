@@ -39,6 +39,10 @@ def container(objects: list[Object], kind: str = "Deployment", part: str = "api"
     return spec(objects, kind, part)["containers"][0]
 
 
+def labels(objects: list[Object], kind: str, part: str = "") -> Any:
+    return find(objects, kind, part)["metadata"]["labels"]
+
+
 def worker(objects: list[Object]) -> Any:
     return container(objects, "ScaledJob", "none")
 
@@ -87,8 +91,16 @@ RULES = (
         lambda o: variable(o, "ESPALIER_DATABASE_URL")["valueFrom"]["secretKeyRef"].update(key="database"),
     ),
     Bite("KEDA wants url", lambda o: find(o, "TriggerAuthentication")["spec"]["secretTargetRef"][0].update(key="url")),
+    Bite("Job espalier-migrate is not applied", lambda o: labels(o, "Job", "migrate").clear()),
+    Bite(
+        "Deployment espalier-api is applied with",
+        lambda o: labels(o, "Deployment").update({"espalier/step": "migrate"}),
+    ),
+    Bite("which needs it", lambda o: labels(o, "ConfigMap", "registry").pop("espalier/step")),
     Bite("is killed after 30 s", lambda o: spec(o, "ScaledJob", "none").update(terminationGracePeriodSeconds=30)),
     Bite("is killed after 40 s", lambda o: spec(o).update(terminationGracePeriodSeconds=40)),
+    Bite("not-ready for 300 s", lambda o: spec(o, "ScaledJob", "none")["tolerations"].pop(0)),
+    Bite("unreachable for 90 s", lambda o: spec(o, "ScaledJob", "none")["tolerations"][1].update(tolerationSeconds=90)),
     Bite(
         "ESPALIER_GRACE_SECOND is no",
         lambda o: worker(o)["env"].append({"name": "ESPALIER_GRACE_SECOND", "value": "1"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 
 from core.services.base_models import Registry
-from core.settings import ApiSettings
+from core.settings import ApiSettings, WorkerSettings
 from tests.deploy.k8s_render import K8S, Object, Pod, list_pods, of_kind, template_of
 from tests.unit.test_deployments import KNOWN, KNOWN_TOO
 
@@ -134,6 +135,22 @@ def names_lead_somewhere(objects: list[Object]) -> Iterator[str]:
                 yield f"KEDA wants {target['key']} of the Secret {target['name']}, which make-secrets.sh does not make"
 
 
+def the_migration_can_be_applied_first(objects: list[Object]) -> Iterator[str]:
+    """`kubectl apply -l espalier/step=migrate` takes the Job, all that its pod names, and no other pod."""
+    labelled = {
+        (each["kind"], each["metadata"]["name"])
+        for each in objects
+        if each["metadata"].get("labels", {}).get("espalier/step") == "migrate"
+    }
+    for pod in list_pods(objects):
+        is_first = (pod.kind, pod.name) in labelled
+        if is_first != (pod.app == "espalier-migrate"):
+            yield f"{pod} {'is' if is_first else 'is not'} applied with the migration"
+        for kind, name in _references(pod) if pod.app == "espalier-migrate" else ():
+            if (kind, name) not in labelled:
+                yield f"the {kind} {name} is not applied with the migration, which needs it"
+
+
 def _references(pod: Pod) -> Iterator[tuple[str, str]]:
     if "serviceAccountName" in pod.spec:
         yield "ServiceAccount", pod.spec["serviceAccountName"]
@@ -179,8 +196,15 @@ def _keys(secret: str) -> set[str]:
 @cache
 def secret_keys() -> dict[str, set[str]]:
     """Return the keys of each Secret that make-secrets.sh makes."""
-    printed = subprocess.run([K8S / "make-secrets.sh", "--dev"], capture_output=True, text=True, check=True).stdout
+    printed = print_secrets("--dev") + print_secrets("--operator-key", OPERATOR_KEY="esp_oper_x")
     return {each["metadata"]["name"]: set(each["stringData"]) for each in yaml.safe_load_all(printed) if each}
+
+
+def print_secrets(*arguments: str, **env: str) -> str:
+    """Return what make-secrets.sh prints. Raises CalledProcessError where it refuses."""
+    argv = [K8S / "make-secrets.sh", *arguments]
+    env = {"PATH": os.environ["PATH"], **env}
+    return subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout
 
 
 def workers_drain_in_time(objects: list[Object]) -> Iterator[str]:
@@ -195,6 +219,20 @@ def workers_drain_in_time(objects: list[Object]) -> Iterator[str]:
                 needed += each.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
             if grace < needed:
                 yield f"{pod} is killed after {grace} s and may need {needed:.0f}"
+
+
+def workers_leave_dead_nodes(objects: list[Object]) -> Iterator[str]:
+    """A worker's pod is off a dead node before its jobs are queued again. A cluster's own default is 300 s."""
+    lease_seconds = WorkerSettings.model_fields["lease_seconds"].default
+    for pod in list_pods(objects):
+        found = {each["key"]: each for each in pod.spec.get("tolerations", ()) if each["effect"] == "NoExecute"}
+        for key in _DEAD_NODE if pod.app == "espalier-worker" else ():
+            seconds = found.get(key, {}).get("tolerationSeconds", 300)
+            if seconds > lease_seconds:
+                yield f"{pod} stays on a node that is {key} for {seconds} s"
+
+
+_DEAD_NODE = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
 
 def variables_of(container: Object, objects: list[Object]) -> dict[str, str]:
@@ -350,7 +388,9 @@ RULES: tuple[Callable[[list[Object]], Iterator[str]], ...] = (
     processes_are_probed,
     images_are_ours,
     names_lead_somewhere,
+    the_migration_can_be_applied_first,
     workers_drain_in_time,
+    workers_leave_dead_nodes,
     variables_are_settings,
     selectors_find_pods,
     traffic_is_named,

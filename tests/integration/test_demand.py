@@ -14,6 +14,7 @@ from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.errors import NotFoundError
 from core.domain.jobs import pool_name
 from core.services import attempts
+from core.services.census import take_census
 from core.services.oversight import PoolDemand, find_pool_demand
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL, claim, queue_job
@@ -39,6 +40,15 @@ def run(owner: Engine, statement: str, **values: Any) -> None:
 def demand_of(owner: Engine, pool: str = POOL) -> PoolDemand:
     with operator_transaction(owner, actor="test") as session:
         return find_pool_demand(session, pool)
+
+
+def figures_of(database: Database, pool: str = POOL) -> tuple[int, int]:
+    """Return the claimable jobs and the wanted workers that the schedule's own login counts."""
+    engine = connect(database.schedule_url)
+    with service_transaction(engine) as session:
+        nums = {each.subject: each.num for each in take_census(session) if each.pool == pool}
+    engine.dispose()
+    return nums["claimable"], nums["workers_wanted"]
 
 
 def set_limits(owner: Engine, tenant: Tenant, **limits: Any) -> None:
@@ -84,11 +94,14 @@ def test_workers_are_wanted_for_what_runs_and_what_may_start(
            select 'claim', id, tenant_id, 'It cannot be read.', now() + interval '1 hour' from jobs""",
     ],
 )
-def test_what_may_not_start_wants_no_worker(owner: Engine, tenant: Tenant, statement: str) -> None:
+def test_what_may_not_start_wants_no_worker(database: Database, owner: Engine, tenant: Tenant, statement: str) -> None:
     queue_job(owner, tenant)
     assert demand_of(owner).workers_wanted == 1
+    assert figures_of(database) == (1, 1)
     run(owner, statement)
     assert demand_of(owner) == PoolDemand(POOL, 0, 0, 8, 0)
+    waits_for_the_operator = "unusable" in statement
+    assert figures_of(database) == (int(waits_for_the_operator), 0)
 
 
 def test_what_runs_wants_its_worker_whatever_became_of_its_base_or_tenant(
@@ -112,8 +125,10 @@ def test_a_pool_that_left_the_registry_wants_workers_for_what_was_submitted(owne
         run(owner, "update base_models set quantizations = '{nf4}', is_enabled = true")
 
 
-def test_the_demand_is_what_the_claim_hands_out(worker: Engine, owner: Engine) -> None:
-    """The two are different statements, and must not come to mean different things."""
+def test_the_demand_is_what_the_claim_hands_out_and_what_the_schedule_counts(
+    database: Database, worker: Engine, owner: Engine
+) -> None:
+    """The three are different statements, and must not come to mean different things."""
     draw = random.Random(7)
     for _ in range(6):
         tenant = add_tenant(owner)
@@ -123,10 +138,12 @@ def test_the_demand_is_what_the_claim_hands_out(worker: Engine, owner: Engine) -
             queue_job(owner, tenant)
     run(owner, "update jobs set run_after = now() + interval '1 hour' where id in (select id from jobs limit 3)")
     told = demand_of(owner)
+    assert figures_of(database) == (told.num_claimable, told.workers_wanted)
     handed_out = 0
     while claim(worker) is not None:
         handed_out += 1
     assert told.num_claimable == handed_out > 0
     assert demand_of(owner) == PoolDemand(POOL, 0, handed_out, 8, -(-handed_out // 8))
+    assert figures_of(database) == (0, -(-handed_out // 8))
     with service_transaction(worker) as session:
         assert attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60) is None

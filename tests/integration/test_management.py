@@ -180,6 +180,9 @@ def test_the_schedule_that_leads_shows_the_queue_of_a_thousand_tenants_in_few_li
     assert value(seen, "espalier_queue_jobs", pool=POOL, state="queued") >= 3
     assert value(seen, "espalier_queue_oldest_seconds", pool=POOL, state="queued") > 0
     assert value(seen, "espalier_queue_jobs", pool=POOL, state="running") == 0
+    assert value(seen, "espalier_queue_claimable_jobs", pool=POOL) >= 3
+    assert value(seen, "espalier_queue_claimable_oldest_seconds", pool=POOL) > 0
+    assert value(seen, "espalier_pool_workers_wanted", pool=POOL) >= 1
     assert value(seen, "espalier_pool_workers", pool=POOL) == 0
     assert len(seen) < 30
     server.close()

@@ -48,6 +48,23 @@ def test_what_a_deployment_sets_is_a_setting(path: Path) -> None:
     assert not named - KNOWN - KNOWN_TOO
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("deploy/systemd/*.service")), ids=lambda path: str(path.name))
+def test_a_unit_lets_its_children_shut_themselves_out_of_secret_files(path: Path) -> None:
+    """A call that a filter does not name ends the process. The schedule has no children."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    allowed = {
+        word for line in lines if line.startswith("SystemCallFilter=") for word in line.partition("=")[2].split()
+    }
+    needed = {"landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"}
+    assert not allowed or needed <= allowed or "schedule" in path.name
+
+
+def test_a_workers_unit_downloads_to_where_it_may_write() -> None:
+    unit = (ROOT / "deploy/systemd/espalier-worker@.service").read_text(encoding="utf-8").splitlines()
+    assert {"ProtectSystem=strict", "ProtectHome=yes", "CacheDirectory=espalier"} <= set(unit)
+    assert "Environment=HF_HOME=/var/cache/espalier/huggingface" in unit
+
+
 def test_there_is_a_command_with_a_variable_of_its_own() -> None:
     assert "ESPALIER_REGISTRY" in KNOWN - settings()
 
