@@ -104,6 +104,17 @@ def test_what_may_not_start_wants_no_worker(database: Database, owner: Engine, t
     assert figures_of(database) == (int(waits_for_the_operator), 0)
 
 
+def test_of_a_tenant_no_more_jobs_are_claimable_than_it_may_start(
+    database: Database, worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    set_limits(owner, tenant, max_running=3)
+    for _ in range(9):
+        queue_job(owner, tenant)
+    assert claim(worker) is not None
+    assert demand_of(owner) == PoolDemand(POOL, 2, 1, 8, 1)
+    assert figures_of(database) == (2, 1)
+
+
 def test_what_runs_wants_its_worker_whatever_became_of_its_base_or_tenant(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
