@@ -161,7 +161,10 @@ SHADOWS = (
         raise exception 'ran as %', current_user;
     end $$
     """,
-    "create temporary view jobs as select pg_temp.leak() as pool, pg_temp.leak() as status",
+    """
+    create temporary view jobs as select pg_temp.leak() as pool, pg_temp.leak() as status, null::uuid as id,
+        null::uuid as tenant_id, now() as run_after
+    """,
     "grant select on pg_temp.jobs to public",
 )
 
