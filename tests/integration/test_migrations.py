@@ -17,7 +17,8 @@ from alembic.config import Config
 from psycopg import sql
 from sqlalchemy import Connection, text
 
-from core.db.migrate import MIGRATIONS_DIR, migrate_database
+from core.db.migrate import migrate_database
+from core.db.revisions import MIGRATIONS_DIR
 from core.db.session import connect, operator_transaction
 from local.servers import LocalServers, ServerAddresses
 from tests.integration.conftest import PASSWORD
