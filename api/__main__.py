@@ -5,13 +5,13 @@ import sys
 from api.processes import ProcessGroup, serve_alone
 from core.sandbox import hide_memory
 from core.settings import ApiSettings
-from core.telemetry.logs import configure_logs
+from core.telemetry.logs import capture_printed, configure_logs
 
 if __name__ == "__main__":
     hide_memory()
+    configure_logs("api", captured=())
     settings = ApiSettings()  # read from the environment
-    if settings.api_processes > 1:
-        configure_logs("api", captured=())  # its children write to the same log, and not through this process
+    if settings.api_processes > 1:  # the children write to the same log, and not through this process
         sys.exit(ProcessGroup(settings).run())
-    configure_logs("api")
+    capture_printed()
     serve_alone(settings)

@@ -9,14 +9,15 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request
 
 from api.dependencies import Database
-from core.db.session import DATABASE_ERRORS, ping
+from core.db.readiness import OldSchemaError, check_database
+from core.db.session import DATABASE_ERRORS
 
 router = APIRouter(tags=["health"])
 _TTL_SECONDS = 1.0
 
 
 class Readiness:
-    """Whether the database answers. Whoever asks needs no key, so all share one thread, one connection, one answer."""
+    """Whether the database can be used. Who asks needs no key, so all share one thread, one connection, one answer."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -26,7 +27,7 @@ class Readiness:
         self._error: Exception | None = None
 
     async def check(self) -> None:
-        """Raises one of DATABASE_ERRORS."""
+        """Raises OldSchemaError, or one of DATABASE_ERRORS."""
         async with self._asking:
             if time.monotonic() >= self._until:
                 await self._ask()
@@ -35,8 +36,8 @@ class Readiness:
 
     async def _ask(self) -> None:
         try:
-            await to_thread.run_sync(ping, self._database, limiter=self._threads)
-        except DATABASE_ERRORS as error:
+            await to_thread.run_sync(check_database, self._database, limiter=self._threads)
+        except (OldSchemaError, *DATABASE_ERRORS) as error:
             self._error = error
         else:
             self._error = None

@@ -7,7 +7,6 @@ narrow grants, none of which may bypass row-level security.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import stamina
@@ -18,9 +17,10 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
+from core.db.revisions import MIGRATIONS_DIR, list_revisions
 from core.db.session import connect
 
-MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
+__all__ = ["MIGRATIONS_DIR", "RoleLogin", "list_revisions", "login_url", "migrate_database"]
 _MAX_TRIES = 10
 # SQLSTATEs: "tuple concurrently updated", a role made twice, and a lock that was not free in time.
 _IN_THE_WAY = ("XX000", "23505", "55P03")
@@ -45,11 +45,6 @@ def migrate_database(owner_url: str, *, logins: tuple[RoleLogin, ...] = ()) -> N
                 _migrate(engine, logins)
     finally:
         engine.dispose()
-
-
-def list_revisions() -> tuple[str, ...]:
-    """Return the revisions that this code knows, oldest first: each stands in the name of its file."""
-    return tuple(path.name.partition("_")[0] for path in sorted((MIGRATIONS_DIR / "versions").glob("[0-9]*_*.py")))
 
 
 def _migrate(engine: Engine, logins: tuple[RoleLogin, ...]) -> None:

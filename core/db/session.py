@@ -176,9 +176,3 @@ def _is_alive(driver: Any) -> bool:
         return bool(driver.pgconn.exec_(b"select 1").status == ExecStatus.TUPLES_OK)
     except psycopg.OperationalError:
         return False
-
-
-def ping(engine: Engine) -> None:
-    """Ask the database for a sign of life. Raises its OperationalError."""
-    with engine.connect() as connection:
-        connection.execute(text("select 1"))

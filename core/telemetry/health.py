@@ -6,13 +6,16 @@ import sys
 import urllib.error
 import urllib.request
 
-from core.settings import TelemetrySettings
+from core.settings import SETTINGS_ERRORS, TelemetrySettings, describe_faults
 
 _TIMEOUT_SECONDS = 5.0
 
 
 def main() -> int:
-    settings = TelemetrySettings()  # read from the environment
+    try:
+        settings = TelemetrySettings()  # read from the environment
+    except SETTINGS_ERRORS as error:
+        return _say(describe_faults(error), status=1)
     if settings.management_port is None:
         return _say("ESPALIER_MANAGEMENT_PORT is not set, so there is nobody to ask.", status=1)
     url = f"http://127.0.0.1:{settings.management_port}/livez"

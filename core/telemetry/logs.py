@@ -43,7 +43,7 @@ def configure_logs(process: str, *, captured: Sequence[int] = (1, 2)) -> None:
     threading.excepthook = _log_end_of_thread
     sys.unraisablehook = _log_unraisable
     if captured:
-        _capture(captured, _log_file)
+        capture_printed(captured)
 
 
 def find_log_file() -> int | None:
@@ -102,8 +102,10 @@ def _log_unraisable(raised: Any) -> None:
     log.error("error.unraisable", exc_info=(raised.exc_type, raised.exc_value, raised.exc_traceback))
 
 
-def _capture(captured: Sequence[int], stream: TextIO) -> None:
-    """Put a pipe in the place of the file descriptors, and a thread at its other end."""
+def capture_printed(captured: Sequence[int] = (1, 2)) -> None:
+    """Put a pipe in the place of the file descriptors, and a thread at its other end. Logs must be configured."""
+    stream = _log_file
+    assert stream is not None
     reading, writing = os.pipe()
     for number in captured:
         os.dup2(writing, number)

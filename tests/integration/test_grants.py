@@ -124,6 +124,51 @@ def test_the_scalers_role_reads_the_demand_of_pools_and_nothing_else(
         scaler.dispose()
 
 
+def test_every_function_that_runs_as_its_owner_looks_last_into_temporary_tables(owner: Engine) -> None:
+    query = text("""
+        select p.proname, (select option from unnest(p.proconfig) option where option like 'search_path=%') as path
+        from pg_proc p join pg_namespace n on n.oid = p.pronamespace where n.nspname = 'public' and p.prosecdef
+    """)
+    with service_transaction(owner) as session:
+        found = {row.proname: row.path for row in session.execute(query)}
+    assert set(found) >= {"record_change", "count_pool_demand", "queue_outlook"}
+    assert not {name: path for name, path in found.items() if not str(path).endswith(", pg_temp")}
+
+
+def test_a_temporary_view_in_the_place_of_a_table_is_not_evaluated_as_the_functions_owner(
+    database: Database, owner: Engine
+) -> None:
+    with service_transaction(owner) as session:  # as it is where the database belongs to somebody else
+        session.execute(text(f'grant temporary on database "{owner.url.database}" to espalier_scaler'))
+    scaler = connect(database.scaler_url)
+    try:
+        with service_transaction(scaler) as session:
+            before = session.execute(text("select * from pool_demand order by pool")).all()
+            for statement in SHADOWS:
+                session.execute(text(statement))
+            with pytest.raises(ProgrammingError, match="permission denied"), session.begin_nested():
+                session.execute(text("select count(*) from public.jobs"))
+            assert session.execute(text("select * from pool_demand order by pool")).all() == before
+    finally:
+        scaler.dispose()
+
+
+# What the function reads `jobs` for, from a view that ends the statement with the name of the role it runs as.
+SHADOWS = (
+    """
+    create function pg_temp.leak() returns text language plpgsql as $$
+    begin
+        raise exception 'ran as %', current_user;
+    end $$
+    """,
+    """
+    create temporary view jobs as select pg_temp.leak() as pool, pg_temp.leak() as status, null::uuid as id,
+        null::uuid as tenant_id, now() as run_after
+    """,
+    "grant select on pg_temp.jobs to public",
+)
+
+
 def test_the_views_of_operators_show_no_column_that_holds_a_tenants_words(owner: Engine) -> None:
     query = text(
         "select column_name from information_schema.columns where table_name in ('operator_jobs', 'operator_usage')"

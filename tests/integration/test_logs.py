@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,29 @@ def test_a_setting_that_is_missing_puts_no_other_into_the_log(monkeypatch: pytes
     assert (line["event"], status) == ("process.failed", 1)
     assert "redis_url" in line["exception"]
     assert "hunter2" not in line["exception"]
+
+
+@pytest.mark.parametrize("process", ["api", "schedule", "worker"])
+def test_a_process_that_cannot_read_its_settings_says_so_in_one_line(process: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ESPALIER_")}
+    env["ESPALIER_DATABASE_URL"] = "postgresql://somebody:hunter2@nowhere/db"
+    env["ESPALIER_API_PROCESSES"] = "none"
+    done = subprocess.run([sys.executable, "-m", process], env=env, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("", 1)
+    (line,) = [json.loads(each) for each in done.stderr.splitlines()]
+    assert (line["event"], line["process"]) == ("process.failed", process)
+    assert "s3_endpoint" in line["exception"]
+    assert "hunter2" not in done.stderr
+
+
+def test_what_is_printed_may_be_wrapped_later_than_what_is_logged() -> None:
+    body = """
+from core.telemetry.logs import capture_printed
+configure_logs("probe", captured=()); log.info("settings.read"); capture_printed(); print("from Python")
+"""
+    program = PROGRAM.replace('configure_logs("probe")\n', "").format(body=body)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["settings.read", "output.printed"]
 
 
 def test_a_thread_that_dies_leaves_one_line() -> None:

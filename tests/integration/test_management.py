@@ -92,6 +92,13 @@ def test_the_health_command_answers_with_its_exit_status() -> None:
     assert run_health().stdout.startswith("ESPALIER_MANAGEMENT_PORT is not set")
 
 
+def test_the_health_command_says_in_one_line_that_its_setting_is_wrong() -> None:
+    done = run_health(ESPALIER_MANAGEMENT_PORT="many")
+    (line,) = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (1, "")
+    assert line.startswith("ESPALIER_MANAGEMENT_PORT (")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_dies_of_a_fault_of_ours_is_found(database: Database) -> None:
     def is_live() -> bool:

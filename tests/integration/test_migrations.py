@@ -17,7 +17,8 @@ from alembic.config import Config
 from psycopg import sql
 from sqlalchemy import Connection, text
 
-from core.db.migrate import MIGRATIONS_DIR, migrate_database
+from core.db.migrate import migrate_database
+from core.db.revisions import MIGRATIONS_DIR
 from core.db.session import connect, operator_transaction
 from local.servers import LocalServers, ServerAddresses
 from tests.integration.conftest import PASSWORD
@@ -60,6 +61,17 @@ def configure(connection: Connection) -> Config:
 
 def facts(connection: Connection) -> list[list[tuple[object, ...]]]:
     return [[tuple(row) for row in connection.execute(text(query))] for query in (SCHEMA, POLICIES, GRANTS)]
+
+
+def may_make_temporary_tables(connection: Connection, role: str) -> bool:
+    query = text("select has_database_privilege(:role, current_database(), 'temporary')")
+    return bool(connection.scalar(query, {"role": role}))
+
+
+def test_no_runtime_role_may_make_temporary_tables(connection: Connection) -> None:
+    command.upgrade(configure(connection), "head")
+    assert not may_make_temporary_tables(connection, "espalier_scaler")
+    assert may_make_temporary_tables(connection, connection.engine.url.username or "")
 
 
 def test_the_tables_of_the_code_are_those_of_the_migrations(connection: Connection) -> None:
@@ -139,4 +151,25 @@ def test_an_owner_that_is_no_superuser_migrates_and_can_act_as_an_operator(tmp_p
         with operator_transaction(engine, actor="test") as session:
             assert session.scalars(text("select current_user")).one() == "espalier_operator"
             assert session.execute(text("select pool from pool_demand")).all() == []
+        with engine.connect() as connection:
+            assert not may_make_temporary_tables(connection, "espalier_scaler")
+            assert may_make_temporary_tables(connection, "manager")
+        engine.dispose()
+
+
+def test_an_owner_of_the_schema_alone_migrates_too(tmp_path: Path) -> None:
+    """The database is somebody else's, who alone may say who makes temporary tables in it."""
+    with LocalServers(tmp_path, is_durable=False) as own:
+        admin_url = own.addresses.postgres_url
+        place = admin_url.rpartition("@")[2].rpartition("/")[0]
+        with psycopg.connect(admin_url, autocommit=True) as admin:
+            admin.execute("create role guest login createrole password 'guest-password'")
+            admin.execute("create database lent")
+        with psycopg.connect(f"{admin_url.rpartition('/')[0]}/lent", autocommit=True) as admin:
+            admin.execute("alter schema public owner to guest")
+        guest_url = f"postgresql://guest:guest-password@{place}/lent"
+        migrate_database(guest_url)
+        engine = connect(guest_url)
+        with engine.connect() as connection:
+            assert may_make_temporary_tables(connection, "espalier_scaler")
         engine.dispose()

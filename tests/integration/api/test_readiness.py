@@ -1,0 +1,97 @@
+"""A process is ready on a schema that is as new as its code, or newer, and says what to do on an older one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from sqlalchemy import Engine, text
+
+from core.db.readiness import find_database_obstacle
+from core.db.revisions import list_revisions
+from core.db.session import connect
+from local.ports import free_ports
+from local.servers import ServerAddresses
+from tests.integration.conftest import Database, running_api
+from tests.waiting import PATIENCE_SECONDS, wait_until
+
+NEWEST = list_revisions()[-1]
+TOO_OLD = f"The schema is at 0019 and this version needs {NEWEST}: run espalier migrate."
+UNREADABLE = f"The schema is missing or too old, and this version needs {NEWEST}: run espalier migrate."
+READERS = "espalier_api, espalier_worker, espalier_schedule"
+
+
+@contextmanager
+def changed(owner: Engine, change: str, *, back: str) -> Iterator[None]:
+    with owner.begin() as connection:
+        connection.execute(text(change))
+    try:
+        yield
+    finally:
+        with owner.begin() as connection:
+            connection.execute(text(back))
+
+
+def at_revision(revision: str) -> dict[str, str]:
+    set_revision = "update alembic_version set version_num = '{}'"
+    return {"change": set_revision.format(revision), "back": set_revision.format(NEWEST)}
+
+
+UNREADABLES = {
+    "no schema": {
+        "change": "alter table alembic_version rename to gone",
+        "back": "alter table gone rename to alembic_version",
+    },
+    "from before the grant": {
+        "change": f"revoke select on alembic_version from {READERS}",
+        "back": f"grant select on alembic_version to {READERS}",
+    },
+    "no revision": {
+        "change": "delete from alembic_version",
+        "back": f"insert into alembic_version values ('{NEWEST}')",
+    },
+}
+
+
+def ask(port: int) -> httpx.Response:
+    return httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False, timeout=PATIENCE_SECONDS)
+
+
+def test_an_api_on_an_older_schema_says_on_both_ports_that_it_must_be_migrated(
+    database: Database, servers: ServerAddresses, owner: Engine
+) -> None:
+    port, management = free_ports(2)
+    env = {"ESPALIER_MANAGEMENT_PORT": str(management)}
+    with running_api(database.api_url, servers.storage, port=port, env=env):
+        with changed(owner, **at_revision("0019")):
+            wait_until(lambda: ask(port).status_code == httpx.codes.SERVICE_UNAVAILABLE)
+            answer = ask(port)
+            assert answer.json()["error"]["message"] == TOO_OLD
+            assert answer.headers["retry-after"]
+            assert (ask(management).status_code, ask(management).text) == (503, f"{TOO_OLD}\n")
+        wait_until(lambda: ask(port).is_success)
+        with changed(owner, **at_revision(f"{int(NEWEST) + 1:04}")):
+            assert ask(management).text == "ok\n"
+
+
+@pytest.mark.parametrize("role", ["api", "worker", "schedule"])
+def test_each_role_sees_which_schema_it_is_on(database: Database, owner: Engine, role: str) -> None:
+    engine = connect(getattr(database, f"{role}_url"))
+    assert find_database_obstacle(engine) is None
+    with changed(owner, **at_revision("0019")):
+        assert find_database_obstacle(engine) == TOO_OLD
+    with changed(owner, **at_revision("10000")):
+        assert find_database_obstacle(engine) is None
+    engine.dispose()
+
+
+@pytest.mark.parametrize("state", UNREADABLES.values(), ids=UNREADABLES.keys())
+def test_a_schema_that_does_not_tell_its_revision_is_too_old(
+    database: Database, owner: Engine, state: dict[str, str]
+) -> None:
+    engine = connect(database.api_url)
+    with changed(owner, **state):
+        assert find_database_obstacle(engine) == UNREADABLE
+    engine.dispose()
