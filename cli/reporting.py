@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cli.output import fail, output_mode
 from core.domain.errors import DomainError
+from core.settings import SETTINGS_ERRORS
 from core.storage import StorageError
 
 _KNOWN_ERRORS = (
@@ -23,7 +24,7 @@ _KNOWN_ERRORS = (
     OSError,
     SQLAlchemyError,
     StorageError,
-    ValidationError,
+    *SETTINGS_ERRORS,
     redis.RedisError,
     yaml.YAMLError,
 )

@@ -43,10 +43,12 @@ def check_contract(
 
 def run_checks(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tuple[Finding, ...]:
     """Return one finding a promise, in their order. Raises DATABASE_ERRORS and StorageError."""
+    with reading_settings():
+        terms = FairnessSettings().fairness_terms  # read from the environment
     engine = connect(owner_url)
     try:
         with service_transaction(engine) as session:
-            rows = check_rows(session, FairnessSettings().fairness_terms)  # read from the environment
+            rows = check_rows(session, terms)
         with service_transaction(engine) as session:
             objects = check_objects(session, S3ObjectStore(storage), is_deep=is_deep)
     finally:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from pydantic import ValidationError
+from pydantic_settings import BaseSettings
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -21,14 +22,23 @@ from cli.doctor.servers import check_api, check_redis, check_storage
 from cli.doctor.trial import Trial, check_job
 from cli.output import is_json, print_json, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, actor
-from cli.reporting import describe_error
 from core.db.session import connect, operator_transaction, service_transaction
-from core.settings import DatabaseSettings, RedisSettings, S3Settings, StorageConfig
+from core.settings import (
+    SETTINGS_ERRORS,
+    DatabaseSettings,
+    OwnerSettings,
+    RedisSettings,
+    S3Settings,
+    SettingFileError,
+    StorageConfig,
+    describe_faults,
+)
 from core.version import read_version
 from local.external import OWNER_URL_SETTING
 from local.servers import find_addresses
 from local.stack import StackState
 
+_OR_FILE = ", or name a file that holds it by the same name and _FILE"
 _STYLES = {
     FindingState.OK: "green",
     FindingState.WARNING: "yellow",
@@ -45,7 +55,7 @@ class Deployment:
     redis_url: str | None
     storage: StorageConfig | None
     api_url: str | None
-    wrong: tuple[Finding, ...] = ()
+    unread: tuple[Finding, ...] = ()
 
 
 def doctor(
@@ -70,31 +80,44 @@ def doctor(
 
 def find_deployment(data_dir: Path, api_url: str | None) -> Deployment:
     """Read settings, each for itself: one that is missing or wrong hides no other."""
-    local = find_addresses(data_dir)
-    if local is not None and not os.environ.get(OWNER_URL_SETTING):
-        found = api_url or StackState.read(data_dir).api_url
-        return Deployment(local.postgres_url, local.redis_url, local.storage, found)
-    wrong = []
-    owner_url, redis_url, storage = os.environ.get(OWNER_URL_SETTING), None, None
-    try:
-        owner_url = owner_url or DatabaseSettings().database_url.get_secret_value()
-    except ValidationError as error:
-        wrong.append(_missing("database", error, f"Set {OWNER_URL_SETTING} or ESPALIER_DATABASE_URL."))
-    try:
+    database_url, redis_url, storage = None, None, None
+    unread: list[Finding] = []
+    with _noting(unread, "database", DatabaseSettings, f"Set {OWNER_URL_SETTING} or ESPALIER_DATABASE_URL{_OR_FILE}."):
+        database_url = OwnerSettings().owner_url
+        local = None if database_url else find_addresses(data_dir)
+        if local is not None:
+            found = api_url or StackState.read(data_dir).api_url
+            return Deployment(local.postgres_url, local.redis_url, local.storage, found)
+        database_url = database_url or DatabaseSettings().database_url.get_secret_value()
+    with _noting(unread, "redis", RedisSettings, f"Set ESPALIER_REDIS_URL{_OR_FILE}."):
         redis_url = RedisSettings().redis_url.get_secret_value()
-    except ValidationError as error:
-        wrong.append(_missing("redis", error, "Set ESPALIER_REDIS_URL."))
-    try:
+    with _noting(unread, "storage", S3Settings, f"Set ESPALIER_S3_ENDPOINT and its keys{_OR_FILE}."):
         storage = S3Settings().storage_config
-    except ValidationError as error:
-        wrong.append(_missing("storage", error, "Set ESPALIER_S3_ENDPOINT and its keys."))
-    return Deployment(owner_url, redis_url, storage, api_url, tuple(wrong))
+    return Deployment(database_url, redis_url, storage, api_url, tuple(unread))
+
+
+@contextmanager
+def _noting(unread: list[Finding], check: str, settings: type[BaseSettings], remedy: str) -> Iterator[None]:
+    """Add a finding where `settings` cannot be read: nothing is set, which is no fault, or something is wrong."""
+    try:
+        yield
+    except SETTINGS_ERRORS as error:
+        find = skipped if _are_absent(settings, error) else failed
+        unread.append(find(check, f"These settings are missing or wrong: {describe_faults(error)}", remedy=remedy))
+
+
+def _are_absent(settings: type[BaseSettings], error: ValidationError | SettingFileError) -> bool:
+    """Return whether all that is wrong is that nothing which must be set is set."""
+    if isinstance(error, SettingFileError):
+        return False
+    num_required = sum(field.is_required() for field in settings.model_fields.values())
+    return [fault["type"] for fault in error.errors()] == ["missing"] * num_required
 
 
 def run_checks(deployment: Deployment, trial: Trial | None) -> Iterator[Finding]:
     """Yield what each check finds, as it is found. What depends on a part that is away is not asked."""
     yield ok("version", f"This is espalier {read_version()}.")
-    yield from deployment.wrong
+    yield from deployment.unread
     if deployment.redis_url is not None:
         yield check_redis(deployment.redis_url)
     if deployment.storage is not None:
@@ -102,6 +125,8 @@ def run_checks(deployment: Deployment, trial: Trial | None) -> Iterator[Finding]
     yield check_devices()
     yield check_api(deployment.api_url) if deployment.api_url else skipped("api", "Give --api-url to look at the API.")
     if deployment.database_url is None:
+        if trial is not None:
+            yield failed("job", "A job needs a tenant, which is in the database.", remedy=f"Set {OWNER_URL_SETTING}.")
         return
     try:
         engine = connect(deployment.database_url, pool_size=1)
@@ -128,10 +153,6 @@ def _check_inside(engine: Engine, deployment: Deployment, trial: Trial | None) -
         yield failed("job", "A job goes through the API.", remedy="Give --api-url.")
     else:
         yield check_job(engine, deployment.api_url, trial)
-
-
-def _missing(check: str, error: ValidationError, remedy: str) -> Finding:
-    return failed(check, describe_error(error), remedy=remedy)
 
 
 def _show(finding: Finding) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import redis
 
-from cli.doctor.findings import Finding, failed, ok, warning
+from cli.doctor.findings import Finding, failed, ok, skipped, warning
 from cli.reporting import describe_error
 from core.domain.ids import new_id
 from core.domain.objects import tenant_prefix
@@ -98,6 +98,9 @@ def _check_link(store: S3ObjectStore, config: StorageConfig, object_key: str) ->
     try:
         answer = httpx.get(link, timeout=_TIMEOUT_SECONDS, trust_env=False)
     except httpx.HTTPError as error:
+        if _is_loopback(place) and not _is_loopback(config.endpoint):
+            says = f"Signed links name {place}: only clients on the host of the store's port reach it."
+            return skipped("storage link", says, remedy="Fetch the file of an adapter from there.")
         says = f"A signed link to {place} cannot be fetched from here: {type(error).__name__}."
         return failed("storage link", says, remedy=remedy)
     if answer.content != _WORDS:
@@ -108,6 +111,12 @@ def _check_link(store: S3ObjectStore, config: StorageConfig, object_key: str) ->
         return failed("storage link", says, remedy="Let both follow a time server: links are signed by these clocks.")
     server = answer.headers.get("server") or "the object store"
     return ok("storage link", f"A signed link to {place} can be fetched; {server} has the same time.")
+
+
+def _is_loopback(endpoint: str) -> bool:
+    """Return whether an endpoint, host:port, is this host to whoever asks: a container is another one."""
+    host = endpoint.rpartition(":")[0].strip("[]") or endpoint
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _skew_of(answer: httpx.Response) -> float:

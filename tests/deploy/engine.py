@@ -54,7 +54,8 @@ class Engine:
         """Run a command of the client and return its standard output. Raises CalledProcessError."""
         done = self.try_docker(*words, env=env, stdin=stdin)
         if done.returncode:
-            print(f"docker {' '.join(map(str, words))} ended with {done.returncode}:\n{done.stderr[-6000:]}")
+            said = done.stdout[-6000:] + done.stderr[-6000:]
+            print(f"docker {' '.join(map(str, words))} ended with {done.returncode}:\n{said}")
             done.check_returncode()
         return done.stdout
 

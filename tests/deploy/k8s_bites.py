@@ -59,6 +59,12 @@ def policy(objects: list[Object], part: str) -> Any:
     return find(objects, "NetworkPolicy", part)["spec"]
 
 
+def secret_items(objects: list[Object], secret: str) -> Any:
+    """Return which keys of a Secret the pod for an operator's commands mounts."""
+    sources = spec(objects, "Job", "operator")["volumes"][0]["projected"]["sources"]
+    return next(each["secret"]["items"] for each in sources if each["secret"]["name"] == secret)
+
+
 # By our own rules, in their order.
 RULES = (
     Bite("may run as root", lambda o: spec(o)["securityContext"].pop("runAsNonRoot")),
@@ -90,6 +96,8 @@ RULES = (
         "wants database",
         lambda o: variable(o, "ESPALIER_DATABASE_URL")["valueFrom"]["secretKeyRef"].update(key="database"),
     ),
+    Bite("wants redis-url", lambda o: secret_items(o, "espalier-api")[0].update(path="redis")),
+    Bite("wants redis-uri", lambda o: secret_items(o, "espalier-api")[0].update(key="redis-uri")),
     Bite("KEDA wants url", lambda o: find(o, "TriggerAuthentication")["spec"]["secretTargetRef"][0].update(key="url")),
     Bite("Job espalier-migrate is not applied", lambda o: labels(o, "Job", "migrate").clear()),
     Bite(
@@ -97,6 +105,7 @@ RULES = (
         lambda o: labels(o, "Deployment").update({"espalier/step": "migrate"}),
     ),
     Bite("which needs it", lambda o: labels(o, "ConfigMap", "registry").pop("espalier/step")),
+    Bite("is no port of a Service", lambda o: find(o, "Service", "api")["spec"]["ports"][0].update(port=8080)),
     Bite("is killed after 30 s", lambda o: spec(o, "ScaledJob", "none").update(terminationGracePeriodSeconds=30)),
     Bite("is killed after 40 s", lambda o: spec(o).update(terminationGracePeriodSeconds=40)),
     Bite("not-ready for 300 s", lambda o: spec(o, "ScaledJob", "none")["tolerations"].pop(0)),
@@ -111,6 +120,7 @@ RULES = (
     Bite("are not spread", lambda o: spec(o).pop("topologySpreadConstraints")),
     Bite("not everything is denied", lambda o: o.remove(find(o, "NetworkPolicy", "default-deny"))),
     Bite("may reach the ports", lambda o: policy(o, "redis")["egress"][0]["ports"][0].update(port=6380)),
+    Bite("needs [53, 443, 5432, 6379, 8000, 9000]", lambda o: o.remove(find(o, "NetworkPolicy", "operator-api"))),
     Bite("is reached on", lambda o: policy(o, "api-clients")["ingress"][0]["ports"].append({"port": "debug"})),
     Bite("there is no worker", lambda o: [o.remove(each) for each in of_kind(o, "ScaledJob")]),
     Bite("is in no registry", lambda o: variable(o, "ESPALIER_WORKER_POOLS").update(value='["other@none"]')),

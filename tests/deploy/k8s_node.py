@@ -109,8 +109,14 @@ class Node:
         if "secret" in volume:
             return self.secrets[volume["secret"]["secretName"]], volume["secret"]["defaultMode"]
         sources = volume.get("projected", {}).get("sources", ())
-        files = {key: text for source in sources for key, text in self.secrets[source["secret"]["name"]].items()}
+        files = {name: text for source in sources for name, text in self._project(source["secret"]).items()}
         return files, volume.get("projected", {}).get("defaultMode", 0)
+
+    def _project(self, source: Object) -> dict[str, str]:
+        """Return the files of a Secret: all of its keys, or those of `items` only."""
+        held = self.secrets[source["name"]]
+        items = source.get("items") or [{"key": key, "path": key} for key in held]
+        return {item["path"]: held[item["key"]] for item in items}
 
     def _config(self, name: str) -> dict[str, str]:
         (found,) = (each for each in of_kind(self.objects, "ConfigMap") if each["metadata"]["name"] == name)

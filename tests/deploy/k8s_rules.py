@@ -30,7 +30,7 @@ _EGRESS = {
     "espalier-worker": {53, 5432, 6379, 443, 9000},
     "espalier-migrate": {53, 5432},
     "espalier-bucket": {53, 443, 9000},
-    "espalier-operator": {53, 5432, 443, 9000},
+    "espalier-operator": {53, 5432, 6379, 443, 9000, 8000},
     "espalier-fill-weights": {53, 443},
 }
 _POOL = re.compile(r"'([^']+)'|/pools/(.+)/demand$")
@@ -166,7 +166,7 @@ def _references(pod: Pod) -> Iterator[tuple[str, str]]:
 
 def _wanted_keys(pod: Pod) -> Iterator[tuple[str, str]]:
     """Yield the Secret and the key of every variable that is taken from one, directly or by a file."""
-    secrets = mounted_secrets(pod)
+    files = mounted_files(pod)
     for container in pod.containers:
         mounts = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", ())}
         for variable in container.get("env", ()):
@@ -174,23 +174,25 @@ def _wanted_keys(pod: Pod) -> Iterator[tuple[str, str]]:
                 yield source["name"], source["key"]
             if variable["name"].endswith("_FILE"):
                 path = PurePosixPath(variable["value"])
-                found = [name for name in secrets.get(mounts.get(str(path.parent), ""), ()) if path.name in _keys(name)]
-                yield (found[0] if found else f"at {path.parent}"), path.name
+                found = files.get(mounts.get(str(path.parent), ""), {})
+                yield found.get(path.name, (f"at {path.parent}", path.name))
 
 
-def mounted_secrets(pod: Pod) -> dict[str, list[str]]:
-    """Return the names of the Secrets that each volume of a pod holds."""
-    found: dict[str, list[str]] = {}
+def mounted_files(pod: Pod) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return the files of each volume of a pod that come of Secrets: the Secret and the key of each."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
     for volume in pod.spec.get("volumes", ()):
+        files = found.setdefault(volume["name"], {})
         if "secret" in volume:
-            found[volume["name"]] = [volume["secret"]["secretName"]]
+            files |= _files_of(volume["secret"]["secretName"], volume["secret"])
         for source in volume.get("projected", {}).get("sources", ()):
-            found.setdefault(volume["name"], []).append(source["secret"]["name"])
+            files |= _files_of(source["secret"]["name"], source["secret"])
     return found
 
 
-def _keys(secret: str) -> set[str]:
-    return secret_keys().get(secret, set())
+def _files_of(secret: str, source: Object) -> dict[str, tuple[str, str]]:
+    items = source.get("items") or [{"key": key, "path": key} for key in secret_keys().get(secret, ())]
+    return {item["path"]: (secret, item["key"]) for item in items}
 
 
 @cache
@@ -205,6 +207,20 @@ def print_secrets(*arguments: str, **env: str) -> str:
     argv = [K8S / "make-secrets.sh", *arguments]
     env = {"PATH": os.environ["PATH"], **env}
     return subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def urls_lead_to_services(objects: list[Object]) -> Iterator[str]:
+    ports = {
+        (each["metadata"]["name"], port["port"])
+        for each in of_kind(objects, "Service")
+        for port in each["spec"]["ports"]
+    }
+    for pod in list_pods(objects):
+        for each in pod.containers if pod.is_ours else ():
+            if url := variables_of(each, objects).get("ESPALIER_API_URL"):
+                host, _, port = url.removeprefix("http://").partition(":")
+                if (host, int(port or 80)) not in ports:
+                    yield f"{pod} asks {url}, which is no port of a Service"
 
 
 def workers_drain_in_time(objects: list[Object]) -> Iterator[str]:
@@ -389,6 +405,7 @@ RULES: tuple[Callable[[list[Object]], Iterator[str]], ...] = (
     images_are_ours,
     names_lead_somewhere,
     the_migration_can_be_applied_first,
+    urls_lead_to_services,
     workers_drain_in_time,
     workers_leave_dead_nodes,
     variables_are_settings,

@@ -23,6 +23,7 @@ import psycopg
 import yaml
 from openai import OpenAI
 
+from tests.deploy.checkup import examine
 from tests.deploy.compose import build_standins
 from tests.deploy.engine import Engine
 from tests.deploy.images import build_all, image_name
@@ -266,7 +267,11 @@ def drain_a_worker(cluster: Cluster, job_id: str) -> int:
 
 
 def finish_with_the_next_worker(cluster: Cluster, job_id: str, step: int) -> None:
+    shell = cluster.node.start(cluster.pod("operator"))
     worker = start_worker(cluster)
+    # The name is the Service's. Its port is the pod's: there is no Service here that would lead from 80 to it.
+    examine(shell.execute, unseen=("gpu",), options=("--api-url", "http://espalier-api:8000"))
+    shell.stop()
     cluster.wait_for(lambda: cluster.job(job_id)[0] in ("succeeded", "failed"), what="the job's end")
     assert cluster.job(job_id)[0] == "succeeded", worker.log()
     messages = [

@@ -294,6 +294,25 @@ def test_a_database_that_is_away_is_one_line(name: str, env: dict[str, str]) -> 
     assert "hush" not in done.output
 
 
+@pytest.mark.parametrize(
+    ("words", "setting", "exit_code"),
+    [
+        (("base-models", "check", BASE_MODEL), "ESPALIER_TRAINER_THREADS_FILE", 1),
+        (("check-contract",), "ESPALIER_QUANTUM_SECONDS_FILE", 2),
+        (("check-contract",), "ESPALIER_S3_BUCKET_FILE", 2),
+        (("top", "--json"), "ESPALIER_OWNER_DATABASE_URL_FILE", 2),
+    ],
+)
+def test_a_file_of_a_setting_that_cannot_be_read_is_one_line(
+    env: dict[str, str], words: tuple[str, ...], setting: str, exit_code: int
+) -> None:
+    changed = {**env, setting.removesuffix("_FILE"): "", setting: "/none"}
+    done = CliRunner().invoke(app, words, env=changed, catch_exceptions=False)
+    assert done.exit_code == exit_code
+    (told,) = done.output.splitlines()
+    assert f"{setting} names /none, which cannot be read" in told
+
+
 def test_the_version_is_the_packages_and_its_commit_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPALIER_COMMIT", "0123456789abcdef")
     told = CliRunner().invoke(app, ["--version"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 from cli.doctor.database import check_clock
 from cli.doctor.findings import FindingState
+from cli.doctor.servers import check_storage
 from cli.main import app
 from core.db.migrate import login_url
 from core.db.session import connect, service_transaction
@@ -145,6 +148,61 @@ def test_settings_that_are_missing_are_named_and_hide_no_other_check(examine: Ex
     assert "ESPALIER_S3_ACCESS_KEY" in found["storage"]["says"]
     assert "ESPALIER_REDIS_URL" in found["redis"]["says"]
     assert found["schema"]["state"] == "ok"
+
+
+def test_settings_that_are_not_there_are_skipped_with_what_to_set(examine: Examine, env: dict[str, str]) -> None:
+    found = examine(**dict.fromkeys(env))
+    absent = {check: found[check] for check in ("database", "redis", "storage")}
+    assert {each["state"] for each in absent.values()} == {"skipped"}
+    told = ("ESPALIER_OWNER_DATABASE_URL", "ESPALIER_REDIS_URL", "ESPALIER_S3_ENDPOINT")
+    assert all(name in each["remedy"] for name, each in zip(told, absent.values(), strict=True))
+    assert examine("--job", **dict.fromkeys(env))["job"]["state"] == "failed"
+
+
+def test_settings_of_which_a_part_is_there_have_failed(examine: Examine) -> None:
+    assert examine(ESPALIER_S3_ACCESS_KEY=None)["storage"]["state"] == "failed"
+
+
+def test_settings_may_be_files_as_containers_have_them(examine: Examine, env: dict[str, str], tmp_path: Path) -> None:
+    found = examine(**as_files(env, tmp_path))
+    looked_at = ("database", "schema", "operator", "redis", "storage put", "storage link", "storage delete")
+    assert {found[check]["state"] for check in looked_at} == {"ok"}
+    assert found == examine() | {"database": found["database"]}  # which counts connections
+
+
+@pytest.mark.parametrize(
+    ("variable", "check"),
+    [
+        ("ESPALIER_OWNER_DATABASE_URL", "database"),
+        ("ESPALIER_REDIS_URL", "redis"),
+        ("ESPALIER_S3_ACCESS_KEY", "storage"),
+        ("ESPALIER_S3_SECRET_KEY", "storage"),
+    ],
+)
+@pytest.mark.parametrize("content", [None, b"\xff", b""], ids=["not there", "not text", "empty"])
+def test_a_file_of_a_setting_that_cannot_be_read_has_failed_and_hides_no_other_check(
+    examine: Examine, env: dict[str, str], tmp_path: Path, variable: str, check: str, content: bytes | None
+) -> None:
+    changes = as_files(env, tmp_path)
+    path = tmp_path / f"{variable}_FILE"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    # The URL of another role does not stand in for an owner's that is wrong.
+    found = examine(**changes, ESPALIER_DATABASE_URL=env["ESPALIER_OWNER_DATABASE_URL"])
+    assert (found[check]["state"], f"{variable}_FILE names {path}" in found[check]["says"]) == ("failed", True), found
+    others = {"database", "redis", "storage put"} - {check, f"{check} put"}
+    assert {found[each]["state"] for each in others} == {"ok"}
+
+
+def as_files(env: dict[str, str], directory: Path) -> dict[str, str | None]:
+    """Return the changes by which the secrets among settings come from files."""
+    changes: dict[str, str | None] = {}
+    for name in [name for name in env if name.endswith(("_URL", "_KEY"))]:
+        path = directory / f"{name}_FILE"
+        path.write_text(f"{env[name]}\n", encoding="utf-8")
+        changes |= {name: None, path.name: str(path)}
+    return changes
 
 
 @pytest.mark.parametrize("url", ["postgresql://u:hush@host:port/name", "no url at all", ""])
@@ -282,6 +340,28 @@ def test_a_redis_that_evicts_or_forgets_is_found(examine: Examine, own: ServerAd
 def test_a_bucket_that_cannot_be_used_is_found(examine: Examine, change: dict[str, str], failing: set[str]) -> None:
     found = examine(**change)
     assert failing <= {check for check, each in found.items() if each["state"] == "failed"} <= failing | {"schedule"}
+
+
+def test_a_link_that_only_another_host_can_fetch_is_not_judged(
+    own: ServerAddresses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, where links name the port of the host that clients are on."""
+    public = replace(own.storage, public_endpoint="localhost:9")
+    assert {each.check: each.state for each in check_storage(public)}["storage link"] == FindingState.FAILED
+    port = own.storage.endpoint.rpartition(":")[2]
+    monkeypatch.setattr(socket, "getaddrinfo", as_if_named(socket.getaddrinfo, "store.example", "127.0.0.1"))
+    named = replace(public, endpoint=f"store.example:{port}")
+    assert {each.check: each.state for each in check_storage(named)} == {
+        "storage put": FindingState.OK,
+        "storage get": FindingState.OK,
+        "storage link": FindingState.SKIPPED,
+        "storage delete": FindingState.OK,
+    }
+
+
+def as_if_named(find: Callable[..., Any], name: str, address: str) -> Callable[..., Any]:
+    """Return a resolver that knows one name more."""
+    return lambda host, *rest, **options: find(address if host == name else host, *rest, **options)
 
 
 def test_nobody_who_leads_and_nobody_who_works_are_found(examine: Examine, owner: Engine) -> None:

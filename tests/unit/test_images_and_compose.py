@@ -18,8 +18,8 @@ from tests.deploy.wheelhouse import TORCH
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = ("bucket", "migrate", "api", "schedule", "worker", "worker-gpu")
-ENDING = ("bucket", "migrate")
+OURS = ("bucket", "migrate", "operator", "api", "schedule", "worker", "worker-gpu")
+ENDING = ("bucket", "migrate", "operator")
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 CONSTRAINTS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
 
@@ -114,6 +114,25 @@ def test_each_service_gets_the_secrets_that_it_uses_and_no_more() -> None:
     for service in SERVICES.values():
         words = yaml.safe_dump({key: value for key, value in service.items() if key != "secrets"})
         assert {name for name in service.get("secrets", ()) if f"/run/secrets/{name}" not in words} == set()
+
+
+def test_operators_commands_have_a_place_that_nothing_starts_and_that_starts_nothing() -> None:
+    operator = SERVICES["operator"]
+    assert operator["profiles"] == ["operator"]
+    assert not operator.get("depends_on")
+    assert not [name for name, service in SERVICES.items() if "operator" in service.get("depends_on", {})]
+
+
+def test_the_place_for_operators_commands_has_all_that_they_read() -> None:
+    """What a process of the service is told of its servers, with the owner's URL for its own, and where the API is."""
+    shared = ("ESPALIER_S3_", "ESPALIER_REDIS_")
+    wanted = {name: value for name, value in SERVICES["api"]["environment"].items() if name.startswith(shared)} | {
+        "ESPALIER_OWNER_DATABASE_URL_FILE": "/run/secrets/owner_database_url",
+        "ESPALIER_API_URL": "http://api:8000",
+    }
+    assert SERVICES["operator"]["environment"] == wanted
+    servers = ("postgres", "redis", "s3", "api")
+    assert all(set(SERVICES["operator"]["networks"]) & set(SERVICES[name]["networks"]) for name in servers)
 
 
 def test_every_secret_is_made_by_the_command_and_kept_by_it(tmp_path: Path) -> None:
