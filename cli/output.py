@@ -53,6 +53,11 @@ def show(picture: RenderableType) -> None:
         Console(width=find_width()).print(picture)
 
 
+def tell(sentence: str) -> None:
+    """Say on standard error how far a command is: a line for who waits, apart from what the command has found."""
+    Console(soft_wrap=True, highlight=False, stderr=True).print(escape(" ".join(sentence.split())), style="dim")
+
+
 def fail(reason: str, *, exit_code: int = 1) -> NoReturn:
     """End the command with one line that says why."""
     line = " ".join(reason.split())
