@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import sys
+import uuid
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from api.schemas.oversight import JobOverviewObject, PoolObject, UsageObject, Wo
 from cli.output import Column, as_duration, is_json, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
 from cli.pool_names import PoolNames
+from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, parse_id
 from core.domain.jobs import JobStatus
 from core.services import oversight
@@ -45,7 +47,7 @@ def jobs(
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Show everybody's jobs, newest first."""
-    cursor = parse_id(IdKind.JOB, after, param="after") if after else None
+    cursor = _parse_cursor(after) if after else None
     with operator_session(data_dir) as session:
         names = PoolNames(oversight.list_pool_names(session))
         wanted = JobFilter(status=status, pool=names.find(pool) if pool else None, tenant=tenant)
@@ -107,6 +109,14 @@ def usage(
     rows = [UsageObject.of(each, group_by).model_dump() for each in page.items]
     print_rows((*columns, Column("num_attempts", "attempts")), rows)
     _say_more(has_more=page.has_more, last=page.items[-1].label if page.items else "")
+
+
+def _parse_cursor(after: str) -> uuid.UUID:
+    try:
+        return parse_id(IdKind.JOB, after, param="after")
+    except NotFoundError as error:
+        reason = f"--after takes the id of a job, such as {IdKind.JOB}{'0' * 32}: {after[:100]!r} is none."
+        raise InvalidRequestError(reason, param="after") from error
 
 
 def job_cells(job: JobOverview, now: dt.datetime, names: PoolNames) -> dict[str, Any]:

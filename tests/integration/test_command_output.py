@@ -322,7 +322,7 @@ def _drain(terminal: int) -> bytes:
         (("jobs", "--tenant", "nobody-here"), "There is no tenant 'nobody-here'."),
         (
             ("jobs", "--after", "ftjob-1"),
-            "No such object: 'ftjob-1'.",
+            f"--after takes the id of a job, such as ftjob-{'0' * 32}: 'ftjob-1' is none.",
         ),
         (("jobs", "--pool", "nothing"), "There is no pool 'nothing'. `espalier pools` shows them all."),
         (("usage", "--from", "2026-03-02", "--to", "2026-03-01"), "The period ends on 2026-03-01, before it begins."),
@@ -333,6 +333,65 @@ def test_an_error_is_one_line_and_exit_code_1(espalier: Espalier, words: tuple[s
     assert (done.exit_code, done.stderr.strip(), done.stdout) == (1, told, "")
     done = espalier(*words, "--json")
     assert (done.exit_code, documents_of(done.stdout), done.stderr) == (1, [{"error": {"message": told}}], "")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("jobs", "--status", "wrong"), "Invalid value for '--status': 'wrong' is not one of 'validating_files', "),
+        (("jobs", "--limit", "0"), "Invalid value for '--limit': "),
+        (("jobs", "--colour"), "No such option: --colour"),
+        (("tenants", "set"), "Missing argument 'slug'. See `"),
+        (("tenants", "nonsense"), "No such command 'nonsense'."),
+        (("nonsense",), "No such command 'nonsense'."),
+        (("--colour",), "No such option: --colour"),
+        (("migrate", "--registry", "/nowhere"), "Invalid value for '--registry' ("),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(espalier: Espalier, words: tuple[str, ...], told: str) -> None:
+    done = espalier(*words)
+    assert (done.exit_code, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.output
+    assert done.stderr.startswith(told)
+    assert done.stderr.endswith("--help`.\n")
+    asked = espalier(*words, "--json")
+    (document,) = documents_of(asked.stdout)
+    assert (asked.exit_code, asked.stderr, document["error"]["message"].startswith(told)) == (2, "", True)
+
+
+@pytest.mark.parametrize("words", [(), ("tenants",)])
+def test_a_group_without_a_command_shows_its_help(espalier: Espalier, words: tuple[str, ...]) -> None:
+    done = espalier(*words)
+    assert "Usage: " in done.output
+    assert len(done.output.splitlines()) > 5
+
+
+def test_what_a_command_has_changed_is_one_line(espalier: Espalier, tenant: Tenant, tmp_path: Path) -> None:
+    registry = tmp_path / "registry.yaml"
+    registry.write_text(yaml.safe_dump(REGISTRY))
+    slug = tenant.slug
+    for words, told in (
+        (("tenants", "set", slug, "--weight", "2.5", "--max-queued", "7"), f"Tenant {slug}: weight 2.5, max_queued 7."),
+        (("tenants", "set", slug, "--max-storage-bytes", "none"), f"Tenant {slug}: max_storage_bytes none."),
+        (("tenants", "set", slug), f"Tenant {slug}: nothing was named, and all stays."),
+        (("tenants", "disable", slug), f"Tenant {slug} is disabled."),
+        (("tenants", "enable", slug), f"Tenant {slug} is enabled."),
+        (
+            ("migrate", "--registry", str(registry)),
+            "The schema is the newest; the registry has 1 base models; no role's password was set.",
+        ),
+    ):
+        assert espalier(*words).stdout.splitlines() == [told]
+
+
+def test_a_check_in_a_pipe_is_as_wide_as_the_other_tables(espalier: Espalier) -> None:
+    longest = max(map(len, espalier("check-contract").stdout.splitlines()))
+    assert 80 < longest <= MAX_COLUMNS
+
+
+@pytest.mark.parametrize("name", ["jobs", "check-contract"])
+def test_where_no_servers_run_the_option_that_names_others_is_told(name: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [name, "--data-dir", str(tmp_path)], env={"ESPALIER_OWNER_DATABASE_URL": None})
+    assert f"no servers run on {tmp_path} (--data-dir)." in done.stderr
 
 
 @pytest.mark.parametrize("name", ["jobs", "check-contract", "tenants list", "top", "audit"])
