@@ -140,6 +140,9 @@ def _parse_bearer(authorization: str | None) -> ApiKey:
     token = _bearer_of(authorization)
     if not token:
         raise UnauthenticatedError("You didn't provide an API key. Send it as 'Authorization: Bearer <key>'.")
+    if token.startswith(OPERATOR_PREFIX):
+        parse_api_key(token, prefix=OPERATOR_PREFIX)
+        raise UnauthenticatedError("This is an operator's key: it opens /admin only. Use a tenant's API key here.")
     return parse_api_key(token)
 
 

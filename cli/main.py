@@ -24,10 +24,10 @@ from cli.commands.set_asides import set_asides
 from cli.commands.stack import down, status, up
 from cli.commands.tenants import tenants
 from cli.commands.top import top
-from cli.reporting import reporting
+from cli.reporting import OneLineGroup, reporting
 from core.version import read_version
 
-app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(up, down, status, demo, migrate, validate),
     *(jobs, workers, pools, usage, top),

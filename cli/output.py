@@ -19,19 +19,10 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
-MAX_COLUMNS = 100
+from cli.tables import FULL_COLUMNS, Column, Table
+
 _is_json: ContextVar[bool] = ContextVar("is_json", default=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A column of a table: which field it shows, under which heading, and whether its words may be folded."""
-
-    key: str
-    heading: str = ""
-    is_whole: bool = False
 
 
 @contextmanager
@@ -62,6 +53,11 @@ def show(picture: RenderableType) -> None:
         Console(width=find_width()).print(picture)
 
 
+def tell(sentence: str) -> None:
+    """Say on standard error how far a command is: a line for who waits, apart from what the command has found."""
+    Console(soft_wrap=True, highlight=False, stderr=True).print(escape(" ".join(sentence.split())), style="dim")
+
+
 def fail(reason: str, *, exit_code: int = 1) -> NoReturn:
     """End the command with one line that says why."""
     line = " ".join(reason.split())
@@ -82,14 +78,9 @@ def print_rows(columns: Iterable[str | Column], rows: Iterable[Mapping[str, Any]
 
 
 def make_table(columns: Iterable[str | Column], rows: Iterable[Mapping[str, Any]]) -> Table:
-    """Return a table that folds what is too long for the terminal, and cuts nothing."""
-    table = Table(box=None, pad_edge=False)
-    named = [each if isinstance(each, Column) else Column(each) for each in columns]
-    for column in named:
-        table.add_column(column.heading or column.key.replace("_", " "), no_wrap=column.is_whole, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(as_text(row[column.key])) for column in named))
-    return table
+    """Return a table that folds what is too long for where it is printed, and cuts nothing."""
+    named = tuple(each if isinstance(each, Column) else Column(each) for each in columns)
+    return Table(named, tuple(tuple(as_text(row[column.key]) for column in named) for row in rows))
 
 
 def fields_of(row: Any, names: Iterable[str]) -> dict[str, Any]:
@@ -98,7 +89,7 @@ def fields_of(row: Any, names: Iterable[str]) -> dict[str, Any]:
 
 def find_width() -> int | None:
     """Return how wide tables are: as the terminal (None), or in a file or a pipe a width that any editor shows."""
-    return None if sys.stdout.isatty() else MAX_COLUMNS
+    return None if sys.stdout.isatty() else FULL_COLUMNS
 
 
 def print_json(value: Any) -> None:

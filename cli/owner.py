@@ -60,7 +60,7 @@ def owner_url(data_dir: Path) -> str:
     if not url:
         fail(
             f"Set {OWNER_URL_SETTING} to the URL of the database's owner, postgresql://..., "
-            f"or start a local stack: no servers run on {data_dir}."
+            f"or start a local stack: no servers run on {data_dir} (--data-dir)."
         )
     return url
 

@@ -1,11 +1,15 @@
-"""What every command has in common: the option `--json`, and errors that are one line instead of a traceback."""
+"""What every command has in common: the option `--json`, and errors that are one line instead of a traceback.
+
+Wrong options are such errors, too. They end the command before it has begun, with exit code 2.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import redis
@@ -13,6 +17,9 @@ import typer
 import yaml
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from typer._click.exceptions import NoArgsIsHelpError  # typer gives it no public name
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from cli.output import fail, output_mode
 from core.domain.errors import DomainError
@@ -28,6 +35,7 @@ _KNOWN_ERRORS = (
     redis.RedisError,
     yaml.YAMLError,
 )
+_IS_JSON = "cli.is_json"
 _JSON = typer.Option("--json", help="Print JSON: one document, or one object a line.")
 
 
@@ -50,6 +58,41 @@ def reporting(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+class OneLineGroup(TyperGroup):
+    """The group that all commands are in. It sees every option that is wrong, also those of groups inside it."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        is_json = "--json" in args
+        with _refusing(is_json=is_json):
+            context = super().make_context(info_name, args, parent, **extra)
+        context.meta[_IS_JSON] = is_json
+        return context
+
+    def invoke(self, ctx: Any) -> Any:
+        with _refusing(is_json=ctx.meta[_IS_JSON]):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _refusing(*, is_json: bool) -> Iterator[None]:
+    """Turn typer's refusal of options into one line. What a group says without a command, its help, stays as it is."""
+    try:
+        yield
+    except NoArgsIsHelpError:
+        raise
+    except TyperException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" See `{context.command_path} --help`." if context else ""
+        with output_mode(is_json=is_json):
+            message = without_pydantic(error.format_message()).rstrip(".")
+            fail(f"{message}.{hint}", exit_code=error.exit_code)
+
+
+def without_pydantic(message: str) -> str:
+    """Return a message without what pydantic puts before the words of a check of our own or of typer's."""
+    return message.replace("Value error, ", "")
+
+
 def describe_error(error: BaseException) -> str:
     """Return an error in one sentence for an operator. It names what was asked, and quotes no secret."""
     if isinstance(error, DomainError):
@@ -69,7 +112,7 @@ def _describe_settings(error: ValidationError) -> str:
     faults = []
     for each in error.errors(include_input=False, include_url=False):
         place = ".".join(map(str, each["loc"]))
-        faults.append(f"{'ESPALIER_' + place.upper() if is_settings else place}: {each['msg']}")
+        faults.append(f"{'ESPALIER_' + place.upper() if is_settings else place}: {without_pydantic(each['msg'])}")
     return f"{'Settings' if is_settings else error.title}: {'; '.join(faults)}"
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from cli.environment import reading_settings
-from cli.output import fail, is_json, print_json
+from cli.output import fail, is_json, print_json, show
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from core.db.session import DATABASE_ERRORS, connect, service_transaction
 from core.services.contract import Finding, check_objects, check_rows
@@ -35,8 +34,7 @@ def check_contract(
     if is_json():
         for finding in findings:
             print_json(finding)
-    else:
-        Console(soft_wrap=True).print(as_table(findings))
+    show(as_table(findings))
     if any(finding.num_broken for finding in findings):
         raise typer.Exit(1)
 
@@ -57,7 +55,7 @@ def run_checks(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tupl
 
 
 def as_table(findings: tuple[Finding, ...]) -> Table:
-    table = Table("", "promise", "checked", "broken", "which", box=None)
+    table = Table("", "promise", "checked", "broken", Column("which", overflow="fold"), box=None)
     for each in findings:
         broken = f"[red]{each.num_broken}[/]" if each.num_broken else "0"
         table.add_row(each.promise, each.says, str(each.num_checked), broken, escape("\n".join(each.broken)))
@@ -70,6 +68,9 @@ def _find_servers(data_dir: Path) -> tuple[str, StorageConfig]:
             return owner_url, S3Settings().storage_config  # read from the environment
     addresses: ServerAddresses | None = find_addresses(data_dir)
     if addresses is None:
-        reason = f"Set {OWNER_URL_SETTING} and ESPALIER_S3_*, or start a local stack: no servers run on {data_dir}."
-        fail(reason, exit_code=2)
+        fail(
+            f"Set {OWNER_URL_SETTING} and ESPALIER_S3_*, "
+            f"or start a local stack: no servers run on {data_dir} (--data-dir).",
+            exit_code=2,
+        )
     return addresses.postgres_url, addresses.storage

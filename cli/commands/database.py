@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.environment import reading_settings
-from cli.output import is_json, print_json
+from cli.output import say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, owner_url
 from core.db.migrate import RoleLogin
 from core.services import base_models as bases
@@ -31,5 +31,7 @@ def migrate(
         logins = tuple(RoleLogin(role, password) for role, password in LoginSettings().passwords.items())
     loaded = bases.read_registry(registry)
     prepare_database(owner_url(data_dir), loaded, logins=logins)
-    if is_json():
-        print_json({"base_models": [each.id for each in loaded.base_models], "logins": [each.role for each in logins]})
+    models, roles = [each.id for each in loaded.base_models], [each.role for each in logins]
+    said = f"The schema is the newest; the registry has {len(models)} base models; "
+    said += f"passwords were set for {', '.join(roles)}." if roles else "no role's password was set."
+    say(said, base_models=models, logins=roles)

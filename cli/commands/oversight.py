@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import sys
+import uuid
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,8 @@ import typer
 from api.schemas.oversight import JobOverviewObject, PoolObject, UsageObject, WorkerObject, usage_csv
 from cli.output import Column, as_duration, is_json, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
+from cli.pool_names import PoolNames
+from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, parse_id
 from core.domain.jobs import JobStatus
 from core.services import oversight
@@ -21,9 +24,18 @@ from core.services.usage import UsageGroup, UsagePeriod
 Limit = Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")]
 After = Annotated[str | None, typer.Option(help="Go on behind this one, the last of the page before.")]
 _DAY = ["%Y-%m-%d"]
-JOB_COLUMNS = (Column("id", is_whole=True), "tenant", "pool", "status", "steps", "age", "worker")
-WORKER_COLUMNS = (Column("name", is_whole=True), "state", "base", "slots", "beat", "up", "version", "serves")
-POOL_COLUMNS = ("pool", "base", "queued", "oldest", "running", "slots", "wanted", "workers")
+JOB_COLUMNS = (
+    *(Column("id", is_whole=True), "tenant", "pool", "status", Column("steps", is_whole=True)),
+    *(Column("age", leaves_at=2), Column("worker", leaves_at=1)),
+)
+WORKER_COLUMNS = (
+    *(Column("name", is_whole=True), "state", "base", Column("slots", is_whole=True), "beat"),
+    *(Column("up", leaves_at=2), Column("version", leaves_at=3), Column("serves", leaves_at=1)),
+)
+POOL_COLUMNS = (
+    *("pool", "base", "queued", Column("oldest", leaves_at=3), "running"),
+    *(Column("slots", leaves_at=1), Column("wanted", leaves_at=2), "workers"),
+)
 
 
 def jobs(
@@ -35,13 +47,14 @@ def jobs(
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Show everybody's jobs, newest first."""
-    cursor = parse_id(IdKind.JOB, after, param="after") if after else None
+    cursor = _parse_cursor(after) if after else None
     with operator_session(data_dir) as session:
-        wanted = JobFilter(status=status, pool=pool, tenant=tenant)
+        names = PoolNames(oversight.list_pool_names(session))
+        wanted = JobFilter(status=status, pool=names.find(pool) if pool else None, tenant=tenant)
         page = oversight.list_job_overviews(session, wanted, after=cursor, limit=limit)
     now = dt.datetime.now(dt.UTC)
     rows = [JobOverviewObject.of(each).model_dump() for each in page.items]
-    cells = rows if is_json() else [job_cells(each, now) for each in page.items]
+    cells = rows if is_json() else [job_cells(each, now, names) for each in page.items]
     print_rows(JOB_COLUMNS, cells)
     _say_more(has_more=page.has_more, last=rows[-1]["id"] if rows else "")
 
@@ -49,8 +62,9 @@ def jobs(
 def workers(limit: Limit = 100, after: After = None, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Show the workers: what they hold, how many slots are in use, when they were last heard of."""
     with operator_session(data_dir) as session:
+        names = PoolNames(oversight.list_pool_names(session))
         page = oversight.list_worker_overviews(session, after=after, limit=limit)
-    rows = [WorkerObject.of(each).model_dump() if is_json() else worker_cells(each) for each in page.items]
+    rows = [WorkerObject.of(each).model_dump() if is_json() else worker_cells(each, names) for each in page.items]
     print_rows(WORKER_COLUMNS, rows)
     if not is_json():
         for each in page.items:
@@ -62,8 +76,9 @@ def workers(limit: Limit = 100, after: After = None, data_dir: DataDir = DEFAULT
 def pools(limit: Limit = 100, after: After = None, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Show the pools: what waits and since when, what runs, how many workers that would fill, and who serves them."""
     with operator_session(data_dir) as session:
+        names = PoolNames(oversight.list_pool_names(session))
         page = oversight.list_pool_overviews(session, after=after, limit=limit)
-    rows = [PoolObject.of(each).model_dump() if is_json() else pool_cells(each) for each in page.items]
+    rows = [PoolObject.of(each).model_dump() if is_json() else pool_cells(each, names) for each in page.items]
     print_rows(POOL_COLUMNS, rows)
     _say_more(has_more=page.has_more, last=page.items[-1].demand.pool if page.items else "")
 
@@ -96,12 +111,20 @@ def usage(
     _say_more(has_more=page.has_more, last=page.items[-1].label if page.items else "")
 
 
-def job_cells(job: JobOverview, now: dt.datetime) -> dict[str, Any]:
+def _parse_cursor(after: str) -> uuid.UUID:
+    try:
+        return parse_id(IdKind.JOB, after, param="after")
+    except NotFoundError as error:
+        reason = f"--after takes the id of a job, such as {IdKind.JOB}{'0' * 32}: {after[:100]!r} is none."
+        raise InvalidRequestError(reason, param="after") from error
+
+
+def job_cells(job: JobOverview, now: dt.datetime, names: PoolNames) -> dict[str, Any]:
     """Return a job as a table shows it. Its age is counted from its submission to its end."""
     return {
         "id": f"{IdKind.JOB}{job.id.hex}",
         "tenant": job.tenant,
-        "pool": job.pool,
+        "pool": names.shorten(job.pool),
         "status": f"{job.status} {job.error_code}" if job.error_code else job.status,
         "steps": f"{job.trained_steps}/{job.total_steps}",
         "age": as_duration(((job.finished_at or now) - job.created_at).total_seconds()),
@@ -109,12 +132,13 @@ def job_cells(job: JobOverview, now: dt.datetime) -> dict[str, Any]:
     }
 
 
-def worker_cells(worker: WorkerOverview) -> dict[str, Any]:
+def worker_cells(worker: WorkerOverview, names: PoolNames) -> dict[str, Any]:
+    base = names.shorten(worker.pool) if worker.pool else "-"
     held_for = (worker.heartbeat_at - worker.started_at).total_seconds()
     return {
         "name": worker.name,
         "state": worker.state if worker.is_alive else "gone",
-        "base": worker.pool if worker.next_pool is None else f"{worker.pool} -> {worker.next_pool}",
+        "base": f"{base} -> {names.shorten(worker.next_pool)}" if worker.next_pool else base,
         "slots": f"{worker.slots_in_use}/{worker.slots}",
         "beat": f"{as_duration(worker.silent_seconds)} ago",
         "up": as_duration(held_for),
@@ -123,10 +147,10 @@ def worker_cells(worker: WorkerOverview) -> dict[str, Any]:
     }
 
 
-def pool_cells(pool: PoolOverview) -> dict[str, Any]:
+def pool_cells(pool: PoolOverview, names: PoolNames) -> dict[str, Any]:
     demand = pool.demand
     return {
-        "pool": demand.pool,
+        "pool": names.shorten(demand.pool),
         "base": pool.base_state if pool.is_offered else f"{pool.base_state}, not offered",
         "queued": f"{pool.num_queued} ({demand.num_claimable} now)" if pool.num_queued else 0,
         "oldest": as_duration(pool.oldest_seconds),

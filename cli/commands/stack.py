@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +14,10 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 
-from cli.output import fail, is_json, print_json, say
+from cli.output import fail, is_json, print_json, say, show
 from cli.owner import DEFAULT_DATA_DIR, DataDir
 from core.db.session import DATABASE_ERRORS
 from core.sandbox import hide_memory
@@ -161,10 +163,23 @@ def _welcome(stack: LocalStack) -> None:
         return
     panel = Panel(
         f"[bold]Espalier is up.[/]\n\n  base_url  {base_url}\n  api_key   {api_key}\n\n"
-        f"Logs are in {stack.data_dir}/logs. Ctrl-C, or espalier down, stops everything; the data stay.",
+        f"Logs are in {escape(str(stack.data_dir))}/logs. "
+        "Ctrl-C, or espalier down, stops everything; the data stay.",
         expand=False,
     )
-    Console(soft_wrap=True).print(panel)
+    show(panel)
+    if called := find_program():
+        say(called)
+
+
+def find_program() -> str | None:
+    """Return a sentence on how the command line is called, or None where its name alone is enough."""
+    program = Path(sys.executable).parent / "espalier"
+    if shutil.which("espalier") or not program.exists():
+        return None
+    if program.is_relative_to(Path.cwd()):
+        return f"The command line is {program.relative_to(Path.cwd())}, from this directory."
+    return f"The command line is {program}."
 
 
 def _local_key(stack: LocalStack) -> str:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from cli.output import Column, fields_of, is_json, print_json, print_rows, say
+from cli.output import Column, as_text, fields_of, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
+from cli.reporting import without_pydantic
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.errors import InvalidRequestError
 from core.services import tenants as services
@@ -80,28 +81,28 @@ def change(
     fields = {name: None if value == _NO_LIMIT else value for name, value in fields.items()}
     if allow:
         fields["allowed_base_models"] = None if allow == [_NO_LIMIT] else allow
-    _change_tenant(slug, fields, data_dir)
+    told = ", ".join(f"{name} {_NO_LIMIT if value is None else as_text(value)}" for name, value in fields.items())
+    _change_tenant(slug, fields, data_dir, said=f"Tenant {slug}: {told or 'nothing was named, and all stays'}.")
 
 
 @tenants.command("disable")
 def disable(slug: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Refuse all keys of a tenant and start none of its jobs."""
-    _change_tenant(slug, {"is_disabled": True}, data_dir)
+    _change_tenant(slug, {"is_disabled": True}, data_dir, said=f"Tenant {slug} is disabled.")
 
 
 @tenants.command("enable")
 def enable(slug: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Let a disabled tenant in again."""
-    _change_tenant(slug, {"is_disabled": False}, data_dir)
+    _change_tenant(slug, {"is_disabled": False}, data_dir, said=f"Tenant {slug} is enabled.")
 
 
-def _change_tenant(slug: str, fields: dict[str, Any], data_dir: Path) -> None:
+def _change_tenant(slug: str, fields: dict[str, Any], data_dir: Path, *, said: str) -> None:
     with operator_session(data_dir) as session:
         try:
             wanted = TenantChange.model_validate(fields)
         except ValidationError as error:
             fault = error.errors()[0]
-            raise InvalidRequestError(f"{fault['loc'][0]}: {fault['msg']}.") from error
+            raise InvalidRequestError(f"{fault['loc'][0]}: {without_pydantic(fault['msg'])}.") from error
         services.change_tenant(session, slug, change=wanted)
-    if is_json():
-        print_json({"tenant": slug, "changed": fields})
+    say(said, tenant=slug, changed=fields)

@@ -25,6 +25,7 @@ from cli.commands.oversight import (
 )
 from cli.output import find_width, is_json, make_table, print_json
 from cli.owner import DEFAULT_DATA_DIR, DataDir, actor, owner_engine
+from cli.pool_names import PoolNames
 from core.db.session import DATABASE_ERRORS, operator_transaction
 from core.domain.jobs import JobStatus
 from core.services.oversight import (
@@ -33,6 +34,7 @@ from core.services.oversight import (
     PoolOverview,
     WorkerOverview,
     list_job_overviews,
+    list_pool_names,
     list_pool_overviews,
     list_worker_overviews,
 )
@@ -48,6 +50,7 @@ class Frame:
     pools: tuple[PoolOverview, ...]
     workers: tuple[WorkerOverview, ...]
     jobs: tuple[JobOverview, ...]
+    pool_names: PoolNames
 
 
 def top(
@@ -70,7 +73,8 @@ def read_frame(engine: Engine) -> Frame:
         pools = list_pool_overviews(session, limit=_MAX_ROWS).items
         workers = list_worker_overviews(session, limit=_MAX_ROWS).items
         running = list_job_overviews(session, JobFilter(status=JobStatus.RUNNING), limit=_MAX_ROWS).items
-    return Frame(dt.datetime.now(dt.UTC), pools, workers, running)
+        names = PoolNames(list_pool_names(session))
+    return Frame(dt.datetime.now(dt.UTC), pools, workers, running, names)
 
 
 def draw(frame: Frame, *, trouble: str = "") -> RenderableType:
@@ -84,9 +88,10 @@ def draw(frame: Frame, *, trouble: str = "") -> RenderableType:
     parts: list[RenderableType] = [Text(f"espalier  {frame.at:%Y-%m-%d %H:%M:%S} UTC   {counts}", style="bold")]
     if trouble:
         parts.append(Text(trouble, style="red"))
-    parts += [Text(), make_table(POOL_COLUMNS, map(pool_cells, frame.pools))]
-    parts += [Text(), make_table(WORKER_COLUMNS, map(worker_cells, frame.workers))]
-    parts += [Text(), make_table(JOB_COLUMNS, [job_cells(each, frame.at) for each in frame.jobs])]
+    names = frame.pool_names
+    parts += [Text(), make_table(POOL_COLUMNS, [pool_cells(each, names) for each in frame.pools])]
+    parts += [Text(), make_table(WORKER_COLUMNS, [worker_cells(each, names) for each in frame.workers])]
+    parts += [Text(), make_table(JOB_COLUMNS, [job_cells(each, frame.at, names) for each in frame.jobs])]
     return Group(*parts)
 
 

@@ -1,9 +1,13 @@
-"""A real job from end to end: a file goes up, a tiny adapter is trained, and comes down whole."""
+"""A real job from end to end: a file goes up, a tiny adapter is trained, and comes down whole.
+
+Who waits is told on standard error which job it is, and why it waits as often as that changes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,16 +17,21 @@ import httpx
 from sqlalchemy import Engine
 
 from cli.doctor.findings import Finding, failed, ok
+from cli.output import tell
 from cli.owner import actor
 from core.db.session import operator_transaction
 from core.domain.api_keys import ALL_SCOPES, ApiKey
 from core.domain.errors import NotFoundError
+from core.domain.jobs import pool_name
+from core.services.oversight import WorkerOverview, list_worker_overviews
 from core.services.tenants import create_tenant, find_tenant, issue_api_key, revoke_api_key
 
 TENANT = "espalier-doctor"
 _KEY_LIFETIME = timedelta(days=1)
 _TIMEOUT_SECONDS = 60
 _POLL_SECONDS = 0.5
+_EXPLAIN_SECONDS = 15.0
+_MAX_WORKERS = 1000
 _ENDED = ("succeeded", "failed", "cancelled")
 _ROW = {"messages": [{"role": "user", "content": "Are you well?"}, {"role": "assistant", "content": "I am well."}]}
 _JOB = {"hyperparameters": {"n_epochs": 1, "batch_size": 4}, "adapter": {"rank": 4}, "seed": 1, "suffix": "doctor"}
@@ -35,7 +44,7 @@ class TrialError(Exception):
 
 @dataclass(frozen=True)
 class Trial:
-    """What to train on, the first base on offer if None, and how long it may take."""
+    """What to train on and how long it may take. If None, a base that a worker holds, or else the first on offer."""
 
     base_model: str | None
     patience_seconds: float
@@ -53,7 +62,8 @@ def check_job(engine: Engine, api_url: str, trial: Trial) -> Finding:
                 timeout=_TIMEOUT_SECONDS,
                 trust_env=False,
             ) as http:
-                said = _run(http, trial.base_model, until=started + trial.patience_seconds)
+                pool = _choose_pool(engine, http, trial.base_model)
+                said = _run(http, pool, until=started + trial.patience_seconds)
         finally:
             _end_key(engine, api_key)
     except (TrialError, httpx.HTTPError) as error:
@@ -76,18 +86,32 @@ def _end_key(engine: Engine, api_key: ApiKey) -> None:
         revoke_api_key(session, tenant.id, key_id=api_key.key_id)
 
 
-def _run(http: httpx.Client, base_model: str | None, *, until: float) -> str:
-    if base_model is None:
-        bases = [each for each in _ask(http, "GET", "/models")["data"] if not each["id"].startswith("ft:")]
-        if not bases:
-            raise TrialError("No base model is on offer to a new tenant.")
-        base_model = str(bases[0]["id"])
+def _choose_pool(engine: Engine, http: httpx.Client, base_model: str | None) -> str:
+    """Return the pool to train in: one whose base a worker holds needs no load, which takes minutes of a large one."""
+    offered = [str(each["id"]) for each in _ask(http, "GET", "/models")["data"]]
+    wanted = [base_model] if base_model else [each for each in offered if not each.startswith("ft:")]
+    if not wanted:
+        raise TrialError("No base model is on offer to a new tenant.")
+    with operator_transaction(engine, actor=actor()) as session:
+        workers = list_worker_overviews(session, limit=_MAX_WORKERS).items
+    held = [each.pool for each in sorted(workers, key=lambda each: each.slots_in_use) if each.pool and _holds(each)]
+    return next((pool for pool in held if pool.partition("@")[0] in wanted), pool_name(wanted[0], None))
+
+
+def _holds(worker: WorkerOverview) -> bool:
+    return worker.is_alive and worker.state not in ("loading", "stopping") and worker.next_pool is None
+
+
+def _run(http: httpx.Client, pool: str, *, until: float) -> str:
+    base_model, _, quantization = pool.partition("@")
     rows = "\n".join(json.dumps(_ROW) for _ in range(4)).encode()
     sent = {"file": ("doctor.jsonl", rows)}
     file_id = _ask(http, "POST", "/files", files=sent, data={"purpose": "fine-tune"})["id"]
     try:
         body = {"model": base_model, "training_file": file_id, **_JOB}
+        body |= {"quantization": None if quantization == "none" else quantization}
         job = _ask(http, "POST", "/fine_tuning/jobs", json=body)
+        tell(f"Job {job['id']} was submitted: base {base_model}, pool {pool}.")
         job = _await_end(http, job, until=until)
         num_bytes = _fetch_adapter(http, job["id"])
         _ask(http, "DELETE", f"/models/{job['fine_tuned_model']}")
@@ -97,16 +121,32 @@ def _run(http: httpx.Client, base_model: str | None, *, until: float) -> str:
 
 
 def _await_end(http: httpx.Client, job: dict[str, Any], *, until: float) -> dict[str, Any]:
+    told, explained_at = "", -math.inf
     while job["status"] not in _ENDED:
         if time.monotonic() > until:
-            reason = _ask(http, "GET", f"/fine_tuning/jobs/{job['id']}/explain").get("reason") or {}
+            reason = _find_reason(_explain(http, job))
             http.post(f"/fine_tuning/jobs/{job['id']}/cancel")
-            raise TrialError(f"The job is still {job['status']} and was cancelled. {reason.get('message', '')}".strip())
+            raise TrialError(f"The job is still {job['status']} and was cancelled. {reason}".strip())
+        if time.monotonic() - explained_at >= _EXPLAIN_SECONDS:
+            explained, explained_at = _explain(http, job), time.monotonic()
+            reason = _find_reason(explained) or f"The job is {explained['status']}."
+            if reason != told:
+                tell(reason)
+            told = reason
         time.sleep(_POLL_SECONDS)
         job = _ask(http, "GET", f"/fine_tuning/jobs/{job['id']}")
     if job["status"] != "succeeded":
         raise TrialError(f"The job has {job['status']}: {job['error']['message']}")
     return job
+
+
+def _explain(http: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
+    return _ask(http, "GET", f"/fine_tuning/jobs/{job['id']}/explain")
+
+
+def _find_reason(explained: dict[str, Any]) -> str:
+    """Return the service's own words for why a job waits, or none where it does not."""
+    return str((explained["reason"] or {}).get("message", ""))
 
 
 def _fetch_adapter(http: httpx.Client, job_id: str) -> int:

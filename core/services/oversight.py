@@ -44,6 +44,11 @@ join operator_jobs j on j.id = page.id join tenants t on t.id = j.tenant_id orde
 """
 _AFTER_ALL = uuid.UUID(int=2**128 - 1)
 _POOL_NAMES = text("select distinct pool from queues")
+_KNOWN_POOLS = text("""
+select b.id || '@' || q.name as pool
+from base_models b cross join lateral unnest(array['none'] || b.quantizations) q (name)
+union select pool from queues order by pool
+""")
 # The oldest of a pool that wait, by the ids, which sort by the time they were made.
 _POOLS = text("""
 select d.*, b.id as base_model_id, nullif(split_part(d.pool, '@', 2), 'none') as quantization, b.state, b.state_reason,
@@ -225,6 +230,11 @@ def _pool_overview(row: RowMapping) -> PoolOverview:
         num_refusing=row["num_refusing"],
         slots_in_use=row["slots_in_use"],
     )
+
+
+def list_pool_names(session: Session) -> tuple[str, ...]:
+    """Return the name of every pool that has had a job, or whose base is known."""
+    return tuple(session.scalars(_KNOWN_POOLS))
 
 
 def find_pool_demand(session: Session, pool: str) -> PoolDemand:

@@ -235,6 +235,50 @@ def test_what_is_shown_can_be_filtered_and_read_on(espalier: Espalier, busy: Ten
     assert "gone" in told
 
 
+@pytest.mark.parametrize("num_columns", [80, 100])
+@pytest.mark.parametrize("name", ["jobs", "pools", "workers"])
+def test_a_terminal_shows_headings_ids_and_pools_whole(
+    env: dict[str, str], busy: Tenant, name: str, num_columns: int
+) -> None:
+    lines = _read_terminal([name], env, num_columns)
+    assert max(map(len, lines)) <= num_columns, lines
+    headings = {
+        "jobs": ["id", "tenant", "pool", "status", "steps", "age", "worker"],
+        "pools": ["pool", "base", "queued", "oldest", "running", "slots", "wanted", "workers"],
+        "workers": ["name", "state", "base", "slots", "beat", "up", "version", "serves"],
+    }[name]
+    assert set(lines[0].split()) <= set(headings)
+    assert name != "pools" or num_columns < MAX_COLUMNS or lines[0].split() == headings
+    assert not any(BASE_MODEL in line for line in lines)
+    if name == "jobs":
+        assert sum(re.search(r"ftjob-[0-9a-f]{32} .*(queued|running)", line) is not None for line in lines) == 3
+        assert busy.slug[:3] in "".join(lines)
+
+
+def test_a_pool_may_be_asked_for_as_tables_show_it(espalier: Espalier, owner: Engine, busy: Tenant) -> None:
+    short = POOL.rpartition("/")[2]
+    assert len(documents_of(espalier("jobs", "--pool", short, "--json").stdout)) == 3
+    with service_transaction(owner) as session:
+        copy = text("insert into queues (tenant_id, pool, num_queued, rank) values (:tenant, :pool, 0, 0)")
+        session.execute(copy, {"tenant": busy.id, "pool": f"someone-else/{short}"})
+    done = espalier("jobs", "--pool", short)
+    assert (done.exit_code, done.stderr.startswith(f"There is no pool {short!r}.")) == (1, True)
+    assert BASE_MODEL.partition("/")[0] in espalier("jobs").stdout
+
+
+def _read_terminal(words: list[str], env: dict[str, str], num_columns: int) -> list[str]:
+    """Return the lines that a command shows on a terminal of so many columns."""
+    terminal, theirs = pty.openpty()
+    here = {**os.environ, **env, "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": str(num_columns)}
+    argv = [sys.executable, "-m", "cli", *words]
+    with subprocess.Popen(argv, cwd=ROOT, env=here, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        seen = _drain(terminal)
+        assert process.wait() == 0, seen
+    os.close(terminal)
+    return re.sub(r"\x1b\[[0-9;]*m", "", seen.decode()).splitlines()
+
+
 @pytest.mark.usefixtures("busy")
 def test_top_in_a_pipe_is_one_frame(espalier: Espalier) -> None:
     done = espalier("top")
@@ -262,19 +306,25 @@ def test_top_on_a_terminal_goes_on_until_it_is_interrupted(env: dict[str, str]) 
     os.close(terminal)
 
 
-def _drain(terminal: int) -> None:
+def _drain(terminal: int) -> bytes:
+    seen = b""
     try:
-        while os.read(terminal, 65536):
-            pass
+        while read := os.read(terminal, 65536):
+            seen += read
     except OSError:  # the other side is closed
-        return
+        pass
+    return seen
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (("jobs", "--tenant", "nobody-here"), "There is no tenant 'nobody-here'."),
-        (("jobs", "--after", "ftjob-1"), "No such object: 'ftjob-1'."),
+        (
+            ("jobs", "--after", "ftjob-1"),
+            f"--after takes the id of a job, such as ftjob-{'0' * 32}: 'ftjob-1' is none.",
+        ),
+        (("jobs", "--pool", "nothing"), "There is no pool 'nothing'. `espalier pools` shows them all."),
         (("usage", "--from", "2026-03-02", "--to", "2026-03-01"), "The period ends on 2026-03-01, before it begins."),
     ],
 )
@@ -283,6 +333,65 @@ def test_an_error_is_one_line_and_exit_code_1(espalier: Espalier, words: tuple[s
     assert (done.exit_code, done.stderr.strip(), done.stdout) == (1, told, "")
     done = espalier(*words, "--json")
     assert (done.exit_code, documents_of(done.stdout), done.stderr) == (1, [{"error": {"message": told}}], "")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("jobs", "--status", "wrong"), "Invalid value for '--status': 'wrong' is not one of 'validating_files', "),
+        (("jobs", "--limit", "0"), "Invalid value for '--limit': "),
+        (("jobs", "--colour"), "No such option: --colour"),
+        (("tenants", "set"), "Missing argument 'slug'. See `"),
+        (("tenants", "nonsense"), "No such command 'nonsense'."),
+        (("nonsense",), "No such command 'nonsense'."),
+        (("--colour",), "No such option: --colour"),
+        (("migrate", "--registry", "/nowhere"), "Invalid value for '--registry' ("),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(espalier: Espalier, words: tuple[str, ...], told: str) -> None:
+    done = espalier(*words)
+    assert (done.exit_code, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.output
+    assert done.stderr.startswith(told)
+    assert done.stderr.endswith("--help`.\n")
+    asked = espalier(*words, "--json")
+    (document,) = documents_of(asked.stdout)
+    assert (asked.exit_code, asked.stderr, document["error"]["message"].startswith(told)) == (2, "", True)
+
+
+@pytest.mark.parametrize("words", [(), ("tenants",)])
+def test_a_group_without_a_command_shows_its_help(espalier: Espalier, words: tuple[str, ...]) -> None:
+    done = espalier(*words)
+    assert "Usage: " in done.output
+    assert len(done.output.splitlines()) > 5
+
+
+def test_what_a_command_has_changed_is_one_line(espalier: Espalier, tenant: Tenant, tmp_path: Path) -> None:
+    registry = tmp_path / "registry.yaml"
+    registry.write_text(yaml.safe_dump(REGISTRY))
+    slug = tenant.slug
+    for words, told in (
+        (("tenants", "set", slug, "--weight", "2.5", "--max-queued", "7"), f"Tenant {slug}: weight 2.5, max_queued 7."),
+        (("tenants", "set", slug, "--max-storage-bytes", "none"), f"Tenant {slug}: max_storage_bytes none."),
+        (("tenants", "set", slug), f"Tenant {slug}: nothing was named, and all stays."),
+        (("tenants", "disable", slug), f"Tenant {slug} is disabled."),
+        (("tenants", "enable", slug), f"Tenant {slug} is enabled."),
+        (
+            ("migrate", "--registry", str(registry)),
+            "The schema is the newest; the registry has 1 base models; no role's password was set.",
+        ),
+    ):
+        assert espalier(*words).stdout.splitlines() == [told]
+
+
+def test_a_check_in_a_pipe_is_as_wide_as_the_other_tables(espalier: Espalier) -> None:
+    longest = max(map(len, espalier("check-contract").stdout.splitlines()))
+    assert 80 < longest <= MAX_COLUMNS
+
+
+@pytest.mark.parametrize("name", ["jobs", "check-contract"])
+def test_where_no_servers_run_the_option_that_names_others_is_told(name: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [name, "--data-dir", str(tmp_path)], env={"ESPALIER_OWNER_DATABASE_URL": None})
+    assert f"no servers run on {tmp_path} (--data-dir)." in done.stderr
 
 
 @pytest.mark.parametrize("name", ["jobs", "check-contract", "tenants list", "top", "audit"])

@@ -22,6 +22,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from cli.commands.stack import find_program
 from cli.main import app
 from local.external import ExternalServers, ExternalServersError
 from local.locks import find_launcher, is_running
@@ -138,6 +139,29 @@ def test_up_prints_a_url_and_a_key_that_a_client_can_use_at_once(up: Up) -> None
     assert f"{up.state.api_url}/v1" in up.said
     answer = list_models(up.state.api_url, up.api_key)
     assert [model["id"] for model in answer.json()["data"]] == [BASE_MODEL]
+
+
+def test_what_up_says_in_a_file_is_folded_and_not_cut(up: Up) -> None:
+    panel = [line for line in up.said.splitlines() if line.startswith("│")]
+    assert {len(line) for line in panel} <= set(range(101))
+    assert all(line.endswith("│") for line in panel)
+    told = " ".join(line.strip("│ ") for line in panel)
+    assert "Ctrl-C, or espalier down, stops everything; the data stay." in told
+
+
+def test_where_the_path_does_not_lead_to_the_command_line_it_is_said_how_to_call_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / ".venv" / "bin" / "espalier"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert find_program() == f"The command line is {program}."
+    monkeypatch.chdir(tmp_path)
+    assert find_program() == "The command line is .venv/bin/espalier, from this directory."
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert find_program() is None
 
 
 def test_status_names_every_process(up: Up) -> None:

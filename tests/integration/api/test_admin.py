@@ -166,7 +166,17 @@ def test_an_operators_key_that_has_expired_opens_nothing(api_url: str, owner: En
 
 
 def test_an_operators_key_opens_nothing_of_a_tenants(admin: httpx.Client) -> None:
-    assert admin.get("/v1/files").status_code == 401
+    answer = admin.get("/v1/files")
+    assert answer.status_code == 401
+    assert answer.json()["error"]["message"].startswith("This is an operator's key: it opens /admin only.")
+
+
+def test_only_what_has_the_form_of_an_operators_key_is_called_one(api_url: str, operator_key: str) -> None:
+    with http(api_url, operator_key[:-1]) as client:
+        answer = client.get("/v1/files")
+    assert answer.status_code == 401
+    assert answer.json()["error"] | {"code": "invalid_api_key"} == answer.json()["error"]
+    assert "form or checksum" in answer.json()["error"]["message"]
 
 
 def test_a_revoked_operator_key_opens_nothing(api_url: str, owner: Engine, operator_key: str) -> None:
