@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from cli.output import Column, fields_of, print_rows
+from cli.output import fields_of, print_rows
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
+from cli.tables import Column
 from core.services import audit as changes
 from core.services import tenants as services
 

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from sqlalchemy import Engine
 
 from cli.base_files import BaseFilesError, describe_base
-from cli.output import Column, fail, fields_of, is_json, print_json, print_rows, say
+from cli.output import fail, fields_of, is_json, print_json, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, actor, operator_session, owner_engine
 from cli.stores import find_storage
+from cli.tables import Column
 from core.db.models import BaseModelRow
 from core.db.session import owner_transaction
 from core.domain.bases import BaseState

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from api.schemas.oversight import JobOverviewObject, PoolObject, UsageObject, WorkerObject, usage_csv
-from cli.output import Column, as_duration, is_json, print_rows, say
+from cli.output import as_duration, is_json, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
 from cli.pool_names import PoolNames
+from cli.tables import Column
 from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, parse_id
 from core.domain.jobs import JobStatus

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from cli.output import Column, fields_of, print_rows
+from cli.output import fields_of, print_rows
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
+from cli.tables import Column
 from core.services.set_asides import list_set_asides
 
 

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from cli.output import Column, as_text, fields_of, print_rows, say
+from cli.output import as_text, fields_of, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
 from cli.reporting import without_pydantic
+from cli.tables import Column
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.errors import InvalidRequestError
 from core.services import tenants as services
