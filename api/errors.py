@@ -106,6 +106,7 @@ def _answer_validation_error(_request: Request, error: Exception) -> JSONRespons
     # A field that may be of several kinds has one complaint for each; together they say what it may be.
     complaints = " or ".join(dict.fromkeys(str(each["msg"]) for each in problems if _field_of(each) == param))
     message = f"{param}: {complaints}." if param else f"{complaints}."
+    count_refusal("invalid_request")
     return error_answer(400, message, code="invalid_request", param=param)
 
 
@@ -128,6 +129,7 @@ def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
 
 def _answer_unavailable(_request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, ObjectNotFoundError):
+        count_refusal("not_found")
         return error_answer(404, "The content is gone.", code="not_found")
     count_refusal("unavailable")
     log.warning("dependency.unavailable", error=type(error).__name__)
@@ -141,6 +143,7 @@ def _answer_nobody(_request: Request, _error: Exception) -> JSONResponse:
 
 
 def _answer_unstorable(_request: Request, error: Exception) -> JSONResponse:
+    count_refusal("invalid_request")
     log.info("request.unstorable", error=type(error.__cause__).__name__)
     return error_answer(400, "A value holds what cannot be stored, such as a NUL.", code="invalid_request")
 

@@ -25,6 +25,7 @@ from core.services.usage import UsageGroup, UsagePeriod
 Limit = Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")]
 After = Annotated[str | None, typer.Option(help="Go on behind this one, the last of the page before.")]
 _DAY = ["%Y-%m-%d"]
+_PAGE_ROWS = 1000
 JOB_COLUMNS = (
     *(Column("id", is_whole=True), "tenant", "pool", "status", Column("steps", is_whole=True)),
     *(Column("age", leaves_at=2), Column("worker", leaves_at=1)),
@@ -92,7 +93,9 @@ def usage(
         dt.datetime | None, typer.Option("--to", formats=_DAY, help="The last day, included; today by default.")
     ] = None,
     group_by: Annotated[UsageGroup, typer.Option(help="What is summed up.")] = UsageGroup.TENANT,
-    limit: Limit = 1000,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=_PAGE_ROWS, help="At most so many: 1000 by default, and all with --csv.")
+    ] = None,
     after: After = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     *,
@@ -102,14 +105,20 @@ def usage(
     days = [each.date() if each else None for each in (first, last)]
     period = UsagePeriod.of(days[0], days[1], now=dt.datetime.now(dt.UTC))
     with operator_session(data_dir) as session:
-        page = use.sum_usage(session, period, group=group_by, after=after, limit=limit)
+        page = use.sum_usage(session, period, group=group_by, after=after, limit=limit or _PAGE_ROWS)
+        totals = list(page.items)
+        while as_csv and limit is None and page.has_more:
+            page = use.sum_usage(session, period, group=group_by, after=totals[-1].label, limit=_PAGE_ROWS)
+            totals += page.items
     if as_csv and not is_json():
-        sys.stdout.write(usage_csv(group_by, page.items))
+        sys.stdout.write(usage_csv(group_by, totals))
+        if page.has_more:
+            sys.stderr.write(f"There are more: --after {totals[-1].label}\n")
         return
     columns = (Column("id", group_by), "gpu_seconds", "trained_tokens", Column("num_jobs", "jobs"))
-    rows = [UsageObject.of(each, group_by).model_dump() for each in page.items]
+    rows = [UsageObject.of(each, group_by).model_dump() for each in totals]
     print_rows((*columns, Column("num_attempts", "attempts")), rows)
-    _say_more(has_more=page.has_more, last=page.items[-1].label if page.items else "")
+    _say_more(has_more=page.has_more, last=totals[-1].label if totals else "")
 
 
 def _parse_cursor(after: str) -> uuid.UUID:

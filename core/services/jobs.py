@@ -121,6 +121,7 @@ def pause_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> J
 def resume_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
     """Queue a paused job again, at its old place; a running one that was about to pause goes on.
 
+    Its wait is counted from now, without the time that it was paused; a delay that has not passed yet stays.
     Resuming a job that is queued or running changes nothing. Raises ConflictError when the job has ended.
     """
     job = get_job(session, tenant_id, job_id=job_id)
@@ -128,7 +129,11 @@ def resume_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
     changed = session.scalar(
         update(Job)
         .where(Job.tenant_id == tenant_id, Job.id == job_id, or_(is_paused, Job.pause_requested_at.is_not(None)))
-        .values(status=case((is_paused, JobStatus.QUEUED), else_=Job.status), pause_requested_at=None)
+        .values(
+            status=case((is_paused, JobStatus.QUEUED), else_=Job.status),
+            run_after=case((is_paused, func.greatest(Job.run_after, func.now())), else_=Job.run_after),
+            pause_requested_at=None,
+        )
         .returning(Job.id)
         .execution_options(synchronize_session=False)
     )

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from cli.main import app, walk_commands
 from core.db.session import operator_transaction, service_transaction
+from core.services import attempts
 from core.services.operators import issue_operator_key
 from core.services.workers import WorkerFacts, record_worker
 from local.servers import ServerAddresses
@@ -96,6 +97,31 @@ def busy(worker: Engine, owner: Engine) -> Tenant:
         record_worker(session, serving, alive_seconds=60, is_start=True)
         record_worker(session, WorkerFacts("gone", (POOL,), "idle"), alive_seconds=-1, is_start=True)
     return Tenant(tenant.id, slug, tenant.api_key, tenant.key_id)
+
+
+def test_use_as_csv_is_whole_or_says_where_it_was_cut(
+    espalier: Espalier, worker: Engine, owner: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.commands.oversight._PAGE_ROWS", 2)
+    queue_job(owner, add_tenant(owner), priority=100)
+    days = [f"2026-03-0{day}" for day in range(1, 6)]
+    book = text("""
+        insert into usage (id, tenant_id, attempt_id, gpu_seconds, trained_tokens, created_at)
+        select uuidv7(), tenant_id, id, 1, 1, cast(:day as timestamptz) from attempts where lease_token = :token
+    """)
+    for day in days:
+        lease = claim(worker)
+        assert lease is not None
+        with service_transaction(worker) as session:
+            attempts.requeue_attempt(session, lease)
+            session.execute(book, {"day": f"{day}T12:00Z", "token": lease.token})
+    period = ("--from", days[0], "--to", days[-1], "--group-by", "day", "--csv")
+    whole, cut = espalier("usage", *period), espalier("usage", *period, "--limit", "2")
+    assert [line.split(",")[0] for line in whole.stdout.splitlines()] == ["day", *days]
+    assert whole.stderr == ""
+    assert [line.split(",")[0] for line in cut.stdout.splitlines()] == ["day", *days[:2]]
+    assert cut.stderr == f"There are more: --after {days[1]}\n"
+    assert espalier("usage", *period, "--after", days[3]).stdout.splitlines()[1].startswith(days[4])
 
 
 def names_of_commands() -> set[str]:

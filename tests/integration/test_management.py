@@ -132,6 +132,7 @@ def test_several_api_processes_are_counted_as_one(database: Database, servers: S
 
         assert [get("/v1/models", **keys) for _ in range(20)] == [200] * 20
         assert {get(f"/no/such/{n}", **keys) for n in range(50)} == {404}
+        assert {get(f"/v1/fine_tuning/jobs?limit={wrong}", **keys) for wrong in ("many", "-1", "1e9")} == {400}
         seen = scrape(management)
         models = {"method": "GET", "route": "/v1/models", "status": "2xx"}
         assert value(seen, "espalier_http_requests_total", **models) == 20
@@ -139,6 +140,7 @@ def test_several_api_processes_are_counted_as_one(database: Database, servers: S
         unknown = {"method": "GET", "route": "unmatched", "status": "4xx"}
         assert value(seen, "espalier_http_requests_total", **unknown) == 50
         assert value(seen, "espalier_requests_refused_total", reason="unknown_url") == 50
+        assert value(seen, "espalier_requests_refused_total", reason="invalid_request") == 3
         assert value(seen, "espalier_api_processes") == 2
         assert ask(management, "/livez").text.startswith("ok: ")
         assert ask(management, "/readyz").text == "ok\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -10,7 +10,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from core.db.models import Job
-from core.db.session import connect, service_transaction
+from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError
 from core.services import attempts, resume_points
 from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
@@ -22,8 +22,10 @@ __all__ = ["worker"]  # the fixture
 
 
 @pytest.fixture
-def api(database: Database) -> Engine:
-    return connect(database.api_url)
+def api(database: Database) -> Iterator[Engine]:
+    engine = connect(database.api_url)
+    yield engine
+    engine.dispose()
 
 
 def pause(owner: Engine, tenant: Tenant, job: Job) -> str:
@@ -62,6 +64,23 @@ def test_a_queued_job_is_paused_at_once_is_not_claimed_and_comes_back_at_its_pla
     third = queue_job(owner, tenant)
     assert [resume(owner, tenant, first) for _ in range(2)] == ["queued", "queued"]
     assert [must_claim(worker).job_id for _ in range(2)] == [first.id, third.id]
+
+
+@pytest.mark.parametrize(("set_to", "expected"), [("- interval '7 days'", 0.0), ("+ interval '1 hour'", 3600.0)])
+def test_a_job_waits_from_its_resumption_and_not_from_before_its_pause(
+    api: Engine, worker: Engine, owner: Engine, tenant: Tenant, set_to: str, expected: float
+) -> None:
+    job = queue_job(owner, tenant)
+    with service_transaction(owner) as session:
+        session.execute(text(f"update jobs set run_after = now() {set_to} where id = :id"), {"id": job.id})
+    for change in (pause_job, resume_job):
+        with tenant_transaction(api, tenant.id) as session:
+            change(session, tenant.id, job_id=job.id)
+    with service_transaction(owner) as session:
+        query = text("select extract(epoch from run_after - now())::float8 from jobs where id = :id")
+        due_in = session.scalars(query, {"id": job.id}).one()
+    assert due_in == pytest.approx(expected, abs=60)
+    assert (claim(worker) is None) == (expected > 0)
 
 
 def test_a_running_job_is_asked_to_pause_and_is_paused_when_its_worker_gives_it_back(
