@@ -61,7 +61,9 @@ class Deployment:
 def doctor(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     api_url: Annotated[str | None, typer.Option(envvar="ESPALIER_API_URL", help="Where the API answers.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="What --job trains on; the first on offer by default.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="What --job trains on; one that a worker holds by default.")
+    ] = None,
     patience: Annotated[float, typer.Option(min=1, help="How many seconds --job may take.")] = 900.0,
     *,
     job: Annotated[
