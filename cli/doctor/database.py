@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from cli.doctor.findings import Finding, failed, ok, skipped, warning
 from cli.reporting import describe_error
-from core.db.migrate import list_revisions
+from core.db.revisions import list_revisions
 from core.db.session import DATABASE_ERRORS, service_transaction
 
 Transactions = Callable[[], AbstractContextManager[Session]]

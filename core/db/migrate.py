@@ -17,10 +17,9 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
-from core.db.revisions import MIGRATIONS_DIR, list_revisions
+from core.db.revisions import MIGRATIONS_DIR
 from core.db.session import connect
 
-__all__ = ["MIGRATIONS_DIR", "RoleLogin", "list_revisions", "login_url", "migrate_database"]
 _MAX_TRIES = 10
 # SQLSTATEs: "tuple concurrently updated", a role made twice, and a lock that was not free in time.
 _IN_THE_WAY = ("XX000", "23505", "55P03")

@@ -147,7 +147,7 @@ def run_control(engine: Engine) -> None:
     """Run every entry point of the control image as a locked-down cluster would."""
     for user in _USERS:
         assert "s3-check" in run_locked(engine, "control", "espalier", "--help", user=user)
-        imported = "import api.main, schedule.clock, cli.main, core.db.migrate as m; print(m.MIGRATIONS_DIR)"
+        imported = "import api.main, schedule.clock, cli.main, core.db.revisions as m; print(m.MIGRATIONS_DIR)"
         where = run_locked(engine, "control", "python", "-c", imported, user=user).strip()
         assert "0001" in run_locked(engine, "control", "ls", f"{where}/versions", user=user)
         for module in ("api", "schedule"):
