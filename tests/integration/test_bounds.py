@@ -20,9 +20,9 @@ from core.services.submissions import JobRequest
 from core.services.tenants import TenantChange
 from core.settings import ApiSettings, ScheduleSettings, WorkerSettings
 from tests.integration.conftest import Tenant
-from tests.integration.test_migrations import configure, connection
+from tests.integration.test_migrations import cluster, configure, connection
 
-__all__ = ["connection"]  # the fixture
+__all__ = ["cluster", "connection"]  # the fixtures
 
 SET_BY_PEOPLE = {
     "weight": bounds.WEIGHT,

@@ -40,12 +40,19 @@ GRANTS = """
 """
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Yield the URL of a PostgreSQL of the module's own: other test processes make the roles in the shared one."""
+    with LocalServers(tmp_path_factory.mktemp("servers"), is_durable=False) as own:
+        yield own.addresses.postgres_url
+
+
 @pytest.fixture
-def connection(servers: ServerAddresses) -> Iterator[Connection]:
+def connection(cluster: str) -> Iterator[Connection]:
     name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(servers.postgres_url, autocommit=True) as owner:
+    with psycopg.connect(cluster, autocommit=True) as owner:
         owner.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
-        engine = connect(servers.postgres_url.rpartition("/")[0] + f"/{name}")
+        engine = connect(cluster.rpartition("/")[0] + f"/{name}")
         with engine.connect() as opened:
             yield opened
         engine.dispose()
