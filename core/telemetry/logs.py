@@ -83,7 +83,10 @@ def _route_libraries(process: str, stream: TextIO) -> None:
 
 
 class _LossyHandler(logging.StreamHandler[TextIO]):
-    """Says nothing of a line that it cannot write: standard error is the pipe that it writes for, and would fill."""
+    """Drops a line that cannot be written.
+
+    The library's own handler reports that on standard error. Here that is the pipe, which would fill and block.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
         pass

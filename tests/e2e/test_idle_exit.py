@@ -33,7 +33,7 @@ def wait_for_exit(worker: ChildProcess) -> int:
 
 
 def instant_of(worker: ChildProcess, event: str) -> dt.datetime:
-    """Return when a worker's log first tells of an event; its trainer may tell of the same in its turn."""
+    """Return when an event is first logged by a worker. Its trainer may log the same one later."""
     line, *_ = Lab.told_by(worker, event)
     return dt.datetime.fromisoformat(line["timestamp"])
 
