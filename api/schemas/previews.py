@@ -28,6 +28,7 @@ class TokenStatistics(BaseModel):
     longest_row_tokens: int
     num_truncated: int
     num_nothing_to_learn: int
+    num_left_out_turns: int
     histogram: list[TokenBucket]
     num_problems: int
     is_whole_file: bool

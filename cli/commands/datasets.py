@@ -110,6 +110,11 @@ def _show_tokens(report: TokenReport) -> None:
         f"{report.longest_row_tokens}. {report.num_truncated} rows are longer than {report.max_seq_len} and lose their "
         f"tail; {report.num_nothing_to_learn} of all have nothing left to learn."
     )
+    if report.num_left_out_turns:
+        console.print(
+            f"{report.num_left_out_turns} answers are not learnt: a server would not ask this base for them in the "
+            "context that its chat template gives them here."
+        )
     table = Table("tokens up to", "rows")
     for bucket in report.histogram:
         table.add_row(str(bucket.max_tokens), str(bucket.num_rows))

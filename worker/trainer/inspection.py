@@ -15,10 +15,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
+from core.domain.datasets.tokens import ConversationTokenizer
 from worker.engine import inspect_base
 from worker.messages import LoadBase
 from worker.trainer.blame import blaming
 from worker.trainer.failures import BaseRefusedError
+from worker.trainer.tokenizers import describe_tokenizer
 
 _INDEX = "model.safetensors.index.json"
 # Of a hub's repository, all but the weights.
@@ -46,6 +49,7 @@ def inspect_files(order: LoadBase) -> Any:
         if order.source_kind == "path":
             check_weights(files.directory)
         tokenizer = read_tokenizer(files, order)
+        _check_chat_template(tokenizer)
         model = _build_of_shapes(files)
         inspect_base(model)
         _check_target_modules(model, order)
@@ -101,6 +105,14 @@ def read_tokenizer(files: BaseFiles, order: LoadBase) -> Any:
     if not tokenizer.chat_template:
         raise BaseRefusedError(f"{order.base_model_id} has no chat template: give one in the registry.")
     return tokenizer
+
+
+def _check_chat_template(tokenizer: Any) -> None:
+    """Refuse a base whose answers cannot be learnt with their end: its adapters would never stop."""
+    try:
+        ConversationTokenizer(BaseTokenizer(describe_tokenizer(tokenizer))).check_template()
+    except RenderingError as error:
+        raise BaseRefusedError(str(error)) from error
 
 
 def _find_files(order: LoadBase) -> BaseFiles:

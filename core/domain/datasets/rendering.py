@@ -1,8 +1,9 @@
 """Conversations as text, as the base's own chat template writes them, with where each message's words stand.
 
 A template is a program that may trim, reorder or rewrite what it is given. So it is run twice: on markers, which shows
-where the words go, and on the words, which shows that they went there unchanged. A rendering either accounts for every
-character or is refused.
+where the words go, and on the words, which shows that they went there unchanged. Where the two differ, the template
+acts on what is said: then the phrases that it looks for (`</think>`, say) are left between the markers, and it takes
+the same way through both. A rendering either accounts for every character or is refused.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
 from core.domain.datasets.values import ChatExample
 
-# A marker is an index between two private characters, in white space that no template writes of itself: what comes back
-# without it is trimmed.
-_PADDING = "\u2003"
-_MARKER = re.compile(f"({_PADDING}?)\ue000([0-9]+)\ue001({_PADDING}?)")
+# A marker is an index between two private characters. The white space around what it stands for is left around it, so
+# that a template trims both alike.
+_MARKER = re.compile("\ue000([0-9]+)\ue001")
+_REWRITTEN = (
+    "The base's chat template rewrites the text of this conversation, so its answers cannot be told from the rest. "
+    "Remove markup that the template acts on."
+)
 
 
 @dataclass(frozen=True)
@@ -29,48 +34,99 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Words:
+    """Where one message's words stand: pieces in order, of which the template may have left some out.
+
+    What the template writes between two pieces may be its own. A message of white space has no pieces.
+    """
+
+    pieces: tuple[Span, ...]
+    is_whole: bool
+
+
+@dataclass(frozen=True)
 class Rendering:
-    """A conversation's text; `contents[i]` is where the words of message i stand."""
+    """A conversation's text; `words[i]` is where those of message i stand."""
 
     text: str
-    contents: tuple[Span, ...]
+    words: tuple[Words, ...]
 
 
 def render_conversation(tokenizer: BaseTokenizer, example: ChatExample) -> Rendering:
     """Write a conversation as the tokenizer's chat template does. Raises RenderingError where it cannot be followed."""
-    contents = [message.content for message in example.messages]
-    markers = [f"{_PADDING}\ue000{index}\ue001{_PADDING}" for index in range(len(contents))]
-    rendering = _fill(_apply_template(tokenizer, example, markers), contents)
-    if rendering.text != _apply_template(tokenizer, example, contents):
-        raise RenderingError(
-            "The base's chat template rewrites the text of this conversation, so its answers cannot be told from the "
-            "rest. Remove markup that the template acts on, such as thinking tags."
-        )
-    return rendering
+    text = tokenizer.render(as_dicts(example))
+    for phrases in ((), tokenizer.phrases):
+        found = _follow(tokenizer, example, phrases)
+        if found.text == text:
+            _refuse_losses(example, found)
+            return found
+    raise RenderingError(_REWRITTEN)
 
 
-def _apply_template(tokenizer: BaseTokenizer, example: ChatExample, contents: Sequence[str]) -> str:
-    messages = [
-        {"role": message.role, "content": content} for message, content in zip(example.messages, contents, strict=True)
-    ]
-    return tokenizer.render(messages)
+def as_dicts(example: ChatExample, contents: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """Return messages as templates read them, with other contents if any are given."""
+    said = contents if contents is not None else [message.content for message in example.messages]
+    return [{"role": message.role, "content": content} for message, content in zip(example.messages, said, strict=True)]
 
 
-def _fill(template: str, contents: Sequence[str]) -> Rendering:
-    """Put the contents where their markers stand, trimmed as the markers were."""
+@dataclass(frozen=True)
+class _Piece:
+    """Words without the white space around them, and the message that they are of."""
+
+    message: int
+    text: str
+
+
+def _cut(content: str, phrases: Sequence[str]) -> list[str]:
+    """Return a content cut at the phrases: what is said stands at even places, phrases at odd ones."""
+    return re.split("(" + "|".join(map(re.escape, phrases)) + ")", content) if phrases else [content]
+
+
+def _follow(tokenizer: BaseTokenizer, example: ChatExample, phrases: Sequence[str]) -> Rendering:
+    """Render markers in place of what is said, and put the words back where the markers stand."""
+    pieces: list[_Piece] = []
+    marked = []
+    for index, message in enumerate(example.messages):
+        content = ""
+        for place, part in enumerate(_cut(message.content, phrases)):
+            is_phrase, words = place % 2, part.strip()
+            if is_phrase or not words:
+                content += part
+                continue
+            before, _, after = part.partition(words)
+            content += f"{before}\ue000{len(pieces)}\ue001{after}"
+            pieces.append(_Piece(index, words))
+        marked.append(content)
+    return _fill(tokenizer.render(as_dicts(example, marked)), pieces, num_messages=len(marked))
+
+
+def _fill(template: str, pieces: Sequence[_Piece], *, num_messages: int) -> Rendering:
     text, cursor = "", 0
     spans: dict[int, Span] = {}
     for marker in _MARKER.finditer(template):
-        index = int(marker[2])
+        index = int(marker[1])
         if index in spans:
-            raise RenderingError(f"The base's chat template writes message {index + 1} of this conversation twice.")
+            raise RenderingError(f"The base's chat template writes message {pieces[index].message + 1} twice.")
         text += template[cursor : marker.start()]
-        words = contents[index] if marker[1] else contents[index].lstrip()
-        words = words if marker[3] else words.rstrip()
-        spans[index] = Span(len(text), len(text) + len(words))
-        text += words
+        spans[index] = Span(len(text), len(text) + len(pieces[index].text))
+        text += pieces[index].text
         cursor = marker.end()
-    for index in range(len(contents)):
-        if index not in spans:
-            raise RenderingError(f"The base's chat template leaves out message {index + 1} of this conversation.")
-    return Rendering(text + template[cursor:], tuple(spans[index] for index in range(len(contents))))
+    written: list[list[Span | None]] = [[] for _ in range(num_messages)]
+    for index, piece in enumerate(pieces):
+        written[piece.message].append(spans.get(index))
+    return Rendering(text + template[cursor:], tuple(map(_gather, written)))
+
+
+def _gather(spans: Sequence[Span | None]) -> Words:
+    found = [span for span in spans if span is not None]
+    is_in_order = all(one.end <= other.start for one, other in pairwise(found))
+    return Words(tuple(found), is_whole=len(found) == len(spans) and is_in_order)
+
+
+def _refuse_losses(example: ChatExample, rendering: Rendering) -> None:
+    """Refuse a message whose words are gone. Of an answer that others follow, a part may be."""
+    last = len(example.messages) - 1
+    for index, (message, words) in enumerate(zip(example.messages, rendering.words, strict=True)):
+        if not words.is_whole and not (words.pieces and message.role == "assistant" and index < last):
+            part = "a part of " if words.pieces else ""
+            raise RenderingError(f"The base's chat template leaves out {part}message {index + 1} of this conversation.")

@@ -27,13 +27,17 @@ class NumberedLine(Frozen):
 
 
 class PreviewRow(Frozen):
-    """One row within `max_seq_len`. `loss_mask[i]` is 1 where token i is learnt."""
+    """One row within `max_seq_len`. `loss_mask[i]` is 1 where token i is learnt.
+
+    `num_left_out_turns` of its weighted answers are not learnt, because the base would not be asked for them so.
+    """
 
     line: int
     token_ids: list[int]
     tokens: list[str]
     loss_mask: list[int]
     num_tokens: int
+    num_left_out_turns: int
     is_truncated: bool
 
 
@@ -55,7 +59,7 @@ class TokenBucket(Frozen):
 class TokenReport(Frozen):
     """`num_truncated` rows are longer than `max_seq_len`; `num_nothing_to_learn` have no learnt token within it.
 
-    `num_tokens` and `num_learnt_tokens` count what is trained on in one epoch.
+    `num_left_out_turns` weighted answers are not learnt, because the base would not be asked for them so. `num_tokens` and `num_learnt_tokens` count what is trained on in one epoch.
     """
 
     max_seq_len: int
@@ -65,6 +69,7 @@ class TokenReport(Frozen):
     longest_row_tokens: int
     num_truncated: int
     num_nothing_to_learn: int
+    num_left_out_turns: int
     histogram: list[TokenBucket]
     rows: list[PreviewRow]
     problems: list[RowProblem]
@@ -85,6 +90,7 @@ class TokenReport(Frozen):
             longest_row_tokens=max(part.longest_row_tokens for part in parts),
             num_truncated=sum(part.num_truncated for part in parts),
             num_nothing_to_learn=sum(part.num_nothing_to_learn for part in parts),
+            num_left_out_turns=sum(part.num_left_out_turns for part in parts),
             histogram=_as_buckets(counts),
             rows=[row for part in parts for row in part.rows],
             problems=[problem for part in parts for problem in part.problems][:MAX_PROBLEMS],
@@ -109,7 +115,12 @@ def report_tokens(
             continue
         cut = whole.cut(max_seq_len)
         lengths.append(whole.num_tokens)
-        counts.update(tokens=cut.num_tokens, learnt=cut.num_labels, dropped=not cut.num_labels)
+        counts.update(
+            tokens=cut.num_tokens,
+            learnt=cut.num_labels,
+            dropped=not cut.num_labels,
+            left_out=whole.num_left_out_turns,
+        )
         if len(rows) < num_shown:
             rows.append(_show_row(tokenizer, cut, line=line.number, num_tokens=whole.num_tokens))
     return TokenReport(
@@ -120,6 +131,7 @@ def report_tokens(
         longest_row_tokens=max(lengths, default=0),
         num_truncated=sum(length > max_seq_len for length in lengths),
         num_nothing_to_learn=counts["dropped"],
+        num_left_out_turns=counts["left_out"],
         histogram=_as_buckets(Counter(_bucket_of(length) for length in lengths)),
         rows=rows,
         problems=problems[:MAX_PROBLEMS],
@@ -134,6 +146,7 @@ def _show_row(tokenizer: BaseTokenizer, cut: TokenizedConversation, *, line: int
         tokens=[tokenizer.show_token(token_id) for token_id in cut.token_ids],
         loss_mask=[int(is_label) for is_label in cut.is_label],
         num_tokens=num_tokens,
+        num_left_out_turns=cut.num_left_out_turns,
         is_truncated=num_tokens > cut.num_tokens,
     )
 

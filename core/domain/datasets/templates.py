@@ -20,6 +20,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 def compile_template(source: str) -> jinja2.Template:
     """Return a chat template ready to render. Raises jinja2.TemplateError."""
+    return _make_environment().from_string(source)
+
+
+def find_texts(source: str) -> frozenset[str]:
+    """Return the texts that a template's expressions name: what it may look for is among them."""
+    constants = _make_environment().parse(source).find_all(jinja2.nodes.Const)
+    return frozenset(each.value for each in constants if isinstance(each.value, str))
+
+
+def _make_environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
     )
@@ -28,7 +38,7 @@ def compile_template(source: str) -> jinja2.Template:
     environment.globals["strftime_now"] = _format_now
     environment.globals["dict"] = _PlainDict()
     environment.globals["namespace"] = _PlainNamespace
-    return environment.from_string(source)
+    return environment
 
 
 class _GenerationBlocks(jinja2.ext.Extension):

@@ -7,16 +7,20 @@ tokenizer it has loaded, so that nobody else has to guess how transformers would
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
 import jinja2
 from tokenizers import Tokenizer
 
-from core.domain.datasets.templates import compile_template
+from core.domain.datasets.templates import compile_template, find_texts
 from core.domain.training import Frozen
+
+_PHRASE = re.compile(r"\w.*[^\w\s]|[^\w\s].*\w", re.DOTALL)
 
 
 class RenderingError(Exception):
@@ -45,7 +49,10 @@ class Encoding:
 
 
 class BaseTokenizer:
-    """Renders and encodes as the base's own tokenizer does. `control_tokens` are those marked as special, by id."""
+    """Renders and encodes as the base's own tokenizer does.
+
+    `control_tokens`, by id, are those that are marked as special, and the end-of-sequence token.
+    """
 
     def __init__(self, bundle: TokenizerBundle) -> None:
         self._backend = Tokenizer.from_str(bundle.backend)
@@ -53,21 +60,49 @@ class BaseTokenizer:
         self._backend.no_padding()
         self._variables = dict(bundle.special_tokens)
         self._source = bundle.chat_template
-        self._template: jinja2.Template | None = None
         added = self._backend.get_added_tokens_decoder()
         self.control_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
-        self.eos_token = bundle.special_tokens.get("eos_token")
+        eos_token = bundle.special_tokens.get("eos_token")
+        if eos_token and (eos_id := self._backend.token_to_id(eos_token)) is not None:
+            self.control_tokens[eos_id] = eos_token
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """Write messages as the chat template does. Raises RenderingError where it refuses them, or is broken."""
+    def render(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        add_generation_prompt: bool = False,
+        enable_thinking: bool | None = None,
+    ) -> str:
+        """Write messages as the chat template does. Raises RenderingError where it refuses them, or is broken.
+
+        `enable_thinking` is passed on where it is given: templates of bases that may think or not know that name.
+        """
+        switches = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            if self._template is None:
-                self._template = compile_template(self._source)
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables
-            )
+            return self._template.render(given, **self._variables, **switches)
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError, ZeroDivisionError, LookupError) as error:
             raise RenderingError(f"The base's chat template refuses this conversation: {error}") from error
+
+    @cached_property
+    def phrases(self) -> tuple[str, ...]:
+        """What the chat template may look for in a message, the longest first. No control token can be made of them."""
+        try:
+            texts = find_texts(self._source)
+        except jinja2.TemplateError as error:
+            raise RenderingError(f"The base's chat template is broken: {error}") from error
+        return tuple(sorted(filter(self._is_phrase, texts), key=lambda text: (-len(text), text)))
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        return compile_template(self._source)
+
+    def _is_phrase(self, text: str) -> bool:
+        """Say whether a text is markup rather than a word, and neither holds a control token nor may begin one."""
+        ends = [text[start:] for start in range(len(text))]
+        return bool(_PHRASE.search(text)) and not any(
+            token in text or any(token.startswith(end) for end in ends) for token in self.control_tokens.values()
+        )
 
     def encode(self, pieces: Sequence[str]) -> list[Encoding]:
         encodings = self._backend.encode_batch(list(pieces), add_special_tokens=False)

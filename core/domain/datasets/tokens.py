@@ -1,17 +1,19 @@
 """From conversations to tokens and labels, as the base's own chat template writes them.
 
-Labels are the assistant's words of weight 1 and what ends the turn, nothing else: not the role header, not white space
-after the turn. A tenant's text never becomes a control token: where it spells one, it is tokenised as plain text. The
-trainer and the preview of a file both come here, so that what is shown is what is learnt.
+Labels are what the assistant says in turns of weight 1, from the prompt on that a server will send, and what ends the
+turn, nothing else: not the role header, not white space after the turn. A tenant's text never becomes a control token:
+where it spells one, it is tokenised as plain text. The trainer and the preview of a file both come here, so that what
+is shown is what is learnt.
 """
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from core.domain.datasets.answers import AnswerFinder
 from core.domain.datasets.rendering import Rendering, Span, render_conversation
 from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
 from core.domain.datasets.values import ChatExample
@@ -19,10 +21,14 @@ from core.domain.datasets.values import ChatExample
 
 @dataclass(frozen=True)
 class TokenizedConversation:
-    """Token ids and label marks of one conversation, of equal length."""
+    """Token ids and label marks of one conversation, of equal length.
+
+    `num_left_out_turns` of its weighted answers are not learnt: see core.domain.datasets.answers.
+    """
 
     token_ids: list[int]
     is_label: list[bool]
+    num_left_out_turns: int
 
     @property
     def num_tokens(self) -> int:
@@ -34,7 +40,7 @@ class TokenizedConversation:
 
     def cut(self, max_seq_len: int) -> TokenizedConversation:
         """Return the head that is trained on."""
-        return TokenizedConversation(self.token_ids[:max_seq_len], self.is_label[:max_seq_len])
+        return replace(self, token_ids=self.token_ids[:max_seq_len], is_label=self.is_label[:max_seq_len])
 
 
 @dataclass(frozen=True)
@@ -57,35 +63,25 @@ class ConversationTokenizer:
 
     def __init__(self, tokenizer: BaseTokenizer) -> None:
         self._tokenizer = tokenizer
-        controls = sorted(tokenizer.control_tokens.values(), key=len, reverse=True)
-        endings = [re.escape(token) for token in controls]
-        # Some templates write white space before the end-of-sequence token: what must be said before it is learnt too.
-        if tokenizer.eos_token:
-            endings.insert(0, rf"\s*{re.escape(tokenizer.eos_token)}")
-        self._ending = re.compile("|".join(endings))
+        self._finder = AnswerFinder(tokenizer)
+
+    def check_template(self) -> None:
+        """Raise RenderingError, in words for an operator, where no answer can be learnt with its end."""
+        self._finder.check_template()
 
     def tokenize(self, example: ChatExample) -> TokenizedConversation:
         """Return the whole conversation. Raises RenderingError."""
         rendering = render_conversation(self._tokenizer, example)
-        answers = [
-            Span(span.start, self._find_turn_end(rendering.text, span.end))
-            for message, span in zip(example.messages, rendering.contents, strict=True)
-            if message.role == "assistant" and message.weight
-        ]
-        tokens = self._encode_apart(rendering, answers)
+        answers = self._finder.find(example, rendering)
+        tokens = self._encode_apart(rendering, answers.spans)
         is_label = [False] * len(tokens.token_ids)
-        for answer in answers:
-            first, end = bisect_left(tokens.starts, answer.start), bisect_left(tokens.starts, answer.end)
+        for span in answers.spans:
+            first, end = bisect_left(tokens.starts, span.start), bisect_left(tokens.starts, span.end)
             is_label[first:end] = [True] * (end - first)
         is_label[0] = False  # nothing comes before the first token to predict it from
-        return TokenizedConversation(tokens.token_ids, is_label)
+        return TokenizedConversation(tokens.token_ids, is_label, answers.num_left_out)
 
-    def _find_turn_end(self, text: str, content_end: int) -> int:
-        """Return where the control token that closes a turn ends; the words' own end where there is none."""
-        ending = self._ending.match(text, content_end)
-        return ending.end() if ending else content_end
-
-    def _encode_apart(self, rendering: Rendering, answers: list[Span]) -> _Positions:
+    def _encode_apart(self, rendering: Rendering, answers: Sequence[Span]) -> _Positions:
         """Return the tokens once every cut has been made."""
         cuts: set[int] = set()
         while True:
@@ -115,8 +111,8 @@ class ConversationTokenizer:
 
     def _find_spelt_controls(self, rendering: Rendering, tokens: _Positions) -> set[int]:
         """Return a cut inside every control token that takes words of a message."""
-        contents = sorted((span for span in rendering.contents if span.end > span.start), key=lambda span: span.start)
-        content_ends = [span.end for span in contents]
+        pieces = sorted((span for words in rendering.words for span in words.pieces), key=lambda span: span.start)
+        piece_ends = [span.end for span in pieces]
         controls = self._tokenizer.control_tokens
         cuts = set()
         for token_id, token_start, token_end in zip(tokens.token_ids, tokens.starts, tokens.ends, strict=True):
@@ -126,13 +122,13 @@ class ConversationTokenizer:
             taken = rendering.text[token_start:token_end]
             start = token_start + len(taken) - len(taken.lstrip())
             end = start + len(taken.strip())
-            index = bisect_right(content_ends, start)  # the first message whose words end behind the token's start
-            if index < len(contents) and contents[index].start < end:
+            index = bisect_right(piece_ends, start)  # the first words that end behind the token's start
+            if index < len(pieces) and pieces[index].start < end:
                 cuts.add(start + 1)
         return cuts
 
 
-def _find_joints(tokens: _Positions, answers: list[Span]) -> set[int]:
+def _find_joints(tokens: _Positions, answers: Sequence[Span]) -> set[int]:
     """Return the starts of answers that lie within a token."""
     joints = set()
     for answer in answers:

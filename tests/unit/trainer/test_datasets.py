@@ -29,15 +29,20 @@ NUM_TOKENS_PARIS = 26
 
 TRIMMING = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SYSTEM_IN_LAST_TURN = (
-    "{% for message in messages[1:] %}{% if message.role == 'user' %}[INST] "
-    "{% if loop.index0 == loop.length - 2 %}{{ messages[0].content }}\n\n{% endif %}{{ message.content }} [/INST]"
-    "{% else %} {{ message.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% set ns = namespace(last=0) %}"
+    "{% for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message.role == 'user' %}[INST] "
+    "{% if loop.index0 == ns.last %}{{ system }}\n\n{% endif %}{{ message.content }} [/INST]"
+    "{% elif message.role == 'assistant' %} {{ message.content }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 LAST_TWO_ONLY = "{% for message in messages[-2:] %}{{ message.content }}<|im_end|>{% endfor %}"
 FIRST_TWICE = "{{ messages[0].content }}{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}"
 THINKING_DROPPED = "{% for message in messages %}{{ message.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+SHOUTING = "{% for message in messages %}{{ message.content.upper() }}<|im_end|>{% endfor %}"
 NO_SYSTEM = (
     "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{{ message.content }}<|im_end|>{% endfor %}"
@@ -173,7 +178,7 @@ def test_a_template_that_trims_is_followed(tokenizer: Any) -> None:
     assert made.token_ids.tolist().count(END_ID) == len(example.messages)
 
 
-def test_a_template_that_moves_the_system_message_is_followed_and_white_space_before_the_end_is_learnt(
+def test_a_template_that_moves_the_system_message_is_followed_and_what_nobody_would_be_asked_for_is_left_out(
     tokenizer: Any,
 ) -> None:
     moving = _with_template(tokenizer, SYSTEM_IN_LAST_TURN)
@@ -182,15 +187,17 @@ def test_a_template_that_moves_the_system_message_is_followed_and_white_space_be
     assert tokenizer.decode(made.token_ids) == (
         "[INST] one [/INST] First. <|im_end|>[INST] S\n\ntwo [/INST] Second. <|im_end|>"
     )
-    assert _decode_labels(moving, example) == "First. <|im_end|>Second. <|im_end|>"
+    assert _decode_labels(moving, example) == " Second. <|im_end|>"
+    assert ConversationTokenizer(_base(moving)).tokenize(example).num_left_out_turns == 1
 
 
 @pytest.mark.parametrize(
     ("template", "complaint"),
     [
         (LAST_TWO_ONLY, "leaves out message 1 "),
-        (FIRST_TWICE, "writes message 1 .* twice"),
-        (THINKING_DROPPED, "rewrites the text"),
+        (FIRST_TWICE, "writes message 1 twice"),
+        (THINKING_DROPPED, "leaves out a part of message 3 "),
+        (SHOUTING, "rewrites the text"),
         (NO_SYSTEM, "no system role"),
     ],
 )

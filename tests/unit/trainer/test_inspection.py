@@ -83,6 +83,11 @@ def take_template(directory: Path) -> None:
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
 
 
+def take_end_of_turn(directory: Path) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    (directory / "chat_template.jinja").write_text(template)
+
+
 def test_a_base_that_is_well_is_inspected_without_a_weight_and_loaded(base_dir: Path) -> None:
     tokenizer = inspect_files(make_order(base_dir))
     assert tokenizer.chat_template
@@ -109,6 +114,7 @@ def test_a_gguf_file_is_inspected_without_being_converted(tmp_path: Path) -> Non
         (add_index, "model-00002.safetensors"),
         (cut_short, "SafetensorError"),
         (take_template, "no chat template"),
+        (take_end_of_turn, "no control token behind an answer but '', so that a model would not learn when to stop"),
         (lambda base: (base / "tokenizer.json").unlink(), "okenizer"),
     ],
 )
