@@ -10,6 +10,26 @@ from hypothesis import HealthCheck, settings
 from local.servers import ServerAddresses
 from tests.servers import shared_servers
 
+_SHOWN_CHARACTERS = 4000
+
+
+@pytest.hookimpl(trylast=True)  # behind the one that makes the reporter
+def pytest_configure(config: pytest.Config) -> None:
+    if terminal := config.pluginmanager.get_plugin("terminalreporter"):  # the processes of xdist have none
+        config.pluginmanager.register(_FailureTeller(terminal))
+
+
+class _FailureTeller:
+    """Prints a failure as soon as it happens: a run that is cut off later has said what failed."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._terminal.write_line(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext[-_SHOWN_CHARACTERS:]}")
+
+
 # How long an example takes, and the finding of one, is the machine's affair.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")

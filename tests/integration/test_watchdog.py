@@ -94,8 +94,8 @@ def test_a_worker_is_sound_while_the_watchdog_itself_serves(
     queue_job(owner, tenant.id)
     settings = settings.model_copy(update={"redis_url": type(settings.redis_url)(NOBODY)})
     runner = make_runner(settings, servers)
-    liveness = Liveness()
-    Watchdog(settings, runner, liveness=liveness).start()
+    liveness, codes = Liveness(), list[int]()
+    Watchdog(settings, runner, liveness=liveness, end_process=codes.append).start()
     try:
         wait_until(lambda: runner.describe().state == "loading")
         assert liveness.names == ("heeding silence", "the loop that serves", "thread 'watchdog'")
@@ -104,12 +104,14 @@ def test_a_worker_is_sound_while_the_watchdog_itself_serves(
         runner.request_stop()
         runner.wait_until_idle()
         runner.close()
+    assert codes == []
 
 
 def test_a_loop_that_does_not_turn_is_named(settings: WorkerSettings, servers: ServerAddresses) -> None:
     runner = make_runner(settings.model_copy(update={"stall_seconds": 0.1}), servers)
     liveness = Liveness()
-    Watchdog(settings, runner, liveness=liveness).start()
+    # It looks on after this test, and may find another one's wake-ups waiting: nothing is to end this process.
+    Watchdog(settings, runner, liveness=liveness, end_process=list[int]().append).start()
     with runner._serving:  # somebody serves, and never comes round
         wait_until(lambda: liveness.find_fault() == "the loop that serves jobs does not turn")
     assert liveness.find_fault() is None

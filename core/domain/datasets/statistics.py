@@ -59,7 +59,8 @@ class TokenBucket(Frozen):
 class TokenReport(Frozen):
     """`num_truncated` rows are longer than `max_seq_len`; `num_nothing_to_learn` have no learnt token within it.
 
-    `num_left_out_turns` weighted answers are not learnt, because the base would not be asked for them so. `num_tokens` and `num_learnt_tokens` count what is trained on in one epoch.
+    `num_left_out_turns` weighted answers are not learnt, because the base would not be asked for them so.
+    `num_tokens` and `num_learnt_tokens` count what is trained on in one epoch.
     """
 
     max_seq_len: int
