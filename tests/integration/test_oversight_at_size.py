@@ -37,9 +37,9 @@ def crowd(owner: Engine) -> Iterator[Tenant]:
         ids=[each.id for each in others],
     )
     fill = """
-        insert into jobs (id, tenant_id, base_model_id, pool, quantization, training_file_id, spec, total_steps, status,
+        insert into jobs (id, name_digits, tenant_id, base_model_id, pool, quantization, training_file_id, spec, total_steps, status,
             finished_at, error, lease_token, lease_until)
-        select uuidv7(), f.tenant_id, s.base_model_id, s.base_model_id || '@' || case when n % 10 = 0 then 'nf4' else 'none' end,
+        select uuidv7(), lpad(to_hex(n), 8, '0'), f.tenant_id, s.base_model_id, s.base_model_id || '@' || case when n % 10 = 0 then 'nf4' else 'none' end,
             case when n % 10 = 0 then 'nf4' end, f.id, s.spec, s.total_steps, v.status,
             case when v.status in ('cancelled', 'failed') then now() end,
             case when v.status = 'failed' then '{"code": "diverged"}'::jsonb end,
