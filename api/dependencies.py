@@ -26,6 +26,7 @@ from api.feeds import EventFeed
 from api.previews import Previewer
 from api.rate_limits import RateLimiter
 from api.routing import Deferred, Door, share_of
+from api.row_checks import RowChecker
 from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError, RateLimitedError
@@ -51,6 +52,10 @@ async def get_feed(request: Request) -> EventFeed:
 
 async def get_previewer(request: Request) -> Previewer:
     return cast("Previewer", request.app.state.previewer)
+
+
+async def get_row_checker(request: Request) -> RowChecker:
+    return cast("RowChecker", request.app.state.row_checker)
 
 
 async def get_settings(request: Request) -> ApiSettings:
@@ -194,6 +199,7 @@ OperatorTransaction = Annotated[Session, Depends(get_operator_session)]
 Store = Annotated[ObjectStore, Depends(get_store)]
 Feed = Annotated[EventFeed, Depends(get_feed)]
 Previews = Annotated[Previewer, Depends(get_previewer)]
+RowChecks = Annotated[RowChecker, Depends(get_row_checker)]
 Settings = Annotated[ApiSettings, Depends(get_settings)]
 Database = Annotated[Engine, Depends(get_engine)]
 Body = Annotated[Iterator[bytes], Depends(get_body)]

@@ -33,6 +33,7 @@ from api.routes import (
     streams,
     uploads,
 )
+from api.row_checks import RowChecker
 from core.db.session import connect
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
@@ -57,6 +58,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
     app.state.store = S3ObjectStore(settings.storage_config)
     app.state.previewer = Previewer(app.state.store)
+    app.state.row_checker = RowChecker(app.state.previewer)
     for routes in (
         files,
         uploads,

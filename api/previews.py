@@ -50,9 +50,9 @@ class Previewer:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
 
-    def preview(self, order: PreviewOrder) -> Preview:
+    def preview(self, order: PreviewOrder, *, max_rows: int = MAX_ROWS, max_bytes: int = MAX_ROW_BYTES) -> Preview:
         """Raises InvalidRequestError for rows that are not there or pass a limit."""
-        lines, is_whole_file = self._read_lines(order)
+        lines, is_whole_file = self._read_lines(order, max_rows=max_rows, max_bytes=max_bytes)
         if not lines:
             raise InvalidRequestError(f"The file has no line {order.from_line}.", param="from_line")
         bundle_path = self._fetch_tokenizer(order.tokenizer_key)
@@ -75,8 +75,8 @@ class Previewer:
             Path(unfinished).replace(path)
         return path
 
-    def _read_lines(self, order: PreviewOrder) -> tuple[list[NumberedLine], bool]:
-        """Return the lines from `from_line` on, up to the caps, and whether they are the whole file."""
+    def _read_lines(self, order: PreviewOrder, *, max_rows: int, max_bytes: int) -> tuple[list[NumberedLine], bool]:
+        """Return the lines from `from_line` on, within the caps but at least one, and whether they are all."""
         kept: list[NumberedLine] = []
         num_skipped_bytes = num_kept_bytes = 0
         for number, content in enumerate(iterate_lines(self._store.get_stream(order.object_key)), start=1):
@@ -85,7 +85,7 @@ class Previewer:
                 if num_skipped_bytes > _MAX_SKIPPED_BYTES:
                     raise InvalidRequestError(f"Line {order.from_line} is too far into the file.", param="from_line")
                 continue
-            if len(kept) == MAX_ROWS or num_kept_bytes + len(content) > MAX_ROW_BYTES:
+            if len(kept) == max_rows or (kept and num_kept_bytes + len(content) > max_bytes):
                 return kept, False
             kept.append(NumberedLine(number=number, content=content))
             num_kept_bytes += len(content)

@@ -4,7 +4,8 @@ A dependency that opens a transaction would enter it in one thread and leave it 
 costs a request more than a statement. Besides, a transaction that needs another thread to end waits for those that wait
 for its locks. So a dependency only says which transaction a route wants, which lasts as long as the endpoint does.
 
-Of two transactions that cannot both go on, PostgreSQL undoes one whole. Its endpoint is called again.
+Of two transactions that cannot both go on, PostgreSQL undoes one whole. Its endpoint is called again. So is one that
+finds that something long must be done first, which no transaction and no shared thread waits for.
 
 Long work runs in the threads of its gate (see `admission`). What is short shares Starlette's 40 threads, of which one
 tenant never has more than SHARE_OF_TENANT: its own requests wait for one another, and nobody else's do. Before a tenant
@@ -47,6 +48,18 @@ class Deferred:
     """How to make a context that the endpoint's own thread enters, once a try, to hand over what it yields."""
 
     open: Callable[[], AbstractContextManager[Any]]
+
+
+class PrerequisiteError(Exception):
+    """What an endpoint raises that must first have something long done, in threads kept for that.
+
+    Its transaction is undone, the work is done, and the endpoint is called again. Work waits for a place among all and
+    for the tenant's own before it, so nobody else waits for those of one tenant.
+    """
+
+    def __init__(self, work: Callable[[], None], *, limiter: CapacityLimiter) -> None:
+        super().__init__(work)
+        self.work, self.limiter = work, limiter
 
 
 class Door(ABC):
@@ -97,8 +110,13 @@ def _in_one_thread(endpoint: Callable[..., Any], gate: Gate | None) -> Callable[
     async def run(**arguments: Any) -> Any:
         if gate is not None:
             return await to_thread.run_sync(work, arguments, limiter=gate.threads)
-        async with share_of(arguments.get("caller")):
-            return await to_thread.run_sync(work, arguments)
+        while True:
+            try:
+                async with share_of(arguments.get("caller")):
+                    return await to_thread.run_sync(work, arguments)
+            except PrerequisiteError as first:
+                async with share_of(arguments.get("caller")):
+                    await to_thread.run_sync(first.work, limiter=first.limiter)
 
     return run
 

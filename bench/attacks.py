@@ -311,7 +311,10 @@ def publish_tokenizer(stack: LocalStack) -> None:
     letters = "\n" + "".join(map(chr, range(32, 127)))
     backend = Tokenizer(WordLevel({letter: index for index, letter in enumerate(letters)}, unk_token="?"))
     backend.pre_tokenizer = Split("", "isolated")
-    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     bundle = TokenizerBundle(backend=backend.to_str(), chat_template=template, special_tokens={"eos_token": "\n"})
     key = tokenizer_key("0" * 64)
     body = bundle.model_dump_json().encode()

@@ -13,7 +13,10 @@ from tokenizers.pre_tokenizers import Split
 
 from core.domain.datasets.tokenizers import TokenizerBundle
 
-CHATML = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def letters_bundle(template: str = CHATML) -> TokenizerBundle:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from api.dependencies import Caller, Now, Transaction, needs
-from api.routing import OneThreadRoute
+from api.dependencies import Caller, Now, RowChecks, Transaction, needs
+from api.routing import OneThreadRoute, PrerequisiteError
 from api.schemas.objects import CheckpointObject, EventObject, JobObject, ListObject, as_list
 from api.schemas.requests import CreateJob
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters, events, idempotency, jobs
 from core.services.progress import estimate_jobs
+from core.services.submissions import UncheckedRowsError
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -32,18 +34,23 @@ def create_job(
     response: Response,
     session: Transaction,
     caller: Caller,
+    rows: RowChecks,
     body: CreateJob,
     idempotency_key: IdempotencyKey = None,
     x_stainless_retry_count: RetryCount = 0,
 ) -> JobObject:
     """Submit a job, once for all the tries of one submission."""
-    submission = idempotency.submit_once(
-        session,
-        caller.tenant_id,
-        request=body.to_request(),
-        idempotency_key=idempotency_key,
-        is_retry=x_stainless_retry_count > 0,
-    )
+    try:
+        submission = idempotency.submit_once(
+            session,
+            caller.tenant_id,
+            request=body.to_request(),
+            idempotency_key=idempotency_key,
+            is_retry=x_stainless_retry_count > 0,
+            is_checked=rows.knows,
+        )
+    except UncheckedRowsError as unchecked:
+        raise PrerequisiteError(partial(rows.check, unchecked.rows), limiter=rows.limiter) from unchecked
     if submission.is_replayed:
         response.headers["idempotent-replayed"] = "true"
     return JobObject.of(submission.job)

@@ -14,8 +14,10 @@ import datetime as dt
 import hashlib
 import json
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
@@ -25,7 +27,7 @@ from core.db.models import IdempotencyKey, Job
 from core.domain.errors import IdempotencyKeyReusedError
 from core.domain.ids import first_id_at
 from core.services.jobs import get_job
-from core.services.submissions import JobRequest, submit_job
+from core.services.submissions import DatasetRows, JobRequest, submit_job
 
 KEY_LIFETIME = timedelta(hours=24)
 # The longest that the client waits between two tries.
@@ -41,19 +43,29 @@ class Submission:
 
 
 def submit_once(
-    session: Session, tenant_id: uuid.UUID, *, request: JobRequest, idempotency_key: str | None, is_retry: bool
+    session: Session,
+    tenant_id: uuid.UUID,
+    *,
+    request: JobRequest,
+    idempotency_key: str | None,
+    is_retry: bool,
+    is_checked: Callable[[DatasetRows], bool] = lambda _rows: True,
 ) -> Submission:
-    """Submit a job, or return the one that this submission made before. Raises IdempotencyKeyReusedError."""
+    """Submit a job, or return the one that this submission made before.
+
+    Raises IdempotencyKeyReusedError, and as `submit_job` does.
+    """
+    submit = partial(submit_job, session, tenant_id, request=request, is_checked=is_checked)
     request_hash = _hash_request(request)
     if idempotency_key is not None:
-        return _submit_with_key(session, tenant_id, request, request_hash=request_hash, key=idempotency_key)
+        return _submit_with_key(session, tenant_id, submit, request_hash=request_hash, key=idempotency_key)
     name = f"{tenant_id} {request_hash.hex()}"
     if is_retry:
         lock(session, name)
         if (job := _find_recent(session, tenant_id, request_hash)) is not None:
             return Submission(job, is_replayed=True)
     shared_lock = None if is_retry else name
-    job = submit_job(session, tenant_id, request=request, request_hash=request_hash, shared_lock=shared_lock)
+    job = submit(request_hash=request_hash, shared_lock=shared_lock)
     return Submission(job, is_replayed=False)
 
 
@@ -63,7 +75,7 @@ def forget_expired_keys(session: Session) -> None:
 
 
 def _submit_with_key(
-    session: Session, tenant_id: uuid.UUID, request: JobRequest, *, request_hash: bytes, key: str
+    session: Session, tenant_id: uuid.UUID, submit: Callable[..., Job], *, request_hash: bytes, key: str
 ) -> Submission:
     lock(session, f"{tenant_id} key {key}")
     expired = IdempotencyKey.created_at < func.now() - KEY_LIFETIME
@@ -74,7 +86,7 @@ def _submit_with_key(
         if row.request_hash != request_hash:
             raise IdempotencyKeyReusedError("This Idempotency-Key was used for another request. Use a new one.")
         return Submission(get_job(session, tenant_id, job_id=row.job_id), is_replayed=True)
-    job = submit_job(session, tenant_id, request=request, request_hash=request_hash)
+    job = submit(request_hash=request_hash)
     session.add(IdempotencyKey(tenant_id=tenant_id, key=key, request_hash=request_hash, job_id=job.id))
     return Submission(job, is_replayed=False)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,7 @@ from sqlalchemy.orm import Session, aliased
 
 from core.crashpoints import CrashPoint, reach
 from core.db.locks import lock_for_tenant, shared_lock_call
-from core.db.models import BaseModelRow, File, Job, Tenant
+from core.db.models import BaseModelRow, BaseTokenizerRow, File, Job, Tenant
 from core.db.session import notify_after_commit
 from core.domain import bounds
 from core.domain.errors import InvalidRequestError, NotFoundError
@@ -95,6 +96,23 @@ class JobRequest(Frozen):
     use_rslora: bool = False
 
 
+class DatasetRows(Frozen):
+    """The rows of a file as one base would see them: what a check of them depends on."""
+
+    param: Literal["training_file", "validation_file"]
+    object_key: str
+    tokenizer_key: str
+    max_seq_len: int
+
+
+class UncheckedRowsError(Exception):
+    """Nobody has seen yet whether the base's chat template takes these rows, which needs no transaction."""
+
+    def __init__(self, rows: DatasetRows) -> None:
+        super().__init__(rows)
+        self.rows = rows
+
+
 def submit_job(
     session: Session,
     tenant_id: uuid.UUID,
@@ -102,10 +120,12 @@ def submit_job(
     request: JobRequest,
     request_hash: bytes | None = None,
     shared_lock: str | None = None,
+    is_checked: Callable[[DatasetRows], bool] = lambda _rows: True,
 ) -> Job:
     """Check a request and queue it. Raises InvalidRequestError naming the field, or the error of a quota.
 
     The advisory lock `shared_lock` is taken with the first look at the rows: round trips are most of what this costs.
+    Where the base's tokenizer is known, rows that are not checked raise UncheckedRowsError.
     """
     found = _find_means(session, tenant_id, request, shared_lock=shared_lock)
     if not found.is_within_storage:
@@ -116,6 +136,9 @@ def submit_job(
     check_is_usable(base)
     spec = resolve_spec(request, base=base, num_examples=training_file.num_examples)
     check_tokens(spec, quota=found.max_tokens, dataset=training_file)
+    for rows in _find_rows(found, training_file, max_seq_len=spec.max_seq_len):
+        if not is_checked(rows):
+            raise UncheckedRowsError(rows)
     new = {
         "tenant_id": tenant_id,
         "base_model_id": base.id,
@@ -202,6 +225,7 @@ class _Means:
     """What a job needs, as far as the tenant has it."""
 
     base: BaseModelRow | None
+    tokenizer_key: str | None
     training_file: File | None
     validation_file: File | None
     max_tokens: int | None
@@ -221,15 +245,23 @@ def _find_means(session: Session, tenant_id: uuid.UUID, request: JobRequest, *, 
 
 
 @cache
-def _means_query() -> Select[BaseModelRow, File, File, int | None, bool]:
+def _means_query() -> Select[BaseModelRow, str | None, File, File, int | None, bool]:
     """Made once: making it takes longer than running it."""
     tenant_id: BindParameter[uuid.UUID] = bindparam("tenant_id", type_=Uuid)
     base_model_id: BindParameter[str] = bindparam("base_model_id", type_=Text)
     training, validation = aliased(File), aliased(File)
     return (
-        select(BaseModelRow, training, validation, Tenant.max_tokens_per_job, is_within_storage())
+        select(
+            BaseModelRow,
+            BaseTokenizerRow.object_key,
+            training,
+            validation,
+            Tenant.max_tokens_per_job,
+            is_within_storage(),
+        )
         .select_from(Tenant)
         .outerjoin(BaseModelRow, and_(BaseModelRow.id == base_model_id, is_usable_by(tenant_id)))
+        .outerjoin(BaseTokenizerRow, BaseTokenizerRow.base_model_id == BaseModelRow.id)
         .outerjoin(training, is_live_file(training, tenant_id, bindparam("training_file_id", type_=Uuid)))
         .outerjoin(validation, is_live_file(validation, tenant_id, bindparam("validation_file_id", type_=Uuid)))
         .where(Tenant.id == tenant_id)
@@ -237,8 +269,21 @@ def _means_query() -> Select[BaseModelRow, File, File, int | None, bool]:
 
 
 @cache
-def _locking_means_query() -> Select[BaseModelRow, File, File, int | None, bool, None]:
+def _locking_means_query() -> Select[BaseModelRow, str | None, File, File, int | None, bool, None]:
     return _means_query().add_columns(shared_lock_call(bindparam("shared_lock", type_=Text)))
+
+
+def _find_rows(found: _Means, training_file: File, *, max_seq_len: int) -> list[DatasetRows]:
+    """Return what can be checked of the files; nothing where no worker has loaded the base yet."""
+    if found.tokenizer_key is None:
+        return []
+    files: dict[Literal["training_file", "validation_file"], File] = {"training_file": training_file}
+    if found.validation_file is not None:
+        files["validation_file"] = found.validation_file
+    return [
+        DatasetRows(param=param, object_key=file.object_key, tokenizer_key=found.tokenizer_key, max_seq_len=max_seq_len)
+        for param, file in files.items()
+    ]
 
 
 def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:

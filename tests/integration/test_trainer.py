@@ -67,7 +67,10 @@ from worker.trainer.resume import PROGRESS_FILE
 SLOTS = 6
 ENDLESS = "endless"
 END = "<end>"
-TEMPLATE = f"{{% for message in messages %}}{{{{ message.role }}}}: {{{{ message.content }}}}{END}{{% endfor %}}"
+TEMPLATE = (
+    f"{{% for message in messages %}}{{{{ message.role }}}}: {{{{ message.content }}}}{END}{{% endfor %}}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 R = TypeVar("R", bound=Frozen)
 
 

@@ -1,0 +1,74 @@
+"""Rows are rendered by their base's chat template before a job on them is accepted, as far as the base is known here.
+
+What the template refuses would fail the job after it has queued. A look costs a process and about half a second of the
+processor; what was found well is remembered, so that the many jobs of a sweep over one file cost one look.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from threading import Lock
+
+import structlog
+from anyio import CapacityLimiter
+
+from api.previews import Previewer, PreviewOrder
+from core.domain.datasets.statistics import RowProblem, TokenReport
+from core.domain.errors import InvalidRequestError
+from core.services.submissions import DatasetRows
+from core.storage import StorageError
+
+log = structlog.get_logger()
+_MAX_ROWS = 200
+_MAX_BYTES = 2**18
+_MAX_KNOWN = 4096
+_PLACES = 4
+_NAMES = {"training_file": "training", "validation_file": "validation"}
+
+
+class RowChecker:
+    """Looks at the first rows of a dataset, and remembers those that a base takes."""
+
+    def __init__(self, previewer: Previewer) -> None:
+        self.limiter = CapacityLimiter(_PLACES)
+        self._previewer = previewer
+        self._known: OrderedDict[DatasetRows, None] = OrderedDict()
+        self._lock = Lock()
+
+    def knows(self, rows: DatasetRows) -> bool:
+        return rows in self._known
+
+    def check(self, rows: DatasetRows) -> None:
+        """Raise InvalidRequestError for rows that no attempt could train on.
+
+        Where they cannot be seen, since the store is away or a limit is passed, the worker will tell.
+        """
+        order = PreviewOrder(rows.object_key, rows.tokenizer_key, 1, 0, rows.max_seq_len)
+        try:
+            made = self._previewer.preview(order, max_rows=_MAX_ROWS, max_bytes=_MAX_BYTES)
+        except (StorageError, InvalidRequestError) as error:
+            log.warning("rows.unchecked", param=rows.param, error=type(error).__name__)
+        else:
+            _refuse(made.report, rows, is_whole_file=made.is_whole_file)
+        with self._lock:
+            self._known[rows] = None
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
+
+
+def _refuse(report: TokenReport, rows: DatasetRows, *, is_whole_file: bool) -> None:
+    if report.problems:
+        raise InvalidRequestError(
+            _describe(report.problems[0], _NAMES[rows.param]), code=report.problems[0].code, param=rows.param
+        )
+    if is_whole_file and report.num_nothing_to_learn == report.num_rows:
+        raise InvalidRequestError(
+            f"No row of the {_NAMES[rows.param]} file has anything to learn. {report.explain_nothing_to_learn()}",
+            code="nothing_to_learn",
+            param=rows.param,
+        )
+
+
+def _describe(problem: RowProblem, name: str) -> str:
+    where = f", {problem.path}" if problem.path else ""
+    return f"Line {problem.line} of the {name} file{where}: {problem.message} {problem.hint}"
