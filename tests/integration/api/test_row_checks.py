@@ -104,7 +104,8 @@ def test_what_is_well_is_looked_at_once(servers: ServerAddresses, tmp_path: Path
     keys = f"looked-at-once/{tmp_path.name}/rows", tokenizer_key("5" * 64)
     for key, content in zip(keys, (rows_of(PLAIN)[0], letters_bundle().model_dump_json()), strict=True):
         store.put_bytes(key, content.encode(), content_type="application/json")
-    checker = RowChecker(Previewer(store))
+    previewer = Previewer(store)
+    checker = RowChecker(previewer)
     rows = DatasetRows(param="training_file", object_key=keys[0], tokenizer_key=keys[1], max_seq_len=200)
     assert not checker.knows(rows)
     checker.check(rows)
@@ -114,6 +115,7 @@ def test_what_is_well_is_looked_at_once(servers: ServerAddresses, tmp_path: Path
         assert not checker.knows(short)
         with pytest.raises(InvalidRequestError):
             checker.check(short)
+    previewer._directory.cleanup()
 
 
 def test_where_no_worker_has_loaded_the_base_a_job_is_accepted(client: OpenAI, owner: Engine) -> None:
