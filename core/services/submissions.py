@@ -136,9 +136,7 @@ def submit_job(
     check_is_usable(base)
     spec = resolve_spec(request, base=base, num_examples=training_file.num_examples)
     check_tokens(spec, quota=found.max_tokens, dataset=training_file)
-    for rows in _find_rows(found, training_file, max_seq_len=spec.max_seq_len):
-        if not is_checked(rows):
-            raise UncheckedRowsError(rows)
+    _require_checked(found, training_file, max_seq_len=spec.max_seq_len, is_checked=is_checked)
     new = {
         "tenant_id": tenant_id,
         "base_model_id": base.id,
@@ -273,17 +271,19 @@ def _locking_means_query() -> Select[BaseModelRow, str | None, File, File, int |
     return _means_query().add_columns(shared_lock_call(bindparam("shared_lock", type_=Text)))
 
 
-def _find_rows(found: _Means, training_file: File, *, max_seq_len: int) -> list[DatasetRows]:
-    """Return what can be checked of the files; nothing where no worker has loaded the base yet."""
-    if found.tokenizer_key is None:
-        return []
-    files: dict[Literal["training_file", "validation_file"], File] = {"training_file": training_file}
-    if found.validation_file is not None:
-        files["validation_file"] = found.validation_file
-    return [
-        DatasetRows(param=param, object_key=file.object_key, tokenizer_key=found.tokenizer_key, max_seq_len=max_seq_len)
-        for param, file in files.items()
+def _require_checked(
+    found: _Means, training_file: File, *, max_seq_len: int, is_checked: Callable[[DatasetRows], bool]
+) -> None:
+    """Raise UncheckedRowsError for a file whose rows may be checked and are not. No worker may have loaded the base."""
+    files: list[tuple[Literal["training_file", "validation_file"], File | None]] = [
+        ("training_file", training_file),
+        ("validation_file", found.validation_file),
     ]
+    for param, file in files:
+        if file is not None and (key := found.tokenizer_key) is not None:
+            rows = DatasetRows(param=param, object_key=file.object_key, tokenizer_key=key, max_seq_len=max_seq_len)
+            if not is_checked(rows):
+                raise UncheckedRowsError(rows)
 
 
 def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:
