@@ -24,8 +24,6 @@ def decode_line(line: bytes, limits: DatasetLimits, *, ends_file: bool) -> Any:
     """Return the JSON value on a line. `ends_file` where the file ends here without a line feed, and may be cut."""
     if not line.strip():
         refuse("", "empty_line", "The line is empty.", "Remove it.")
-    if line.startswith(BOM):
-        _refuse_mark()
     if _is_deeper(line, limits.max_depth):
         refuse("", "too_deep", "The JSON is nested too deeply.", f"Use at most {limits.max_depth} levels.")
     try:

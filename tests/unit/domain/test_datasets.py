@@ -125,6 +125,7 @@ BAD_ROWS = {
     "a function call": (row(USER, assistant(function_call={})), "not_supported", "messages[1].function_call"),
     "no content but null": (row(USER, assistant(content=None)), "content_not_text", "messages[1].content"),
     "a byte order mark": (b"\xef\xbb\xbf" + GOOD, "bom_inside", ""),
+    "a byte order mark alone": (b"\xef\xbb\xbf", "bom_inside", ""),
     "two files joined": (GOOD + b"\xef\xbb\xbf" + GOOD, "bom_inside", ""),
     "a user's weight": (row({**USER, "weight": 1}, ANSWER), "bad_weight", "messages[0].weight"),
     "NaN": (row(USER, assistant(weight=float("nan"))), "not_a_number", ""),

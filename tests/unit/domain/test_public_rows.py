@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -158,6 +159,16 @@ def test_a_foreign_row_is_named_and_its_command_makes_a_row_of_it(name: str) -> 
     assert str(report.summarize()).endswith("new.jsonl (and 1 more problem)")
     converted = check(run_jq(problem.hint, json.dumps(row) * 2))
     assert (converted.problems, converted.num_examples) == ((), 2)
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="this machine has no jq; its library runs the same programs")
+@pytest.mark.parametrize("name", FOREIGN_ROWS)
+def test_the_command_runs_as_it_stands_in_a_shell(name: str, tmp_path: Path) -> None:
+    text = f"{json.dumps(FOREIGN_ROWS[name][0])}\n"
+    (tmp_path / "old.jsonl").write_text(text)
+    subprocess.run(check(text.encode()).problems[0].hint, shell=True, cwd=tmp_path, check=True)
+    converted = check((tmp_path / "new.jsonl").read_bytes())
+    assert (converted.problems, converted.num_examples) == ((), 1)
 
 
 def test_a_converted_row_keeps_its_words() -> None:
