@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import JSONDecodeError
 from typing import Any
 
 import structlog
@@ -28,6 +29,7 @@ from core.domain.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from core.domain.json_faults import explain_json_error
 from core.storage import ObjectNotFoundError, StorageError
 
 log = structlog.get_logger()
@@ -52,7 +54,15 @@ _HTTP_CODES = {
     413: "payload_too_large",
     503: "unavailable",
 }
+_PLACES = {"body", "query", "path", "header", "cookie"}
 _KINDS = {"int", "float", "str", "bool", "dict"}
+# What pydantic says of a body as a whole or of a field that there is not, in words of the wire.
+_BODY_WORDS = {
+    "missing": "The body is missing: send a JSON object",
+    "model_attributes_type": "The body is not a JSON object, sent as application/json",
+}
+_UNKNOWN_FIELD = "there is no such field"
+_MAX_PARAM_CHARACTERS = 200
 _RETRY_AFTER = {"retry-after": "2"}
 _FINAL = {"x-should-retry": "false"}
 # A conflict of states stays one, however often the client asks again; what is too much or too fast needs a while.
@@ -104,16 +114,49 @@ def _answer_validation_error(_request: Request, error: Exception) -> JSONRespons
     problems = error.errors()
     param = _field_of(problems[0])
     # A field that may be of several kinds has one complaint for each; together they say what it may be.
-    complaints = " or ".join(dict.fromkeys(str(each["msg"]) for each in problems if _field_of(each) == param))
+    complaints = " or ".join(
+        dict.fromkeys(_complain(each, error.body) for each in problems if _field_of(each) == param)
+    )
     message = f"{param}: {complaints}." if param else f"{complaints}."
     count_refusal("invalid_request")
     return error_answer(400, message, code="invalid_request", param=param)
 
 
+def _complain(problem: dict[str, Any], body: Any) -> str:
+    """Return what is wrong, in a sentence without its full stop."""
+    kind = problem["type"]
+    if kind == "json_invalid":
+        return _explain_json(problem, body)
+    if kind == "extra_forbidden":
+        return _UNKNOWN_FIELD
+    return str(_BODY_WORDS.get(kind, problem["msg"]) if _field_of(problem) is None else problem["msg"])
+
+
+def _explain_json(problem: dict[str, Any], body: Any) -> str:
+    """Return json's error in words. FastAPI gives the place where JSON ends as if it were a field's name."""
+    position = problem["loc"][-1]
+    fault = explain_json_error(JSONDecodeError(problem["ctx"]["error"], str(body), position))
+    where = f"Line {fault.line}, column {fault.column}"
+    return f"The body is not JSON. {where}: {fault.what}. {fault.hint}".removesuffix(".")
+
+
 def _field_of(problem: dict[str, Any]) -> str | None:
-    """Return the dotted name of the field at fault, without the tags of the kinds it may be of."""
-    parts = [str(part) for part in problem["loc"] if part not in ("body", "query", "path")]
-    return ".".join(part for part in parts if (part.isidentifier() and part not in _KINDS) or part.isdigit()) or None
+    """Return the dotted name of the field at fault, without the tags of the kinds it may be of.
+
+    The first part is a field's name whatever it looks like, and so is the last one of a field that there is not.
+    """
+    if problem["type"] == "json_invalid":
+        return None
+    parts = [str(part) for part in problem["loc"]]
+    parts = parts[1:] if parts[:1] and parts[0] in _PLACES else parts
+    sent = parts[-1:] if problem["type"] == "extra_forbidden" and len(parts) > 1 else []
+    inner = [part for part in parts[1 : len(parts) - len(sent)] if _is_name(part)]
+    name = ".".join([*parts[:1], *inner, *sent])
+    return name.encode("utf-8", "backslashreplace").decode()[:_MAX_PARAM_CHARACTERS] or None
+
+
+def _is_name(part: str) -> bool:
+    return (part.isidentifier() and part not in _KINDS) or part.isdigit()
 
 
 def _answer_http_error(request: Request, error: Exception) -> JSONResponse:

@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=OneThre
 def list_adapters(
     session: Transaction, caller: Caller, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
 ) -> ListObject[AdapterObject]:
-    cursor = parse_id(IdKind.ADAPTER, after, param="after") if after else None
+    cursor = None if after is None else parse_id(IdKind.ADAPTER, after, param="after")
     return as_list(adapters.list_adapters(session, caller.tenant_id, after=cursor, limit=limit), AdapterObject.of)
 
 

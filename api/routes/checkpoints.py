@@ -52,7 +52,7 @@ def list_permissions(
         session,
         caller.tenant_id,
         name=checkpoint,
-        after=parse_id(IdKind.PERMISSION, after, param="after") if after else None,
+        after=None if after is None else parse_id(IdKind.PERMISSION, after, param="after"),
         limit=limit,
         order=order,
         project_id=project_id,

@@ -74,7 +74,7 @@ def list_files(
     after: str | None = None,
 ) -> ListObject[FileSummary]:
     """List files without their problems, at most 1,000 an answer, whatever limit is asked for: see `has_more`."""
-    cursor = parse_id(IdKind.FILE, after, param="after") if after else None
+    cursor = None if after is None else parse_id(IdKind.FILE, after, param="after")
     most = min(limit, _MAX_LISTED)
     page = file_service.list_files(session, caller.tenant_id, purpose=purpose, after=cursor, limit=most, order=order)
     return as_list(page, FileSummary.of)

@@ -67,7 +67,7 @@ def list_jobs(
     metadata: Literal["null"] | None = None,
 ) -> ListObject[JobObject]:
     """List jobs, newest first. `metadata[key]=value` keeps those with all the pairs, `metadata=null` those without."""
-    cursor = parse_id(IdKind.JOB, after, param="after") if after else None
+    cursor = None if after is None else parse_id(IdKind.JOB, after, param="after")
     pairs = {
         name.removeprefix("metadata[").removesuffix("]"): value
         for name, value in request.query_params.items()
@@ -105,7 +105,7 @@ def list_events(
     session: Transaction, caller: Caller, job_id: str, limit: Limit = 20, after: str | None = None
 ) -> ListObject[EventObject]:
     job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
-    cursor = parse_id(IdKind.EVENT, after, param="after") if after else None
+    cursor = None if after is None else parse_id(IdKind.EVENT, after, param="after")
     page = events.list_events(session, caller.tenant_id, job_id=job.id, after=cursor, limit=limit)
     return as_list(page, EventObject.of)
 
@@ -115,6 +115,6 @@ def list_checkpoints(
     session: Transaction, caller: Caller, job_id: str, limit: Limit = 10, after: str | None = None
 ) -> ListObject[CheckpointObject]:
     job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
-    cursor = parse_id(IdKind.CHECKPOINT, after, param="after") if after else None
+    cursor = None if after is None else parse_id(IdKind.CHECKPOINT, after, param="after")
     page = adapters.list_checkpoints(session, caller.tenant_id, job_id=job.id, after=cursor, limit=limit)
     return as_list(page, CheckpointObject.of)

@@ -29,6 +29,6 @@ def list_logs(
     after: str | None = None,
 ) -> ListObject[LogLineObject]:
     job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
-    cursor = parse_id(IdKind.LOG_LINE, after, param="after") if after else None
+    cursor = None if after is None else parse_id(IdKind.LOG_LINE, after, param="after")
     wanted = LogFilter(attempt, cursor, limit)
     return as_list(list_log_lines(session, caller.tenant_id, job_id=job.id, wanted=wanted), LogLineObject.of)

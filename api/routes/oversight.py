@@ -43,7 +43,7 @@ def list_jobs(
     tenant: str | None = None,
 ) -> ListObject[JobOverviewObject]:
     """List everybody's jobs, newest first; of one tenant by its slug. The cursor is a job's id."""
-    cursor = parse_id(IdKind.JOB, after, param="after") if after else None
+    cursor = None if after is None else parse_id(IdKind.JOB, after, param="after")
     wanted = JobFilter(status=status, pool=pool, tenant=tenant)
     return as_list(oversight.list_job_overviews(session, wanted, after=cursor, limit=limit), JobOverviewObject.of)
 

@@ -116,7 +116,7 @@ def _parse_part_ids(part_ids: Iterable[str]) -> list[UUID]:
     try:
         return [parse_id(IdKind.PART, part_id) for part_id in part_ids]
     except NotFoundError as error:
-        raise InvalidRequestError(error.message, param="part_ids") from error
+        raise InvalidRequestError(uploads.UNKNOWN_PART, param="part_ids") from error
 
 
 def _read_parts(store: ObjectStore, object_keys: Iterable[str], *, md5: str | None) -> Iterator[bytes]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from api.schemas.misplaced import find_misplaced
 from core.domain import bounds
-from core.domain.errors import InvalidRequestError
+from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, parse_id
-from core.domain.training import LearningRateSchedule
+from core.domain.training import LearningRateSchedule, resolve_alpha
 from core.services.submissions import JobRequest
 
 Auto = Literal["auto"]
@@ -43,7 +46,7 @@ class Method(_Body):
 
 class AdapterBody(_Body):
     rank: int = 16  # its bounds are the base's
-    alpha: Annotated[float, bounds.ALPHA.field] = 32.0
+    alpha: Annotated[float, bounds.ALPHA.field] | None = None  # twice the rank
     dropout: Annotated[float, bounds.DROPOUT.field] = 0.0
     target_modules: Literal["all-linear"] | list[Text] = "all-linear"
     use_rslora: bool = False
@@ -69,15 +72,28 @@ class CreateJob(_Body):
     weight_decay: Annotated[float, bounds.WEIGHT_DECAY.field] = 0.0
     max_grad_norm: Annotated[float, bounds.GRAD_NORM.field] = 1.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _point_to_the_right_place(cls, body: Any) -> Any:
+        """Refuse a field that belongs elsewhere by its right name, before it is only unknown."""
+        if isinstance(body, Mapping) and (misplaced := find_misplaced(_without_other_method(body), cls)) is not None:
+            sent, right = misplaced
+            where = ", at the top of the request" if "." in sent and "." not in right else ""
+            raise InvalidRequestError(f"`{sent}` is called `{right}` here{where}.", param=sent)
+        return body
+
     def to_request(self) -> JobRequest:
         """Return the service's request, with None for every "auto". Raises InvalidRequestError for other methods."""
         self._check_integrations()
         numbers = self._hyperparameters()
-        validation_id = self.validation_file and parse_id(IdKind.FILE, self.validation_file, param="validation_file")
+        self._check_rates(numbers)
+        validation_id = None
+        if self.validation_file is not None:
+            validation_id = _parse_file_id(self.validation_file, param="validation_file")
         return JobRequest(
             base_model_id=self.model,
-            training_file_id=parse_id(IdKind.FILE, self.training_file, param="training_file"),
-            validation_file_id=validation_id or None,
+            training_file_id=_parse_file_id(self.training_file, param="training_file"),
+            validation_file_id=validation_id,
             suffix=self.suffix,
             seed=self.seed,
             metadata=self.metadata or {},
@@ -95,7 +111,8 @@ class CreateJob(_Body):
             max_grad_norm=self.max_grad_norm,
             max_seq_len=self.max_seq_len,
             rank=self.adapter.rank,
-            alpha=self.adapter.alpha,
+            # A default that is spelled out is the same request.
+            alpha=None if self.adapter.alpha == resolve_alpha(self.adapter.rank) else self.adapter.alpha,
             dropout=self.adapter.dropout,
             target_modules=(
                 "all-linear" if self.adapter.target_modules == "all-linear" else tuple(self.adapter.target_modules)
@@ -109,6 +126,13 @@ class CreateJob(_Body):
                 "Integrations are not supported. Leave them out, or read the job's events and metrics.",
                 code="unsupported_integration",
                 param="integrations",
+            )
+
+    def _check_rates(self, numbers: Hyperparameters) -> None:
+        if self.learning_rate is not None and numbers.learning_rate_multiplier != "auto":
+            raise InvalidRequestError(
+                "`learning_rate` and `learning_rate_multiplier` say the same thing: give one of them.",
+                param="learning_rate",
             )
 
     def _hyperparameters(self) -> Hyperparameters:
@@ -129,3 +153,19 @@ class CreateJob(_Body):
                 "Give hyperparameters in `method` or at the top, not both.", param="hyperparameters"
             )
         return chosen or self.hyperparameters or Hyperparameters()
+
+
+def _without_other_method(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out the fields of a method that is not ours: it is refused by its name."""
+    method = body.get("method")
+    if isinstance(method, Mapping) and method.get("type") != "supervised":
+        return {name: value for name, value in body.items() if name != "method"}
+    return body
+
+
+def _parse_file_id(text: str, *, param: str) -> uuid.UUID:
+    """Return a file's UUID. Raises for what is no id what `submit_job` raises for an unknown one."""
+    try:
+        return parse_id(IdKind.FILE, text, param=param)
+    except NotFoundError as error:
+        raise InvalidRequestError(error.message, code="file_not_found", param=param) from error

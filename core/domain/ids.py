@@ -11,6 +11,7 @@ import uuid_utils
 from core.domain.errors import NotFoundError
 
 _HEX_DIGITS = 32
+_MAX_SHOWN_CHARACTERS = 100
 
 
 class IdKind(StrEnum):
@@ -28,6 +29,20 @@ class IdKind(StrEnum):
     PERMISSION = "cp_"
 
 
+# What is said of an id that is nothing's, whatever it looks like; OpenAI's words where it has any.
+_NOT_FOUND = {
+    IdKind.FILE: "No such File object: {}",
+    IdKind.JOB: "Could not find fine tune: {}",
+    IdKind.EVENT: "No such event to continue after: {}",
+    IdKind.LOG_LINE: "No such log line to continue after: {}",
+    IdKind.CHECKPOINT: "No such checkpoint: {}",
+    IdKind.ADAPTER: "No such adapter: {}",
+    IdKind.UPLOAD: "No such Upload object: {}",
+    IdKind.PART: "No such part: {}",
+    IdKind.PERMISSION: "No such permission: {}",
+}
+
+
 def new_id() -> uuid.UUID:
     """Return a fresh UUIDv7 (RFC 9562): it sorts by the time it was made."""
     return uuid.UUID(int=uuid_utils.uuid7().int)
@@ -43,8 +58,14 @@ def format_id(kind: IdKind, value: uuid.UUID) -> str:
 
 
 def parse_id(kind: IdKind, text: str, *, param: str | None = None) -> uuid.UUID:
-    """Return the UUID in a wire id. A malformed id is an unknown one: NotFoundError."""
+    """Return the UUID in a wire id. A malformed id is an unknown one, in the same words. Raises NotFoundError."""
     digits = text.removeprefix(kind)
     if not text.startswith(kind) or len(digits) != _HEX_DIGITS or not set(digits) <= set("0123456789abcdef"):
-        raise NotFoundError(f"No such object: {text[:100]!r}.", param=param)
+        raise not_found(kind, text, param=param)
     return uuid.UUID(digits)
+
+
+def not_found(kind: IdKind, shown: str | uuid.UUID, *, param: str | None = None) -> NotFoundError:
+    """Return the error of a wire id, or of the UUID in one, that this tenant has nothing by."""
+    text = format_id(kind, shown) if isinstance(shown, uuid.UUID) else shown[:_MAX_SHOWN_CHARACTERS]
+    return NotFoundError(_NOT_FOUND.get(kind, "No such object: {}").format(text or '""'), param=param)

@@ -79,14 +79,15 @@ def learning_rate_at(spec: TrainingSpec, step: int, total_steps: int) -> float:
     warmup_steps = math.ceil(spec.warmup_ratio * total_steps)
     if step <= warmup_steps:
         return spec.learning_rate * step / warmup_steps
-    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+    remaining = (total_steps - step + 1) / max(1, total_steps - warmup_steps)
     match spec.learning_rate_schedule:
         case "constant":
             return spec.learning_rate
         case "linear":
-            return spec.learning_rate * (1 - progress)
+            return spec.learning_rate * remaining
         case "cosine":
-            return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+            # (1 + cos(pi (1 - x))) / 2, without the difference that is 0 in the last of many steps
+            return spec.learning_rate * math.sin(math.pi / 2 * remaining) ** 2
 
 
 def order_examples(seed: int, epoch: int, num_examples: int) -> list[int]:
@@ -106,6 +107,11 @@ def resolve_epochs(num_examples: int) -> int:
 def resolve_batch_size(num_examples: int) -> int:
     """Return `batch_size` for "auto": about 1/50 of the examples, a power of two between 1 and 32."""
     return 1 << min(5, max(0, int(math.log2(max(1, num_examples // 50)))))
+
+
+def resolve_alpha(rank: int) -> float:
+    """Return `alpha` where only the rank is given: twice the rank, so that the adapter's scale does not hang on it."""
+    return float(min(2 * rank, bounds.ALPHA.greatest))
 
 
 def resolve_learning_rate(multiplier: float) -> float:

@@ -9,13 +9,14 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Checkpoint
 from core.domain.errors import NotFoundError
+from core.domain.ids import IdKind, not_found
 from core.services.pages import Page
 
 
 def get_adapter(session: Session, tenant_id: uuid.UUID, *, adapter_id: uuid.UUID) -> Adapter:
     row = session.scalar(_live(tenant_id).where(Adapter.id == adapter_id))
     if row is None:
-        raise NotFoundError("No such adapter.")
+        raise not_found(IdKind.ADAPTER, adapter_id)
     return row
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Checkpoint, CheckpointPermission, Job, Tenant
 from core.domain.errors import ConflictError, NotFoundError
-from core.domain.ids import IdKind, format_id, new_id
+from core.domain.ids import IdKind, format_id, new_id, not_found
 from core.domain.jobs import UNFINISHED_STATUSES
 from core.services.pages import Page
 
@@ -94,7 +94,7 @@ def revoke_permission(session: Session, tenant_id: uuid.UUID, *, name: str, perm
         .returning(CheckpointPermission.id)
     )
     if revoked is None:
-        raise NotFoundError(f"No such permission: {format_id(IdKind.PERMISSION, permission_id)}")
+        raise not_found(IdKind.PERMISSION, permission_id)
 
 
 def _find(session: Session, name: str, is_readable: ColumnElement[bool]) -> Checkpoint:

@@ -15,8 +15,7 @@ from sqlalchemy import CTE, Uuid, bindparam, insert, literal, select, text
 from sqlalchemy.orm import Session
 
 from core.db.models import Event, Job
-from core.domain.errors import NotFoundError
-from core.domain.ids import new_id
+from core.domain.ids import IdKind, new_id, not_found
 from core.services.pages import Page
 
 EVENT_CHANNEL = "espalier_events"
@@ -69,7 +68,7 @@ def list_events(
     if after is not None:
         number = session.scalar(select(Event.number).where(Event.tenant_id == tenant_id, Event.id == after))
         if number is None:
-            raise NotFoundError("No such event to continue after.", param="after")
+            raise not_found(IdKind.EVENT, after, param="after")
         query = query.where(Event.number < number)
     rows: Sequence[Event] = session.scalars(query.order_by(Event.number.desc()).limit(limit + 1)).all()
     return Page.cut(rows, limit)

@@ -11,8 +11,8 @@ from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session, defer
 
 from core.db.models import File, Job
-from core.domain.errors import ConflictError, NotFoundError
-from core.domain.ids import IdKind, format_id
+from core.domain.errors import ConflictError
+from core.domain.ids import IdKind, format_id, not_found
 from core.domain.jobs import UNFINISHED_STATUSES
 from core.services.pages import Page
 
@@ -61,7 +61,7 @@ def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File
 def get_file(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID, param: str | None = None) -> File:
     row = session.scalar(select(File).where(is_live_file(File, tenant_id, file_id)))
     if row is None:
-        raise NotFoundError(f"No such File object: {format_id(IdKind.FILE, file_id)}", param=param)
+        raise not_found(IdKind.FILE, file_id, param=param)
     return row
 
 

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
 from core.db.models import Attempt, Job
-from core.domain.errors import ConflictError, NotFoundError
-from core.domain.ids import IdKind, format_id
+from core.domain.errors import ConflictError
+from core.domain.ids import IdKind, not_found
 from core.domain.jobs import UNFINISHED_STATUSES, AttemptOutcome, JobStatus
 from core.services.events import record_event
 from core.services.pages import Page
@@ -31,7 +31,7 @@ def get_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, lock: 
     query = _ONE_JOB_LOCKED if lock else _ONE_JOB
     job: Job | None = session.scalar(query, {"tenant_id": tenant_id, "job_id": job_id})
     if job is None:
-        raise NotFoundError(f"Could not find fine tune: {format_id(IdKind.JOB, job_id)}")
+        raise not_found(IdKind.JOB, job_id)
     return job
 
 

@@ -16,8 +16,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, LogLine
-from core.domain.errors import NotFoundError
-from core.domain.ids import new_id
+from core.domain.ids import IdKind, new_id, not_found
 from core.services.pages import Page
 
 LogLevel = Literal["info", "warn", "error"]
@@ -59,6 +58,6 @@ def list_log_lines(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID,
     if wanted.after is not None:
         number = session.scalar(select(LogLine.number).where(*own, LogLine.id == wanted.after))
         if number is None:
-            raise NotFoundError("No such log line to continue after.", param="after")
+            raise not_found(IdKind.LOG_LINE, wanted.after, param="after")
         query = query.where(LogLine.number > number)
     return Page.cut(session.scalars(query.order_by(LogLine.number).limit(wanted.limit + 1)).all(), wanted.limit)

@@ -37,6 +37,7 @@ from core.domain.training import (
     Quantization,
     TrainingSpec,
     count_steps,
+    resolve_alpha,
     resolve_batch_size,
     resolve_epochs,
     resolve_learning_rate,
@@ -90,7 +91,7 @@ class JobRequest(Frozen):
     max_grad_norm: Annotated[float, bounds.GRAD_NORM.field] = 1.0
     max_seq_len: Annotated[int, bounds.SEQ_LEN.field] | None = None
     rank: int = 16  # its bounds are the base's
-    alpha: Annotated[float, bounds.ALPHA.field] = 32.0
+    alpha: Annotated[float, bounds.ALPHA.field] | None = None
     dropout: Annotated[float, bounds.DROPOUT.field] = 0.0
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     use_rslora: bool = False
@@ -168,7 +169,7 @@ def resolve_spec(request: JobRequest, *, base: BaseModelRow, num_examples: int) 
     return TrainingSpec(
         adapter=AdapterConfig(
             rank=request.rank,
-            alpha=request.alpha,
+            alpha=resolve_alpha(request.rank) if request.alpha is None else request.alpha,
             dropout=request.dropout,
             target_modules=_resolve_target_modules(request, base),
             use_rslora=request.use_rslora,

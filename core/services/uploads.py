@@ -19,12 +19,13 @@ from sqlalchemy import Update, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import File, Upload, UploadPart
-from core.domain.errors import BusyError, ConflictError, InvalidRequestError, NotFoundError, PayloadTooLargeError
-from core.domain.ids import IdKind, format_id, new_id
+from core.domain.errors import BusyError, ConflictError, InvalidRequestError, PayloadTooLargeError
+from core.domain.ids import IdKind, new_id, not_found
 from core.services.files import NewFile, create_file
 
 UPLOAD_LIFETIME = timedelta(hours=1)
 COMPLETION_LEASE = timedelta(minutes=2)
+UNKNOWN_PART = "`part_ids` names a part twice, or one that is not there."
 MAX_PARTS = 10_000
 
 
@@ -75,7 +76,7 @@ def create_upload(session: Session, tenant_id: uuid.UUID, *, new: NewUpload) -> 
 def get_upload(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
     row = session.scalar(select(Upload).where(Upload.tenant_id == tenant_id, Upload.id == upload_id))
     if row is None:
-        raise NotFoundError(f"No such Upload object: {format_id(IdKind.UPLOAD, upload_id)}")
+        raise not_found(IdKind.UPLOAD, upload_id)
     return row
 
 
@@ -181,7 +182,7 @@ def _order_parts(session: Session, upload: Upload, part_ids: Sequence[uuid.UUID]
     query = select(UploadPart).where(UploadPart.tenant_id == upload.tenant_id, UploadPart.upload_id == upload.id)
     known = {row.id: row for row in session.scalars(query)}
     if len(set(part_ids)) < len(part_ids) or not known.keys() >= set(part_ids):
-        raise InvalidRequestError("`part_ids` names a part twice, or one that is not there.", param="part_ids")
+        raise InvalidRequestError(UNKNOWN_PART, param="part_ids")
     parts = tuple(known[part_id] for part_id in part_ids)
     num_bytes = sum(part.size_bytes for part in parts)
     if num_bytes != upload.size_bytes:

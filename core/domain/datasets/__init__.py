@@ -1,11 +1,11 @@
 """Datasets: JSON Lines of conversations, checked line by line while they stream past, in constant memory.
 
-The API checks an upload with `DatasetChecker`; the trainer reads the same rows with `parse_example`: one set of rules,
-so that what was accepted can be trained.
+The API checks an upload with `DatasetChecker`; the trainer reads the same rows with `iterate_rows` and `parse_example`:
+one set of rules, so that what was accepted can be trained.
 """
 
 from core.domain.datasets.checker import DatasetChecker
-from core.domain.datasets.rows import ROLES, parse_example
+from core.domain.datasets.rows import ROLES, iterate_rows, parse_example
 from core.domain.datasets.values import (
     ChatExample,
     ChatMessage,
@@ -24,5 +24,6 @@ __all__ = [
     "DatasetReport",
     "Problem",
     "ProblemError",
+    "iterate_rows",
     "parse_example",
 ]

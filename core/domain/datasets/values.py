@@ -25,7 +25,10 @@ class ChatExample:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one row: its line (1 is the first), where in the row, and what to change."""
+    """What is wrong with one row: its line (1 is the first), where in the row, and what to change.
+
+    `path` is the way to a field, such as `messages[1].role`, or the column at which a line ceases to be JSON.
+    """
 
     line: int
     path: str
@@ -43,6 +46,10 @@ class ProblemError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (self.problem,))
+
+
+class ForeignFileError(ProblemError):
+    """A file of another format: whatever its other lines hold, there is no more to say of them."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class DatasetReport:
     """What a check found. `problems` holds the first ones, `num_problems` counts all and `problem_counts` by code.
 
     `num_duplicates` of the first `num_compared` good rows repeat an earlier one letter by letter. `is_complete` is
-    False where there were so many problems that the rest of the rows was not read.
+    False where the rest of the rows was not read: there were so many problems, or the file is of another format.
     """
 
     num_examples: int
@@ -102,7 +109,9 @@ class DatasetReport:
             return _describe(self.problems[0])
         at_least = "" if self.is_complete else "at least "
         plural = "s" if num_others > 1 else ""
-        return f"{_describe(self.problems[0])} And {at_least}{num_others} more problem{plural}."
+        others = f"nd {at_least}{num_others} more problem{plural}"
+        first = _describe(self.problems[0])
+        return f"{first} A{others}." if first.endswith(".") else f"{first} (a{others})"  # a hint may be a command
 
 
 def _describe(problem: Problem) -> str:

@@ -13,6 +13,7 @@ import pytest
 from openai import OpenAI
 
 from tests.integration.conftest import BASE_MODEL
+from tests.public_rows import PUBLIC_FILES
 
 GOOD_ROW = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
 GOOD = json.dumps(GOOD_ROW).encode()
@@ -43,7 +44,7 @@ def test_row_42_what_is_not_jsonl_is_refused_by_its_first_line_and_unpacked_by_n
     file = upload(client, content, name)
     assert file.status == "error"
     assert file.status_details is not None
-    assert file.status_details.startswith("Line 1: ")
+    assert file.status_details.startswith("Line 1")
     assert client.files.content(file.id).read() == content
     with pytest.raises(openai.BadRequestError, match="The file cannot be trained on"):
         submit(client, file.id)
@@ -52,7 +53,7 @@ def test_row_42_what_is_not_jsonl_is_refused_by_its_first_line_and_unpacked_by_n
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (GOOD + b"\nnot json", "Line 2: The line is not JSON"),
+        (GOOD + b"\nnot json", "Line 2, column 1: This is not JSON: a value stands without quotes"),
         (GOOD + b"\n" + GOOD.replace(b"Hi", b"\xff"), "Line 2: Byte"),
         (GOOD + b"\n\n" + GOOD, "Line 2: The line is empty"),
         (GOOD.replace(b'"user"', b'"wizard"'), "Line 1, messages[0].role: The role is 'wizard'"),
@@ -60,6 +61,14 @@ def test_row_42_what_is_not_jsonl_is_refused_by_its_first_line_and_unpacked_by_n
         (b"[" * 100_000 + b"]" * 100_000, "Line 1: The JSON is nested too deeply"),
         (b'{"messages": NaN}', "Line 1: NaN is not JSON"),
         (b"", "Line 1: The file has no examples"),
+        (b"\n\n", "Line 1: The file has no examples"),
+        (b'{"prompt": "Hi?", "completion": "Hello."}', "Line 1: The row is a pair of `prompt` and `completion`"),
+        (
+            b"[" + GOOD + b"]",
+            "Line 1: The file is one JSON array, not one object a line. jq -c '.[]' old.json > new.jsonl",
+        ),
+        (gzip.compress(GOOD), "Line 1: The file is packed with gzip. gunzip -c old.jsonl.gz > new.jsonl"),
+        (GOOD + b"\n" + GOOD[:-9], "Line 2: The file ends in the middle of a row"),
         (GOOD.replace(b'"Hello."', b'"Hello.", "weight": 0'), "Line 1, messages: Every assistant weight is 0"),
     ],
     ids=[
@@ -71,6 +80,11 @@ def test_row_42_what_is_not_jsonl_is_refused_by_its_first_line_and_unpacked_by_n
         "deep",
         "nan",
         "empty",
+        "blank",
+        "another-format",
+        "array",
+        "gzip",
+        "cut",
         "nothing-to-learn",
     ],
 )
@@ -84,6 +98,13 @@ def test_a_bad_row_puts_the_file_in_error_with_its_line(client: OpenAI, content:
     with pytest.raises(openai.BadRequestError, match="The file cannot be trained on: " + expected[:6]) as refused:
         submit(client, file.id)
     assert refused.value.param == "training_file"
+
+
+@pytest.mark.parametrize("name", PUBLIC_FILES)
+def test_a_file_as_public_tools_write_it_can_be_trained_on(client: OpenAI, name: str) -> None:
+    file = upload(client, PUBLIC_FILES[name])
+    assert (file.status, file.status_details) == ("processed", None)
+    assert submit(client, file.id).status == "queued"
 
 
 def test_a_200_mb_line_is_refused_by_its_number(client: OpenAI) -> None:
@@ -147,6 +168,58 @@ def test_a_bad_job_is_refused_by_the_field_at_fault(
     assert str(refused.value.param).startswith(param)
     assert words in refused.value.message
     assert client.fine_tuning.jobs.list().data == []
+
+
+def test_a_file_that_is_not_there_is_one_answer_whatever_its_id_looks_like(
+    client: OpenAI, other_client: OpenAI
+) -> None:
+    deleted = upload(client, GOOD).id
+    client.files.delete(deleted)
+    missing = ["", "nothing", "file-nothing", "file-" + "0" * 32, upload(other_client, GOOD).id, deleted]
+    good = upload(client, GOOD).id
+    for param in ("training_file", "validation_file"):
+        for file_id in missing:
+            options: Any = {"training_file": good} | {param: file_id}
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.fine_tuning.jobs.create(model=BASE_MODEL, **options)
+            assert (refused.value.code, refused.value.param) == ("file_not_found", param)
+            assert refused.value.body["message"] == "No such File object: " + (file_id or '""')  # type: ignore[index]
+    assert client.fine_tuning.jobs.list().data == []
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "words"),
+    [
+        ("/files/{}", "file-", "No such File object: {}"),
+        ("/files/{}/content", "file-", "No such File object: {}"),
+        ("/fine_tuning/jobs/{}", "ftjob-", "Could not find fine tune: {}"),
+        ("/fine_tuning/jobs/{}/events", "ftjob-", "Could not find fine tune: {}"),
+        ("/adapters/{}", "adapter-", "No such adapter: {}"),
+    ],
+)
+def test_what_is_not_there_is_one_answer_whatever_its_id_looks_like(
+    client: OpenAI, path: str, kind: str, words: str
+) -> None:
+    for text in ("nothing", f"{kind}x", kind + "0" * 32):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.get(path.format(text), cast_to=object)
+        assert (refused.value.code, refused.value.param) == ("not_found", None)
+        assert refused.value.body["message"] == words.format(text)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("path", ["/files", "/fine_tuning/jobs", "/adapters"])
+@pytest.mark.parametrize("after", ["", "nothing"])
+def test_a_cursor_that_is_no_id_is_refused_and_starts_no_list_anew(client: OpenAI, path: str, after: str) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.get(f"{path}?after={after}", cast_to=object)
+    assert refused.value.param == "after"
+
+
+def test_alpha_is_twice_the_rank_unless_it_is_given(client: OpenAI) -> None:
+    file = upload(client, GOOD)
+    for adapter, alpha in (({}, 32), ({"rank": 8}, 16), ({"rank": 8, "alpha": 32}, 32), ({"alpha": 1}, 1)):
+        job = submit(client, file.id, extra_body={"adapter": adapter})
+        assert job.model_extra["adapter"]["alpha"] == alpha
 
 
 def test_an_unknown_base_is_not_found_and_the_known_are_named(client: OpenAI) -> None:

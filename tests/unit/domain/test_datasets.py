@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import json
 import pickle
@@ -22,6 +23,7 @@ from core.domain.datasets import (
     DatasetLimits,
     DatasetReport,
     ProblemError,
+    iterate_rows,
     parse_example,
 )
 from core.domain.errors import PayloadTooLargeError
@@ -50,12 +52,12 @@ def assistant(**fields: object) -> dict[str, object]:
 
 BAD_ROWS = {
     # what is wrong: (the line, the code, the path)
-    "not JSON": (b"hello", "not_json", ""),
-    "two values": (GOOD + GOOD, "not_json", ""),
-    "a raw control character": (b'{"messages": "\x01"}', "not_json", ""),
+    "not JSON": (b"hello", "not_json", "column 1"),
+    "two values": (GOOD + GOOD, "not_json", f"column {len(GOOD) + 1}"),
+    "a raw control character": (b'{"messages": "\x01"}', "not_json", "column 15"),
     "not UTF-8": (GOOD.replace(b"Why", b"\xff\xfe"), "not_utf8", ""),
     "a surrogate in UTF-8": (GOOD.replace(b"Why", b"\xed\xa0\x80"), "not_utf8", ""),
-    "UTF-16": (GOOD.decode().encode("utf-16-le"), "not_json", ""),
+    "UTF-16": (GOOD.decode().encode("utf-16-le"), "not_json", "column 2"),
     "empty": (b"", "empty_line", ""),
     "white space": (b" \t\r", "empty_line", ""),
     "a list": (b"[]", "not_an_object", ""),
@@ -65,12 +67,12 @@ BAD_ROWS = {
     "messages an object": (b'{"messages": {}}', "messages_missing", "messages"),
     "messages empty": (row(), "messages_missing", "messages"),
     "too many messages": (row(*[ANSWER] * 1001), "too_many_messages", "messages"),
-    "a prompt and a completion": (b'{"prompt": "a", "completion": "b"}', "unknown_field", ""),
+    "a prompt and a completion": (b'{"prompt": "a", "completion": "b"}', "foreign_format", ""),
     "an unknown field": (row(USER, ANSWER, extra=1), "unknown_field", ""),
-    "tools": (row(USER, ANSWER, tools=[]), "not_supported", "tools"),
+    "tools": (row(USER, ANSWER, tools=[{}]), "not_supported", "tools"),
     "parallel tool calls": (row(USER, ANSWER, parallel_tool_calls=True), "not_supported", "parallel_tool_calls"),
     "tool calls": (
-        row(USER, {"role": "assistant", "tool_calls": []}),
+        row(USER, {"role": "assistant", "tool_calls": [{}]}),
         "not_supported",
         "messages[1].tool_calls",
     ),
@@ -113,9 +115,18 @@ BAD_ROWS = {
     "no assistant": (row(USER), "no_assistant", "messages"),
     "nothing to learn": (row(USER, assistant(weight=0)), "nothing_to_learn", "messages"),
     "a weight of 2": (row(USER, assistant(weight=2)), "bad_weight", "messages[1].weight"),
-    "a weight of 1.0": (row(USER, assistant(weight=1.0)), "bad_weight", "messages[1].weight"),
+    "a weight of 0.5": (row(USER, assistant(weight=0.5)), "bad_weight", "messages[1].weight"),
+    "a weight that is a list": (row(USER, assistant(weight=[1])), "bad_weight", "messages[1].weight"),
+    "a weight that is text": (row(USER, assistant(weight="1")), "bad_weight", "messages[1].weight"),
     "a weight of true": (row(USER, assistant(weight=True)), "bad_weight", "messages[1].weight"),
-    "a weight of null": (row(USER, assistant(weight=None)), "bad_weight", "messages[1].weight"),
+    "a refusal": (row(USER, assistant(refusal="No.")), "not_supported", "messages[1].refusal"),
+    "audio": (row(USER, assistant(audio={"id": "x"})), "not_supported", "messages[1].audio"),
+    "annotations": (row(USER, assistant(annotations=[{}])), "not_supported", "messages[1].annotations"),
+    "a function call": (row(USER, assistant(function_call={})), "not_supported", "messages[1].function_call"),
+    "no content but null": (row(USER, assistant(content=None)), "content_not_text", "messages[1].content"),
+    "a byte order mark": (b"\xef\xbb\xbf" + GOOD, "bom_inside", ""),
+    "a byte order mark alone": (b"\xef\xbb\xbf", "bom_inside", ""),
+    "two files joined": (GOOD + b"\xef\xbb\xbf" + GOOD, "bom_inside", ""),
     "a user's weight": (row({**USER, "weight": 1}, ANSWER), "bad_weight", "messages[0].weight"),
     "NaN": (row(USER, assistant(weight=float("nan"))), "not_a_number", ""),
     "Infinity": (row(USER, assistant(weight=float("-inf"))), "not_a_number", ""),
@@ -138,7 +149,7 @@ def test_a_bad_row_is_named_by_line_path_and_code_and_says_what_to_change(name: 
     (problem,) = report.problems
     assert (problem.line, problem.code, problem.path) == (2, code, path)
     assert problem.message.endswith(".")
-    assert problem.hint.endswith(".")
+    assert problem.hint.endswith((".", " > new.jsonl"))
     assert len(problem.message) < 200
     assert (report.num_examples, report.num_problems, report.is_valid) == (2, 1, False)
     with pytest.raises(ProblemError) as raised:  # the trainer's reading agrees
@@ -195,9 +206,39 @@ def test_the_last_line_may_lack_its_line_feed(end: bytes) -> None:
     assert (report.num_examples, report.num_problems, report.size_bytes) == (2, 0, 2 * len(GOOD) + 1 + len(end))
 
 
-def test_a_second_line_feed_at_the_end_is_an_empty_line() -> None:
-    (problem,) = check(GOOD + b"\n\n").problems
-    assert (problem.code, problem.line) == ("empty_line", 2)
+BLANK_ENDS = [b"", b"\n", b"\n\n", b"\n\r\n \t\r\n", b"\n  ", b"\n" * 1000]
+
+
+@pytest.mark.parametrize("end", BLANK_ENDS)
+def test_blank_lines_at_the_end_of_a_file_are_nothing(end: bytes) -> None:
+    report = check(GOOD + end, limits=SMALL)
+    assert (report.num_examples, report.problems, report.is_complete) == (1, (), True)
+    assert list(iterate_rows(io.BytesIO(GOOD + end))) == [(1, GOOD)]
+
+
+def test_a_blank_line_before_a_row_is_told_by_its_number() -> None:
+    body = b"\n" + GOOD + b"\n \n\n" + GOOD + b"\n\n"
+    assert [(problem.line, problem.code) for problem in check(body).problems] == [
+        (1, "empty_line"),
+        (3, "empty_line"),
+        (4, "empty_line"),
+    ]
+    assert list(iterate_rows(io.BytesIO(body))) == [(1, b""), (2, GOOD), (3, b""), (4, b""), (5, GOOD)]
+
+
+@pytest.mark.parametrize("body", [b"\n", b" \n\t\n", b"\xef\xbb\xbf\r\n\n"])
+def test_a_file_of_blank_lines_has_no_examples(body: bytes) -> None:
+    assert [problem.code for problem in check(body).problems] == ["no_examples"]
+    assert list(iterate_rows(io.BytesIO(body))) == []
+
+
+def test_any_number_of_blank_lines_takes_no_memory_and_a_bounded_time() -> None:
+    tracemalloc.start()
+    report = check(*[b"\n" * 2**16] * 64, GOOD)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (report.num_problems, report.is_complete, report.num_examples) == (10_000, False, 0)
+    assert peak_bytes < 8 * 2**20
 
 
 @pytest.mark.parametrize("num_cut_bytes", [1, 10, len(GOOD) - 1])
@@ -210,7 +251,8 @@ def test_a_byte_order_mark_is_accepted_at_the_start_and_nowhere_else() -> None:
     mark = b"\xef\xbb\xbf"
     assert check(mark + GOOD).is_valid
     assert [problem.line for problem in check(mark + GOOD + b"\n" + mark + GOOD + b"\n").problems] == [2]
-    assert check(mark + mark + GOOD + b"\n").problems[0].code == "not_json"
+    assert check(mark + mark + GOOD + b"\n").problems[0].code == "bom_inside"
+    assert check(GOOD.replace(b"Why", mark)).is_valid  # inside a string it is text
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 10_000])
@@ -288,20 +330,24 @@ def test_what_a_problem_says_can_be_stored_as_text_whatever_the_row_holds() -> N
 
 
 def test_the_first_problems_are_kept_and_all_are_counted_until_there_are_too_many() -> None:
-    few = check(b"\n" * 4, limits=SMALL)
+    few = check(b"x\n" * 4, limits=SMALL)
     assert ([problem.line for problem in few.problems], few.num_problems, few.is_complete) == ([1, 2, 3], 4, True)
 
-    many = check(b"\n" * 1000, limits=SMALL)
+    many = check(b"x\n" * 1000, limits=SMALL)
     assert (len(many.problems), many.num_problems, many.is_complete) == (3, 5, False)
-    assert many.size_bytes == 1000
+    assert many.size_bytes == 2000
 
 
 def test_the_summary_is_the_first_problem_and_the_number_of_the_others() -> None:
-    assert check(GOOD + b"\n\n").summarize() == "Line 2: The line is empty. Remove it."
-    assert check(row(USER) + b"\n\n").summarize() == (
+    assert check(GOOD + b"\n\n" + GOOD).summarize() == "Line 2: The line is empty. Remove it."
+    assert check(GOOD + b"\n{'a'\n").summarize() == (
+        "Line 2, column 2: This is not JSON: single quotes stand where JSON has double quotes. "
+        "Write \"text\", not 'text'."
+    )
+    assert check(row(USER) + b"\n\n" + GOOD).summarize() == (
         "Line 1, messages: There is no assistant message. Add the answer to learn. And 1 more problem."
     )
-    assert str(check(b"\n" * 1000, limits=SMALL).summarize()).endswith("And at least 4 more problems.")
+    assert str(check(b"x\n" * 1000, limits=SMALL).summarize()).endswith("And at least 4 more problems.")
 
 
 def test_a_problem_survives_the_way_to_another_process() -> None:
