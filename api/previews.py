@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from core.domain.datasets import DatasetLimits
+from core.domain.datasets import DatasetLimits, iterate_rows
 from core.domain.datasets.statistics import NumberedLine, TokenReport
 from core.domain.errors import InvalidRequestError
 from core.previews import PreviewLimitError, preview_lines
@@ -79,7 +79,7 @@ class Previewer:
         """Return the lines from `from_line` on, within the caps but at least one, and whether they are all."""
         kept: list[NumberedLine] = []
         num_skipped_bytes = num_kept_bytes = 0
-        for number, content in enumerate(iterate_lines(self._store.get_stream(order.object_key)), start=1):
+        for number, content in iterate_rows(iterate_lines(self._store.get_stream(order.object_key))):
             if number < order.from_line:
                 num_skipped_bytes += len(content)
                 if num_skipped_bytes > _MAX_SKIPPED_BYTES:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cli.output import fail, is_json, print_json
 from cli.owner import DEFAULT_DATA_DIR, DataDir
-from core.domain.datasets import DatasetChecker, DatasetReport
+from core.domain.datasets import DatasetChecker, DatasetReport, iterate_rows
 from core.domain.datasets.statistics import NumberedLine, TokenReport
 from core.domain.datasets.tokenizers import tokenizer_path
 from core.domain.errors import PayloadTooLargeError
@@ -81,10 +81,7 @@ def _count_tokens(file: Path, bundle_path: Path, max_seq_len: int) -> TokenRepor
 
 def _iterate_parts(file: Path) -> Iterator[list[NumberedLine]]:
     with file.open("rb") as content:
-        lines = (
-            NumberedLine(number=number, content=line.removesuffix(b"\n"))
-            for number, line in enumerate(content, start=1)
-        )
+        lines = (NumberedLine(number=number, content=line) for number, line in iterate_rows(content))
         while part := list(islice(lines, _PART_ROWS)):
             yield part
 

@@ -109,9 +109,9 @@ class DatasetReport:
             return _describe(self.problems[0])
         at_least = "" if self.is_complete else "at least "
         plural = "s" if num_others > 1 else ""
-        others = f"nd {at_least}{num_others} more problem{plural}"
-        first = _describe(self.problems[0])
-        return f"{first} A{others}." if first.endswith(".") else f"{first} (a{others})"  # a hint may be a command
+        others = f"{at_least}{num_others} more problem{plural}"
+        first = _describe(self.problems[0])  # a hint may be a command, which ends without a full stop
+        return f"{first} And {others}." if first.endswith(".") else f"{first} (and {others})"
 
 
 def _describe(problem: Problem) -> str:
