@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from local.stack import LocalStack
 from tests.e2e.lab import BASE_MODEL, ENDED
+from tests.public_rows import PUBLIC_FILES
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 ROWS = "\n".join(
@@ -176,3 +177,23 @@ def test_the_control_plane_never_loads_torch(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_files_as_public_tools_write_them_train_as_their_preview_shows(
+    stack: LocalStack, client: OpenAI, api_key: str
+) -> None:
+    headers = {"authorization": f"Bearer {api_key}"}
+    jobs, previews = {}, {}
+    for name, content in PUBLIC_FILES.items():
+        file = client.files.create(file=("rows.jsonl", content), purpose="fine-tune")
+        url = f"{stack.api_url}/v1/files/{file.id}/preview"
+        previews[name] = httpx.post(url, json={"model": BASE_MODEL}, headers=headers, timeout=PATIENCE_SECONDS).json()
+        jobs[name] = client.fine_tuning.jobs.create(
+            model=BASE_MODEL, training_file=file.id, hyperparameters={"n_epochs": 1, "batch_size": 1}
+        ).id
+    for name, job_id in jobs.items():
+        ended, statistics = wait_for_end(client, job_id), previews[name]["statistics"]
+        assert (ended.status, previews[name]["problems"]) == ("succeeded", []), name
+        assert statistics["is_whole_file"], name
+        assert ended.trained_tokens == statistics["num_tokens"], name
+        assert ended.model_extra["trained_steps"] == statistics["num_rows"], name
