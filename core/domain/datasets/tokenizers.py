@@ -7,11 +7,14 @@ tokenizer it has loaded, so that nobody else has to guess how transformers would
 
 from __future__ import annotations
 
+import copy
+import datetime as dt
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
@@ -60,6 +63,7 @@ class BaseTokenizer:
         self._backend.no_padding()
         self._variables = dict(bundle.special_tokens)
         self._source = bundle.chat_template
+        self._now: dt.datetime | None = None
         added = self._backend.get_added_tokens_decoder()
         self.control_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
         eos_token = bundle.special_tokens.get("eos_token")
@@ -77,12 +81,20 @@ class BaseTokenizer:
 
         `enable_thinking` is passed on where it is given: templates of bases that may think or not know that name.
         """
-        switches = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        switches: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        if self._now is not None:
+            switches["strftime_now"] = self._now.strftime
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(given, **self._variables, **switches)
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError, ZeroDivisionError, LookupError) as error:
             raise RenderingError(f"The base's chat template refuses this conversation: {error}") from error
+
+    def at(self, now: dt.datetime) -> BaseTokenizer:
+        """Return the same with a clock that stands still, for templates that write the date."""
+        standing = copy.copy(self)
+        standing._now = now
+        return standing
 
     @cached_property
     def phrases(self) -> tuple[str, ...]:

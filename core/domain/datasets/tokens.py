@@ -8,6 +8,7 @@ is shown is what is learnt.
 
 from __future__ import annotations
 
+import datetime as dt
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,12 +59,13 @@ class ConversationTokenizer:
     A conversation is tokenised whole, as a serving stack does, and cut in two places only: where a token would join a
     prompt to its answer (a serving stack never sees them joined), and inside a control token that a tenant's text
     spells, which makes plain text of it. Control tokens are those that the tokenizer marks as special; other added
-    tokens (thinking tags, say) are words that a tenant may write.
+    tokens (thinking tags, say) are words that a tenant may write. A template that writes the date writes that of `now`,
+    however long the rows take and whenever they are tokenised again.
     """
 
-    def __init__(self, tokenizer: BaseTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._finder = AnswerFinder(tokenizer)
+    def __init__(self, tokenizer: BaseTokenizer, *, now: dt.datetime | None = None) -> None:
+        self._tokenizer = tokenizer.at(now or dt.datetime.now())  # noqa: DTZ005 (the local time, as servers give it)
+        self._finder = AnswerFinder(self._tokenizer)
 
     def check_template(self) -> None:
         """Raise RenderingError, in words for an operator, where no answer can be learnt with its end."""

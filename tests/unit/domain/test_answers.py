@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
@@ -95,6 +96,18 @@ def test_the_end_of_sequence_token_ends_a_turn_whether_or_not_it_is_marked_as_sp
     conversations = ConversationTokenizer(template.make_tokenizer())
     conversations.check_template()
     assert conversations.tokenize(converse(TWO_TURNS)).num_labels == 8  # two times "X", ".", "\n" and "</s>"
+
+
+def test_a_template_that_writes_the_time_writes_one_time_for_all_rows() -> None:
+    template = replace(CHATML, source="{{ strftime_now('%H:%M:%S.%f') }}" + CHATML.source)
+    base = template.make_tokenizer()
+    now = dt.datetime(2026, 2, 28, 23, 59, 59, 999999)  # noqa: DTZ001 (the local time)
+    at_midnight = ConversationTokenizer(base, now=now)
+    made = [at_midnight.tokenize(converse(TWO_TURNS)) for _ in range(2)]
+    assert made[0] == made[1]
+    assert made[0].num_left_out_turns == 0
+    assert "".join(map(base.show_token, made[0].token_ids)).startswith("23:59:59.999999<|im_start|>")
+    assert ConversationTokenizer(base).tokenize(converse(TWO_TURNS)).num_left_out_turns == 0
 
 
 def test_an_answer_of_weight_0_is_not_counted_as_left_out_and_does_not_choose_the_prompt() -> None:
