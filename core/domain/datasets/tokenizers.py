@@ -93,7 +93,7 @@ class BaseTokenizer:
     def at(self, now: dt.datetime) -> BaseTokenizer:
         """Return the same with a clock that stands still, for templates that write the date."""
         standing = copy.copy(self)
-        standing._now = now
+        standing._now = now  # noqa: SLF001 (of its own class)
         return standing
 
     @cached_property
