@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ from core.db.session import DATABASE_ERRORS, service_transaction
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import is_acquitted
 from core.domain.scheduling import slot_seconds
-from core.services import attempts, charges
+from core.services import announcements, attempts, charges
 from core.services.attempts import Lease, StaleLeaseError
 from core.services.base_models import list_known_base_models
 from core.services.set_asides import ROW_ERRORS
@@ -321,11 +322,26 @@ class Runner:
         if pool is None:
             return False
         if pool != self._base.pool or not self._base.is_alive:
-            self._base.load(pool, bases[pool])
+            self._load(pool, bases[pool])
             if self._base.pool == pool:  # where it was refused at a first look, the old trainer lives on
                 self._departures.note_all()
         self._next_pool = None
         return True
+
+    def _load(self, pool: str, base: BaseModelRow) -> None:
+        """Load a base that jobs wait for, and tell the first of them. What failed before is tried again in silence."""
+        waiting: Sequence[uuid.UUID] = ()
+        if not self._base.was_refused(pool):
+            with contextlib.suppress(*DATABASE_ERRORS), service_transaction(self._engine) as session:
+                waiting = announcements.announce_load(session, pool, base_model_id=base.id, num_jobs=base.slots)
+        self._base.load(pool, base)
+        if not waiting or self._stop_requested.is_set():
+            return
+        with contextlib.suppress(*DATABASE_ERRORS), service_transaction(self._engine) as session:
+            if self._base.was_refused(pool):
+                announcements.announce_unloaded(session, waiting, base_model_id=base.id)
+            else:
+                announcements.announce_loaded(session, waiting, seconds=self._base.load_seconds)
 
     def _loadable_bases(self, session: Session) -> dict[str, BaseModelRow]:
         """Return the bases, by pool, that this worker may try to load: also those that are served no more."""
