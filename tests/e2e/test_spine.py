@@ -159,13 +159,20 @@ def test_rows_too_long_are_truncated_and_counted(client: OpenAI) -> None:
     job = wait_for_end(client, submit(client, max_seq_len=35))  # the first label of a one-digit row is its 35th token
     assert job.status == "succeeded", job.error
     told = "12 rows of the training file are longer than max_seq_len=35 tokens and were truncated; 2 of them had"
-    assert any(message.startswith(told) for message in messages(client, job.id))
+    assert sum(message.startswith(told) for message in messages(client, job.id)) == 1
+    shown = job.model_extra
+    counts = {"num_examples": 10, "num_truncated": 12, "num_dropped": 2, "num_left_out_turns": 0}
+    assert shown["datasets"] == {"training": counts, "validation": None}
+    assert (shown["progress"], shown["trained_steps"], shown["skipped_steps"]) == (1.0, shown["total_steps"], 0)
 
 
 def test_a_job_that_truncation_leaves_nothing_to_learn_fails_at_once_and_says_what_to_change(client: OpenAI) -> None:
     job = wait_for_end(client, submit(client, max_seq_len=34))
     assert (job.status, job.error.code) == ("failed", "invalid_training_data")
-    assert job.error.message == "No row has anything left to learn within max_seq_len=34; raise it."
+    assert job.error.message == (
+        "No row of the training file has anything left to learn within max_seq_len=34; raise it."
+    )
+    assert job.error.param == "training_file"
     assert sum(message.endswith("has started.") for message in messages(client, job.id)) == 1
 
 

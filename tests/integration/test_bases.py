@@ -307,6 +307,16 @@ def test_a_job_that_waits_for_a_load_is_told_of_it_and_of_its_seconds(
     assert re.fullmatch(r"The base model was loaded in \d+\.\d s\.", ended)
     assert then == "Attempt 1 has started."
     assert not [message for message in told(owner, second) if "base model" in message], "it was held"
+    with service_transaction(owner) as session:
+        job = session.get_one(Job, first.id)
+        assert (job.trained_steps, job.skipped_steps) == (job.total_steps, 0)
+        assert job.datasets is not None
+        assert job.datasets["training"] == {
+            "num_examples": 4,
+            "num_truncated": 0,
+            "num_dropped": 0,
+            "num_left_out_turns": 0,
+        }
 
 
 def test_jobs_on_a_base_that_is_served_no_more_are_still_served(

@@ -46,6 +46,7 @@ from core.version import read_version
 from worker.messages import (
     STORAGE_AWAY,
     CheckpointSaved,
+    DatasetsRead,
     DeviceFigures,
     DeviceLeft,
     EvaluationDone,
@@ -61,6 +62,7 @@ from worker.messages import (
     SlotRefused,
     StartJob,
     StepDone,
+    StepSkipped,
     StopJob,
     UrlsGranted,
     UrlsWanted,
@@ -124,13 +126,13 @@ class HeldJob:
     def note_progress(self, report: ProgressReport) -> None:
         """Note that it has a slot, and how long its first step took to come."""
         self.wants_memory &= not isinstance(report, JobStarted)
-        if isinstance(report, StepDone) and not self.has_stepped:
+        if isinstance(report, StepDone | StepSkipped) and not self.has_stepped:
             self.has_stepped = True
             FIRST_STEP_SECONDS.labels(self.pool).observe(time.monotonic() - self.claimed_at)
 
     def is_acquitted_by(self, report: ProgressReport) -> bool:
         return (
-            isinstance(report, StepDone)
+            isinstance(report, StepDone | StepSkipped)
             and self.suspect_step is not None
             and is_acquitted(report.step, suspect_step=self.suspect_step, num_suspicions=self.num_suspicions)
         )
@@ -479,7 +481,15 @@ class Runner:
         if held is None:
             return
         match report:
-            case JobStarted() | StepDone() | EvaluationDone() | JobWarned() | JobLogged():
+            case (
+                DatasetsRead()
+                | JobStarted()
+                | StepDone()
+                | StepSkipped()
+                | EvaluationDone()
+                | JobWarned()
+                | JobLogged()
+            ):
                 held.note_progress(report)
                 self._unrecorded.append((held, report))
             case UrlsWanted(artifact=artifact, names=names):
