@@ -13,7 +13,8 @@ import structlog
 from anyio import CapacityLimiter
 
 from api.previews import Previewer, PreviewOrder
-from core.domain.datasets.statistics import RowProblem, TokenReport
+from core.domain.dataset_counts import FILE_FIELDS, explain_nothing_to_learn, place_in_file
+from core.domain.datasets.statistics import TokenReport
 from core.domain.errors import InvalidRequestError
 from core.services.submissions import DatasetRows
 from core.storage import StorageError
@@ -23,7 +24,6 @@ _MAX_ROWS = 200
 _MAX_BYTES = 2**18
 _MAX_KNOWN = 4096
 _PLACES = 4
-_NAMES = {"training_file": "training", "validation_file": "validation"}
 
 
 class RowChecker:
@@ -47,7 +47,7 @@ class RowChecker:
         try:
             made = self._previewer.preview(order, max_rows=_MAX_ROWS, max_bytes=_MAX_BYTES)
         except (StorageError, InvalidRequestError) as error:
-            log.warning("rows.unchecked", param=rows.param, error=type(error).__name__)
+            log.warning("rows.unchecked", file=rows.file, error=type(error).__name__)
         else:
             _refuse(made.report, rows, is_whole_file=made.is_whole_file)
         with self._lock:
@@ -57,18 +57,12 @@ class RowChecker:
 
 
 def _refuse(report: TokenReport, rows: DatasetRows, *, is_whole_file: bool) -> None:
+    param = FILE_FIELDS[rows.file]
     if report.problems:
-        raise InvalidRequestError(
-            _describe(report.problems[0], _NAMES[rows.param]), code=report.problems[0].code, param=rows.param
-        )
+        found = report.problems[0]
+        told = f"{place_in_file(rows.file, found.line, found.path)}: {found.message} {found.hint}"
+        raise InvalidRequestError(told, code=found.code, param=param)
     if is_whole_file and report.num_nothing_to_learn == report.num_rows:
-        raise InvalidRequestError(
-            f"No row of the {_NAMES[rows.param]} file has anything to learn. {report.explain_nothing_to_learn()}",
-            code="nothing_to_learn",
-            param=rows.param,
-        )
-
-
-def _describe(problem: RowProblem, name: str) -> str:
-    where = f", {problem.path}" if problem.path else ""
-    return f"Line {problem.line} of the {name} file{where}: {problem.message} {problem.hint}"
+        why = explain_nothing_to_learn(max_seq_len=report.max_seq_len, num_left_out_turns=report.num_left_out_turns)
+        told = f"No row of the {rows.file} file has anything to learn. {why}"
+        raise InvalidRequestError(told, code="nothing_to_learn", param=param)

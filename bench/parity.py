@@ -24,7 +24,7 @@ from core.domain.training import AdapterConfig, TrainingSpec, count_steps, learn
 from local.binaries import find_smollm2
 from worker.engine import EngineJob, Example
 from worker.trainer.bases import materialize_base
-from worker.trainer.datasets import tokenize_dataset
+from worker.trainer.datasets import NumberedExample, tokenize_dataset
 from worker.trainer.tokenizers import describe_tokenizer
 
 BATCH_SIZE = 4
@@ -52,7 +52,9 @@ DATA = ((("itertools", "functools", "statistics"), 16), (("shutil", "tempfile", 
 def make_job(base_dir: Path, modules: tuple[str, ...], *, rank: int, num_steps: int) -> EngineJob:
     documentation = build_documentation(modules, num_facts=num_steps * BATCH_SIZE // 2)
     rows = documentation.training.splitlines()[: num_steps * BATCH_SIZE]
-    conversations = [parse_example(row, line_number=number) for number, row in enumerate(rows, start=1)]
+    conversations = [
+        NumberedExample(number, parse_example(row, line_number=number)) for number, row in enumerate(rows, start=1)
+    ]
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     dataset = tokenize_dataset(BaseTokenizer(describe_tokenizer(tokenizer)), conversations, max_seq_len=512)
     spec = TrainingSpec(

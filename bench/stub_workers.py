@@ -83,8 +83,9 @@ class StubTrainer:
         if isinstance(order, StartJob):
             if not self._jobs:
                 self._next_step_at = time.monotonic() + self._step_seconds
-            self._jobs[order.lease_token] = StubJob(order, STEPS_AN_EPOCH * order.spec.n_epochs)
-            self._reports.append(JobStarted(lease_token=order.lease_token, step=0))
+            num_steps = STEPS_AN_EPOCH * order.spec.n_epochs
+            self._jobs[order.lease_token] = StubJob(order, num_steps)
+            self._reports.append(JobStarted(lease_token=order.lease_token, step=0, total_steps=num_steps))
         elif isinstance(order, StopJob | YieldJob) and self._jobs.pop(order.lease_token, None):
             self._leave(order.lease_token)
             if isinstance(order, YieldJob):

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from core.domain.dataset_counts import DatasetCounts
 from core.domain.training import Frozen, TrainingSpec
 
 # What the trainer exits with when the host has no memory left for it.
@@ -173,12 +174,22 @@ class PhaseDone(Frozen):
     size_bytes: int = 0
 
 
+class DatasetsRead(Frozen):
+    """The job's files are tokenised; what came of their rows."""
+
+    kind: Literal["datasets_read"] = "datasets_read"
+    lease_token: int
+    training: DatasetCounts
+    validation: DatasetCounts | None
+
+
 class JobStarted(Frozen):
-    """The job has a slot, and goes on behind this step; 0 is the start."""
+    """The job has a slot, and resumes after this step; 0 is the start. `total_steps` is what it will take in all."""
 
     kind: Literal["job_started"] = "job_started"
     lease_token: int
     step: int
+    total_steps: int
 
 
 class SlotRefused(Frozen):
@@ -213,6 +224,15 @@ class StepDone(Frozen):
     learning_rate: float
     grad_norm: float
     num_tokens: int
+
+
+class StepSkipped(Frozen):
+    """A step is over that has changed nothing, because its gradient was not finite."""
+
+    kind: Literal["step_skipped"] = "step_skipped"
+    lease_token: int
+    step: int
+    total_steps: int
 
 
 class EvaluationDone(Frozen):
@@ -284,11 +304,14 @@ class JobSucceeded(Frozen):
 
 
 class JobFailed(Frozen):
+    """The attempt is over. `param` is the field of the submission at fault: "training_file" or "validation_file"."""
+
     kind: Literal["job_failed"] = "job_failed"
     lease_token: int
     code: str
     message: str
     is_job_fault: bool
+    param: str | None = None
 
 
 Order = Annotated[LoadBase | LoadWeights | StartJob | StopJob | YieldJob | UrlsGranted, Field(discriminator="kind")]
@@ -299,11 +322,13 @@ Report = Annotated[
     | Alive
     | DeviceFigures
     | PhaseDone
+    | DatasetsRead
     | JobStarted
     | SlotRefused
     | JobWarned
     | JobLogged
     | StepDone
+    | StepSkipped
     | EvaluationDone
     | UrlsWanted
     | CheckpointSaved

@@ -6,6 +6,7 @@ from pydantic import BaseModel
 
 from core.domain.ids import IdKind, format_id
 from core.domain.outlook import PoolQueue, PoolWorkers, WaitCode
+from core.domain.progress import measure_progress
 from core.services.explanations import Eta, Explanation
 
 
@@ -95,7 +96,7 @@ class ExplanationObject(BaseModel):
             place=PlaceObject.of(queue) if queue and reason and reason.code != WaitCode.PAUSED else None,
             share=_share(explained) if queue else None,
             workers=WorkersObject.of(explained.workers) if explained.workers else None,
-            progress=job.trained_steps / max(1, job.total_steps),
+            progress=measure_progress(job.status, trained_steps=job.trained_steps, total_steps=job.total_steps),
             eta=EtaObject.of(explained.eta) if explained.eta else None,
         )
 

@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from core.db.models import Adapter, BaseModelRow, Checkpoint, Event, File, Job
+from core.domain.dataset_counts import DatasetCounts
 from core.domain.ids import IdKind, format_id
-from core.domain.progress import Estimate
+from core.domain.progress import Estimate, measure_progress
 from core.domain.training import AdapterConfig, TrainingSpec
 from core.services.pages import Page
 
@@ -88,7 +89,28 @@ def _read_spec(stored: dict[str, Any]) -> TrainingSpec:
         return _UNREADABLE
 
 
+class DatasetsObject(BaseModel):
+    """What became of the rows of a job's files."""
+
+    training: DatasetCounts
+    validation: DatasetCounts | None
+
+
+def _read_datasets(stored: dict[str, Any] | None) -> DatasetsObject | None:
+    try:
+        return DatasetsObject.model_validate(stored) if stored else None
+    except ValidationError:
+        return None
+
+
 class JobObject(BaseModel):
+    """A job as OpenAI shows it, and what is ours.
+
+    `total_steps` is an estimate until an attempt has read the files: rows may be dropped. `trained_steps` counts the
+    `skipped_steps` too, which changed nothing. `datasets` is null until the files are read. A job that `is_pausing`
+    runs until its worker has stored where it stands.
+    """
+
     id: str
     object: str = "fine_tuning.job"
     created_at: int
@@ -118,6 +140,9 @@ class JobObject(BaseModel):
     learning_rate: float
     total_steps: int
     trained_steps: int
+    skipped_steps: int
+    datasets: DatasetsObject | None
+    is_pausing: bool
 
     @classmethod
     def of(cls, row: Job, *, estimate: Estimate | None = None) -> JobObject:
@@ -139,7 +164,7 @@ class JobObject(BaseModel):
             finished_at=_seconds(row.finished_at) if row.finished_at else None,
             estimated_finish=_seconds(estimate.finish_at) if estimate else None,
             estimated_finish_interval=_interval(estimate) if estimate else None,
-            progress=row.trained_steps / max(1, row.total_steps),
+            progress=measure_progress(row.status, trained_steps=row.trained_steps, total_steps=row.total_steps),
             hyperparameters=shown,
             method={"type": "supervised", "supervised": {"hyperparameters": shown}},
             result_files=[format_id(IdKind.FILE, row.result_file_id)] if row.result_file_id else [],
@@ -156,6 +181,9 @@ class JobObject(BaseModel):
             learning_rate=spec.learning_rate,
             total_steps=row.total_steps,
             trained_steps=row.trained_steps,
+            skipped_steps=row.skipped_steps,
+            datasets=_read_datasets(row.datasets),
+            is_pausing=row.pause_requested_at is not None,
         )
 
 

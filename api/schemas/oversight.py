@@ -37,6 +37,7 @@ class JobOverviewObject(BaseModel):
     base_model: str
     quantization: str | None
     status: JobStatus
+    is_pausing: bool = Field(description="It runs until its worker has stored where it stands.")
     priority: int
     trained_steps: int
     total_steps: int
@@ -66,6 +67,7 @@ class JobOverviewObject(BaseModel):
         return cls(
             id=format_id(IdKind.JOB, job.id),
             base_model=job.base_model_id,
+            is_pausing=job.pause_requested_at is not None,
             attempts=job.attempt_count,
             max_attempts=job.max_attempts,
             error_code=job.error_code,

@@ -135,11 +135,17 @@ def job_cells(job: JobOverview, now: dt.datetime, names: PoolNames) -> dict[str,
         "id": f"{IdKind.JOB}{job.id.hex}",
         "tenant": job.tenant,
         "pool": names.shorten(job.pool),
-        "status": f"{job.status} {job.error_code}" if job.error_code else job.status,
+        "status": _job_status(job),
         "steps": f"{job.trained_steps}/{job.total_steps}",
         "age": as_duration(((job.finished_at or now) - job.created_at).total_seconds()),
         "worker": job.worker_name,
     }
+
+
+def _job_status(job: JobOverview) -> str:
+    if job.pause_requested_at is not None:
+        return f"{job.status}, pausing"
+    return f"{job.status} {job.error_code}" if job.error_code else job.status
 
 
 def worker_cells(worker: WorkerOverview, names: PoolNames) -> dict[str, Any]:

@@ -283,6 +283,7 @@ class Job(Row):
         CheckConstraint("length(suffix) between 1 and 64", name="suffix_length"),
         CheckConstraint("name_digits ~ '^[0-9a-f]{8}$'", name="name_digits_form"),
         CheckConstraint("total_steps >= 0", name="total_steps_not_negative"),
+        CheckConstraint("skipped_steps >= 0", name="skipped_steps_not_negative"),
         CheckConstraint("length(traceparent) <= 100", name="traceparent_length"),
         _bounded("priority", bounds.PRIORITY),
         Index(
@@ -332,6 +333,10 @@ class Job(Row):
     suspect_step: Mapped[int | None]
     num_suspicions: Mapped[int] = mapped_column(server_default="0")
     trained_steps: Mapped[int] = mapped_column(server_default="0")
+    # Those of the trained steps that changed nothing, because their gradient was not finite.
+    skipped_steps: Mapped[int] = mapped_column(server_default="0")
+    # What became of the rows of its files, once an attempt has read them.
+    datasets: Mapped[Json | None]
     trained_tokens: Mapped[int | None]
     fine_tuned_model: Mapped[str | None] = mapped_column(unique=True)
     result_file_id: Mapped[uuid.UUID | None]

@@ -18,9 +18,10 @@ from core.domain.scheduling import QUANTUM_SECONDS
 
 
 class WaitCode(StrEnum):
-    """Why a job is not running. Public and stable."""
+    """Why a job is not running, or will not be soon. Public and stable."""
 
     PAUSED = "paused"
+    PAUSING = "pausing"
     RETRY_BACKOFF = "retry_backoff"
     TENANT_DISABLED = "tenant_disabled"
     BASE_UNUSABLE = "base_unusable"
@@ -124,6 +125,12 @@ class WaitingJob:
 class Reason:
     code: WaitCode
     sentence: str
+
+
+PAUSING = Reason(
+    WaitCode.PAUSING,
+    "The job runs until its worker has stored where it stands, and is paused then; resume it to go on.",
+)
 
 
 def explain_wait(

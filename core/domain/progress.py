@@ -11,7 +11,8 @@ import datetime as dt
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
+
+from core.domain.jobs import JobStatus
 
 MEASURED_STEPS = 65
 _STRETCH_STEPS = 8
@@ -23,6 +24,14 @@ _UNSURE = (0.5, 2.0)
 class Interval:
     earliest: dt.datetime
     latest: dt.datetime
+
+
+@dataclass(frozen=True)
+class StepMark:
+    """When a step's numbers were recorded."""
+
+    step: int
+    at: dt.datetime
 
 
 @dataclass(frozen=True)
@@ -42,18 +51,35 @@ class Estimate:
     num_measured: int
 
 
-def measure_steps(recorded_at: Sequence[dt.datetime]) -> StepTimes | None:
-    """Return the step times between instants in order, or None where there are fewer than two."""
-    seconds = [max(0.0, (later - earlier).total_seconds()) for earlier, later in pairwise(recorded_at)]
-    if not seconds:
+def measure_progress(status: str, *, trained_steps: int, total_steps: int) -> float:
+    """Return how much of a job is done, 0 to 1. One that has succeeded is done, whatever was counted."""
+    if status == JobStatus.SUCCEEDED:
+        return 1.0
+    return min(1.0, trained_steps / max(1, total_steps))
+
+
+def measure_steps(marks: Sequence[StepMark]) -> StepTimes | None:
+    """Return the step times between marks in order, or None where there are fewer than two.
+
+    Marks may lie several steps apart: a step that was skipped has none.
+    """
+    if len(marks) < 2:  # noqa: PLR2004
         return None
-    mean = fmean(seconds)
+    mean = _seconds_a_step(marks)
     stretches = [
-        fmean(seconds[end - _STRETCH_STEPS : end]) for end in range(len(seconds), _STRETCH_STEPS - 1, -_STRETCH_STEPS)
+        _seconds_a_step(marks[end - _STRETCH_STEPS : end + 1])
+        for end in range(len(marks) - 1, _STRETCH_STEPS - 1, -_STRETCH_STEPS)
     ]
+    num_measured = marks[-1].step - marks[0].step
     if len(stretches) < 2:  # noqa: PLR2004
-        return StepTimes(mean, mean * _UNSURE[0], mean * _UNSURE[1], len(seconds))
-    return StepTimes(mean, min(stretches), max(stretches), len(seconds))
+        return StepTimes(mean, mean * _UNSURE[0], mean * _UNSURE[1], num_measured)
+    return StepTimes(mean, min(stretches), max(stretches), num_measured)
+
+
+def _seconds_a_step(marks: Sequence[StepMark]) -> float:
+    """Return the seconds that a step took from the first mark to the last. A clock that was put back counts for 0."""
+    seconds = sum(max(0.0, (later.at - earlier.at).total_seconds()) for earlier, later in pairwise(marks))
+    return seconds / (marks[-1].step - marks[0].step)
 
 
 def estimate_finish(times: StepTimes, *, remaining_steps: int, last_step_at: dt.datetime, now: dt.datetime) -> Estimate:

@@ -19,6 +19,8 @@ Quantization = Literal["nf4"]
 
 ALL_LINEAR = "all-linear"
 BASE_LEARNING_RATE = 2e-4
+# A job ends after so many steps in a row whose gradient is not finite.
+MAX_SKIPPED_STEPS = 3
 _SMALL_DATASET, _MEDIUM_DATASET = 10_000, 50_000
 
 

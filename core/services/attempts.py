@@ -7,7 +7,7 @@ events, metrics and artifacts. StaleLeaseError means that this attempt is over a
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +16,7 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
 from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Tenant
+from core.domain.dataset_counts import DatasetCounts, DatasetName, describe_loss
 from core.domain.duties import Duty
 from core.domain.errors import DomainError
 from core.domain.ids import new_id
@@ -197,10 +198,9 @@ def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
 
 def record_step(session: Session, lease: Lease, *, record: StepRecord, total_steps: int) -> None:
     """Store one step's metrics and show them as an event. A step that is stored already stays as it is."""
-    job = lock_held(session, lease)
-    if record.step <= job.trained_steps:
+    job = _pass_step(session, lease, record.step)
+    if job is None:
         return
-    job.trained_steps = record.step
     numbers = record.__dict__
     session.add(Metric(job_id=job.id, tenant_id=job.tenant_id, lease_token=lease.token, **numbers))
     record_event(
@@ -216,6 +216,35 @@ def record_step(session: Session, lease: Lease, *, record: StepRecord, total_ste
             "num_tokens": record.num_tokens,
         },
     )
+
+
+def record_skipped_step(session: Session, lease: Lease, *, step: int, total_steps: int) -> None:
+    """Count a step that has changed nothing, and say so in an event. A step that is counted already is not again."""
+    job = _pass_step(session, lease, step)
+    if job is None:
+        return
+    job.skipped_steps += 1
+    record_event(
+        session,
+        job,
+        level="warn",
+        message=f"Step {step}/{total_steps} was skipped: its gradient was not finite.",
+        metrics={"step": step, "total_steps": total_steps, "is_skipped": True},
+    )
+
+
+def record_datasets(session: Session, lease: Lease, *, datasets: Mapping[DatasetName, DatasetCounts | None]) -> None:
+    """Store what became of the job's rows, and warn of what is not trained on; of what was warned of before, not again.
+
+    Every attempt reads the same files, and finds the same.
+    """
+    job = lock_held(session, lease)
+    before = job.datasets or {}
+    job.datasets = {name: counts.model_dump() if counts else None for name, counts in datasets.items()}
+    for name, counts in datasets.items():
+        loss = describe_loss(counts, file=name, max_seq_len=job.spec["max_seq_len"]) if counts else None
+        if loss is not None and job.datasets[name] != before.get(name):
+            record_event(session, job, level="warn", message=loss)
 
 
 def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float, accuracy: float) -> None:
@@ -297,16 +326,24 @@ def succeed_attempt(
 
 
 def fail_attempt(
-    session: Session, lease: Lease, *, code: str, message: str, is_job_fault: bool, is_suspect: bool = False
+    session: Session,
+    lease: Lease,
+    *,
+    code: str,
+    message: str,
+    is_job_fault: bool,
+    is_suspect: bool = False,
+    param: str | None = None,
 ) -> None:
     """End an attempt that failed. The job's own fault is final; ours is another attempt, until there are too many.
 
-    A job that `is_suspect`, because its trainer died with it alone, is tried alone next.
+    `param` is the field of the submission that names the file at fault, if one is. A job that `is_suspect`, because its
+    trainer died with it alone, is tried alone next.
     """
     job = lock_held(session, lease)
     if is_suspect:
         job.suspect_step = job.trained_steps
-    error = {"code": code, "message": message, "param": None}
+    error = {"code": code, "message": message, "param": param}
     _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, error=error)
     _retry_or_fail(session, job, lease, error=error, is_final=is_job_fault)
 
@@ -328,11 +365,11 @@ def requeue_attempt(session: Session, lease: Lease) -> None:
     announce_work(session, job.pool)
 
 
-def postpone_attempt(session: Session, lease: Lease, *, code: str, message: str) -> None:
+def postpone_attempt(session: Session, lease: Lease, *, code: str, message: str, param: str | None = None) -> None:
     """End an attempt that a server's absence has ended: it does not count, and the job is tried again soon."""
     job = lock_held(session, lease)
     job.attempt_count -= 1
-    error = {"code": code, "message": message, "param": None}
+    error = {"code": code, "message": message, "param": param}
     _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, error=error)
     _retry_or_fail(session, job, lease, error=error, is_final=False)
 
@@ -414,6 +451,15 @@ def lock_held(session: Session, lease: Lease) -> Job:
     job = session.scalar(select(Job).where(*_held(lease)).with_for_update())
     if job is None:
         raise StaleLeaseError("The lease is not held any more.")
+    return job
+
+
+def _pass_step(session: Session, lease: Lease, step: int) -> Job | None:
+    """Move the job to a step that is over. None where it is there, or beyond, already."""
+    job = lock_held(session, lease)
+    if step <= job.trained_steps:
+        return None
+    job.trained_steps = step
     return job
 
 

@@ -18,6 +18,7 @@ from core.domain.bases import BaseState
 from core.domain.duties import Duty
 from core.domain.jobs import JobStatus
 from core.domain.outlook import (
+    PAUSING,
     PoolQueue,
     PoolWorkers,
     Reason,
@@ -54,7 +55,10 @@ class Eta:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`reason`, `queue` and `workers` are of a job that waits; `eta` is None where nothing honest can be said."""
+    """`queue` and `workers` are of a job that waits, `reason` of one that is about to pause as well.
+
+    `eta` is None where nothing honest can be said.
+    """
 
     job: Job
     tenant: TenantState
@@ -72,7 +76,8 @@ def explain_job(
     tenant = _read_tenant(session, tenant_id)
     if job.status not in _WAITING_STATUSES:
         measured = estimate_jobs(session, tenant_id, jobs=[job], now=now).get(job.id)
-        return Explanation(job, tenant, eta=_measured_eta(measured) if measured else None)
+        reason = PAUSING if job.pause_requested_at is not None else None
+        return Explanation(job, tenant, reason, eta=_measured_eta(measured) if measured else None)
     waiting = WaitingJob(
         is_paused=job.status == JobStatus.PAUSED,
         run_after=job.run_after,

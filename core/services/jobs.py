@@ -17,6 +17,7 @@ from core.services.events import record_event
 from core.services.pages import Page
 from core.services.quotas import check_queue, has_queue_place
 
+_PAUSING = "The job pauses at its next resume point."
 WAKE_CHANNEL = "espalier_wake"
 # Made once: making it takes longer than running it.
 _ONE_JOB = select(Job).where(Job.tenant_id == bindparam("tenant_id"), Job.id == bindparam("job_id"))
@@ -109,7 +110,7 @@ def pause_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> J
     session.refresh(job)
     if changed is not None:
         is_paused = job.status == JobStatus.PAUSED
-        record_event(session, job, message="The job is paused." if is_paused else "The job will pause.")
+        record_event(session, job, message="The job is paused." if is_paused else _PAUSING)
     elif job.status not in (JobStatus.RUNNING, JobStatus.PAUSED):
         raise ConflictError(f"The job is {job.status}; only a queued or running job can be paused.")
     elif job.status == JobStatus.RUNNING and job.pause_requested_at is None:

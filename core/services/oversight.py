@@ -93,6 +93,7 @@ class JobOverview:
     total_steps: int
     trained_steps: int
     trained_tokens: int | None
+    pause_requested_at: dt.datetime | None
     attempt_count: int
     max_attempts: int
     error_code: str | None

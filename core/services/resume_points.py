@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Attempt, Metric, ResumePoint
+from core.db.models import Attempt, Job, Metric, ResumePoint
 from core.domain.ids import new_id
 from core.services.attempts import Lease, StoredArtifact, lock_held
 from core.services.events import record_event
@@ -49,13 +49,15 @@ def record_resume_point(session: Session, lease: Lease, *, step: int, artifact: 
     return tuple(point.object_prefix for point in spent)
 
 
-def begin_steps(session: Session, lease: Lease, *, step: int) -> tuple[str, ...]:
+def begin_steps(session: Session, lease: Lease, *, step: int, total_steps: int) -> tuple[str, ...]:
     """Note that an attempt steps from now on, after `step` (0 is the start): later numbers go, and come again.
 
-    Published checkpoints stay. Returns the object prefixes of the resume points that went.
+    `total_steps` replaces the estimate that was made at the submission. Published checkpoints stay. Returns the object
+    prefixes of the resume points that went.
     """
     job = lock_held(session, lease)
-    job.trained_steps = step
+    job.trained_steps, job.total_steps = step, total_steps
+    job.skipped_steps = step - _count_metrics(session, job, until=step)
     session.execute(update(Attempt).where(Attempt.lease_token == lease.token).values(stepping_at=func.now()))
     session.execute(delete(Metric).where(Metric.job_id == job.id, Metric.step > step))
     lost = session.scalars(
@@ -66,6 +68,15 @@ def begin_steps(session: Session, lease: Lease, *, step: int) -> tuple[str, ...]
     if step:
         record_event(session, job, message=f"Resumed from step {step}.")
     return tuple(lost)
+
+
+def _count_metrics(session: Session, job: Job, *, until: int) -> int:
+    """Return how many steps up to `until` have numbers: a step has none if it was skipped.
+
+    A step's report is stored before the resume point that has it behind it, so none is missing.
+    """
+    counted = select(func.count()).select_from(Metric).where(Metric.job_id == job.id, Metric.step <= until)
+    return session.scalars(counted).one()
 
 
 def forget_resume_points(session: Session, lease: Lease) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from core.db.locks import lock_for_tenant, shared_lock_call
 from core.db.models import BaseModelRow, BaseTokenizerRow, File, Job, Tenant
 from core.db.session import notify_after_commit
 from core.domain import bounds
+from core.domain.dataset_counts import DatasetName
 from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, new_id, parse_id
 from core.domain.jobs import JobStatus, is_checkpoint_model, is_fine_tuned_model, pool_name
@@ -100,7 +101,7 @@ class JobRequest(Frozen):
 class DatasetRows(Frozen):
     """The rows of a file as one base would see them: what a check of them depends on."""
 
-    param: Literal["training_file", "validation_file"]
+    file: DatasetName
     object_key: str
     tokenizer_key: str
     max_seq_len: int
@@ -276,13 +277,10 @@ def _require_checked(
     found: _Means, training_file: File, *, max_seq_len: int, is_checked: Callable[[DatasetRows], bool]
 ) -> None:
     """Raise UncheckedRowsError for a file whose rows may be checked and are not. No worker may have loaded the base."""
-    files: list[tuple[Literal["training_file", "validation_file"], File | None]] = [
-        ("training_file", training_file),
-        ("validation_file", found.validation_file),
-    ]
-    for param, file in files:
+    files: dict[DatasetName, File | None] = {"training": training_file, "validation": found.validation_file}
+    for name, file in files.items():
         if file is not None and (key := found.tokenizer_key) is not None:
-            rows = DatasetRows(param=param, object_key=file.object_key, tokenizer_key=key, max_seq_len=max_seq_len)
+            rows = DatasetRows(file=name, object_key=file.object_key, tokenizer_key=key, max_seq_len=max_seq_len)
             if not is_checked(rows):
                 raise UncheckedRowsError(rows)
 

@@ -19,6 +19,7 @@ from core.db.locks import lock
 from core.db.models import Attempt, Pool, Worker
 from core.domain.jobs import SUSPECT_PATIENCE_SECONDS
 from core.domain.scheduling import TURN_SECONDS, USAGE_HALF_LIFE_SECONDS
+from core.domain.training import MAX_SKIPPED_STEPS
 
 # So long is a job left to a worker that seems to be about to take it.
 _LEFT_SECONDS = 60.0
@@ -101,7 +102,8 @@ limit 1
 """)  # noqa: S608 (of constants)
 
 _SCORE = "share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life)"
-# Slots among `held` that have had their quantum, in which at least one step was done.
+# Slots among `held` that have had their quantum, in which at least one step was done. Steps that were skipped have no
+# numbers, and are never as many in a row as end a job.
 # A worker that has not heard that its mark was stored marks again.
 _MARK_LASTS = "interval '2 minutes'"
 _LENDABLE = f"""
@@ -111,7 +113,8 @@ where j.lease_token = any(cast(:held as bigint[])) and j.status = 'running' and 
   and (a.lending_at is null or a.lending_at < now() - {_MARK_LASTS})
   and a.stepping_at <= now() - make_interval(secs => :quantum)
   and exists (
-      select from metrics m where m.job_id = j.id and m.step = j.trained_steps and m.lease_token = j.lease_token)
+      select from metrics m where m.job_id = j.id and m.lease_token = j.lease_token
+        and m.step between j.trained_steps - {MAX_SKIPPED_STEPS} + 1 and j.trained_steps)
 """  # noqa: S608 (of constants)
 _LEND_TO_WAITING = text(f"""
 with lendable as ({_LENDABLE}), waiting as (

@@ -103,5 +103,5 @@ def test_22_a_dataset_that_arrives_damaged_is_tried_again_and_then_reported(lab:
         job_id = lab.submit(n_epochs=1)
         lab.limit_attempts(job_id, 1)
         job = lab.wait_for_end(job_id)
-    assert (job.status, job.error.code) == ("failed", "integrity")
+    assert (job.status, job.error.code, job.error.param) == ("failed", "integrity", "training_file")
     assert lab.outcomes(job_id) == ["failed"]

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -160,14 +160,24 @@ def test_rows_too_long_are_truncated_and_counted(client: OpenAI) -> None:
     job = wait_for_end(client, submit(client, max_seq_len=35))  # the first label of a one-digit row is its 35th token
     assert job.status == "succeeded", job.error
     told = "12 rows of the training file are longer than max_seq_len=35 tokens and were truncated; 2 of them had"
-    assert any(message.startswith(told) for message in messages(client, job.id))
+    assert sum(message.startswith(told) for message in messages(client, job.id)) == 1
+    shown = job.model_extra
+    counts = {"num_examples": 10, "num_truncated": 12, "num_dropped": 2, "num_left_out_turns": 0}
+    assert shown["datasets"] == {"training": counts, "validation": None}
+    assert (shown["progress"], shown["trained_steps"], shown["skipped_steps"]) == (1.0, shown["total_steps"], 0)
 
 
-def test_a_job_that_truncation_leaves_nothing_to_learn_fails_at_once_and_says_what_to_change(client: OpenAI) -> None:
-    job = wait_for_end(client, submit(client, max_seq_len=34))
-    assert (job.status, job.error.code) == ("failed", "invalid_training_data")
-    assert job.error.message == "No row has anything left to learn within max_seq_len=34; raise it."
-    assert sum(message.endswith("has started.") for message in messages(client, job.id)) == 1
+def test_a_job_that_truncation_leaves_nothing_to_learn_is_refused_and_says_what_to_change(client: OpenAI) -> None:
+    wait_for_end(client, submit(client))  # the base's tokenizer is known from then on
+    with pytest.raises(BadRequestError) as refused:
+        submit(client, max_seq_len=34)
+    assert (refused.value.code, refused.value.param) == ("nothing_to_learn", "training_file")
+    assert refused.value.body == {
+        "message": "No row of the training file has anything to learn. No answer begins within max_seq_len=34: raise it.",
+        "type": "invalid_request_error",
+        "param": "training_file",
+        "code": "nothing_to_learn",
+    }
 
 
 @pytest.mark.parametrize("module", ["api.main", "schedule.clock", "core.services.attempts"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 from sqlalchemy import Engine, func, select, update
 from structlog.testing import capture_logs
 
-from core.db.models import Attempt, BaseModelRow, BaseTokenizerRow, Job
+from core.db.models import Attempt, BaseModelRow, BaseTokenizerRow, Event, Job
 from core.db.session import connect, service_transaction
 from core.domain.bases import BaseState
 from core.domain.errors import ConflictError
@@ -103,6 +104,11 @@ def tries_of(owner: Engine, job: Job) -> tuple[str, int, int]:
         return row.status, row.attempt_count, len(made)
 
 
+def told(owner: Engine, job: Job) -> list[str]:
+    with service_transaction(owner) as session:
+        return list(session.scalars(select(Event.message).where(Event.job_id == job.id).order_by(Event.number)))
+
+
 def trainers() -> set[int]:
     return {child.pid for child in psutil.Process().children() if "worker.trainer" in child.cmdline()}
 
@@ -125,6 +131,10 @@ def test_a_base_that_is_not_there_costs_its_job_no_attempt_and_its_row_says_why(
     runner = start(settings)
     runner.serve()
     assert tries_of(owner, job) == ("queued", 0, 0)
+    assert [message for message in told(owner, job) if "base model" in message] == [
+        f"A worker is loading the base model {BASE_MODEL}.",
+        f"The worker could not load the base model {BASE_MODEL}; the job waits for another, and loses no attempt.",
+    ]
     row = row_of(owner)
     assert (row.state, row.checked_by) == (BaseState.UNUSABLE, "tried")
     assert row.state_reason == f"There is no base model at {tmp_path}/nowhere."
@@ -272,6 +282,41 @@ def test_other_bases_are_looked_at_while_one_is_held_and_what_is_held_stays(
     with service_transaction(owner) as session:
         assert session.get_one(BaseModelRow, other).state == BaseState.UNUSABLE
     assert trainers() == warm
+
+
+def test_a_job_that_waits_for_a_load_is_told_of_it_and_of_its_seconds(
+    start: Callable[[WorkerSettings], Runner],
+    settings: WorkerSettings,
+    servers: ServerAddresses,
+    owner: Engine,
+    tenant: Tenant,
+    tiny_base: Path,
+) -> None:
+    place(owner, tiny_base)
+    store = S3ObjectStore(servers.storage)
+    with service_transaction(owner) as session:
+        session.connection().exec_driver_sql("delete from pools")
+    first = queue_real_job(owner, tenant, store)
+    runner = start(settings)
+    runner.serve()
+    second = queue_real_job(owner, tenant, store)
+    runner.serve()
+    assert [tries_of(owner, job)[0] for job in (first, second)] == ["succeeded", "succeeded"]
+    begun, ended, then = told(owner, first)[1:4]
+    assert begun == f"A worker is loading the base model {BASE_MODEL}."
+    assert re.fullmatch(r"The base model was loaded in \d+\.\d s\.", ended)
+    assert then == "Attempt 1 has started."
+    assert not [message for message in told(owner, second) if "base model" in message], "it was held"
+    with service_transaction(owner) as session:
+        job = session.get_one(Job, first.id)
+        assert (job.trained_steps, job.skipped_steps) == (job.total_steps, 0)
+        assert job.datasets is not None
+        assert job.datasets["training"] == {
+            "num_examples": 4,
+            "num_truncated": 0,
+            "num_dropped": 0,
+            "num_left_out_turns": 0,
+        }
 
 
 def test_jobs_on_a_base_that_is_served_no_more_are_still_served(

@@ -233,7 +233,7 @@ def test_a_checkpoint_stays_published_when_another_attempt_comes_to_its_step_aga
     requeue(worker, first)
     second = must_claim(worker)
     with service_transaction(worker) as session:
-        resume_points.begin_steps(session, second, step=0)
+        resume_points.begin_steps(session, second, step=0, total_steps=100)
     assert record(second) == (f"p/{second.token}/",), "what the second has stored is named by no row"
     with service_transaction(owner) as session:
         assert session.execute(text("select lease_token from checkpoints")).all() == [(first.token,)]
@@ -280,7 +280,7 @@ def test_a_new_attempt_drops_what_was_shown_beyond_its_resume_point_and_keeps_th
     make_claimable(owner, first)
     second = must_claim(worker)
     with service_transaction(worker) as session:
-        assert resume_points.begin_steps(session, second, step=3) == (f"p/{first.token}/6/",)
+        assert resume_points.begin_steps(session, second, step=3, total_steps=100) == (f"p/{first.token}/6/",)
     record_step(worker, second, 4)
     with service_transaction(owner) as session:
         rows = session.execute(text("select step, lease_token from metrics order by step")).all()

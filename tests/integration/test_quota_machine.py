@@ -232,7 +232,7 @@ class QuotaMachine(RuleBasedStateMachine):
 
     def go_on_from(self, drawn: Drawn) -> None:
         for lease in self._leases(drawn):
-            self._work(resume_points.begin_steps, lease, step=drawn.pick % 5)
+            self._work(resume_points.begin_steps, lease, step=drawn.pick % 5, total_steps=5)
 
     def succeed(self, drawn: Drawn) -> None:
         def act(session: Session, lease: Lease) -> None:

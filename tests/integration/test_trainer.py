@@ -25,7 +25,8 @@ from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
 from core.domain.training import Frozen
 from tests.unit.engine.tiny import ALL_MODULES, make_spec, tiny_llama
 from tests.waiting import PATIENCE_SECONDS, repeat_until, wait_until
-from worker.engine import CURSOR_FILE, TENSORS_FILE, Engine, Example, JobTooLargeError, SlotReport
+from worker.engine import CURSOR_FILE, TENSORS_FILE, Engine, Example, SlotReport
+from worker.engine.errors import ExampleTooLargeError
 from worker.engine.evaluations import Score
 from worker.engine.frozen import PackedWeight
 from worker.engine.planner import SlotPlan
@@ -35,6 +36,7 @@ from worker.messages import (
     REPORTS,
     Alive,
     CheckpointSaved,
+    DatasetsRead,
     DeviceLeft,
     EvaluationDone,
     JobFacts,
@@ -52,6 +54,7 @@ from worker.messages import (
     SlotRefused,
     StartJob,
     StepDone,
+    StepSkipped,
     StopJob,
     UrlsGranted,
     UrlsWanted,
@@ -83,7 +86,7 @@ class Store(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _StoreRequest)
         self.objects: dict[str, bytes] = {}
         self.fetched: list[str] = []
-        self.refuses_resume_points = False
+        self.refused: str | None = None  # uploads below this path
         self.is_open = threading.Event()
         self.is_open.set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -101,6 +104,11 @@ class Store(ThreadingHTTPServer):
         ]
         return self.add(path, "\n".join(json.dumps({"messages": row}) for row in rows).encode())
 
+    def add_conversations(self, path: str, turns: Sequence[tuple[str, str]]) -> RemoteFile:
+        """Store rows of a question and its answer each."""
+        rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in turns]
+        return self.add(path, "\n".join(json.dumps({"messages": row}) for row in rows).encode())
+
 
 class _StoreRequest(BaseHTTPRequestHandler):
     server: Store
@@ -116,7 +124,7 @@ class _StoreRequest(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["content-length"]))
-        if self.server.refuses_resume_points and self.path.startswith("/resume/"):
+        if self.server.refused is not None and self.path.startswith(self.server.refused):
             self._answer(HTTPStatus.FORBIDDEN, b"")
             return
         self.server.objects[self.path] = content
@@ -146,7 +154,7 @@ class FaultyEngine(Engine):
 
     def _score(self, slot: Slot, examples: Sequence[Example]) -> list[Score]:
         if not self.can_evaluate:
-            raise JobTooLargeError("the test's device is full")
+            raise ExampleTooLargeError("The test's device is full.")
         return super()._score(slot, examples)
 
     def _commit(
@@ -324,9 +332,28 @@ def test_an_epoch_whose_every_step_was_skipped_stores_no_checkpoint_and_costs_no
     done = supervisor.wait_for(JobSucceeded)
     assert [report.step for report in supervisor.told(CheckpointSaved)] == checkpoints
     assert [report.step for report in supervisor.told(EvaluationDone)] == checkpoints
-    assert len(supervisor.told(JobWarned)) == len(bad_steps)
+    assert [report.step for report in supervisor.told(StepSkipped)] == list(bad_steps)
+    steps = supervisor.told(StepDone) + supervisor.told(StepSkipped)
+    assert sorted(report.step for report in steps) == [1, 2, 3], "progress reaches the end"
+    assert {report.total_steps for report in (*steps, *supervisor.told(JobStarted))} == {3}
     weights = store.objects[f"/checkpoints/step-{checkpoints[-1]}/adapter_model.safetensors"]
     assert hashlib.sha256(weights).hexdigest() in {file.sha256 for file in done.adapter_files}
+
+
+def test_the_steps_are_those_of_the_rows_that_are_left_and_what_became_of_the_others_is_counted(
+    supervisor: Supervisor, store: Store
+) -> None:
+    """Of six rows one keeps a part of its answer within 40 tokens, and one keeps none."""
+    rows = store.add_conversations("rows", [("say", "1")] * 4 + [("say", "1" * 60), ("say " * 20, "1")])
+    supervisor.send(make_order(rows, validation_file=rows, n_epochs=2, batch_size=1, max_seq_len=40))
+    supervisor.wait_for(JobSucceeded)
+    (started,) = supervisor.told(JobStarted)
+    assert started.total_steps == 10
+    assert supervisor.told(StepDone)[-1].step == 10
+    (read,) = supervisor.told(DatasetsRead)
+    assert (read.training.num_examples, read.training.num_truncated, read.training.num_dropped) == (5, 2, 1)
+    assert read.validation == read.training
+    assert not supervisor.told(JobWarned), "the warning is the supervisor's, who knows whether it was given before"
 
 
 @pytest.mark.parametrize("n_epochs", [1, 2, 3])
@@ -347,9 +374,71 @@ def test_a_validation_that_does_not_fit_fails_its_job_although_the_step_did_noth
     rows = store.add_rows("rows")
     supervisor.send(make_order(rows, validation_file=rows))
     failed = supervisor.wait_for(JobFailed)
-    assert (failed.code, failed.is_job_fault) == ("oom_gpu", True)
+    assert (failed.code, failed.is_job_fault, failed.param) == ("oom_gpu", True, "validation_file")
+    assert failed.message == "In the validation file: The test's device is full."
     supervisor.send(make_order(rows, lease_token=2))
     supervisor.wait_for(JobSucceeded, 2)
+
+
+def break_hash(file: RemoteFile) -> RemoteFile:
+    return file.model_copy(update={"sha256": "0" * 64})
+
+
+def lose(file: RemoteFile) -> RemoteFile:
+    return file.model_copy(update={"url": file.url + "-that-is-not-there"})
+
+
+ROW = b'{"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "1"}]}'
+SECRET = b'{"messages": [{"role": "user", "content": "sesame"}, {"role": "assistant", "content": 7}]}'
+
+
+@pytest.mark.parametrize("name", ["training", "validation"])
+@pytest.mark.parametrize(
+    ("content", "change", "code", "words", "place"),
+    [
+        (
+            ROW + b"\n" + SECRET,
+            None,
+            "invalid_training_data",
+            "Line 2 of the {} file, messages[1].content: ",
+            {"line": 2, "field": "messages[1].content"},
+        ),
+        (b"", None, "invalid_training_data", "The {} file has no rows.", {}),
+        (ROW.replace(b'"1"', b'"%s"' % (b"1" * 300)), None, "invalid_job", "In the {} file: An example has ", {}),
+        (ROW, break_hash, "integrity", "The {} file could not be fetched: Its bytes are not", {}),
+        (ROW, lose, "storage_refused", "The {} file could not be fetched: The object store answered 404", {}),
+    ],
+    ids=["line", "empty", "too long", "damaged", "missing"],
+)
+def test_what_is_wrong_with_a_file_names_the_file(
+    supervisor: Supervisor,
+    store: Store,
+    name: str,
+    content: bytes,
+    change: Callable[[RemoteFile], RemoteFile] | None,
+    code: str,
+    words: str,
+    place: dict[str, Any],
+) -> None:
+    files = {"training": store.add_rows("rows"), "validation": store.add_rows("others")}
+    files[name] = store.add("bad", content)
+    if change is not None:
+        files[name] = change(files[name])
+    supervisor.send(make_order(files["training"], validation_file=files["validation"], max_seq_len=500))
+    failed = supervisor.wait_for(JobFailed)
+    assert failed.message.startswith(words.format(name)), failed.message
+    assert (failed.code, failed.param) == (code, f"{name}_file")
+    (line,) = [report for report in supervisor.told(JobLogged) if report.name == "job.failed"]
+    assert line.details == {"code": code, "file": name, **place}
+    assert "sesame" not in failed.message
+
+
+def test_an_artifact_that_cannot_be_stored_is_named(supervisor: Supervisor, store: Store) -> None:
+    store.refused = "/adapter/"
+    supervisor.send(make_order(store.add_rows("rows"), n_epochs=1))
+    failed = supervisor.wait_for(JobFailed)
+    assert failed.message == "The adapter could not be stored: The object store answered 403."
+    assert (failed.code, failed.param) == ("storage_refused", None)
 
 
 def test_a_job_is_given_back_while_all_the_other_slots_prepare(supervisor: Supervisor, store: Store) -> None:
@@ -373,13 +462,13 @@ def test_a_job_is_given_back_while_all_the_other_slots_prepare(supervisor: Super
 def test_a_job_whose_last_resume_point_was_not_stored_stores_it_again_before_it_is_given_back(
     supervisor: Supervisor, store: Store, monkeypatch: pytest.MonkeyPatch, *, is_back: bool
 ) -> None:
-    store.refuses_resume_points = True
+    store.refused = "/resume/"
     slots = supervisor.engine._slots
     held = HeldStep(monkeypatch, is_due=lambda: "1" in slots and slots["1"].step == 1)
     supervisor.send(make_order(store.add_rows("rows"), n_epochs=50))  # one step an epoch, each with a resume point
     held.has_begun.wait()
     assert "resume point of step 1 could not be stored" in supervisor.wait_for(JobWarned).message
-    store.refuses_resume_points = not is_back
+    store.refused = None if is_back else "/resume/"
     supervisor.send(YieldJob(lease_token=1))
     wait_until(lambda: not supervisor.has_obeyed)
     held.may_go_on.set()

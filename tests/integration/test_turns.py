@@ -51,7 +51,7 @@ def claim(engine: Engine, pool: str = POOL, **how: object) -> Lease:
 def train(owner: Engine, lease: Lease, *, steps: int = 1, seconds_ago: float = 0.0) -> None:
     """Let an attempt begin to step, so long ago, and do some steps."""
     with service_transaction(owner) as session:
-        begin_steps(session, lease, step=0)
+        begin_steps(session, lease, step=0, total_steps=20_000)
     for step in range(1, steps + 1):
         record_step(owner, lease, step)
     change = "update attempts set stepping_at = now() - make_interval(secs => :ago) where lease_token = :token"

@@ -19,7 +19,7 @@ from worker.engine.adapters import export_adapter, import_adapter
 from worker.engine.attention import IMPLEMENTATION
 from worker.engine.banks import BYTES_PER_PARAMETER, Bank, Layout
 from worker.engine.bases import freeze_base, inspect_base, recompute_layers
-from worker.engine.errors import DivergedError, InvalidJobError, JobTooLargeError, NoFreeSlotError
+from worker.engine.errors import DivergedError, ExampleTooLargeError, InvalidJobError, JobTooLargeError, NoFreeSlotError
 from worker.engine.evaluations import PendingEvaluation, Score
 from worker.engine.examples import EngineJob, Example, SlotReport
 from worker.engine.frozen import Scratch, freeze_linear
@@ -200,7 +200,7 @@ class Engine:
                 self._shorten_steps(plans)
                 return ()
             if len(plans) == 1 and len(plans[0].example_indices) == 1:
-                return (_report(plans[0], failure=JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
+                return (_report(plans[0], failure=ExampleTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
             self._halve_budget(plans)
         return ()
 
@@ -277,7 +277,7 @@ class Engine:
         except torch.OutOfMemoryError:
             middle = len(examples) // 2
         if not middle:
-            raise JobTooLargeError(_ONE_EXAMPLE_TOO_LARGE)
+            raise ExampleTooLargeError(_ONE_EXAMPLE_TOO_LARGE)
         return self._score(slot, examples[:middle]) + self._score(slot, examples[middle:])
 
     def _commit(

@@ -4,14 +4,19 @@ EngineError
 |- UnsupportedBaseError    this base cannot be fused; the operator must choose another
 |- NoFreeSlotError         every slot is taken; the caller waits
 |- InvalidJobError         the job cannot be trained on this base (the job's own fault)
+|  '- InvalidExampleError  ... because of one example
 |- DivergedError           its gradient stayed not finite (the job's own fault)
-'- JobTooLargeError        one example alone does not fit the device (the job's own fault)
+'- JobTooLargeError        the job does not fit the device (the job's own fault)
+   '- ExampleTooLargeError ... one example alone does not
 """
 
 from __future__ import annotations
 
 
 class EngineError(Exception):
+    """Where it `is_about_example`, that is one of the training, or of the evaluation that is under way."""
+
+    is_about_example = False
     code = "engine_error"
     is_job_fault = False
 
@@ -37,3 +42,11 @@ class DivergedError(EngineError):
 class JobTooLargeError(EngineError):
     code = "oom_gpu"
     is_job_fault = True
+
+
+class InvalidExampleError(InvalidJobError):
+    is_about_example = True
+
+
+class ExampleTooLargeError(JobTooLargeError):
+    is_about_example = True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from worker.engine.bases import BaseShape
-from worker.engine.errors import InvalidJobError
+from worker.engine.errors import InvalidExampleError, InvalidJobError
 from worker.engine.examples import EngineJob, Example
 
 # Examples are checked so many at once: one by one takes ten times as long, and no tenant steps meanwhile.
@@ -50,13 +50,15 @@ class JobLimits:
     def _check_part(self, examples: Sequence[Example]) -> None:
         lengths = [example.num_tokens for example in examples]
         if min(lengths) == 0 or lengths != [len(example.is_label) for example in examples]:
-            raise InvalidJobError("An example has nothing to learn.")
+            raise InvalidExampleError("An example has nothing to learn.")
         is_target, starts = np.concatenate([example.is_label for example in examples]), np.cumsum([0, *lengths[:-1]])
         is_target[starts] = False  # nothing comes before a first token that could predict it
         if not np.logical_or.reduceat(is_target, starts).all():
-            raise InvalidJobError("An example has nothing to learn.")
+            raise InvalidExampleError("An example has nothing to learn.")
         if max(lengths) > self.max_tokens:
-            raise InvalidJobError(f"An example has {max(lengths)} tokens; this worker takes {self.max_tokens} a step.")
+            raise InvalidExampleError(
+                f"An example has {max(lengths)} tokens; this worker takes {self.max_tokens} a step."
+            )
         token_ids = np.concatenate([example.token_ids for example in examples])
         if token_ids.min() < 0 or token_ids.max() >= self.shape.vocab_size:
-            raise InvalidJobError("An example has a token id outside the base's vocabulary.")
+            raise InvalidExampleError("An example has a token id outside the base's vocabulary.")

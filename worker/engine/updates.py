@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import torch
 
+from core.domain.training import MAX_SKIPPED_STEPS
 from worker.engine.errors import DivergedError
 from worker.engine.examples import SlotReport, StepMetrics
 from worker.engine.losses import RowLosses
 from worker.engine.optimizers import AdamW
 from worker.engine.packing import PackedBatch
 from worker.engine.slots import Slot
-
-MAX_SKIPPED_STEPS = 3
 
 
 class SlotSums(NamedTuple):

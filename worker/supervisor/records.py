@@ -12,6 +12,7 @@ from core.services.logs import record_log_line
 from worker.messages import (
     STORAGE_AWAY,
     CheckpointSaved,
+    DatasetsRead,
     EvaluationDone,
     JobFailed,
     JobLogged,
@@ -21,19 +22,24 @@ from worker.messages import (
     JobYielded,
     ResumePointSaved,
     StepDone,
+    StepSkipped,
 )
 from worker.supervisor.artifacts import Proof
 
-ProgressReport = JobStarted | StepDone | EvaluationDone | JobWarned | JobLogged
+ProgressReport = DatasetsRead | JobStarted | StepDone | StepSkipped | EvaluationDone | JobWarned | JobLogged
 
 
 def record_progress(session: Session, lease: Lease, report: ProgressReport) -> tuple[str, ...]:
     """Record what a job has done. Returns the object prefixes that nothing names any more. Raises StaleLeaseError."""
     match report:
-        case JobStarted(step=step):
-            return resume_points.begin_steps(session, lease, step=step)
+        case DatasetsRead(training=training, validation=validation):
+            attempts.record_datasets(session, lease, datasets={"training": training, "validation": validation})
+        case JobStarted(step=step, total_steps=total_steps):
+            return resume_points.begin_steps(session, lease, step=step, total_steps=total_steps)
         case StepDone():
             attempts.record_step(session, lease, record=_step_record(report), total_steps=report.total_steps)
+        case StepSkipped(step=step, total_steps=total_steps):
+            attempts.record_skipped_step(session, lease, step=step, total_steps=total_steps)
         case EvaluationDone(step=step, loss=loss, accuracy=accuracy):
             attempts.record_evaluation(session, lease, step=step, loss=loss, accuracy=accuracy)
         case JobWarned(message=message):
@@ -58,10 +64,15 @@ def record_proof(session: Session, proof: Proof, *, result_filename: str) -> tup
         case JobYielded():
             attempts.requeue_attempt(session, lease)
         case JobFailed() if report.code == STORAGE_AWAY:
-            attempts.postpone_attempt(session, lease, code=report.code, message=report.message)
+            attempts.postpone_attempt(session, lease, code=report.code, message=report.message, param=report.param)
         case JobFailed():
             attempts.fail_attempt(
-                session, lease, code=report.code, message=report.message, is_job_fault=report.is_job_fault
+                session,
+                lease,
+                code=report.code,
+                message=report.message,
+                is_job_fault=report.is_job_fault,
+                param=report.param,
             )
         case JobSucceeded():
             return _record_success(session, proof, report, result_filename=result_filename)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ from core.db.session import DATABASE_ERRORS, service_transaction
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import is_acquitted
 from core.domain.scheduling import slot_seconds
-from core.services import attempts, charges
+from core.services import announcements, attempts, charges
 from core.services.attempts import Lease, StaleLeaseError
 from core.services.base_models import list_known_base_models
 from core.services.set_asides import ROW_ERRORS
@@ -45,6 +46,7 @@ from core.version import read_version
 from worker.messages import (
     STORAGE_AWAY,
     CheckpointSaved,
+    DatasetsRead,
     DeviceFigures,
     DeviceLeft,
     EvaluationDone,
@@ -60,6 +62,7 @@ from worker.messages import (
     SlotRefused,
     StartJob,
     StepDone,
+    StepSkipped,
     StopJob,
     UrlsGranted,
     UrlsWanted,
@@ -123,13 +126,13 @@ class HeldJob:
     def note_progress(self, report: ProgressReport) -> None:
         """Note that it has a slot, and how long its first step took to come."""
         self.wants_memory &= not isinstance(report, JobStarted)
-        if isinstance(report, StepDone) and not self.has_stepped:
+        if isinstance(report, StepDone | StepSkipped) and not self.has_stepped:
             self.has_stepped = True
             FIRST_STEP_SECONDS.labels(self.pool).observe(time.monotonic() - self.claimed_at)
 
     def is_acquitted_by(self, report: ProgressReport) -> bool:
         return (
-            isinstance(report, StepDone)
+            isinstance(report, StepDone | StepSkipped)
             and self.suspect_step is not None
             and is_acquitted(report.step, suspect_step=self.suspect_step, num_suspicions=self.num_suspicions)
         )
@@ -321,11 +324,26 @@ class Runner:
         if pool is None:
             return False
         if pool != self._base.pool or not self._base.is_alive:
-            self._base.load(pool, bases[pool])
+            self._load(pool, bases[pool])
             if self._base.pool == pool:  # where it was refused at a first look, the old trainer lives on
                 self._departures.note_all()
         self._next_pool = None
         return True
+
+    def _load(self, pool: str, base: BaseModelRow) -> None:
+        """Load a base that jobs wait for, and tell the first of them. What failed before is tried again in silence."""
+        waiting: Sequence[uuid.UUID] = ()
+        if not self._base.was_refused(pool):
+            with contextlib.suppress(*DATABASE_ERRORS), service_transaction(self._engine) as session:
+                waiting = announcements.announce_load(session, pool, base_model_id=base.id, num_jobs=base.slots)
+        self._base.load(pool, base)
+        if not waiting or self._stop_requested.is_set():
+            return
+        with contextlib.suppress(*DATABASE_ERRORS), service_transaction(self._engine) as session:
+            if self._base.was_refused(pool):
+                announcements.announce_unloaded(session, waiting, base_model_id=base.id)
+            else:
+                announcements.announce_loaded(session, waiting, seconds=self._base.load_seconds)
 
     def _loadable_bases(self, session: Session) -> dict[str, BaseModelRow]:
         """Return the bases, by pool, that this worker may try to load: also those that are served no more."""
@@ -463,7 +481,15 @@ class Runner:
         if held is None:
             return
         match report:
-            case JobStarted() | StepDone() | EvaluationDone() | JobWarned() | JobLogged():
+            case (
+                DatasetsRead()
+                | JobStarted()
+                | StepDone()
+                | StepSkipped()
+                | EvaluationDone()
+                | JobWarned()
+                | JobLogged()
+            ):
                 held.note_progress(report)
                 self._unrecorded.append((held, report))
             case UrlsWanted(artifact=artifact, names=names):

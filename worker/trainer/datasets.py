@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from core.domain.datasets import ChatExample, ProblemError, parse_example
+from core.domain.dataset_counts import DatasetCounts, DatasetName, explain_nothing_to_learn, place_in_file
+from core.domain.datasets import ChatExample, Problem, ProblemError, iterate_rows, parse_example
 from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
 from core.domain.datasets.tokens import ConversationTokenizer, TokenizedConversation
 from worker.engine import Example
@@ -17,47 +19,82 @@ from worker.trainer.failures import JobFaultError
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """`num_truncated` rows lost their tail; `num_dropped` of them had nothing left to learn."""
+    """The rows that are trained on, and what became of all."""
 
     examples: tuple[Example, ...]
-    num_truncated: int
-    num_dropped: int
+    counts: DatasetCounts
 
 
-def read_examples(path: Path) -> Iterator[ChatExample]:
-    """Yield the conversations of a JSON Lines file. Raises JobFaultError naming the line."""
+@dataclass(frozen=True)
+class NumberedExample:
+    """A conversation and the line of its file, of which 1 is the first."""
+
+    line_number: int
+    example: ChatExample
+
+
+def read_examples(path: Path, *, file: DatasetName = "training") -> Iterator[NumberedExample]:
+    """Yield the conversations of a JSON Lines file. Raises JobFaultError naming file, line and field."""
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in iterate_rows(lines):
             try:
-                yield parse_example(line.removesuffix(b"\n"), line_number=number)
+                example = parse_example(line, line_number=number)
             except ProblemError as error:
-                raise JobFaultError(str(error)) from error
+                raise _blame_row(error.problem, file) from error
+            yield NumberedExample(number, example)
 
 
 def tokenize_dataset(
-    tokenizer: BaseTokenizer, examples: Iterable[ChatExample], *, max_seq_len: int
+    tokenizer: BaseTokenizer,
+    examples: Iterable[NumberedExample],
+    *,
+    max_seq_len: int,
+    file: DatasetName = "training",
+    now: dt.datetime | None = None,
 ) -> TokenizedDataset:
-    """Tokenise every conversation, keeping the head of long ones.
+    """Tokenise every conversation, keeping the head of long ones. `now` is the date that the template may write.
 
-    Raises JobFaultError naming the row, or when nothing is left to learn.
+    Raises JobFaultError naming file and line, or the file when nothing is left to learn.
     """
-    conversations = ConversationTokenizer(tokenizer)
+    conversations = ConversationTokenizer(tokenizer, now=now)
     kept: list[Example] = []
-    num_truncated = num_dropped = 0
-    for number, example in enumerate(examples, start=1):
-        try:
-            whole = conversations.tokenize(example)
-        except RenderingError as error:
-            raise JobFaultError(f"Line {number}: {error}") from error
+    num_truncated = num_dropped = num_left_out_turns = 0
+    for numbered in examples:
+        whole = _tokenize(conversations, numbered, file)
         num_truncated += whole.num_tokens > max_seq_len
+        num_left_out_turns += whole.num_left_out_turns
         cut = whole.cut(max_seq_len)
         if cut.num_labels:
             kept.append(as_engine_example(cut))
         else:
             num_dropped += 1
+    if not kept and not num_dropped:
+        raise JobFaultError(f"The {file} file has no rows.", file=file)
     if not kept:
-        raise JobFaultError(f"No row has anything left to learn within max_seq_len={max_seq_len}; raise it.")
-    return TokenizedDataset(examples=tuple(kept), num_truncated=num_truncated, num_dropped=num_dropped)
+        why = explain_nothing_to_learn(max_seq_len=max_seq_len, num_left_out_turns=num_left_out_turns)
+        raise JobFaultError(f"No row of the {file} file has anything to learn. {why}", file=file)
+    counts = DatasetCounts(
+        num_examples=len(kept),
+        num_truncated=num_truncated,
+        num_dropped=num_dropped,
+        num_left_out_turns=num_left_out_turns,
+    )
+    return TokenizedDataset(tuple(kept), counts)
+
+
+def _tokenize(
+    conversations: ConversationTokenizer, numbered: NumberedExample, file: DatasetName
+) -> TokenizedConversation:
+    try:
+        return conversations.tokenize(numbered.example)
+    except RenderingError as error:
+        line = numbered.line_number
+        raise JobFaultError(f"{place_in_file(file, line)}: {error}", file=file, line_number=line) from error
+
+
+def _blame_row(problem: Problem, file: DatasetName) -> JobFaultError:
+    told = f"{place_in_file(file, problem.line, problem.path)}: {problem.message} {problem.hint}"
+    return JobFaultError(told, file=file, line_number=problem.line, field=problem.path or None)
 
 
 def as_engine_example(conversation: TokenizedConversation) -> Example:

@@ -11,10 +11,27 @@ TrainerError
 
 from __future__ import annotations
 
+from core.domain.dataset_counts import DatasetName
+
 
 class TrainerError(Exception):
+    """`file` is the job's file at fault, where it is one; `line_number` and `field` are where in it."""
+
     code = "trainer_error"
     is_job_fault = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: DatasetName | None = None,
+        line_number: int | None = None,
+        field: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.file = file
+        self.line_number = line_number
+        self.field = field
 
 
 class JobFaultError(TrainerError):

@@ -5,6 +5,7 @@ A job's files live in a scratch directory of its own that vanishes with it.
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from core.domain.dataset_counts import DatasetName
 from core.domain.training import count_steps
 from worker.engine import (
     DivergedError,
@@ -28,6 +30,7 @@ from worker.engine import (
 )
 from worker.messages import (
     CheckpointSaved,
+    DatasetsRead,
     EvaluationDone,
     JobLogged,
     JobStarted,
@@ -36,9 +39,11 @@ from worker.messages import (
     JobYielded,
     LoadBase,
     PhaseDone,
+    RemoteFile,
     ResumePointSaved,
     StartJob,
     StepDone,
+    StepSkipped,
     StoredFile,
     UrlsWanted,
     UsageCounted,
@@ -128,18 +133,24 @@ class TrainerJob:
         return prepared
 
     def _prepare(self) -> PreparedJob:
-        files = {"training": self._order.training_file}
+        files: dict[DatasetName, RemoteFile] = {"training": self._order.training_file}
         if self._order.validation_file is not None:
             files["validation"] = self._order.validation_file
         for name, file in files.items():
-            download(file, self._dataset_path(name), self._patience)
+            try:
+                download(file, self._dataset_path(name), self._patience)
+            except TransferError as error:
+                raise type(error)(f"The {name} file could not be fetched: {error}", file=name) from error
         resume = fetch_resume_point(
             self._order.resume_points, self._directory, patience=self._patience, warn=self._warn
         )
         if resume is None and self._order.resume_points:
             self._warn("No resume point can be used; the job starts from its first step.")
         datasets = {name: self._tokenize(name) for name in files}
-        return PreparedJob(training=datasets["training"], validation=datasets.get("validation"), resume=resume)
+        training, validation = datasets["training"], datasets.get("validation")
+        counts = validation.counts if validation else None
+        self._channel.send(DatasetsRead(lease_token=self.lease_token, training=training.counts, validation=counts))
+        return PreparedJob(training=training, validation=validation, resume=resume)
 
     def as_engine_job(self, prepared: PreparedJob) -> EngineJob:
         self._validation = prepared.validation
@@ -155,11 +166,12 @@ class TrainerJob:
         """Go on from the resume point, if there is one, and say from where."""
         step = self._restore(engine, prepared.resume) if prepared.resume else 0
         # Stored between its last step and the evaluation that follows, a job has only that left to do.
-        self._is_last_step_taken = step == count_steps(self._order.spec, len(prepared.training.examples))
+        total_steps = count_steps(self._order.spec, len(prepared.training.examples))
+        self._is_last_step_taken = step == total_steps
         self._pace.begin(step)
         self._stored_step = step
         self._training = Phase("train")
-        self._channel.send(JobStarted(lease_token=self.lease_token, step=step))
+        self._channel.send(JobStarted(lease_token=self.lease_token, step=step, total_steps=total_steps))
         if self._is_epoch_open:
             self._end_epoch(engine)
 
@@ -239,9 +251,9 @@ class TrainerJob:
         """
         for upload_of_checkpoint in self._uploads:  # the job's last checkpoint is known before its end
             upload_of_checkpoint.result()
-        adapter_files = self._upload("adapter", self._checkpoint_directory, ADAPTER_FILES)
         write_result_csv(self._directory / RESULT_FILE, self._rows)
-        (result_file,) = self._upload("result", self._directory, (RESULT_FILE,))
+        adapter_files = self._upload_last("adapter", self._checkpoint_directory, ADAPTER_FILES)
+        (result_file,) = self._upload_last("result", self._directory, (RESULT_FILE,))
         self.bill()
         self._channel.send(
             JobSucceeded(
@@ -251,6 +263,11 @@ class TrainerJob:
                 trained_tokens=self._tokens_before + self._trained_tokens,
             )
         )
+
+    @property
+    def file_in_use(self) -> DatasetName:
+        """The file whose rows are on the device."""
+        return "training" if self._evaluation is None else "validation"
 
     def log(self, name: str, **details: str | float | None) -> None:
         """Write a line into the job's own log."""
@@ -269,31 +286,31 @@ class TrainerJob:
     def _dataset_path(self, name: str) -> Path:
         return self._directory / f"{name}.jsonl"
 
-    def _tokenize(self, name: str) -> TokenizedDataset:
+    def _tokenize(self, name: DatasetName) -> TokenizedDataset:
         started = time.monotonic()
         path = self._dataset_path(name)
         size_bytes = path.stat().st_size
         max_seq_len = self._order.spec.max_seq_len
         # Whoever is closed meanwhile need not go on: its datasets are dropped, whole or not.
-        examples = itertools.takewhile(lambda _: not self._is_closed, read_examples(path))
-        dataset = tokenize_dataset(self._base.tokenizer, examples, max_seq_len=max_seq_len)
+        examples = itertools.takewhile(lambda _: not self._is_closed, read_examples(path, file=name))
+        dataset = tokenize_dataset(
+            self._base.tokenizer, examples, max_seq_len=max_seq_len, file=name, now=self._created_at
+        )
         path.unlink()
         self.log(
             "dataset.tokenized",
             file=name,
             size_bytes=size_bytes,
-            num_examples=len(dataset.examples),
             num_tokens=sum(example.num_tokens for example in dataset.examples),
-            num_truncated=dataset.num_truncated,
-            num_dropped=dataset.num_dropped,
+            **dataset.counts.model_dump(),
             seconds=round(time.monotonic() - started, 3),
         )
-        if dataset.num_truncated:
-            self._warn(
-                f"{dataset.num_truncated} rows of the {name} file are longer than max_seq_len={max_seq_len} tokens "
-                f"and were truncated; {dataset.num_dropped} of them had nothing left to learn and were dropped."
-            )
         return dataset
+
+    @property
+    def _created_at(self) -> dt.datetime:
+        """The date that a template writes: every attempt of a job trains on the same rows."""
+        return dt.datetime.fromtimestamp(self._order.facts.created_at)  # noqa: DTZ006 (the local time)
 
     def _restore(self, engine: Engine, point: FetchedPoint) -> int:
         """Return the step from which the slot goes on."""
@@ -347,7 +364,8 @@ class TrainerJob:
         self._is_last_step_taken = update.is_last
         self._trained_tokens += update.num_tokens
         if update.is_skipped:
-            self._warn(f"Step {update.step} was skipped: its gradient was not finite.")
+            total_steps = update.total_steps
+            self._channel.send(StepSkipped(lease_token=self.lease_token, step=update.step, total_steps=total_steps))
         else:
             self._report_step(update)
 
@@ -428,6 +446,12 @@ class TrainerJob:
             base_model_id=facts.base_model_id,
             base_config=self._base.model.config,
         )
+
+    def _upload_last(self, artifact: str, directory: Path, names: tuple[str, ...]) -> tuple[StoredFile, ...]:
+        try:
+            return self._upload(artifact, directory, names)
+        except TransferError as error:
+            raise type(error)(f"The {artifact} could not be stored: {error}") from error
 
     def _upload(self, artifact: str, directory: Path, names: tuple[str, ...]) -> tuple[StoredFile, ...]:
         wanted = UrlsWanted(lease_token=self.lease_token, artifact=artifact, names=names)

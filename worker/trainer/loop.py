@@ -10,12 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
 from safetensors import SafetensorError
 
+from core.domain.dataset_counts import FILE_FIELDS, DatasetName
 from core.domain.training import Frozen
 from worker.engine import Engine, EngineError, NoFreeSlotError, SlotReport
 from worker.messages import Alive, DeviceLeft, JobFailed, LoadBase, SlotRefused, StartJob, StopJob, YieldJob
@@ -29,6 +31,25 @@ log = structlog.get_logger()
 _LIFE_SECONDS = 1.0
 # What ends one job and not the trainer; OSError and SafetensorError are a scratch disk that is full or broken.
 JOB_ERRORS = (TrainerError, EngineError, OSError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a job's files an error is, as far as it is in one."""
+
+    file: DatasetName | None = None
+    line_number: int | None = None
+    field: str | None = None
+
+    @property
+    def param(self) -> str | None:
+        """The field of the submission that named the file."""
+        return FILE_FIELDS[self.file] if self.file else None
+
+    @property
+    def details(self) -> dict[str, str | int]:
+        found = {"file": self.file, "line": self.line_number, "field": self.field}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class TrainingLoop:
@@ -210,9 +231,17 @@ class TrainingLoop:
     def _fail(self, job: TrainerJob, error: Exception) -> None:
         log.warning("job.failed", **job.ids, error=type(error).__name__)
         code, is_job_fault = _classify(error)
+        place = _locate(job, error)
         job.bill()
+        job.log("job.failed", code=code, **place.details)
         self._channel.send(
-            JobFailed(lease_token=job.lease_token, code=code, message=_explain(error), is_job_fault=is_job_fault)
+            JobFailed(
+                lease_token=job.lease_token,
+                code=code,
+                message=_explain(error, place),
+                is_job_fault=is_job_fault,
+                param=place.param,
+            )
         )
         self._stop(job.lease_token)
 
@@ -257,7 +286,17 @@ def _classify(error: Exception) -> tuple[str, bool]:
     return error.code, error.is_job_fault
 
 
-def _explain(error: Exception) -> str:
+def _locate(job: TrainerJob, error: Exception) -> Place:
+    if isinstance(error, EngineError) and error.is_about_example:
+        return Place(file=job.file_in_use)
+    if isinstance(error, TrainerError):
+        return Place(error.file, error.line_number, error.field)
+    return Place()
+
+
+def _explain(error: Exception, place: Place) -> str:
     if isinstance(error, OSError | SafetensorError):  # its own words name paths of the worker
         return "The worker's scratch disk is full or broken."
+    if isinstance(error, EngineError) and place.file is not None:
+        return f"In the {place.file} file: {error}"
     return str(error)

@@ -18,6 +18,7 @@ from core.domain.training import Frozen
 from worker.engine import CURSOR_FILE, TENSORS_FILE, SlotState
 from worker.messages import RemoteResumePoint
 from worker.trainer.exports import MANIFEST, ResultRow, describe_file
+from worker.trainer.failures import TransferError
 from worker.trainer.transfers import IntegrityError, ObjectMissingError, Patience, download
 
 PROGRESS_FILE = "progress.json"
@@ -88,6 +89,8 @@ def fetch_resume_point(
         except (IntegrityError, ObjectMissingError) as error:
             warn(f"The resume point of step {point.step} cannot be used, so an earlier one is: {error}")
             continue
+        except TransferError as error:
+            raise type(error)(f"The resume point of step {point.step} could not be fetched: {error}") from error
         progress = Progress.model_validate_json((directory / PROGRESS_FILE).read_bytes())
         return FetchedPoint(directory, progress)
     return None

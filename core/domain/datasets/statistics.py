@@ -76,10 +76,6 @@ class TokenReport(Frozen):
     problems: list[RowProblem]
     num_problems: int
 
-    def explain_nothing_to_learn(self) -> str:
-        """Say what to change where no row has a learnt token."""
-        return explain_nothing_to_learn(max_seq_len=self.max_seq_len, num_left_out_turns=self.num_left_out_turns)
-
     @classmethod
     def joined(cls, reports: Iterable[TokenReport]) -> TokenReport:
         """Return what reports on the parts of one file say together."""
@@ -101,16 +97,6 @@ class TokenReport(Frozen):
             problems=[problem for part in parts for problem in part.problems][:MAX_PROBLEMS],
             num_problems=sum(part.num_problems for part in parts),
         )
-
-
-def explain_nothing_to_learn(*, max_seq_len: int, num_left_out_turns: int) -> str:
-    """Say what to change where no row of a dataset has a learnt token."""
-    if num_left_out_turns:
-        return (
-            f"{num_left_out_turns} answers are left out: the base's chat template writes them in a context that a "
-            "server would not give it. A base that always thinks learns answers that begin with <think>."
-        )
-    return f"No answer begins within max_seq_len={max_seq_len}: raise it."
 
 
 def report_tokens(

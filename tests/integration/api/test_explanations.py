@@ -18,6 +18,8 @@ from core.domain.bases import BaseState
 from core.domain.ids import IdKind, format_id
 from core.services import attempts, turns
 from core.services.base_models import record_state
+from core.services.jobs import pause_job
+from core.services.resume_points import begin_steps
 from core.services.workers import WorkerFacts, record_worker
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.training import BASE_MODEL, POOL, fail_job, queue_job, record_step, start_job
@@ -186,6 +188,84 @@ def test_a_running_job_has_an_interval_from_its_own_steps(api_url: str, owner: E
     assert told["eta"]["num_measured"] == 3
     listed = get(api_url, tenant, "?limit=1").json()
     assert listed["data"][0]["estimated_finish"] == job["estimated_finish"]
+
+
+def test_a_job_that_pauses_says_so_wherever_it_is_shown_and_promises_no_end(
+    api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    for step in range(1, 5):
+        record_step(owner, lease, step)
+    path = f"/{format_id(IdKind.JOB, lease.job_id)}"
+    assert get(api_url, tenant, path).json()["is_pausing"] is False
+    with service_transaction(owner) as session:
+        pause_job(session, tenant.id, job_id=lease.job_id)
+    job = get(api_url, tenant, path).json()
+    assert (job["status"], job["is_pausing"], job["estimated_finish"]) == ("running", True, None)
+    told = explain(api_url, tenant, lease.job_id)
+    assert (told["reason"]["code"], told["eta"], told["place"]) == ("pausing", None, None)
+    assert "resume it" in told["reason"]["message"]
+    events = get(api_url, tenant, f"{path}/events").json()["data"]
+    assert events[0]["message"] == "The job pauses at its next resume point."
+    with service_transaction(owner) as session:
+        attempts.requeue_attempt(session, lease)
+    job = get(api_url, tenant, path).json()
+    assert (job["status"], job["is_pausing"]) == ("paused", False)
+    assert explain(api_url, tenant, lease.job_id)["reason"]["code"] == "paused"
+
+
+def test_skipped_steps_are_shown_and_count_in_progress_and_in_the_pace(
+    api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    """Ten seconds a step, and every other step skipped: 100 steps to go take 1,000 s, and not 2,000."""
+    lease = start_job(owner, tenant.id)
+    with service_transaction(owner) as session:
+        begin_steps(session, lease, step=0, total_steps=120)
+    for step in range(1, 21):
+        if step % 2:
+            with service_transaction(owner) as session:
+                attempts.record_skipped_step(session, lease, step=step, total_steps=120)
+        else:
+            record_step(owner, lease, step)
+    spread = "update metrics set created_at = now() - (20 - step) * interval '10 s' where job_id = :id"
+    with service_transaction(owner) as session:
+        session.execute(text(spread), {"id": lease.job_id})
+    before = time.time() - 60
+    job = get(api_url, tenant, f"/{format_id(IdKind.JOB, lease.job_id)}").json()
+    assert (job["trained_steps"], job["skipped_steps"], job["total_steps"]) == (20, 10, 120)
+    assert job["progress"] == pytest.approx(20 / 120)
+    assert before + 1000 <= job["estimated_finish"] <= time.time() + 1001
+    eta = explain(api_url, tenant, lease.job_id)["eta"]
+    assert (eta["num_measured"], eta["latest"]) == (18, job["estimated_finish_interval"]["latest"])
+
+
+def test_a_wait_behind_a_job_that_skips_steps_is_of_its_steps_and_not_of_their_numbers(
+    api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    plant_recent_job(owner, other_tenant)
+    plant_running_job(owner, other_tenant, num_steps=6)
+    with service_transaction(owner) as session:
+        session.execute(
+            text("delete from metrics m using jobs j where j.id = m.job_id and status = 'running' and step % 2 = 1")
+        )
+        session.execute(text("update tenants set usage = 0"))
+    job = queue_job(owner, tenant.id)
+    add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 1, 1))
+    told = explain(api_url, tenant, job.id)
+    assert told["eta"]["earliest"] == pytest.approx(time.time() + 750 + 30, abs=PATIENCE_SECONDS)
+
+
+def test_the_file_at_fault_is_in_the_error(api_url: str, owner: Engine, tenant: Tenant) -> None:
+    lease = start_job(owner, tenant.id)
+    words = "Line 2 of the validation file: It is not JSON."
+    with service_transaction(owner) as session:
+        attempts.fail_attempt(
+            session, lease, code="invalid_training_data", message=words, is_job_fault=True, param="validation_file"
+        )
+    path = f"/{format_id(IdKind.JOB, lease.job_id)}"
+    error = get(api_url, tenant, path).json()["error"]
+    assert error == {"code": "invalid_training_data", "message": words, "param": "validation_file"}
+    assert get(api_url, tenant, f"{path}/events").json()["data"][0]["message"] == f"The job has failed: {words}"
 
 
 def test_a_queued_job_has_an_interval_from_what_recent_jobs_took(

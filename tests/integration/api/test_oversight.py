@@ -79,6 +79,9 @@ def test_jobs_of_everybody_are_listed_newest_first_and_filtered_page_by_page(
     ]
     (running,) = pages_of(admin, "/admin/jobs", status="running")
     assert (running["id"], running["worker"], running["attempts"]) == (f"ftjob-{lease.job_id.hex}", "w", 1)
+    run(owner, "update jobs set pause_requested_at = now() where status = 'running'")
+    (pausing,) = pages_of(admin, "/admin/jobs", status="running")
+    assert (running["is_pausing"], pausing["is_pausing"]) == (False, True)
 
 
 def test_filters_that_nothing_can_fit_are_refused_or_answered_with_nothing(admin: httpx.Client) -> None:

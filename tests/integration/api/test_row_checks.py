@@ -106,7 +106,7 @@ def test_what_is_well_is_looked_at_once(servers: ServerAddresses, tmp_path: Path
         store.put_bytes(key, content.encode(), content_type="application/json")
     previewer = Previewer(store)
     checker = RowChecker(previewer)
-    rows = DatasetRows(param="training_file", object_key=keys[0], tokenizer_key=keys[1], max_seq_len=200)
+    rows = DatasetRows(file="training", object_key=keys[0], tokenizer_key=keys[1], max_seq_len=200)
     assert not checker.knows(rows)
     checker.check(rows)
     assert checker.knows(rows)

@@ -17,6 +17,7 @@ from api.feeds import EventFeed
 from core.db.migrate import login_url
 from core.db.session import connect, service_transaction
 from core.domain.ids import IdKind, format_id
+from core.services import announcements
 from core.services.attempts import Lease, requeue_attempt
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
 from core.services.jobs import cancel_job
@@ -27,7 +28,7 @@ from local.servers import LocalServers, ServerAddresses
 from local.stack import prepare_database
 from tests.integration.api.events import Received, open_stream
 from tests.integration.conftest import BASE_MODEL, LOGINS, Database, Tenant, add_tenant, running_api
-from tests.integration.training import fail_job, queue_job, record_step, start_job
+from tests.integration.training import POOL, fail_job, queue_job, record_step, start_job
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
@@ -263,6 +264,11 @@ def test_events_of_a_job_are_recorded_under_the_lock_on_its_row(
         fail_job(worker, start_job(owner, tenant.id))
         with service_transaction(owner) as session:
             cancel_job(session, tenant.id, job_id=queue_job(owner, tenant.id).id)
+        queue_job(owner, tenant.id)
+        with service_transaction(worker) as session:
+            told = announcements.announce_load(session, POOL, base_model_id=BASE_MODEL, num_jobs=4)
+            assert told
+            announcements.announce_loaded(session, told, seconds=1.0)
         worker.dispose()
         unlocked = "insert into events (id, tenant_id, job_id, level, type, message) values (gen_random_uuid(), :t, :j, 'info', 'message', '')"
         with pytest.raises(Exception, match="without the lock"), service_transaction(owner) as session:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jq
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -252,10 +253,8 @@ def test_a_file_of_bytes_becomes_lines_by_its_command(name: str, tmp_path: Path)
 
 
 def test_parquet_becomes_lines_by_its_command(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with the extra `bench`")
-    arrow = pytest.importorskip("pyarrow")
     rows = [json.loads(GOOD), {"messages": [USER, ANSWER | {"weight": 1.0}]}]
-    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "old.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "old.parquet")
     report = check((tmp_path / "old.parquet").read_bytes())
     command = report.problems[0].hint.replace("python3", shlex.quote(sys.executable), 1)
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)

@@ -213,7 +213,8 @@ def test_a_preview_is_what_the_trainer_makes_token_for_token(tmp_path: Path) -> 
     learnt = [row for row in report.rows if any(row.loss_mask)]
     assert [row.token_ids for row in learnt] == [example.token_ids.tolist() for example in trained.examples]
     assert [row.loss_mask for row in learnt] == [example.is_label.astype(int).tolist() for example in trained.examples]
-    assert (report.num_truncated, report.num_nothing_to_learn) == (trained.num_truncated, trained.num_dropped) == (2, 1)
+    counts = trained.counts
+    assert (report.num_truncated, report.num_nothing_to_learn) == (counts.num_truncated, counts.num_dropped) == (2, 1)
     assert report.num_tokens == sum(len(row.token_ids) for row in report.rows)
     assert sum(bucket.num_rows for bucket in report.histogram) == report.num_rows == 5
     shown = report.rows[1]

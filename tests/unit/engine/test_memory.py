@@ -21,6 +21,7 @@ from tests.unit.engine.tiny import (
     train,
 )
 from worker.engine import Engine, EngineJob, JobTooLargeError
+from worker.engine.errors import ExampleTooLargeError
 from worker.engine.losses import RowLosses
 from worker.engine.memory import StepCost
 from worker.engine.packing import PackedBatch
@@ -89,7 +90,7 @@ def test_one_example_that_alone_does_not_fit_fails_its_job_and_not_the_others() 
             if report.failure is not None:
                 failures.append((report.job_id, type(report.failure)))
                 engine.evict(report.job_id)
-    assert failures == [("long", JobTooLargeError)]
+    assert failures == [("long", ExampleTooLargeError)]
     assert engine._slots["short"].is_finished
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from core.domain.dataset_counts import DatasetCounts
 from core.domain.datasets import ChatExample, ChatMessage, DatasetChecker
 from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
 from core.domain.datasets.tokens import ConversationTokenizer
 from worker.engine import Example
-from worker.trainer.datasets import as_engine_example, read_examples, tokenize_dataset
+from worker.trainer.datasets import NumberedExample, as_engine_example, read_examples, tokenize_dataset
 from worker.trainer.failures import JobFaultError
 from worker.trainer.tokenizers import describe_tokenizer
 
@@ -209,11 +211,15 @@ def test_a_conversation_that_the_template_does_not_carry_whole_is_refused(
         _tokenize(_with_template(tokenizer, template), example)
 
 
+def _number(examples: list[ChatExample]) -> list[NumberedExample]:
+    return [NumberedExample(number, example) for number, example in enumerate(examples, start=1)]
+
+
 def test_a_refused_conversation_is_the_jobs_own_fault_and_names_its_line(tokenizer: Any) -> None:
     fine = ChatExample((ChatMessage("user", "one"), ChatMessage("assistant", "First.")))
     examples = [fine, _converse("S", "one", "First.")]
-    with pytest.raises(JobFaultError, match=r"^Line 2: .*no system role") as caught:
-        tokenize_dataset(_base(_with_template(tokenizer, NO_SYSTEM)), examples, max_seq_len=100)
+    with pytest.raises(JobFaultError, match=r"^Line 2 of the training file: .*no system role") as caught:
+        tokenize_dataset(_base(_with_template(tokenizer, NO_SYSTEM)), _number(examples), max_seq_len=100)
     assert caught.value.is_job_fault
 
 
@@ -244,18 +250,49 @@ def test_a_long_row_keeps_its_head_and_one_with_no_answer_left_is_dropped(tokeni
     whole = _converse("Be brief.", "Where is Paris?", "In France.")
     no_answer_left = _converse("Be brief. " * 20, "Where is Paris?", "In France.")
 
-    exact = tokenize_dataset(_base(tokenizer), [whole], max_seq_len=NUM_TOKENS_PARIS)
-    made = tokenize_dataset(_base(tokenizer), [whole, no_answer_left], max_seq_len=NUM_TOKENS_PARIS - 3)
+    exact = tokenize_dataset(_base(tokenizer), _number([whole]), max_seq_len=NUM_TOKENS_PARIS)
+    made = tokenize_dataset(_base(tokenizer), _number([whole, no_answer_left]), max_seq_len=NUM_TOKENS_PARIS - 3)
 
-    assert (exact.num_truncated, exact.num_dropped) == (0, 0)
-    assert (made.num_truncated, made.num_dropped, len(made.examples)) == (2, 1, 1)
+    assert exact.counts == DatasetCounts(num_examples=1, num_truncated=0, num_dropped=0, num_left_out_turns=0)
+    assert made.counts == DatasetCounts(num_examples=1, num_truncated=2, num_dropped=1, num_left_out_turns=0)
+    assert len(made.examples) == 1
     assert made.examples[0].token_ids.tolist() == exact.examples[0].token_ids[:-3].tolist()
     assert tokenizer.decode(made.examples[0].token_ids[made.examples[0].is_label]) == "In France"
 
 
+def test_an_error_names_its_file_its_line_in_it_and_the_field(tokenizer: Any, tmp_path: Path) -> None:
+    """Also where lines have been left out on the way: the number is the file's."""
+    path = tmp_path / "rows.jsonl"
+    wrong = b'{"messages": [{"role": "user", "content": 7}, {"role": "assistant", "content": "b"}]}'
+    path.write_bytes(_row("a") + b"\n" + wrong)
+    with pytest.raises(JobFaultError, match=r"^Line 2 of the validation file, messages\[0\]\.content: ") as caught:
+        list(read_examples(path, file="validation"))
+    error = caught.value
+    assert (error.file, error.line_number, error.field) == ("validation", 2, "messages[0].content")
+    with pytest.raises(JobFaultError, match=r"^Line 9 of the validation file: The base's chat") as refused:
+        tokenize_dataset(
+            _base(_with_template(tokenizer, NO_SYSTEM)),
+            [NumberedExample(9, _converse("S", "one", "First."))],
+            max_seq_len=100,
+            file="validation",
+        )
+    assert (refused.value.file, refused.value.line_number) == ("validation", 9)
+    assert (pickle.loads(pickle.dumps(error)).file, pickle.loads(pickle.dumps(error)).line_number) == ("validation", 2)
+
+
+def test_a_file_without_a_row_to_learn_from_is_named(tokenizer: Any) -> None:
+    with pytest.raises(JobFaultError, match=r"^The validation file has no rows\.$") as empty:
+        tokenize_dataset(_base(tokenizer), [], max_seq_len=8, file="validation")
+    assert empty.value.file == "validation"
+    long = _number([_converse("Be brief.", "Where?", "There.")])
+    with pytest.raises(JobFaultError, match="^No row of the validation file has") as dropped:
+        tokenize_dataset(_base(tokenizer), long, max_seq_len=8, file="validation")
+    assert dropped.value.file == "validation"
+
+
 def test_a_dataset_with_nothing_left_to_learn_is_the_jobs_own_fault(tokenizer: Any) -> None:
-    with pytest.raises(JobFaultError, match="max_seq_len=8; raise it") as caught:
-        tokenize_dataset(_base(tokenizer), [_converse("Be brief.", "Where?", "There.")], max_seq_len=8)
+    with pytest.raises(JobFaultError, match="max_seq_len=8: raise it") as caught:
+        tokenize_dataset(_base(tokenizer), _number([_converse("Be brief.", "Where?", "There.")]), max_seq_len=8)
     assert caught.value.is_job_fault
 
 
@@ -268,7 +305,7 @@ def _read(content: bytes) -> list[str]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "rows.jsonl"
         path.write_bytes(content)
-        return [example.messages[-1].content for example in read_examples(path)]
+        return [numbered.example.messages[-1].content for numbered in read_examples(path)]
 
 
 def test_rows_are_read_with_any_line_end_a_byte_order_mark_and_no_last_line_end() -> None:
@@ -280,7 +317,7 @@ def test_rows_are_read_with_any_line_end_a_byte_order_mark_and_no_last_line_end(
 
 
 def test_a_bad_row_is_the_jobs_own_fault_and_names_its_line() -> None:
-    with pytest.raises(JobFaultError, match="^Line 2: The line is empty") as caught:
+    with pytest.raises(JobFaultError, match="^Line 2 of the training file: The line is empty") as caught:
         _read(_row("a") + b"\n\n" + _row("b") + b"\n")
     assert caught.value.is_job_fault
 
@@ -306,5 +343,9 @@ def test_the_trainer_reads_what_the_api_accepts_and_nothing_else(lines: list[byt
     if report.is_valid:
         assert len(_read(content)) == report.num_examples
     elif report.problems[0].code != "no_examples":
-        with pytest.raises(JobFaultError, match=f"^Line {report.problems[0].line}[:,]"):
+        with pytest.raises(JobFaultError, match=f"^Line {report.problems[0].line} of the training file[:,]"):
             _read(content)
+
+
+def test_blank_lines_at_the_end_of_a_file_are_nothing_and_lines_keep_their_numbers() -> None:
+    assert _read(_row("a") + b"\n" + _row("b") + b"\n\n \r\n") == ["a", "b"]

@@ -1,0 +1,69 @@
+"""What jobs that wait are told while nobody holds them: that a worker loads their base, and what came of it.
+
+Nobody has a lease on them, so each row is locked as it is written to, and one that somebody else is about to change is
+passed over.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from core.db.models import Pool
+from core.services.events import EVENT_CHANNEL
+from core.services.turns import IS_IN_REACH, MAY_START
+
+# The first jobs of every tenant that may start, in turns: about the order in which they are claimed.
+_FIRST = f"""
+    select c.id from (select cast(:pool as text) as name) p join queues q on q.pool = p.name
+    join tenants t on t.id = q.tenant_id
+    cross join lateral (
+        select f.id, row_number() over () as place from (
+            select j.id from jobs j
+            where j.pool = q.pool and j.tenant_id = q.tenant_id and j.status = 'queued' and j.run_after <= now()
+              and {IS_IN_REACH}
+            order by j.priority desc, j.id limit :num_jobs) f) c
+    where q.num_queued > 0 and {MAY_START}
+    order by c.place, q.rank, q.tenant_id limit :num_jobs
+"""  # noqa: S608 (of constants)
+_TELL = """
+with waiting as (
+    select j.id, j.tenant_id from jobs j where j.id in ({ids}) and j.status = 'queued'
+    for no key update skip locked
+), told as (
+    insert into events (id, tenant_id, job_id, level, type, message)
+    select gen_random_uuid(), w.tenant_id, w.id, :level, 'message', :message from waiting w returning job_id
+)
+select job_id, pg_notify(:channel, job_id::text) from told
+"""
+_TELL_FIRST = text(_TELL.format(ids=_FIRST))
+_TELL_THESE = text(_TELL.format(ids="select unnest(cast(:job_ids as uuid[]))"))
+
+
+def announce_load(session: Session, pool: str, *, base_model_id: str, num_jobs: int) -> Sequence[uuid.UUID]:
+    """Tell the jobs that a worker will claim first that it loads their base now. Returns their ids."""
+    known = session.get(Pool, pool)
+    message = f"A worker is loading the base model {base_model_id}."
+    if known is not None and known.load_seconds is not None:
+        message = f"{message[:-1]}; the last time that took {known.load_seconds:.1f} s."
+    values = {"pool": pool, "num_jobs": num_jobs, "level": "info", "message": message, "channel": EVENT_CHANNEL}
+    return session.scalars(_TELL_FIRST, values).all()
+
+
+def announce_loaded(session: Session, job_ids: Sequence[uuid.UUID], *, seconds: float) -> None:
+    """Tell those of the jobs that still wait that their base is loaded, and how long it took."""
+    _tell(session, job_ids, level="info", message=f"The base model was loaded in {seconds:.1f} s.")
+
+
+def announce_unloaded(session: Session, job_ids: Sequence[uuid.UUID], *, base_model_id: str) -> None:
+    """Tell those of the jobs that still wait that the worker could not load their base: why is the operator's."""
+    told = f"The worker could not load the base model {base_model_id}; the job waits for another, and loses no attempt."
+    _tell(session, job_ids, level="warn", message=told)
+
+
+def _tell(session: Session, job_ids: Sequence[uuid.UUID], *, level: str, message: str) -> None:
+    values = {"job_ids": list(job_ids), "level": level, "message": message, "channel": EVENT_CHANNEL}
+    session.execute(_TELL_THESE, values)
