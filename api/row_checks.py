@@ -14,7 +14,7 @@ from anyio import CapacityLimiter
 
 from api.previews import Previewer, PreviewOrder
 from core.domain.dataset_counts import FILE_FIELDS, explain_nothing_to_learn, place_in_file
-from core.domain.datasets.statistics import TokenReport
+from core.domain.datasets.statistics import TEMPLATE_REFUSED, TokenReport
 from core.domain.errors import InvalidRequestError
 from core.services.submissions import DatasetRows
 from core.storage import StorageError
@@ -57,12 +57,17 @@ class RowChecker:
 
 
 def _refuse(report: TokenReport, rows: DatasetRows, *, is_whole_file: bool) -> None:
+    """Raise InvalidRequestError for what the base's template says of the rows.
+
+    The rows themselves were checked at their upload. One that is not well now was damaged on its way here, and is the
+    worker's to fetch again.
+    """
     param = FILE_FIELDS[rows.file]
-    if report.problems:
-        found = report.problems[0]
-        told = f"{place_in_file(rows.file, found.line, found.path)}: {found.message} {found.hint}"
-        raise InvalidRequestError(told, code=found.code, param=param)
-    if is_whole_file and report.num_nothing_to_learn == report.num_rows:
+    for found in report.problems:
+        if found.code == TEMPLATE_REFUSED:
+            told = f"{place_in_file(rows.file, found.line, found.path)}: {found.message} {found.hint}"
+            raise InvalidRequestError(told, code=found.code, param=param)
+    if is_whole_file and not report.problems and report.num_nothing_to_learn == report.num_rows:
         why = explain_nothing_to_learn(max_seq_len=report.max_seq_len, num_left_out_turns=report.num_left_out_turns)
         told = f"No row of the {rows.file} file has anything to learn. {why}"
         raise InvalidRequestError(told, code="nothing_to_learn", param=param)

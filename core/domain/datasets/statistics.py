@@ -14,6 +14,7 @@ from core.domain.datasets.values import Problem, ProblemError
 from core.domain.training import Frozen
 
 MAX_PROBLEMS = 100
+TEMPLATE_REFUSED = "template_refused"
 _SMALLEST_BUCKET = 16
 
 
@@ -164,7 +165,7 @@ def _as_buckets(counts: Counter[int]) -> list[TokenBucket]:
 def _as_problem(line: NumberedLine, error: ProblemError | RenderingError) -> RowProblem:
     if isinstance(error, RenderingError):
         hint = "Change the row, or choose another base model."
-        problem = Problem(line.number, "", "template_refused", str(error)[:500], hint)
+        problem = Problem(line.number, "", TEMPLATE_REFUSED, str(error)[:500], hint)
     else:
         problem = error.problem
     return RowProblem(

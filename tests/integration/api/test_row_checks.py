@@ -14,6 +14,7 @@ from api.previews import Previewer
 from api.row_checks import RowChecker
 from core.db.session import service_transaction
 from core.domain.errors import InvalidRequestError
+from core.domain.ids import IdKind, parse_id
 from core.domain.objects import tokenizer_key
 from core.services.submissions import DatasetRows
 from core.storage import S3ObjectStore
@@ -116,6 +117,19 @@ def test_what_is_well_is_looked_at_once(servers: ServerAddresses, tmp_path: Path
         with pytest.raises(InvalidRequestError):
             checker.check(short)
     previewer._directory.cleanup()
+
+
+@pytest.mark.usefixtures("refuses_system")
+def test_a_file_that_is_damaged_in_the_store_is_left_to_the_worker(
+    client: OpenAI, owner: Engine, servers: ServerAddresses
+) -> None:
+    file = upload(client, rows_of(PLAIN, PLAIN))
+    with service_transaction(owner) as session:
+        key = session.scalar(
+            text("select object_key from files where id = :id"), {"id": parse_id(IdKind.FILE, file.id)}
+        )
+    S3ObjectStore(servers.storage).put_bytes(str(key), b'{"messages": [{"role": "us', content_type="text/plain")
+    assert client.fine_tuning.jobs.create(model=BASE_MODEL, training_file=file.id).status == "queued"
 
 
 def test_where_no_worker_has_loaded_the_base_a_job_is_accepted(client: OpenAI, owner: Engine) -> None:
