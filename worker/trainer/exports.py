@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from core.domain.training import AdapterConfig, TrainingSpec
+from worker.engine.errors import DivergedError
 from worker.messages import JobFacts
-from worker.trainer.failures import AdapterInvalidError
+from worker.trainer.failures import AdapterInvalidError, NothingLearnedError
 
 WEIGHTS, CONFIG, CARD, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "README.md", "manifest.json"
 ADAPTER_FILES = (WEIGHTS, CONFIG, CARD, MANIFEST)
@@ -82,7 +83,10 @@ def describe_adapter(directory: Path, provenance: Provenance) -> None:
 def verify_adapter(
     directory: Path, *, adapter: AdapterConfig, base_model_id: str, base_config: PreTrainedConfig
 ) -> None:
-    """Inspect an adapter as its reader will. Raises AdapterInvalidError saying what is wrong."""
+    """Inspect an adapter as its reader will. Raises AdapterInvalidError saying what is wrong.
+
+    Raises DivergedError or NothingLearnedError for what every attempt would end in: training is deterministic.
+    """
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     for described in manifest["files"]:
         if describe_file(directory / described["name"]) != described:
@@ -126,9 +130,9 @@ def _verify_weights(tensors: dict[str, torch.Tensor], adapter: AdapterConfig) ->
     if any(tensors[name].shape[1] != adapter.rank for name in b_names):
         raise AdapterInvalidError("A lora_B has another rank than the adapter.")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise AdapterInvalidError("The adapter has numbers that are not finite.")
+        raise DivergedError("The adapter has numbers that are not finite. Lower the learning rate.")
     if not any(bool(tensors[name].any()) for name in b_names):
-        raise AdapterInvalidError("Every lora_B is zero: nothing was learned.")
+        raise NothingLearnedError("Every lora_B is zero: nothing was learned. Raise the learning rate.")
 
 
 def _load_with_peft(directory: Path, config: PeftConfig, base_config: PreTrainedConfig) -> None:

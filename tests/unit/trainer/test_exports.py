@@ -15,9 +15,10 @@ from torch import nn
 
 from core.domain.training import AdapterConfig
 from tests.unit.engine.tiny import make_engine, make_job, tiny_llama, train
+from worker.engine.errors import EngineError
 from worker.messages import JobFacts
 from worker.trainer.exports import CONFIG, WEIGHTS, Provenance, describe_adapter, verify_adapter
-from worker.trainer.failures import AdapterInvalidError
+from worker.trainer.failures import AdapterInvalidError, TrainerError
 
 JOB = make_job("mine", rank=6, target_modules=("q_proj", "up_proj"))
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -96,8 +97,6 @@ def shrink(tensors: Tensors) -> None:
     [
         (rename, "PEFT misses tensors"),
         (misshape, "shape that PEFT expects"),
-        (unlearn, "nothing was learned"),
-        (poison, "not finite"),
         (lose, "not pairs"),
         (shrink, "another rank"),
     ],
@@ -111,6 +110,22 @@ def test_weights_that_a_reader_would_stumble_over_do_not_leave(
     describe(adapter_dir)
     with pytest.raises(AdapterInvalidError, match=complaint):
         verify(adapter_dir)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [(unlearn, "nothing_learned", "Raise the learning rate"), (poison, "diverged", "Lower the learning rate")],
+)
+def test_what_another_attempt_cannot_mend_is_the_jobs_own_fault_and_says_what_to_change(
+    adapter_dir: Path, change: Callable[[Tensors], None], code: str, words: str
+) -> None:
+    tensors = load_file(adapter_dir / WEIGHTS)
+    change(tensors)
+    save_file(tensors, adapter_dir / WEIGHTS)
+    describe(adapter_dir)
+    with pytest.raises((TrainerError, EngineError), match=words) as failed:
+        verify(adapter_dir)
+    assert (failed.value.code, failed.value.is_job_fault) == (code, True)
 
 
 @pytest.mark.parametrize(
@@ -128,5 +143,6 @@ def test_a_file_that_changed_after_it_was_described_does_not_leave(adapter_dir: 
     describe(adapter_dir)
     with (adapter_dir / CONFIG).open("a") as config:
         config.write("\n")
-    with pytest.raises(AdapterInvalidError, match="not what the manifest says"):
+    with pytest.raises(AdapterInvalidError, match="not what the manifest says") as failed:
         verify(adapter_dir)
+    assert not failed.value.is_job_fault  # a disk's fault, most likely: another attempt mends it
