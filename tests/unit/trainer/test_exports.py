@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from core.domain.training import AdapterConfig
 from tests.unit.engine.tiny import make_engine, make_job, tiny_llama, train
 from worker.engine.errors import EngineError
 from worker.messages import JobFacts
-from worker.trainer.exports import CONFIG, WEIGHTS, Provenance, describe_adapter, verify_adapter
+from worker.trainer.exports import CARD, CONFIG, MANIFEST, WEIGHTS, Provenance, describe_adapter, verify_adapter
 from worker.trainer.failures import AdapterInvalidError, TrainerError
 
 JOB = make_job("mine", rank=6, target_modules=("q_proj", "up_proj"))
@@ -43,6 +44,7 @@ def describe(directory: Path) -> None:
         base_revision="1",
         quantization=None,
         created_at=0,
+        base_license="apache-2.0",
     )
     describe_adapter(directory, Provenance(facts, JOB.spec, "0" * 64, None, step=2, metrics={"train_loss": 1.0}))
 
@@ -54,6 +56,15 @@ def verify(directory: Path, *, adapter: AdapterConfig = JOB.spec.adapter) -> Non
 def test_what_the_engine_exports_passes(adapter_dir: Path) -> None:
     describe(adapter_dir)
     verify(adapter_dir)
+
+
+def test_the_manifest_names_the_bases_licence_and_the_cards_hash(adapter_dir: Path) -> None:
+    describe(adapter_dir)
+    manifest = json.loads((adapter_dir / MANIFEST).read_text(encoding="utf-8"))
+    assert manifest["base_license"] == "apache-2.0"
+    card = (adapter_dir / CARD).read_bytes()
+    assert hashlib.sha256(card).hexdigest() in {file["sha256"] for file in manifest["files"]}
+    assert b"license: apache-2.0\n" in card
 
 
 def test_adapters_inspected_at_once_leave_no_module_without_weights(adapter_dir: Path) -> None:
