@@ -3,39 +3,59 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Row, Select, and_, func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Adapter, Checkpoint
+from core.db.models import Adapter, Checkpoint, Job
 from core.domain.errors import NotFoundError
+from core.domain.training import AdapterConfig
 from core.services.pages import Page
 
 
-def get_adapter(session: Session, tenant_id: uuid.UUID, *, adapter_id: uuid.UUID) -> Adapter:
-    row = session.scalar(_live(tenant_id).where(Adapter.id == adapter_id))
-    if row is None:
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter, and how its job had it trained."""
+
+    row: Adapter
+    config: AdapterConfig
+    quantization: str | None
+
+    @classmethod
+    def of(cls, found: Row[tuple[Adapter, Any, str | None]]) -> TrainedAdapter:
+        row, config, quantization = found
+        return cls(row, AdapterConfig.model_validate(config), quantization)
+
+
+def get_adapter(session: Session, tenant_id: uuid.UUID, *, adapter_id: uuid.UUID) -> TrainedAdapter:
+    found = session.execute(_live(tenant_id).where(Adapter.id == adapter_id)).one_or_none()
+    if found is None:
         raise NotFoundError("No such adapter.")
-    return row
+    return TrainedAdapter.of(found)
 
 
-def find_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> Adapter:
-    row = session.scalar(_live(tenant_id).where(Adapter.name == name))
-    if row is None:
+def find_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> TrainedAdapter:
+    found = session.execute(_live(tenant_id).where(Adapter.name == name)).one_or_none()
+    if found is None:
         raise NotFoundError(f"The model {name[:200]!r} does not exist.", code="model_not_found", param="model")
-    return row
+    return TrainedAdapter.of(found)
 
 
-def list_adapters(session: Session, tenant_id: uuid.UUID, *, after: uuid.UUID | None, limit: int) -> Page[Adapter]:
+def list_adapters(
+    session: Session, tenant_id: uuid.UUID, *, after: uuid.UUID | None, limit: int
+) -> Page[TrainedAdapter]:
     query = _live(tenant_id)
     if after is not None:
         query = query.where(Adapter.id < after)
-    return Page.cut(session.scalars(query.order_by(Adapter.id.desc()).limit(limit + 1)).all(), limit)
+    found = session.execute(query.order_by(Adapter.id.desc()).limit(limit + 1))
+    return Page.cut([TrainedAdapter.of(each) for each in found], limit)
 
 
 def delete_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> None:
     """Delete a fine-tuned model: its objects go soon after, its job stays."""
-    adapter = find_adapter(session, tenant_id, name=name)
+    adapter = find_adapter(session, tenant_id, name=name).row
     session.execute(
         update(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.id == adapter.id).values(deleted_at=func.now())
     )
@@ -52,5 +72,7 @@ def list_checkpoints(
     return Page.cut(session.scalars(query.order_by(Checkpoint.id.desc()).limit(limit + 1)).all(), limit)
 
 
-def _live(tenant_id: uuid.UUID) -> Select[Adapter]:
-    return select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None))
+def _live(tenant_id: uuid.UUID) -> Select[tuple[Adapter, Any, str | None]]:
+    is_of_job = and_(Job.tenant_id == Adapter.tenant_id, Job.id == Adapter.job_id)
+    query = select(Adapter, Job.spec["adapter"], Job.quantization).join(Job, is_of_job)
+    return query.where(Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None))

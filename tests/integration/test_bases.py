@@ -29,8 +29,9 @@ from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.e2e.lab import write_tiny_base
 from tests.integration.conftest import Database, Tenant
-from tests.integration.training import BASE_MODEL, POOL, queue_job
+from tests.integration.training import BASE_MODEL, POOL, queue_job, start_job
 from tests.waiting import wait_until
+from worker.supervisor.orders import order_job
 from worker.supervisor.runner import Runner
 
 NF4_POOL = f"{BASE_MODEL}@nf4"
@@ -339,3 +340,16 @@ def copy_base(owner: Engine, base_model_id: str, directory: Path) -> str:
             (base_model_id, str(directory)),
         )
     return base_model_id
+
+
+def test_a_trainer_is_told_the_licence_of_its_jobs_base(
+    database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant
+) -> None:
+    with service_transaction(owner) as session:
+        session.execute(update(BaseModelRow).where(BaseModelRow.id == BASE_MODEL).values(license="mit"))
+    lease = start_job(owner, tenant.id)
+    worker = connect(database.worker_url)
+    with service_transaction(worker) as session:
+        order = order_job(session, session.get_one(Job, lease.job_id), store=S3ObjectStore(servers.storage))
+    worker.dispose()
+    assert order.facts.base_license == "mit"
