@@ -24,7 +24,7 @@ class TrainedAdapter:
     quantization: str | None
 
     @classmethod
-    def of(cls, found: Row[tuple[Adapter, Any, str | None]]) -> TrainedAdapter:
+    def of(cls, found: Row[Adapter, Any, str | None]) -> TrainedAdapter:
         row, config, quantization = found
         return cls(row, AdapterConfig.model_validate(config), quantization)
 
@@ -72,7 +72,7 @@ def list_checkpoints(
     return Page.cut(session.scalars(query.order_by(Checkpoint.id.desc()).limit(limit + 1)).all(), limit)
 
 
-def _live(tenant_id: uuid.UUID) -> Select[tuple[Adapter, Any, str | None]]:
+def _live(tenant_id: uuid.UUID) -> Select[Adapter, Any, str | None]:
     is_of_job = and_(Job.tenant_id == Adapter.tenant_id, Job.id == Adapter.job_id)
     query = select(Adapter, Job.spec["adapter"], Job.quantization).join(Job, is_of_job)
     return query.where(Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None))
