@@ -1,19 +1,22 @@
-"""What a base's own files say of it, so that an operator need not: its type, its linears, its length, its dtype.
+"""What a base's own files say of it, so that an operator need not: type, linears, length, dtype and licence.
 
-Only small files are read, and nothing of torch: `config.json`, or the head of a GGUF file.
+Only small files are read, and nothing of torch: `config.json` and `README.md`, or the head of a GGUF file.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from core.domain.bases import LINEARS_BY_MODEL_TYPE
+import yaml
+
+from core.domain.bases import LICENSE_PATTERN, LINEARS_BY_MODEL_TYPE
 from core.services.base_models import BaseModelSource
 
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -55,6 +58,37 @@ def describe_base(source: BaseModelSource) -> BaseDescription:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BaseFilesError(f"{directory}/config.json is none of a language model: {error!r}.") from error
+
+
+def find_license(source: BaseModelSource) -> str | None:
+    """Return the licence that the files name, or None: they need not be there, and need not say."""
+    try:
+        if source.kind == "gguf":
+            found = _gguf_license(Path(source.location))
+        else:
+            directory = Path(source.location) if source.kind == "path" else _hub_snapshot(source)
+            found = _card_license((directory / "README.md").read_text(encoding="utf-8"))
+    except (BaseFilesError, OSError, UnicodeDecodeError, KeyError, struct.error, yaml.YAMLError):
+        return None
+    return found if isinstance(found, str) and re.fullmatch(LICENSE_PATTERN, found) else None
+
+
+def _card_license(card: str) -> Any:
+    """Return `license` of a model card's front matter, which is YAML between two lines of dashes."""
+    front_matter = re.match(r"---\r?\n(.*?)\r?\n---\s*?(\n|$)", card, re.DOTALL)
+    found = yaml.safe_load(front_matter[1]) if front_matter else None
+    return found.get("license") if isinstance(found, dict) else None
+
+
+def _gguf_license(path: Path) -> Any:
+    """Return `general.license`: the general keys stand before the tokenizer's long lists."""
+    with path.open("rb") as content:
+        for key, value in _gguf_pairs(content):
+            if key == "general.license":
+                return value
+            if key.startswith("tokenizer."):
+                break
+    return None
 
 
 def _hub_snapshot(source: BaseModelSource) -> Path:

@@ -57,6 +57,7 @@ def default_registry() -> Registry:
                 max_rank=64,
                 slots=8,
                 max_tokens_per_step=2048,
+                license="apache-2.0",
             ),
         )
     )

@@ -8,25 +8,50 @@ from __future__ import annotations
 import fcntl
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 DIRECTORY = Path(__file__).resolve().parents[1] / ".venv-clients"
 OPENAI_VERSIONS = ("1.109.1", "2.24.0", "3.54.0")
 SCHEMATHESIS = "schemathesis==4.32.5"
+# The oldest PEFT that must read our adapters, with libraries of its time. What they need beside each other, torch
+# above all, is this environment's own.
+PEFT_012 = (
+    "peft==0.12.0",
+    "transformers==4.44.2",
+    "tokenizers==0.19.1",
+    "huggingface_hub==0.24.7",
+    "accelerate==0.33.0",
+)
 
 
 def find_program(requirement: str, name: str) -> Path:
     """Return a program of an environment that holds one package, pinned, with what it needs."""
+    return _make_environment(requirement.replace("==", "-"), [requirement]) / "bin" / name
+
+
+def find_peft_012() -> Path:
+    """Return the Python that imports PEFT 0.12."""
+    return _make_environment("peft-0.12.0", ["--no-deps", *PEFT_012], sees_ours=True) / "bin" / "python"
+
+
+def _make_environment(name: str, arguments: Sequence[str], *, sees_ours: bool = False) -> Path:
+    """Return an environment's directory. One that sees ours finds there what is not in itself."""
     DIRECTORY.mkdir(exist_ok=True)
-    directory = DIRECTORY / requirement.replace("==", "-")
-    with (DIRECTORY / f"{directory.name}.lock").open("w") as lock:
+    directory = DIRECTORY / name
+    with (DIRECTORY / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want it, too
         if not (directory / "installed").exists():
             subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(directory)], check=True)
             pip = [sys.executable, "-m", "pip", "--python", str(directory / "bin/python"), "--quiet"]
-            subprocess.run([*pip, "--disable-pip-version-check", "install", requirement], check=True)
+            subprocess.run([*pip, "--disable-pip-version-check", "install", *arguments], check=True)
+            if sees_ours:
+                (own,) = directory.glob("lib/python*/site-packages")
+                # A path file's lines come after the directory that it is in.
+                (own / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
             (directory / "installed").touch()
-    return directory / "bin" / name
+    return directory
 
 
 def find_client_python(version: str) -> Path:
@@ -40,5 +65,6 @@ def find_schemathesis() -> Path:
 
 if __name__ == "__main__":
     find_schemathesis()
+    find_peft_012()
     for each in OPENAI_VERSIONS:
         find_client_python(each)

@@ -51,6 +51,7 @@ class JobFacts(Frozen):
     base_revision: str
     quantization: str | None
     created_at: int
+    base_license: str | None = None
 
 
 class LoadBase(Frozen):

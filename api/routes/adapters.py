@@ -51,7 +51,7 @@ def download_adapter(
     archive: Literal["tar"] | None = None,
 ) -> Any:
     """Return one presigned URL a file, or stream all files as one tar."""
-    row = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id))
+    row = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id)).row
     if archive == "tar":
         disposition = {"content-disposition": f'attachment; filename="{adapter_id}.tar"'}
         chunks = DOWNLOADS.iterate(_stream_tar(store, row.object_prefix, row.files))

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends
 from api.admission import LISTINGS
 from api.dependencies import Caller, Transaction, needs
 from api.routing import OneThreadRoute
-from api.schemas.objects import DeletedObject, ListObject, ModelObject
+from api.schemas.objects import BaseModelObject, DeletedObject, FineTunedModelObject, ListObject
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError
 from core.domain.jobs import is_checkpoint_model, is_fine_tuned_model
@@ -18,20 +18,21 @@ _MAX_ADAPTERS = 1000
 
 
 @router.get("", dependencies=[needs(Scope.READ), Depends(LISTINGS)])
-def list_models(session: Transaction, caller: Caller) -> ListObject[ModelObject]:
+def list_models(session: Transaction, caller: Caller) -> ListObject[BaseModelObject | FineTunedModelObject]:
     """List the base models and the newest 1,000 fine-tuned ones: this listing has no cursor, `/v1/adapters` has."""
-    bases = [ModelObject.of_base(row) for row in base_models.list_allowed_base_models(session, caller.tenant_id)]
+    bases = [BaseModelObject.of(row) for row in base_models.list_allowed_base_models(session, caller.tenant_id)]
     own = adapters.list_adapters(session, caller.tenant_id, after=None, limit=_MAX_ADAPTERS)
-    return ListObject(data=bases + [ModelObject.of_adapter(row) for row in own.items], has_more=own.has_more)
+    fine_tuned = [FineTunedModelObject.of_adapter(trained) for trained in own.items]
+    return ListObject(data=[*bases, *fine_tuned], has_more=own.has_more)
 
 
 @router.get("/{model:path}", dependencies=[needs(Scope.READ)])
-def get_model(session: Transaction, caller: Caller, model: str) -> ModelObject:
+def get_model(session: Transaction, caller: Caller, model: str) -> BaseModelObject | FineTunedModelObject:
     if is_checkpoint_model(model):
-        return ModelObject.of_checkpoint(checkpoints.find_checkpoint(session, caller.tenant_id, name=model))
+        return FineTunedModelObject.of_checkpoint(checkpoints.find_checkpoint(session, caller.tenant_id, name=model))
     if is_fine_tuned_model(model):
-        return ModelObject.of_adapter(adapters.find_adapter(session, caller.tenant_id, name=model))
-    return ModelObject.of_base(base_models.get_base_model(session, caller.tenant_id, base_model_id=model))
+        return FineTunedModelObject.of_adapter(adapters.find_adapter(session, caller.tenant_id, name=model))
+    return BaseModelObject.of(base_models.get_base_model(session, caller.tenant_id, base_model_id=model))
 
 
 @router.delete("/{model:path}", dependencies=[needs(Scope.SUBMIT)])

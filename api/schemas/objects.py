@@ -5,15 +5,16 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from core.db.models import Adapter, BaseModelRow, Checkpoint, Event, File, Job
+from core.db.models import BaseModelRow, Checkpoint, Event, File, Job
 from core.domain.dataset_counts import DatasetCounts
 from core.domain.ids import IdKind, format_id
 from core.domain.progress import Estimate, measure_progress
 from core.domain.training import AdapterConfig, TrainingSpec
+from core.services.adapters import TrainedAdapter
 from core.services.pages import Page
 
 T = TypeVar("T")
@@ -101,6 +102,13 @@ def _read_datasets(stored: dict[str, Any] | None) -> DatasetsObject | None:
         return DatasetsObject.model_validate(stored) if stored else None
     except ValidationError:
         return None
+
+
+def _read_adapter(stored: Any) -> AdapterConfig:
+    try:
+        return AdapterConfig.model_validate(stored)
+    except ValidationError:
+        return _UNREADABLE.adapter
 
 
 class JobObject(BaseModel):
@@ -237,53 +245,109 @@ class CheckpointObject(BaseModel):
 
 
 class ModelObject(BaseModel):
+    """What OpenAI says of a model, first and as it says it; what is known here beyond that follows."""
+
     id: str
     object: str = "model"
     created: int
     owned_by: str
 
-    @classmethod
-    def of_base(cls, row: BaseModelRow) -> ModelObject:
-        return cls(id=row.id, created=_seconds(row.created_at), owned_by="espalier")
+
+class BaseModelObject(ModelObject):
+    """A base, and what may be asked of it: a submission within these bounds is not refused for its base's sake."""
+
+    quantizations: list[str]
+    max_rank: int
+    max_seq_len: int
+    target_modules: list[str]
+    methods: list[Literal["supervised"]]
+    license: str | None
 
     @classmethod
-    def of_adapter(cls, row: Adapter) -> ModelObject:
-        owner = format_id(IdKind.TENANT, row.tenant_id)
-        return cls(id=row.name, created=_seconds(row.created_at), owned_by=owner)
+    def of(cls, row: BaseModelRow) -> BaseModelObject:
+        return cls(
+            id=row.id,
+            created=_seconds(row.created_at),
+            owned_by="espalier",
+            quantizations=row.quantizations,
+            max_rank=row.max_rank,
+            max_seq_len=row.max_seq_len,
+            target_modules=row.target_modules,
+            methods=["supervised"],
+            license=row.license,
+        )
+
+
+class FineTunedModelObject(ModelObject):
+    """A fine-tuned model or a checkpoint. A checkpoint's rank is its job's, which another tenant's is not shown."""
+
+    base_model: str
+    rank: int | None
 
     @classmethod
-    def of_checkpoint(cls, row: Checkpoint) -> ModelObject:
+    def of_adapter(cls, trained: TrainedAdapter) -> FineTunedModelObject:
+        row = trained.row
         owner = format_id(IdKind.TENANT, row.tenant_id)
-        return cls(id=row.model_name, created=_seconds(row.created_at), owned_by=owner)
+        return cls(
+            id=row.name,
+            created=_seconds(row.created_at),
+            owned_by=owner,
+            base_model=row.base_model_id,
+            rank=_read_adapter(trained.config).rank,
+        )
+
+    @classmethod
+    def of_checkpoint(cls, row: Checkpoint) -> FineTunedModelObject:
+        owner = format_id(IdKind.TENANT, row.tenant_id)
+        base_model = row.model_name.split(":")[1]  # a base's id has no colon
+        return cls(
+            id=row.model_name, created=_seconds(row.created_at), owned_by=owner, base_model=base_model, rank=None
+        )
+
+
+class AdapterFile(BaseModel):
+    name: str
+    size_bytes: int
+    sha256: str
 
 
 class AdapterObject(BaseModel):
+    """A finished adapter: what a server must be started with to serve it, and what there is to download."""
+
     id: str
     object: str = "adapter"
     created_at: int
     name: str
     base_model: str
+    quantization: str | None
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: list[str]
     fine_tuning_job_id: str
     size_bytes: int
-    files: list[dict[str, Any]]
+    files: list[AdapterFile]
 
     @classmethod
-    def of(cls, row: Adapter) -> AdapterObject:
+    def of(cls, trained: TrainedAdapter) -> AdapterObject:
+        row, config = trained.row, _read_adapter(trained.config)
         return cls(
             id=format_id(IdKind.ADAPTER, row.id),
             created_at=_seconds(row.created_at),
             name=row.name,
             base_model=row.base_model_id,
+            quantization=trained.quantization,
+            rank=config.rank,
+            alpha=config.alpha,
+            use_rslora=config.use_rslora,
+            target_modules=list(config.target_modules),
             fine_tuning_job_id=format_id(IdKind.JOB, row.job_id),
             size_bytes=row.size_bytes,
-            files=row.files,
+            files=[AdapterFile(**file) for file in row.files],
         )
 
 
-class DownloadFile(BaseModel):
-    name: str
-    size_bytes: int
-    sha256: str
+class DownloadFile(AdapterFile):
     url: str
 
 

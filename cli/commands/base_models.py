@@ -12,7 +12,7 @@ import typer
 from pydantic import ValidationError
 from sqlalchemy import Engine
 
-from cli.base_files import BaseFilesError, describe_base
+from cli.base_files import BaseFilesError, describe_base, find_license
 from cli.output import fail, fields_of, is_json, print_json, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, actor, operator_session, owner_engine
 from cli.stores import find_storage
@@ -87,6 +87,9 @@ def add_base(
     slots: int = 8,
     max_tokens_per_step: int = 4096,
     chat_template: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A Jinja file.")] = None,
+    license_name: Annotated[
+        str | None, typer.Option("--license", help="The weights' licence, for adapters' cards; the files' by default.")
+    ] = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Register a base model, filled in from its own files, and check it."""
@@ -95,6 +98,7 @@ def add_base(
         "max_seq_len": max_seq_len,
         "dtype": dtype,
         "chat_template": chat_template.read_text(encoding="utf-8") if chat_template else None,
+        "license": license_name,
     }
     registered: dict[str, Any] = {
         "id": base_model_id,
@@ -111,6 +115,7 @@ def add_base(
             bases.register_base_model(session, entry, is_by_hand=True)
         if not is_json():
             say(f"Registered {entry.id}: {', '.join(entry.target_modules)}; max_seq_len {entry.max_seq_len}.")
+            say(f"Its licence: {entry.license or 'unknown; --license names it'}.")
         _check(engine, entry.id, quantization=None, data_dir=data_dir)
 
 
@@ -171,7 +176,7 @@ def _complete(registered: dict[str, Any]) -> BaseModelEntry:
                 "dtype": found.dtype,
                 **registered,
             }
-        return BaseModelEntry.model_validate(registered)
+        return BaseModelEntry.model_validate({"license": find_license(registered["source"]), **registered})
     except (BaseFilesError, OSError, ValidationError) as error:
         fail(f"{error} Nothing was registered. Give --target-module, --max-seq-len and --dtype for files elsewhere.")
 

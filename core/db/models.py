@@ -150,6 +150,7 @@ class BaseModelRow(Row):
         CheckConstraint("cardinality(target_modules) > 0", name="has_target_modules"),
         CheckConstraint(_one_of("state", BaseState), name="state_known"),
         CheckConstraint("(state = 'unusable') = (state_reason is not null)", name="reason_when_unusable"),
+        CheckConstraint("char_length(license) between 1 and 128", name="license_is_a_name"),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     source: Mapped[Json]
@@ -161,6 +162,8 @@ class BaseModelRow(Row):
     slots: Mapped[int]
     max_tokens_per_step: Mapped[int]
     chat_template: Mapped[str | None]
+    # What its weights are licensed under; null where nobody has said.
+    license: Mapped[str | None]
     # In the registry or not; `disabled_at` is the operator's own switch, which the registry does not move.
     is_enabled: Mapped[bool] = mapped_column(server_default=text("true"))
     # By `base-models add`: a registry file that does not name it leaves it alone.

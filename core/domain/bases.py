@@ -13,6 +13,9 @@ class BaseState(StrEnum):
     UNUSABLE = "unusable"
 
 
+# A licence's name: the hub's identifiers, such as apache-2.0, and SPDX expressions.
+LICENSE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 .+()_-]{0,127}$"
+
 _LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The decoders that can be fused, by the `model_type` of their config, and the linears of their layers: attention that
 # goes through transformers' attention interface with plain causal (or sliding) masks, logits that are the head's output

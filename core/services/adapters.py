@@ -3,40 +3,54 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Select, and_, func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Adapter, Checkpoint
+from core.db.models import Adapter, Checkpoint, Job
 from core.domain.errors import NotFoundError
 from core.domain.ids import IdKind, not_found
 from core.services.pages import Page
 
 
-def get_adapter(session: Session, tenant_id: uuid.UUID, *, adapter_id: uuid.UUID) -> Adapter:
-    row = session.scalar(_live(tenant_id).where(Adapter.id == adapter_id))
-    if row is None:
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter, and how its job had it trained: `config` is an AdapterConfig as it stands in the job's row."""
+
+    row: Adapter
+    config: Any
+    quantization: str | None
+
+
+def get_adapter(session: Session, tenant_id: uuid.UUID, *, adapter_id: uuid.UUID) -> TrainedAdapter:
+    found = session.execute(_live(tenant_id).where(Adapter.id == adapter_id)).one_or_none()
+    if found is None:
         raise not_found(IdKind.ADAPTER, adapter_id)
-    return row
+    return TrainedAdapter(*found)
 
 
-def find_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> Adapter:
-    row = session.scalar(_live(tenant_id).where(Adapter.name == name))
-    if row is None:
+def find_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> TrainedAdapter:
+    found = session.execute(_live(tenant_id).where(Adapter.name == name)).one_or_none()
+    if found is None:
         raise NotFoundError(f"The model {name[:200]!r} does not exist.", code="model_not_found", param="model")
-    return row
+    return TrainedAdapter(*found)
 
 
-def list_adapters(session: Session, tenant_id: uuid.UUID, *, after: uuid.UUID | None, limit: int) -> Page[Adapter]:
+def list_adapters(
+    session: Session, tenant_id: uuid.UUID, *, after: uuid.UUID | None, limit: int
+) -> Page[TrainedAdapter]:
     query = _live(tenant_id)
     if after is not None:
         query = query.where(Adapter.id < after)
-    return Page.cut(session.scalars(query.order_by(Adapter.id.desc()).limit(limit + 1)).all(), limit)
+    found = session.execute(query.order_by(Adapter.id.desc()).limit(limit + 1))
+    return Page.cut([TrainedAdapter(*each) for each in found], limit)
 
 
 def delete_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> None:
     """Delete a fine-tuned model: its objects go soon after, its job stays."""
-    adapter = find_adapter(session, tenant_id, name=name)
+    adapter = find_adapter(session, tenant_id, name=name).row
     session.execute(
         update(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.id == adapter.id).values(deleted_at=func.now())
     )
@@ -53,5 +67,7 @@ def list_checkpoints(
     return Page.cut(session.scalars(query.order_by(Checkpoint.id.desc()).limit(limit + 1)).all(), limit)
 
 
-def _live(tenant_id: uuid.UUID) -> Select[Adapter]:
-    return select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None))
+def _live(tenant_id: uuid.UUID) -> Select[Adapter, Any, str | None]:
+    is_of_job = and_(Job.tenant_id == Adapter.tenant_id, Job.id == Adapter.job_id)
+    query = select(Adapter, Job.spec["adapter"], Job.quantization).join(Job, is_of_job)
+    return query.where(Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None))

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from core.db.models import BaseModelRow, BaseTokenizerRow, Tenant, Worker
 from core.domain import bounds
-from core.domain.bases import BaseState
+from core.domain.bases import LICENSE_PATTERN, BaseState
 from core.domain.errors import ConflictError, NotFoundError
 from core.domain.training import Frozen, Quantization
 
@@ -45,6 +45,7 @@ class BaseModelEntry(Frozen):
     slots: Annotated[int, bounds.SLOTS.field] = 8
     max_tokens_per_step: Annotated[int, bounds.TOKENS_PER_STEP.field] = 4096
     chat_template: str | None = None
+    license: str | None = Field(default=None, pattern=LICENSE_PATTERN)
 
 
 class Registry(Frozen):

@@ -205,10 +205,10 @@ def _get_trainable(session: Session, tenant_id: uuid.UUID, *, model: str) -> Bas
         checkpoint = find_checkpoint(session, tenant_id, name=model)
         raise _refuse_warm_start(checkpoint.model_name.split(":")[1])  # a base's id has no colon
     if is_fine_tuned_model(model):
-        raise _refuse_warm_start(find_adapter(session, tenant_id, name=model).base_model_id)
+        raise _refuse_warm_start(find_adapter(session, tenant_id, name=model).row.base_model_id)
     with suppress(NotFoundError):  # then it is a base's name, or nothing's
         adapter = get_adapter(session, tenant_id, adapter_id=parse_id(IdKind.ADAPTER, model))
-        raise _refuse_warm_start(adapter.base_model_id)
+        raise _refuse_warm_start(adapter.row.base_model_id)
     return get_base_model(session, tenant_id, base_model_id=model)
 
 

@@ -12,7 +12,7 @@ from click.testing import Result
 from sqlalchemy import Engine, func, update
 from typer.testing import CliRunner
 
-from cli.base_files import BaseDescription, BaseFilesError, describe_base
+from cli.base_files import BaseDescription, BaseFilesError, describe_base, find_license
 from cli.main import app
 from core.db.models import BaseModelRow, BaseTokenizerRow
 from core.db.session import service_transaction
@@ -93,6 +93,37 @@ def test_a_base_is_added_from_its_own_files_loaded_once_and_its_tokenizer_kept(
     assert str(row.checked_by).startswith("cli:")
     with service_transaction(owner) as session:
         assert session.get(BaseTokenizerRow, ADDED) is not None
+
+
+def test_a_bases_licence_is_its_cards_unless_the_operator_names_one(
+    espalier: Espalier, owner: Engine, base_dir: Path
+) -> None:
+    all_given = ("--max-seq-len", "64", "--dtype", "float32", "--target-module", "q_proj")
+    assert "licence: unknown" in espalier("add", ADDED, "--source", f"path:{base_dir}", *all_given).output
+    assert row_of(owner, ADDED).license is None
+    (base_dir / "README.md").write_text("---\ntags: [x]\nlicense: mit\n---\n# A base\n", encoding="utf-8")
+    assert "licence: mit" in espalier("add", ADDED, "--source", f"path:{base_dir}", *all_given).output
+    assert row_of(owner, ADDED).license == "mit"
+    espalier("add", ADDED, "--source", f"path:{base_dir}", "--license", "llama3.2")
+    assert row_of(owner, ADDED).license == "llama3.2"
+    done = espalier("add", ADDED, "--source", f"path:{base_dir}", "--license", "mit\n---")
+    assert (done.exit_code, row_of(owner, ADDED).license) == (1, "llama3.2")
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["", "license: mit", "---\nlicense: [\n---\n", "---\nlicense: [mit]\n---\n", "---\nlicense: |\n  a\n  b\n---\n"],
+)
+def test_a_card_that_names_no_licence_names_none(tmp_path: Path, card: str) -> None:
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    assert find_license(BaseModelSource(kind="path", location=str(tmp_path))) is None
+
+
+def test_a_licence_is_in_a_gguf_files_head(tmp_path: Path) -> None:
+    assert find_license(BaseModelSource(kind="gguf", location=str(find_smollm2()))) == "apache-2.0"
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(find_smollm2().read_bytes()[:200])
+    assert find_license(BaseModelSource(kind="gguf", location=str(cut))) is None
 
 
 def test_a_base_whose_targets_are_wrong_is_registered_as_unusable_and_why_is_said(

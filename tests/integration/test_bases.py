@@ -32,6 +32,7 @@ from tests.e2e.lab import write_tiny_base
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import BASE_MODEL, POOL, queue_job
 from tests.waiting import wait_until
+from worker.supervisor.orders import order_job
 from worker.supervisor.runner import Runner
 
 NF4_POOL = f"{BASE_MODEL}@nf4"
@@ -384,3 +385,18 @@ def copy_base(owner: Engine, base_model_id: str, directory: Path) -> str:
             (base_model_id, str(directory)),
         )
     return base_model_id
+
+
+def test_a_trainer_is_told_the_licence_of_its_jobs_base(
+    database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant, tmp_path: Path
+) -> None:
+    base, store = copy_base(owner, "acme-labs/licensed", tmp_path), S3ObjectStore(servers.storage)
+    with service_transaction(owner) as session:
+        session.execute(update(BaseModelRow).where(BaseModelRow.id == base).values(license="mit"))
+    queue_real_job(owner, tenant, store, base_model_id=base)
+    worker = connect(database.worker_url)
+    with service_transaction(worker) as session:
+        job = attempts.claim_job(session, f"{base}@none", worker_name="w", lease_seconds=3600)
+        assert job is not None
+        assert order_job(session, job, store=store).facts.base_license == "mit"
+    worker.dispose()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from core.domain.training import AdapterConfig
 from worker.engine.errors import InvalidJobError
 from worker.engine.slots import Slot
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
@@ -23,18 +27,40 @@ def export_adapter(slot: Slot, directory: Path, *, base_model_id: str) -> None:
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK.clone(memory_format=torch.contiguous_format)
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR.clone(memory_format=torch.contiguous_format)
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    adapter = slot.job.spec.adapter
-    LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # a float is written and read as it is
-        lora_dropout=adapter.dropout,
-        target_modules=sorted(adapter.target_modules),
-        use_rslora=adapter.use_rslora,
-        bias="none",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model_id,
-        inference_mode=True,
-    ).save_pretrained(str(directory))
+    config = describe_lora(slot.job.spec.adapter, base_model_id=base_model_id)
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def describe_lora(adapter: AdapterConfig, *, base_model_id: str) -> dict[str, Any]:
+    """Return the keys of PEFT's configuration that mean something to a reader.
+
+    PEFT's own writer adds about 25 more, most of them null. PEFT 0.12 refuses those that it does not know, and the
+    order of the target modules, and so the file's hash, changes with every process.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_id,
+        # PEFT's `AutoPeftModel` hands it to the hub together with the name above, which is the registry's: here it
+        # need not be the repository that the commit is of. The manifest and the card say the commit.
+        "revision": None,
+        "r": adapter.rank,
+        "lora_alpha": _as_integer(adapter.alpha),
+        "lora_dropout": _as_integer(adapter.dropout),
+        "target_modules": sorted(adapter.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": adapter.use_rslora,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def _as_integer(number: float) -> float:
+    """Return a whole number as an integer: Ollama's reader has a `uint32`, which takes no `32.0`."""
+    return int(number) if number.is_integer() else number
 
 
 def import_adapter(slot: Slot, directory: Path) -> None:

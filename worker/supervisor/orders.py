@@ -67,6 +67,7 @@ def order_job(session: Session, job: Job, *, store: ObjectStore) -> StartJob:
             base_revision="",
             quantization=job.quantization,
             created_at=int(job.created_at.timestamp()),
+            base_license=session.get_one(BaseModelRow, job.base_model_id).license,
         ),
         training_file=grant_file(store, training_file),
         validation_file=grant_file(store, validation_file) if validation_file else None,

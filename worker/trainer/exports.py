@@ -7,7 +7,7 @@ import csv
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from core.domain.training import AdapterConfig, TrainingSpec
+from worker.engine.errors import DivergedError
 from worker.messages import JobFacts
-from worker.trainer.failures import AdapterInvalidError
+from worker.trainer.cards import write_card
+from worker.trainer.failures import AdapterInvalidError, NothingLearnedError
 
 WEIGHTS, CONFIG, CARD, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "README.md", "manifest.json"
 ADAPTER_FILES = (WEIGHTS, CONFIG, CARD, MANIFEST)
@@ -57,9 +59,10 @@ class ResultRow:
 
 def describe_adapter(directory: Path, provenance: Provenance) -> None:
     """Write the model card and, last, the manifest with the hashes of all the other files."""
-    (directory / CARD).write_text(_model_card(provenance), encoding="utf-8")
-    files = [describe_file(directory / name) for name in (WEIGHTS, CONFIG, CARD)]
     facts = provenance.facts
+    card = write_card(facts, provenance.spec, step=provenance.step, metrics=provenance.metrics)
+    (directory / CARD).write_text(card, encoding="utf-8")
+    files = [describe_file(directory / name) for name in (WEIGHTS, CONFIG, CARD)]
     manifest = {
         "format": "espalier-adapter-1",
         "job_id": facts.job_id,
@@ -67,6 +70,7 @@ def describe_adapter(directory: Path, provenance: Provenance) -> None:
         "model": facts.model_name,
         "base_model": facts.base_model_id,
         "base_revision": facts.base_revision,
+        "base_license": facts.base_license,
         "quantization": facts.quantization,
         "step": provenance.step,
         "training_file_sha256": provenance.training_sha256,
@@ -82,7 +86,10 @@ def describe_adapter(directory: Path, provenance: Provenance) -> None:
 def verify_adapter(
     directory: Path, *, adapter: AdapterConfig, base_model_id: str, base_config: PreTrainedConfig
 ) -> None:
-    """Inspect an adapter as its reader will. Raises AdapterInvalidError saying what is wrong."""
+    """Inspect an adapter as its reader will. Raises AdapterInvalidError saying what is wrong.
+
+    Raises DivergedError or NothingLearnedError for what every attempt would end in: training is deterministic.
+    """
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     for described in manifest["files"]:
         if describe_file(directory / described["name"]) != described:
@@ -126,9 +133,9 @@ def _verify_weights(tensors: dict[str, torch.Tensor], adapter: AdapterConfig) ->
     if any(tensors[name].shape[1] != adapter.rank for name in b_names):
         raise AdapterInvalidError("A lora_B has another rank than the adapter.")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise AdapterInvalidError("The adapter has numbers that are not finite.")
+        raise DivergedError("The adapter has numbers that are not finite. Lower the learning rate.")
     if not any(bool(tensors[name].any()) for name in b_names):
-        raise AdapterInvalidError("Every lora_B is zero: nothing was learned.")
+        raise NothingLearnedError("Every lora_B is zero: nothing was learned. Raise the learning rate.")
 
 
 def _load_with_peft(directory: Path, config: PeftConfig, base_config: PreTrainedConfig) -> None:
@@ -148,30 +155,3 @@ def _load_with_peft(directory: Path, config: PeftConfig, base_config: PreTrained
     if missing or loaded.unexpected_keys:
         strange = ", ".join([*missing, *loaded.unexpected_keys][:3])
         raise AdapterInvalidError(f"PEFT misses tensors of the adapter, or does not know them: {strange}.")
-
-
-def _model_card(provenance: Provenance) -> str:
-    facts, spec = provenance.facts, provenance.spec
-    metrics: Sequence[str] = [f"| {name} | {value:.4f} |" for name, value in sorted(provenance.metrics.items())]
-    return "\n".join(
-        [
-            "---",
-            f"base_model: {facts.base_model_id}",
-            "library_name: peft",
-            "tags: [lora, espalier]",
-            "---",
-            f"# {facts.model_name}",
-            "",
-            f"A LoRA adapter for `{facts.base_model_id}`, trained by Espalier in job `{facts.job_id}`.",
-            "",
-            f"- base revision `{facts.base_revision}`, quantization {facts.quantization or 'none'}",
-            f"- rank {spec.adapter.rank}, alpha {spec.adapter.alpha:g}, rsLoRA {spec.adapter.use_rslora}",
-            f"- {spec.n_epochs} epochs, batch size {spec.batch_size}, step {provenance.step}, seed {spec.seed}",
-            f"- learning rate {spec.learning_rate:g}, {spec.learning_rate_schedule}",
-            "",
-            "| metric | value |",
-            "|---|---|",
-            *metrics,
-            "",
-        ]
-    )

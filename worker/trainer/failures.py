@@ -2,6 +2,7 @@
 
 TrainerError
 |- JobFaultError        the job's own data or settings; another attempt would end the same
+|  '- NothingLearnedError  its adapter does nothing
 |- JobStoppedError      an order has stopped it, so that what it still does in the background is of no use
 |- TransferError        a dataset or an artifact could not be moved; another attempt may do
 |- AdapterInvalidError  the finished adapter did not pass its own inspection
@@ -37,6 +38,12 @@ class TrainerError(Exception):
 class JobFaultError(TrainerError):
     code = "invalid_training_data"
     is_job_fault = True
+
+
+class NothingLearnedError(JobFaultError):
+    """The adapter changes nothing: its settings or its rows have left every lora_B at zero."""
+
+    code = "nothing_learned"
 
 
 class JobStoppedError(TrainerError):

@@ -11,11 +11,12 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, event, select, text
 
 from core.db.models import Checkpoint, Job
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, format_id, new_id, parse_id
+from core.services.adapters import list_adapters
 from core.services.purges import find_purges, mark_purged
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
@@ -73,6 +74,77 @@ def test_models_are_found_by_names_with_slashes_and_colons(
     for model in (BASE_MODEL, name, checkpoint):
         assert client.models.retrieve(model).id == model
     assert {model.id for model in client.models.list()} == {BASE_MODEL, name}
+
+
+OPENAI_FIELDS = ["id", "object", "created", "owned_by"]
+
+
+def test_a_base_model_says_what_may_be_asked_of_it_after_openais_own_fields(
+    api_url: str, tenant: Tenant, owner: Engine
+) -> None:
+    with service_transaction(owner) as session:
+        session.execute(text("update base_models set license = 'apache-2.0' where id = :id"), {"id": BASE_MODEL})
+    (listed,) = ask(api_url, tenant, "GET", "/models").json()["data"]
+    assert list(listed)[:4] == OPENAI_FIELDS
+    assert {name: value for name, value in listed.items() if name not in OPENAI_FIELDS} == {
+        "quantizations": ["nf4"],
+        "max_rank": 64,
+        "max_seq_len": 256,
+        "target_modules": ["q_proj", "v_proj"],
+        "methods": ["supervised"],
+        "license": "apache-2.0",
+    }
+    assert ask(api_url, tenant, "GET", f"/models/{BASE_MODEL}").json() == listed
+
+
+def test_a_fine_tuned_model_names_its_base_and_rank_and_a_checkpoint_its_base(
+    client: OpenAI, api_url: str, owner: Engine, servers: ServerAddresses, tenant: Tenant
+) -> None:
+    shape = {"rank": 24, "alpha": 48, "target_modules": ["v_proj"]}
+    job_id = str(submit(client, upload(client, GOOD).id, extra_body={"adapter": shape}).id)
+    name, checkpoint = add_adapter(owner, tenant, job_id), add_checkpoint(owner, servers, tenant, job_id, step=3)
+    (listed,) = [each for each in ask(api_url, tenant, "GET", "/models").json()["data"] if each["id"] == name]
+    assert list(listed)[:4] == OPENAI_FIELDS
+    assert (listed["base_model"], listed["rank"]) == (BASE_MODEL, 24)
+    assert ask(api_url, tenant, "GET", f"/models/{name}").json() == listed
+    found = ask(api_url, tenant, "GET", f"/models/{checkpoint}").json()
+    assert (list(found)[:4], found["base_model"]) == (OPENAI_FIELDS, BASE_MODEL)
+    (adapter,) = ask(api_url, tenant, "GET", "/adapters").json()["data"]
+    assert adapter["base_model"] == BASE_MODEL
+    assert (adapter["rank"], adapter["alpha"], adapter["target_modules"]) == (24, 48.0, ["v_proj"])
+    assert (adapter["quantization"], adapter["use_rslora"]) == (None, False)
+    assert adapter["size_bytes"] == sum(file["size_bytes"] for file in adapter["files"])
+    assert ask(api_url, tenant, "GET", f"/adapters/{adapter['id']}").json() == adapter
+
+
+def test_an_adapter_whose_jobs_terms_cannot_be_read_is_listed_beside_the_others(
+    client: OpenAI, api_url: str, owner: Engine, tenant: Tenant
+) -> None:
+    file_id = upload(client, GOOD).id
+    jobs = [str(submit(client, file_id, suffix=f"s{n}").id) for n in range(2)]
+    names = [add_adapter(owner, tenant, job_id) for job_id in jobs]
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set spec = '{}' where id = :id"), {"id": parse_id(IdKind.JOB, jobs[0])})
+    listed = ask(api_url, tenant, "GET", "/adapters").json()["data"]
+    assert [(each["name"], each["rank"]) for each in listed] == [(names[1], 16), (names[0], 0)]
+    assert {model.id for model in client.models.list()} == {BASE_MODEL, *names}
+
+
+def test_a_list_of_adapters_is_one_statement(client: OpenAI, api: Engine, owner: Engine, tenant: Tenant) -> None:
+    file_id = upload(client, GOOD).id
+    names = [add_adapter(owner, tenant, str(submit(client, file_id, suffix=f"s{n}").id)) for n in range(3)]
+    statements: list[str] = []
+
+    def note(*told: Any) -> None:
+        statements.append(told[2])
+
+    with tenant_transaction(api, tenant.id) as session:
+        event.listen(api, "before_cursor_execute", note)
+        page = list_adapters(session, tenant.id, after=None, limit=2)
+        assert [trained.config["rank"] for trained in page.items] == [16, 16]
+        event.remove(api, "before_cursor_execute", note)
+    assert ([trained.row.name for trained in page.items], page.has_more) == (names[:0:-1], True)
+    assert len([each for each in statements if "adapters" in each]) == len(statements) == 1
 
 
 def test_a_deleted_model_is_gone_with_its_objects_and_its_job_stays(

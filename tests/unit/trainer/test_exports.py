@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,10 @@ from torch import nn
 
 from core.domain.training import AdapterConfig
 from tests.unit.engine.tiny import make_engine, make_job, tiny_llama, train
+from worker.engine.errors import EngineError
 from worker.messages import JobFacts
-from worker.trainer.exports import CONFIG, WEIGHTS, Provenance, describe_adapter, verify_adapter
-from worker.trainer.failures import AdapterInvalidError
+from worker.trainer.exports import CARD, CONFIG, MANIFEST, WEIGHTS, Provenance, describe_adapter, verify_adapter
+from worker.trainer.failures import AdapterInvalidError, TrainerError
 
 JOB = make_job("mine", rank=6, target_modules=("q_proj", "up_proj"))
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -42,6 +44,7 @@ def describe(directory: Path) -> None:
         base_revision="1",
         quantization=None,
         created_at=0,
+        base_license="apache-2.0",
     )
     describe_adapter(directory, Provenance(facts, JOB.spec, "0" * 64, None, step=2, metrics={"train_loss": 1.0}))
 
@@ -53,6 +56,15 @@ def verify(directory: Path, *, adapter: AdapterConfig = JOB.spec.adapter) -> Non
 def test_what_the_engine_exports_passes(adapter_dir: Path) -> None:
     describe(adapter_dir)
     verify(adapter_dir)
+
+
+def test_the_manifest_names_the_bases_licence_and_the_cards_hash(adapter_dir: Path) -> None:
+    describe(adapter_dir)
+    manifest = json.loads((adapter_dir / MANIFEST).read_text(encoding="utf-8"))
+    assert manifest["base_license"] == "apache-2.0"
+    card = (adapter_dir / CARD).read_bytes()
+    assert hashlib.sha256(card).hexdigest() in {file["sha256"] for file in manifest["files"]}
+    assert b"license: apache-2.0\n" in card
 
 
 def test_adapters_inspected_at_once_leave_no_module_without_weights(adapter_dir: Path) -> None:
@@ -96,8 +108,6 @@ def shrink(tensors: Tensors) -> None:
     [
         (rename, "PEFT misses tensors"),
         (misshape, "shape that PEFT expects"),
-        (unlearn, "nothing was learned"),
-        (poison, "not finite"),
         (lose, "not pairs"),
         (shrink, "another rank"),
     ],
@@ -111,6 +121,22 @@ def test_weights_that_a_reader_would_stumble_over_do_not_leave(
     describe(adapter_dir)
     with pytest.raises(AdapterInvalidError, match=complaint):
         verify(adapter_dir)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [(unlearn, "nothing_learned", "Raise the learning rate"), (poison, "diverged", "Lower the learning rate")],
+)
+def test_what_another_attempt_cannot_mend_is_the_jobs_own_fault_and_says_what_to_change(
+    adapter_dir: Path, change: Callable[[Tensors], None], code: str, words: str
+) -> None:
+    tensors = load_file(adapter_dir / WEIGHTS)
+    change(tensors)
+    save_file(tensors, adapter_dir / WEIGHTS)
+    describe(adapter_dir)
+    with pytest.raises((TrainerError, EngineError), match=words) as failed:
+        verify(adapter_dir)
+    assert (failed.value.code, failed.value.is_job_fault) == (code, True)
 
 
 @pytest.mark.parametrize(
@@ -128,5 +154,6 @@ def test_a_file_that_changed_after_it_was_described_does_not_leave(adapter_dir: 
     describe(adapter_dir)
     with (adapter_dir / CONFIG).open("a") as config:
         config.write("\n")
-    with pytest.raises(AdapterInvalidError, match="not what the manifest says"):
+    with pytest.raises(AdapterInvalidError, match="not what the manifest says") as failed:
         verify(adapter_dir)
+    assert not failed.value.is_job_fault  # a disk's fault, most likely: another attempt mends it
