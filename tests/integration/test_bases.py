@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import Engine, func, select, update
 from structlog.testing import capture_logs
 
-from core.db.models import Attempt, BaseModelRow, BaseTokenizerRow, Event, Job
+from core.db.models import Attempt, BaseModelRow, BaseTokenizerRow, Event, Job, Pool
 from core.db.session import connect, service_transaction
 from core.domain.bases import BaseState
 from core.domain.errors import ConflictError
@@ -86,11 +86,12 @@ def start(servers: ServerAddresses, owner: Engine) -> Iterator[Callable[[WorkerS
 
 
 def place(owner: Engine, directory: Path, **changes: Any) -> None:
-    """Register the base anew, as one that nobody has looked at."""
+    """Register the base anew, as one that nobody has looked at or loaded."""
     source = {"kind": "path", "location": str(directory), "revision": ""}
     fresh = {"state": "unchecked", "state_reason": None, "state_since": func.clock_timestamp(), "checked_by": None}
     with service_transaction(owner) as session:
         session.execute(update(BaseModelRow).values(source=source, **fresh, **changes))
+        session.execute(update(Pool).values(load_seconds=None))
 
 
 def row_of(owner: Engine) -> BaseModelRow:
