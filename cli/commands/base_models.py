@@ -53,6 +53,7 @@ _FIELDS = (
     "disabled_at",
 )
 Quantized = Annotated[str | None, typer.Option(help="Load it in this quantization.")]
+Licensed = Annotated[str | None, typer.Option("--license", help="The weights' licence; what its files say by default.")]
 
 
 @base_models.command("list")
@@ -87,9 +88,7 @@ def add_base(
     slots: int = 8,
     max_tokens_per_step: int = 4096,
     chat_template: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A Jinja file.")] = None,
-    license_name: Annotated[
-        str | None, typer.Option("--license", help="The weights' licence, for adapters' cards; the files' by default.")
-    ] = None,
+    license_name: Licensed = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """Register a base model, filled in from its own files, and check it."""
@@ -113,9 +112,7 @@ def add_base(
     with owner_engine(data_dir) as engine:
         with owner_transaction(engine, actor=actor()) as session:
             bases.register_base_model(session, entry, is_by_hand=True)
-        if not is_json():
-            say(f"Registered {entry.id}: {', '.join(entry.target_modules)}; max_seq_len {entry.max_seq_len}.")
-            say(f"Its licence: {entry.license or 'unknown; --license names it'}.")
+        _announce(entry)
         _check(engine, entry.id, quantization=None, data_dir=data_dir)
 
 
@@ -179,6 +176,13 @@ def _complete(registered: dict[str, Any]) -> BaseModelEntry:
         return BaseModelEntry.model_validate({"license": find_license(registered["source"]), **registered})
     except (BaseFilesError, OSError, ValidationError) as error:
         fail(f"{error} Nothing was registered. Give --target-module, --max-seq-len and --dtype for files elsewhere.")
+
+
+def _announce(entry: BaseModelEntry) -> None:
+    if is_json():
+        return
+    say(f"Registered {entry.id}: {', '.join(entry.target_modules)}; max_seq_len {entry.max_seq_len}.")
+    say(f"Its licence: {entry.license or 'unknown; --license names it'}.")
 
 
 def _check(engine: Engine, base_model_id: str, *, quantization: str | None, data_dir: Path) -> None:

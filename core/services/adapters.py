@@ -26,7 +26,8 @@ class TrainedAdapter:
     @classmethod
     def of(cls, found: Row[Adapter, Any, str | None]) -> TrainedAdapter:
         row, config, quantization = found
-        return cls(row, AdapterConfig.model_validate(config), quantization)
+        # Not validated: it was at submission, and one that today's bounds refuse must not hide the others.
+        return cls(row, AdapterConfig.model_construct(**config), quantization)
 
 
 def get_adapter(session: Session, tenant_id: uuid.UUID, *, adapter_id: uuid.UUID) -> TrainedAdapter:

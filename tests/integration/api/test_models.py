@@ -117,6 +117,18 @@ def test_a_fine_tuned_model_names_its_base_and_rank_and_a_checkpoint_its_base(
     assert ask(api_url, tenant, "GET", f"/adapters/{adapter['id']}").json() == adapter
 
 
+def test_an_adapter_trained_under_wider_bounds_is_still_listed(
+    api_url: str, owner: Engine, tenant: Tenant, job_id: str
+) -> None:
+    name = add_adapter(owner, tenant, job_id)
+    with service_transaction(owner) as session:
+        wide = text("update jobs set spec = jsonb_set(spec, '{adapter,alpha}', '1e30') where fine_tuned_model = :name")
+        session.execute(wide, {"name": name})
+    (adapter,) = ask(api_url, tenant, "GET", "/adapters").json()["data"]
+    assert adapter["alpha"] == 1e30
+    assert ask(api_url, tenant, "GET", f"/models/{name}").status_code == 200
+
+
 def test_a_list_of_adapters_is_one_statement(client: OpenAI, api: Engine, owner: Engine, tenant: Tenant) -> None:
     file_id = upload(client, GOOD).id
     names = [add_adapter(owner, tenant, str(submit(client, file_id, suffix=f"s{n}").id)) for n in range(3)]
