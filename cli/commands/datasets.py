@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cli.output import fail, is_json, print_json
 from cli.owner import DEFAULT_DATA_DIR, DataDir
-from core.domain.datasets import DatasetChecker, DatasetReport, iterate_rows
+from core.domain.datasets import FOREIGN_FORMAT, DatasetChecker, DatasetReport, iterate_rows
 from core.domain.datasets.statistics import NumberedLine, TokenReport
 from core.domain.datasets.tokenizers import tokenizer_path
 from core.domain.errors import PayloadTooLargeError
@@ -87,18 +87,23 @@ def _iterate_parts(file: Path) -> Iterator[list[NumberedLine]]:
 
 
 def _show_report(report: DatasetReport) -> None:
-    state = "[green]can be trained on[/]" if report.is_valid else "[red]cannot be trained on[/]"
-    console.print(f"{report.num_examples} good rows, {report.num_problems} problems: it {state}.")
+    state = "[green]It can be trained on.[/]" if report.is_valid else "[red]It cannot be trained on.[/]"
+    console.print(f"Good rows: {report.num_examples}. Problems: {report.num_problems}. {state}")
     if report.num_duplicates:
         console.print(f"{report.num_duplicates} of the first {report.num_compared} good rows repeat an earlier one.")
     if not report.problems:
         return
     table = Table("line", "where", "code", "problem", "what to do")
     for problem in report.problems:
-        table.add_row(str(problem.line), problem.path, problem.code, problem.message, problem.hint)
+        is_command = problem.code == FOREIGN_FORMAT
+        hint = "Convert the file: see below." if is_command else problem.hint
+        table.add_row(str(problem.line), problem.path, problem.code, problem.message, hint)
     console.print(table)
     for code, count in sorted(report.problem_counts.items()):
         console.print(f"  {count:>7}  {code}")
+    # A command is pasted into a shell: it stands on a line of its own, whatever the terminal's width.
+    for command in dict.fromkeys(problem.hint for problem in report.problems if problem.code == FOREIGN_FORMAT):
+        console.print(f"\nTo convert it:\n{command}", markup=False, highlight=False)
 
 
 def _show_tokens(report: TokenReport) -> None:

@@ -25,7 +25,7 @@ def run(tmp_path: Path, content: str, *options: str) -> tuple[int, str]:
 def test_a_good_file_passes_and_its_duplicates_are_counted(tmp_path: Path) -> None:
     code, told = run(tmp_path, f"{GOOD}\n{GOOD}\n")
     assert code == 0
-    assert "2 good rows, 0 problems: it can be trained on." in told
+    assert "Good rows: 2. Problems: 0. It can be trained on." in told
     assert "1 of the first 2 good rows repeat an earlier one." in told
 
 
@@ -34,6 +34,15 @@ def test_problems_are_a_table_and_an_exit_code(tmp_path: Path) -> None:
     assert code == 1
     assert "cannot be trained on" in told
     assert "not_json" in told
+
+
+def test_the_command_that_converts_a_file_stands_on_a_line_of_its_own_once(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    file.write_text(f"{row}\n{row}\n")
+    lines = CliRunner().invoke(app, ["validate", str(file)], terminal_width=60).output.splitlines()
+    (command,) = [line for line in lines if line.startswith("jq ")]
+    assert command.endswith(" old.jsonl > new.jsonl")
 
 
 @pytest.mark.parametrize(

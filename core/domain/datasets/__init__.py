@@ -5,6 +5,7 @@ one set of rules, so that what was accepted can be trained.
 """
 
 from core.domain.datasets.checker import DatasetChecker
+from core.domain.datasets.foreign import FOREIGN_FORMAT
 from core.domain.datasets.rows import ROLES, iterate_rows, parse_example
 from core.domain.datasets.values import (
     ChatExample,
@@ -16,6 +17,7 @@ from core.domain.datasets.values import (
 )
 
 __all__ = [
+    "FOREIGN_FORMAT",
     "ROLES",
     "ChatExample",
     "ChatMessage",

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+FOREIGN_FORMAT = "foreign_format"  # the code of such a problem, whose hint is the command
 HEAD_BYTES = 4096  # of a file are enough to recognise it
 # The names of a question and of its answer, in the words of public data sets; the first that is there counts.
 _QUESTIONS = ("prompt", "instruction", "question", "query", "input", "user")

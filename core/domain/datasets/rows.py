@@ -12,7 +12,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from core.domain.datasets.decoding import BOM, decode_line
-from core.domain.datasets.foreign import ForeignFormat, recognise_file, recognise_open_end, recognise_row
+from core.domain.datasets.foreign import (
+    FOREIGN_FORMAT,
+    ForeignFormat,
+    recognise_file,
+    recognise_open_end,
+    recognise_row,
+)
 from core.domain.datasets.refusals import RefusalError, refuse, show_value
 from core.domain.datasets.values import (
     ChatExample,
@@ -100,7 +106,7 @@ def _parse_first(line: bytes, limits: DatasetLimits, *, ends_file: bool) -> Chat
 
 
 def _foreign_file(found: ForeignFormat) -> RefusalError:
-    return RefusalError("", "foreign_format", found.message, found.command, ends_reading=True)
+    return RefusalError("", FOREIGN_FORMAT, found.message, found.command, ends_reading=True)
 
 
 def _as_error(refusal: RefusalError, line_number: int) -> ProblemError:
@@ -117,7 +123,7 @@ def _parse_row(row: Any, limits: DatasetLimits) -> ChatExample:
         refuse("", "not_an_object", "The line is not a JSON object.", 'Write {"messages": [...]}.')
     row = _drop_absent(row)
     if "messages" not in row and (found := recognise_row(row)) is not None:
-        refuse("", "foreign_format", found.message, found.command)
+        refuse("", FOREIGN_FORMAT, found.message, found.command)
     _check_fields(row, allowed=EXAMPLE_FIELDS)
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
