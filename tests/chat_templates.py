@@ -379,5 +379,13 @@ UNTRAINABLE = {
         _changed(CHATML, "{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>model\\n' }}"),
         r"no answer behind the prompt that it gives a server",
     ),
+    "it always thinks, and drops the thoughts that it is given": (
+        _changed(
+            _changed(CHATML, "m.content +", "m.content.split('</think>')[-1] +"),
+            "assistant\\n' }}",
+            "assistant\\n<think>\\n' }}",
+        ),
+        r"no answer behind the prompt that it gives a server",
+    ),
     "broken": (_changed(CHATML, "{%- endfor %}", ""), "refuses this conversation|broken"),
 }

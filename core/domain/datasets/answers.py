@@ -10,6 +10,7 @@ never learnt. A conversation is learnt under one of them, that of its last answe
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -55,12 +56,18 @@ class AnswerFinder:
 
     def check_template(self) -> None:
         """Raise RenderingError, in words for an operator, where no answer can be learnt with its end."""
-        probes = [_converse(_PROBED), _converse((*_PROBED[:3], "<think>\nhm\n</think>\n\nfig"))]
-        if not any(self.find(probe, render_conversation(self._tokenizer, probe)).spans for probe in probes):
-            raise RenderingError(
-                "Its chat template writes no answer behind the prompt that it gives a server (add_generation_prompt), "
-                "so that no answer would be learnt as it is asked for."
-            )
+        if self._learns(_converse(_PROBED)):
+            return
+        with suppress(RenderingError):  # a base that always thinks may drop the thoughts that it is given
+            if self._learns(_converse((*_PROBED[:3], "<think>\nhm\n</think>\n\nfig"))):
+                return
+        raise RenderingError(
+            "Its chat template writes no answer behind the prompt that it gives a server (add_generation_prompt), so that "
+            "no answer would be learnt as it is asked for."
+        )
+
+    def _learns(self, probe: ChatExample) -> bool:
+        return bool(self.find(probe, render_conversation(self._tokenizer, probe)).spans)
 
     def _find_turn(self, example: ChatExample, rendering: Rendering, index: int) -> _Turn | None:
         words = rendering.words[index]
