@@ -23,7 +23,7 @@ log = structlog.get_logger()
 _MAX_ROWS = 200
 _MAX_BYTES = 2**18
 _MAX_KNOWN = 4096
-_PLACES = 4
+_PLACES = 2  # children of up to 1 GiB each, beside those of previews
 
 
 class RowChecker:

@@ -62,8 +62,8 @@ class AnswerFinder:
             if self._learns(_converse((*_PROBED[:3], "<think>\nhm\n</think>\n\nfig"))):
                 return
         raise RenderingError(
-            "Its chat template writes no answer behind the prompt that it gives a server (add_generation_prompt), so that "
-            "no answer would be learnt as it is asked for."
+            "Its chat template writes no answer behind the prompt that it gives a server (add_generation_prompt), so "
+            "that no answer would be learnt as it is asked for."
         )
 
     def _learns(self, probe: ChatExample) -> bool:
