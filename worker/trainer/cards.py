@@ -29,7 +29,7 @@ def write_card(facts: JobFacts, spec: TrainingSpec, *, step: int, metrics: dict[
         _license_sentence(facts),
         _training(facts, spec, step=step),
         "\n".join(
-            ["| metric | value |", "|---|---|", *(f"| {name} | {metrics[name]:.4f} |" for name in sorted(metrics))]
+            ["| metric | value |", "|---|---|", *(f"| {name} | {_round(metrics[name])} |" for name in sorted(metrics))]
         ),
         _peft_section(facts),
         _vllm_section(facts, spec.adapter),
@@ -113,6 +113,10 @@ def _ollama_section(adapter: AdapterConfig) -> str:
         "```sh\npython convert_lora_to_gguf.py . --base BASE_DIRECTORY --outfile adapter.gguf --outtype f16\n```"
     )
     return "\n".join(parts)
+
+
+def _round(number: float) -> str:
+    return f"{number:.4f}".rstrip("0").rstrip(".")
 
 
 def _code(text: str) -> str:

@@ -50,7 +50,7 @@ def make_card(
         created_at=0,
         base_license=base_license,
     )
-    return write_card(facts, make_job("mine", **adapter).spec, step=2, metrics={"train_loss": 1.0})
+    return write_card(facts, make_job("mine", **adapter).spec, step=2, metrics={"step": 20.0, "train_loss": 1.23456})
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -163,3 +163,7 @@ def test_the_cards_own_code_loads_the_adapter(tmp_path: Path, monkeypatch: pytes
     with names["model"].disable_adapter():
         assert not torch.equal(adapted, names["model"](input_ids=ids).logits)
     assert len(names["tokenizer"]("Hello")["input_ids"]) > 0
+
+
+def test_metrics_stand_in_the_card_without_needless_zeros() -> None:
+    assert "| step | 20 |\n| train_loss | 1.2346 |\n" in make_card()
