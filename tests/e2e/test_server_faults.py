@@ -57,7 +57,7 @@ def test_19_an_object_store_that_is_away_at_the_finish_costs_neither_the_job_nor
     lab.ensure_worker()
     lab.wait_for_step(job_id, 1)
     with lab.servers.s3.during(Cut()):
-        wait_until(lambda: lab.has_said(job_id, "The object store did not answer"))
+        wait_until(lambda: lab.has_said(job_id, "The adapter could not be stored: The object store did not answer"))
     lab.succeed(job_id)
     assert lab.outcomes(job_id) == ["failed", "succeeded"]
     assert lab.attempt_count(job_id) == 1
