@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import importlib.util
 import json
 import pickle
@@ -349,3 +350,10 @@ def test_the_trainer_reads_what_the_api_accepts_and_nothing_else(lines: list[byt
 
 def test_blank_lines_at_the_end_of_a_file_are_nothing_and_lines_keep_their_numbers() -> None:
     assert _read(_row("a") + b"\n" + _row("b") + b"\n\n \r\n") == ["a", "b"]
+
+
+def test_rows_are_dated_as_they_are_told(tokenizer: Any) -> None:
+    dated = _with_template(tokenizer, "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template)
+    rows = [NumberedExample(1, _converse("S", "one", "First."))]
+    made = tokenize_dataset(_base(dated), rows, max_seq_len=100, now=dt.datetime(2026, 2, 28))  # noqa: DTZ001
+    assert tokenizer.decode(made.examples[0].token_ids).startswith("28 Feb 2026<|im_start|>")
