@@ -358,14 +358,14 @@ def _changed(template: ChatTemplate, old: str, new: str, **tokens: tuple[str, ..
 
 # What is wrong with each, and the words that its operator reads.
 UNTRAINABLE = {
-    "GLM: the next role's header ends a turn": (GLM, r"writes no control token behind an answer but ''"),
+    "GLM: the next role's header ends a turn": (GLM, r"writes no control token after an answer but ''"),
     "Alpaca without an end": (
         _changed(ALPACA, " + eos_token", ""),
-        r"no control token behind an answer but '\\n\\n\\n### Instruction",
+        r"no control token after an answer but '\\n\\n\\n### Instruction",
     ),
     "an end that is not marked as special": (
         _changed(PHI_3_5, "'<|end|>\\n'", "'<|im_end|>\\n'", controls=("<|endoftext|>",), words=("<|im_end|>",)),
-        r"no control token behind an answer but '<\|im_end\|>",
+        r"no control token after an answer but '<\|im_end\|>",
     ),
     "the last turn alone has an end": (
         _changed(PHI_3_5, "<|end|>\\n", "\\n"),
@@ -373,11 +373,11 @@ UNTRAINABLE = {
     ),
     "no generation prompt": (
         _changed(CHATML, "add_generation_prompt", "false"),
-        r"no answer behind the prompt that it gives a server",
+        r"no answer after the prompt that it gives a server",
     ),
     "a generation prompt of another role": (
         _changed(CHATML, "{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>model\\n' }}"),
-        r"no answer behind the prompt that it gives a server",
+        r"no answer after the prompt that it gives a server",
     ),
     "it always thinks, and drops the thoughts that it is given": (
         _changed(
@@ -385,7 +385,7 @@ UNTRAINABLE = {
             "assistant\\n' }}",
             "assistant\\n<think>\\n' }}",
         ),
-        r"no answer behind the prompt that it gives a server",
+        r"no answer after the prompt that it gives a server",
     ),
     "broken": (_changed(CHATML, "{%- endfor %}", ""), "refuses this conversation|broken"),
 }

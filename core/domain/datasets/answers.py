@@ -62,7 +62,7 @@ class AnswerFinder:
             if self._learns(_converse((*_PROBED[:3], "<think>\nhm\n</think>\n\nfig"))):
                 return
         raise RenderingError(
-            "Its chat template writes no answer behind the prompt that it gives a server (add_generation_prompt), so "
+            "Its chat template writes no answer after the prompt that it gives a server (add_generation_prompt), so "
             "that no answer would be learnt as it is asked for."
         )
 
@@ -112,12 +112,12 @@ class AnswerFinder:
         rendering = render_conversation(self._tokenizer, probe)
         text, words = rendering.text, rendering.words
         first_end, next_start, last_end = words[1].pieces[-1].end, words[2].pieces[0].start, words[3].pieces[-1].end
-        between, behind = text[first_end:next_start], text[last_end:]
-        ends = {self._find_end(between), self._find_end(behind)}
+        between, rest = text[first_end:next_start], text[last_end:]
+        ends = {self._find_end(between), self._find_end(rest)}
         starts = set(self._controls.findall(self._generation_prompt))
-        # The next turn's own first token ends nothing: the last turn has none behind it.
+        # The next turn's own first token ends nothing: the last turn has none after it.
         if len(self._controls.findall(between)) == 1:
-            starts |= ends - set(self._controls.findall(behind))
+            starts |= ends - set(self._controls.findall(rest))
         for token in ends & starts:
             raise RenderingError(
                 f"Its chat template ends an answer with the first token of the next turn alone ({token!r}), so that a "
@@ -130,11 +130,11 @@ class AnswerFinder:
         longest_first = sorted(self._tokenizer.control_tokens.values(), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def _find_end(self, behind: str) -> str:
-        ending = re.match(rf"\s*({self._controls.pattern})", behind)
+    def _find_end(self, rest: str) -> str:
+        ending = re.match(rf"\s*({self._controls.pattern})", rest)
         if ending is None:
             raise RenderingError(
-                f"Its chat template writes no control token behind an answer but {behind[:_MAX_SHOWN_CHARACTERS]!r}, "
+                f"Its chat template writes no control token after an answer but {rest[:_MAX_SHOWN_CHARACTERS]!r}, "
                 "so that a model would not learn when to stop. Give a template that ends each answer with the "
                 "end-of-sequence token, and mark that token as special in the tokenizer."
             )

@@ -58,7 +58,7 @@ def recognise_file(first_line: bytes) -> ForeignFormat | None:
 def recognise_open_end(first_line: bytes) -> ForeignFormat | None:
     """Return what to do about a first line that ends inside an object, as pretty-printed JSON does."""
     text = first_line.strip()
-    is_joined = text.endswith(b",") and text[:-1].rstrip().endswith(b"}")  # a row with a comma behind it
+    is_joined = text.endswith(b",") and text[:-1].rstrip().endswith(b"}")  # a row with a comma after it
     if not text.startswith(b"{") or text[-1:] not in _OPEN_ENDS or is_joined:
         return None
     message = "The JSON is pretty-printed: an object is spread over several lines."

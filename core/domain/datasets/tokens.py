@@ -124,7 +124,7 @@ class ConversationTokenizer:
             taken = rendering.text[token_start:token_end]
             start = token_start + len(taken) - len(taken.lstrip())
             end = start + len(taken.strip())
-            index = bisect_right(piece_ends, start)  # the first words that end behind the token's start
+            index = bisect_right(piece_ends, start)  # the first words that end after the token's start
             if index < len(pieces) and pieces[index].start < end:
                 cuts.add(start + 1)
         return cuts

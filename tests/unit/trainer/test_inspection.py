@@ -114,7 +114,7 @@ def test_a_gguf_file_is_inspected_without_being_converted(tmp_path: Path) -> Non
         (add_index, "model-00002.safetensors"),
         (cut_short, "SafetensorError"),
         (take_template, "no chat template"),
-        (take_end_of_turn, "no control token behind an answer but '', so that a model would not learn when to stop"),
+        (take_end_of_turn, "no control token after an answer but '', so that a model would not learn when to stop"),
         (lambda base: (base / "tokenizer.json").unlink(), "okenizer"),
     ],
 )
