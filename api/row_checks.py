@@ -1,7 +1,8 @@
 """Rows are rendered by their base's chat template before a job on them is accepted, as far as the base is known here.
 
 What the template refuses would fail the job after it has queued. A look costs a process and about half a second of the
-processor; what was found well is remembered, so that the many jobs of a sweep over one file cost one look.
+processor. What was found well is remembered by its content, so that the many jobs over the same rows cost one look,
+whether or not each has uploaded them anew.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class RowChecker:
     def __init__(self, previewer: Previewer) -> None:
         self.limiter = CapacityLimiter(_PLACES)
         self._previewer = previewer
-        self._known: OrderedDict[DatasetRows, None] = OrderedDict()
+        self._known: OrderedDict[tuple[object, ...], None] = OrderedDict()
         self._lock = Lock()
 
     def knows(self, rows: DatasetRows) -> bool:
-        return rows in self._known
+        return _identify(rows) in self._known
 
     def check(self, rows: DatasetRows) -> None:
         """Raise InvalidRequestError for rows that no attempt could train on.
@@ -51,9 +52,14 @@ class RowChecker:
         else:
             _refuse(made.report, rows, is_whole_file=made.is_whole_file)
         with self._lock:
-            self._known[rows] = None
+            self._known[_identify(rows)] = None
             if len(self._known) > _MAX_KNOWN:
                 self._known.popitem(last=False)
+
+
+def _identify(rows: DatasetRows) -> tuple[object, ...]:
+    """Return what makes two looks the same one. A tenant's looks tell nobody else what it has."""
+    return rows.tenant_id, rows.sha256, rows.tokenizer_key, rows.max_seq_len
 
 
 def _refuse(report: TokenReport, rows: DatasetRows, *, is_whole_file: bool) -> None:

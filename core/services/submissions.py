@@ -99,10 +99,12 @@ class JobRequest(Frozen):
 
 
 class DatasetRows(Frozen):
-    """The rows of a file as one base would see them: what a check of them depends on."""
+    """The rows of a tenant's file, and how one base would see them."""
 
     file: DatasetName
+    tenant_id: uuid.UUID
     object_key: str
+    sha256: str
     tokenizer_key: str
     max_seq_len: int
 
@@ -280,7 +282,14 @@ def _require_checked(
     files: dict[DatasetName, File | None] = {"training": training_file, "validation": found.validation_file}
     for name, file in files.items():
         if file is not None and (key := found.tokenizer_key) is not None:
-            rows = DatasetRows(file=name, object_key=file.object_key, tokenizer_key=key, max_seq_len=max_seq_len)
+            rows = DatasetRows(
+                file=name,
+                tenant_id=file.tenant_id,
+                object_key=file.object_key,
+                sha256=file.sha256,
+                tokenizer_key=key,
+                max_seq_len=max_seq_len,
+            )
             if not is_checked(rows):
                 raise UncheckedRowsError(rows)
 

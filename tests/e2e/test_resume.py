@@ -40,8 +40,9 @@ def test_02_a_trainer_killed_alone_is_reported_at_once_and_charged(lab: Lab) -> 
 
 
 def test_30_a_preempted_worker_stores_its_slots_gives_them_back_and_is_told_only_once(lab: Lab) -> None:
-    job_ids = [lab.submit(**LONG, seed=seed) for seed in (1, 2)]
     worker = lab.ensure_worker()
+    with lab.claims_held():  # neither is done before the other has begun
+        job_ids = [lab.submit(**LONG, seed=seed) for seed in (1, 2)]
     for job_id in job_ids:
         lab.wait_for_step(job_id, 3)
     for _ in range(2):

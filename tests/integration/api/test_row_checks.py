@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,20 @@ def test_what_is_well_is_looked_at_once(servers: ServerAddresses, tmp_path: Path
         store.put_bytes(key, content.encode(), content_type="application/json")
     previewer = Previewer(store)
     checker = RowChecker(previewer)
-    rows = DatasetRows(file="training", object_key=keys[0], tokenizer_key=keys[1], max_seq_len=200)
+    rows = DatasetRows(
+        file="training",
+        tenant_id=uuid.uuid4(),
+        object_key=keys[0],
+        sha256="0" * 64,
+        tokenizer_key=keys[1],
+        max_seq_len=200,
+    )
     assert not checker.knows(rows)
     checker.check(rows)
     assert checker.knows(rows)
+    assert checker.knows(rows.model_copy(update={"object_key": "uploaded-again", "file": "validation"}))
+    assert not checker.knows(rows.model_copy(update={"tenant_id": uuid.uuid4()}))
+    assert not checker.knows(rows.model_copy(update={"sha256": "1" * 64}))
     short = rows.model_copy(update={"max_seq_len": 8})
     for _ in range(2):
         assert not checker.knows(short)
