@@ -192,6 +192,7 @@ def test_the_control_plane_never_loads_torch(module: str) -> None:
 def test_files_as_public_tools_write_them_train_as_their_preview_shows(
     stack: LocalStack, client: OpenAI, api_key: str
 ) -> None:
+    wait_for_end(client, submit(client))  # the base's tokenizer is known from then on
     headers = {"authorization": f"Bearer {api_key}"}
     jobs, previews = {}, {}
     for name, content in PUBLIC_FILES.items():
