@@ -28,9 +28,9 @@ def describe_loss(counts: DatasetCounts, *, file: DatasetName, max_seq_len: int)
     if counts.num_truncated:
         told.append(
             f"{counts.num_truncated} rows of the {file} file are longer than max_seq_len={max_seq_len} tokens and were "
-            f"truncated; {counts.num_dropped} of them had nothing left to learn and were dropped."
+            "truncated."
         )
-    elif counts.num_dropped:
+    if counts.num_dropped:
         told.append(f"{counts.num_dropped} rows of the {file} file had nothing to learn and were dropped.")
     if counts.num_left_out_turns:
         told.append(

@@ -143,7 +143,7 @@ def test_what_became_of_the_rows_is_on_the_job_and_warned_of_once_a_file(
 ) -> None:
     lease = start_job(owner, tenant.id)
     assert read(owner, lease).datasets is None
-    counts = DatasetCounts(num_examples=10, num_truncated=3, num_dropped=2, num_left_out_turns=0)
+    counts = DatasetCounts(num_examples=10, num_truncated=1, num_dropped=2, num_left_out_turns=5)
     whole = DatasetCounts(num_examples=4, num_truncated=0, num_dropped=0, num_left_out_turns=0)
     for _ in range(3):  # attempts
         with service_transaction(worker) as session:
@@ -153,6 +153,7 @@ def test_what_became_of_the_rows_is_on_the_job_and_warned_of_once_a_file(
     assert job.datasets == {"training": counts.model_dump(), "validation": whole.model_dump()}
     (told,) = warnings(owner, lease)
     assert told == (
-        f"3 rows of the training file are longer than max_seq_len={job.spec['max_seq_len']} tokens and were truncated; "
-        "2 of them had nothing left to learn and were dropped."
+        f"1 rows of the training file are longer than max_seq_len={job.spec['max_seq_len']} tokens and were truncated. "
+        "2 rows of the training file had nothing to learn and were dropped. 5 answers of the training file are left out "
+        "of the loss: the base's chat template writes them in a context that a server would not give it."
     )
