@@ -46,9 +46,10 @@ _TELL_THESE = text(_TELL.format(ids="select unnest(cast(:job_ids as uuid[]))"))
 def announce_load(session: Session, pool: str, *, base_model_id: str, num_jobs: int) -> Sequence[uuid.UUID]:
     """Tell the jobs that a worker will claim first that it loads their base now. Returns their ids."""
     known = session.get(Pool, pool)
-    message = f"A worker is loading the base model {base_model_id}."
+    last_time = ""
     if known is not None and known.load_seconds is not None:
-        message = f"{message[:-1]}; the last time that took {known.load_seconds:.1f} s."
+        last_time = f"; the last time that took {known.load_seconds:.1f} s"
+    message = f"A worker is loading the base model {base_model_id}{last_time}."
     values = {"pool": pool, "num_jobs": num_jobs, "level": "info", "message": message, "channel": EVENT_CHANNEL}
     return session.scalars(_TELL_FIRST, values).all()
 

@@ -73,7 +73,7 @@ def begin_steps(session: Session, lease: Lease, *, step: int, total_steps: int) 
 def _count_metrics(session: Session, job: Job, *, until: int) -> int:
     """Return how many steps up to `until` have numbers: a step has none if it was skipped.
 
-    A step's report is stored before the resume point that has it behind it, so none is missing.
+    The reports of all steps before a resume point are stored before the point itself, so none is missing.
     """
     counted = select(func.count()).select_from(Metric).where(Metric.job_id == job.id, Metric.step <= until)
     return session.scalars(counted).one()
