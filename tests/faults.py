@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import signal
+import ssl as tls
 import threading
 import time
 from collections.abc import Iterator
@@ -95,10 +96,13 @@ class _Link:
 
 
 class FaultProxy:
-    """Listens on a free loopback port from `__enter__` to `__exit__`. `num_hits` counts what the faults did."""
+    """Listens on a free loopback port from `__enter__` to `__exit__`. `num_hits` counts what the faults did.
 
-    def __init__(self, upstream_port: int) -> None:
-        self._upstream_port = upstream_port
+    With `ssl`, clients speak TLS to it; the server behind it never does.
+    """
+
+    def __init__(self, upstream_port: int, *, ssl: tls.SSLContext | None = None) -> None:
+        self._upstream_port, self._ssl = upstream_port, ssl
         self._fault: Fault = Fault()
         self._links: set[_Link] = set()
         self._loop = asyncio.new_event_loop()
@@ -109,7 +113,7 @@ class FaultProxy:
         self._thread.start()
         self._passing = asyncio.Event()
         self._passing.set()
-        self._listener = self._call(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self._listener = self._call(asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._ssl))
         self.port: int = self._listener.sockets[0].getsockname()[1]
         return self
 
