@@ -574,7 +574,7 @@ class Runner:
         self._prover.delete_prefixes(tuple(spent))
         for token in stale:
             FENCED_WRITES.inc()
-            self._drop(self._held.get(token), outcome="lease_lost")
+            self._lose_lease(self._held.get(token))
         for token, must_make_room in acquitted.items():
             self._acquit(self._held.get(token), must_make_room=must_make_room)
 
@@ -608,7 +608,7 @@ class Runner:
             self._prover.delete_prefixes(spent)
         except StaleLeaseError:
             FENCED_WRITES.inc()
-            self._drop(held, outcome="lease_lost")
+            self._lose_lease(held)
             return
         except ROW_ERRORS as error:
             self._fail_unrecordable(held, error)
@@ -645,7 +645,7 @@ class Runner:
         for news in self._keeper.take_news():
             held = self._held.get(news.lease.token)
             if news.is_lost:
-                self._drop(held, outcome="lease_lost")
+                self._lose_lease(held)
             elif held is not None:
                 self._yield(held)
 
@@ -658,9 +658,22 @@ class Runner:
 
     def _requeue(self, held: HeldJob) -> None:
         """Give a job back without asking the trainer."""
-        with contextlib.suppress(StaleLeaseError), service_transaction(self._engine) as session:
-            attempts.requeue_attempt(session, held.lease)
+        try:
+            with service_transaction(self._engine) as session:
+                attempts.requeue_attempt(session, held.lease)
+        except StaleLeaseError:
+            self._lose_lease(held)
+            return
         self._drop(held, outcome="given_back")
+
+    def _lose_lease(self, held: HeldJob | None) -> None:
+        """Let go of a job whose lease is over. If it ran out, this worker was cut off and not lost, and says so."""
+        if held is None:
+            return
+        with service_transaction(self._engine) as session:
+            is_forgiven = attempts.forgive_loss(session, held.lease)
+        log.info("lease.lost", **held.ids, is_forgiven=is_forgiven)
+        self._drop(held, outcome="lease_lost")
 
     def _stop_stalled(self) -> None:
         if (self._held or self._departures.are_due) and not self._is_live():
@@ -766,8 +779,8 @@ class Runner:
                 time.sleep(_AWAY_SECONDS)
         for held in tuple(self._held.values()):
             log.warning("job.left_without_state", **held.ids)
-            with contextlib.suppress(StaleLeaseError, *DATABASE_ERRORS), service_transaction(self._engine) as session:
-                attempts.requeue_attempt(session, held.lease)
+            with contextlib.suppress(*DATABASE_ERRORS):
+                self._requeue(held)
             self._drop(held, outcome="given_back")
         self.close()
         with contextlib.suppress(*DATABASE_ERRORS):
