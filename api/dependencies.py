@@ -27,6 +27,7 @@ from api.previews import Previewer
 from api.rate_limits import RateLimiter
 from api.routing import Deferred, Door, share_of
 from api.row_checks import RowChecker
+from core.db.clock import DatabaseClock
 from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError, RateLimitedError
@@ -187,8 +188,10 @@ def _iterate_body(request: Request) -> Iterator[bytes]:
             yield chunk
 
 
-async def get_now() -> dt.datetime:
-    return dt.datetime.now(dt.UTC)
+def get_now(request: Request) -> dt.datetime:
+    """Return the database's time. It is asked for now and then, which may wait."""
+    clock: DatabaseClock = request.app.state.clock
+    return clock.now()
 
 
 Caller = Annotated[Identity, Depends(get_identity)]

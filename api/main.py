@@ -34,6 +34,7 @@ from api.routes import (
     uploads,
 )
 from api.row_checks import RowChecker
+from core.db.clock import DatabaseClock
 from core.db.session import connect
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
@@ -56,7 +57,8 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.readiness = health.Readiness(app.state.engine)
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
-    app.state.store = S3ObjectStore(settings.storage_config)
+    app.state.clock = DatabaseClock(app.state.engine)
+    app.state.store = S3ObjectStore(settings.storage_config, now=app.state.clock.now)
     app.state.previewer = Previewer(app.state.store)
     app.state.row_checker = RowChecker(app.state.previewer)
     for routes in (

@@ -23,6 +23,7 @@ import redis
 import structlog
 from sqlalchemy import Engine, event
 
+from core.db.clock import DatabaseClock
 from core.db.models import Job
 from core.db.session import connect
 from core.domain.jobs import pool_name
@@ -186,7 +187,7 @@ class StubWorker:
         self.pool = pool
         self.runner = MeasuredRunner(settings, driver)
         self.presence = Presence(
-            driver.engine, interval_seconds=settings.heartbeat_seconds, describe=self.runner.describe
+            driver.engine, driver.clock, interval_seconds=settings.heartbeat_seconds, describe=self.runner.describe
         )
         self._woken = threading.Semaphore(0)
         self.is_idle = True
@@ -205,7 +206,13 @@ class StubWorker:
 
 class MeasuredRunner(Runner):
     def __init__(self, settings: WorkerSettings, driver: Driver) -> None:
-        super().__init__(settings, engine=driver.engine, heartbeat_engine=driver.beat_engine, store=driver.store)
+        super().__init__(
+            settings,
+            engine=driver.engine,
+            heartbeat_engine=driver.beat_engine,
+            store=driver.store,
+            clock=driver.clock,
+        )
         self._tally = driver.tally
         # The simulation's one hand on the supervisor.
         self._base._starter = driver.starter  # type: ignore[assignment]  # noqa: SLF001
@@ -233,6 +240,7 @@ class Driver:
         self.engine = connect(url, pool_size=CONNECTIONS)
         self.beat_engine = connect(url, pool_size=CONNECTIONS // 2)
         self.store = StubStore(settings.storage_config)
+        self.clock = DatabaseClock(self.engine)
         tokenizer_path = directory / "tokenizer.json"
         tokenizer_path.write_bytes(b"{}")
         self.starter = StubStarter(tokenizer_path, step_seconds=step_seconds)

@@ -132,8 +132,7 @@ def _check_open_uploads(server: _Server) -> str:
     try:
         server.store.put_stream(server.prefix + "open", broken(), content_type=_TYPE)
     except _FailedError:
-        later = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
-        left = server.store.abort_uploads(server.prefix, begun_before=later)
+        left = server.store.abort_uploads(server.prefix, min_age=dt.timedelta(days=-1))
         _expect(left == 0, f"{left} uploads that were given up are still open")
     return "an upload that is given up leaves no parts, and open ones are listed"
 

@@ -1,6 +1,7 @@
 """Objects: one protocol, one implementation on the minio client for MinIO or any S3-compatible server.
 
-The client never waits for ever: every request has our own timeouts and few retries. Presigned URLs are signed for the
+The client never waits for ever: every request has our own timeouts and few retries. A server refuses what is signed
+many minutes off: services sign with the database's time, not with their host's. Presigned URLs are signed for the
 endpoint that clients see, which may differ from the one that this process uses.
 
     StorageError
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +25,7 @@ import urllib3
 from minio import Minio
 from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
+from minio.time import to_amz_date
 from urllib3 import BaseHTTPResponse
 
 from core.domain.objects import OBJECTS_PREFIX
@@ -43,6 +45,10 @@ _RETRIES = urllib3.Retry(
     status_forcelist=(500, 502, 503, 504),
     respect_retry_after_header=False,
 )
+
+
+def host_time() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
 
 
 class StorageError(Exception):
@@ -89,7 +95,7 @@ class ObjectStore(Protocol):
 
     def list_keys(self, prefix: str) -> Iterator[str]: ...
 
-    def abort_uploads(self, prefix: str, *, begun_before: dt.datetime) -> int:
+    def abort_uploads(self, prefix: str, *, min_age: timedelta) -> int:
         """Give up multipart uploads that nobody will complete, and say how many there were."""
 
     def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:
@@ -103,13 +109,13 @@ class ObjectStore(Protocol):
 
 
 class S3ObjectStore:
-    """An ObjectStore on an S3-compatible server."""
+    """An ObjectStore on an S3-compatible server. `now` is the time that everything is signed with."""
 
-    def __init__(self, config: StorageConfig) -> None:
-        self._config = config
+    def __init__(self, config: StorageConfig, *, now: Callable[[], dt.datetime] = host_time) -> None:
+        self._config, self._now = config, now
         self._bucket = config.bucket
-        self._client = connect_client(config, config.endpoint)
-        self._public_client = connect_client(config, config.public_endpoint or config.endpoint)
+        self._client = connect_client(config, config.endpoint, now=now)
+        self._public_client = connect_client(config, config.public_endpoint or config.endpoint, now=now)
 
     def ensure_bucket(self) -> bool:
         """Make the bucket if it is not there and say whether; another process may be doing the same."""
@@ -182,7 +188,8 @@ class S3ObjectStore:
             for entry in self._client.list_objects(self._bucket, prefix=prefix, recursive=True):
                 yield str(entry.object_name)
 
-    def abort_uploads(self, prefix: str, *, begun_before: dt.datetime) -> int:
+    def abort_uploads(self, prefix: str, *, min_age: timedelta) -> int:
+        begun_before = self._now() - min_age
         with _translated_errors():
             # minio has these requests, and names them as its own.
             found = self._client._list_multipart_uploads(self._bucket, prefix=prefix)  # noqa: SLF001
@@ -200,20 +207,31 @@ class S3ObjectStore:
         headers: dict[str, Any] = {"response-content-disposition": _attachment(filename)}
         with _translated_errors():
             return str(
-                self._public_client.presigned_get_object(
-                    self._bucket, object_key, expires=expires, response_headers=headers
+                self._public_client.get_presigned_url(
+                    "GET",
+                    self._bucket,
+                    object_key,
+                    expires=expires,
+                    response_headers=headers,
+                    request_date=self._now(),
                 )
             )
 
     def presign_put(self, object_key: str, *, expires: timedelta) -> str:
         _check_url(object_key, expires)
         with _translated_errors():
-            return str(self._client.presigned_put_object(self._bucket, object_key, expires=expires))
+            return self._presign("PUT", object_key, expires)
 
     def presign_internal_get(self, object_key: str, *, expires: timedelta) -> str:
         _check_url(object_key, expires)
         with _translated_errors():
-            return str(self._client.presigned_get_object(self._bucket, object_key, expires=expires))
+            return self._presign("GET", object_key, expires)
+
+    def _presign(self, method: str, object_key: str, expires: timedelta) -> str:
+        client = self._client
+        return str(
+            client.get_presigned_url(method, self._bucket, object_key, expires=expires, request_date=self._now())
+        )
 
 
 def _check_url(object_key: str, expires: timedelta) -> None:
@@ -280,18 +298,33 @@ def _translated_errors() -> Iterator[None]:
         raise StorageUnavailableError(f"The object store did not answer: {type(error).__name__}.") from error
 
 
-def connect_client(config: StorageConfig, endpoint: str) -> Minio:
+class _TimedMinio(Minio):
+    """Signs its requests with a time that it is given; minio itself takes the host's."""
+
+    def __init__(self, *args: Any, now: Callable[[], dt.datetime], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._now = now
+
+    def _build_headers(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dt.datetime]:
+        headers, _host_time = super()._build_headers(*args, **kwargs)
+        date = self._now()
+        headers["x-amz-date"] = to_amz_date(date)
+        return headers, date
+
+
+def connect_client(config: StorageConfig, endpoint: str, *, now: Callable[[], dt.datetime] = host_time) -> Minio:
     """Return a client that waits seconds for an endpoint, not minutes."""
     pool = urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=2, read=15),
         retries=_RETRIES,
         maxsize=16,
     )
-    return Minio(
+    return _TimedMinio(
         endpoint,
         access_key=config.access_key,
         secret_key=config.secret_key,
         secure=config.secure,
         region="us-east-1",  # given, so that signing a URL needs no question to the server
         http_client=pool,
+        now=now,
     )

@@ -27,6 +27,7 @@ from prometheus_client import REGISTRY
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from core.db.clock import DatabaseClock
 from core.db.readiness import find_database_obstacle
 from core.db.session import DATABASE_ERRORS, connect, service_transaction
 from core.queue import WakeUpPublisher
@@ -228,7 +229,7 @@ def main() -> None:
     settings = ScheduleSettings()  # read from the environment
     engine = connect(settings.database_url.get_secret_value(), lock_timeout_seconds=_LOCK_TIMEOUT_SECONDS)
     with WakeUpPublisher(settings.redis_url.get_secret_value()) as publisher:
-        store = S3ObjectStore(settings.storage_config)
+        store = S3ObjectStore(settings.storage_config, now=DatabaseClock(engine).now)
         schedule = Schedule(settings, engine=engine, store=store, publisher=publisher)
         REGISTRY.register(QueueCollector(engine, is_leader=lambda: schedule.is_leader))
         ManagementServer(settings, find_obstacle=lambda: find_database_obstacle(engine))

@@ -97,8 +97,7 @@ def _sweep_job(engine: Engine, store: ObjectStore, job: EndedJob) -> int:
 
 def _sweep_tenant(engine: Engine, store: ObjectStore, tenant_id: uuid.UUID, min_age: dt.timedelta) -> int:
     num_deleted = _sweep_files(engine, store, files_prefix(tenant_id), min_age)
-    begun_before = dt.datetime.now(dt.UTC) - min_age
-    return num_deleted + store.abort_uploads(tenant_prefix(tenant_id), begun_before=begun_before)
+    return num_deleted + store.abort_uploads(tenant_prefix(tenant_id), min_age=min_age)
 
 
 def _sweep_files(engine: Engine, store: ObjectStore, prefix: str, min_age: dt.timedelta) -> int:

@@ -15,7 +15,10 @@ from core.domain.training import Frozen, TrainingSpec
 
 # What the trainer exits with when the host has no memory left for it.
 OUT_OF_MEMORY_EXIT_CODE = 71
-STORAGE_AWAY = "storage_unavailable"  # the one failure of a job that charges nobody
+# The failures of a job that charge nobody: the object store is away, or it takes no URL that it is shown.
+STORAGE_AWAY = "storage_unavailable"
+URL_REFUSED = "storage_url_refused"
+UNCOUNTED_CODES = (STORAGE_AWAY, URL_REFUSED)
 
 
 class RemoteFile(Frozen):

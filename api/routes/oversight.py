@@ -52,7 +52,7 @@ def list_jobs(
 def list_workers(
     session: OperatorTransaction, limit: Limit = 100, after: str | None = None
 ) -> ListObject[WorkerObject]:
-    """List the workers by name: those alive, and those that have ended without saying so. The cursor is a name."""
+    """List the workers by identity: those alive, and those that have ended without saying so. The cursor is one."""
     return as_list(oversight.list_worker_overviews(session, after=after, limit=limit), WorkerObject.of)
 
 

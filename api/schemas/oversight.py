@@ -84,10 +84,14 @@ class JobOverviewObject(BaseModel):
 class WorkerObject(BaseModel):
     """A worker as it said of itself at its last heartbeat."""
 
-    id: str = Field(description="The worker's name.")
+    id: str = Field(description="Its identity, `name:pid:boot`: two processes of one name are two workers.")
     object: Literal["worker"] = "worker"
+    name: str = Field(description="What it is called; several may share it.")
     version: str | None
-    state: Literal["idle", "loading", "serving", "stopping"]
+    state: Literal["idle", "loading", "serving", "stopping", "clock_wrong"] = Field(
+        description="`clock_wrong`: its host's clock is more than 30 s off the database's, so that it claims nothing."
+    )
+    clock_offset_seconds: float | None = Field(description="How far its host's clock is ahead of the database's.")
     is_alive: bool = Field(description="False once it has missed three heartbeats.")
     is_draining: bool
     pools: list[str] = Field(description="The pools that it may serve.")
@@ -101,9 +105,12 @@ class WorkerObject(BaseModel):
 
     @classmethod
     def of(cls, worker: WorkerOverview) -> WorkerObject:
-        same = ("version", "state", "is_alive", "is_draining", "pool", "next_pool", "slots", "slots_in_use", "refusals")
+        same = ("version", "is_alive", "is_draining", "pool", "next_pool", "slots", "slots_in_use", "refusals")
         return cls(
             id=worker.name,
+            name=worker.given_name,
+            state=worker.shown_state,
+            clock_offset_seconds=worker.clock_offset_seconds,
             pools=list(worker.pools),
             started_at=_seconds(worker.started_at),
             heartbeat_at=_seconds(worker.heartbeat_at),

@@ -153,7 +153,7 @@ def worker_cells(worker: WorkerOverview, names: PoolNames) -> dict[str, Any]:
     held_for = (worker.heartbeat_at - worker.started_at).total_seconds()
     return {
         "name": worker.name,
-        "state": worker.state if worker.is_alive else "gone",
+        "state": _worker_state(worker),
         "base": f"{base} -> {names.shorten(worker.next_pool)}" if worker.next_pool else base,
         "slots": f"{worker.slots_in_use}/{worker.slots}",
         "beat": f"{as_duration(worker.silent_seconds)} ago",
@@ -161,6 +161,13 @@ def worker_cells(worker: WorkerOverview, names: PoolNames) -> dict[str, Any]:
         "version": worker.version,
         "serves": len(worker.pools),
     }
+
+
+def _worker_state(worker: WorkerOverview) -> str:
+    if not worker.is_alive:
+        return "gone"
+    offset = f" {worker.clock_offset_seconds:+.0f} s" if worker.is_clock_wrong else ""
+    return worker.shown_state + offset
 
 
 def pool_cells(pool: PoolOverview, names: PoolNames) -> dict[str, Any]:

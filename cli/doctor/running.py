@@ -15,7 +15,8 @@ _MAX_NAMED = 5
 _POOLS = text("""
 select b.id || '@' || q.name as pool, exists (
     select from workers w
-    where b.id || '@' || q.name = any (w.pools) and w.alive_until > now() and w.state <> 'stopping')
+    where b.id || '@' || q.name = any (w.pools) and w.alive_until > now() and w.state <> 'stopping'
+      and not w.is_clock_wrong)
 from base_models b cross join lateral unnest(array['none'] || b.quantizations) q (name)
 where b.is_enabled and b.disabled_at is null order by 1
 """)
@@ -44,6 +45,11 @@ def check_workers(session: Session) -> Finding:
         says = f"No worker is alive; {num_queued} jobs are queued."
         remedy = "Start `python -m worker`, or see why nothing scales up."
         return failed("workers", says, remedy=remedy) if num_queued else warning("workers", says, remedy=remedy)
+    clocks = "select name, clock_offset_seconds from workers where alive_until > now() and is_clock_wrong order by name"
+    wrong = [f"{name} ({offset:+.0f} s)" for name, offset in session.execute(text(clocks))]
+    if wrong:
+        says = f"The clocks of their hosts are wrong, so that they claim nothing: {_name_some(wrong)}."
+        return failed("workers", says, remedy="Set them: run chrony or another NTP client on every host.")
     refusals = list_refusals(session)
     if refusals:
         first = refusals[0]

@@ -335,6 +335,9 @@ class Job(Row):
     # The step it had reached when its trainer died with others in it; until it is acquitted it runs alone.
     suspect_step: Mapped[int | None]
     num_suspicions: Mapped[int] = mapped_column(server_default="0")
+    # Attempts in a row that were not counted and came to no step beyond the furthest of any attempt.
+    num_uncounted: Mapped[int] = mapped_column(server_default="0")
+    furthest_step: Mapped[int] = mapped_column(server_default="0")
     trained_steps: Mapped[int] = mapped_column(server_default="0")
     # Those of the trained steps that changed nothing, because their gradient was not finite.
     skipped_steps: Mapped[int] = mapped_column(server_default="0")
@@ -496,7 +499,11 @@ class LogLine(Row):
 
 
 class Worker(Row):
-    """A supervisor, as it said of itself at its last heartbeat. It counts as alive until `alive_until`."""
+    """A supervisor, as it said of itself at its last heartbeat. It counts as alive until `alive_until`.
+
+    `name` is its identity, and `given_name` what it is called, which several may share. A worker of a version before
+    0028 has only the one name. `clock_offset_seconds` is how far its clock is ahead of the database's.
+    """
 
     __tablename__ = "workers"
     __table_args__ = (
@@ -505,6 +512,7 @@ class Worker(Row):
         CheckConstraint("pool is not null or slots = 0", name="slots_of_a_pool"),
     )
     name: Mapped[str] = mapped_column(primary_key=True)
+    given_name: Mapped[str | None]
     pools: Mapped[list[str]] = mapped_column(ARRAY(Text))
     state: Mapped[str]
     pool: Mapped[str | None]
@@ -519,6 +527,8 @@ class Worker(Row):
     heartbeat_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     alive_until: Mapped[dt.datetime]
     version: Mapped[str | None]
+    clock_offset_seconds: Mapped[float | None]
+    is_clock_wrong: Mapped[bool] = mapped_column(server_default=text("false"))
 
 
 class Metric(Row):

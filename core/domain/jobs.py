@@ -32,6 +32,10 @@ MAX_ATTEMPTS = 3
 MAX_SUFFIX_LENGTH = 64
 # Seconds before the second and the third attempt: long enough for a passing fault to pass.
 RETRY_DELAYS_SECONDS = (5.0, 30.0)
+# So many attempts in a row may end uncounted without a new step; from then on they count, so that every job has an end.
+MAX_UNCOUNTED = 20
+# The longest pause before another attempt after those that were not counted.
+_LONGEST_DELAY_SECONDS = 600.0
 # So often may a job have been in a trainer that died with others; from then on it is alone to its end.
 MAX_SUSPICIONS = 3
 # So long does a suspect wait for an idle worker before a busy one makes itself idle for it.
@@ -40,9 +44,10 @@ SUSPECT_PATIENCE_SECONDS = 60.0
 ACQUITTAL_STEPS = 10
 
 
-def retry_delay_seconds(attempts_made: int) -> float:
-    """Return the pause after so many attempts; none are counted where only the uncounted have failed."""
-    return RETRY_DELAYS_SECONDS[min(max(attempts_made, 1), len(RETRY_DELAYS_SECONDS)) - 1]
+def retry_delay_seconds(attempts_made: int, *, num_uncounted: int = 0) -> float:
+    """Return the pause after so many attempts that count, and so many in a row that do not."""
+    delay = RETRY_DELAYS_SECONDS[min(max(attempts_made, 1), len(RETRY_DELAYS_SECONDS)) - 1]
+    return max(delay, min(RETRY_DELAYS_SECONDS[0] * 2.0 ** max(0, num_uncounted - 1), _LONGEST_DELAY_SECONDS))
 
 
 def is_acquitted(step: int, *, suspect_step: int, num_suspicions: int) -> bool:

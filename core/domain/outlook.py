@@ -30,6 +30,7 @@ class WaitCode(StrEnum):
     QUOTA = "quota"
     STORAGE_QUOTA = "storage_quota"
     NO_WORKER = "no_worker"
+    CLOCK_WRONG = "clock_wrong"
     BASE_LOADING = "base_loading"
     OTHER_BASE_TURN = "other_base_turn"
     PREEMPTED = "preempted"
@@ -48,6 +49,7 @@ _UNKNOWABLE = (
     WaitCode.STORAGE_QUOTA,
     WaitCode.TENANT_CONCURRENCY,
     WaitCode.NO_WORKER,
+    WaitCode.CLOCK_WRONG,
 )
 
 
@@ -55,9 +57,9 @@ _UNKNOWABLE = (
 class PoolWorkers:
     """The workers alive that can serve a pool. `num_serving` hold its base, `num_elsewhere` are busy with another.
 
-    `num_unfit` more are alive and cannot load the base at present, for want of memory or the like. `last_seen_at` is
-    the newest heartbeat of any worker of the pool, alive or not. The first of those elsewhere may end its turn in
-    `turn_left_seconds`.
+    `num_unfit` more are alive and cannot load the base at present, for want of memory or the like, and
+    `num_clock_wrong` more claim nothing because their hosts' clocks are wrong. `last_seen_at` is the newest heartbeat
+    of any worker of the pool, alive or not. The first of those elsewhere may end its turn in `turn_left_seconds`.
     """
 
     num_alive: int
@@ -69,6 +71,7 @@ class PoolWorkers:
     last_seen_at: dt.datetime | None
     num_unfit: int = 0
     turn_left_seconds: float | None = None
+    num_clock_wrong: int = 0
 
     @property
     def free_slots(self) -> int:
@@ -180,6 +183,9 @@ def _explain_hold(job: WaitingJob, tenant: TenantState) -> Reason | None:
 
 
 def _explain_workers(job: WaitingJob, workers: PoolWorkers, queue: PoolQueue, now: dt.datetime) -> Reason:
+    if not workers.num_alive and workers.num_clock_wrong:
+        told = f"The clocks of {workers.num_clock_wrong} workers that may serve this base model are wrong, and no other"
+        return Reason(WaitCode.CLOCK_WRONG, f"{told} can take the job. They go on once the operator has set them.")
     if not workers.num_alive:
         return Reason(WaitCode.NO_WORKER, _describe_absence(workers, now))
     if not workers.num_serving:

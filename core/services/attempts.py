@@ -2,6 +2,8 @@
 
 Every write is guarded by the lease token (the fence): only the newest attempt of a running job may change the job, its
 events, metrics and artifacts. StaleLeaseError means that this attempt is over and must stop at once.
+
+An attempt that ends by nobody's fault is not counted: `_take_back_count` says so in each case, and bounds them all.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from core.domain.duties import Duty
 from core.domain.errors import DomainError
 from core.domain.ids import new_id
 from core.domain.jobs import (
+    MAX_UNCOUNTED,
     SUSPECT_PATIENCE_SECONDS,
+    TERMINAL_STATUSES,
     AttemptOutcome,
     JobStatus,
     checkpoint_model_name,
@@ -102,6 +106,19 @@ order by p.name
 
 # So many jobs that cannot be claimed may one claim come upon; the next goes on from there.
 _MAX_CLAIM_TRIES = 10
+
+
+_WORKER_LOST = {"code": "worker_lost", "message": "The worker was lost while it trained this job.", "param": None}
+_CUT_OFF = {
+    "code": "lease_lost",
+    "message": "The worker lost touch with the database and stopped itself.",
+    "param": None,
+}
+_NO_PROGRESS = {
+    "code": "no_progress",
+    "message": f"The job was interrupted more than {MAX_UNCOUNTED} times in a row and came to no new step.",
+    "param": None,
+}
 
 
 class StaleLeaseError(DomainError):
@@ -351,15 +368,18 @@ def fail_attempt(
 def requeue_attempt(session: Session, lease: Lease) -> None:
     """Give a job back before its end: paused if that was asked, else queued again. The attempt does not count."""
     job = lock_held(session, lease)
-    uncharged = {"attempt_count": Job.attempt_count - 1, "run_after": func.now()}
     if job.pause_requested_at is not None:
+        job.attempt_count -= 1  # as often as its tenant asks for it
         _end_attempt(session, lease, outcome=AttemptOutcome.PAUSED)
-        _leave_running(session, lease, status=JobStatus.PAUSED, **uncharged)
+        _leave_running(session, lease, status=JobStatus.PAUSED, run_after=func.now())
         record_event(session, job, message="The job is paused.")
         return
     is_lent = is_lending(session, lease.token)
     _end_attempt(session, lease, outcome=AttemptOutcome.LENT if is_lent else AttemptOutcome.PREEMPTED)
-    _leave_running(session, lease, status=JobStatus.QUEUED, **uncharged)
+    if not _take_back_count(job):
+        _retry_or_fail(session, job, lease, error=_NO_PROGRESS, is_final=False)
+        return
+    _leave_running(session, lease, status=JobStatus.QUEUED, run_after=func.now())
     reason = "Other organizations have their turn" if is_lent else "The worker gives the job back"
     record_event(session, job, message=f"{reason}; it is queued again.")
     announce_work(session, job.pool)
@@ -368,7 +388,7 @@ def requeue_attempt(session: Session, lease: Lease) -> None:
 def postpone_attempt(session: Session, lease: Lease, *, code: str, message: str, param: str | None = None) -> None:
     """End an attempt that a server's absence has ended: it does not count, and the job is tried again soon."""
     job = lock_held(session, lease)
-    job.attempt_count -= 1
+    _take_back_count(job)
     error = {"code": code, "message": message, "param": param}
     _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, error=error)
     _retry_or_fail(session, job, lease, error=error, is_final=False)
@@ -377,16 +397,15 @@ def postpone_attempt(session: Session, lease: Lease, *, code: str, message: str,
 def suspect_attempt(session: Session, lease: Lease, *, code: str, message: str) -> None:
     """End an attempt whose trainer died with several jobs in it: not charged, and tried alone next."""
     job = lock_held(session, lease)
-    _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, error={"code": code, "message": message, "param": None})
-    _leave_running(
-        session,
-        lease,
-        status=JobStatus.QUEUED if job.pause_requested_at is None else JobStatus.PAUSED,
-        attempt_count=Job.attempt_count - 1,
-        run_after=func.now(),
-        suspect_step=Job.trained_steps,
-        num_suspicions=Job.num_suspicions + 1,
-    )
+    job.suspect_step = job.trained_steps
+    job.num_suspicions += 1
+    error = {"code": code, "message": message, "param": None}
+    _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, error=error)
+    if not _take_back_count(job):
+        _retry_or_fail(session, job, lease, error=error, is_final=False)
+        return
+    status = JobStatus.QUEUED if job.pause_requested_at is None else JobStatus.PAUSED
+    _leave_running(session, lease, status=status, run_after=func.now())
     told = f"{message} Several jobs were in it; this attempt does not count, and the job is tried alone next."
     record_event(session, job, level="warn", message=told)
     announce_work(session, job.pool)
@@ -400,6 +419,23 @@ def acquit_job(session: Session, lease: Lease) -> bool:
         Job.pool == job.pool, Job.status == JobStatus.QUEUED, Job.suspect_step.is_not(None), Job.run_after <= func.now()
     )
     return session.scalar(waiting.limit(1)) is not None
+
+
+def forgive_loss(session: Session, lease: Lease) -> bool:
+    """Take back the count of an attempt that was ended as lost, and return whether there was anything to take back.
+
+    Its worker lives and says so itself. It was cut off from the database, or stood still: it did not die of the job.
+    """
+    job = session.scalar(select(Job).where(Job.id == lease.job_id).with_for_update())
+    if job is None or job.status in TERMINAL_STATUSES:
+        return False
+    is_lost = (Attempt.lease_token == lease.token, Attempt.error["code"].astext == _WORKER_LOST["code"])
+    attempt = session.scalar(select(Attempt).where(*is_lost))
+    if attempt is None or not _take_back_count(job):
+        return False
+    attempt.error = _CUT_OFF
+    record_event(session, job, message="Its worker had only lost touch; that attempt does not count.")
+    return True
 
 
 def expire_leases(session: Session, *, limit: int = 100) -> int:
@@ -423,9 +459,8 @@ def expire_leases(session: Session, *, limit: int = 100) -> int:
 def _expire_lease(session: Session, job: Job) -> None:
     assert job.lease_token is not None
     lease = Lease(job_id=job.id, tenant_id=job.tenant_id, token=job.lease_token)
-    error = {"code": "worker_lost", "message": "The worker was lost while it trained this job.", "param": None}
-    _end_attempt(session, lease, outcome=AttemptOutcome.LOST, error=error)
-    _retry_or_fail(session, job, lease, error=error, is_final=False)
+    _end_attempt(session, lease, outcome=AttemptOutcome.LOST, error=_WORKER_LOST)
+    _retry_or_fail(session, job, lease, error=_WORKER_LOST, is_final=False)
 
 
 def record_departure(session: Session, lease: Lease, *, seconds_ago: float) -> None:
@@ -460,6 +495,8 @@ def _pass_step(session: Session, lease: Lease, step: int) -> Job | None:
     if step <= job.trained_steps:
         return None
     job.trained_steps = step
+    if step > job.furthest_step:
+        job.furthest_step, job.num_uncounted = step, 0
     return job
 
 
@@ -535,12 +572,21 @@ def _end_attempt(
     )
 
 
+def _take_back_count(job: Job) -> bool:
+    """Do not count the attempt that ends, unless too many in a row have ended so without a new step; return whether."""
+    if job.num_uncounted >= MAX_UNCOUNTED:
+        return False
+    job.num_uncounted += 1
+    job.attempt_count -= 1
+    return True
+
+
 def _retry_or_fail(session: Session, job: Job, lease: Lease, *, error: dict[str, Any], is_final: bool) -> None:
     if is_final or job.attempt_count >= job.max_attempts:
         _leave_running(session, lease, status=JobStatus.FAILED, error=error, finished_at=func.clock_timestamp())
         record_event(session, job, level="error", message=f"The job has failed: {error['message']}")
         return
-    delay = timedelta(seconds=retry_delay_seconds(job.attempt_count))
+    delay = timedelta(seconds=retry_delay_seconds(job.attempt_count, num_uncounted=job.num_uncounted))
     if job.pause_requested_at is not None:
         _leave_running(session, lease, status=JobStatus.PAUSED, run_after=func.now() + delay)
         record_event(session, job, level="warn", message=f"{error['message']} The job is paused.")

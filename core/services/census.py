@@ -64,11 +64,13 @@ from pools p join base_models b on b.id = split_part(p.name, '@', 1)
 left join claimable c on c.pool = p.name left join running r on r.pool = p.name
 union all
 select 'pool_workers', p.name, '', (
-    select count(*) from alive a where p.name = any (a.pools) and not jsonb_exists(a.refusals, p.name)), 0
+    select count(*) from alive a where p.name = any (a.pools) and not a.is_clock_wrong
+        and not jsonb_exists(a.refusals, p.name)), 0
 from pools p
 union all
-select 'workers', '', s.state, (select count(*) from alive a where a.state = s.state), 0
-from (values ('idle'), ('loading'), ('serving'), ('stopping')) s (state)
+select 'workers', '', s.state, (
+    select count(*) from alive a where s.state = case when a.is_clock_wrong then 'clock_wrong' else a.state end), 0
+from (values ('idle'), ('loading'), ('serving'), ('stopping'), ('clock_wrong')) s (state)
 union all
 select 'set_asides', '', d.name, (select count(*) from set_asides s where s.duty = d.name), 0
 from unnest(cast(:duties as text[])) d (name)

@@ -148,7 +148,7 @@ _CHECKS = (
                    w.name as worker, w.pools, t.weight,
                    share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life) as score
                from attempts a join jobs o on o.id = a.job_id join tenants t on t.id = a.tenant_id
-               join workers w on w.name = a.worker_name and w.alive_until > now()
+               join workers w on w.name = a.worker_name and w.alive_until > now() and not w.is_clock_wrong
                where a.outcome is null or a.started_at > now() - make_interval(secs => :bound)
            )
            select distinct 'tenant ' || q.tenant_id || ' waits in ' || q.pool || ' while a tenant that used more holds '

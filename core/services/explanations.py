@@ -159,7 +159,8 @@ def _read_queue(session: Session, job: Job, workers: PoolWorkers, terms: Fairnes
 
 
 def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWorkers:
-    is_present = and_(Worker.alive_until > func.now(), Worker.state != "stopping")
+    is_staying = and_(Worker.alive_until > func.now(), Worker.state != "stopping")
+    is_present = and_(is_staying, not_(Worker.is_clock_wrong))
     is_alive = and_(is_present, not_(Worker.refusals.has_key(pool)))
     loads = and_(is_alive, or_(Worker.next_pool == pool, and_(Worker.pool == pool, Worker.state == "loading")))
     holds = and_(is_alive, Worker.pool == pool, Worker.state != "loading", Worker.next_pool.is_(None))
@@ -181,9 +182,10 @@ def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWork
         func.max(Worker.heartbeat_at),
         count(and_(is_present, Worker.refusals.has_key(pool))),
         func.min(turn_left).filter(is_elsewhere),
+        count(and_(is_staying, Worker.is_clock_wrong)),
     )
     query = query.select_from(Worker).outerjoin(Pool, Pool.name == Worker.pool)
-    alive, serving, loading, elsewhere, slots, in_use, last_seen_at, unfit, left = session.execute(
+    alive, serving, loading, elsewhere, slots, in_use, last_seen_at, unfit, left, wrong = session.execute(
         query.where(literal(pool) == any_(Worker.pools))
     ).one()
     return PoolWorkers(
@@ -196,4 +198,5 @@ def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWork
         last_seen_at=last_seen_at,
         num_unfit=unfit,
         turn_left_seconds=float(left) if left is not None else None,
+        num_clock_wrong=wrong,
     )

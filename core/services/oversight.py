@@ -64,7 +64,8 @@ cross join lateral (
     select count(*) as num_workers, count(*) filter (where v.pool = d.pool and v.state <> 'loading') as num_holding,
         count(*) filter (where jsonb_exists(v.refusals, d.pool)) as num_refusing,
         coalesce(sum(v.slots_in_use) filter (where v.pool = d.pool), 0)::bigint as slots_in_use
-    from workers v where d.pool = any (v.pools) and v.alive_until > now() and v.state <> 'stopping') w
+    from workers v where d.pool = any (v.pools) and v.alive_until > now() and v.state <> 'stopping'
+        and not v.is_clock_wrong) w
 order by d.pool
 """)
 _DEMAND = text("select * from pool_demand where pool = :pool")
@@ -107,9 +108,13 @@ class JobOverview:
 
 @dataclass(frozen=True)
 class WorkerOverview:
-    """A worker as it said of itself; `is_alive` by the database's clock."""
+    """A worker as it said of itself; `is_alive` by the database's clock. `name` is its identity.
+
+    `clock_offset_seconds` is how far its host's clock is ahead. A worker `is_clock_wrong` claims nothing.
+    """
 
     name: str
+    given_name: str
     version: str | None
     state: str
     is_alive: bool
@@ -122,10 +127,17 @@ class WorkerOverview:
     started_at: dt.datetime
     heartbeat_at: dt.datetime
     silent_seconds: float
+    clock_offset_seconds: float | None
+    is_clock_wrong: bool
 
     @property
     def is_draining(self) -> bool:
         return self.state == "stopping"
+
+    @property
+    def shown_state(self) -> str:
+        """What matters most of it: one that stops does so whatever its clock says."""
+        return "clock_wrong" if self.is_clock_wrong and not self.is_draining else self.state
 
 
 @dataclass(frozen=True)
@@ -182,7 +194,7 @@ def _job_overview(row: RowMapping) -> JobOverview:
 
 
 def list_worker_overviews(session: Session, *, after: str | None = None, limit: int) -> Page[WorkerOverview]:
-    """Return the workers that have a row, alive or not, by name. One that stops in good order takes its row away."""
+    """Return the workers that have a row, alive or not, by identity. One that stops in good order has none."""
     silent = func.extract("epoch", func.now() - Worker.heartbeat_at)
     query = select(Worker, Worker.alive_until > func.now(), silent)
     if after is not None:
@@ -195,6 +207,7 @@ def list_worker_overviews(session: Session, *, after: str | None = None, limit: 
 def _worker_overview(row: Worker, *, is_alive: bool, silent_seconds: float) -> WorkerOverview:
     return WorkerOverview(
         name=row.name,
+        given_name=row.given_name or row.name,
         version=row.version,
         state=row.state,
         is_alive=is_alive,
@@ -207,6 +220,8 @@ def _worker_overview(row: Worker, *, is_alive: bool, silent_seconds: float) -> W
         started_at=row.started_at,
         heartbeat_at=row.heartbeat_at,
         silent_seconds=max(0.0, silent_seconds),
+        clock_offset_seconds=row.clock_offset_seconds,
+        is_clock_wrong=row.is_clock_wrong,
     )
 
 

@@ -46,7 +46,8 @@ not exists (select from set_asides s where s.duty = 'claim' and s.row_id = j.id 
 """
 # Another worker `w` that takes jobs of pool `p.name` soon, if any come.
 _IS_ABOUT_TO_SERVE = """
-w.alive_until > now() and w.state <> 'stopping' and w.name <> :worker and p.name = any(w.pools)
+w.alive_until > now() and w.state <> 'stopping' and not w.is_clock_wrong and w.name <> :worker
+and p.name = any(w.pools)
 and not jsonb_exists(w.refusals, p.name) and (
     w.next_pool = p.name or (w.pool = p.name and (w.state = 'loading' or w.slots_in_use < w.slots))
     or (w.state = 'idle' and w.next_pool is null and w.pool is distinct from p.name and :counts_idle))
@@ -79,7 +80,7 @@ select p.name as pool, c.tenant_id, c.id as job_id, c.rank,
           and share_score(h.usage + h.lift, h.usage_at, h.weight, :half_life) >= c.score + (
             -- What the workers that are on their way there will use in a turn: else all would move for one tenant.
             select count(*) * :turn / c.weight from workers w
-            where w.alive_until > now() and w.name <> :worker and p.name <> cast(:pool as text)
+            where w.alive_until > now() and not w.is_clock_wrong and w.name <> :worker and p.name <> cast(:pool as text)
               and (w.next_pool = p.name or (w.pool = p.name and w.state = 'loading')))) as is_behind
 from unnest(cast(:pools as text[])) as p (name)
 cross join lateral (

@@ -13,6 +13,8 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Worker
 
+# A worker that is killed leaves its row, and nobody takes up its identity again.
+_SHOWN_AFTER_DEATH = timedelta(days=1)
 WorkerState = Literal["idle", "loading", "serving", "stopping"]
 
 
@@ -20,6 +22,8 @@ WorkerState = Literal["idle", "loading", "serving", "stopping"]
 class WorkerFacts:
     """What a worker says of itself. `pool` is the one whose base it holds or loads, with that base's slots.
 
+    `name` is its identity, `given_name` what it is called. Its clock is `clock_offset_seconds` ahead of the database's,
+    and it claims nothing where that is too much.
     It has held that base for `pool_seconds`, and is about to load that of `next_pool`. `refusals` says, by pool, why it
     cannot load the bases of others, in words for operators.
     """
@@ -34,12 +38,16 @@ class WorkerFacts:
     next_pool: str | None = None
     refusals: Mapping[str, str] = field(default_factory=dict)
     version: str | None = None
+    given_name: str | None = None
+    clock_offset_seconds: float | None = None
+    is_clock_wrong: bool = False
 
 
 def record_worker(session: Session, facts: WorkerFacts, *, alive_seconds: float, is_start: bool) -> None:
     """Say that a worker is alive, for the next `alive_seconds` by the database's clock."""
     values = {
         "name": facts.name,
+        "given_name": facts.given_name,
         "pools": list(facts.pools),
         "state": facts.state,
         "pool": facts.pool,
@@ -49,11 +57,14 @@ def record_worker(session: Session, facts: WorkerFacts, *, alive_seconds: float,
         "next_pool": facts.next_pool,
         "refusals": dict(facts.refusals),
         "version": facts.version,
+        "clock_offset_seconds": facts.clock_offset_seconds,
+        "is_clock_wrong": facts.is_clock_wrong,
         "heartbeat_at": func.now(),
         "alive_until": func.now() + timedelta(seconds=alive_seconds),
     }
     if is_start:
         values["started_at"] = func.now()
+        session.execute(delete(Worker).where(Worker.alive_until < func.now() - _SHOWN_AFTER_DEATH))
     session.execute(insert(Worker).values(values).on_conflict_do_update(index_elements=["name"], set_=values))
 
 
@@ -83,4 +94,5 @@ def is_served(session: Session, pool: str) -> bool:
 
 
 def forget_worker(session: Session, name: str) -> None:
+    """Take away the row of one worker, by its identity."""
     session.execute(delete(Worker).where(Worker.name == name))

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import psycopg
@@ -21,6 +22,7 @@ import redis
 from core.domain.jobs import pool_name
 from core.queue import WakeUpPublisher, queue_name
 from local.processes import ChildProcess, ProcessSpec
+from tests.clocks import fake_clock, set_clock
 from tests.e2e.lab import BASE_MODEL, Lab
 from tests.faults import Answer503, Cut, CutAfter, Delay, Fault, FaultProxy, FlipByte, Hang
 
@@ -42,10 +44,16 @@ class Fleet:
             lab.stack.process(name).stop()
             for own_name in {"worker": WORKERS, "schedule": SCHEDULES}.get(name, (name,)):
                 own = {"ESPALIER_WORKER_NAME": own_name, "ESPALIER_MANAGEMENT_PORT": "0"}
+                if name == "worker":
+                    own |= fake_clock(self.clock_of(own_name), "+0")
                 self._start(replace(spec, name=own_name, env={**spec.env, **own}))
 
     def _start(self, spec: ProcessSpec) -> None:
         self._children[spec.name] = ChildProcess(spec, self._lab.stack.data_dir / "logs")
+
+    def clock_of(self, name: str) -> Path:
+        """Return the file that says how far a worker's clock is off."""
+        return self._lab.stack.data_dir / f"{name}.clock"
 
     def pid(self, name: str) -> int:
         return self._children[name].pid
@@ -141,6 +149,7 @@ class Nemesis:
             Kind("pause Redis", 1.0, lambda: self._freeze_pid(servers.pids["redis"], 0.45, 1.5)),
             Kind("pause S3", 1.0, lambda: self._freeze_pid(servers.pids["s3"], 0.45, 1.5)),
             Kind("a wake-up twenty times", 2.0, self._wake_often),
+            Kind("a worker's clock jumps", 1.0, self._move_clock),
         )
 
     def _verbs(self) -> tuple[Kind, ...]:
@@ -172,6 +181,13 @@ class Nemesis:
             return False
         time.sleep(self._random.uniform(shortest, longest))
         return _send(pid, signal.SIGCONT)
+
+    def _move_clock(self) -> bool:
+        clock = self._fleet.clock_of(self._one_of(WORKERS))
+        set_clock(clock, self._random.choice(("-1h", "-20m", "-10s", "+10s", "+20m", "+1h")))
+        time.sleep(self._random.uniform(0.3, 2.0))
+        set_clock(clock, "+0")
+        return True
 
     def _during(self, proxy: FaultProxy, fault: Fault, longest: float) -> bool:
         num_hits = proxy.num_hits

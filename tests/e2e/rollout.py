@@ -180,7 +180,8 @@ class Rollout:
             case "api":
                 return answers(f"http://127.0.0.1:{member.port}")
             case "worker":
-                return self.ask("select 1 from workers where name = %s and pool is not null", name) is not None
+                is_warm = "select 1 from workers where split_part(name, ':', 1) = %s and pool is not null"
+                return self.ask(is_warm, name) is not None
             case _:
                 return self.ask(LISTENING) == len(self._members[kind])
 

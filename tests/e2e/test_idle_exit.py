@@ -44,7 +44,7 @@ def test_a_worker_without_a_job_ends_with_status_0_and_takes_its_row_and_its_tra
         trainer = lab.trainer_of(worker)
         assert wait_for_exit(worker) == 0
     assert not is_running(trainer)
-    assert not lab._connection.execute("select 1 from workers where name = %s", (worker.spec.name,)).fetchall()
+    assert not lab._connection.execute("select 1 from workers where given_name = %s", (worker.spec.name,)).fetchall()
     assert len(lab.told_by(worker, "worker.idled_out")) == 1
 
 

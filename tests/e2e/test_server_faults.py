@@ -6,8 +6,10 @@ import signal
 from contextlib import ExitStack
 
 from tests.e2e.lab import LEASE_SECONDS, LONG, Lab, is_running
-from tests.faults import Answer503, Cut, FlipByte, Hang
+from tests.faults import Answer503, Cut, FaultProxy, FlipByte, Hang, port_of, with_port
 from tests.waiting import wait_until
+
+FORGIVEN = "Its worker had only lost touch; that attempt does not count."
 
 
 def test_11_jobs_run_although_redis_hangs_because_a_worker_that_nobody_wakes_claims(lab: Lab) -> None:
@@ -49,6 +51,38 @@ def test_14_a_database_away_for_longer_than_a_lease_stops_the_training_before_it
     lab.succeed(job_id)
     assert lab.outcomes(job_id)[-1] == "succeeded"
     assert len(lab.outcomes(job_id)) == 2
+
+
+def test_14_three_cuts_between_a_worker_and_the_database_cost_no_attempt(lab: Lab) -> None:
+    """The schedule reaches the database all the while, and expires the lease each time."""
+    lab.kill_workers()
+    direct = lab.servers.direct.postgres_url
+    with FaultProxy(port_of(direct)) as proxy:
+        url = with_port(lab.stack.process("worker").spec.env["ESPALIER_DATABASE_URL"], proxy.port)
+        worker = lab.start_worker(ESPALIER_DATABASE_URL=url)
+        job_id = lab.submit(n_epochs=20, num_rows=80)
+        for number in range(1, 4):
+            lab.wait_for_status(job_id, "running")
+            lab.wait_for_resume_point(job_id)
+            with proxy.during(Cut()):
+                wait_until(lambda number=number: lab.outcomes(job_id).count("lost") == number, what="the expiry")  # type: ignore[misc]
+            wait_until(lambda number=number: lab.messages(job_id).count(FORGIVEN) == number, what="its word")  # type: ignore[misc]
+        lab.succeed(job_id)
+    assert lab.outcomes(job_id) == [*["lost"] * 3, "succeeded"]
+    assert lab.attempt_count(job_id) == 1
+    assert len(lab.told_by(worker, "worker.self_fenced")) == 3
+
+
+def test_14_a_worker_that_is_killed_costs_an_attempt_each_time(lab: Lab) -> None:
+    lab.kill_workers()
+    job_id = lab.submit(n_epochs=20, num_rows=80)
+    for number in range(1, 4):
+        worker = lab.start_worker()
+        lab.wait_for_status(job_id, "running")
+        worker.kill()
+        wait_until(lambda number=number: lab.outcomes(job_id).count("lost") == number, what="the expiry")  # type: ignore[misc]
+    job = lab.job(job_id)
+    assert (job.status, job.error.code) == ("failed", "worker_lost")
 
 
 def test_19_an_object_store_that_is_away_at_the_finish_costs_neither_the_job_nor_an_attempt(lab: Lab) -> None:

@@ -155,7 +155,7 @@ def test_an_idle_worker_has_its_base_warm_before_the_first_job_and_stops_at_once
     wait_until(lambda: not worker.is_alive)
     wait_until(lambda: not is_running(trainer))
     worker = lab.start_worker()
-    is_warm = "select count(*) from workers where name = %s and state = 'idle' and pool is not null"
+    is_warm = "select count(*) from workers where given_name = %s and state = 'idle' and pool is not null"
     wait_until(lambda: lab.sql(is_warm, worker.spec.name)[0][0] == 1, what="a warm worker")
     warm = lab.trainer_of(worker).pid
     lab.succeed(lab.submit(n_epochs=1))

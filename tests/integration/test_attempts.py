@@ -14,13 +14,14 @@ from sqlalchemy.orm import Session
 from core.db.models import Attempt, Job, Usage
 from core.db.session import connect, service_transaction
 from core.domain.ids import new_id
-from core.domain.jobs import pool_name
+from core.domain.jobs import MAX_UNCOUNTED, pool_name
 from core.domain.objects import attempt_prefix, file_key
 from core.domain.training import Quantization
 from core.services import attempts, charges
 from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
 from core.services.files import NewFile, create_file
 from core.services.jobs import cancel_job
+from core.services.resume_points import begin_steps
 from core.services.submissions import JobRequest, submit_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 
@@ -132,6 +133,132 @@ def test_a_preempted_attempt_does_not_count(worker: Engine, owner: Engine, tenan
             attempts.requeue_attempt(session, lease)
     with service_transaction(owner) as session:
         assert session.get_one(Job, job.id).attempt_count == 0
+
+
+def end_uncounted(session: Session, lease: Lease, how: str) -> None:
+    match how:
+        case "given back":
+            attempts.requeue_attempt(session, lease)
+        case "postponed":
+            attempts.postpone_attempt(session, lease, code="storage_unavailable", message="It is away.")
+        case "suspected":
+            attempts.suspect_attempt(session, lease, code="trainer_killed", message="It was killed.")
+
+
+def claim_at_once(worker: Engine, owner: Engine, job: Job, *, lease_seconds: float = 60) -> Lease:
+    """Claim a job as an idle worker does, without a pause after its last attempt."""
+    make_claimable(owner, Lease(job.id, job.tenant_id, 0))
+    with service_transaction(worker) as session:
+        claimed = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=lease_seconds, is_idle=True)
+    assert claimed is not None
+    assert claimed.lease_token is not None
+    return Lease(job.id, job.tenant_id, claimed.lease_token)
+
+
+def set_uncounted(owner: Engine, num: int) -> None:
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set num_uncounted = :num"), {"num": num})
+
+
+def read_job(owner: Engine, job: Job) -> Job:
+    with service_transaction(owner) as session:
+        return session.get_one(Job, job.id)
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("given back", "no_progress"), ("postponed", "storage_unavailable"), ("suspected", "trainer_killed")],
+)
+def test_attempts_that_do_not_count_have_an_end(
+    how: str, code: str, worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant)
+    set_uncounted(owner, MAX_UNCOUNTED - 1)
+    counts = []
+    for _ in range(4):
+        lease = claim_at_once(worker, owner, job)
+        with service_transaction(worker) as session:
+            end_uncounted(session, lease, how)
+        counts.append(read_job(owner, job).attempt_count)
+    assert counts == [0, 1, 2, 3], "the first is the last that does not count"
+    ended = read_job(owner, job)
+    assert ended.error is not None
+    assert (ended.status, ended.error["code"]) == ("failed", code)
+
+
+def test_a_step_that_no_attempt_has_come_to_yet_begins_a_new_row_of_attempts_that_do_not_count(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant)
+    step = StepRecord(step=1, train_loss=1.0, train_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=1)
+    counted = []
+    for _ in range(2):  # the second has no resume point, and comes to the same step again
+        lease = claim_at_once(worker, owner, job)
+        set_uncounted(owner, MAX_UNCOUNTED)
+        with service_transaction(worker) as session:
+            begin_steps(session, lease, step=0, total_steps=4)
+            attempts.record_step(session, lease, record=step, total_steps=4)
+        with service_transaction(worker) as session:
+            attempts.requeue_attempt(session, lease)
+        counted.append(read_job(owner, job).attempt_count)
+    assert counted == [0, 1]
+
+
+def test_as_often_as_its_tenant_pauses_a_job_that_does_not_count(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+    job = queue_job(owner, tenant)
+    lease = claim_at_once(worker, owner, job)
+    set_uncounted(owner, MAX_UNCOUNTED)
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set pause_requested_at = now()"))
+    with service_transaction(worker) as session:
+        attempts.requeue_attempt(session, lease)
+    paused = read_job(owner, job)
+    assert (paused.status, paused.attempt_count) == ("paused", 0)
+
+
+def lose(worker: Engine, owner: Engine, job: Job) -> Lease:
+    """Claim a job and let its lease run out."""
+    lease = claim_at_once(worker, owner, job, lease_seconds=-1)
+    with service_transaction(owner) as session:
+        assert attempts.expire_leases(session) == 1
+    return lease
+
+
+def test_a_worker_that_was_cut_off_and_says_so_costs_no_attempt_and_one_that_is_dead_does(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant)
+    for _ in range(4):
+        cut_off = lose(worker, owner, job)
+        assert read_job(owner, job).attempt_count == 1
+        newer = claim_at_once(worker, owner, job)
+        with service_transaction(worker) as session:
+            assert attempts.forgive_loss(session, cut_off)
+            assert not attempts.forgive_loss(session, cut_off), "once"
+            assert not attempts.forgive_loss(session, newer), "it is not lost"
+        running = read_job(owner, job)
+        assert (running.status, running.attempt_count) == ("running", 1)
+        with service_transaction(worker) as session:
+            attempts.requeue_attempt(session, newer)
+        assert read_job(owner, job).attempt_count == 0
+    for _ in range(3):
+        dead = lose(worker, owner, job)
+    failed = read_job(owner, job)
+    assert failed.error is not None
+    assert (failed.status, failed.error["code"]) == ("failed", "worker_lost")
+    with service_transaction(worker) as session:
+        assert not attempts.forgive_loss(session, dead), "what has ended stays as it ended"
+
+
+def test_a_worker_that_is_cut_off_again_and_again_without_a_step_is_charged_in_the_end(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    job = queue_job(owner, tenant)
+    cut_off = lose(worker, owner, job)
+    set_uncounted(owner, MAX_UNCOUNTED)
+    with service_transaction(worker) as session:
+        assert not attempts.forgive_loss(session, cut_off)
+    assert read_job(owner, job).attempt_count == 1
 
 
 def test_a_cancelled_job_is_stale_for_its_worker(worker: Engine, owner: Engine, tenant: Tenant) -> None:

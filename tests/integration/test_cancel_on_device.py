@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
+from core.db.clock import DatabaseClock
 from core.db.session import connect, service_transaction
 from core.domain.ids import new_id
 from core.domain.objects import file_key
@@ -59,7 +60,8 @@ def runner(database: Database, owner: Engine, servers: ServerAddresses, tmp_path
         trainer_threads=1,
     )
     engines = [connect(database.worker_url, pool_size=2), connect(database.worker_url, pool_size=1)]
-    made = Runner(settings, engine=engines[0], heartbeat_engine=engines[1], store=S3ObjectStore(storage))
+    store, clock = S3ObjectStore(storage), DatabaseClock(engines[0])
+    made = Runner(settings, engine=engines[0], heartbeat_engine=engines[1], store=store, clock=clock)
     yield made
     made.close()
     for engine in engines:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, text
 
 from core.db.session import connect, service_transaction
 from local.servers import ServerAddresses
+from tests.clocks import find_faketime
 from tests.integration.conftest import Database, Tenant
 from tests.integration.test_attempts import claim, queue_job, status_of
 from tests.integration.test_leadership import leader_pid, schedule_process
@@ -24,14 +23,6 @@ def worker(database: Database, owner: Engine) -> Iterator[Engine]:
     engine = connect(database.worker_url)
     yield engine
     engine.dispose()
-
-
-def find_faketime() -> str:
-    spec = importlib.util.find_spec("libfaketime")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("libfaketime is not installed")
-    (library,) = Path(spec.submodule_search_locations[0]).rglob("libfaketime.so.1")
-    return str(library)
 
 
 @pytest.mark.parametrize("hours", [1, -1])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
+from core.db.clock import DatabaseClock
 from core.db.session import connect, service_transaction
 from core.services import attempts
 from core.settings import WorkerSettings
@@ -43,7 +44,8 @@ def runner(database: Database, servers: ServerAddresses, owner: Engine, tmp_path
         }
     )
     engine, heartbeat_engine = connect(database.worker_url), connect(database.worker_url)
-    runner = Runner(settings, engine=engine, heartbeat_engine=heartbeat_engine, store=S3ObjectStore(storage))
+    store, clock = S3ObjectStore(storage), DatabaseClock(engine)
+    runner = Runner(settings, engine=engine, heartbeat_engine=heartbeat_engine, store=store, clock=clock)
     yield runner
     runner.request_stop()
     runner.close()

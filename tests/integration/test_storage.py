@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import socket
 import threading
@@ -282,3 +283,26 @@ def test_no_url_lives_longer_than_fifteen_minutes(store: S3ObjectStore, prefix: 
     for lifetime in (timedelta(minutes=15, seconds=1), timedelta()):
         with pytest.raises(ValueError, match="at most"):
             store.presign_put(prefix + "x", expires=lifetime)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_store_that_is_given_the_time_signs_with_it_and_not_with_its_hosts_clock(
+    config: StorageConfig, prefix: str, hours: int
+) -> None:
+    """A host that is an hour off, seen from the server, is the same as a server that is, seen from the host."""
+
+    def read_clock() -> dt.datetime:
+        return dt.datetime.now(dt.UTC) + timedelta(hours=hours)
+
+    wrong = S3ObjectStore(config, now=read_clock)
+    for request in (
+        lambda: wrong.put_bytes(prefix + "object", b"x", content_type=TYPE),
+        lambda: wrong.stat(prefix + "object"),
+        lambda: list(wrong.list_keys(prefix)),
+    ):
+        with pytest.raises(StorageUnavailableError):
+            request()
+    signed_at = f"X-Amz-Date={read_clock():%Y%m%dT%H}"
+    assert signed_at in wrong.presign_internal_get(prefix + "object", expires=MINUTE)
+    assert signed_at in wrong.presign_put(prefix + "object", expires=MINUTE)
+    assert signed_at in wrong.presign_get(prefix + "object", expires=MINUTE, filename="x")

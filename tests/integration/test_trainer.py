@@ -87,6 +87,9 @@ class Store(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.fetched: list[str] = []
         self.refused: str | None = None  # uploads below this path
+        self.num_granted = 0
+        self.num_refused = 0
+        self.num_to_refuse = math.inf
         self.is_open = threading.Event()
         self.is_open.set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -124,7 +127,9 @@ class _StoreRequest(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["content-length"]))
-        if self.server.refused is not None and self.path.startswith(self.server.refused):
+        is_refused = self.server.refused is not None and self.path.startswith(self.server.refused)
+        if is_refused and self.server.num_refused < self.server.num_to_refuse:
+            self.server.num_refused += 1
             self._answer(HTTPStatus.FORBIDDEN, b"")
             return
         self.server.objects[self.path] = content
@@ -241,6 +246,7 @@ class Supervisor:
         return [report for report in self.reports if isinstance(report, kind)]
 
     def _grant(self, wanted: UrlsWanted) -> None:
+        self.store.num_granted += wanted.artifact == "adapter"
         urls = {name: self.store.url(f"{wanted.artifact}/{name}") for name in wanted.names}
         self.send(UrlsGranted(lease_token=wanted.lease_token, artifact=wanted.artifact, urls=urls))
 
@@ -438,7 +444,15 @@ def test_an_artifact_that_cannot_be_stored_is_named(supervisor: Supervisor, stor
     supervisor.send(make_order(store.add_rows("rows"), n_epochs=1))
     failed = supervisor.wait_for(JobFailed)
     assert failed.message == "The adapter could not be stored: The object store answered 403."
-    assert (failed.code, failed.param) == ("storage_refused", None)
+    assert (failed.code, failed.param) == ("storage_url_refused", None)
+    assert store.num_granted == 3, "URLs are asked for anew, twice"
+
+
+def test_an_artifact_whose_urls_have_expired_is_stored_under_new_ones(supervisor: Supervisor, store: Store) -> None:
+    store.refused, store.num_to_refuse = "/adapter/", 2
+    supervisor.send(make_order(store.add_rows("rows"), n_epochs=1))
+    supervisor.wait_for(JobSucceeded)
+    assert (store.num_refused, store.num_granted) == (2, 3)
 
 
 def test_a_job_is_given_back_while_all_the_other_slots_prepare(supervisor: Supervisor, store: Store) -> None:

@@ -8,6 +8,7 @@ import pytest
 import redis
 from sqlalchemy import Engine
 
+from core.db.clock import DatabaseClock
 from core.db.session import connect
 from core.queue import WakeUpPublisher, queue_name
 from core.settings import WorkerSettings
@@ -44,7 +45,8 @@ def settings(database: Database, servers: ServerAddresses, tmp_path: Path) -> Wo
 def make_runner(settings: WorkerSettings, servers: ServerAddresses) -> Runner:
     url = settings.database_url.get_secret_value()
     store = S3ObjectStore(servers.storage)
-    return Runner(settings, engine=connect(url), heartbeat_engine=connect(url), store=store)
+    engine = connect(url)
+    return Runner(settings, engine=engine, heartbeat_engine=connect(url), store=store, clock=DatabaseClock(engine))
 
 
 def test_row_11_a_worker_whose_consumer_takes_no_wake_up_ends_to_be_started_afresh(

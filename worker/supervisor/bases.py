@@ -38,9 +38,15 @@ class BaseHolder:
     """Holds the base of one pool. `stop_requested` ends every wait."""
 
     def __init__(
-        self, settings: WorkerSettings, *, engine: Engine, store: ObjectStore, stop_requested: threading.Event
+        self,
+        settings: WorkerSettings,
+        *,
+        name: str,
+        engine: Engine,
+        store: ObjectStore,
+        stop_requested: threading.Event,
     ) -> None:
-        self._settings = settings
+        self._settings, self._name = settings, name
         self._engine = engine
         self._store = store
         self._stop_requested = stop_requested
@@ -259,10 +265,9 @@ class BaseHolder:
 
     def _record(self, base: BaseModelRow, state: BaseState, *, reason: str | None = None) -> dt.datetime | None:
         """Say in a base's row what was found, and return since when it says so; None where the database is away."""
-        by = self._settings.worker_name
         try:
             with service_transaction(self._engine) as session:
-                return record_state(session, base.id, state=state, reason=reason, by=by)
+                return record_state(session, base.id, state=state, reason=reason, by=self._name)
         except DATABASE_ERRORS as error:
             log.warning("base_model.state_unrecorded", base_model=base.id, error=type(error).__name__)
             return None

@@ -100,6 +100,9 @@ class WorkerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         facts = self._describe()
         yield _gauge("espalier_base_refusals", "Pools whose bases this worker cannot load.", len(facts.refusals))
+        if facts.clock_offset_seconds is not None:
+            ahead = "Seconds by which this host's clock is ahead of the database's."
+            yield _gauge("espalier_worker_clock_offset_seconds", ahead, facts.clock_offset_seconds)
         if facts.pool is None:
             return
         pool = {"pool": facts.pool}

@@ -1,4 +1,4 @@
-"""Tells the database that this worker is alive and what it holds, whether it trains or idles.
+"""Tells the database that this worker is alive and what it holds, whether it trains or idles, and compares clocks.
 
 A thread of its own, because an idle worker's only task has returned and a busy one waits for its trainer. It vouches
 for the supervisor process alone: whether the trainer makes progress is the leases' matter.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import structlog
 from sqlalchemy import Engine
 
+from core.db.clock import DatabaseClock
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.services.workers import WorkerFacts, forget_worker, record_worker
 from core.telemetry.liveness import PROCESS
@@ -24,8 +25,12 @@ _PATIENCE_SECONDS = 60.0
 class Presence:
     """Upserts the worker's row at every interval, and at once when asked to; removes it when closed."""
 
-    def __init__(self, engine: Engine, *, interval_seconds: float, describe: Callable[[], WorkerFacts]) -> None:
+    def __init__(
+        self, engine: Engine, clock: DatabaseClock, *, interval_seconds: float, describe: Callable[[], WorkerFacts]
+    ) -> None:
         self._engine, self._interval_seconds, self._describe = engine, interval_seconds, describe
+        self._clock = clock
+        self._is_clock_wrong = False
         self._woken = threading.Event()
         self._stop_requested = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="presence")
@@ -64,6 +69,14 @@ class Presence:
 
     def _beat(self) -> None:
         with service_transaction(self._engine) as session:
+            self._clock.read(session)
             alive_seconds = self._interval_seconds * _MISSED_BEATS
             record_worker(session, self._describe(), alive_seconds=alive_seconds, is_start=self._is_start)
         self._is_start = False
+        self._tell_of_clock()
+
+    def _tell_of_clock(self) -> None:
+        was_wrong, self._is_clock_wrong = self._is_clock_wrong, self._clock.is_wrong
+        if self._is_clock_wrong != was_wrong:
+            event = "worker.clock_wrong" if self._is_clock_wrong else "worker.clock_right"
+            log.warning(event, offset_seconds=round(self._clock.offset_seconds or 0.0, 3))

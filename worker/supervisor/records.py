@@ -10,7 +10,7 @@ from core.services.attempts import Lease, StepRecord
 from core.services.files import NewFile
 from core.services.logs import record_log_line
 from worker.messages import (
-    STORAGE_AWAY,
+    UNCOUNTED_CODES,
     CheckpointSaved,
     DatasetsRead,
     EvaluationDone,
@@ -63,7 +63,7 @@ def record_proof(session: Session, proof: Proof, *, result_filename: str) -> tup
             return resume_points.record_resume_point(session, lease, step=report.step, artifact=artifact)
         case JobYielded():
             attempts.requeue_attempt(session, lease)
-        case JobFailed() if report.code == STORAGE_AWAY:
+        case JobFailed() if report.code in UNCOUNTED_CODES:
             attempts.postpone_attempt(session, lease, code=report.code, message=report.message, param=report.param)
         case JobFailed():
             attempts.fail_attempt(

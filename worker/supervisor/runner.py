@@ -29,6 +29,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from core.crashpoints import CrashPoint, reach
+from core.db.clock import DatabaseClock
 from core.db.models import BaseModelRow, Job
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.domain.ids import IdKind, format_id
@@ -74,6 +75,7 @@ from worker.supervisor.bases import BaseHolder
 from worker.supervisor.children import TrainerGoneError
 from worker.supervisor.departures import Departures
 from worker.supervisor.failures import DAMAGED, LEASE_LOST, STALLED, UNCONFIRMED, UNRECORDABLE, Failure, explain_exit
+from worker.supervisor.identity import WorkerIdentity
 from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.metrics import (
     ATTEMPTS_ENDED,
@@ -155,16 +157,29 @@ class Loss:
 
 
 class Runner:
-    """Serves pools until there is no work. `heartbeat_engine` is the leases' own, so that nothing else starves them."""
+    """Serves pools until there is no work. `heartbeat_engine` is the leases' own, so that nothing else starves them.
+
+    It claims nothing while the host's clock is wrong by `clock`. What it holds goes on: leases are the database's
+    matter, seconds of use are monotonic, and URLs are signed with the database's time.
+    """
 
     def __init__(
-        self, settings: WorkerSettings, *, engine: Engine, heartbeat_engine: Engine, store: ObjectStore
+        self,
+        settings: WorkerSettings,
+        *,
+        engine: Engine,
+        heartbeat_engine: Engine,
+        store: ObjectStore,
+        clock: DatabaseClock,
     ) -> None:
+        self._identity = WorkerIdentity.of_this_process(settings.worker_name)
+        self._clock = clock
         self._settings = settings
         self._engine = engine
         self._store = store
         self._stop_requested = threading.Event()
-        self._base = BaseHolder(settings, engine=engine, store=store, stop_requested=self._stop_requested)
+        name = str(self._identity)
+        self._base = BaseHolder(settings, name=name, engine=engine, store=store, stop_requested=self._stop_requested)
         self._keeper = LeaseKeeper(
             heartbeat_engine,
             lease_seconds=settings.lease_seconds,
@@ -173,7 +188,7 @@ class Runner:
             fence=self._base.kill,
         )
         self._prover = ArtifactProver(store, patience_seconds=settings.storage_patience_seconds)
-        self._turns = TurnKeeper(settings, engine=engine, base=self._base)
+        self._turns = TurnKeeper(settings, name=name, engine=engine, base=self._base)
         self._departures = Departures(engine)
         self._next_pool: str | None = None  # while the held jobs leave for another pool's turn
         self._has_left = True
@@ -202,7 +217,8 @@ class Runner:
         elif self._base.is_loading:
             state = "loading"
         return WorkerFacts(
-            name=self._settings.worker_name,
+            name=str(self._identity),
+            given_name=self._identity.given_name,
             pools=self._settings.worker_pools,
             state=state,
             pool=pool,
@@ -212,6 +228,8 @@ class Runner:
             next_pool=self._next_pool,
             refusals=self._base.refusals,
             version=self._version,
+            clock_offset_seconds=self._clock.offset_seconds,
+            is_clock_wrong=self._clock.is_wrong,
         )
 
     @property
@@ -235,6 +253,8 @@ class Runner:
 
     def has_claimable_work(self) -> bool:
         """Say whether there is a job to claim on a base that this worker may load. Raises the database's errors."""
+        if not self._clock.is_right():
+            return False
         with service_transaction(self._engine) as session:
             loadable = self._loadable_bases(session)
             return any(pool in loadable for pool in attempts.claimable_pools(session))
@@ -318,6 +338,8 @@ class Runner:
         self._heed_news()
 
     def _hold_pool_with_work(self) -> bool:
+        if not self._clock.is_right():
+            return False
         with service_transaction(self._engine) as session:
             bases = self._loadable_bases(session)
         pool = self._next_pool = self._turns.choose_pool(tuple(bases), promised=self._next_pool)
@@ -376,7 +398,7 @@ class Runner:
     @property
     def _is_ready(self) -> bool:
         is_leaving = self._next_pool is not None or self._stop_requested.is_set()
-        return self._base.is_held and self._loss is None and not is_leaving
+        return self._base.is_held and self._loss is None and not is_leaving and self._clock.is_right()
 
     @property
     def _is_trying(self) -> bool:
@@ -427,7 +449,7 @@ class Runner:
         return attempts.claim_job(
             session,
             self._base.pool,
-            worker_name=self._settings.worker_name,
+            worker_name=str(self._identity),
             lease_seconds=self._settings.lease_seconds,
             is_idle=not self._held,
             slot_seconds=slot_seconds(self._settings.quantum_seconds, slots=self._base.slots),
@@ -552,7 +574,7 @@ class Runner:
         self._prover.delete_prefixes(tuple(spent))
         for token in stale:
             FENCED_WRITES.inc()
-            self._drop(self._held.get(token), outcome="lease_lost")
+            self._lose_lease(self._held.get(token))
         for token, must_make_room in acquitted.items():
             self._acquit(self._held.get(token), must_make_room=must_make_room)
 
@@ -586,7 +608,7 @@ class Runner:
             self._prover.delete_prefixes(spent)
         except StaleLeaseError:
             FENCED_WRITES.inc()
-            self._drop(held, outcome="lease_lost")
+            self._lose_lease(held)
             return
         except ROW_ERRORS as error:
             self._fail_unrecordable(held, error)
@@ -623,7 +645,7 @@ class Runner:
         for news in self._keeper.take_news():
             held = self._held.get(news.lease.token)
             if news.is_lost:
-                self._drop(held, outcome="lease_lost")
+                self._lose_lease(held)
             elif held is not None:
                 self._yield(held)
 
@@ -636,9 +658,22 @@ class Runner:
 
     def _requeue(self, held: HeldJob) -> None:
         """Give a job back without asking the trainer."""
-        with contextlib.suppress(StaleLeaseError), service_transaction(self._engine) as session:
-            attempts.requeue_attempt(session, held.lease)
+        try:
+            with service_transaction(self._engine) as session:
+                attempts.requeue_attempt(session, held.lease)
+        except StaleLeaseError:
+            self._lose_lease(held)
+            return
         self._drop(held, outcome="given_back")
+
+    def _lose_lease(self, held: HeldJob | None) -> None:
+        """Let go of a job whose lease is over. If it ran out, this worker was cut off and not lost, and says so."""
+        if held is None:
+            return
+        with service_transaction(self._engine) as session:
+            is_forgiven = attempts.forgive_loss(session, held.lease)
+        log.info("lease.lost", **held.ids, is_forgiven=is_forgiven)
+        self._drop(held, outcome="lease_lost")
 
     def _stop_stalled(self) -> None:
         if (self._held or self._departures.are_due) and not self._is_live():
@@ -744,8 +779,8 @@ class Runner:
                 time.sleep(_AWAY_SECONDS)
         for held in tuple(self._held.values()):
             log.warning("job.left_without_state", **held.ids)
-            with contextlib.suppress(StaleLeaseError, *DATABASE_ERRORS), service_transaction(self._engine) as session:
-                attempts.requeue_attempt(session, held.lease)
+            with contextlib.suppress(*DATABASE_ERRORS):
+                self._requeue(held)
             self._drop(held, outcome="given_back")
         self.close()
         with contextlib.suppress(*DATABASE_ERRORS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine
 
+from core.db.clock import DatabaseClock
 from core.db.readiness import find_database_obstacle
 from core.db.session import connect
 from core.queue import TASK_NAME
@@ -30,10 +30,10 @@ from worker.supervisor.warming import Warmer
 from worker.supervisor.watchdog import Watchdog
 
 
-def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine) -> Celery:
+def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine, clock: DatabaseClock) -> Celery:
     """Return the Celery application with its one task registered."""
     celery = create_celery(settings)
-    presence = Presence(engine, interval_seconds=settings.heartbeat_seconds, describe=runner.describe)
+    presence = Presence(engine, clock, interval_seconds=settings.heartbeat_seconds, describe=runner.describe)
     celery.task(name=TASK_NAME)(runner.serve)
 
     @worker_ready.connect(weak=False)
@@ -58,14 +58,15 @@ def main() -> None:
     configure_logs("worker")
     settings = WorkerSettings()  # read from the environment
     configure_tracing("worker", settings)
-    settings = settings.model_copy(update={"worker_name": settings.worker_name or socket.gethostname()})
     database_url = settings.database_url.get_secret_value()
     engine = connect(database_url, pool_size=2)
+    clock = DatabaseClock(engine)
     runner = Runner(
         settings,
         engine=engine,
         heartbeat_engine=connect(database_url, pool_size=1),
-        store=S3ObjectStore(settings.storage_config),
+        store=S3ObjectStore(settings.storage_config, now=clock.now),
+        clock=clock,
     )
     REGISTRY.register(WorkerCollector(runner.describe, find_figures=lambda: runner.device_figures))
     management = ManagementServer(settings, find_obstacle=lambda: find_database_obstacle(engine))
@@ -76,7 +77,7 @@ def main() -> None:
     )
     warmer.start()
     try:
-        build_worker(settings, runner, engine=engine).worker_main(
+        build_worker(settings, runner, engine=engine, clock=clock).worker_main(
             ["--quiet", "worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--without-mingle"]
         )
     finally:

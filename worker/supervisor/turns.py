@@ -26,8 +26,8 @@ _LOOK_SECONDS = 2.0
 class TurnKeeper:
     """Asks whose turn it is. The thread that serves calls it."""
 
-    def __init__(self, settings: WorkerSettings, *, engine: Engine, base: BaseHolder) -> None:
-        self._settings = settings
+    def __init__(self, settings: WorkerSettings, *, name: str, engine: Engine, base: BaseHolder) -> None:
+        self._settings, self._name = settings, name
         self._engine = engine
         self._base = base
         self._looked_at = 0.0
@@ -82,7 +82,7 @@ class TurnKeeper:
             return turns.lend_slot(
                 session,
                 self._base.pool,
-                worker_name=self._settings.worker_name,
+                worker_name=self._name,
                 held=held,
                 terms=terms,
                 wanting=wanting,
@@ -90,7 +90,7 @@ class TurnKeeper:
 
     def _choice(self, pools: Sequence[str], holders: Sequence[uuid.UUID] = ()) -> PoolChoice:
         return PoolChoice(
-            worker_name=self._settings.worker_name,
+            worker_name=self._name,
             pools=tuple(pools),
             pool=self._base.pool,
             keeps_pool=not self.is_over,

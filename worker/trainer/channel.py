@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from core.domain.training import Frozen
 from worker.messages import ORDERS, UrlsGranted, UrlsWanted, encode_line
-from worker.trainer.failures import JobStoppedError, TransferError
+from worker.trainer.failures import JobStoppedError, UrlRefusedError
 
 _URL_WAIT_SECONDS = 60.0
 _ORPHANED_EXIT_CODE = 3
@@ -80,7 +80,7 @@ class Channel:
         future.add_done_callback(lambda done: self._inbox.put(lambda: then(done)))
 
     def request_urls(self, wanted: UrlsWanted, *, check: Callable[[], None]) -> dict[str, str]:
-        """Ask for presigned URLs and wait for them. For background threads only. Raises TransferError.
+        """Ask for presigned URLs and wait for them. For background threads only. Raises UrlRefusedError.
 
         `check` raises when the job was stopped; after that `refuse_urls` ends the wait.
         """
@@ -91,7 +91,7 @@ class Channel:
             self.send(wanted)
             urls = grants.get(timeout=_URL_WAIT_SECONDS)
         except queue.Empty:
-            raise TransferError("No upload was granted in time.") from None
+            raise UrlRefusedError("No upload was granted in time.") from None
         finally:
             del self._grants[key]
         if urls is None:

@@ -5,6 +5,7 @@ TrainerError
 |  '- NothingLearnedError  its adapter does nothing
 |- JobStoppedError      an order has stopped it, so that what it still does in the background is of no use
 |- TransferError        a dataset or an artifact could not be moved; another attempt may do
+|  '- UrlRefusedError   the URL is at fault, and not what it names: it has expired, or its signature is not taken
 |- AdapterInvalidError  the finished adapter did not pass its own inspection
 |- BaseRefusedError     the base cannot be served as it is registered, by whichever worker
 '- WorkerUnfitError     this worker cannot load the base; another may
@@ -13,6 +14,7 @@ TrainerError
 from __future__ import annotations
 
 from core.domain.dataset_counts import DatasetName
+from worker.messages import URL_REFUSED
 
 
 class TrainerError(Exception):
@@ -52,6 +54,10 @@ class JobStoppedError(TrainerError):
 
 class TransferError(TrainerError):
     code = "storage_refused"
+
+
+class UrlRefusedError(TransferError):
+    code = URL_REFUSED
 
 
 class BaseRefusedError(TrainerError):

@@ -60,7 +60,7 @@ from worker.trainer.exports import (
     verify_adapter,
     write_result_csv,
 )
-from worker.trainer.failures import JobStoppedError, TransferError
+from worker.trainer.failures import JobStoppedError, TransferError, UrlRefusedError
 from worker.trainer.phases import Phase
 from worker.trainer.resume import (
     RESUME_FILES,
@@ -71,6 +71,9 @@ from worker.trainer.resume import (
     write_resume_point,
 )
 from worker.trainer.transfers import Patience, download, upload
+
+# So often are an artifact's URLs asked for anew.
+_MAX_URL_REFUSALS = 2
 
 
 @dataclass(frozen=True)
@@ -454,14 +457,28 @@ class TrainerJob:
             raise type(error)(f"The {artifact} could not be stored: {error}") from error
 
     def _upload(self, artifact: str, directory: Path, names: tuple[str, ...]) -> tuple[StoredFile, ...]:
-        wanted = UrlsWanted(lease_token=self.lease_token, artifact=artifact, names=names)
         phase = Phase("upload")
-        urls = self._channel.request_urls(wanted, check=self._check_wanted)
-        stored = tuple(upload(urls[name], directory / name, self._patience) for name in names)
+        stored = self._upload_files(UrlsWanted(lease_token=self.lease_token, artifact=artifact, names=names), directory)
         size_bytes = sum(file.size_bytes for file in stored)
         done = self._report_phase(phase, artifact=artifact, size_bytes=size_bytes)
         self.log("artifact.uploaded", artifact=artifact, size_bytes=size_bytes, seconds=round(done.seconds, 3))
         return stored
+
+    def _upload_files(self, wanted: UrlsWanted, directory: Path) -> tuple[StoredFile, ...]:
+        """Store files one after another. URLs that are refused, as after a long upload, are asked for anew."""
+        urls = self._channel.request_urls(wanted, check=self._check_wanted)
+        stored: list[StoredFile] = []
+        num_refusals = 0
+        while len(stored) < len(wanted.names):
+            name = wanted.names[len(stored)]
+            try:
+                stored.append(upload(urls[name], directory / name, self._patience))
+            except UrlRefusedError:
+                num_refusals += 1
+                if num_refusals > _MAX_URL_REFUSALS:
+                    raise
+                urls = self._channel.request_urls(wanted, check=self._check_wanted)
+        return tuple(stored)
 
     def _report_phase(self, phase: Phase, *, artifact: str | None = None, size_bytes: int = 0) -> PhaseDone:
         done = phase.end(self.lease_token, artifact=artifact, size_bytes=size_bytes)

@@ -1,13 +1,14 @@
 """Moves files between the scratch directory and the object store, through presigned URLs only.
 
 A download counts only if its bytes hash to what the row says; a transfer is tried again on transport and server errors,
-never on a refusal.
+never on a refusal. A refusal of the URL is told apart from one of the request: another URL may do.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ import stamina
 
 from core.crashpoints import CrashPoint, reach
 from worker.messages import STORAGE_AWAY, RemoteFile, StoredFile
-from worker.trainer.failures import TransferError
+from worker.trainer.failures import TransferError, UrlRefusedError
 
 CHUNK_BYTES = 2**20
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 _LONGEST_PAUSE_SECONDS = 5.0
 _MAX_MISMATCHES = 3
+# AWS answers a signature whose token has expired with a 400, everything else that is wrong with a URL with a 403.
+_URL_FAULTS = re.compile(rb"<Code>(ExpiredToken|InvalidToken|RequestTimeTooSkewed)</Code>")
 
 
 class IntegrityError(TransferError):
@@ -114,14 +117,16 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except httpx.HTTPStatusError as error:
-        raise _kind_of(error.response.status_code)(
-            f"The object store answered {error.response.status_code}."
-        ) from None  # the URL in the cause is a bearer secret
+        # None: the URL in the cause is a bearer secret.
+        raise _kind_of(error.response)(f"The object store answered {error.response.status_code}.") from None
     except httpx.TransportError as error:
         raise _PassingError(f"The object store did not answer: {type(error).__name__}.") from None
 
 
-def _kind_of(status: int) -> type[TransferError]:
+def _kind_of(response: httpx.Response) -> type[TransferError]:
+    status = response.status_code
     if status == HTTPStatus.NOT_FOUND:
         return ObjectMissingError
+    if status == HTTPStatus.FORBIDDEN or (status == HTTPStatus.BAD_REQUEST and _URL_FAULTS.search(response.read())):
+        return UrlRefusedError
     return TransferError if status < HTTPStatus.INTERNAL_SERVER_ERROR else _PassingError

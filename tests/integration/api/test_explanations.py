@@ -69,6 +69,8 @@ def test_the_reason_follows_what_workers_say_of_themselves(api_url: str, owner: 
         (WorkerFacts("w", (POOL,), "serving", POOL, 4, 3), "starting"),
         (WorkerFacts("w", (POOL,), "stopping", POOL, 4, 3), "no_worker"),
         (WorkerFacts("w", ("x",), "idle"), "no_worker"),
+        (WorkerFacts("w", (POOL,), "serving", POOL, 4, 3, is_clock_wrong=True), "clock_wrong"),
+        (WorkerFacts("w", ("x",), "idle", is_clock_wrong=True), "no_worker"),
     ):
         add_worker(owner, state)
         assert explain(api_url, tenant, job.id)["reason"]["code"] == code

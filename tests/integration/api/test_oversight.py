@@ -96,20 +96,26 @@ def test_filters_that_nothing_can_fit_are_refused_or_answered_with_nothing(admin
 def test_a_worker_is_shown_with_what_it_holds_and_as_gone_when_it_is_silent(
     admin: httpx.Client, worker: Engine
 ) -> None:
-    busy = WorkerFacts("gpu-1", (POOL, NF4), "serving", POOL, slots=8, slots_in_use=3, version="0.1.0+abc")
+    busy = WorkerFacts("gpu-1:7:ab", (POOL, NF4), "serving", POOL, 8, 3, version="0.1.0+abc", given_name="gpu-1")
+    wrong = WorkerFacts("gpu-4", (NF4,), "serving", NF4, 8, 1, clock_offset_seconds=-1200.5, is_clock_wrong=True)
     with service_transaction(worker) as session:
         record_worker(session, busy, alive_seconds=60, is_start=True)
         record_worker(session, WorkerFacts("gpu-2", (NF4,), "stopping"), alive_seconds=60, is_start=True)
         record_worker(session, WorkerFacts("gpu-3", (NF4,), "idle"), alive_seconds=-1, is_start=True)
+        record_worker(session, wrong, alive_seconds=60, is_start=True)
     shown = pages_of(admin, "/admin/workers")
     assert [(each["id"], each["is_alive"], each["is_draining"]) for each in shown] == [
-        ("gpu-1", True, False),
+        ("gpu-1:7:ab", True, False),
         ("gpu-2", True, True),
         ("gpu-3", False, False),
+        ("gpu-4", True, False),
     ]
+    assert (shown[3]["name"], shown[3]["state"], shown[3]["clock_offset_seconds"]) == ("gpu-4", "clock_wrong", -1200.5)
     assert shown[0] | {"started_at": 0, "heartbeat_at": 0} == {
-        "id": "gpu-1",
+        "id": "gpu-1:7:ab",
         "object": "worker",
+        "name": "gpu-1",
+        "clock_offset_seconds": None,
         "version": "0.1.0+abc",
         "state": "serving",
         "is_alive": True,

@@ -1,0 +1,96 @@
+"""The database's time, as a process knows it between two looks at it.
+
+Every deadline is the database's, and so is the time that URLs and requests are signed with. A host's own clock may be
+wrong and may jump. This one starts from what the database said last, and goes on by the monotonic clock.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+import time
+from dataclasses import dataclass
+
+import structlog
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
+
+from core.db.session import DATABASE_ERRORS, service_transaction
+
+log = structlog.get_logger()
+# S3 refuses what is signed 15 minutes off, and URLs live for as long. Clocks that NTP keeps differ by milliseconds.
+MAX_OFFSET_SECONDS = 30.0
+_REREAD_SECONDS = 60.0  # in which no clock that goes drifts by a second
+_RETRY_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """It was `at` by the database when the monotonic clock said `monotonic`, give or take `error_seconds`."""
+
+    at: dt.datetime
+    monotonic: float
+    error_seconds: float
+
+
+class DatabaseClock:
+    """Shared by the threads of a process. Until the database has been asked, it is the host's clock."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._asking = threading.Lock()
+        self._asked_at: float | None = None
+        self._reading: _Reading | None = None
+
+    def now(self) -> dt.datetime:
+        """Return the database's time. Asks for it where it was last read long ago; goes on without where it is away."""
+        self._refresh()
+        reading = self._reading
+        return dt.datetime.now(dt.UTC) if reading is None else _extrapolate(reading)
+
+    def read(self, session: Session) -> None:
+        """Ask the database, in a transaction of the caller's: half of the round trip is taken for the way there."""
+        session.connection()  # to connect may take seconds, which are no part of the way
+        sent_at = time.monotonic()
+        at = session.scalars(select(func.clock_timestamp())).one()
+        seconds = time.monotonic() - sent_at
+        self._reading = _Reading(at, sent_at + seconds / 2, seconds / 2)
+
+    @property
+    def offset_seconds(self) -> float | None:
+        """How far the host's clock is ahead of the database's, as it is now; None while that is unknown."""
+        reading = self._reading
+        return None if reading is None else (dt.datetime.now(dt.UTC) - _extrapolate(reading)).total_seconds()
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the host's clock is certainly off by more than the bound."""
+        reading, offset = self._reading, self.offset_seconds
+        return reading is not None and offset is not None and abs(offset) - reading.error_seconds > MAX_OFFSET_SECONDS
+
+    def is_right(self) -> bool:
+        """Say whether the host's clock is known to be right. Asks the database where it never has been asked."""
+        if self._reading is None:
+            self._refresh()
+        return self._reading is not None and not self.is_wrong
+
+    def _refresh(self) -> None:
+        if not self._is_due() or not self._asking.acquire(blocking=False):
+            return
+        try:
+            self._asked_at = time.monotonic()
+            with service_transaction(self._engine) as session:
+                self.read(session)
+        except DATABASE_ERRORS as error:
+            log.warning("clock.unread", error=type(error).__name__)
+        finally:
+            self._asking.release()
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        is_old = self._reading is None or now - self._reading.monotonic > _REREAD_SECONDS
+        return is_old and (self._asked_at is None or now - self._asked_at > _RETRY_SECONDS)
+
+
+def _extrapolate(reading: _Reading) -> dt.datetime:
+    return reading.at + dt.timedelta(seconds=time.monotonic() - reading.monotonic)

@@ -1,0 +1,31 @@
+"""Processes whose wall clock is wrong, by libfaketime. What measures time by the monotonic clock is left alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+def find_faketime() -> str:
+    spec = importlib.util.find_spec("libfaketime")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("libfaketime is not installed")
+    (library,) = Path(spec.submodule_search_locations[0]).rglob("libfaketime.so.1")
+    return str(library)
+
+
+def fake_clock(path: Path, shift: str) -> dict[str, str]:
+    """Return the environment of a process whose clock is off by what `path` says, at every look: such as "-20m"."""
+    set_clock(path, shift)
+    return {
+        "LD_PRELOAD": find_faketime(),
+        "FAKETIME_TIMESTAMP_FILE": str(path),
+        "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+
+
+def set_clock(path: Path, shift: str) -> None:
+    path.write_text(shift)
