@@ -40,6 +40,26 @@ from core.settings import ApiSettings
 from core.storage import S3ObjectStore
 
 
+_ROUTES = (
+    files,
+    uploads,
+    previews,
+    fine_tuning,
+    streams,
+    metrics,
+    logs,
+    explanations,
+    checkpoints,
+    graders,
+    models,
+    adapters,
+    api_keys,
+    admin,
+    oversight,
+    health,
+)
+
+
 class _App(DescribedApp):
     def build_middleware_stack(self) -> ASGIApp:
         """Return Starlette's stack inside of ours: its outermost layer answers errors that nobody expects."""
@@ -48,7 +68,11 @@ class _App(DescribedApp):
 
 def create_app(settings: ApiSettings) -> FastAPI:
     app = _App(
-        title="Espalier", version="0.1.0", description="OpenAI's fine-tuning API on your own GPUs.", lifespan=_live
+        title="Espalier",
+        version="0.1.0",
+        description="OpenAI's fine-tuning API on your own GPUs.",
+        lifespan=_live,
+        root_path=settings.root_path,
     )
     app.state.settings = settings
     database_url = settings.database_url.get_secret_value()
@@ -61,24 +85,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.store = S3ObjectStore(settings.storage_config, now=app.state.clock.now)
     app.state.previewer = Previewer(app.state.store)
     app.state.row_checker = RowChecker(app.state.previewer)
-    for routes in (
-        files,
-        uploads,
-        previews,
-        fine_tuning,
-        streams,
-        metrics,
-        logs,
-        explanations,
-        checkpoints,
-        graders,
-        models,
-        adapters,
-        api_keys,
-        admin,
-        oversight,
-        health,
-    ):
+    for routes in _ROUTES:
         app.include_router(routes.router)
     app.add_middleware(BodyCapMiddleware, max_bytes=settings.max_body_bytes)
     install_error_handlers(app)

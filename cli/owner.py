@@ -14,7 +14,6 @@ from typing import Annotated
 
 import typer
 from sqlalchemy import Engine
-from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 
 from cli.environment import reading_settings
@@ -40,8 +39,8 @@ def owner_engine(data_dir: Path) -> Iterator[Engine]:
     """Yield an engine in the role of the tables' owner. Errors are as in `operator_session`."""
     try:
         engine = connect(owner_url(data_dir))
-    except (ArgumentError, ValueError):  # whose words may quote the password
-        fail(f"{OWNER_URL_SETTING} is no URL of a database: write postgresql://user:password@host:port/name.")
+    except ValueError as error:
+        fail(f"{OWNER_URL_SETTING}: {error}")
     try:
         yield engine
     finally:

@@ -20,6 +20,7 @@ from minio.datatypes import PostPolicy
 from core.domain.objects import tenant_prefix
 from core.settings import StorageConfig
 from core.storage import PART_BYTES, S3ObjectStore, StorageError, connect_client
+from core.tls import trusted_certificates
 
 _TYPE = "application/octet-stream"
 _MINUTE = dt.timedelta(minutes=1)
@@ -63,10 +64,10 @@ class _Server:
     def __init__(self, config: StorageConfig) -> None:
         self.config = config
         self.store = S3ObjectStore(config)
-        self.client = connect_client(config, config.endpoint)
-        self.http = httpx.Client(timeout=_SECONDS, trust_env=False)
+        self.client = connect_client(config)
+        self.http = httpx.Client(timeout=_SECONDS, trust_env=False, verify=trusted_certificates(config.ca_bundle))
         self.prefix = tenant_prefix(uuid.uuid4())
-        self.url = f"{'https' if config.secure else 'http'}://{config.endpoint}/{config.bucket}"
+        self.url = f"{config.url}/{config.bucket}"
 
     def put(self, name: str, body: bytes = _BODY) -> str:
         key = self.prefix + name

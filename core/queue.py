@@ -6,8 +6,10 @@ tick of the schedule is the retry.
 
 from __future__ import annotations
 
+import ssl
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit
 
 import redis
 from celery import Celery
@@ -20,12 +22,23 @@ def queue_name(pool: str) -> str:
     return f"pool:{pool}"
 
 
+def connect_broker(redis_url: str) -> Celery:
+    """Return a Celery application on a broker. By `rediss://` it verifies the server, as redis-py does by itself.
+
+    A private authority is named in the URL: `?ssl_ca_certs=/path/of/ca.pem`.
+    """
+    celery = Celery("espalier", broker=redis_url)
+    if urlsplit(redis_url).scheme == "rediss":
+        celery.conf.update(broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True})
+    return celery
+
+
 class WakeUpPublisher:
     """Publishes at most one waiting wake-up a pool, so that a busy pool's queue does not grow."""
 
     def __init__(self, redis_url: str) -> None:
         self._redis = redis.Redis.from_url(redis_url, **_PRODUCER_TIMEOUTS)
-        self._celery = Celery("espalier", broker=redis_url)
+        self._celery = connect_broker(redis_url)
         self._celery.conf.update(broker_transport_options=_PRODUCER_TIMEOUTS, task_ignore_result=True)
 
     def __enter__(self) -> Self:

@@ -8,12 +8,22 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    Field,
+    FilePath,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from core.database_urls import read_url
 from core.domain import bounds
 from core.domain.scheduling import MAX_LOADING_FRACTION, QUANTUM_SECONDS, TURN_SECONDS, FairnessTerms
 
@@ -22,16 +32,32 @@ _PREFIX = "ESPALIER_"
 FILE_SUFFIX = "_FILE"
 
 
+Addressing = Literal["auto", "path", "virtual"]
+
+
 @dataclass(frozen=True)
 class StorageConfig:
-    """Where the objects are. `public_endpoint` is the host that presigned URLs name, if it is another one."""
+    """Where the objects are: hosts with ports, reached by https where they are `secure`.
+
+    `public_endpoint` is the host that presigned URLs name, if it is another one. Without keys, the credentials are
+    those of the environment or of the machine. `ca_bundle` is the file of the authorities that are trusted, the
+    system's if there is none. With `addressing` "virtual" the bucket is part of the host's name; "auto" does what the host wants.
+    """
 
     endpoint: str
-    access_key: str
-    secret_key: str = field(repr=False)
+    access_key: str | None
+    secret_key: str | None = field(repr=False)
     bucket: str
     secure: bool = False
     public_endpoint: str | None = None
+    is_public_secure: bool = False
+    region: str | None = None
+    addressing: Addressing = "auto"
+    ca_bundle: str | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.secure else 'http'}://{self.endpoint}"
 
 
 class SettingFileError(Exception):
@@ -90,7 +116,12 @@ def _read_setting_file(variable: str) -> str | None:
 class _Settings(BaseSettings):
     # Whoever starts a process without one setting must not find the others, secrets among them, in its log.
     model_config = SettingsConfigDict(
-        env_prefix=_PREFIX, frozen=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True
+        env_prefix=_PREFIX,
+        env_ignore_empty=True,  # compose files pass on what is not set as an empty variable
+        frozen=True,
+        extra="ignore",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
     )
 
     @classmethod
@@ -112,19 +143,33 @@ class BuildSettings(_Settings):
     commit: str = ""
 
 
+def _check_database_url(url: SecretStr) -> SecretStr:
+    read_url(url.get_secret_value())
+    return url
+
+
+def _check_redis_url(url: SecretStr) -> SecretStr:
+    if urlsplit(url.get_secret_value()).scheme not in ("redis", "rediss"):
+        raise ValueError("Write redis://user:password@host:port/0, or rediss:// where it speaks TLS.")
+    return url
+
+
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_check_database_url)]
+RedisUrl = Annotated[SecretStr, AfterValidator(_check_redis_url)]
+
+
 class DatabaseSettings(_Settings):
-    database_url: SecretStr
+    database_url: DatabaseUrl
 
 
 class OwnerSettings(_Settings):
     """What commands of an operator use: the URL of the owner of the tables."""
 
-    owner_database_url: SecretStr | None = None
+    owner_database_url: DatabaseUrl | None = None
 
     @property
     def owner_url(self) -> str | None:
-        """Return the URL, or None where there is none; an empty one is none."""
-        return (self.owner_database_url.get_secret_value() if self.owner_database_url else "") or None
+        return self.owner_database_url.get_secret_value() if self.owner_database_url else None
 
 
 class LoginSettings(_Settings):
@@ -143,26 +188,81 @@ class LoginSettings(_Settings):
 
 
 class RedisSettings(_Settings):
-    redis_url: SecretStr
+    redis_url: RedisUrl
+
+
+@dataclass(frozen=True)
+class _Endpoint:
+    host: str
+    secure: bool | None  # where a scheme says it
+
+
+def _read_endpoint(value: str) -> _Endpoint:
+    """Read `host`, `host:port`, `http://host:port` or `https://host`. Raises ValueError."""
+    parts = urlsplit(value if "://" in value else f"//{value}")
+    if parts.scheme not in ("", "http", "https") or not parts.hostname or "@" in parts.netloc:
+        raise ValueError("Write host:port, http://host:port or https://host.")
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError("It names a server and nothing behind it: the bucket is a setting of its own.")
+    return _Endpoint(parts.netloc, parts.scheme == "https" if parts.scheme else None)
+
+
+def _check_endpoint(value: str) -> str:
+    _read_endpoint(value)
+    return value
+
+
+EndpointUrl = Annotated[str, AfterValidator(_check_endpoint)]
 
 
 class S3Settings(_Settings):
-    s3_endpoint: str
-    s3_access_key: str
-    s3_secret_key: SecretStr
+    """Endpoints are URLs, or hosts of which `s3_secure` says whether they are reached by https.
+
+    Without keys the credentials come from the environment (`AWS_ACCESS_KEY_ID` ...), from a web identity
+    (`AWS_WEB_IDENTITY_TOKEN_FILE`, `AWS_ROLE_ARN`), or from the role of the container or the machine.
+    """
+
+    s3_endpoint: EndpointUrl
+    s3_public_endpoint: EndpointUrl | None = None
+    s3_secure: bool | None = None
+    s3_access_key: str | None = None
+    s3_secret_key: SecretStr | None = Field(default=None, validate_default=True)
     s3_bucket: str = "espalier"
-    s3_secure: bool = False
-    s3_public_endpoint: str | None = None
+    s3_region: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    s3_addressing: Addressing = "auto"
+    s3_ca_bundle: FilePath | None = None
+
+    @field_validator("s3_secure")
+    @classmethod
+    def _check_secure(cls, value: bool | None, info: ValidationInfo) -> bool | None:  # noqa: FBT001 (pydantic's call)
+        said = _read_endpoint(info.data["s3_endpoint"]).secure if "s3_endpoint" in info.data else None
+        if value is not None and said is not None and value != said:
+            raise ValueError("The URL of the endpoint says otherwise: leave this out.")
+        return value
+
+    @field_validator("s3_secret_key")
+    @classmethod
+    def _check_keys(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if "s3_access_key" in info.data and (value is None) != (info.data["s3_access_key"] is None):
+            raise ValueError("The access key and the secret key come together, or neither does.")
+        return value
 
     @property
     def storage_config(self) -> StorageConfig:
+        endpoint = _read_endpoint(self.s3_endpoint)
+        public = _read_endpoint(self.s3_public_endpoint) if self.s3_public_endpoint else None
+        secure = bool(self.s3_secure if endpoint.secure is None else endpoint.secure)
         return StorageConfig(
-            endpoint=self.s3_endpoint,
+            endpoint=endpoint.host,
             access_key=self.s3_access_key,
-            secret_key=self.s3_secret_key.get_secret_value(),
+            secret_key=self.s3_secret_key.get_secret_value() if self.s3_secret_key else None,
             bucket=self.s3_bucket,
-            secure=self.s3_secure,
-            public_endpoint=self.s3_public_endpoint,
+            secure=secure,
+            public_endpoint=public.host if public else None,
+            is_public_secure=secure if public is None or public.secure is None else public.secure,
+            region=self.s3_region,
+            addressing=self.s3_addressing,
+            ca_bundle=str(self.s3_ca_bundle) if self.s3_ca_bundle else None,
         )
 
 
@@ -196,13 +296,15 @@ class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings, TelemetrySetti
     """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's.
 
     `api_processes` share the port. Each has `max_connections` at most, waits `header_seconds` for a header, and gives
-    up a body, of a request or an answer, that has hardly moved in `body_seconds`. Stopping takes as long.
+    up a body, of a request or an answer, that has hardly moved in `body_seconds`. Stopping takes as long. `root_path`
+    is what stands before the API's own paths where a proxy serves it below one, such as `/espalier`.
     """
 
-    redis_url: SecretStr | None = None
+    redis_url: RedisUrl | None = None
     requests_per_minute: Annotated[int, bounds.REQUESTS_PER_MINUTE.field] = 60_000
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024, le=64 * 2**20)
     api_host: str = "127.0.0.1"
+    root_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     api_port: int = Field(default=8000, ge=0, le=65_535)
     api_processes: int = Field(default=1, ge=1, le=64)
     max_connections: int = Field(default=2000, ge=1, le=100_000)

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import os
+import re
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import quote
@@ -23,6 +26,8 @@ from xml.etree.ElementTree import ParseError
 
 import urllib3
 from minio import Minio
+from minio.credentials.credentials import Credentials
+from minio.credentials.providers import ChainedProvider, EnvAWSProvider, IamAwsProvider, Provider, StaticProvider
 from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 from minio.time import to_amz_date
@@ -34,6 +39,7 @@ from core.settings import StorageConfig
 PART_BYTES = 8 * 2**20
 CHUNK_BYTES = 256 * 2**10
 MAX_URL_LIFETIME = timedelta(minutes=15)
+_AWS_REGION = re.compile(r"\.([a-z]{2}(?:-[a-z]+)+-\d)\.amazonaws\.com")
 _NOT_FOUND_CODES = {"NoSuchKey", "NoSuchObject", "NotFound"}
 _BUCKET_EXISTS_CODES = {"BucketAlreadyExists", "BucketAlreadyOwnedByYou"}
 # A hung server holds a caller for two read timeouts, 30 s, at most; its Retry-After is not obeyed, it could say hours.
@@ -114,8 +120,10 @@ class S3ObjectStore:
     def __init__(self, config: StorageConfig, *, now: Callable[[], dt.datetime] = host_time) -> None:
         self._config, self._now = config, now
         self._bucket = config.bucket
-        self._client = connect_client(config, config.endpoint, now=now)
-        self._public_client = connect_client(config, config.public_endpoint or config.endpoint, now=now)
+        self._client = self._public_client = connect_client(config, now=now)
+        if config.public_endpoint is not None:
+            public = replace(config, endpoint=config.public_endpoint, secure=config.is_public_secure)
+            self._public_client = connect_client(public, now=now)
 
     def ensure_bucket(self) -> bool:
         """Make the bucket if it is not there and say whether; another process may be doing the same."""
@@ -191,16 +199,25 @@ class S3ObjectStore:
     def abort_uploads(self, prefix: str, *, min_age: timedelta) -> int:
         begun_before = self._now() - min_age
         with _translated_errors():
-            # minio has these requests, and names them as its own.
-            found = self._client._list_multipart_uploads(self._bucket, prefix=prefix)  # noqa: SLF001
-            stale = [
-                (each.object_name, each.upload_id)
-                for each in found.uploads
-                if each.upload_id and each.initiated_time and each.initiated_time < begun_before
-            ]
-            for object_key, upload_id in stale:
-                self._client._abort_multipart_upload(self._bucket, object_key, upload_id)  # noqa: SLF001
+            found = list(self._list_uploads(prefix))
+            stale = [each for each in found if each.initiated_time and each.initiated_time < begun_before]
+            for each in stale:
+                self._client._abort_multipart_upload(self._bucket, each.object_name, each.upload_id)  # noqa: SLF001
         return len(stale)
+
+    def _list_uploads(self, prefix: str) -> Iterator[Any]:
+        """Return the multipart uploads that are open, which a server lists by the thousand.
+
+        Where a page ends between two of one key, the second is left to the next call.
+        """
+        marker: str | None = None
+        while True:
+            # minio has this request, and names it as its own.
+            found = self._client._list_multipart_uploads(self._bucket, prefix=prefix, key_marker=marker)  # noqa: SLF001
+            yield from found.uploads
+            marker = found.next_key_marker
+            if not found.is_truncated or not marker:
+                return
 
     def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:
         _check_url(object_key, expires)
@@ -312,19 +329,58 @@ class _TimedMinio(Minio):
         return headers, date
 
 
-def connect_client(config: StorageConfig, endpoint: str, *, now: Callable[[], dt.datetime] = host_time) -> Minio:
-    """Return a client that waits seconds for an endpoint, not minutes."""
-    pool = urllib3.PoolManager(
+def connect_client(config: StorageConfig, *, now: Callable[[], dt.datetime] = host_time) -> Minio:
+    """Return a client that waits seconds for the endpoint, not minutes."""
+    client = _TimedMinio(
+        config.endpoint,
+        secure=config.secure,
+        credentials=_Credentials(config),
+        region=config.region or _region_in(config.endpoint),  # given, so that signing a URL needs no question
+        http_client=_make_pool(config.ca_bundle),
+        now=now,
+    )
+    if config.addressing == "virtual":
+        client.enable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
+    elif config.addressing == "path":
+        client.disable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
+    return client
+
+
+def _region_in(endpoint: str) -> str:
+    named = _AWS_REGION.search(endpoint)
+    return named[1] if named else "us-east-1"
+
+
+def _make_pool(ca_bundle: str | None) -> urllib3.PoolManager:
+    return urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=2, read=15),
         retries=_RETRIES,
         maxsize=16,
+        cert_reqs="CERT_REQUIRED",
+        ca_certs=ca_bundle,
     )
-    return _TimedMinio(
-        endpoint,
-        access_key=config.access_key,
-        secret_key=config.secret_key,
-        secure=config.secure,
-        region="us-east-1",  # given, so that signing a URL needs no question to the server
-        http_client=pool,
-        now=now,
-    )
+
+
+class _Credentials(Provider):
+    """The keys of a configuration, or else those that the environment or the machine has, renewed as they expire."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        if config.access_key is not None and config.secret_key is not None:
+            self._source: Provider = StaticProvider(config.access_key, config.secret_key)
+        else:
+            role = IamAwsProvider(
+                custom_endpoint=os.environ.get("AWS_ENDPOINT_URL_STS"), http_client=_make_pool(config.ca_bundle)
+            )
+            self._source = ChainedProvider([EnvAWSProvider(), role])
+        self._asking = threading.Lock()
+
+    def retrieve(self) -> Credentials:
+        """Raises StorageUnavailableError where nobody has any."""
+        with self._asking:
+            try:
+                return self._source.retrieve()
+            except (ValueError, LookupError, OSError, MinioException, urllib3.exceptions.HTTPError) as error:
+                raise StorageUnavailableError(
+                    "There are no credentials for the object store: set its access key and secret key, or give this "
+                    f"machine a role ({type(error).__name__})."
+                ) from error

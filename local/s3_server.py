@@ -50,6 +50,7 @@ class S3Server:
         self._binary = find_s3()
         self._directory = data_dir / "s3"
         self._ports = ports
+        self._access_key, self._secret_key = access_key, secret_key
         self.config = StorageConfig(
             endpoint=f"{_ADDRESS}:{ports.s3}", access_key=access_key, secret_key=secret_key, bucket=BUCKET
         )
@@ -60,8 +61,8 @@ class S3Server:
         (self._directory / "mini.options").unlink(missing_ok=True)  # it would bring back the last start's ports
         self.remove_sockets()
         env = {
-            "AWS_ACCESS_KEY_ID": self.config.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.config.secret_key,
+            "AWS_ACCESS_KEY_ID": self._access_key,
+            "AWS_SECRET_ACCESS_KEY": self._secret_key,
             # At half of it, which it nearly fills, collecting garbage takes a tenth of a core at rest and makes an
             # upload three times as dear; without any limit it grows to 700 MB.
             "GOMEMLIMIT": "400MiB",

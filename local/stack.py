@@ -31,7 +31,7 @@ from core.services.base_models import (
     sync_base_models,
 )
 from core.services.tenants import create_tenant, find_tenant, issue_api_key, rotate_api_key
-from core.settings import FILE_SUFFIX
+from core.settings import FILE_SUFFIX, StorageConfig
 from local.binaries import find_smollm2
 from local.external import OWNER_URL_SETTING
 from local.ports import free_ports, is_free
@@ -241,15 +241,10 @@ class LocalStack:
         return [pool_name(name, q) for name in ids for q in (None, *rows[name].quantizations)]
 
     def _environment(self, login: RoleLogin) -> dict[str, str]:
-        storage = self.addresses.storage
         given = {
             "ESPALIER_DATABASE_URL": login_url(self.addresses.postgres_url, login),
             "ESPALIER_REDIS_URL": self.addresses.redis_url,
-            "ESPALIER_S3_ENDPOINT": storage.endpoint,
-            "ESPALIER_S3_ACCESS_KEY": storage.access_key,
-            "ESPALIER_S3_SECRET_KEY": storage.secret_key,
-            "ESPALIER_S3_BUCKET": storage.bucket,
-            "ESPALIER_S3_SECURE": json.dumps(storage.secure),
+            **_storage_settings(self.addresses.storage),
             "ESPALIER_API_PORT": str(self._port),
             "ESPALIER_WORKER_POOLS": json.dumps(self._pools),
             "ESPALIER_CACHE_DIR": str(self.data_dir / "cache"),
@@ -257,6 +252,22 @@ class LocalStack:
             **self._extra_env,
         }
         return given | {name + FILE_SUFFIX: "" for name in given if name.startswith("ESPALIER_")}
+
+
+def _storage_settings(storage: StorageConfig) -> dict[str, str]:
+    """Return all of a store's settings: what is not said of it may stand in the launcher's environment."""
+    public_url = f"{'https' if storage.is_public_secure else 'http'}://{storage.public_endpoint}"
+    return {
+        "ESPALIER_S3_ENDPOINT": storage.url,
+        "ESPALIER_S3_SECURE": "",
+        "ESPALIER_S3_PUBLIC_ENDPOINT": public_url if storage.public_endpoint else "",
+        "ESPALIER_S3_ACCESS_KEY": storage.access_key or "",
+        "ESPALIER_S3_SECRET_KEY": storage.secret_key or "",
+        "ESPALIER_S3_BUCKET": storage.bucket,
+        "ESPALIER_S3_REGION": storage.region or "",
+        "ESPALIER_S3_ADDRESSING": storage.addressing,
+        "ESPALIER_S3_CA_BUNDLE": storage.ca_bundle or "",
+    }
 
 
 def answers(api_url: str) -> bool:

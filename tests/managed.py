@@ -107,17 +107,17 @@ def managed_servers(directory: Path, *, postgres_major: int) -> Iterator[Managed
         _make_owner(admin_url)
         _make_redis_user(inner.redis_url)
         password = quote(_PASSWORD, safe="")
-        tls = f"sslmode=verify-full&sslrootcert={quote(str(authority.ca_file), safe='')}"
+        ca_file = quote(str(authority.ca_file), safe="")
+        tls = f"sslmode=verify-full&sslrootcert={ca_file}"
         env = {
             "ESPALIER_OWNER_DATABASE_URL": f"postgres://{OWNER}:{password}@{HOST}:{port_of(admin_url)}/espalier?{tls}",
-            "ESPALIER_REDIS_URL": f"rediss://service:{password}@{HOST}:{redis_door.port}/0",
-            "ESPALIER_REDIS_CA_FILE": str(authority.ca_file),
+            "ESPALIER_REDIS_URL": f"rediss://service:{password}@{HOST}:{redis_door.port}/0?ssl_ca_certs={ca_file}",
             "ESPALIER_S3_ENDPOINT": f"https://{HOST}:{s3_door.port}",
             "ESPALIER_S3_ACCESS_KEY": inner.storage.access_key,
             "ESPALIER_S3_SECRET_KEY": inner.storage.secret_key,
             "ESPALIER_S3_BUCKET": "managed",
             "ESPALIER_S3_REGION": REGION,
-            "ESPALIER_S3_CA_FILE": str(authority.ca_file),
+            "ESPALIER_S3_CA_BUNDLE": str(authority.ca_file),
         }
         yield ManagedServers(env, admin_url)
 

@@ -38,9 +38,7 @@ def _parse(url: str) -> StorageConfig:
     if parts.scheme not in {"http", "https"} or not parts.netloc or "@" in parts.netloc:
         fail("The URL is http://HOST:PORT or https://HOST, without keys in it.", exit_code=_CANNOT_SAY)
     bucket = parts.path.strip("/")
-    given = {"s3_endpoint": parts.netloc, "s3_secure": parts.scheme == "https"} | (
-        {"s3_bucket": bucket} if bucket else {}
-    )
+    given = {"s3_endpoint": f"{parts.scheme}://{parts.netloc}"} | ({"s3_bucket": bucket} if bucket else {})
     with reading_settings():
         return S3Settings.model_validate(given).storage_config
 

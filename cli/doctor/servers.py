@@ -18,6 +18,7 @@ from core.domain.ids import new_id
 from core.domain.objects import tenant_prefix
 from core.settings import StorageConfig
 from core.storage import S3ObjectStore, StorageError
+from core.tls import trusted_certificates
 
 _TIMEOUT_SECONDS = 10
 _WORDS = b"espalier doctor was here"
@@ -96,7 +97,8 @@ def _check_link(store: S3ObjectStore, config: StorageConfig, object_key: str) ->
     place = config.public_endpoint or config.endpoint
     remedy = "Set ESPALIER_S3_PUBLIC_ENDPOINT to the host and port by which tenants reach the object store."
     try:
-        answer = httpx.get(link, timeout=_TIMEOUT_SECONDS, trust_env=False)
+        trusted = trusted_certificates(config.ca_bundle)
+        answer = httpx.get(link, timeout=_TIMEOUT_SECONDS, trust_env=False, verify=trusted)
     except httpx.HTTPError as error:
         if _is_loopback(place) and not _is_loopback(config.endpoint):
             says = f"Signed links name {place}: only clients on the host of the store's port reach it."

@@ -14,11 +14,11 @@ from alembic import command
 from alembic.config import Config
 from psycopg import sql
 from sqlalchemy import Engine
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
 from core.db.revisions import MIGRATIONS_DIR
 from core.db.session import connect
+from core.database_urls import with_login
 
 _MAX_TRIES = 10
 # SQLSTATEs: "tuple concurrently updated", a role made twice, and a lock that was not free in time.
@@ -34,7 +34,7 @@ class RoleLogin:
 
 
 def migrate_database(owner_url: str, *, logins: tuple[RoleLogin, ...] = ()) -> None:
-    """Apply every migration and set the logins. `owner_url` is the owner's `postgresql://` URL."""
+    """Apply every migration and set the logins. `owner_url` is the owner's (core.database_urls)."""
     engine = connect(owner_url)
     try:
         for attempt in stamina.retry_context(
@@ -72,5 +72,4 @@ def _is_in_the_way(error: Exception) -> bool:
 
 def login_url(owner_url: str, login: RoleLogin) -> str:
     """Return the URL by which a runtime role reaches the owner's database."""
-    url = make_url(owner_url).set(username=login.role, password=login.password)
-    return url.render_as_string(hide_password=False)
+    return with_login(owner_url, user=login.role, password=login.password)

@@ -2,7 +2,8 @@
 
 Row-level security reads the settings `app.tenant_id` and `app.key_id`, the audit log reads `app.actor`. They are set
 locally at the begin of every transaction and vanish with it, so a pooled connection never carries one tenant's identity
-to the next borrower. They travel with the BEGIN in one round trip: what every request pays is kept small.
+to the next borrower, whoever keeps the pool. They travel with the BEGIN in one round trip: what every request pays is
+kept small.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from sqlalchemy.exc import InterfaceError, InternalError, InvalidatePoolError, O
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
+from core.database_urls import read_url
+
 # What is raised when the database is away, comes back, or has ended the connection; the transaction may be tried again.
 DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
 # A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
@@ -27,15 +30,18 @@ _IDLE_TRANSACTION_MILLISECONDS = 5000
 _DATA_EXCEPTIONS = "22"  # the class of SQLSTATEs whose messages quote the value: "invalid input syntax for ..."
 # A connection that has rested for longer is asked for a sign of life before it is used.
 _REST_SECONDS = 0.5
+_BOUNDS = "espalier_bounds"  # the name among an engine's execution options
 
 
 def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: float = 0) -> Engine:
-    """Return an engine for a `postgresql://` URL. A dead server is noticed within seconds, not minutes.
+    """Return an engine for a database's URL (core.database_urls). A dead server is noticed within seconds, not minutes.
 
     `lock_timeout_seconds` bounds each wait for another transaction; it ends in an OperationalError. 0 waits for ever.
+    Raises ValueError for what is no such URL.
     """
+    address = read_url(database_url)
     engine = create_engine(
-        database_url.replace("postgresql://", "postgresql+psycopg://", 1),
+        "postgresql+psycopg://",
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=5,
@@ -46,13 +52,22 @@ def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: floa
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
-            "options": f"-c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_MILLISECONDS}"
-            f" -c lock_timeout={int(lock_timeout_seconds * 1000)}",
+            **address.parameters,
+            **({"prepare_threshold": None} if address.is_pooled else {}),
         },
+        execution_options={_BOUNDS: _bounds_of(lock_timeout_seconds)},
     )
     _ping_what_has_rested(engine)
     event.listen(engine, "handle_error", _forget_values)
     return engine
+
+
+def _bounds_of(lock_timeout_seconds: float) -> dict[str, str]:
+    """Return what bounds a transaction. Each is told: what a session is told, a pooler would hand to others."""
+    return {
+        "idle_in_transaction_session_timeout": str(_IDLE_TRANSACTION_MILLISECONDS),
+        "lock_timeout": str(int(lock_timeout_seconds * 1000)),
+    }
 
 
 @contextmanager
@@ -86,7 +101,7 @@ def key_transaction(engine: Engine, key_id: str) -> Iterator[Session]:
 def enter_tenant(session: Session, tenant_id: uuid.UUID) -> None:
     """Let a transaction that has found out whose key it holds see that tenant's rows too."""
     session.info["identity"]["app.tenant_id"] = str(tenant_id)
-    _set_identity(session.connection(), {"app.tenant_id": str(tenant_id)})
+    _set_locally(session.connection(), {"app.tenant_id": str(tenant_id)})
 
 
 @contextmanager
@@ -128,20 +143,21 @@ def _begin(session: Session, _transaction: SessionTransaction, connection: Conne
     driver: Any = connection.connection.driver_connection
     if driver.pgconn.transaction_status != TransactionStatus.IDLE:  # a savepoint
         return
-    calls = [_set_config_call(driver, name, value) for name, value in session.info.get("identity", {}).items()]
-    statement = b"begin" + (b"; select " + b", ".join(calls) if calls else b"")
-    result = driver.pgconn.exec_(statement)
-    if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+    bounds: dict[str, str] = connection.get_execution_options()[_BOUNDS]
+    settings = bounds | session.info.get("identity", {})
+    calls = [_set_config_call(driver, name, value) for name, value in settings.items()]
+    result = driver.pgconn.exec_(b"begin; select " + b", ".join(calls))
+    if result.status != ExecStatus.TUPLES_OK:
         driver.pgconn.exec_(b"rollback")
-        _set_identity(connection, session.info["identity"])
+        _set_locally(connection, settings)
 
 
 def _set_config_call(driver: Any, name: str, value: str) -> bytes:
     return b"set_config('%s', %s, true)" % (name.encode(), Escaping(driver.pgconn).escape_literal(value.encode()))
 
 
-def _set_identity(connection: Connection, identity: Mapping[Any, str]) -> None:
-    for name, value in identity.items():
+def _set_locally(connection: Connection, settings: Mapping[Any, str]) -> None:
+    for name, value in settings.items():
         connection.execute(text("select set_config(:name, :value, true)"), {"name": name, "value": value})
 
 

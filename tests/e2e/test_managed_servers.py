@@ -38,7 +38,7 @@ def test_a_job_succeeds_on_servers_of_a_cloud_provider(
             monkeypatch.setenv(name, value)
         servers, env = ExternalServers(tmp_path / "data"), {"ESPALIER_TRAINER_THREADS": "1", **managed.env}
         with LocalStack(tmp_path / "data", servers=servers, registry_path=registry, env=env) as stack:
-            adapter_url = _train(stack, ca_file=managed.env["ESPALIER_S3_CA_FILE"])
+            adapter_url = _train(stack, ca_file=managed.env["ESPALIER_S3_CA_BUNDLE"])
             assert _sessions(managed, "ssl") == ["espalier_api", "espalier_schedule", "espalier_worker"]
             assert _sessions(managed, "not ssl or rolsuper or rolbypassrls") == []
             broken = [

@@ -9,12 +9,12 @@ from __future__ import annotations
 from celery import Celery
 from kombu import Queue
 
-from core.queue import queue_name
+from core.queue import connect_broker, queue_name
 from core.settings import WorkerSettings
 
 
 def create_celery(settings: WorkerSettings) -> Celery:
-    celery = Celery("espalier", broker=settings.redis_url.get_secret_value())
+    celery = connect_broker(settings.redis_url.get_secret_value())
     celery.conf.update(
         task_queues=[Queue(queue_name(pool)) for pool in settings.worker_pools],
         task_create_missing_queues=False,

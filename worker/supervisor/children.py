@@ -26,7 +26,7 @@ _FAMILIES = ("CUDA_", "KMP_", "MALLOC_", "MKL_", "OMP_", "PYTORCH_", "TORCH_")
 _NAMES = frozenset(
     {"BNB_CUDA_VERSION", "CRASHPOINT", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_VISIBLE_DEVICES", "TRITON_CACHE_DIR"}
     | {"HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"}
-    | {"REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"}
+    | {"ESPALIER_S3_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"}
 )
 # How a hub is reached, for a trainer that may reach one: a token and proxies, which may carry a password.
 _HUB_NAMES = frozenset({"ALL_PROXY", "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"})

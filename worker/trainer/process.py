@@ -23,6 +23,7 @@ from worker.trainer.failures import BaseRefusedError, WorkerUnfitError
 from worker.trainer.inspection import inspect_files
 from worker.trainer.loop import TrainingLoop
 from worker.trainer.tokenizers import describe_tokenizer, write_bundle
+from worker.trainer.transfers import trust
 
 log = structlog.get_logger()
 
@@ -31,6 +32,7 @@ def main(*, are_secrets_hidden: bool) -> None:
     if not are_secrets_hidden:
         log.warning("trainer.secrets_readable")
     _quiet_libraries()
+    trust()
     if threads := os.environ.get("ESPALIER_TRAINER_THREADS"):
         torch.set_num_threads(int(threads))
     channel = Channel(*take_pipes())

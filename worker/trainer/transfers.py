@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,12 @@ import httpx
 import stamina
 
 from core.crashpoints import CrashPoint, reach
+from core.tls import trusted_certificates
 from worker.messages import STORAGE_AWAY, RemoteFile, StoredFile
 from worker.trainer.failures import TransferError, UrlRefusedError
 
 CHUNK_BYTES = 2**20
+CA_BUNDLE = "ESPALIER_S3_CA_BUNDLE"
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 _LONGEST_PAUSE_SECONDS = 5.0
 _MAX_MISMATCHES = 3
@@ -58,7 +63,7 @@ class Patience:
 def download(file: RemoteFile, destination: Path, patience: Patience) -> None:
     """Fetch a file and check its SHA-256. Raises TransferError, or IntegrityError after the last try."""
     for attempt in _tries(patience):
-        with attempt, _translated(), httpx.stream("GET", file.url, timeout=_TIMEOUT, trust_env=False) as response:
+        with attempt, _translated(), _open("GET", file.url) as response:
             response.raise_for_status()
             digest = hashlib.sha256()
             with destination.open("wb") as out:
@@ -76,15 +81,21 @@ def upload(url: str, path: Path, patience: Patience) -> StoredFile:
     for attempt in _tries(patience):
         with attempt, _translated():
             digest = hashlib.sha256()
-            response = httpx.put(
-                url,
-                content=_read_chunks(path, digest.update, check=patience.check),
-                headers={"content-length": str(size_bytes)},
-                timeout=_TIMEOUT,
-                trust_env=False,
-            )
-            response.raise_for_status()
+            content = _read_chunks(path, digest.update, check=patience.check)
+            with _open("PUT", url, content=content, headers={"content-length": str(size_bytes)}) as response:
+                response.read()
+                response.raise_for_status()
     return StoredFile(name=path.name, size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
+@cache
+def trust() -> ssl.SSLContext:
+    """Read, once a process, whom transfers trust. A trainer that has given up its rights may read it no more."""
+    return trusted_certificates(os.environ.get(CA_BUNDLE))
+
+
+def _open(method: str, url: str, **request: Any) -> AbstractContextManager[httpx.Response]:
+    return httpx.stream(method, url, timeout=_TIMEOUT, trust_env=False, verify=trust(), **request)
 
 
 def _tries(patience: Patience) -> Iterator[AbstractContextManager[Any]]:

@@ -1,0 +1,76 @@
+"""URLs of databases as people write them: what libpq reads, whichever prefix the tool that they come from has.
+
+Several hosts are one database: a primary and what may become it. Whoever names them and says no more wants the one that
+takes writes.
+
+One parameter is ours: `pooler=transaction` says that a pooler is in between that gives each transaction another
+session, as PgBouncer does in that mode. What outlives a transaction is not to be had there: no statement is prepared,
+and nobody listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import SplitResult, quote, urlsplit
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+_POOLER = "pooler"
+_FORM = (
+    "Write postgresql://user:password@host:port/name, and what a password has of /, @, :, ?, # and % percent-encoded."
+)
+
+
+@dataclass(frozen=True)
+class DatabaseAddress:
+    """`parameters` are libpq's. `is_pooled` where each transaction may have another session."""
+
+    parameters: Mapping[str, str] = field(repr=False)
+    is_pooled: bool
+
+
+def read_url(url: str) -> DatabaseAddress:
+    """Raises ValueError, which quotes nothing of the URL, since it holds a password."""
+    parts = _split(url)
+    pooler, said = _take(parts.query, _POOLER)
+    if pooler not in ([], ["session"], ["transaction"]):
+        raise ValueError("The parameter pooler of a database's URL is session or transaction.")
+    try:
+        found = conninfo_to_dict(f"postgresql://{parts.netloc}{parts.path}?{said}")
+    except psycopg.Error:  # its words quote what it could not read
+        raise ValueError(f"This is no URL of a database. {_FORM}") from None
+    parameters = {name: str(value) for name, value in found.items()}
+    if not all(port.isdecimal() or not port for port in parameters.get("port", "").split(",")):
+        raise ValueError(f"This is no URL of a database. {_FORM}")
+    if "," in parameters.get("host", ""):
+        parameters.setdefault("target_session_attrs", "read-write")
+    return DatabaseAddress(parameters, is_pooled=pooler == ["transaction"])
+
+
+def with_login(url: str, *, user: str, password: str) -> str:
+    """Return the URL by which somebody else reaches the same database."""
+    parts = _split(url)
+    hosts = parts.netloc.rpartition("@")[2]
+    _, said = _take(parts.query, "user", "password")
+    login = f"{quote(user, safe='')}:{quote(password, safe='')}"
+    return f"postgresql://{login}@{hosts}{parts.path}" + (f"?{said}" if said else "")
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that are no address
+        raise ValueError(f"This is no URL of a database. {_FORM}") from None
+    if parts.scheme not in _SCHEMES or parts.fragment:
+        raise ValueError(f"This is no URL of a database. {_FORM}")
+    return parts
+
+
+def _take(query: str, *names: str) -> tuple[list[str], str]:
+    """Return the values of some parameters of a query, and the query without them, as it was written."""
+    pairs = [pair for pair in query.split("&") if pair]
+    taken = [pair.partition("=")[2] for pair in pairs if pair.partition("=")[0] in names]
+    return taken, "&".join(pair for pair in pairs if pair.partition("=")[0] not in names)

@@ -1,0 +1,10 @@
+"""Whom this process trusts when it speaks TLS."""
+
+from __future__ import annotations
+
+import ssl
+
+
+def trusted_certificates(ca_bundle: str | None) -> ssl.SSLContext:
+    """Return a context that trusts the authorities of a file, or else the system's. Raises OSError."""
+    return ssl.create_default_context(cafile=ca_bundle)
