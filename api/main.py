@@ -39,7 +39,6 @@ from core.db.session import connect
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
 
-
 _ROUTES = (
     files,
     uploads,

@@ -41,7 +41,8 @@ class StorageConfig:
 
     `public_endpoint` is the host that presigned URLs name, if it is another one. Without keys, the credentials are
     those of the environment or of the machine. `ca_bundle` is the file of the authorities that are trusted, the
-    system's if there is none. With `addressing` "virtual" the bucket is part of the host's name; "auto" does what the host wants.
+    system's if there is none. With `addressing` "virtual" the bucket is part of the host's name; "auto" does what the
+    host wants.
     """
 
     endpoint: str

@@ -16,9 +16,9 @@ from psycopg import sql
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
+from core.database_urls import with_login
 from core.db.revisions import MIGRATIONS_DIR
 from core.db.session import connect
-from core.database_urls import with_login
 
 _MAX_TRIES = 10
 # SQLSTATEs: "tuple concurrently updated", a role made twice, and a lock that was not free in time.

@@ -73,6 +73,6 @@ def _train(stack: LocalStack, *, ca_file: str) -> str:
 def _sessions(managed: ManagedServers, condition: str) -> list[str]:
     """Return the logins of the service's sessions that a condition is true of."""
     query = f"""select distinct usename from pg_stat_activity a join pg_stat_ssl using (pid) join pg_roles r
-        on r.rolname = usename where usename <> 'provider' and {condition} order by usename"""
+        on r.rolname = usename where usename <> 'provider' and ({condition}) order by usename"""
     with psycopg.connect(managed.admin_url) as connection:
         return [name for (name,) in connection.execute(query)]
