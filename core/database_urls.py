@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import quote
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 _SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 _POOLER = "pooler"
-_FORM = (
-    "Write postgresql://user:password@host:port/name, and what a password has of /, @, :, ?, # and % percent-encoded."
+_REFUSAL = (
+    "This is no URL of a database. Write postgresql://user:password@host:port/name, and what a password has of "
+    "/, @, : and % percent-encoded."
 )
 
 
@@ -39,12 +40,13 @@ def read_url(url: str) -> DatabaseAddress:
     if pooler not in ([], ["session"], ["transaction"]):
         raise ValueError("The parameter pooler of a database's URL is session or transaction.")
     try:
-        found = conninfo_to_dict(f"postgresql://{parts.netloc}{parts.path}?{said}")
+        found = conninfo_to_dict(f"postgresql://{parts.login}{parts.place}?{said}")
     except psycopg.Error:  # its words quote what it could not read
-        raise ValueError(f"This is no URL of a database. {_FORM}") from None
+        raise ValueError(_REFUSAL) from None
     parameters = {name: str(value) for name, value in found.items()}
-    if not all(port.isdecimal() or not port for port in parameters.get("port", "").split(",")):
-        raise ValueError(f"This is no URL of a database. {_FORM}")
+    are_ports = all(port.isdecimal() or not port for port in parameters.get("port", "").split(","))
+    if not are_ports or "@" in parameters.get("host", ""):  # the end of a password, which an error would show
+        raise ValueError(_REFUSAL)
     if "," in parameters.get("host", ""):
         parameters.setdefault("target_session_attrs", "read-write")
     return DatabaseAddress(parameters, is_pooled=pooler == ["transaction"])
@@ -53,20 +55,30 @@ def read_url(url: str) -> DatabaseAddress:
 def with_login(url: str, *, user: str, password: str) -> str:
     """Return the URL by which somebody else reaches the same database."""
     parts = _split(url)
-    hosts = parts.netloc.rpartition("@")[2]
     _, said = _take(parts.query, "user", "password")
     login = f"{quote(user, safe='')}:{quote(password, safe='')}"
-    return f"postgresql://{login}@{hosts}{parts.path}" + (f"?{said}" if said else "")
+    return f"postgresql://{login}@{parts.place}" + (f"?{said}" if said else "")
 
 
-def _split(url: str) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # brackets that are no address
-        raise ValueError(f"This is no URL of a database. {_FORM}") from None
-    if parts.scheme not in _SCHEMES or parts.fragment:
-        raise ValueError(f"This is no URL of a database. {_FORM}")
-    return parts
+@dataclass(frozen=True)
+class _Parts:
+    """`login` ends in its @, `place` is the hosts and the name."""
+
+    login: str = field(repr=False)
+    place: str
+    query: str = field(repr=False)
+
+
+def _split(url: str) -> _Parts:
+    """Split a URL where libpq does: a login may hold a question mark, and no slash."""
+    scheme, has_scheme, rest = url.partition("://")
+    if not has_scheme or scheme not in _SCHEMES:
+        raise ValueError(_REFUSAL)
+    login, is_login, behind = rest.partition("@")
+    if not is_login or "/" in login:
+        login, behind = "", rest
+    place, _, query = behind.partition("?")
+    return _Parts(f"{login}@" if login else "", place, query)
 
 
 def _take(query: str, *names: str) -> tuple[list[str], str]:

@@ -38,8 +38,12 @@ def test_a_setting_comes_from_the_file_that_its_variable_names(
 
 def test_a_list_may_come_from_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret_file: Path) -> None:
     (tmp_path / "pools").write_text('["acme/tiny@none"]\n')
-    for name in ("DATABASE_URL", "REDIS_URL", "S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY"):
-        monkeypatch.setenv(f"ESPALIER_{name}_FILE", str(secret_file))
+    (tmp_path / "redis").write_text("redis://cache:6379/0\n")
+    monkeypatch.setenv("ESPALIER_DATABASE_URL_FILE", str(secret_file))
+    monkeypatch.setenv("ESPALIER_REDIS_URL_FILE", str(tmp_path / "redis"))
+    for name in ("S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY"):
+        monkeypatch.setenv(f"ESPALIER_{name}_FILE", str(tmp_path / "word"))
+    (tmp_path / "word").write_text("word\n")
     monkeypatch.setenv("ESPALIER_WORKER_POOLS_FILE", str(tmp_path / "pools"))
     assert WorkerSettings().worker_pools == ("acme/tiny@none",)
 
@@ -79,7 +83,64 @@ def test_a_missing_setting_is_told_without_the_others_values(monkeypatch: pytest
     with pytest.raises(ValidationError) as raised:
         S3Settings()
     assert "do-not-show" not in str(raised.value)
-    assert describe_faults(raised.value) == "ESPALIER_S3_ACCESS_KEY (Field required)"
+    assert describe_faults(raised.value) == (
+        "ESPALIER_S3_SECRET_KEY (Value error, The access key and the secret key come together, or neither does.)"
+    )
+
+
+def refusal_of(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError) as raised:
+        S3Settings()
+    return describe_faults(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "secure", "url"),
+    [
+        ("10.0.0.1:9000", None, "http://10.0.0.1:9000"),
+        ("s3.example", "true", "https://s3.example"),
+        ("http://minio:9000/", None, "http://minio:9000"),
+        ("https://s3.eu-central-1.amazonaws.com", None, "https://s3.eu-central-1.amazonaws.com"),
+        ("https://s3.example", "true", "https://s3.example"),
+        ("[::1]:9000", None, "http://[::1]:9000"),
+    ],
+)
+def test_an_endpoint_is_a_url_or_a_host(
+    endpoint: str, secure: str | None, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPALIER_S3_ENDPOINT", endpoint)
+    if secure is not None:
+        monkeypatch.setenv("ESPALIER_S3_SECURE", secure)
+    assert S3Settings().storage_config.url == url
+
+
+def test_the_public_endpoint_has_a_scheme_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_S3_ENDPOINT", "http://minio:9000")
+    monkeypatch.setenv("ESPALIER_S3_PUBLIC_ENDPOINT", "https://files.example:8443")
+    config = S3Settings().storage_config
+    assert (config.secure, config.public_endpoint, config.is_public_secure) == (False, "files.example:8443", True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"ESPALIER_S3_ENDPOINT": "https://s3.example/bucket"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "ftp://s3.example"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "https://key:hush@s3.example"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "https://s3.example", "ESPALIER_S3_SECURE": "false"}, "ESPALIER_S3_SECURE"),
+        ({"ESPALIER_S3_ENDPOINT": "s3", "ESPALIER_S3_ACCESS_KEY": "key"}, "ESPALIER_S3_SECRET_KEY"),
+        ({"ESPALIER_S3_ENDPOINT": "s3", "ESPALIER_S3_CA_BUNDLE": "/no/such.pem"}, "ESPALIER_S3_CA_BUNDLE"),
+        ({"ESPALIER_S3_ENDPOINT": "s3", "ESPALIER_S3_REGION": "EU central"}, "ESPALIER_S3_REGION"),
+    ],
+)
+def test_a_setting_of_the_store_that_cannot_be_is_refused_by_name(
+    variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = refusal_of(monkeypatch, **variables)
+    assert said.startswith(f"{named} (")
+    assert "hush" not in said
 
 
 def test_the_owners_url_and_the_roles_passwords_come_from_files_too(
