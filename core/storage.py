@@ -206,17 +206,17 @@ class S3ObjectStore:
         return len(stale)
 
     def _list_uploads(self, prefix: str) -> Iterator[Any]:
-        """Return the multipart uploads that are open, which a server lists by the thousand.
-
-        Where a page ends between two of one key, the second is left to the next call.
-        """
-        marker: str | None = None
+        """Return the multipart uploads that are open, which a server lists by the thousand."""
+        key = upload_id = None
         while True:
             # minio has this request, and names it as its own.
-            found = self._client._list_multipart_uploads(self._bucket, prefix=prefix, key_marker=marker)  # noqa: SLF001
+            found = self._client._list_multipart_uploads(  # noqa: SLF001
+                self._bucket, prefix=prefix, key_marker=key, upload_id_marker=upload_id
+            )
             yield from found.uploads
-            marker = found.next_key_marker
-            if not found.is_truncated or not marker:
+            # Servers order by key or by upload and mark the next page accordingly. minio 7.2 misnames the second mark.
+            key, upload_id = found.next_key_marker, vars(found).get("self._next_upload_id_marker")
+            if not found.is_truncated or not (key or upload_id):
                 return
 
     def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:

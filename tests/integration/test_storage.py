@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import os
 import socket
 import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 import httpx
 import pytest
@@ -20,7 +24,14 @@ from minio import Minio
 
 from core.domain.objects import attempt_prefix, file_key, tenant_prefix
 from core.settings import StorageConfig
-from core.storage import PART_BYTES, ObjectNotFoundError, S3ObjectStore, StorageUnavailableError, StoredObject
+from core.storage import (
+    PART_BYTES,
+    ObjectNotFoundError,
+    S3ObjectStore,
+    StorageUnavailableError,
+    StoredObject,
+    host_time,
+)
 from tests.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
@@ -306,3 +317,139 @@ def test_a_store_that_is_given_the_time_signs_with_it_and_not_with_its_hosts_clo
     assert signed_at in wrong.presign_internal_get(prefix + "object", expires=MINUTE)
     assert signed_at in wrong.presign_put(prefix + "object", expires=MINUTE)
     assert signed_at in wrong.presign_get(prefix + "object", expires=MINUTE, filename="x")
+
+
+def test_more_leftovers_of_uploads_than_a_page_holds_are_given_up(
+    store: S3ObjectStore, config: StorageConfig, raw_client: Minio, prefix: str
+) -> None:
+    num_leftovers = 1100
+    for number in range(num_leftovers):
+        raw_client._create_multipart_upload(config.bucket, f"{prefix}{number:04}", {})
+    later = S3ObjectStore(config, now=lambda: host_time() + MINUTE)
+    assert later.abort_uploads(prefix, min_age=timedelta(0)) == num_leftovers
+    assert store.abort_uploads(prefix, min_age=-MINUTE) == 0
+
+
+def test_more_objects_than_a_page_holds_are_deleted(store: S3ObjectStore, prefix: str) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: store.put_bytes(f"{prefix}{n:04}", b"", content_type=TYPE), range(1100)))
+    assert store.delete_prefix(prefix) == 1100
+    assert list(store.list_keys(prefix)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "url", "scope"),
+    [
+        ({}, "http://s3.example/espalier/", "us-east-1"),
+        ({"region": "eu-central-1"}, "http://s3.example/espalier/", "eu-central-1"),
+        ({"addressing": "virtual", "secure": True}, "https://espalier.s3.example/", "us-east-1"),
+        (
+            {"endpoint": "s3.eu-west-3.amazonaws.com", "secure": True},
+            "https://espalier.s3.eu-west-3.amazonaws.com/",
+            "eu-west-3",
+        ),
+        (
+            {"endpoint": "s3.eu-west-3.amazonaws.com", "secure": True, "addressing": "path"},
+            "https://s3.eu-west-3.amazonaws.com/espalier/",
+            "eu-west-3",
+        ),
+        (
+            {"public_endpoint": "files.example", "is_public_secure": True},
+            "https://files.example/espalier/",
+            "us-east-1",
+        ),
+    ],
+)
+def test_a_url_is_signed_for_the_region_and_in_the_style_of_its_host(
+    changes: dict[str, Any], url: str, scope: str, prefix: str
+) -> None:
+    config = StorageConfig("s3.example", "key", "secret", "espalier")
+    signed = S3ObjectStore(replace(config, **changes)).presign_get(f"{prefix}a", expires=MINUTE, filename="a")
+    assert signed.startswith(f"{url}{prefix}a?")
+    (credential,) = parse_qs(urlsplit(signed).query)["X-Amz-Credential"]
+    assert credential.split("/")[2:] == [scope, "s3", "aws4_request"]
+
+
+@contextmanager
+def answering(answers: dict[str, tuple[str, str]]) -> Iterator[str]:
+    """Another's server: answers of a kind and a content by the path or the action that is asked for."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            parts = urlsplit(self.path)
+            action = dict(parse_qsl(parts.query)).get("Action")
+            kind, content = answers[action or parts.path]
+            self.send_response(200)
+            self.send_header("content-type", kind)
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+LATER = "2099-01-01T00:00:00Z"
+ROLE = '{"AccessKeyId": "%s", "SecretAccessKey": "%s", "Token": "t", "Expiration": "%s"}'
+IDENTITY = (
+    '<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
+    "<AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>%s</AccessKeyId>"
+    "<SecretAccessKey>%s</SecretAccessKey><SessionToken></SessionToken><Expiration>%s</Expiration></Credentials>"
+    "</AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+)
+
+
+@pytest.fixture
+def keyless(config: StorageConfig, monkeypatch: pytest.MonkeyPatch) -> StorageConfig:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    return replace(config, access_key=None, secret_key=None)
+
+
+def test_keys_may_come_from_the_environment(
+    keyless: StorageConfig, config: StorageConfig, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", str(config.access_key))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", str(config.secret_key))
+    stored = S3ObjectStore(keyless).put_bytes(f"{prefix}a", b"content", content_type=TYPE)
+    assert stored == _describe(b"content")
+
+
+def test_keys_may_come_by_a_web_identity(
+    keyless: StorageConfig, config: StorageConfig, tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("a.web.token")
+    identity = IDENTITY % (config.access_key, config.secret_key, LATER)
+    with answering({"AssumeRoleWithWebIdentity": ("text/xml", identity)}) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", url)
+        monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+        monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::1:role/espalier")
+        stored = S3ObjectStore(keyless).put_bytes(f"{prefix}a", b"content", content_type=TYPE)
+    assert stored == _describe(b"content")
+
+
+def test_keys_may_be_those_of_the_containers_role(
+    keyless: StorageConfig, config: StorageConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    role = ROLE % (config.access_key, config.secret_key, LATER)
+    with answering({"/role": ("application/json", role)}) as url:
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{url}/role")
+        signed = S3ObjectStore(keyless).presign_put("tenants/a/b", expires=MINUTE)
+    (credential,) = parse_qs(urlsplit(signed).query)["X-Amz-Credential"]
+    assert credential.startswith(f"{config.access_key}/")
+
+
+def test_where_nobody_has_keys_the_error_says_what_to_set(
+    keyless: StorageConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:9/role")
+    with pytest.raises(StorageUnavailableError, match="access key and secret key"):
+        S3ObjectStore(keyless).ensure_bucket()
