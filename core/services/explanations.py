@@ -9,9 +9,24 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Boolean, ColumnElement, and_, any_, func, literal, not_, or_, select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Double,
+    and_,
+    any_,
+    cast,
+    func,
+    literal,
+    not_,
+    or_,
+    select,
+    text,
+)
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from core.db.models import Attempt, BaseModelRow, Job, Pool, SetAside, Tenant, Worker
 from core.domain.bases import BaseState
@@ -172,31 +187,21 @@ def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWork
     def count(condition: ColumnElement[bool]) -> ColumnElement[int]:
         return func.count().filter(condition)
 
-    query = select(
-        count(is_alive),
-        count(holds),
-        count(loads),
-        count(is_elsewhere),
-        func.coalesce(func.sum(Worker.slots).filter(holds), 0),
-        func.coalesce(func.sum(Worker.slots_in_use).filter(holds), 0),
-        func.max(Worker.heartbeat_at),
-        count(and_(is_present, Worker.refusals.has_key(pool))),
-        func.min(turn_left).filter(is_elsewhere),
-        count(and_(is_staying, Worker.is_clock_wrong)),
-    )
+    def add(column: InstrumentedAttribute[int]) -> ColumnElement[int]:
+        return cast(func.coalesce(func.sum(column).filter(holds), 0), BigInteger)
+
+    counted: dict[str, ColumnElement[Any]] = {
+        "num_alive": count(is_alive),
+        "num_serving": count(holds),
+        "num_loading": count(loads),
+        "num_elsewhere": count(is_elsewhere),
+        "slots": add(Worker.slots),
+        "slots_in_use": add(Worker.slots_in_use),
+        "last_seen_at": func.max(Worker.heartbeat_at),
+        "num_unfit": count(and_(is_present, Worker.refusals.has_key(pool))),
+        "num_clock_wrong": count(and_(is_staying, Worker.is_clock_wrong)),
+        "turn_left_seconds": cast(func.min(turn_left).filter(is_elsewhere), Double),
+    }
+    query = select(*(column.label(name) for name, column in counted.items()))
     query = query.select_from(Worker).outerjoin(Pool, Pool.name == Worker.pool)
-    alive, serving, loading, elsewhere, slots, in_use, last_seen_at, unfit, left, wrong = session.execute(
-        query.where(literal(pool) == any_(Worker.pools))
-    ).one()
-    return PoolWorkers(
-        num_alive=alive,
-        num_serving=serving,
-        num_loading=loading,
-        num_elsewhere=elsewhere,
-        slots=int(slots),
-        slots_in_use=int(in_use),
-        last_seen_at=last_seen_at,
-        num_unfit=unfit,
-        turn_left_seconds=float(left) if left is not None else None,
-        num_clock_wrong=wrong,
-    )
+    return PoolWorkers(**session.execute(query.where(literal(pool) == any_(Worker.pools))).mappings().one())

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import parse_qs
 
+import httpx
 import pytest
 from sqlalchemy import Engine, text
 
+from core.db.clock import MAX_OFFSET_SECONDS, DatabaseClock
 from core.db.session import connect, service_transaction
+from core.storage import S3ObjectStore
+from local.ports import free_ports
 from local.servers import ServerAddresses
-from tests.clocks import find_faketime
-from tests.integration.conftest import Database, Tenant
+from tests.clocks import fake_clock, find_faketime
+from tests.faults import Cut, FaultProxy, port_of, with_port
+from tests.integration.api.planting import plant
+from tests.integration.conftest import Database, Tenant, running_api
 from tests.integration.test_attempts import claim, queue_job, status_of
 from tests.integration.test_leadership import leader_pid, schedule_process
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
 @pytest.fixture
@@ -39,3 +49,56 @@ def test_row_28_a_schedule_whose_clock_is_an_hour_wrong_expires_nothing_early_an
         wait_until(lambda: leader_pid(owner) == process.pid)
         wait_until(lambda: status_of(owner, lost) == "queued")
         assert status_of(owner, live) == "running"
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_row_28_an_api_whose_clock_is_an_hour_wrong_stores_files_and_hands_out_urls_that_open(
+    hours: int, database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant, tmp_path: Path
+) -> None:
+    store, api = S3ObjectStore(servers.storage), connect(database.api_url)
+    adapter = plant(owner, api, store, tenant).adapter
+    (port,) = free_ports(1)
+    wrong = fake_clock(tmp_path / "clock", f"{hours:+d}h")
+    headers = {"authorization": f"Bearer {tenant.api_key}"}
+    with (
+        running_api(database.api_url, servers.storage, port=port, env=wrong),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", headers=headers, timeout=PATIENCE_SECONDS) as client,
+    ):
+        body = {"file": ("rows.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}')}
+        sent = client.post("/files", data={"purpose": "fine-tune"}, files=body).raise_for_status().json()
+        assert client.get(f"/files/{sent['id']}/content").is_success
+        (file, *_) = client.get(f"/adapters/{adapter}/download").raise_for_status().json()["files"]
+        signed_at = dt.datetime.strptime(parse_qs(file["url"])["X-Amz-Date"][0], "%Y%m%dT%H%M%S%z")
+        assert abs(dt.datetime.now(dt.UTC) - signed_at) < dt.timedelta(minutes=5)
+        assert httpx.get(file["url"], timeout=PATIENCE_SECONDS).is_success
+    api.dispose()
+
+
+def test_a_clock_goes_on_while_the_database_is_away_and_knows_it_when_it_is_back(database: Database) -> None:
+    with FaultProxy(port_of(database.worker_url)) as proxy:
+        engine = connect(with_port(database.worker_url, proxy.port))
+        clock = DatabaseClock(engine)
+        with proxy.during(Cut()):
+            assert (clock.is_right(), clock.is_wrong, clock.offset_seconds) == (False, False, None)
+            assert abs(dt.datetime.now(dt.UTC) - clock.now()) < dt.timedelta(seconds=1), "the host's, until it is asked"
+        wait_until(clock.is_right, what="another look")
+        with proxy.during(Cut()):
+            assert clock.is_right()
+            assert abs(dt.datetime.now(dt.UTC) - clock.now()) < dt.timedelta(seconds=5)
+        engine.dispose()
+
+
+def test_an_answer_that_was_long_on_its_way_proves_no_clock_wrong(worker: Engine) -> None:
+    """Of a minute on the way, all may have been the way there, or the way back: the clock may be 30 s off, or right."""
+    clock = DatabaseClock(worker)
+    assert clock.is_right()
+    read = clock._reading
+    assert read is not None
+    off = dt.timedelta(seconds=MAX_OFFSET_SECONDS + 10)
+    for at, error_seconds, is_wrong in (
+        (read.at + off, 30.0, False),
+        (read.at + off, 1.0, True),
+        (read.at - off, 1.0, True),
+    ):
+        clock._reading = replace(read, at=at, error_seconds=error_seconds)
+        assert clock.is_wrong == is_wrong

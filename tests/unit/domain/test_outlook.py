@@ -39,6 +39,8 @@ def seconds(number: float) -> dt.timedelta:
         ({"is_base_unusable": True, "is_disabled": True}, WaitCode.TENANT_DISABLED, "operator"),
         ({"is_base_unusable": True, "run_after": NOW + seconds(4)}, WaitCode.BASE_UNUSABLE, "loses no attempt"),
         ({"num_alive": 0, "num_unfit": 2}, WaitCode.NO_WORKER, "2 workers that may serve this base model are alive"),
+        ({"num_alive": 0, "num_clock_wrong": 2, "num_unfit": 1}, WaitCode.CLOCK_WRONG, "The clocks of 2 workers"),
+        ({"num_alive": 1, "num_clock_wrong": 2}, WaitCode.NO_FREE_SLOT, "8 of 8 slots"),
         ({"run_after": NOW + seconds(4.2), "num_alive": 0}, WaitCode.RETRY_BACKOFF, "in 5 s"),
         ({"num_running": 8, "num_alive": 0}, WaitCode.TENANT_CONCURRENCY, "8 of your jobs are running and 8 may"),
         ({"num_alive": 0, "last_seen_at": NOW - seconds(90)}, WaitCode.NO_WORKER, "90 s ago"),
