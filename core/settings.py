@@ -245,7 +245,8 @@ class S3Settings(_Settings):
     @classmethod
     def _check_keys(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         if "s3_access_key" in info.data and (value is None) != (info.data["s3_access_key"] is None):
-            raise ValueError("The access key and the secret key come together, or neither does.")
+            both = f"{variable_of('s3_access_key')} and {variable_of('s3_secret_key')}"
+            raise ValueError(f"{both} are set together, or neither is.")
         return value
 
     @property

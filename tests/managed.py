@@ -156,7 +156,7 @@ def _demand_tls(data_dir: Path, certificate: tuple[Path, Path]) -> None:
 
 def _answers(url: str) -> bool:
     try:
-        psycopg.connect(url, connect_timeout=2).close()
+        psycopg.connect(url).close()
     except psycopg.OperationalError:
         return False
     return True

@@ -181,8 +181,6 @@ def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWork
     holds = and_(is_alive, Worker.pool == pool, Worker.state != "loading", Worker.next_pool.is_(None))
     is_busy = or_(Worker.slots_in_use > 0, Worker.state == "loading")
     is_elsewhere = and_(is_alive, Worker.pool != pool, Worker.next_pool.is_distinct_from(pool), is_busy)
-    turn = func.greatest(terms.turn_seconds, func.coalesce(Pool.load_seconds, 0.0) / terms.max_loading_fraction)
-    turn_left = func.greatest(0.0, turn - func.extract("epoch", func.now() - Worker.pool_since))
 
     def count(condition: ColumnElement[bool]) -> ColumnElement[int]:
         return func.count().filter(condition)
@@ -200,8 +198,14 @@ def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWork
         "last_seen_at": func.max(Worker.heartbeat_at),
         "num_unfit": count(and_(is_present, Worker.refusals.has_key(pool))),
         "num_clock_wrong": count(and_(is_staying, Worker.is_clock_wrong)),
-        "turn_left_seconds": cast(func.min(turn_left).filter(is_elsewhere), Double),
+        "turn_left_seconds": cast(func.min(_turn_left(terms)).filter(is_elsewhere), Double),
     }
     query = select(*(column.label(name) for name, column in counted.items()))
     query = query.select_from(Worker).outerjoin(Pool, Pool.name == Worker.pool)
     return PoolWorkers(**session.execute(query.where(literal(pool) == any_(Worker.pools))).mappings().one())
+
+
+def _turn_left(terms: FairnessTerms) -> ColumnElement[float]:
+    """Return for how many seconds a worker still keeps the base that it holds."""
+    turn = func.greatest(terms.turn_seconds, func.coalesce(Pool.load_seconds, 0.0) / terms.max_loading_fraction)
+    return func.greatest(0.0, turn - func.extract("epoch", func.now() - Worker.pool_since))

@@ -65,7 +65,8 @@ def _train(stack: LocalStack, *, ca_file: str) -> str:
         (adapter,) = ask.get("/v1/adapters").json()["data"]
         files = ask.get(f"/v1/adapters/{adapter['id']}/download").json()["files"]
     for file in files:
-        content = httpx.get(file["url"], verify=ssl.create_default_context(cafile=ca_file), trust_env=False).content
+        trusted = ssl.create_default_context(cafile=ca_file)
+        content = httpx.get(file["url"], verify=trusted, trust_env=False, timeout=PATIENCE_SECONDS).content
         assert hashlib.sha256(content).hexdigest() == file["sha256"]
     return str(files[0]["url"])
 

@@ -28,6 +28,7 @@ from tests.integration.training import fail_job, record_step
 from tests.waiting import PATIENCE_SECONDS
 
 _NUM_SESSIONS = 2  # of PostgreSQL's, which all clients share
+PATIENCE = f"{PATIENCE_SECONDS / 60:.0f}min"  # as PostgreSQL shows it
 _ROLES = ("espalier_api", "espalier_worker", "espalier_schedule")
 
 
@@ -82,7 +83,7 @@ def pooler(
 
 def _listens(port: int) -> bool:
     try:
-        psycopg.connect(f"postgresql://nobody@127.0.0.1:{port}/nothing", connect_timeout=2).close()
+        psycopg.connect(f"postgresql://nobody@127.0.0.1:{port}/nothing").close()
     except psycopg.OperationalError as error:
         return "refused" not in str(error)
     return True
@@ -125,16 +126,16 @@ def test_identities_and_bounds_do_not_pass_from_one_client_to_another(
     pooler: Pooler, database: Database, tenant: Tenant, other_tenant: Tenant
 ) -> None:
     """Many threads share few sessions: each transaction sees its own tenant, and one without a tenant sees none."""
-    engine = connect(pooler.url("espalier_api", database), pool_size=10, lock_timeout_seconds=3)
+    engine = connect(pooler.url("espalier_api", database), pool_size=10, lock_timeout_seconds=PATIENCE_SECONDS)
     seen = text(
         "select current_setting('app.tenant_id', true), current_setting('lock_timeout'), count(*) from api_keys"
     )
 
     def ask(tenant_id: uuid.UUID) -> None:
         with tenant_transaction(engine, tenant_id) as session:
-            assert session.execute(seen).one() == (str(tenant_id), "3s", 1)
+            assert session.execute(seen).one() == (str(tenant_id), PATIENCE, 1)
         with service_transaction(engine) as session:
-            assert session.execute(seen).one() == ("", "3s", 0)
+            assert session.execute(seen).one() == ("", PATIENCE, 0)
 
     with ThreadPoolExecutor(10) as threads:
         list(threads.map(ask, [tenant.id, other_tenant.id] * 100))

@@ -84,7 +84,8 @@ def test_a_missing_setting_is_told_without_the_others_values(monkeypatch: pytest
         S3Settings()
     assert "do-not-show" not in str(raised.value)
     assert describe_faults(raised.value) == (
-        "ESPALIER_S3_SECRET_KEY (Value error, The access key and the secret key come together, or neither does.)"
+        "ESPALIER_S3_SECRET_KEY (Value error, ESPALIER_S3_ACCESS_KEY and ESPALIER_S3_SECRET_KEY are set together, "
+        "or neither is.)"
     )
 
 
