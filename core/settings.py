@@ -28,6 +28,7 @@ from core.domain import bounds
 from core.domain.scheduling import MAX_LOADING_FRACTION, QUANTUM_SECONDS, TURN_SECONDS, FairnessTerms
 
 _WEEK_SECONDS = 7 * 24 * 3600
+_MAX_DAYS = 36_500
 _PREFIX = "ESPALIER_"
 FILE_SUFFIX = "_FILE"
 
@@ -317,11 +318,20 @@ class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings, TelemetrySetti
 
 
 class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings, TelemetrySettings):
+    """`keep_..._days` counts from a job's end, and in the audit log from the entry. 0 keeps for ever."""
+
     wake_interval_seconds: float = Field(default=1.0, ge=0.01, le=60)
     reap_interval_seconds: float = Field(default=5.0, ge=0.01, le=600)
     clean_interval_seconds: float = Field(default=10.0, ge=0.01, le=3600)
     sweep_interval_seconds: float = Field(default=3600.0, ge=0.01, le=_WEEK_SECONDS)
     garbage_age_seconds: float = Field(default=24 * 3600.0, ge=3600, le=_WEEK_SECONDS)
+    forget_interval_seconds: float = Field(default=600.0, ge=0.01, le=_WEEK_SECONDS)
+    keep_log_lines_days: int = Field(default=90, ge=0, le=_MAX_DAYS)
+    keep_events_days: int = Field(default=365, ge=0, le=_MAX_DAYS)
+    keep_metrics_days: int = Field(default=365, ge=0, le=_MAX_DAYS)
+    keep_checkpoints_days: int = Field(default=0, ge=0, le=_MAX_DAYS)
+    keep_jobs_days: int = Field(default=730, ge=0, le=_MAX_DAYS)
+    keep_audit_days: int = Field(default=1095, ge=0, le=_MAX_DAYS)
     leader_lease_seconds: float = Field(default=6.0, ge=0.1, le=3600)
 
 

@@ -1,4 +1,4 @@
-"""Child processes of the launcher: each logs to a file of its own, and none outlives the launcher.
+"""Child processes of the launcher: each logs to files of its own, and none outlives the launcher.
 
 On Linux the kernel itself ends a child when the thread that started it ends, even by SIGKILL: start children from the
 thread that lives as long as they should.
@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from local.private_files import UMASK, make_private, open_private
+from local.log_files import LogFile
+from local.private_files import UMASK, make_private
 
 _LOG_TAIL_BYTES = 2000
-_LOG_KEPT_BYTES = 20 * 2**20
+_LAST_WORDS_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 # The kernel's promise counts from `setpriv` on. Had the launcher died before, this shell sees another parent.
 _UNLESS_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
@@ -53,19 +54,21 @@ class ChildProcess:
         make_private(log_dir)
         self.spec = spec
         self.log_path = log_dir / f"{spec.name}.log"
-        _rotate(self.log_path)
-        with open(self.log_path, "ab", opener=open_private) as log:
+        self._log = LogFile(self.log_path)
+        try:
             self._process = subprocess.Popen(
                 [*spec.prefix, *as_mortal(spec)],
                 env={**os.environ, **spec.env},
                 cwd=spec.cwd,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=self._log.input,
+                stderr=self._log.input,
                 pass_fds=tuple(spec.inherited_fds),
                 umask=UMASK,
                 start_new_session=True,  # Ctrl-C is for the launcher, which stops its children in order
             )
+        finally:
+            self._log.close_input()
 
     @property
     def pid(self) -> int:
@@ -87,6 +90,9 @@ class ChildProcess:
             time.sleep(_POLL_SECONDS)
 
     def log_tail(self) -> str:
+        """Return the end of what the child has printed; of one that has ended, its last words are in it."""
+        if not self.is_alive:
+            self._log.wait_for_end(timeout_seconds=_LAST_WORDS_SECONDS)
         with self.log_path.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
             return log.read().decode(errors="replace")
@@ -98,6 +104,7 @@ class ChildProcess:
             self._process.wait(self.spec.stop_seconds)
         except subprocess.TimeoutExpired:
             self.kill()
+        self._log.wait_for_end(timeout_seconds=_LAST_WORDS_SECONDS)
 
     def ask_to_stop(self) -> None:
         if self.is_alive:
@@ -114,8 +121,3 @@ def as_mortal(spec: ProcessSpec) -> list[str]:
         return list(spec.argv)
     death_signal = spec.death_signal.name.removeprefix("SIG")
     return ["setpriv", "--pdeathsig", death_signal, "sh", "-c", _UNLESS_ORPHANED, str(os.getpid()), *spec.argv]
-
-
-def _rotate(log_path: Path) -> None:
-    if log_path.exists() and log_path.stat().st_size > _LOG_KEPT_BYTES:
-        log_path.replace(log_path.with_suffix(".log.1"))

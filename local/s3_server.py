@@ -60,15 +60,17 @@ class S3Server:
         self._lock_doors()
         (self._directory / "mini.options").unlink(missing_ok=True)  # it would bring back the last start's ports
         self.remove_sockets()
+        self._remove_old_logs()
         env = {
             "AWS_ACCESS_KEY_ID": self._access_key,
             "AWS_SECRET_ACCESS_KEY": self._secret_key,
             # At half of it, which it nearly fills, collecting garbage takes a tenth of a core at rest and makes an
             # upload three times as dear; without any limit it grows to 700 MB.
             "GOMEMLIMIT": "400MiB",
-            "TMPDIR": str(self._directory),  # its own log files would go to the system's
+            "TMPDIR": str(self._directory),
         }
-        argv = [str(self._binary), "mini", *_FLAGS, *self._listeners()]
+        # To files of its own it would log as well, up to five of 1.8 GB for each level.
+        argv = [str(self._binary), "-logtostderr=true", "mini", *_FLAGS, *self._listeners()]
         return ProcessSpec("s3", argv, env, death_signal=signal.SIGTERM, cwd=self._directory)
 
     def answers(self) -> bool:
@@ -89,6 +91,11 @@ class S3Server:
         """Remove what it leaves in /tmp, whatever TMPDIR says, when it has ended."""
         for name, (_, port) in self._pairs.items():
             Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108 (its own choice)
+
+    def _remove_old_logs(self) -> None:
+        """Remove the log files that earlier versions let it write."""
+        for path in self._directory.glob("weed.*"):
+            path.unlink()
 
     def _lock_doors(self) -> None:
         """Write the certificate, and the settings (SeaweedFS' security.toml) by which both ends demand it."""

@@ -1,4 +1,4 @@
-"""The clock beside the workers: wakes pools that have work, expires leases, deletes what tenants deleted.
+"""The clock beside the workers: wakes pools that have work, expires leases, deletes what is deleted or too old.
 
 Several may run; the one that holds the leader's row does the duties, the others stand by. Every duty may still be done
 twice or by two schedules at once: wake-ups are hints, and expiry re-checks the lease in the statement that locks it. A
@@ -44,6 +44,7 @@ from core.storage import ObjectStore, S3ObjectStore, StorageError
 from core.telemetry.liveness import PROCESS, Duty
 from core.telemetry.logs import configure_logs
 from core.telemetry.management import ManagementServer
+from schedule.forgetter import days_kept, forget
 from schedule.metrics import DUTY_SECONDS, LEASES_EXPIRED, OBJECTS_DELETED, POOLS_WOKEN, QueueCollector
 from schedule.purger import purge
 from schedule.sweeper import settle, sweep
@@ -60,6 +61,7 @@ _GATHER_SECONDS = 0.05
 _CLOCK_PATIENCE_SECONDS = 120.0
 _CLEAN_PATIENCE_SECONDS = 900.0
 _SWEEP_PATIENCE_SECONDS = 3600.0
+_FORGET_PATIENCE_SECONDS = 900.0
 
 
 class Schedule:
@@ -80,6 +82,7 @@ class Schedule:
         self._clock = PROCESS.add_duty("the clock that wakes and expires", patience_seconds=_CLOCK_PATIENCE_SECONDS)
         self._cleaning = PROCESS.add_duty("cleaning", patience_seconds=_CLEAN_PATIENCE_SECONDS)
         self._sweeping = PROCESS.add_duty("sweeping", patience_seconds=_SWEEP_PATIENCE_SECONDS)
+        self._forgetting = PROCESS.add_duty("forgetting", patience_seconds=_FORGET_PATIENCE_SECONDS)
 
     @property
     def is_leader(self) -> bool:
@@ -92,10 +95,11 @@ class Schedule:
     def run(self) -> int:
         """Do the duties until told to stop, and return the process's exit status."""
         # Apart from the others, because an object store that hangs must not keep pools asleep; and from each other,
-        # because either may take long.
+        # because each may take long.
         threads = [
             self._make_thread(self.clean, self._settings.clean_interval_seconds, self._cleaning),
             self._make_thread(self.sweep, self._settings.sweep_interval_seconds, self._sweeping),
+            self._make_thread(self.forget, self._settings.forget_interval_seconds, self._forgetting),
         ]
         for thread in threads:
             PROCESS.watch(thread)
@@ -196,13 +200,24 @@ class Schedule:
             forget_set_asides(session)
             expire_files(session)
         try:
-            OBJECTS_DELETED.labels("purge").inc(purge(self._engine, self._store, may_go_on=self._may_go_on))
+            OBJECTS_DELETED.labels("purge").inc(purge(self._engine, self._store, may_go_on=self._may_clean))
         except StorageError as error:
             log.warning("storage.unavailable", error=str(error))
 
-    def _may_go_on(self, session: Session) -> bool:
-        self._cleaning.beat()
+    def _may_clean(self, session: Session) -> bool:
+        return self._may_go_on(session, self._cleaning)
+
+    def _may_go_on(self, session: Session, life: Duty) -> bool:
+        life.beat()
         return not self._stop_requested.is_set() and self._leads(session)
+
+    def forget(self) -> None:
+        """Delete what is older than the settings keep it."""
+        forget(
+            self._engine,
+            days_kept(self._settings),
+            may_go_on=lambda session: self._may_go_on(session, self._forgetting),
+        )
 
     def sweep(self) -> None:
         """Delete what no row names, and settle what lost workers have not reported."""

@@ -299,6 +299,7 @@ class Job(Row):
         ),
         Index("ix_jobs_waiting", "tenant_id", postgresql_where=text("status in ('validating_files', 'queued')")),
         Index("ix_jobs_unswept", "finished_at", postgresql_where=text("swept_at is null")),
+        Index("ix_jobs_finished_at", "finished_at", "id", postgresql_where=text("finished_at is not null")),
         Index("ix_jobs_running", "tenant_id", "lease_until", postgresql_where=text("status = 'running'")),
         Index("ix_jobs_pool_status_id", "pool", "status", "id", postgresql_where=_NOT_RUNNING),
         Index("ix_jobs_tenant_id_pool_status_id", "tenant_id", "pool", "status", "id", postgresql_where=_NOT_RUNNING),
@@ -635,10 +636,17 @@ class Adapter(Row):
 
 
 class Usage(Row):
+    """A booking, which outlives its attempt: `job_id` and `pool` are set when that goes."""
+
     __tablename__ = "usage"
     __table_args__ = (
         UniqueConstraint("attempt_id"),
-        ForeignKeyConstraint(["tenant_id", "attempt_id"], ["attempts.tenant_id", "attempts.id"]),
+        ForeignKeyConstraint(
+            ["tenant_id", "attempt_id"],
+            ["attempts.tenant_id", "attempts.id"],
+            ondelete="SET NULL (attempt_id)",
+        ),
+        CheckConstraint("attempt_id is not null or (job_id is not null and pool is not null)", name="names_its_job"),
         Index("ix_usage_created_at", "created_at"),
         Index("ix_usage_tenant_id_created_at", "tenant_id", "created_at"),
         _bounded("gpu_seconds", bounds.GPU_SECONDS),
@@ -646,10 +654,21 @@ class Usage(Row):
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID]
-    attempt_id: Mapped[uuid.UUID]
+    attempt_id: Mapped[uuid.UUID | None]
+    job_id: Mapped[uuid.UUID | None]
+    pool: Mapped[str | None]
     gpu_seconds: Mapped[float]
     trained_tokens: Mapped[int]
     created_at: Mapped[CreatedAt]
+
+
+class RetentionMark(Row):
+    """How far the deletion of a kind of rows has come: up to this job, in the order in which jobs end."""
+
+    __tablename__ = "retention_marks"
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    finished_at: Mapped[dt.datetime]
+    job_id: Mapped[uuid.UUID]
 
 
 class Leader(Row):

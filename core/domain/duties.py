@@ -6,13 +6,14 @@ from enum import StrEnum
 
 
 class Duty(StrEnum):
-    """Each names the rows it sets aside: a job, a job, what is purged, a job or a tenant, an attempt."""
+    """Each names the rows it sets aside: a job, a job, what is purged, a job or a tenant, an attempt, a job."""
 
     CLAIM = "claim"
     EXPIRE = "expire"
     PURGE = "purge"
     SWEEP = "sweep"
     SETTLE = "settle"
+    FORGET = "forget"
 
 
 # A row that is set aside is tried again after so long, twice as long each time it fails again, an hour at most.

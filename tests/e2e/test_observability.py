@@ -190,7 +190,7 @@ def test_no_figure_is_labelled_with_what_a_client_chooses(run: Run) -> None:
 @pytest.mark.parametrize(
     ("process", "threads"),
     [
-        ("schedule", ("printed output", "cleaning", "sweeping")),
+        ("schedule", ("printed output", "cleaning", "sweeping", "forgetting")),
         ("worker", ("printed output", "heartbeats", "self-fence", "proofs", "presence", "warmer", "watchdog")),
     ],
 )

@@ -186,7 +186,7 @@ def test_row_16_a_deadlock_is_retried_and_its_client_never_hears_of_it(lab: Lab)
             ours.execute("select from jobs where id = %s for update", (row_id,))  # returns when the API was the victim
             ours.commit()
             assert cancelled.result().status == "cancelled"
-    assert log_path.read_text().count("deadlock detected") > num_deadlocks
+    wait_until(lambda: log_path.read_text().count("deadlock detected") > num_deadlocks, what="the line in the log")
     assert answers_seen == [(200, None)]
 
 

@@ -48,6 +48,7 @@ def test_30_a_preempted_worker_stores_its_slots_gives_them_back_and_is_told_only
     for _ in range(2):
         worker.ask_to_stop()
     wait_until(lambda: not worker.is_alive, what="the worker's own end")
+    worker.stop()  # and all that it said is in its log
     assert "job.left_without_state" not in worker.log_path.read_text(), "everything was stored within the grace"
     for job_id in job_ids:
         assert (lab.job(job_id).status, lab.attempt_count(job_id)) == ("queued", 0)

@@ -32,6 +32,20 @@ signal.signal(signal.SIGTERM, leave)
 print('ready', flush=True)
 signal.pause()
 """
+# So many lines, flushed after every so many (0: as the buffer does it).
+TALKS = """
+import signal, sys
+for number in range(int(sys.argv[1])):
+    print(f"{number:07} says the child", flush=bool(int(sys.argv[2])) and number % int(sys.argv[2]) == 0)
+print("ready", flush=True)
+signal.pause()
+"""
+PRINTS_AND_TELLS = """
+import pathlib, sys
+for _ in range(10):
+    print("x" * 2**20, flush=True)
+pathlib.Path(sys.argv[1]).touch()
+"""
 LAUNCHER = """
 import sys, signal
 from pathlib import Path
@@ -91,6 +105,59 @@ def test_a_log_that_has_grown_large_is_set_aside_at_the_next_start(tmp_path: Pat
     start(make_spec(WAITS), tmp_path, running)
     assert log.read_bytes() == b"ready\n"
     assert log.with_suffix(".log.1").stat().st_size == 21 * 2**20
+
+
+def test_the_log_of_a_child_that_prints_a_lot_is_cut_between_lines_while_it_runs_and_takes_bounded_room(
+    tmp_path: Path, running: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local.log_files.FILE_BYTES", 10_000)
+    few, many = tmp_path / "few", tmp_path / "many"
+    start(make_spec(TALKS, "1000", "0"), few, running)
+    assert printed_lines(few) == [*map(numbered_line, range(1000)), "ready"]
+    assert len(list(few.glob("child.log*"))) == 3
+    assert start(make_spec(TALKS, "5000", "7"), many, running).is_alive
+    lines = printed_lines(many)
+    assert lines == [*map(numbered_line, range(5000)), "ready"][-len(lines) :], (
+        "the newest lines are kept, all in order"
+    )
+    paths = sorted(many.glob("child.log*"))
+    assert [path.name for path in paths] == ["child.log", *(f"child.log.{number}" for number in range(1, 5))]
+    assert all(path.stat().st_size <= 10_000 + len(numbered_line(0)) + 1 for path in paths)
+    assert len(lines) > 1000
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in paths)
+    assert all(path.read_bytes().endswith(b"\n") for path in paths)
+
+
+def numbered_line(number: int) -> str:
+    return f"{number:07} says the child"
+
+
+def printed_lines(log_dir: Path) -> list[str]:
+    """Return the lines of all files of a child's log, the oldest first."""
+    paths = sorted(log_dir.glob("child.log*"), reverse=True)
+    return "".join(path.read_text() for path in paths).splitlines()
+
+
+def test_a_line_without_an_end_does_not_make_a_log_grow_for_ever(
+    tmp_path: Path, running: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local.log_files.FILE_BYTES", 100_000)
+    code = "import signal; print('x' * 3_000_000, 'ready', end='', flush=True); signal.pause()"
+    start(make_spec(code), tmp_path, running)
+    sizes = [path.stat().st_size for path in tmp_path.glob("child.log*")]
+    assert len(sizes) == 5
+    assert max(sizes) == 200_000
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_its_child(
+    tmp_path: Path, running: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times what the pipe holds, to a disk that is full."""
+    monkeypatch.setattr("local.log_files.open_private", lambda _path, flags: os.open("/dev/full", flags))
+    told = tmp_path / "told"
+    child = ChildProcess(make_spec(PRINTS_AND_TELLS, str(told)), tmp_path / "logs")
+    running.callback(child.kill)
+    wait_until(told.exists)
 
 
 def test_a_child_ends_with_a_launcher_that_is_killed(tmp_path: Path) -> None:

@@ -51,8 +51,18 @@ def test_a_row_for_another_tenant_is_refused(api: Engine, tenant: Tenant, other_
 
 
 # Tables without a tenant, and why: one list of bases for all (walled by the allow-list), operators, the schedules' leader,
-# the workers, whose presence is no secret, where the bases' tokenizers are, and how fast each base is.
-SHARED_TABLES = {"base_models", "base_tokenizers", "operator_keys", "leaders", "pools", "workers", "alembic_version"}
+# the workers, whose presence is no secret, where the bases' tokenizers are, how fast each base is, and how far the
+# deletion of old rows has come.
+SHARED_TABLES = {
+    "base_models",
+    "base_tokenizers",
+    "operator_keys",
+    "leaders",
+    "pools",
+    "workers",
+    "retention_marks",
+    "alembic_version",
+}
 ALLOWED_POLICIES = {
     "tenant_rows": {"espalier_api"},
     "own_key": {"espalier_api"},
@@ -64,7 +74,10 @@ ALLOWED_POLICIES = {
     "checked_rows": {"espalier_worker"},  # of bases, which are nobody's: what a worker found when it loaded one
     "service_rows": {"espalier_schedule,espalier_worker", "espalier_schedule"},
     "owner_rows": {"postgres"},
+    "old_rows": {"espalier_schedule"},
 }
+# These take away from what the others allow: of histories the schedule deletes what is old, and nothing else.
+NARROWING_POLICIES = {"old_rows"}
 # What another tenant has granted, and what a queue's length is made of, may be looked at and no more.
 READ_ONLY_POLICIES = {"allowed_rows", "granted_rows", "shared_rows", "outlook_rows"}
 
@@ -99,7 +112,8 @@ def test_every_tenant_owned_table_shows_the_api_one_tenants_rows_and_takes_no_ot
     for policy in policies:
         assert policy.roles in ALLOWED_POLICIES[policy.policyname], policy
         assert policy.cmd == "SELECT" or policy.policyname not in READ_ONLY_POLICIES, policy
-        assert policy.permissive == "PERMISSIVE"
+        is_narrowing = policy.policyname in NARROWING_POLICIES
+        assert policy.permissive == ("RESTRICTIVE" if is_narrowing else "PERMISSIVE"), policy
     walls = {policy.tablename: policy for policy in policies if policy.policyname == "tenant_rows"}
     owned = {name for name, (is_owned, _) in tables_of(owner).items() if is_owned}
     assert set(walls) == owned

@@ -334,6 +334,21 @@ def test_no_server_logs_a_value_that_it_refused(tmp_path: Path) -> None:
                 connection.execute("insert into words values (%s), (%s)", ["hush-79", "hush-79"])
         with redis.Redis.from_url(servers.addresses.redis_url) as client, pytest.raises(redis.ResponseError):
             client.execute_command("no-such-command", "hush-79")
-        logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
     assert "duplicate key value" in logs["postgres.log"]
     assert not [name for name, log in logs.items() if "hush-79" in log]
+
+
+def test_every_server_logs_to_files_that_are_replaced_while_it_runs_and_to_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local.log_files.FILE_BYTES", 200)
+    old = tmp_path / "s3" / "weed.host.root.log.INFO.20260101-000000.1"
+    old.parent.mkdir()
+    old.write_text("of an earlier version")
+    with LocalServers(tmp_path, is_durable=False) as servers:
+        leave_traces(servers.addresses)
+        for name in ("postgres", "redis", "s3"):
+            wait_until((tmp_path / "logs" / f"{name}.log.1").exists, what=f"a second file of {name}'s log")
+        assert len(list((tmp_path / "logs").iterdir())) <= 3 * 5
+        assert not [path for path in tmp_path.rglob("*weed*") if path.parent.name != "logs"]

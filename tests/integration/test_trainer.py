@@ -78,7 +78,10 @@ R = TypeVar("R", bound=Frozen)
 
 
 class Store(ThreadingHTTPServer):
-    """Objects by path, and who has asked for what. A GET waits for as long as `is_open` is not set."""
+    """Objects by path, and who has asked for what. A GET waits for as long as `is_open` is not set.
+
+    An upload below `held` waits until it is below it no more; `watch` is called at every upload.
+    """
 
     daemon_threads = True
 
@@ -90,6 +93,8 @@ class Store(ThreadingHTTPServer):
         self.num_granted = 0
         self.num_refused = 0
         self.num_to_refuse = math.inf
+        self.held: str | None = None
+        self.watch: Callable[[], object] = lambda: None
         self.is_open = threading.Event()
         self.is_open.set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -126,7 +131,9 @@ class _StoreRequest(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.NOT_FOUND if content is None else HTTPStatus.OK, content or b"")
 
     def do_PUT(self) -> None:
+        self.server.watch()
         content = self.rfile.read(int(self.headers["content-length"]))
+        wait_until(lambda: self.server.held is None or not self.path.startswith(self.server.held))
         is_refused = self.server.refused is not None and self.path.startswith(self.server.refused)
         if is_refused and self.server.num_refused < self.server.num_to_refuse:
             self.server.num_refused += 1
@@ -663,3 +670,70 @@ def test_jobs_stopped_while_they_wait_for_an_upload_keep_no_thread_from_others(
         supervisor.send(StopJob(lease_token=number))
     supervisor.send(make_order(rows, lease_token=SLOTS + 1, n_epochs=1))
     supervisor.wait_for(JobSucceeded, SLOTS + 1)
+
+
+def kept_in(scratch: Path, pattern: str) -> list[str]:
+    return sorted(path.name for path in scratch.glob(f"*/{pattern}"))
+
+
+@pytest.mark.parametrize("refused", [None, "/checkpoints/"])
+def test_the_scratch_directory_of_a_job_of_many_epochs_holds_two_adapters_at_most(
+    supervisor: Supervisor, store: Store, refused: str | None
+) -> None:
+    store.refused = refused
+    counts: list[int] = []
+    store.watch = lambda: counts.append(len(kept_in(supervisor.scratch_dir, "step-*")))
+    supervisor.send(make_order(store.add_rows("rows"), n_epochs=50))
+    done = supervisor.wait_for(JobSucceeded)
+    assert max(counts) == 2
+    assert len(counts) >= 50
+    stored = [report.step for report in supervisor.told(CheckpointSaved)]
+    assert stored == ([] if refused else list(range(1, 51))), "no epoch is left out for want of room"
+    weights = store.objects["/adapter/adapter_model.safetensors"]
+    assert hashlib.sha256(weights).hexdigest() in {file.sha256 for file in done.adapter_files}
+
+
+def test_a_job_whose_checkpoints_are_stored_late_keeps_their_files_and_rests_while_others_train(
+    supervisor: Supervisor, store: Store
+) -> None:
+    store.held = "/checkpoints/step-1/"  # one step an epoch
+    supervisor.send(make_order(store.add_rows("rows"), n_epochs=5))
+    wait_for_log(supervisor, "checkpoint.delayed")
+    assert [report.step for report in supervisor.told(StepDone)] == [1, 2, 3]
+    assert kept_in(supervisor.scratch_dir, "step-*") == ["step-1", "step-2"]
+    supervisor.send(make_order(store.add_rows("others"), lease_token=2, n_epochs=1, batch_size=1))
+    supervisor.wait_for(DeviceLeft, 2)
+    assert {report.step for report in supervisor.told(StepDone) if report.lease_token == 1} == {1, 2, 3}
+    store.held = None
+    supervisor.wait_for(JobSucceeded, 1)
+    assert [report.step for report in supervisor.told(CheckpointSaved) if report.lease_token == 1] == [1, 2, 3, 4, 5]
+
+
+def test_a_job_that_is_given_back_before_it_could_store_its_last_checkpoint_ends_elsewhere(
+    supervisor: Supervisor, store: Store
+) -> None:
+    store.held = "/checkpoints/step-1/"
+    rows = store.add_rows("rows")
+    supervisor.send(make_order(rows, n_epochs=3))
+    wait_for_log(supervisor, "checkpoint.delayed")
+    supervisor.send(YieldJob(lease_token=1))
+    supervisor.wait_for(DeviceLeft)
+    store.held = None
+    supervisor.wait_for(JobYielded)
+    point = supervisor.told(ResumePointSaved)[-1]
+    assert point.step == 3
+    contents = {file.name: store.objects[f"/{point.artifact}/{file.name}"] for file in point.files}
+    stored = {name: store.add(f"point/{name}", content) for name, content in contents.items()}
+    broken = {name: break_hash(file) for name, file in stored.items()}
+    points = (RemoteResumePoint(step=4, files=broken), RemoteResumePoint(step=3, files=stored))
+    fetched: list[str] = []
+    store.watch = lambda: fetched.extend(kept_in(supervisor.scratch_dir, "from-step-*"))
+    supervisor.send(make_order(rows, lease_token=2, n_epochs=3, resume_points=points))
+    supervisor.wait_for(JobSucceeded, 2)
+    assert [report.step for report in supervisor.told(CheckpointSaved) if report.lease_token == 2] == [3]
+    assert fetched == [], "what a job has gone on from is not kept"
+
+
+def wait_for_log(supervisor: Supervisor, name: str) -> None:
+    """Read reports until the first job has logged this."""
+    assert any(isinstance(report, JobLogged) and report.name == name for report in supervisor._read_reports())

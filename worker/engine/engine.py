@@ -87,6 +87,11 @@ class Engine:
         return tuple(self._slots)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no job wants a step."""
+        return all(slot.is_resting for slot in self._slots.values())
+
+    @property
     def num_free_slots(self) -> int:
         return self._max_slots - len(self._slots)
 
@@ -146,6 +151,13 @@ class Engine:
         """
         self._limits.check_examples(examples)
         self._slots[job_id].evaluation = PendingEvaluation(examples)
+
+    def rest(self, job_id: str) -> None:
+        """Pass the job over in the coming steps, until `end_rest`. It keeps its slot."""
+        self._slots[job_id].is_resting = True
+
+    def end_rest(self, job_id: str) -> None:
+        self._slots[job_id].is_resting = False
 
     def step(self, *, look: Callable[[], None] = lambda: None) -> tuple[SlotReport, ...]:
         """Train on one token budget's worth of examples of all jobs, and score one's worth of those evaluated.

@@ -46,6 +46,7 @@ class Slot:
         self.served_tokens = 0
         self.tally = BatchTally()
         self.evaluation: PendingEvaluation | None = None
+        self.is_resting = False
         self.evicted_at: float | None = None
         self.total_steps = count_steps(job.spec, len(job.examples))
         self._order: tuple[int, list[int]] = (-1, [])
@@ -96,9 +97,9 @@ class Slot:
         return self._order[1][start : start + self.job.spec.batch_size]
 
     def waiting_indices(self) -> list[int]:
-        """Return those of the current batch that no fused step has taken yet; none while the slot is evaluated."""
-        is_resting = self.is_finished or self.evaluation is not None
-        return [] if is_resting else self.batch_indices()[self.tally.position :]
+        """Return those of the current batch that no fused step has taken yet; none while the slot rests."""
+        has_none = self.is_finished or self.is_resting or self.evaluation is not None
+        return [] if has_none else self.batch_indices()[self.tally.position :]
 
     def batch_examples(self) -> list[Example]:
         return [self.job.examples[index] for index in self.batch_indices()]

@@ -1,6 +1,7 @@
 """One job inside the trainer: prepared on a thread, trained in the engine, published on a thread.
 
-A job's files live in a scratch directory of its own that vanishes with it.
+A job's files live in a scratch directory of its own that vanishes with it. However many epochs it has, the directory
+holds two adapters at most: a job that trains faster than its checkpoints are stored waits for them.
 """
 
 from __future__ import annotations
@@ -83,11 +84,22 @@ class PreparedJob:
     resume: FetchedPoint | None
 
 
+@dataclass(frozen=True)
+class LocalCheckpoint:
+    """An adapter in the scratch directory. Only the newest is needed once the object store has confirmed its bytes.
+
+    Should the supervisor not be able to read them back, the attempt is over, and with it the directory.
+    """
+
+    directory: Path
+    upload: Future[None]
+
+
 class TrainerJob:
     """The life of one job here, known by its lease token. `close` removes its scratch directory.
 
     `is_preparing` until its datasets are tokenised; `is_ending` when it has left its slot, or will not get one;
-    `is_waiting` once the device has had no memory for it.
+    `is_waiting` once the device has had no memory for it. While it rests in its slot, `awaited_upload` is what for.
     """
 
     def __init__(
@@ -107,6 +119,8 @@ class TrainerJob:
         self._patience = Patience(base_order.storage_patience_seconds, check=self._check_wanted)
         self._uploads: list[Future[None]] = []
         self._stored_step = 0
+        self._checkpoints: list[LocalCheckpoint] = []
+        self.awaited_upload: Future[None] | None = None
         # What the job leaves with, unless an upload that was sent before it left has stored it.
         self._left_with: tuple[SlotState, Progress] | None = None
         self._device_seconds = 0.0
@@ -165,8 +179,8 @@ class TrainerJob:
             share=self._order.share,
         )
 
-    def begin(self, engine: Engine, prepared: PreparedJob) -> None:
-        """Go on from the resume point, if there is one, and say from where."""
+    def begin(self, engine: Engine, prepared: PreparedJob) -> bool:
+        """Go on from the resume point, if there is one, and say from where. True when the engine is done."""
         step = self._restore(engine, prepared.resume) if prepared.resume else 0
         # Stored between its last step and the evaluation that follows, a job has only that left to do.
         total_steps = count_steps(self._order.spec, len(prepared.training.examples))
@@ -177,6 +191,7 @@ class TrainerJob:
         self._channel.send(JobStarted(lease_token=self.lease_token, step=step, total_steps=total_steps))
         if self._is_epoch_open:
             self._end_epoch(engine)
+        return self._is_trained
 
     def end_training(self) -> None:
         """Say how long the job was on the device, once."""
@@ -211,6 +226,17 @@ class TrainerJob:
         elif report.evaluation is not None:
             self._take_evaluation(report.evaluation)
             self._publish_epoch(engine)
+        return self._is_trained
+
+    def go_on(self, engine: Engine) -> bool:
+        """End the rest, now that there is room for another checkpoint. True when the engine is done."""
+        self.awaited_upload = None
+        engine.end_rest(str(self.lease_token))
+        self._publish_epoch(engine)
+        return self._is_trained
+
+    @property
+    def _is_trained(self) -> bool:
         return self._is_last_step_taken and not self._is_epoch_open
 
     def save_resume_point(self, engine: Engine) -> None:
@@ -322,6 +348,8 @@ class TrainerJob:
         except InvalidJobError as error:
             self._warn(f"{error} The job starts from its first step.")
             return 0
+        finally:
+            shutil.rmtree(point.directory)
         self._rows = list(point.progress.rows)
         self._tokens_before = point.progress.trained_tokens
         self._is_epoch_open = point.progress.is_epoch_open
@@ -341,10 +369,25 @@ class TrainerJob:
             self._publish_epoch(engine)
 
     def _publish_epoch(self, engine: Engine) -> None:
+        if not self._has_room_for_checkpoint():
+            self._rest(engine)
+            return
         self._save_checkpoint(engine)
         self._is_epoch_open = False
         if not self._is_last_step_taken and self._pace.is_free:
             self.save_resume_point(engine)
+
+    def _has_room_for_checkpoint(self) -> bool:
+        """Remove what is stored and not the newest. At most the newest may be left beside the one to come."""
+        while len(self._checkpoints) > 1 and self._checkpoints[0].upload.done():
+            shutil.rmtree(self._checkpoints.pop(0).directory)
+        return len(self._checkpoints) <= 1
+
+    def _rest(self, engine: Engine) -> None:
+        """Wait in the slot for the oldest upload, while the device is the other jobs'."""
+        self.awaited_upload = self._checkpoints[0].upload
+        engine.rest(str(self.lease_token))
+        self.log("checkpoint.delayed", step=self._rows[-1].step)
 
     def _store_resume_point(self, state: SlotState, progress: Progress, earlier: tuple[Future[None], ...]) -> None:
         directory = self._directory / f"resume-{state.step}"
@@ -410,9 +453,9 @@ class TrainerJob:
         engine.export_adapter(str(self.lease_token), directory)
         metrics = self._last_metrics()
         earlier = tuple(self._uploads)
-        self._uploads.append(
-            self._channel.run_in_background(lambda: self._publish_checkpoint(directory, metrics, earlier, export))
-        )
+        upload = self._channel.run_in_background(lambda: self._publish_checkpoint(directory, metrics, earlier, export))
+        self._uploads.append(upload)
+        self._checkpoints.append(LocalCheckpoint(directory, upload))
 
     def _publish_checkpoint(
         self, directory: Path, metrics: dict[str, float], earlier: tuple[Future[None], ...], export: Phase

@@ -90,7 +90,7 @@ class TrainingLoop:
 
     @property
     def _is_idle(self) -> bool:
-        return not self._engine.job_ids and not self._waiting
+        return self._engine.is_idle and not self._waiting
 
     def _look(self) -> None:
         """Take the orders that have come within a step, and show that it goes on."""
@@ -146,9 +146,11 @@ class TrainingLoop:
                 self._channel.send(SlotRefused(lease_token=job.lease_token))
             self._waiting.append((job, prepared))
             return
-        job.begin(self._engine, prepared)
+        is_trained = job.begin(self._engine, prepared)
         log.info("job.admitted", **job.ids, num_examples=len(prepared.training.examples))
         job.log("job.admitted", num_examples=len(prepared.training.examples))
+        if is_trained:
+            self._publish(job)
 
     def _admit_waiting(self) -> None:
         """Try those again that wait for memory, in their order; the engine may have room since the last step."""
@@ -194,8 +196,18 @@ class TrainingLoop:
             self._fail(job, error)
             return
         if is_trained:
-            self._evict(job)
-            self._channel.run_in_background(job.publish, then=self._guarded(job, self._finish))
+            self._publish(job)
+        elif job.awaited_upload is not None:
+            self._channel.deliver(job.awaited_upload, self._guarded(job, self._go_on))
+
+    def _go_on(self, job: TrainerJob, _result: None) -> None:
+        """Let a job train on whose upload was waited for."""
+        if not job.is_ending and job.go_on(self._engine):
+            self._publish(job)
+
+    def _publish(self, job: TrainerJob) -> None:
+        self._evict(job)
+        self._channel.run_in_background(job.publish, then=self._guarded(job, self._finish))
 
     def _finish(self, job: TrainerJob, _result: None) -> None:
         del self._jobs[job.lease_token]

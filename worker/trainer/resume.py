@@ -7,6 +7,7 @@ the rest is. A point whose bytes are not the stored ones is passed over for the 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -87,6 +88,7 @@ def fetch_resume_point(
             for name in _STATE_FILES:
                 download(point.files[name], directory / name, patience)
         except (IntegrityError, ObjectMissingError) as error:
+            shutil.rmtree(directory)
             warn(f"The resume point of step {point.step} cannot be used, so an earlier one is: {error}")
             continue
         except TransferError as error:

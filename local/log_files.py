@@ -1,0 +1,91 @@
+"""What a child process prints, in a file that is replaced when it is full, while the child goes on.
+
+The child writes into a pipe, so that it holds no file. Files are cut between lines. A full disk loses lines; it never
+stops the child, which would wait for ever in front of a pipe that nobody empties.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+from pathlib import Path
+
+from local.private_files import open_private
+
+FILE_BYTES = 10 * 2**20
+# With the one that is written to. A line that is as long as a file again is cut.
+NUM_FILES = 5
+# What a child may print while the launcher is suspended, as by Ctrl-Z, before it waits. Linux allows everybody so much.
+_PIPE_BYTES = 2**20
+
+
+class LogFile:
+    """The file at `path`, filled from a pipe by a thread that ends when nobody can write to the pipe any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open()
+        if self._size_bytes >= FILE_BYTES:
+            self._replace()
+        self._output, self.input = os.pipe()
+        with contextlib.suppress(OSError, AttributeError):  # no Linux, or the user has too many pipes already
+            fcntl.fcntl(self.input, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._thread = threading.Thread(target=self._fill, daemon=True, name=f"log of {path.stem}")
+        self._thread.start()
+
+    def close_input(self) -> None:
+        """Leave the pipe to the child. Call it once, as soon as the child has it or will not be."""
+        os.close(self.input)
+
+    def wait_for_end(self, *, timeout_seconds: float) -> None:
+        """Wait until all that was printed is in the file. A grandchild that lives on may print more."""
+        self._thread.join(timeout_seconds)
+
+    def _fill(self) -> None:
+        try:
+            while chunk := os.read(self._output, _PIPE_BYTES):
+                self._take(chunk)
+        finally:
+            os.close(self._output)
+            os.close(self._file)
+
+    def _take(self, chunk: bytes) -> None:
+        while self._size_bytes + len(chunk) > FILE_BYTES:
+            line_end = chunk.find(b"\n", max(0, FILE_BYTES - self._size_bytes - 1)) + 1
+            end = min(line_end or len(chunk) + 1, max(0, 2 * FILE_BYTES - self._size_bytes))
+            if end > len(chunk):
+                break  # the line goes on
+            self._write(chunk[:end])
+            chunk = chunk[end:]
+            if not self._replace():
+                break
+        self._write(chunk)
+
+    def _write(self, content: bytes) -> None:
+        with contextlib.suppress(OSError):
+            while content:
+                num_written = os.write(self._file, content)
+                self._size_bytes += num_written
+                content = content[num_written:]
+
+    def _replace(self) -> bool:
+        """Begin a new file. Where that cannot be, the old one goes on."""
+        full = self._file
+        with contextlib.suppress(OSError):
+            for number in range(NUM_FILES - 1, 0, -1):
+                older = self._numbered(number - 1)
+                if older.exists():
+                    older.replace(self._numbered(number))
+            self._open()
+            os.close(full)
+            return True
+        return False
+
+    def _numbered(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.{number}") if number else self._path
+
+    def _open(self) -> None:
+        self._file = open_private(str(self._path), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
+        self._size_bytes = os.fstat(self._file).st_size
