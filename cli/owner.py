@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 
@@ -38,10 +39,7 @@ def operator_session(data_dir: Path) -> Iterator[Session]:
 @contextmanager
 def owner_engine(data_dir: Path) -> Iterator[Engine]:
     """Yield an engine in the role of the tables' owner. Errors are as in `operator_session`."""
-    try:
-        engine = connect(owner_url(data_dir))
-    except (ArgumentError, ValueError):  # whose words may quote the password
-        fail(f"{OWNER_URL_SETTING} is no URL of a database: write postgresql://user:password@host:port/name.")
+    engine = connect(owner_url(data_dir))
     try:
         yield engine
     finally:
@@ -53,16 +51,31 @@ def actor() -> str:
     return f"cli:{_who()}"
 
 
-def owner_url(data_dir: Path) -> str:
+def owner_url(data_dir: Path, *, exit_code: int = 1) -> str:
+    """Return the owner's URL. One that is missing, or no URL of a database, ends the command."""
     addresses = find_addresses(data_dir)
     with reading_settings():
         url = OwnerSettings().owner_url or (addresses.postgres_url if addresses else None)
     if not url:
         fail(
             f"Set {OWNER_URL_SETTING} to the URL of the database's owner, postgresql://..., "
-            f"or start a local stack: no servers run on {data_dir} (--data-dir)."
+            f"or start a local stack: no servers run on {data_dir} (--data-dir).",
+            exit_code=exit_code,
+        )
+    if not is_of_postgresql(url):
+        fail(
+            f"{OWNER_URL_SETTING} is no URL of a database: write postgresql://user:password@host:port/name.",
+            exit_code=exit_code,
         )
     return url
+
+
+def is_of_postgresql(url: str) -> bool:
+    """Return whether this is the URL of a PostgreSQL database. Why it is not is better not said: it has a password."""
+    try:
+        return make_url(url).get_backend_name() == "postgresql"
+    except (ArgumentError, ValueError):
+        return False
 
 
 def _who() -> str:
