@@ -13,7 +13,6 @@ import typer
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 
 from cli.doctor import database, running
 from cli.doctor.devices import check_devices
@@ -21,7 +20,7 @@ from cli.doctor.findings import Finding, FindingState, failed, ok, skipped
 from cli.doctor.servers import check_api, check_redis, check_storage
 from cli.doctor.trial import Trial, check_job
 from cli.output import is_json, print_json, say
-from cli.owner import DEFAULT_DATA_DIR, DataDir, actor
+from cli.owner import DEFAULT_DATA_DIR, DataDir, actor, is_of_postgresql
 from core.db.session import connect, operator_transaction, service_transaction
 from core.settings import (
     SETTINGS_ERRORS,
@@ -130,12 +129,11 @@ def run_checks(deployment: Deployment, trial: Trial | None) -> Iterator[Finding]
         if trial is not None:
             yield failed("job", "A job needs a tenant, which is in the database.", remedy=f"Set {OWNER_URL_SETTING}.")
         return
-    try:
-        engine = connect(deployment.database_url, pool_size=1)
-    except (SQLAlchemyError, ValueError):
+    if not is_of_postgresql(deployment.database_url):
         remedy = "Write it as postgresql://user:password@host:port/name."
         yield failed("database", "Its setting is no URL of a database.", remedy=remedy)
         return
+    engine = connect(deployment.database_url, pool_size=1)
     try:
         yield from _check_inside(engine, deployment, trial)
     finally:
