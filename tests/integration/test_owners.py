@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sqlalchemy import text
 from typer.testing import CliRunner
 
 from cli.main import app
-from core.db.migrate import RoleLogin, migrate_database
+from core.db.migrate import RoleLogin, login_url, migrate_database
 from core.db.roles import ROLES
 from core.db.session import auditor_transaction, connect, service_transaction
 from core.services.contract import check_rows
@@ -24,11 +25,22 @@ from core.services.tenants import find_tenant
 from core.services.visibility import require_sight
 from core.settings import FairnessSettings
 from local.servers import ServerAddresses
-from tests.clusters import OWNER, PASSWORD, Clusters, make_database, starting_postgres, superuser_url_of
+from tests.clusters import (
+    OWNER,
+    PASSWORD,
+    Clusters,
+    make_database,
+    make_owner,
+    running_postgres,
+    starting_postgres,
+    superuser_url_of,
+)
 from tests.integration.conftest import Tenant
 from tests.integration.histories import TENANTS, move, upgrade_with_rows
 from tests.integration.test_attempts import queue_job
 from tests.integration.test_command_output import REGISTRY
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +164,20 @@ def test_a_second_owner_on_one_server_needs_the_first_ones_roles_with_admin_opti
     with auditor_transaction(engine) as session:
         require_sight(session)
     engine.dispose()
+
+
+@pytest.mark.parametrize("major", [15, 18])
+def test_the_administrator_of_a_managed_server_makes_the_owner_as_documented(tmp_path: Path, major: int) -> None:
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    (statements,) = re.findall(r"\n\n((?:    create role espalier_owner.*\n)(?:    .+\n)+)", page)
+    administrator = RoleLogin("tests_administrator", PASSWORD)
+    with running_postgres(tmp_path / "postgres", major) as url:
+        server = url.rpartition("/")[0]
+        with psycopg.connect(f"{server}/postgres", autocommit=True) as superuser:
+            superuser.execute("drop database espalier")
+            make_owner(superuser, administrator)
+            superuser.execute("alter role tests_administrator createdb")
+        with psycopg.connect(login_url(f"{server}/postgres", administrator), autocommit=True) as connection:
+            for statement in statements.replace("...", PASSWORD).splitlines():
+                connection.execute(statement.encode())
+        migrate_database(login_url(f"{server}/espalier", RoleLogin("espalier_owner", PASSWORD)))
