@@ -37,10 +37,7 @@ def operator_session(data_dir: Path) -> Iterator[Session]:
 @contextmanager
 def owner_engine(data_dir: Path) -> Iterator[Engine]:
     """Yield an engine in the role of the tables' owner. Errors are as in `operator_session`."""
-    try:
-        engine = connect(owner_url(data_dir))
-    except ValueError as error:
-        fail(f"{OWNER_URL_SETTING}: {error}")
+    engine = connect(owner_url(data_dir))
     try:
         yield engine
     finally:
@@ -52,14 +49,16 @@ def actor() -> str:
     return f"cli:{_who()}"
 
 
-def owner_url(data_dir: Path) -> str:
+def owner_url(data_dir: Path, *, exit_code: int = 1) -> str:
+    """Return the owner's URL. One that is missing, or no URL of a database, ends the command."""
     addresses = find_addresses(data_dir)
     with reading_settings():
         url = OwnerSettings().owner_url or (addresses.postgres_url if addresses else None)
     if not url:
         fail(
             f"Set {OWNER_URL_SETTING} to the URL of the database's owner, postgresql://..., "
-            f"or start a local stack: no servers run on {data_dir} (--data-dir)."
+            f"or start a local stack: no servers run on {data_dir} (--data-dir).",
+            exit_code=exit_code,
         )
     return url
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import redis
 import typer
 import yaml
+from alembic.util import CommandError
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from typer._click.exceptions import NoArgsIsHelpError  # typer gives it no public name
@@ -32,9 +33,23 @@ _KNOWN_ERRORS = (
     SQLAlchemyError,
     StorageError,
     *SETTINGS_ERRORS,
+    CommandError,
     redis.RedisError,
     yaml.YAMLError,
 )
+_MIGRATE = "Run `espalier migrate` with this version: the schema is missing or older."
+# By SQLSTATE, where the database's own words leave open what to do.
+_REMEDIES = {
+    "42501": "Name the owner that `espalier migrate` ran as, and run it with this version. docs/operations.md says what"
+    " the owner needs.",
+    "42P01": _MIGRATE,  # no such table, column, function, schema, role
+    "42703": _MIGRATE,
+    "42883": _MIGRATE,
+    "3F000": _MIGRATE,
+    "42704": _MIGRATE,
+    "22023": _MIGRATE,
+    "25006": "It only reads, as a standby does: name the primary.",
+}
 _IS_JSON = "cli.is_json"
 _JSON = typer.Option("--json", help="Print JSON: one document, or one object a line.")
 
@@ -98,12 +113,20 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, DomainError):
         return error.message
     if isinstance(error, DBAPIError):
-        return f"The database does not answer, or refuses: {_first_line(error)}"
+        return _describe_refusal(error)
+    if isinstance(error, CommandError):  # "Can't locate revision identified by ..."
+        return f"The schema is not for this version: {_first_line(error)}. Run the newer version that migrated it."
     if isinstance(error, redis.RedisError):
         return f"Redis does not answer, or refuses: {_first_line(error)}"
     if isinstance(error, ValidationError):
         return _describe_settings(error)
     return _first_line(error)
+
+
+def _describe_refusal(error: DBAPIError) -> str:
+    """Say what the database said, and what to do about it."""
+    remedy = _REMEDIES.get(getattr(error.orig, "sqlstate", None) or "", "")
+    return f"The database does not answer, or refuses: {_first_line(error)}{remedy and f'. {remedy}'}"
 
 
 def _describe_settings(error: ValidationError) -> str:

@@ -282,6 +282,8 @@ def prepare_database(owner_url: str, registry: Registry, *, logins: tuple[RoleLo
     """Migrate, let the runtime roles log in, and load the registry."""
     migrate_database(owner_url, logins=logins)
     engine = connect(owner_url)
-    with service_transaction(engine) as session:
-        sync_base_models(session, registry)
-    engine.dispose()
+    try:
+        with service_transaction(engine) as session:
+            sync_base_models(session, registry)
+    finally:
+        engine.dispose()

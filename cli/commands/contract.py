@@ -8,16 +8,20 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 from rich.table import Column, Table
+from sqlalchemy.exc import SQLAlchemyError
 
 from cli.environment import reading_settings
 from cli.output import fail, is_json, print_json, show
-from cli.owner import DEFAULT_DATA_DIR, DataDir
-from core.db.session import DATABASE_ERRORS, connect, service_transaction
+from cli.owner import DEFAULT_DATA_DIR, DataDir, owner_url
+from cli.reporting import describe_error
+from cli.stores import find_storage
+from core.db.session import auditor_transaction, connect
 from core.services.contract import Finding, check_objects, check_rows
+from core.services.visibility import HiddenRowsError, require_sight
 from core.settings import FairnessSettings, OwnerSettings, S3Settings, StorageConfig
 from core.storage import S3ObjectStore, StorageError
-from local.external import OWNER_URL_SETTING
-from local.servers import ServerAddresses, find_addresses
+
+_CANNOT_SAY = 2
 
 
 def check_contract(
@@ -25,12 +29,17 @@ def check_contract(
     *,
     deep: Annotated[bool, typer.Option("--deep", help="Read every object and compare its sha256.")] = False,
 ) -> None:
-    """Check the promises of docs/contract.md on the live system; exit code 1 when one is broken. Changes nothing."""
-    owner_url, storage = _find_servers(data_dir)
+    """Check the promises of docs/contract.md on the live system. Changes nothing.
+
+    Exit code 1 when a promise is broken, 2 when it cannot be told.
+    """
+    url, storage = _find_servers(data_dir)
     try:
-        findings = run_checks(owner_url, storage, is_deep=deep)
-    except (*DATABASE_ERRORS, StorageError) as error:
-        fail(f"The check could not be finished: {error}", exit_code=2)
+        findings = run_checks(url, storage, is_deep=deep)
+    except (SQLAlchemyError, StorageError) as error:
+        fail(f"The check could not be finished: {describe_error(error)}", exit_code=_CANNOT_SAY)
+    except HiddenRowsError as error:
+        fail(f"The check could not begin: {error} Run `espalier migrate`.", exit_code=_CANNOT_SAY)
     if is_json():
         for finding in findings:
             print_json(finding)
@@ -40,14 +49,15 @@ def check_contract(
 
 
 def run_checks(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tuple[Finding, ...]:
-    """Return one finding a promise, in their order. Raises DATABASE_ERRORS and StorageError."""
+    """Return one finding a promise, in their order. Raises SQLAlchemyError, HiddenRowsError and StorageError."""
     with reading_settings():
         terms = FairnessSettings().fairness_terms  # read from the environment
     engine = connect(owner_url)
     try:
-        with service_transaction(engine) as session:
+        with auditor_transaction(engine) as session:
+            require_sight(session)
             rows = check_rows(session, terms)
-        with service_transaction(engine) as session:
+        with auditor_transaction(engine) as session:
             objects = check_objects(session, S3ObjectStore(storage), is_deep=is_deep)
     finally:
         engine.dispose()
@@ -64,13 +74,6 @@ def as_table(findings: tuple[Finding, ...]) -> Table:
 
 def _find_servers(data_dir: Path) -> tuple[str, StorageConfig]:
     with reading_settings():
-        if owner_url := OwnerSettings().owner_url:
-            return owner_url, S3Settings().storage_config  # read from the environment
-    addresses: ServerAddresses | None = find_addresses(data_dir)
-    if addresses is None:
-        fail(
-            f"Set {OWNER_URL_SETTING} and ESPALIER_S3_*, "
-            f"or start a local stack: no servers run on {data_dir} (--data-dir).",
-            exit_code=2,
-        )
-    return addresses.postgres_url, addresses.storage
+        if OwnerSettings().owner_url:
+            return owner_url(data_dir, exit_code=_CANNOT_SAY), S3Settings().storage_config  # read from the environment
+    return owner_url(data_dir, exit_code=_CANNOT_SAY), find_storage(data_dir)

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from cli.doctor.findings import Finding, failed, ok, skipped, warning
 from cli.reporting import describe_error
 from core.db.revisions import list_revisions
+from core.db.roles import AUDITOR, OPERATOR, ROLES, SERVING
 from core.db.session import DATABASE_ERRORS, service_transaction
 
 Transactions = Callable[[], AbstractContextManager[Session]]
@@ -20,8 +21,6 @@ MIGRATE = "Run `espalier migrate` with this version of the code."
 _OLDEST_MAJOR, _RECOMMENDED_MAJOR = 14, 16
 _BUSY_PART = 0.8
 _ODD_SECONDS, _WRONG_SECONDS = 1.0, 10.0
-_SERVING = ("espalier_api", "espalier_worker", "espalier_schedule")
-_ROLES = (*_SERVING, "espalier_operator", "espalier_outlook", "espalier_scaler")
 # A right without which each role cannot do its work: the full list is the migrations'.
 _NEEDED = (
     ("espalier_api", "jobs", "select"),
@@ -92,9 +91,9 @@ def check_roles(session: Session) -> Finding:
     """See that the runtime roles are there, can log in, and can do no more than they should."""
     query = text("select rolname, rolcanlogin, rolsuper or rolbypassrls from pg_roles where rolname = any(:roles)")
     found = {
-        name: (can_log_in, is_mighty) for name, can_log_in, is_mighty in session.execute(query, {"roles": list(_ROLES)})
+        name: (can_log_in, is_mighty) for name, can_log_in, is_mighty in session.execute(query, {"roles": list(ROLES)})
     }
-    missing = sorted(set(_ROLES) - set(found))
+    missing = sorted(set(ROLES) - set(found))
     if missing:
         return failed("roles", f"There is no role {', '.join(missing)}.", remedy=MIGRATE)
     mighty = sorted(name for name, (_, is_mighty) in found.items() if is_mighty)
@@ -104,7 +103,7 @@ def check_roles(session: Session) -> Finding:
     if not session.scalar(text("select pg_has_role('espalier_api', 'espalier_operator', 'MEMBER')")):
         remedy = "Run `grant espalier_operator to espalier_api`."
         return failed("roles", "espalier_api cannot become an operator: /admin does not open.", remedy=remedy)
-    closed = sorted(name for name in _SERVING if not found[name][0])
+    closed = sorted(name for name in SERVING if not found[name][0])
     if closed:
         named = ", ".join(f"{name.upper()}_PASSWORD" for name in closed)
         return failed("roles", f"{', '.join(closed)} cannot log in.", remedy=f"Set {named} and run `espalier migrate`.")
@@ -128,17 +127,19 @@ def check_grants(session: Session) -> Finding:
 
 
 def check_operator(session: Session) -> Finding:
-    """See that whoever runs commands of operators can take the operator's role on."""
+    """See that whoever runs commands of operators can take on the roles that those act in."""
     me = session.scalar(text("select current_user"))
-    if me in _SERVING and me != "espalier_api":
+    if me in SERVING and me != "espalier_api":
         return skipped("operator", f"{me} is no operator, and needs not be.")
-    try:
-        with session.begin_nested():
-            session.execute(text("set local role espalier_operator"))
-            session.execute(text("reset role"))
-    except SQLAlchemyError as error:
-        remedy = f"Run `grant espalier_operator to {me} with set true` as a role that may."
-        return failed("operator", describe_error(error), remedy=remedy)
+    for role in (OPERATOR,) if me in SERVING else (OPERATOR, AUDITOR):
+        try:
+            with session.begin_nested():
+                session.execute(text(f"set local role {role}"))
+                session.execute(text("reset role"))
+        except SQLAlchemyError as error:
+            is_told = session.scalars(text("select current_setting('server_version_num')::int >= 160000")).one()
+            grant = f"grant {role} to {me}" + (" with set true" if is_told else "")
+            return failed("operator", describe_error(error), remedy=f"Run `{grant}` as a role that may.")
     return ok("operator", f"{me} can act as an operator.")
 
 

@@ -22,6 +22,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from core.database_urls import read_url
+from core.db.roles import AUDITOR, OPERATOR
 
 # What is raised when the database is away, comes back, or has ended the connection; the transaction may be tried again.
 DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
@@ -80,7 +81,14 @@ def tenant_transaction(engine: Engine, tenant_id: uuid.UUID, *, actor: str = "")
 @contextmanager
 def operator_transaction(engine: Engine, *, actor: str) -> Iterator[Session]:
     """Open a transaction in the operator's role, which sees every tenant's settings and nobody's files or jobs."""
-    with _transaction(engine, {"role": "espalier_operator", "app.actor": actor}) as session:
+    with _transaction(engine, {"role": OPERATOR, "app.actor": actor}) as session:
+        yield session
+
+
+@contextmanager
+def auditor_transaction(engine: Engine) -> Iterator[Session]:
+    """Open a transaction in the auditor's role, which reads every tenant's rows and changes none."""
+    with _transaction(engine, {"role": AUDITOR}) as session:
         yield session
 
 

@@ -10,6 +10,8 @@ orders tenants as their decayed usages per weight do, at any time, and changes o
 import sqlalchemy as sa
 from alembic import op
 
+from migrations.forced import unforced
+
 revision = "0009"
 down_revision = "0008"
 branch_labels = None
@@ -80,11 +82,12 @@ def upgrade() -> None:
     op.execute("create policy operator_rows on queues to espalier_operator using (true) with check (true)")
     op.execute(GRANTS)
     op.execute(TRIGGERS)
-    op.execute("""
-        insert into queues (tenant_id, pool, num_queued, rank)
-        select j.tenant_id, j.pool, count(*), share_rank(t.usage, t.usage_at, t.weight)
-        from jobs j join tenants t on t.id = j.tenant_id where j.status = 'queued' group by j.tenant_id, j.pool, t.id
-    """)
+    with unforced():
+        op.execute("""
+            insert into queues (tenant_id, pool, num_queued, rank)
+            select j.tenant_id, j.pool, count(*), share_rank(t.usage, t.usage_at, t.weight)
+            from jobs j join tenants t on t.id = j.tenant_id where j.status = 'queued' group by j.tenant_id, j.pool, t.id
+        """)
 
 
 def downgrade() -> None:

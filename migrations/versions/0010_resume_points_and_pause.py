@@ -4,6 +4,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
+from migrations.forced import unforced
+
 revision = "0010"
 down_revision = "0009"
 branch_labels = None
@@ -65,7 +67,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("update attempts set outcome = 'preempted' where outcome = 'paused'")
+    with unforced():
+        op.execute("update attempts set outcome = 'preempted' where outcome = 'paused'")
     op.drop_constraint(op.f("ck_attempts_outcome_known"), "attempts")
     op.create_check_constraint(op.f("ck_attempts_outcome_known"), "attempts", f"outcome in ({OUTCOMES})")
     op.drop_index("ix_jobs_suspect", table_name="jobs")

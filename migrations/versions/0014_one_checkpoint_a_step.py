@@ -2,6 +2,8 @@
 
 from alembic import op
 
+from migrations.forced import unforced
+
 revision = "0014"
 down_revision = "0013"
 branch_labels = None
@@ -12,10 +14,11 @@ _NEW = "uq_checkpoints_job_id_step"
 
 
 def upgrade() -> None:
-    op.execute(
-        "delete from checkpoints c using checkpoints earlier where earlier.job_id = c.job_id and earlier.step = c.step"
-        " and earlier.lease_token < c.lease_token"
-    )
+    with unforced():
+        op.execute(
+            "delete from checkpoints c using checkpoints earlier where earlier.job_id = c.job_id"
+            " and earlier.step = c.step and earlier.lease_token < c.lease_token"
+        )
     op.drop_constraint(op.f(_OLD), "checkpoints")
     op.create_unique_constraint(op.f(_NEW), "checkpoints", ["job_id", "step"])
     op.execute("revoke delete on checkpoints from espalier_worker")

@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from migrations.forced import unforced
+
 revision = "0015"
 down_revision = "0014"
 branch_labels = None
@@ -21,7 +23,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("update uploads set status = 'pending', completing_until = null where status = 'completing'")
+    with unforced():
+        op.execute("update uploads set status = 'pending', completing_until = null where status = 'completing'")
     op.execute("revoke update (completing_until, expires_at) on uploads from espalier_api")
     op.drop_constraint(_LEASE, "uploads")
     op.drop_constraint(_STATUS, "uploads")

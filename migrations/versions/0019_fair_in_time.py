@@ -250,8 +250,8 @@ def downgrade() -> None:
     op.execute(RANK.format(half_life=21600))
     with unforced():
         op.execute(RERANK.format(lift=""))
+        op.execute("update attempts set outcome = 'preempted' where outcome = 'lent'")
     op.execute("drop function share_score")
-    op.execute("update attempts set outcome = 'preempted' where outcome = 'lent'")
     op.drop_table("pools")
     op.drop_index("ix_attempts_open", table_name="attempts", postgresql_where=sa.text("outcome is null"))
     _allow_outcomes(OUTCOMES[:-1])

@@ -7,6 +7,8 @@ audit log go by a function of its own, which deletes nothing that is younger tha
 import sqlalchemy as sa
 from alembic import op
 
+from migrations.readers import let_readers_in
+
 revision = "0029"
 down_revision = "0028"
 branch_labels = None
@@ -89,6 +91,7 @@ def upgrade() -> None:
         sa.Column("job_id", sa.Uuid(), nullable=False),
         sa.PrimaryKeyConstraint("kind", name=op.f("pk_retention_marks")),
     )
+    let_readers_in(["retention_marks"])
     op.create_index(
         "ix_jobs_finished_at", "jobs", ["finished_at", "id"], postgresql_where=sa.text("finished_at is not null")
     )

@@ -26,18 +26,19 @@ from core.settings import StorageConfig
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from local.stack import prepare_database
+from tests.clusters import OWNER, PASSWORD, make_owner
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 BASE_MODEL = "acme-labs/tiny-base"
-PASSWORD = "test-password"
 LOGINS = tuple(RoleLogin(f"espalier_{name}", PASSWORD) for name in ("api", "worker", "schedule", "scaler"))
 
 
 @dataclass(frozen=True)
 class Database:
-    """A migrated database: its owner's URL and one URL a runtime role."""
+    """A migrated database: its owner's URL, its server's superuser's, and one URL a runtime role."""
 
     owner_url: str
+    superuser_url: str
     api_url: str
     worker_url: str
     schedule_url: str
@@ -65,7 +66,7 @@ def migrated(servers: ServerAddresses) -> str:
         max_rank=64,
     )
     create_database(servers, name)
-    prepare_database(url_of(servers, name), Registry(base_models=(entry,)), logins=LOGINS)
+    prepare_database(owner_url_of(servers, name), Registry(base_models=(entry,)), logins=LOGINS)
     return name
 
 
@@ -73,15 +74,19 @@ def migrated(servers: ServerAddresses) -> str:
 def database(servers: ServerAddresses, migrated: str) -> Iterator[Database]:
     name = f"test_{uuid.uuid4().hex}"
     create_database(servers, name, template=migrated)
-    owner_url = url_of(servers, name)
-    yield Database(owner_url, *(login_url(owner_url, login) for login in LOGINS))
+    owner_url = owner_url_of(servers, name)
+    yield Database(owner_url, url_of(servers, name), *(login_url(owner_url, login) for login in LOGINS))
     with psycopg.connect(servers.postgres_url, autocommit=True) as connection:
         connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
 def create_database(servers: ServerAddresses, name: str, *, template: str = "template1") -> None:
-    statement = sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template))
+    """Make a database that belongs to `OWNER`, whom all test processes of one server share: so are the roles it makes."""
+    statement = sql.SQL("create database {} template {} owner {}").format(
+        sql.Identifier(name), sql.Identifier(template), sql.Identifier(OWNER.role)
+    )
     with psycopg.connect(servers.postgres_url, autocommit=True) as connection:
+        make_owner(connection, OWNER)
         connection.execute(statement)
 
 
@@ -89,9 +94,17 @@ def url_of(servers: ServerAddresses, name: str) -> str:
     return servers.postgres_url.rpartition("/")[0] + f"/{name}"
 
 
+def owner_url_of(servers: ServerAddresses, name: str) -> str:
+    return login_url(url_of(servers, name), OWNER)
+
+
 @pytest.fixture(scope="module")
 def owner(database: Database) -> Iterator[Engine]:
-    engine = connect(database.owner_url)
+    """How tests arrange and look at everybody's rows: as the superuser, whom no policy binds.
+
+    What our own code does as the owner goes through `Database.owner_url`, whose role sees no tenant's row.
+    """
+    engine = connect(database.superuser_url)
     yield engine
     engine.dispose()
 

@@ -107,7 +107,7 @@ def test_a_leader_stopped_inside_a_transaction_loses_it_and_another_leads_within
 
 
 def is_waiting_for_a_lock(database: Database) -> bool:
-    engine = connect(database.owner_url)
+    engine = connect(database.superuser_url)
     query = text(
         "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
     )

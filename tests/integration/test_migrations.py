@@ -21,7 +21,8 @@ from core.db.migrate import migrate_database
 from core.db.revisions import MIGRATIONS_DIR
 from core.db.session import connect, operator_transaction
 from local.servers import LocalServers, ServerAddresses
-from tests.integration.conftest import PASSWORD
+from tests.clusters import PASSWORD
+from tests.integration.conftest import create_database, owner_url_of
 from tests.waiting import wait_until
 
 SCHEMA = """
@@ -104,10 +105,10 @@ def test_every_migration_can_be_taken_back_and_made_again(connection: Connection
 def test_databases_of_one_cluster_can_be_migrated_at_once(servers: ServerAddresses) -> None:
     """They share their roles: whoever comes second must wait for the first, not fail."""
     names = [f"test_{uuid.uuid4().hex}" for _ in range(4)]
+    for name in names:
+        create_database(servers, name)
+    urls = [owner_url_of(servers, name) for name in names]
     with psycopg.connect(servers.postgres_url, autocommit=True) as owner:
-        for name in names:
-            owner.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
-        urls = [servers.postgres_url.rpartition("/")[0] + f"/{name}" for name in names]
         with ThreadPoolExecutor(len(urls)) as threads:
             migrations = [
                 threads.submit(subprocess.run, [sys.executable, "-c", MIGRATE, url], check=True) for url in urls
@@ -123,12 +124,12 @@ def test_a_migration_outwaits_another_transaction_that_holds_the_roles_for_longe
     servers: ServerAddresses,
 ) -> None:
     name = f"test_{uuid.uuid4().hex}"
-    url = servers.postgres_url.rpartition("/")[0] + f"/{name}"
+    create_database(servers, name)
+    url = owner_url_of(servers, name)
     blocked = "select xact_start from pg_stat_activity where datname = %s and wait_event_type = 'Lock'"
     tries: set[dt.datetime] = set()
 
     with psycopg.connect(servers.postgres_url, autocommit=True) as owner:
-        owner.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
 
         def has_tried_again() -> bool:
             tries.update(row[0] for row in owner.execute(blocked, [name]))

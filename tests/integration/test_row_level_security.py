@@ -10,9 +10,11 @@ from sqlalchemy.exc import ProgrammingError
 
 from core.db.base import Row
 from core.db.models import File
-from core.db.session import connect, service_transaction, tenant_transaction
+from core.db.session import auditor_transaction, connect, service_transaction, tenant_transaction
 from core.domain.ids import new_id
 from core.services.files import NewFile, create_file
+from core.services.visibility import HiddenRowsError, require_sight
+from tests.clusters import OWNER
 from tests.integration.conftest import Database, Tenant
 
 
@@ -73,13 +75,15 @@ ALLOWED_POLICIES = {
     "operator_rows": {"espalier_operator"},
     "checked_rows": {"espalier_worker"},  # of bases, which are nobody's: what a worker found when it loaded one
     "service_rows": {"espalier_schedule,espalier_worker", "espalier_schedule"},
-    "owner_rows": {"postgres"},
+    "owner_rows": {OWNER.role},
     "old_rows": {"espalier_schedule"},
+    "reader_rows": {"espalier_auditor,espalier_backup"},
 }
 # These take away from what the others allow: of histories the schedule deletes what is old, and nothing else.
 NARROWING_POLICIES = {"old_rows"}
-# What another tenant has granted, and what a queue's length is made of, may be looked at and no more.
-READ_ONLY_POLICIES = {"allowed_rows", "granted_rows", "shared_rows", "outlook_rows"}
+# What another tenant has granted, what a queue's length is made of, and all that is audited, may be looked at and no more.
+READ_ONLY_POLICIES = {"allowed_rows", "granted_rows", "shared_rows", "outlook_rows", "reader_rows"}
+READERS = ("espalier_auditor", "espalier_backup")
 
 
 def tables_of(owner: Engine) -> dict[str, tuple[bool, bool]]:
@@ -130,3 +134,38 @@ def test_no_runtime_role_can_pass_the_wall(owner: Engine) -> None:
     query = text("select count(*) from pg_roles where rolname like 'espalier_%' and (rolsuper or rolbypassrls)")
     with service_transaction(owner) as session:
         assert session.scalar(query) == 0
+
+
+@pytest.mark.parametrize("role", READERS)
+def test_auditors_and_backups_see_every_row_of_every_table_and_change_none(owner: Engine, role: str) -> None:
+    query = text("""
+        select table_name || ': ' || privilege_type from information_schema.role_table_grants
+        where grantee = :role and privilege_type <> 'SELECT'
+    """)
+    with service_transaction(owner) as session:
+        session.execute(text(f"set local role {role}"))
+        require_sight(session)  # fails for a new table whose migration did not call let_readers_in
+        assert session.scalars(query, {"role": role}).all() == []
+
+
+def test_backups_read_where_every_sequence_is(owner: Engine) -> None:
+    query = text("""
+        select relname from pg_class where relnamespace = 'public'::regnamespace
+          and case when relkind = 'S' then not has_sequence_privilege('espalier_backup', oid, 'select') end
+    """)
+    with service_transaction(owner) as session:
+        assert session.scalars(query).all() == []
+
+
+def test_the_owner_sees_no_tenants_file_until_it_becomes_the_auditor(
+    database: Database, api: Engine, tenant: Tenant
+) -> None:
+    add_file(api, tenant)
+    engine = connect(database.owner_url)
+    count = text("select count(*) from files where tenant_id = :id")
+    with service_transaction(engine) as session, pytest.raises(HiddenRowsError, match="does not see every row of"):
+        assert session.scalar(count, {"id": tenant.id}) == 0
+        require_sight(session)
+    with auditor_transaction(engine) as session:
+        assert session.scalar(count, {"id": tenant.id}) == 1
+    engine.dispose()

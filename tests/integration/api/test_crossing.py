@@ -195,7 +195,7 @@ def walled(database: Database, servers: ServerAddresses) -> Iterator[Watched]:
 @pytest.fixture(scope="module")
 def unwalled(database: Database, servers: ServerAddresses) -> Iterator[Watched]:
     """The application as a superuser of the database: no row-level security, only the filters."""
-    with running(database.owner_url, servers) as watched:
+    with running(database.superuser_url, servers) as watched:
         yield watched
 
 

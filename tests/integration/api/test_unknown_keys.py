@@ -59,7 +59,7 @@ def test_while_strangers_keys_are_looked_up_a_known_key_is_answered(
     assert client.get(jobs, headers=bearer(tenant.api_key)).status_code == 200
     keys = [generate_api_key() for _ in range(NUM_STRANGERS)]
     keys += [generate_api_key(OPERATOR_PREFIX) for _ in range(NUM_STRANGERS)]
-    with ThreadPoolExecutor(len(keys)) as pool, psycopg.connect(database.owner_url) as holding:
+    with ThreadPoolExecutor(len(keys)) as pool, psycopg.connect(database.superuser_url) as holding:
         holding.execute("lock table api_keys, operator_keys in access exclusive mode")
         paths = [jobs] * NUM_STRANGERS + ["/admin/tenants"] * NUM_STRANGERS
         asked: list[Future[httpx.Response]] = [

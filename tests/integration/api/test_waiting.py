@@ -106,7 +106,7 @@ def statuses_of(asked: list[Future[httpx.Response]]) -> list[int]:
 
 
 def idle_transactions(database: Database) -> int:
-    with psycopg.connect(database.owner_url) as connection:
+    with psycopg.connect(database.superuser_url) as connection:
         found = connection.execute(
             "select count(*) from pg_stat_activity where datname = current_database() and state like 'idle in trans%'"
         )
@@ -278,7 +278,7 @@ def test_requests_that_wait_for_a_lock_leave_threads_to_other_tenants(
     http: httpx.Client, neighbour: httpx.Client, database: Database, tenant: Tenant, file_id: str
 ) -> None:
     job = http.post("/fine_tuning/jobs", json={"model": BASE_MODEL, "training_file": file_id}).json()["id"]
-    with ThreadPoolExecutor(NUM_ASKED) as pool, psycopg.connect(database.owner_url) as holding:
+    with ThreadPoolExecutor(NUM_ASKED) as pool, psycopg.connect(database.superuser_url) as holding:
         holding.execute("select set_config('app.tenant_id', %s, false)", [str(tenant.id)])
         holding.execute("select 1 from jobs where id = %s for update", [parse_id(IdKind.JOB, job)])
         asked = [pool.submit(http.post, f"/fine_tuning/jobs/{job}/cancel") for _ in range(NUM_ASKED)]
@@ -295,7 +295,7 @@ def test_streams_that_wait_to_begin_leave_threads_to_other_tenants(
 ) -> None:
     path = f"/fine_tuning/jobs/ftjob-{'0' * 32}/stream"
     num_asked = 3 * NUM_ASKED
-    with ThreadPoolExecutor(num_asked) as pool, psycopg.connect(database.owner_url) as holding:
+    with ThreadPoolExecutor(num_asked) as pool, psycopg.connect(database.superuser_url) as holding:
         holding.execute("lock table jobs in access exclusive mode")
         asked = [pool.submit(http.get, path) for _ in range(num_asked)]
         wait_until(lambda: num_waiting(database) == SHARE_OF_TENANT)
@@ -307,7 +307,7 @@ def test_streams_that_wait_to_begin_leave_threads_to_other_tenants(
 
 
 def num_waiting(database: Database) -> int:
-    with psycopg.connect(database.owner_url) as connection:
+    with psycopg.connect(database.superuser_url) as connection:
         found = connection.execute(
             "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
         )

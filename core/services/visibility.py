@@ -1,0 +1,31 @@
+"""What a role cannot see: an answer about everybody's rows is worth nothing where policies hide some of them."""
+
+from __future__ import annotations
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+# A policy shows all rows where it asks for nothing. One that restricts may hide any of them.
+_HIDDEN = text("""
+select c.relname from pg_class c
+where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p') and (
+    not has_table_privilege(c.oid, 'select') or row_security_active(c.oid) and (
+        exists (select from pg_policy p where p.polrelid = c.oid and not p.polpermissive)
+        or not exists (
+            select from pg_policy p where p.polrelid = c.oid and p.polcmd in ('r', '*')
+              and pg_get_expr(p.polqual, p.polrelid) = 'true'
+              and exists (select from unnest(p.polroles) r where r = 0 or pg_has_role(r, 'USAGE')))))
+order by c.relname
+""")
+
+
+class HiddenRowsError(Exception):
+    """There are tables of which the role that asks may not see every row; the message names them."""
+
+
+def require_sight(session: Session) -> None:
+    """Raise HiddenRowsError unless this transaction's role sees every row of every table."""
+    hidden = session.scalars(_HIDDEN).all()
+    if hidden:
+        role = session.scalars(text("select current_user")).one()
+        raise HiddenRowsError(f"{role} does not see every row of {', '.join(hidden)}.")
