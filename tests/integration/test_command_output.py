@@ -180,6 +180,7 @@ def invocations(tmp_path: Path, owner: Engine, tenant: Tenant) -> dict[str, tupl
         "operators create": ("olga",),
         "operators list": (),
         "operators revoke": (operator_key_id,),
+        "tenants delete": (slug, "--yes"),
     }
 
 
@@ -292,15 +293,18 @@ def test_a_pool_may_be_asked_for_as_tables_show_it(espalier: Espalier, owner: En
     assert BASE_MODEL.partition("/")[0] in espalier("jobs").stdout
 
 
-def _read_terminal(words: list[str], env: dict[str, str], num_columns: int) -> list[str]:
-    """Return the lines that a command shows on a terminal of so many columns."""
+def _read_terminal(
+    words: list[str], env: dict[str, str], num_columns: int, *, typed: str = "", exit_code: int = 0
+) -> list[str]:
+    """Return the lines that a command shows on a terminal of so many columns, where something is typed."""
     terminal, theirs = pty.openpty()
     here = {**os.environ, **env, "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": str(num_columns)}
     argv = [sys.executable, "-m", "cli", *words]
     with subprocess.Popen(argv, cwd=ROOT, env=here, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
+        os.write(terminal, typed.encode())
         seen = _drain(terminal)
-        assert process.wait() == 0, seen
+        assert process.wait() == exit_code, seen
     os.close(terminal)
     return re.sub(r"\x1b\[[0-9;]*m", "", seen.decode()).splitlines()
 
@@ -407,6 +411,25 @@ def test_what_a_command_has_changed_is_one_line(espalier: Espalier, tenant: Tena
         ),
     ):
         assert espalier(*words).stdout.splitlines() == [told]
+
+
+def test_a_tenant_is_deleted_only_by_somebody_who_types_its_slug_or_is_sure(
+    espalier: Espalier, env: dict[str, str], tenant: Tenant
+) -> None:
+    words = ["tenants", "delete", tenant.slug]
+    refused = espalier(*words)
+    assert (refused.exit_code, "Say --yes." in refused.stderr) == (1, True)
+    told = _read_terminal(words, env, 200, typed="another\n", exit_code=1)
+    assert "Nothing was deleted." in told[-1]
+    assert tenant.slug in espalier("tenants", "list", "--json").stdout
+    told = _read_terminal(words, env, 200, typed=f"{tenant.slug}\n")
+    assert f"This deletes all jobs, models, files, uploads and keys of the tenant {tenant.slug}." in told[0]
+    new_slug = f"deleted-{tenant.id.hex[-8:]}"
+    assert f"Tenant {tenant.slug} is now {new_slug}." in "".join(told)
+    listed = documents_of(espalier("tenants", "list", "--json").stdout)
+    assert {row["slug"]: row["deletion"] for row in listed}[new_slug] == "being deleted"
+    assert espalier("tenants", "enable", new_slug).stderr == "This organization is deleted, for ever.\n"
+    assert espalier(*words, "--yes").stderr == f"There is no tenant {tenant.slug!r}.\n"
 
 
 def test_a_check_in_a_pipe_is_as_wide_as_the_other_tables(espalier: Espalier) -> None:
