@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp
@@ -94,5 +94,6 @@ def create_app(settings: ApiSettings) -> FastAPI:
 @asynccontextmanager
 async def _live(app: FastAPI) -> AsyncIterator[None]:
     feed: EventFeed = app.state.feed
-    async with feed.running():
-        yield
+    with closing(app.state.previewer):
+        async with feed.running():
+            yield

@@ -20,6 +20,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -30,6 +31,7 @@ from api.server import make_config, serve
 from core.db.readiness import find_database_obstacle
 from core.db.session import connect
 from core.sandbox import die_with_parent, hide_memory
+from core.scratch import scratch_directory
 from core.settings import ApiSettings
 from core.telemetry.liveness import PROCESS
 from core.telemetry.logs import configure_logs
@@ -75,7 +77,7 @@ class ProcessGroup:
         woken = _note_signals()
         self._listener = make_config(self._settings).bind_socket()
         with ExitStack() as exits:
-            directory = exits.enter_context(tempfile.TemporaryDirectory(prefix="espalier-metrics-"))
+            directory = str(exits.enter_context(scratch_directory("api", Path(tempfile.gettempdir()))))
             os.environ[_METRICS_DIRECTORY] = directory  # before a child is there
             exits.callback(self._stop)
             self._children = [self._start() for _ in range(self._settings.api_processes)]

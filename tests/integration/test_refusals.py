@@ -120,7 +120,11 @@ FIRST_LOOKS_AT_FILES = frozenset({"base-models add"})
     ],
 )
 def test_a_url_that_is_none_is_named(refusals: Refusals, url: str) -> None:
-    assert_all_say(refusals(url), "ESPALIER_OWNER_DATABASE_URL (Value error, This is no URL of a database", but=FIRST_LOOKS_AT_FILES)
+    assert_all_say(
+        refusals(url),
+        "ESPALIER_OWNER_DATABASE_URL (Value error, This is no URL of a database",
+        but=FIRST_LOOKS_AT_FILES,
+    )
 
 
 def test_a_database_that_is_away_is_named(refusals: Refusals) -> None:

@@ -360,6 +360,23 @@ def test_what_down_stopped_comes_back_with_its_key_and_leaves_nothing_when_kille
     assert find_launcher(tmp_path / "data dir") is None
 
 
+def test_what_killed_processes_have_left_in_the_temporary_directory_goes_with_the_next_start(
+    registry: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "temporary"
+    place.mkdir()
+    env = {"TMPDIR": str(place), "ESPALIER_API_PROCESSES": "2"}
+    with run_up(tmp_path / "data", registry, env=env) as killed:
+        everything = killed.everything()
+        for pid in everything:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(is_running, everything)))
+    assert list(place.glob("espalier-api-*")), "nothing was left that could go"
+    with run_up(tmp_path / "data", registry, env=env) as following:
+        assert espalier("down", "--data-dir", following.data_dir).exit_code == 0
+    assert list(place.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["redis", "s3", "postgres"])
 def test_a_server_that_died_is_started_again_beside_the_rest_and_up_and_status_say_so(up: Up, name: str) -> None:
     before = up.state.pids

@@ -15,12 +15,12 @@ from core.db.readiness import find_database_obstacle
 from core.db.session import connect
 from core.queue import TASK_NAME
 from core.sandbox import hide_memory
+from core.scratch import remove_abandoned
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from core.telemetry.logs import configure_logs
 from core.telemetry.management import ManagementServer
 from core.telemetry.tracing import configure_tracing
-from worker.scratch import remove_abandoned
 from worker.supervisor.app import create_celery
 from worker.supervisor.idle_exit import IdleExit
 from worker.supervisor.metrics import WorkerCollector
