@@ -27,6 +27,7 @@ _ONCE = {
         values (gen_random_uuid(), 'o', decode(repeat('00', 32), 'hex'), 'olga')""",
     "0011": "insert into base_tokenizers (base_model_id, object_key) values ('base', 'bases/base/tokenizer')",
     "0019": "insert into pools (name, step_seconds, load_seconds) values ('base@none', 1, 2)",
+    "0029": "insert into retention_marks values ('events', $then, '00000000-0000-0000-0000-000000000001')",
 }
 # Once for each tenant, of whose jobs the first waits, the second is done and the third is paused.
 _EACH = {
