@@ -189,6 +189,7 @@ def find_marks(owner_url: str) -> Marks:
 def tenant_looks(marks: Marks) -> dict[str, str]:
     jobs, job = "/v1/fine_tuning/jobs", f"/v1/fine_tuning/jobs/{marks.job}"
     return {
+        "nothing (/livez), to compare with": "/livez",
         "jobs, newest": jobs,
         "jobs, newest 100": f"{jobs}?limit=100",
         "jobs, deep": f"{jobs}?after={marks.middle_job}",

@@ -33,8 +33,10 @@ INSERT = """
 insert into metric_blocks (job_id, last_step, tenant_id, num_steps, least_loss, least_step, greatest_loss, greatest_step,
     evaluated_step)
 """
+# Its plan is kept for as long as a worker's connection, also where that begins while the table is small.
 SUM_UP = f"""
-create function sum_up_steps() returns trigger language plpgsql set search_path = pg_catalog, public, pg_temp as $$
+create function sum_up_steps() returns trigger language plpgsql
+set search_path = pg_catalog, public, pg_temp set enable_seqscan = off as $$
 begin
     {INSERT} {OF_NEW_STEP} on conflict do nothing;
     return null;

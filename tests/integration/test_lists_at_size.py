@@ -186,6 +186,14 @@ def test_no_list_of_a_tenant_reads_what_others_wrote(database: Database, crowd: 
     assert num_buffers < MAX_BUFFERS
 
 
+def test_one_stream_catches_up_in_few_reads_and_many_at_once_fill_no_memory(owner: Engine, crowd: Crowd) -> None:
+    watch = Watch(crowd.job_id, crowd.tenant.key_id, after=0)
+    with service_transaction(owner) as session:
+        for num_watches, num_events in ((1, 1000), (10, 100), (100, 50)):
+            states = streams.read_watches(session, crowd.tenant.id, watches=[watch] * num_watches)
+            assert {(len(state.events), state.has_more) for state in states} == {(num_events, True)}
+
+
 @pytest.mark.parametrize("before", [None, 300])
 def test_a_tenants_audit_entries_are_found_behind_those_of_others(
     owner: Engine, crowd: Crowd, before: int | None
