@@ -12,7 +12,7 @@ import contextlib
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -32,6 +32,7 @@ log = structlog.get_logger()
 
 SWEEP_SECONDS = 2.0
 MAX_STREAMS_PER_TENANT = 500
+IDLE_SECONDS = 15.0  # a proxy must not take a quiet stream for a dead one
 _GATHER_SECONDS = 0.02  # news of one step of a fused batch come together
 _RETRY_SECONDS = 0.5
 _NUM_READERS = 4
@@ -72,6 +73,7 @@ class _Stream:
     watch: Watch
     is_waiting: bool = False
     has_news: bool = True
+    is_behind: bool = False  # what it was sent last was not all
     batches: asyncio.Queue[Batch | None] = field(default_factory=asyncio.Queue)
 
 
@@ -121,8 +123,11 @@ class EventFeed:
                 f"There are {MAX_STREAMS_PER_TENANT} open streams already; close some.", code="too_many_streams"
             )
 
-    async def follow(self, tenant_id: uuid.UUID, watch: Watch) -> AsyncIterator[Batch]:
-        """Yield what happens to a job behind the watch's last event, up to the job's end or the key's."""
+    async def follow(self, tenant_id: uuid.UUID, watch: Watch) -> AsyncGenerator[Batch]:
+        """Yield what happens to a job behind the watch's last event, up to the job's end or the key's.
+
+        An empty batch says that nothing has happened for a while.
+        """
         stream = _Stream(tenant_id, watch)
         self._streams.add(stream)
         self._num_open[tenant_id] += 1
@@ -131,7 +136,11 @@ class EventFeed:
             while not self._is_closed:
                 stream.is_waiting = True
                 self._woken.set()
-                batch = await stream.batches.get()
+                try:
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        batch = await stream.batches.get()
+                except TimeoutError:
+                    batch = _NOTHING
                 if batch is _CLOSED:
                     return
                 yield batch
@@ -154,7 +163,8 @@ class EventFeed:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SWEEP_SECONDS):
                     await self._woken.wait()
-            await asyncio.sleep(_GATHER_SECONDS)
+            if not any(stream.is_waiting and stream.is_behind for stream in self._streams):
+                await asyncio.sleep(_GATHER_SECONDS)
             self._woken.clear()
             due = self._take_due()
             if due and not await self._read(due):
@@ -200,6 +210,7 @@ def _deliver(streams: list[_Stream], batches: Iterable[Batch]) -> None:
         if batch.events:
             stream.watch = replace(stream.watch, after=batch.events[-1].number)
         stream.has_news |= batch.has_more  # what was noted while this was being read stands
+        stream.is_behind = batch.has_more
         stream.is_waiting = False
         stream.batches.put_nowait(batch)
 

@@ -29,6 +29,10 @@ DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeoutE
 # A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
 _IDLE_TRANSACTION_MILLISECONDS = 5000
 _DATA_EXCEPTIONS = "22"  # the class of SQLSTATEs whose messages quote the value: "invalid input syntax for ..."
+# By its estimates PostgreSQL would rather walk everybody's newest rows, which lie side by side, than a tenant's own,
+# which do not. It takes a tenant's rows for evenly spread, and one that has been quiet has none among the newest. Where
+# pages cost nothing, the plan that looks at the fewest rows wins: that of an index that begins with the tenant or job.
+_FEWEST_ROWS = {"seq_page_cost": "0", "random_page_cost": "0"}
 # A connection that has rested for longer is asked for a sign of life before it is used.
 _REST_SECONDS = 0.5
 _BOUNDS = "espalier_bounds"  # the name among an engine's execution options
@@ -74,7 +78,8 @@ def _bounds_of(lock_timeout_seconds: float) -> dict[str, str]:
 @contextmanager
 def tenant_transaction(engine: Engine, tenant_id: uuid.UUID, *, actor: str = "") -> Iterator[Session]:
     """Open a transaction that sees and writes this tenant's rows only. `actor` is who the audit log will name."""
-    with _transaction(engine, {"app.tenant_id": str(tenant_id), "app.actor": actor}) as session:
+    identity = {"app.tenant_id": str(tenant_id), "app.actor": actor}
+    with _transaction(engine, identity | _FEWEST_ROWS) as session:
         yield session
 
 

@@ -12,8 +12,9 @@ from sqlalchemy.exc import IntegrityError
 
 from core.db.session import connect, service_transaction
 from core.domain.ids import IdKind, format_id
-from core.services.attempts import Lease
+from core.services.attempts import Lease, record_evaluation
 from core.services.logs import record_log_line
+from core.services.metrics import StepRange, read_metrics
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import record_step, start_job
 from tests.waiting import PATIENCE_SECONDS
@@ -79,6 +80,51 @@ def test_no_more_points_are_answered_than_were_asked_for(
     add_steps(owner, lease, "s % 3", last=5000, valid_loss="case when s % 3 = 1 then 7.5 end")
     steps = [row["step"] for row in get(api_url, tenant, lease, "metrics", points=points).json()["data"]]
     assert len(steps) == points // 3 * 3
+
+
+def read(owner: Engine, lease: Lease, steps: StepRange, points: int) -> tuple[list[int], int]:
+    with service_transaction(owner) as session:
+        series = read_metrics(session, lease.tenant_id, job_id=lease.job_id, steps=steps, points=points)
+        return [row.step for row in series.rows], series.num_steps
+
+
+def test_what_is_summed_up_says_the_same_as_the_steps_themselves(owner: Engine, tenant: Tenant) -> None:
+    lease = start_job(owner, tenant.id)
+    skipped = "s % 500 = 7 or s in (64, 3200)"  # two of them would have ended a block
+    with service_transaction(owner) as session:
+        session.execute(
+            text(f"""
+            insert into metrics (job_id, tenant_id, step, lease_token, train_loss, train_accuracy, learning_rate,
+                grad_norm, num_tokens, valid_loss)
+            select :job, :tenant, s, :token, abs(hashint8(s)) % 97, 0.5, 0.1, 1, 10, case when s % 70 = 0 then 7.5 end
+            from generate_series(1, 5000) s where not ({skipped}) order by s
+            """),
+            {"job": lease.job_id, "tenant": lease.tenant_id, "token": lease.token},
+        )
+    asked = [
+        (StepRange(first, last), points)
+        for first, last in ((1, 2**40), (1, 4000), (33, 64), (40, 4321), (65, 4999), (4000, 4100), (4970, 5000))
+        for points in (3, 60, 600)
+    ]
+    summed_up = [read(owner, lease, *each) for each in asked]
+    with service_transaction(owner) as session:
+        num_blocks = session.scalar(text("select count(*) from metric_blocks where job_id = :id"), {"id": lease.job_id})
+        session.execute(text("delete from metric_blocks where job_id = :id"), {"id": lease.job_id})
+    assert num_blocks == 5000 // 32 - 2
+    assert [read(owner, lease, *each) for each in asked] == summed_up
+
+
+def test_an_evaluation_is_charted_whether_its_block_ends_before_or_after_it(
+    owner: Engine, worker: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    evaluated = (10, 64, 90)
+    for step in range(1, 97):
+        record_step(worker, lease, step, loss=1.0)
+        if step in evaluated:
+            with service_transaction(worker) as session:
+                record_evaluation(session, lease, step=step, loss=7.5, accuracy=0.5)
+    assert read(owner, lease, StepRange(1, 96), 9) == ([10, 32, 64, 90, 96], 96)
 
 
 def test_few_steps_are_all_there_and_a_range_is_kept(api_url: str, owner: Engine, tenant: Tenant) -> None:
