@@ -9,9 +9,10 @@ import sqlalchemy as sa
 from alembic import op
 
 from migrations.forced import unforced
+from migrations.readers import let_readers_in
 
 revision = "0031"
-down_revision = "0026"
+down_revision = "0029"
 branch_labels = None
 depends_on = None
 
@@ -50,10 +51,19 @@ begin
     return null;
 end $$
 """
+# A job that goes on from a resume point records the steps behind it anew, and old steps are deleted by their age.
+FORGET_STEPS = """
+create function forget_steps() returns trigger language plpgsql set search_path = pg_catalog, public, pg_temp as $$
+begin
+    delete from metric_blocks where job_id = old.job_id and last_step = old.step;
+    return null;
+end $$
+"""
 TRIGGERS = """
 create trigger sum_up_steps after insert on metrics for each row when (new.step % 32 = 0) execute function sum_up_steps();
 create trigger note_evaluation after update of valid_loss on metrics for each row
-    when (new.valid_loss is not null) execute function note_evaluation()
+    when (new.valid_loss is not null) execute function note_evaluation();
+create trigger forget_steps after delete on metrics for each row when (old.step % 32 = 0) execute function forget_steps()
 """
 # What was written while all rows were summed up, before there were triggers.
 OF_JOBS_AT_WORK = "m.job_id in (select a.job_id from attempts a where a.outcome is null or a.ended_at >= now())"
@@ -94,6 +104,7 @@ def upgrade() -> None:
     )
     op.execute(SUM_UP)
     op.execute(NOTE_EVALUATION)
+    op.execute(FORGET_STEPS)
     # What locks the tables that are written comes last: jobs go on while the rows are summed up.
     with unforced():
         op.execute(f"{INSERT} {FILL.format(wanted='true')}")
@@ -116,7 +127,9 @@ def upgrade() -> None:
     op.execute(f"create policy tenant_rows on metric_blocks to espalier_api using ({own}) with check ({own})")
     op.execute("create policy service_rows on metric_blocks to espalier_worker, espalier_schedule using (true)")
     op.execute("grant select on metric_blocks to espalier_api")
-    op.execute("grant select, insert, update (evaluated_step) on metric_blocks to espalier_worker")
+    op.execute("grant select, insert, update (evaluated_step), delete on metric_blocks to espalier_worker")
+    op.execute("grant select, delete on metric_blocks to espalier_schedule")
+    let_readers_in(["metric_blocks"])
     _replace_outlook(OF_EITHER, OF_EACH)
     op.drop_constraint(op.f("uq_events_number"), "events", type_="unique")
     op.drop_constraint(op.f("uq_log_lines_number"), "log_lines", type_="unique")
@@ -126,8 +139,10 @@ def downgrade() -> None:
     op.create_unique_constraint(op.f("uq_log_lines_number"), "log_lines", ["number"])
     op.create_unique_constraint(op.f("uq_events_number"), "events", ["number"])
     _replace_outlook(OF_EACH, OF_EITHER)
+    op.execute("drop trigger forget_steps on metrics")
     op.execute("drop trigger note_evaluation on metrics")
     op.execute("drop trigger sum_up_steps on metrics")
+    op.execute("drop function forget_steps()")
     op.execute("drop function note_evaluation()")
     op.execute("drop function sum_up_steps()")
     op.drop_table("metric_blocks")

@@ -15,6 +15,7 @@ from core.domain.ids import IdKind, format_id
 from core.services.attempts import Lease, record_evaluation
 from core.services.logs import record_log_line
 from core.services.metrics import StepRange, read_metrics
+from core.services.resume_points import begin_steps
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import record_step, start_job
 from tests.waiting import PATIENCE_SECONDS
@@ -179,3 +180,19 @@ def test_a_line_of_no_attempt_is_not_kept_and_a_huge_one_is_refused(
     assert get(api_url, tenant, lease, "logs").json()["data"] == []
     with pytest.raises(IntegrityError, match="details_size"):
         log(worker, lease, "huge", words="x" * 5000)
+
+
+def test_a_chart_shows_what_was_trained_last_after_a_job_went_back(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    for step in range(1, 65):
+        record_step(worker, lease, step, loss=9.0 if step == 40 else 1.0)
+    with service_transaction(worker) as session:
+        begin_steps(session, lease, step=32, total_steps=64)
+    for step in range(33, 65):
+        record_step(worker, lease, step, loss=5.0 if step == 50 else 1.0)
+    with service_transaction(worker) as session:
+        series = read_metrics(session, tenant.id, job_id=lease.job_id, steps=StepRange(1, 64), points=6)
+    assert series.num_steps == 64
+    assert [(row.step, row.train_loss) for row in series.rows if row.train_loss > 1] == [(50, 5.0)]
