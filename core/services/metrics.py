@@ -76,7 +76,8 @@ def read_metrics(
     session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, steps: StepRange, points: int
 ) -> MetricSeries:
     """Return at most `points` (3 at least) steps of a job within a range, in order."""
-    own = (Metric.tenant_id == tenant_id, Metric.job_id == job_id, Metric.step.between(steps.first, steps.last))
+    in_range = Metric.step.between(steps.first, steps.last)
+    own: tuple[ColumnElement[bool], ...] = (Metric.tenant_id == tenant_id, Metric.job_id == job_id, in_range)
     found = _find_range(session, own)
     if found is None:
         return MetricSeries(rows=(), num_steps=0)
