@@ -21,7 +21,7 @@ from core import sandbox
 from core.domain.training import Frozen
 from local.locks import is_running
 from tests.waiting import PATIENCE_SECONDS, wait_until
-from worker.supervisor.children import TrainerChild, TrainerGoneError
+from worker.supervisor.children import _PRODUCT_CACHES, TrainerChild, TrainerGoneError, _child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CREDENTIALS = {
@@ -129,6 +129,31 @@ def test_a_trainer_has_no_credential_in_its_environment_arguments_or_files(
     assert sockets == []
     assert secret.name not in files
     secret.close()
+
+
+GROWS = """
+import psutil, torch
+from worker.engine.frozen import PackedWeight
+torch.set_num_threads(1)
+weights = [PackedWeight(torch.randn(n, k), None) for n in (32, 64, 96) for k in (32, 64)]
+def live_through(lengths):
+    for rows in lengths:
+        for number, weight in enumerate(weights):
+            weight.multiply(torch.zeros(1, rows, (32, 64)[number % 2]))
+    return psutil.Process().memory_info().rss
+with torch.no_grad():
+    before = live_through(range(1, 40))
+    print(live_through(range(40, 240)) - before)
+"""
+
+
+def test_a_trainer_keeps_few_of_the_products_that_are_compiled_for_each_length_of_a_step() -> None:
+    environment = {**_child_environment(1, None), "PYTHONPATH": str(ROOT)}
+    grown = [
+        int(subprocess.run([sys.executable, "-c", GROWS], env=env, capture_output=True, text=True, check=True).stdout)
+        for env in (environment, {**environment, **dict.fromkeys(_PRODUCT_CACHES, "1024")})
+    ]
+    assert grown[0] < grown[1] / 4, "as much is kept as without a bound"
 
 
 @pytest.mark.parametrize(("offline", "is_told"), [("1", False), ("true", False), ("0", True)])
