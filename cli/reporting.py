@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from cli.output import fail, output_mode
+from core.db.session import DATABASE_ERRORS
 from core.domain.errors import DomainError
 from core.settings import SETTINGS_ERRORS
 from core.storage import StorageError
@@ -30,6 +31,7 @@ _KNOWN_ERRORS = (
     DomainError,
     OSError,
     SQLAlchemyError,
+    *DATABASE_ERRORS,
     StorageError,
     *SETTINGS_ERRORS,
     redis.RedisError,
@@ -97,7 +99,7 @@ def describe_error(error: BaseException) -> str:
     """Return an error in one sentence for an operator. It names what was asked, and quotes no secret."""
     if isinstance(error, DomainError):
         return error.message
-    if isinstance(error, DBAPIError):
+    if isinstance(error, (DBAPIError, *DATABASE_ERRORS)):
         return f"The database does not answer, or refuses: {_first_line(error)}"
     if isinstance(error, redis.RedisError):
         return f"Redis does not answer, or refuses: {_first_line(error)}"

@@ -59,7 +59,7 @@ def check_database(engine: Engine) -> Finding:
     try:
         with service_transaction(engine) as session:
             major, version, role, num_allowed, num_open = session.execute(query).one()
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, *DATABASE_ERRORS) as error:
         return failed(
             "database", describe_error(error), remedy="See that the URL, the network and pg_hba.conf let it in."
         )
@@ -136,7 +136,7 @@ def check_operator(session: Session) -> Finding:
         with session.begin_nested():
             session.execute(text("set local role espalier_operator"))
             session.execute(text("reset role"))
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, *DATABASE_ERRORS) as error:
         remedy = f"Run `grant espalier_operator to {me} with set true` as a role that may."
         return failed("operator", describe_error(error), remedy=remedy)
     return ok("operator", f"{me} can act as an operator.")
