@@ -26,7 +26,7 @@ from core.db.session import DATABASE_ERRORS, tenant_transaction
 from core.domain.errors import RateLimitedError
 from core.services.events import EVENT_CHANNEL
 from core.services.streams import Watch, WatchState, read_watches
-from core.telemetry.liveness import PROCESS
+from core.telemetry.liveness import PROCESS, end_process
 
 log = structlog.get_logger()
 
@@ -98,23 +98,24 @@ class EventFeed:
             loop.call_soon_threadsafe(self._note, job_id)
 
         listener = Listener(self._database_url, EVENT_CHANNEL, on_payload=note, on_connect=note)
-        PROCESS.watch(listener.thread)
+        listening = PROCESS.start_thread(listener.run, name=f"listen:{EVENT_CHANNEL}")
         poller = asyncio.create_task(self._poll())
+        poller.add_done_callback(_end_process_with)
         try:
             yield
         finally:
             self.close()
-            PROCESS.release(listener.thread)
+            PROCESS.release(listening)
+            listener.request_stop()
             poller.cancel()
             await asyncio.gather(poller, return_exceptions=True)
-            await loop.run_in_executor(None, listener.close)
+            await loop.run_in_executor(None, listening.join)
             self._readers.shutdown()
 
     def close(self) -> None:
         """End every stream, without a word: its client comes back with the number of its last event."""
         self._is_closed = True
-        for stream in self._streams:
-            stream.batches.put_nowait(_CLOSED)
+        _close(self._streams)
 
     def check_room(self, tenant_id: uuid.UUID) -> None:
         """Raises RateLimitedError when the tenant has too many streams open in this process."""
@@ -178,7 +179,10 @@ class EventFeed:
         return [stream for stream in self._streams if stream.is_waiting and (is_sweep or stream.has_news)]
 
     async def _read(self, due: list[_Stream]) -> bool:
-        """Read for these streams, a tenant at a time; False when the database could not be asked."""
+        """Read for these streams, a tenant at a time; False when the database could not be asked.
+
+        What cannot be read of one tenant, such as a row at fault, ends that tenant's streams and nobody else's.
+        """
         of_tenants: dict[uuid.UUID, list[_Stream]] = defaultdict(list)
         for stream in due:
             stream.has_news = False
@@ -188,9 +192,13 @@ class EventFeed:
             loop.run_in_executor(self._readers, self._read_tenant, tenant_id, [stream.watch for stream in streams])
             for tenant_id, streams in of_tenants.items()
         ]
-        answers = await asyncio.gather(*reads)
-        for streams, batches in zip(of_tenants.values(), answers, strict=True):
-            _deliver(streams, batches or ())
+        answers = await asyncio.gather(*reads, return_exceptions=True)
+        for (tenant_id, streams), batches in zip(of_tenants.items(), answers, strict=True):
+            if isinstance(batches, BaseException):
+                log.error("feed.failed", tenant_id=str(tenant_id), exc_info=batches)
+                _close(streams)
+            else:
+                _deliver(streams, batches or ())
         return None not in answers
 
     def _read_tenant(self, tenant_id: uuid.UUID, watches: list[Watch]) -> list[Batch] | None:
@@ -201,6 +209,18 @@ class EventFeed:
             log.warning("database.unavailable", error=type(error).__name__)
             return None
         return [_as_batch(state) for state in states]
+
+
+def _end_process_with(poller: asyncio.Task[None]) -> None:
+    """Without the poller every stream would stay open, and silent for ever."""
+    if not poller.cancelled():
+        end_process("feed", poller.exception())
+
+
+def _close(streams: Iterable[_Stream]) -> None:
+    for stream in streams:
+        stream.is_waiting = False
+        stream.batches.put_nowait(_CLOSED)
 
 
 def _deliver(streams: list[_Stream], batches: Iterable[Batch]) -> None:

@@ -10,9 +10,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import psycopg
 from psycopg import sql
 
+from core.db.connections import open_connection
+from core.db.session import DATABASE_ERRORS
 from local.binaries import find_postgres
 from local.privileges import drop_root
 from local.processes import ProcessFailedError, ProcessSpec
@@ -56,11 +57,11 @@ class PostgresServer:
     def answers(self) -> bool:
         """Return whether it answers, having made the database if need be."""
         try:
-            with psycopg.connect(self._url("postgres"), autocommit=True, connect_timeout=2) as connection:
+            with open_connection(self._url("postgres")) as connection:
                 found = connection.execute("select 1 from pg_database where datname = %s", (DATABASE,)).fetchone()
                 if not found:
                     connection.execute(sql.SQL("create database {}").format(sql.Identifier(DATABASE)))
-        except psycopg.OperationalError:
+        except DATABASE_ERRORS:
             return False
         return True
 

@@ -341,3 +341,15 @@ def test_a_reader_never_misses_the_event_of_a_slower_writer(api_url: str, owner:
         "The worker gives the job back; it is queued again.",
         "The job was cancelled.",
     ]
+
+
+def test_a_row_at_fault_ends_the_streams_of_its_tenant_and_nobody_elses(
+    api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    poisoned, sound = start_job(owner, tenant.id), start_job(owner, other_tenant.id)
+    with owner.begin() as connection:
+        connection.execute(text("update events set details = '[1]' where job_id = :id"), {"id": poisoned.job_id})
+    with open_stream(api_url, tenant.api_key, wire_id(poisoned)) as events:
+        assert next(events, None) is None
+    with open_stream(api_url, other_tenant.api_key, wire_id(sound)) as events:
+        assert next(events).body["message"] == "Validated the files and queued the job."
