@@ -55,7 +55,9 @@ def check(directory: Path) -> None:
         owner_url = servers.addresses.postgres_url
         prepare_database(owner_url, Registry(base_models=()), logins=LOGINS)
         check_processes(
-            Database(owner_url, *(login_url(owner_url, each) for each in LOGINS)), servers.addresses, directory
+            Database(owner_url, owner_url, *(login_url(owner_url, each) for each in LOGINS)),
+            servers.addresses,
+            directory,
         )
 
 

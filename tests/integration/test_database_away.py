@@ -22,6 +22,7 @@ import pytest
 from psycopg import sql
 from sqlalchemy import Engine, text
 
+from core.db.clock import DatabaseClock
 from core.db.connections import Subscription
 from core.db.notifications import Listener
 from core.db.session import DATABASE_ERRORS, connect, service_transaction, state_of, took_too_long
@@ -101,7 +102,8 @@ def test_a_schedule_and_a_presence_outlive_a_read_only_database(
     queue_job(owner, tenant)
     other = connect(database.worker_url)
     log, name = tmp_path / "log", f"w-{uuid.uuid4()}"
-    presence = Presence(worker, interval_seconds=0.1, describe=lambda: WorkerFacts(name, pools=(), state="idle"))
+    clock, facts = DatabaseClock(worker), WorkerFacts(name, pools=(), state="idle")
+    presence = Presence(worker, clock, interval_seconds=0.1, describe=lambda: facts)
     presence.start()
     with log.open("wb") as stream, schedule_process(database, servers, log=stream, **QUICK) as process:
         wait_until(lambda: leader_pid(owner) == process.pid, what="the schedule's lead")

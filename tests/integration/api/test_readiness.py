@@ -77,7 +77,7 @@ def test_an_api_on_an_older_schema_says_on_both_ports_that_it_must_be_migrated(
             assert answer.json()["error"]["message"] == TOO_OLD
             assert answer.headers["retry-after"]
             assert (ask(management).status_code, ask(management).text) == (503, f"{TOO_OLD}\n")
-        wait_until(lambda: ask(port).is_success)
+        wait_until(lambda: ask(port).is_success and ask(management).is_success)
         with changed(owner, **at_revision(f"{int(NEWEST) + 1:04}")):
             assert ask(management).text == "ok\n"
 
