@@ -52,7 +52,7 @@ _EACH = {
         select gen_random_uuid(), tenant_id, id, 'info', 'message', 'm' from jobs where tenant_id = '$tenant';
         insert into metrics (job_id, step, tenant_id, lease_token, train_loss, train_accuracy, learning_rate, grad_norm,
             num_tokens, created_at)
-        select job_id, 1, tenant_id, lease_token, 1, 1, 1, 1, 1, $then from attempts where tenant_id = '$tenant';
+        select job_id, 32, tenant_id, lease_token, 1, 1, 1, 1, 1, $then from attempts where tenant_id = '$tenant';
         insert into checkpoints (id, tenant_id, job_id, lease_token, step, model_name, object_prefix, files, metrics)
         select gen_random_uuid(), tenant_id, job_id, token, 1, 'm-$number',
             format('tenants/%s/jobs/%s/%s/', tenant_id, job_id, token), '[{"size_bytes": 7}]', '{}'
