@@ -41,7 +41,14 @@ CREDENTIALS = {
     "NVIDIA_API_KEY": "hush-14",
     "HARMLESS_BY_ITS_NAME": "hush-15",
 }
-HUB = {"HF_TOKEN": "hub-token", "HTTPS_PROXY": "http://proxy:3128", "https_proxy": "http://proxy:3128"}
+HUB = {
+    "HF_TOKEN": "hub-token",
+    "HF_ENDPOINT": "https://hub.example",
+    "HTTPS_PROXY": "http://user:p%40ss@proxy:3128",
+    "https_proxy": "http://user:p%40ss@proxy:3128",
+    "NO_PROXY": "s3.example",
+}
+AUTHORITIES = {"SSL_CERT_FILE": "/ca.pem", "SSL_CERT_DIR": "/certificates", "REQUESTS_CA_BUNDLE": "/ca.pem"}
 # A process that holds a secret and starts a trainer, as a worker does, and lives on.
 SUPERVISOR = """
 import sys, time
@@ -160,7 +167,7 @@ def test_a_trainer_keeps_few_of_the_products_that_are_compiled_for_each_length_o
 def test_only_a_trainer_that_may_reach_a_hub_is_told_the_token_and_the_proxies(
     monkeypatch: pytest.MonkeyPatch, offline: str, is_told: bool
 ) -> None:
-    for name, value in {**HUB, "HF_HUB_OFFLINE": offline}.items():
+    for name, value in {**HUB, **AUTHORITIES, "HF_HUB_OFFLINE": offline}.items():
         monkeypatch.setenv(name, value)
     child = start_trainer()
     try:
@@ -169,6 +176,7 @@ def test_only_a_trainer_that_may_reach_a_hub_is_told_the_token_and_the_proxies(
         end_trainer(child)
     assert {f"{name}={value}" in environment for name, value in HUB.items()} == {is_told}
     assert f"HF_HUB_OFFLINE={offline}" in environment
+    assert {f"{name}={value}" in environment for name, value in AUTHORITIES.items()} == {True}
 
 
 @pytest.mark.parametrize("prefix", [(), WITHOUT_CAPABILITIES], ids=["with what this user may", "without capabilities"])
