@@ -68,10 +68,8 @@ def test_a_failover_costs_no_job_nothing_is_charged_and_nobody_is_started_again(
 
             is_present = "select count(*) from workers where alive_until > clock_timestamp() and state <> %s"
             wait_until(lambda: lab.sql(is_present, "stopping") == [(1,)], what="the worker's presence")
-            listening = (
-                "select count(distinct usename) from pg_stat_activity where query ilike 'listen %%' or query = %s"
-            )
-            wait_until(lambda: lab.sql(listening, "") == [(2,)], what="the listeners of API and schedule")
+            listening = "select count(distinct usename) from pg_stat_activity where query ilike %s"
+            wait_until(lambda: lab.sql(listening, "listen %") == [(2,)], what="the listeners of API and schedule")
 
             lost = lab.submit(n_epochs=40)  # the schedule wakes a worker for it, and expires its lease
             lab.wait_for_step(lost, 1)
