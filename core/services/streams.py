@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ARRAY, BigInteger, Integer, Uuid, and_, column, func, literal, select, true
+from sqlalchemy import ARRAY, BigInteger, Integer, Uuid, and_, column, func, literal, select
 from sqlalchemy.orm import Session, aliased
 
 from core.db.models import Event, Job
@@ -70,7 +70,10 @@ def _conclude(missed: list[Event], *, status: str | None, is_key_live: bool) -> 
 
 
 def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch]) -> Any:
-    """Rows of (position of the watch from 1, the job's status, an event or None), each watch's events in order."""
+    """Rows of (position of the watch from 1, the job's status, an event or None), each watch's events in order.
+
+    A deleted job has its last status, so that its followers learn that it is over, and no event.
+    """
     positions = func.unnest(
         literal(list(range(1, len(watches) + 1)), ARRAY(Integer)),
         literal([watch.job_id for watch in watches], ARRAY(Uuid)),
@@ -90,6 +93,6 @@ def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch]) -> Any:
     return (
         select(watched.c.position, Job.status, event)
         .join(Job, and_(Job.id == watched.c.job_id, Job.tenant_id == tenant_id))
-        .outerjoin(event, true())
+        .outerjoin(event, Job.deleted_at.is_(None))
         .order_by(watched.c.position, event.number)
     )
