@@ -43,6 +43,7 @@ from core.storage import ObjectStore, S3ObjectStore, StorageError
 from core.telemetry.liveness import PROCESS, Duty
 from core.telemetry.logs import configure_logs
 from core.telemetry.management import ManagementServer
+from schedule.eraser import erase
 from schedule.forgetter import days_kept, forget
 from schedule.metrics import DUTY_SECONDS, LEASES_EXPIRED, OBJECTS_DELETED, POOLS_WOKEN, QueueCollector
 from schedule.purger import purge
@@ -201,6 +202,8 @@ class Schedule:
             forget_set_asides(session)
             expire_files(session)
         try:
+            min_age = dt.timedelta(seconds=self._settings.garbage_age_seconds)
+            erase(self._engine, self._store, min_age=min_age, may_go_on=self._may_clean)
             OBJECTS_DELETED.labels("purge").inc(purge(self._engine, self._store, may_go_on=self._may_clean))
         except StorageError as error:
             log.warning("storage.unavailable", error=str(error))

@@ -51,6 +51,12 @@ def change_tenant(session: OperatorTransaction, slug: str, body: ChangeTenant) -
     return TenantObject.of(tenants.change_tenant(session, slug, change=body))
 
 
+@router.delete("/tenants/{slug}")
+def delete_tenant(session: OperatorTransaction, slug: str) -> TenantObject:
+    """Delete a tenant with all that it has, for ever. The answer has the slug by which it is seen from now on."""
+    return TenantObject.of(tenants.delete_tenant(session, slug))
+
+
 @router.post("/tenants/{slug}/api_keys")
 def create_api_key(database: Database, operator: Operator, slug: str, body: CreateApiKey) -> IssuedApiKeyObject:
     """Make a key. The transaction ends here: others may wait for its lock in every thread that there is."""

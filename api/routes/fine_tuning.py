@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: submit, look, cancel, pause, resume."""
+"""/v1/fine_tuning/jobs: submit, look, cancel, pause, resume, delete."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fastapi import APIRouter, Header, Query, Request, Response
 
 from api.dependencies import Caller, Now, RowChecks, Transaction, needs
 from api.routing import OneThreadRoute, PrerequisiteError
-from api.schemas.objects import CheckpointObject, EventObject, JobObject, ListObject, as_list
+from api.schemas.objects import CheckpointObject, DeletedObject, EventObject, JobObject, ListObject, as_list
 from api.schemas.requests import CreateJob
 from core.domain.api_keys import Scope
-from core.domain.ids import IdKind, parse_id
+from core.domain.ids import IdKind, format_id, parse_id
 from core.services import adapters, events, idempotency, jobs
 from core.services.progress import estimate_jobs
 from core.services.submissions import UncheckedRowsError
@@ -98,6 +98,14 @@ def pause_job(session: Transaction, caller: Caller, job_id: str) -> JobObject:
 @router.post("/{job_id}/resume", dependencies=[needs(Scope.SUBMIT)])
 def resume_job(session: Transaction, caller: Caller, job_id: str) -> JobObject:
     return JobObject.of(jobs.resume_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)))
+
+
+@router.delete("/{job_id}", dependencies=[needs(Scope.SUBMIT)])
+def delete_job(session: Transaction, caller: Caller, job_id: str) -> DeletedObject:
+    """Delete a job that has ended, with its model, its checkpoints, its result file and all that is written of it."""
+    deleted = parse_id(IdKind.JOB, job_id)
+    jobs.delete_job(session, caller.tenant_id, job_id=deleted)
+    return DeletedObject(id=format_id(IdKind.JOB, deleted), object="fine_tuning.job")
 
 
 @router.get("/{job_id}/events", dependencies=[needs(Scope.READ)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,6 +46,8 @@ class TenantObject(BaseModel):
     allowed_base_models: list[str] | None
     is_disabled: bool
     created_at: int
+    deleted_at: int | None
+    erased_at: int | None
 
     @classmethod
     def of(cls, row: Tenant) -> TenantObject:
@@ -53,6 +56,8 @@ class TenantObject(BaseModel):
             id=format_id(IdKind.TENANT, row.id),
             is_disabled=row.disabled_at is not None,
             created_at=int(row.created_at.timestamp()),
+            deleted_at=_seconds(row.deleted_at),
+            erased_at=_seconds(row.erased_at),
             **{name: getattr(row, name) for name in same},
         )
 
@@ -113,3 +118,7 @@ class AuditObject(BaseModel):
             before=row.before,
             after=row.after,
         )
+
+
+def _seconds(instant: dt.datetime | None) -> int | None:
+    return None if instant is None else int(instant.timestamp())

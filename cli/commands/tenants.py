@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from cli.output import as_text, fields_of, print_rows, say
+from cli.output import as_text, fail, fields_of, print_rows, say, tell
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
 from cli.reporting import without_pydantic
 from cli.tables import Column
+from core.db.models import Tenant
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.errors import InvalidRequestError
 from core.services import tenants as services
@@ -31,6 +33,7 @@ _COLUMNS = (
     Column("requests_per_minute", "requests a minute"),
     Column("allowed_base_models", "bases"),
     Column("disabled_at", "disabled"),
+    "deletion",
 )
 Limit = Annotated[str | None, typer.Option(help="A number, or none.")]
 
@@ -49,8 +52,14 @@ def list_tenants(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Show the tenants with their weights, quotas and base models."""
     with operator_session(data_dir) as session:
         rows = services.list_tenants(session, after=None, limit=100_000).items
-    names = ("slug", *TenantChange.LIMITS, "allowed_base_models", "disabled_at")
-    print_rows(_COLUMNS, (fields_of(row, names) for row in rows))
+    names = ("slug", *TenantChange.LIMITS, "allowed_base_models", "disabled_at", "deleted_at", "erased_at")
+    print_rows(_COLUMNS, ({**fields_of(row, names), "deletion": _deletion_of(row)} for row in rows))
+
+
+def _deletion_of(row: Tenant) -> str | None:
+    if row.deleted_at is None:
+        return None
+    return "being deleted" if row.erased_at is None else "deleted"
 
 
 @tenants.command("set")
@@ -96,6 +105,36 @@ def disable(slug: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
 def enable(slug: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Let a disabled tenant in again."""
     _change_tenant(slug, {"is_disabled": False}, data_dir, said=f"Tenant {slug} is enabled.")
+
+
+@tenants.command("delete")
+def delete(
+    slug: str,
+    *,
+    is_sure: Annotated[bool, typer.Option("--yes", help="Do not ask to type the slug.")] = False,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Delete a tenant with its jobs, models, files and keys, for ever."""
+    with operator_session(data_dir) as session:
+        services.find_tenant(session, slug)
+    if not is_sure:
+        _ask_for(slug)
+    with operator_session(data_dir) as session:
+        deleted = services.delete_tenant(session, slug).slug
+    say(
+        f"Tenant {slug} is now {deleted}. Its keys are refused, its jobs are cancelled, and all that it has is erased. "
+        f"`espalier tenants list` says of {deleted} when nothing is left but its bookings.",
+        tenant=deleted,
+    )
+
+
+def _ask_for(slug: str) -> None:
+    """Let a person type the slug."""
+    if not sys.stdin.isatty():
+        fail("This deletes a tenant for ever, and nobody is there to be asked. Say --yes.")
+    tell(f"This deletes all jobs, models, files, uploads and keys of the tenant {slug}. Nothing can bring them back.")
+    if typer.prompt("Type its slug to delete it", err=True) != slug:
+        fail("That is another slug. Nothing was deleted.")
 
 
 def _change_tenant(slug: str, fields: dict[str, Any], data_dir: Path, *, said: str) -> None:

@@ -64,6 +64,7 @@ class Tenant(Row):
         _bounded("requests_per_minute", bounds.REQUESTS_PER_MINUTE),
         CheckConstraint("isfinite(usage_at)", name="usage_at_finite"),
         CheckConstraint("lift between -1e12 and 1e12", name="lift_bounded"),
+        CheckConstraint("deleted_at is null or disabled_at is not null", name="disabled_when_deleted"),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     slug: Mapped[str] = mapped_column(unique=True)
@@ -82,6 +83,9 @@ class Tenant(Row):
     requests_per_minute: Mapped[int | None]
     allowed_base_models: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
     disabled_at: Mapped[dt.datetime | None]
+    # Since when it is being erased, for ever, and when nothing was left of it but this row and its bookings.
+    deleted_at: Mapped[dt.datetime | None]
+    erased_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
 
 
@@ -129,7 +133,15 @@ class AuditEntry(Row):
     """One change, written by a trigger in the change's own transaction; no runtime role may write here."""
 
     __tablename__ = "audit_entries"
-    __table_args__ = (Index("ix_audit_entries_tenant_id_number", "tenant_id", "number"),)
+    __table_args__ = (
+        Index("ix_audit_entries_tenant_id_number", "tenant_id", "number"),
+        Index("ix_audit_entries_subject", "subject"),
+        Index(
+            "ix_audit_entries_project_id",
+            text("coalesce(after ->> 'project_id', before ->> 'project_id')"),
+            postgresql_where=text("starts_with(action, 'checkpoint_permission.')"),
+        ),
+    )
     number: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
     tenant_id: Mapped[uuid.UUID | None]
     actor: Mapped[str]
@@ -279,6 +291,7 @@ class Job(Row):
             "(status in ('succeeded', 'failed', 'cancelled')) = (finished_at is not null)",
             name="finished_when_terminal",
         ),
+        CheckConstraint("deleted_at is null or finished_at is not null", name="ended_when_deleted"),
         CheckConstraint("(status = 'succeeded') = (fine_tuned_model is not null)", name="model_when_succeeded"),
         CheckConstraint("(status = 'failed') = (error is not null)", name="error_when_failed"),
         CheckConstraint("attempt_count between 0 and max_attempts", name="attempts_bounded"),
@@ -300,6 +313,12 @@ class Job(Row):
         Index("ix_jobs_waiting", "tenant_id", postgresql_where=text("status in ('validating_files', 'queued')")),
         Index("ix_jobs_unswept", "finished_at", postgresql_where=text("swept_at is null")),
         Index("ix_jobs_finished_at", "finished_at", "id", postgresql_where=text("finished_at is not null")),
+        Index(
+            "ix_jobs_to_erase",
+            "deleted_at",
+            "id",
+            postgresql_where=text("deleted_at is not null and (blanked_at is null or swept_at is not null)"),
+        ),
         Index("ix_jobs_running", "tenant_id", "lease_until", postgresql_where=text("status = 'running'")),
         Index("ix_jobs_pool_status_id", "pool", "status", "id", postgresql_where=_NOT_RUNNING),
         Index("ix_jobs_tenant_id_pool_status_id", "tenant_id", "pool", "status", "id", postgresql_where=_NOT_RUNNING),
@@ -351,6 +370,9 @@ class Job(Row):
     started_at: Mapped[dt.datetime | None]
     finished_at: Mapped[dt.datetime | None]
     swept_at: Mapped[dt.datetime | None]
+    # By its tenant. The row waits, without what names anything once it is blanked, until nothing late can be written.
+    deleted_at: Mapped[dt.datetime | None]
+    blanked_at: Mapped[dt.datetime | None]
     # The span of its submission, in W3C's words, where there are traces.
     traceparent: Mapped[str | None]
     created_at: Mapped[CreatedAt]

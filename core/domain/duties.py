@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Duty(StrEnum):
-    """Each names the rows it sets aside: a job, a job, what is purged, a job or a tenant, an attempt, a job."""
+    """Each names the rows it sets aside: a job, but for what is purged, a job or a tenant swept, an attempt settled."""
 
     CLAIM = "claim"
     EXPIRE = "expire"
@@ -14,6 +14,7 @@ class Duty(StrEnum):
     SWEEP = "sweep"
     SETTLE = "settle"
     FORGET = "forget"
+    ERASE = "erase"
 
 
 # A row that is set aside is tried again after so long, twice as long each time it fails again, an hour at most.

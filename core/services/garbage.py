@@ -67,8 +67,9 @@ def mark_swept(session: Session, job_id: uuid.UUID) -> None:
 
 
 def list_tenant_ids(session: Session) -> Sequence[uuid.UUID]:
-    """Return the tenants whose files are to be swept."""
-    return session.scalars(select(Tenant.id).where(is_in_reach(Duty.SWEEP, Tenant.id)).order_by(Tenant.id)).all()
+    """Return the tenants whose files are to be swept: all but those of whom nothing is left."""
+    swept = (Tenant.erased_at.is_(None), is_in_reach(Duty.SWEEP, Tenant.id))
+    return session.scalars(select(Tenant.id).where(*swept).order_by(Tenant.id)).all()
 
 
 def find_orphaned_files(session: Session, object_keys: Iterable[str], *, min_age: dt.timedelta) -> tuple[str, ...]:

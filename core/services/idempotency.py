@@ -101,4 +101,4 @@ def _find_recent(session: Session, tenant_id: uuid.UUID, request_hash: bytes) ->
     """Return the newest job of the window that was asked for in these words."""
     earliest = first_id_at(dt.datetime.now(dt.UTC) - RETRY_WINDOW)
     query = select(Job).where(Job.tenant_id == tenant_id, Job.id >= earliest, Job.request_hash == request_hash)
-    return session.scalar(query.order_by(Job.id.desc()).limit(1))
+    return session.scalar(query.where(Job.deleted_at.is_(None)).order_by(Job.id.desc()).limit(1))

@@ -1,15 +1,15 @@
-"""Jobs as their tenants see them: look, cancel, pause, resume."""
+"""Jobs as their tenants see them: look, cancel, pause, resume, delete."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import and_, bindparam, case, func, literal, or_, select, text, update
+from sqlalchemy import and_, bindparam, case, delete, func, literal, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
-from core.db.models import Attempt, Job
+from core.db.models import Adapter, Attempt, Checkpoint, File, IdempotencyKey, Job
 from core.domain.errors import ConflictError
 from core.domain.ids import IdKind, not_found
 from core.domain.jobs import UNFINISHED_STATUSES, AttemptOutcome, JobStatus
@@ -20,7 +20,9 @@ from core.services.quotas import check_queue, has_queue_place
 _PAUSING = "The job pauses at its next resume point."
 WAKE_CHANNEL = "espalier_wake"
 # Made once: making it takes longer than running it.
-_ONE_JOB = select(Job).where(Job.tenant_id == bindparam("tenant_id"), Job.id == bindparam("job_id"))
+_ONE_JOB = select(Job).where(
+    Job.tenant_id == bindparam("tenant_id"), Job.id == bindparam("job_id"), Job.deleted_at.is_(None)
+)
 _ONE_JOB_LOCKED = _ONE_JOB.with_for_update(key_share=True).execution_options(populate_existing=True)
 
 
@@ -45,7 +47,7 @@ def list_jobs(
     metadata: dict[str, str] | None = None,
 ) -> Page[Job]:
     """Return the tenant's jobs, newest first. `metadata` keeps those that carry all the pairs; {} those with none."""
-    query = select(Job).where(Job.tenant_id == tenant_id)
+    query = select(Job).where(Job.tenant_id == tenant_id, Job.deleted_at.is_(None))
     if after is not None:
         query = query.where(Job.id < after)
     if metadata is not None:
@@ -145,6 +147,25 @@ def resume_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
     elif job.status not in (JobStatus.QUEUED, JobStatus.RUNNING):
         raise ConflictError(f"The job is {job.status}; only a paused job can be resumed.")
     return job
+
+
+def delete_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> None:
+    """Delete a job that has ended, with all that it has made. Nobody sees it again; the schedule erases it.
+
+    Raises ConflictError while it has not ended.
+    """
+    job = get_job(session, tenant_id, job_id=job_id, lock=True)
+    if job.status in UNFINISHED_STATUSES:
+        raise ConflictError(f"The job is {job.status}. Cancel it first.", code="job_not_ended")
+    for made in (Adapter, Checkpoint):
+        of_job = (made.tenant_id == tenant_id, made.job_id == job_id, made.deleted_at.is_(None))
+        session.execute(update(made).where(*of_job).values(deleted_at=func.now()))
+    result = (File.tenant_id == tenant_id, File.id == job.result_file_id, File.deleted_at.is_(None))
+    session.execute(update(File).where(*result).values(deleted_at=func.now()))
+    session.execute(
+        delete(IdempotencyKey).where(IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.job_id == job_id)
+    )
+    session.execute(update(Job).where(Job.tenant_id == tenant_id, Job.id == job_id).values(deleted_at=func.now()))
 
 
 def announce_work(session: Session, pool: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ARRAY, BigInteger, Integer, Uuid, and_, column, func, literal, select, true
+from sqlalchemy import ARRAY, BigInteger, Integer, Uuid, and_, column, func, literal, select
 from sqlalchemy.orm import Session
 
 from core.db.models import Event, Job
@@ -87,7 +87,10 @@ def _conclude(missed: list[MissedEvent], *, status: str | None, is_key_live: boo
 
 
 def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch], limit: int) -> Any:
-    """Rows of (position of the watch from 1, the job's status, an event's columns or None), in order."""
+    """Rows of (position of the watch from 1, the job's status, an event's columns or None), in order.
+
+    A deleted job has its last status, so that its followers learn that it is over, and no event.
+    """
     positions = func.unnest(
         literal(list(range(1, len(watches) + 1)), ARRAY(Integer)),
         literal([watch.job_id for watch in watches], ARRAY(Uuid)),
@@ -106,6 +109,6 @@ def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch], limit: int) -
     return (
         select(watched.c.position, Job.status, missed)
         .join(Job, and_(Job.id == watched.c.job_id, Job.tenant_id == tenant_id))
-        .outerjoin(missed, true())
+        .outerjoin(missed, Job.deleted_at.is_(None))
         .order_by(watched.c.position, missed.c.number)
     )

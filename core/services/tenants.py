@@ -125,8 +125,10 @@ def create_tenant(session: Session, slug: str, *, name: str | None = None) -> Te
     return tenant
 
 
-def find_tenant(session: Session, slug: str) -> Tenant:
-    tenant = session.scalar(select(Tenant).where(Tenant.slug == slug))
+def find_tenant(session: Session, slug: str, *, lock: bool = False) -> Tenant:
+    """Return a tenant; with `lock`, as it stands once nobody else changes it, until the transaction ends."""
+    query = select(Tenant).where(Tenant.slug == slug)
+    tenant = session.scalar(query.with_for_update(key_share=True) if lock else query)
     if tenant is None:
         raise NotFoundError(f"There is no tenant {slug!r}.", param="slug")
     return tenant
@@ -139,8 +141,13 @@ def list_tenants(session: Session, *, after: str | None, limit: int) -> Page[Ten
 
 
 def change_tenant(session: Session, slug: str, *, change: TenantChange) -> Tenant:
-    """Set what is given. Raises NotFoundError for the tenant, InvalidRequestError for a base nobody knows."""
-    tenant = find_tenant(session, slug)
+    """Set what is given.
+
+    Raises NotFoundError for the tenant, ConflictError for one that is deleted, InvalidRequestError for a base nobody
+    knows.
+    """
+    tenant = find_tenant(session, slug, lock=True)
+    _require_not_deleted(tenant.deleted_at)
     known = set(session.scalars(select(BaseModelRow.id)))
     if unknown := sorted(set(change.allowed_base_models or ()) - known):
         raise InvalidRequestError(f"There is no base model {unknown[0][:200]!r}.", param="allowed_base_models")
@@ -148,6 +155,36 @@ def change_tenant(session: Session, slug: str, *, change: TenantChange) -> Tenan
         session.execute(update(Tenant).where(Tenant.id == tenant.id).values(change.given))
         session.refresh(tenant)
     return tenant
+
+
+def delete_tenant(session: Session, slug: str) -> Tenant:
+    """Delete a tenant for ever: its keys end, its names go, and the schedule erases what it has. Its slug is free.
+
+    Raises NotFoundError, and ConflictError for one that is deleted.
+    """
+    tenant = find_tenant(session, slug, lock=True)
+    _require_not_deleted(tenant.deleted_at)
+    lock_for_tenant(session, tenant.id, purpose="api_keys")  # none of its keys makes another meanwhile
+    live = (ApiKeyRow.tenant_id == tenant.id, ApiKeyRow.revoked_at.is_(None))
+    session.execute(update(ApiKeyRow).where(*live).values(revoked_at=func.now()))
+    session.execute(
+        update(Tenant)
+        .where(Tenant.id == tenant.id)
+        .values(
+            slug=f"deleted-{tenant.id.hex[-8:]}",
+            name="deleted",
+            disabled_at=func.coalesce(Tenant.disabled_at, func.now()),
+            deleted_at=func.now(),
+        )
+    )
+    session.execute(select(func.withdraw_permissions_of(tenant.id, slug)))
+    session.refresh(tenant)
+    return tenant
+
+
+def _require_not_deleted(deleted_at: dt.datetime | None) -> None:
+    if deleted_at is not None:
+        raise ConflictError("This organization is deleted, for ever.", code="tenant_deleted", param="slug")
 
 
 def issue_api_key(
@@ -196,6 +233,7 @@ def rotate_api_key(
 
 
 def _add_key(session: Session, tenant_id: uuid.UUID, *, name: str, power: Power, maker_id: str | None) -> IssuedKey:
+    _require_not_deleted(session.scalars(select(Tenant.deleted_at).where(Tenant.id == tenant_id)).one())
     live = list_api_keys(session, tenant_id)
     if sum(row.name == name for row in live) >= MAX_LIVE_KEYS_PER_NAME or len(live) >= MAX_LIVE_KEYS:
         raise ConflictError(

@@ -12,7 +12,7 @@ from migrations.forced import unforced
 from migrations.readers import let_readers_in
 
 revision = "0031"
-down_revision = "0029"
+down_revision = "0030"
 branch_labels = None
 depends_on = None
 

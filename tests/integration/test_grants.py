@@ -12,7 +12,11 @@ from tests.integration.conftest import BASE_MODEL, Database
 ROLES = ("espalier_api", "espalier_operator", "espalier_worker", "espalier_schedule", "espalier_scaler")
 # Verbs by role on the tables that decide who may do what, or that must not be rewritten. "update" may be of columns only.
 EXACTLY = {
-    "api_keys": {"espalier_api": "insert select update", "espalier_operator": "insert select update"},
+    "api_keys": {
+        "espalier_api": "insert select update",
+        "espalier_operator": "insert select update",
+        "espalier_schedule": "delete select",
+    },
     "operator_keys": {"espalier_operator": "insert select update"},
     "audit_entries": {"espalier_api": "select", "espalier_operator": "select"},
     "base_models": {
@@ -38,9 +42,9 @@ COLUMNS = {
     ("espalier_operator", "base_models"): {"disabled_at"},
     ("espalier_worker", "base_models"): {"state", "state_reason", "state_since", "checked_by"},
     ("espalier_worker", "tenants"): {"usage", "lift", "usage_at"},
-    ("espalier_schedule", "tenants"): {"usage", "lift", "usage_at"},
+    ("espalier_schedule", "tenants"): {"usage", "lift", "usage_at", "erased_at"},
 }
-# A history is added to, never rewritten; and nobody deletes what others stand on, but for old rows, by the schedule.
+# A history is added to, never rewritten; and nobody deletes what others stand on, but for what is old or deleted, by the schedule.
 NEVER = {
     "events": {"update", "delete"},
     "usage": {"delete"},
@@ -51,8 +55,8 @@ NEVER = {
     "api_keys": {"delete"},
     "adapters": {"delete"},
 }
-# test_retention.py shows what row-level security leaves of it.
-DELETES_OLD_ROWS = {("espalier_schedule", table) for table in ("events", "jobs", "adapters")}
+# test_retention.py and test_erasure.py show what row-level security leaves of it.
+DELETES_OLD_ROWS = {("espalier_schedule", table) for table in ("events", "jobs", "adapters", "files", "api_keys")}
 # The operator's role is for settings; the worker's and the schedule's have no business with keys.
 NOT_THE_OPERATORS = ("files", "jobs", "events", "metrics", "checkpoints", "adapters", "attempts", "usage")
 

@@ -1,0 +1,213 @@
+"""What tenants and operators deleted is erased, a small transaction at a time. Each call may be made twice.
+
+A deleted job loses at once what names something: texts, settings, history, and what the audit log says of it. Its row
+waits, with ids and numbers only, until its objects are purged, its use is booked and its prefix is swept, because an
+object may still be written late. Then it goes whole. Bookings of usage stay for ever.
+
+A deleted tenant's jobs are cancelled and deleted, its files and uploads too. What else it has goes once nothing refers
+to it. The tenant's own row stays, without its names, for the bookings.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Row, TextClause, func, select, text, update
+from sqlalchemy.orm import Session
+
+from core.db.base import Row as TableRow
+from core.db.models import Job, Tenant
+from core.domain.duties import Duty
+from core.domain.jobs import UNFINISHED_STATUSES
+from core.services.job_rows import BATCH_ROWS, IS_IN_REACH, IS_SPENT, delete_history, delete_job_row, run
+from core.services.jobs import cancel_job
+from core.services.set_asides import is_in_reach, setting_aside
+
+_BATCH_JOBS = 100
+
+
+@dataclass(frozen=True)
+class Place:
+    """A deleted job's place in the order in which jobs were deleted."""
+
+    deleted_at: dt.datetime
+    job_id: uuid.UUID
+
+
+BEGINNING = Place(dt.datetime.fromtimestamp(0, dt.UTC), uuid.UUID(int=0))
+
+_NEXT_JOBS = text(f"""
+with walked as (
+    select id, tenant_id, deleted_at, blanked_at, swept_at, result_file_id from jobs
+    where deleted_at is not null and (blanked_at is null or swept_at is not null)
+      and (deleted_at, id) > (:deleted_at, :job)
+    order by deleted_at, id limit :num
+)
+select w.*, {IS_IN_REACH.format(duty=Duty.ERASE)} as is_in_reach, blanked_at is not null and {IS_SPENT} and
+    (select true from files f where f.id = w.result_file_id and f.purged_at is null limit 1) is null as is_spent
+from walked w order by w.deleted_at, w.id
+""")  # noqa: S608 (of constants)
+# The audit log is told before the rows go by which it finds its entries.
+_BLANK_JOB = tuple(
+    map(
+        text,
+        (
+            "select blank_audit_entries_of_job(:job)",
+            """update jobs set blanked_at = now(), suffix = null, metadata = '{}', spec = '{}', request_hash = null,
+                   datasets = null, traceparent = null, error = case when error is not null then '{}'::jsonb end,
+                   fine_tuned_model = case when fine_tuned_model is not null then 'deleted:' || id end
+               where id = :job""",
+            "update attempts set error = null where job_id = :job and error is not null",
+            "update adapters set name = 'deleted:' || id, files = '[]' where job_id = :job",
+            """update checkpoints set model_name = 'deleted:' || id, files = '[]', metrics = '{}'
+               where job_id = :job""",
+            """update files set filename = 'deleted', status_details = null, problems = '[]', report = '{}'
+               where id = (select result_file_id from jobs where id = :job)""",
+            """delete from checkpoint_permissions
+               where checkpoint_id = any(array(select id from checkpoints where job_id = :job))""",
+            "delete from set_asides where row_id = :job",
+        ),
+    )
+)
+_DELETE_RESULT = text("delete from files where id = :file")
+
+
+def erase_some_jobs(session: Session, *, after: Place) -> tuple[Counter[str], Place | None]:
+    """Erase some deleted jobs behind a place. Return the rows that went, and the last place, or None at the end."""
+    values = {"deleted_at": after.deleted_at, "job": after.job_id, "num": _BATCH_JOBS}
+    jobs = session.execute(_NEXT_JOBS, values).all()
+    num_rows: Counter[str] = Counter()
+    for job in jobs:
+        num_rows += delete_history(session, job.id, job.tenant_id, most=BATCH_ROWS - num_rows.total())
+        if num_rows.total() >= BATCH_ROWS:
+            break  # the job may have more
+        if job.is_in_reach:
+            with setting_aside(session, Duty.ERASE, row_id=job.id, tenant_id=job.tenant_id):
+                num_rows += _erase_job(session, job)
+        after = Place(job.deleted_at, job.id)
+    return num_rows, after if jobs else None
+
+
+def _erase_job(session: Session, job: Row[Any]) -> Counter[str]:
+    if job.blanked_at is None:
+        for statement in _BLANK_JOB:
+            session.execute(statement, {"job": job.id})
+    if not job.is_spent:
+        return Counter()
+    num_rows = delete_job_row(session, job.id)
+    return num_rows + Counter(files=run(session, _DELETE_RESULT, file=job.result_file_id))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Changes or deletes some rows of a tenant's, once it has none in the tables that are waited for."""
+
+    table: str
+    statement: TextClause
+    waits_for: tuple[str, ...] = ()
+
+
+_UPDATE_SOME = """
+update {table} set {values}
+where ctid = any(array(select r.ctid from {table} r where r.tenant_id = :tenant and ({where}) limit :most))
+"""
+_DELETE_SOME = """
+delete from {table}
+where ctid = any(array(select r.ctid from {table} r where r.tenant_id = :tenant and ({where}) limit :most))
+"""
+
+
+def _update(table: str, values: str, *, where: str) -> _Step:
+    return _Step(table, text(_UPDATE_SOME.format(table=table, values=values, where=where)))
+
+
+def _delete(table: str, *, where: str = "true", waits_for: tuple[str, ...] = ()) -> _Step:
+    return _Step(table, text(_DELETE_SOME.format(table=table, where=where)), waits_for)
+
+
+# What is marked as deleted is purged, and loses its names in the same step. Rows go when none refers to them.
+_TENANT_STEPS = (
+    _update("jobs", "deleted_at = now()", where="finished_at is not null and deleted_at is null"),
+    _update("adapters", "deleted_at = now()", where="deleted_at is null"),
+    _update("checkpoints", "deleted_at = now()", where="deleted_at is null"),
+    _update(
+        "files",
+        "deleted_at = coalesce(deleted_at, now()), filename = 'deleted', status_details = null, problems = '[]', "
+        "report = '{}'",
+        where="deleted_at is null or filename <> 'deleted' or status_details is not null or problems <> '[]' "
+        "or report <> '{}'",
+    ),
+    _update(
+        "uploads",
+        "status = case when file_id is null then 'cancelled' else status end, completing_until = null, "
+        "filename = 'deleted', mime_type = 'deleted'",
+        where="status in ('pending', 'completing') or filename <> 'deleted' or mime_type <> 'deleted'",
+    ),
+    _delete("idempotency_keys"),
+    _Step("api_keys", text("delete from api_keys where tenant_id = :tenant")),  # at once: they refer to each other
+    _delete("upload_parts", where="(select u.purged_at from uploads u where u.id = r.upload_id) is not null"),
+    _delete("uploads", where="r.purged_at is not null", waits_for=("upload_parts",)),
+    _delete("files", where="r.purged_at is not null", waits_for=("jobs", "uploads")),
+    *(_delete(table, waits_for=("jobs", "uploads", "files")) for table in ("queues", "storage_totals", "set_asides")),
+)
+_BLANK_AUDIT_ENTRIES = text("select blank_audit_entries_of_tenant(:tenant, :most)")
+# The tables of a tenant, but for those whose rows refer to others of these.
+_ROOTS = sorted(
+    name
+    for name, table in TableRow.metadata.tables.items()
+    if any(key.column.table.name == "tenants" for key in table.foreign_keys)
+)
+_HAS_ROWS = "(select '{table}' from {table} where tenant_id = :tenant limit 1)"
+_LEFT = text(" union all ".join(_HAS_ROWS.format(table=table) for table in (*_ROOTS, "upload_parts")))
+
+
+def list_deleted_tenants(session: Session) -> Sequence[uuid.UUID]:
+    """Return the tenants that are being erased."""
+    being_erased = (Tenant.deleted_at.is_not(None), Tenant.erased_at.is_(None), is_in_reach(Duty.ERASE, Tenant.id))
+    return session.scalars(select(Tenant.id).where(*being_erased).order_by(Tenant.deleted_at)).all()
+
+
+def erase_some_of_tenant(session: Session, tenant_id: uuid.UUID) -> Counter[str]:
+    """Erase some rows of a deleted tenant, and return how many of each table: none where there is nothing to do now."""
+    num_rows: Counter[str] = Counter()
+    with setting_aside(session, Duty.ERASE, row_id=tenant_id, tenant_id=tenant_id) as trial:
+        num_rows["jobs"] = _cancel_some(session, tenant_id)
+        left = _find_left(session, tenant_id)
+        for step in _TENANT_STEPS:
+            if left.isdisjoint(step.waits_for):
+                most = max(BATCH_ROWS - num_rows.total(), 0)
+                num_rows[step.table] += run(session, step.statement, tenant=tenant_id, most=most)
+        values = {"tenant": tenant_id, "most": max(BATCH_ROWS - num_rows.total(), 0)}
+        num_rows["audit_entries"] = session.scalars(_BLANK_AUDIT_ENTRIES, values).one()
+    return +num_rows if trial.is_done else Counter()
+
+
+def mark_erased(session: Session, tenant_id: uuid.UUID, *, min_age: dt.timedelta) -> bool:
+    """Say that nothing is left of a tenant, if so, and if it was deleted longer ago than anything can be late."""
+    if _find_left(session, tenant_id):
+        return False
+    is_due = (Tenant.id == tenant_id, Tenant.erased_at.is_(None), Tenant.deleted_at < func.now() - min_age)
+    marked = update(Tenant).where(*is_due).values(erased_at=func.now()).returning(Tenant.id)
+    return session.scalar(marked) is not None
+
+
+def has_rows(session: Session, tenant_id: uuid.UUID) -> bool:
+    return bool(_find_left(session, tenant_id))
+
+
+def _find_left(session: Session, tenant_id: uuid.UUID) -> set[str]:
+    return set(session.scalars(_LEFT, {"tenant": tenant_id}))
+
+
+def _cancel_some(session: Session, tenant_id: uuid.UUID) -> int:
+    """Cancel some jobs of a tenant; the workers that hold them learn so at their next heartbeats."""
+    unfinished = select(Job.id).where(Job.tenant_id == tenant_id, Job.status.in_(UNFINISHED_STATUSES))
+    job_ids = session.scalars(unfinished.limit(_BATCH_JOBS)).all()
+    for job_id in job_ids:
+        cancel_job(session, tenant_id, job_id=job_id)
+    return len(job_ids)
