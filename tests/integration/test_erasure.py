@@ -163,7 +163,7 @@ def submit(world: World, tenant: Tenant, file_id: str, word: str) -> str:
             suffix=word,
             metadata={word: word},
             seed=int(word[1:], 16) % 2**31,
-            extra_headers={"Idempotency-Key": word},
+            extra_headers={"Idempotency-Key": f"{word}-{secrets.token_hex(4)}"},
         ).id
 
 
@@ -198,13 +198,14 @@ def tell(world: World, lease: Lease, word: str) -> None:
 
 def run_statement(owner: Engine, statement: str, lease: Lease) -> None:
     with service_transaction(owner) as session:
+        session.execute(text("set local session_replication_role = replica"))  # nobody's change, in no audit log
         session.execute(text(f"{statement} where id = '{lease.job_id}'"))
 
 
 def succeed(world: World, lease: Lease, word: str) -> None:
     prefix = attempt_prefix(lease.tenant_id, lease.job_id, lease.token)
     adapter = StoredArtifact(prefix + "adapter/", put(world, f"{prefix}adapter/{word}", word))
-    key = f"{prefix}result/{word}.csv"
+    key = f"{prefix}result/result.csv"
     (stored,) = put(world, key, word)
     size, sha256 = int(str(stored["size_bytes"])), str(stored["sha256"])
     result = NewFile(new_id(), f"{word}.csv", "fine-tune-results", key, size, sha256)
@@ -459,7 +460,8 @@ def test_the_keys_of_a_deleted_tenant_are_refused_and_its_worker_writes_nothing_
     world.erase()
     record = StepRecord(2, 1.0, train_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
     with service_transaction(world.worker) as session:
-        assert not attempts.heartbeat(session, doomed.leased, lease_seconds=60)
+        with pytest.raises(StaleLeaseError):
+            attempts.heartbeat(session, doomed.leased, lease_seconds=60)
         with pytest.raises(StaleLeaseError):
             attempts.record_step(session, doomed.leased, record=record, total_steps=5)
         with pytest.raises(StaleLeaseError):
