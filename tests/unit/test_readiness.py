@@ -78,6 +78,7 @@ def test_a_question_that_fails_in_a_way_of_its_own_is_no_answer() -> None:
     verdict = Readiness(Need("server", "away", check)).find_verdict()
     assert verdict.obstacle is not None
     assert (verdict.obstacle.code, verdict.obstacle.message) == ("away", "The server could not be asked.")
+    wait_until(lambda: "server" not in {thread.name for thread in threading.enumerate()}, what="the thread's end")
 
 
 def test_one_answer_is_for_all_who_ask_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
