@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -369,7 +369,8 @@ def test_what_killed_processes_have_left_in_the_temporary_directory_goes_with_th
     with run_up(tmp_path / "data", registry, env=env) as killed:
         everything = killed.everything()
         for pid in everything:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # the death of another may have been its own
+                os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(map(is_running, everything)))
     assert list(place.glob("espalier-api-*")), "nothing was left that could go"
     with run_up(tmp_path / "data", registry, env=env) as following:
