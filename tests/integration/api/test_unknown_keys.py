@@ -109,7 +109,7 @@ def test_a_refused_key_is_refused_again_without_a_look(api: Engine) -> None:
 
 
 def test_many_probes_ask_the_database_once(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.routes.health._TTL_SECONDS", 3600.0)
+    monkeypatch.setattr("core.telemetry.readiness._TTL_SECONDS", 3600.0)
     statements: list[Any] = []
     app: Any = client.app
     event.listen(app.state.engine, "before_cursor_execute", lambda *told: statements.append(told[2]))
