@@ -132,9 +132,20 @@ class Rollout:
     def migrate(self, tree: Path, registry: Path) -> None:
         """Bring the database to the schema of a tree, as its own command does."""
         passwords = {f"ESPALIER_{role.upper()}_PASSWORD": self._password(role) for role in self._members}
-        env = {"ESPALIER_OWNER_DATABASE_URL": self.owner_url, "ESPALIER_REGISTRY": str(registry), **passwords}
-        argv = [sys.executable, "-m", "cli", "migrate"]
-        subprocess.run(argv, cwd=tree, env={**os.environ, **env}, check=True)
+        env = {"ESPALIER_REGISTRY": str(registry), **passwords}
+        self._run(tree, "migrate", **env)
+
+    def create_tenant(self, tree: Path, slug: str, *settings: str) -> str:
+        """Add a tenant, with settings as `tenants set` takes them, and return its API key, by the commands of a tree."""
+        key = self._run(tree, "tenants", "create", slug)
+        if settings:
+            self._run(tree, "tenants", "set", slug, *settings)
+        return key
+
+    def _run(self, tree: Path, *words: str, **env: str) -> str:
+        env = {**os.environ, "ESPALIER_OWNER_DATABASE_URL": self.owner_url, **env}
+        argv = [sys.executable, "-m", "cli", *words]
+        return subprocess.run(argv, cwd=tree, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
     def start(self, tree: Path) -> None:
         for kind in self._members:

@@ -11,9 +11,6 @@ import pytest
 from openai import OpenAI
 
 from cli.commands.contract import run_checks
-from core.db.session import connect, operator_transaction
-from core.domain.api_keys import ALL_SCOPES
-from core.services.tenants import create_tenant, issue_api_key
 from tests.e2e.rollout import Load, Rollout
 from tests.history import HERE, unpack
 from tests.waiting import wait_until
@@ -22,12 +19,8 @@ from tests.waiting import wait_until
 BEFORE = "1b075f1"
 
 
-def make_client(rollout: Rollout) -> OpenAI:
-    engine = connect(rollout.owner_url)
-    with operator_transaction(engine, actor="test") as session:
-        key = issue_api_key(session, create_tenant(session, "acme").id, name="test", scopes=ALL_SCOPES).api_key
-    engine.dispose()
-    return OpenAI(base_url=rollout.url, api_key=str(key), max_retries=5)
+def make_client(rollout: Rollout, tree: Path) -> OpenAI:
+    return OpenAI(base_url=rollout.url, api_key=rollout.create_tenant(tree, "acme"), max_retries=5)
 
 
 def check_that_nothing_was_lost(rollout: Rollout, load: Load) -> None:
@@ -51,7 +44,7 @@ def check_that_nothing_was_lost(rollout: Rollout, load: Load) -> None:
 def test_every_process_is_replaced_under_load_and_nothing_is_lost(rollout: Rollout, registry: Path) -> None:
     rollout.migrate(HERE, registry)
     rollout.start(HERE)
-    load = Load(make_client(rollout))
+    load = Load(make_client(rollout, HERE))
     with load.running():
         rollout.replace_all(HERE)
     check_that_nothing_was_lost(rollout, load)
@@ -62,7 +55,7 @@ def test_an_upgrade_under_load_loses_nothing(rollout: Rollout, registry: Path, t
     old = unpack(BEFORE, tmp_path / "before")
     rollout.migrate(old, registry)
     rollout.start(old)
-    load = Load(make_client(rollout))
+    load = Load(make_client(rollout, old))
     with load.running():
         rollout.migrate(HERE, registry)
         rollout.replace_all(HERE)

@@ -14,9 +14,6 @@ import pytest
 from openai import OpenAI
 
 from cli.commands.contract import run_checks
-from core.db.session import connect, operator_transaction
-from core.domain.api_keys import ALL_SCOPES
-from core.services.tenants import create_tenant, issue_api_key
 from tests.e2e.lab import BASE_MODEL
 from tests.e2e.rollout import ROWS, Member, Rollout
 from tests.history import HERE, unpack
@@ -31,15 +28,10 @@ LONG = {"n_epochs": 50, "num_rows": 50}
 class Upgrade:
     """One API, one schedule and one or two workers, a tenant whose jobs run one at a time, and what became of each."""
 
-    def __init__(self, rollout: Rollout, directory: Path) -> None:
+    def __init__(self, rollout: Rollout, directory: Path, *, tree: Path) -> None:
         self._rollout, self._logs = rollout, directory / "logs"
-        engine = connect(rollout.owner_url)
-        with operator_transaction(engine, actor="test") as session:
-            tenant = create_tenant(session, "acme")
-            tenant.max_running = 1
-            key = issue_api_key(session, tenant.id, name="test", scopes=ALL_SCOPES).api_key
-        engine.dispose()
-        self.client = OpenAI(base_url=rollout.url, api_key=str(key), max_retries=5)
+        key = rollout.create_tenant(tree, "acme", "--max-running", "1")
+        self.client = OpenAI(base_url=rollout.url, api_key=key, max_retries=5)
 
     def submit(self, *, n_epochs: int = 5, num_rows: int = 12) -> str:
         rows = b"\n".join(itertools.islice(itertools.cycle(ROWS.splitlines()), num_rows))
@@ -99,7 +91,7 @@ def test_jobs_in_every_state_live_through_an_upgrade_and_the_way_back(
     old = unpack(BEFORE, tmp_path / "before")
     rollout.migrate(old, registry)
     schedule, api, worker = (rollout.add(kind, old) for kind in ("schedule", "api", "worker"))
-    upgrade = Upgrade(rollout, tmp_path)
+    upgrade = Upgrade(rollout, tmp_path, tree=old)
     jobs = upgrade.client.fine_tuning.jobs
     ended = upgrade.submit(n_epochs=1)
     upgrade.wait_for_status(ended, "succeeded")
