@@ -45,7 +45,8 @@ SETTINGS = {
     "ESPALIER_REQUESTS_PER_MINUTE": "1000000",
 }
 LISTENING = """
-select count(*) from pg_stat_activity where usename = 'espalier_schedule' and query = 'listen espalier_wake'
+select count(*) from pg_stat_activity where usename = 'espalier_schedule'
+  and query in ('listen espalier_wake', 'listen "espalier_wake"')
 """
 ROWS = b"\n".join(
     b'{"messages": [{"role": "user", "content": "Say %d."}, {"role": "assistant", "content": "It is %d."}]}' % (n, n)
