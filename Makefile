@@ -65,6 +65,7 @@ bench: $(BENCHES)
 	$(BIN)/python -m bench.hot_start
 	$(BIN)/python -m bench.parity
 	$(BIN)/python -m bench.control_plane
+	$(BIN)/python -m bench.years
 
 # The same scripts: where there is a GPU they take bases of its size.
 bench-gpu: $(BENCHES)

@@ -76,6 +76,7 @@ def _refusals(operation: dict[str, Any], *, path: str, method: str) -> set[HTTPS
         HTTPStatus.FORBIDDEN,
         HTTPStatus.NOT_FOUND,  # a thing of the path, or a cursor
         HTTPStatus.TOO_MANY_REQUESTS,
+        HTTPStatus.GATEWAY_TIMEOUT,  # a statement that took too long
     }
     if method != "get":
         statuses.add(HTTPStatus.CONFLICT)

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from api.metrics import count_refusal
-from core.db.session import DATABASE_ERRORS
+from core.db.session import DATABASE_ERRORS, took_too_long
 from core.domain.errors import (
     BusyError,
     ConflictError,
@@ -174,9 +174,19 @@ def _answer_unavailable(_request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, ObjectNotFoundError):
         count_refusal("not_found")
         return error_answer(404, "The content is gone.", code="not_found")
+    if took_too_long(error):
+        return _answer_too_long()
     count_refusal("unavailable")
     log.warning("dependency.unavailable", error=type(error).__name__)
     return error_answer(503, "The service is not ready; try again.", code="unavailable", headers=_RETRY_AFTER)
+
+
+def _answer_too_long() -> JSONResponse:
+    """Answer a statement that ran into a time limit of the database: the same request would run into it again."""
+    count_refusal("statement_timeout")
+    log.error("statement.timed_out")
+    message = "The database gave up on a statement that took too long. Ask for less: a smaller `limit`, or one thing."
+    return error_answer(504, message, code="statement_timeout", headers=_FINAL)
 
 
 def _answer_nobody(_request: Request, _error: Exception) -> JSONResponse:

@@ -12,7 +12,7 @@ import contextlib
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -26,12 +26,13 @@ from core.db.session import DATABASE_ERRORS, tenant_transaction
 from core.domain.errors import RateLimitedError
 from core.services.events import EVENT_CHANNEL
 from core.services.streams import Watch, WatchState, read_watches
-from core.telemetry.liveness import PROCESS
+from core.telemetry.liveness import PROCESS, end_process
 
 log = structlog.get_logger()
 
 SWEEP_SECONDS = 2.0
 MAX_STREAMS_PER_TENANT = 500
+IDLE_SECONDS = 15.0  # a proxy must not take a quiet stream for a dead one
 _GATHER_SECONDS = 0.02  # news of one step of a fused batch come together
 _RETRY_SECONDS = 0.5
 _NUM_READERS = 4
@@ -72,6 +73,7 @@ class _Stream:
     watch: Watch
     is_waiting: bool = False
     has_news: bool = True
+    is_behind: bool = False  # what it was sent last was not all
     batches: asyncio.Queue[Batch | None] = field(default_factory=asyncio.Queue)
 
 
@@ -96,23 +98,24 @@ class EventFeed:
             loop.call_soon_threadsafe(self._note, job_id)
 
         listener = Listener(self._database_url, EVENT_CHANNEL, on_payload=note, on_connect=note)
-        PROCESS.watch(listener.thread)
+        listening = PROCESS.start_thread(listener.run, name=f"listen:{EVENT_CHANNEL}")
         poller = asyncio.create_task(self._poll())
+        poller.add_done_callback(_end_process_with)
         try:
             yield
         finally:
             self.close()
-            PROCESS.release(listener.thread)
+            PROCESS.release(listening)
+            listener.request_stop()
             poller.cancel()
             await asyncio.gather(poller, return_exceptions=True)
-            await loop.run_in_executor(None, listener.close)
+            await loop.run_in_executor(None, listening.join)
             self._readers.shutdown()
 
     def close(self) -> None:
         """End every stream, without a word: its client comes back with the number of its last event."""
         self._is_closed = True
-        for stream in self._streams:
-            stream.batches.put_nowait(_CLOSED)
+        _close(self._streams)
 
     def check_room(self, tenant_id: uuid.UUID) -> None:
         """Raises RateLimitedError when the tenant has too many streams open in this process."""
@@ -121,8 +124,11 @@ class EventFeed:
                 f"There are {MAX_STREAMS_PER_TENANT} open streams already; close some.", code="too_many_streams"
             )
 
-    async def follow(self, tenant_id: uuid.UUID, watch: Watch) -> AsyncIterator[Batch]:
-        """Yield what happens to a job behind the watch's last event, up to the job's end or the key's."""
+    async def follow(self, tenant_id: uuid.UUID, watch: Watch) -> AsyncGenerator[Batch]:
+        """Yield what happens to a job behind the watch's last event, up to the job's end or the key's.
+
+        An empty batch says that nothing has happened for a while.
+        """
         stream = _Stream(tenant_id, watch)
         self._streams.add(stream)
         self._num_open[tenant_id] += 1
@@ -131,7 +137,11 @@ class EventFeed:
             while not self._is_closed:
                 stream.is_waiting = True
                 self._woken.set()
-                batch = await stream.batches.get()
+                try:
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        batch = await stream.batches.get()
+                except TimeoutError:
+                    batch = _NOTHING
                 if batch is _CLOSED:
                     return
                 yield batch
@@ -154,7 +164,8 @@ class EventFeed:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SWEEP_SECONDS):
                     await self._woken.wait()
-            await asyncio.sleep(_GATHER_SECONDS)
+            if not any(stream.is_waiting and stream.is_behind for stream in self._streams):
+                await asyncio.sleep(_GATHER_SECONDS)
             self._woken.clear()
             due = self._take_due()
             if due and not await self._read(due):
@@ -168,7 +179,10 @@ class EventFeed:
         return [stream for stream in self._streams if stream.is_waiting and (is_sweep or stream.has_news)]
 
     async def _read(self, due: list[_Stream]) -> bool:
-        """Read for these streams, a tenant at a time; False when the database could not be asked."""
+        """Read for these streams, a tenant at a time; False when the database could not be asked.
+
+        What cannot be read of one tenant, such as a row at fault, ends that tenant's streams and nobody else's.
+        """
         of_tenants: dict[uuid.UUID, list[_Stream]] = defaultdict(list)
         for stream in due:
             stream.has_news = False
@@ -178,9 +192,13 @@ class EventFeed:
             loop.run_in_executor(self._readers, self._read_tenant, tenant_id, [stream.watch for stream in streams])
             for tenant_id, streams in of_tenants.items()
         ]
-        answers = await asyncio.gather(*reads)
-        for streams, batches in zip(of_tenants.values(), answers, strict=True):
-            _deliver(streams, batches or ())
+        answers = await asyncio.gather(*reads, return_exceptions=True)
+        for (tenant_id, streams), batches in zip(of_tenants.items(), answers, strict=True):
+            if isinstance(batches, BaseException):
+                log.error("feed.failed", tenant_id=str(tenant_id), exc_info=batches)
+                _close(streams)
+            else:
+                _deliver(streams, batches or ())
         return None not in answers
 
     def _read_tenant(self, tenant_id: uuid.UUID, watches: list[Watch]) -> list[Batch] | None:
@@ -193,6 +211,18 @@ class EventFeed:
         return [_as_batch(state) for state in states]
 
 
+def _end_process_with(poller: asyncio.Task[None]) -> None:
+    """Without the poller every stream would stay open, and silent for ever."""
+    if not poller.cancelled():
+        end_process("feed", poller.exception())
+
+
+def _close(streams: Iterable[_Stream]) -> None:
+    for stream in streams:
+        stream.is_waiting = False
+        stream.batches.put_nowait(_CLOSED)
+
+
 def _deliver(streams: list[_Stream], batches: Iterable[Batch]) -> None:
     for stream, batch in zip(streams, batches, strict=False):
         if batch == _NOTHING:
@@ -200,6 +230,7 @@ def _deliver(streams: list[_Stream], batches: Iterable[Batch]) -> None:
         if batch.events:
             stream.watch = replace(stream.watch, after=batch.events[-1].number)
         stream.has_news |= batch.has_more  # what was noted while this was being read stands
+        stream.is_behind = batch.has_more
         stream.is_waiting = False
         stream.batches.put_nowait(batch)
 

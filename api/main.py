@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp
@@ -36,6 +36,7 @@ from api.routes import (
 from api.row_checks import RowChecker
 from core.db.clock import DatabaseClock
 from core.db.session import connect
+from core.services.readiness import find_readiness
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
 
@@ -77,11 +78,11 @@ def create_app(settings: ApiSettings) -> FastAPI:
     database_url = settings.database_url.get_secret_value()
     app.state.engine = connect(database_url, pool_size=20, lock_timeout_seconds=10)
     app.state.feed = EventFeed(app.state.engine, database_url)
-    app.state.readiness = health.Readiness(app.state.engine)
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
     app.state.clock = DatabaseClock(app.state.engine)
     app.state.store = S3ObjectStore(settings.storage_config, now=app.state.clock.now)
+    app.state.readiness = find_readiness(app.state.engine, app.state.store, is_store_vital=False)
     app.state.previewer = Previewer(app.state.store)
     app.state.row_checker = RowChecker(app.state.previewer)
     for routes in _ROUTES:
@@ -94,5 +95,6 @@ def create_app(settings: ApiSettings) -> FastAPI:
 @asynccontextmanager
 async def _live(app: FastAPI) -> AsyncIterator[None]:
     feed: EventFeed = app.state.feed
-    async with feed.running():
-        yield
+    with closing(app.state.previewer):
+        async with feed.running():
+            yield

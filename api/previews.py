@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from core.domain.datasets import DatasetLimits, iterate_rows
 from core.domain.datasets.statistics import NumberedLine, TokenReport
 from core.domain.errors import InvalidRequestError
 from core.previews import PreviewLimitError, preview_lines
+from core.scratch import scratch_directory
 from core.storage import ObjectStore
 
 MAX_ROWS = 2000
@@ -49,6 +51,11 @@ class Previewer:
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
+        self._exits = ExitStack()
+
+    def close(self) -> None:
+        """Remove the tokenizers that were fetched."""
+        self._exits.close()
 
     def preview(self, order: PreviewOrder, *, max_rows: int = MAX_ROWS, max_bytes: int = MAX_ROW_BYTES) -> Preview:
         """Raises InvalidRequestError for rows that are not there or pass a limit."""
@@ -63,13 +70,13 @@ class Previewer:
         return Preview(report, is_whole_file)
 
     @cached_property
-    def _directory(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory(prefix="espalier-tokenizers-", ignore_cleanup_errors=True)
+    def _directory(self) -> Path:
+        return self._exits.enter_context(scratch_directory("api", Path(tempfile.gettempdir())))
 
     def _fetch_tokenizer(self, object_key: str) -> Path:
-        path = Path(self._directory.name) / object_key.rpartition("/")[2]
+        path = self._directory / object_key.rpartition("/")[2]
         if not path.exists():
-            descriptor, unfinished = tempfile.mkstemp(dir=self._directory.name)
+            descriptor, unfinished = tempfile.mkstemp(dir=self._directory)
             with os.fdopen(descriptor, "wb") as out:
                 out.writelines(self._store.get_stream(object_key))
             Path(unfinished).replace(path)

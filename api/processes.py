@@ -15,11 +15,11 @@ import os
 import signal
 import socket
 import tempfile
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -27,10 +27,12 @@ from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from api.server import make_config, serve
-from core.db.readiness import find_database_obstacle
 from core.db.session import connect
 from core.sandbox import die_with_parent, hide_memory
+from core.scratch import scratch_directory
+from core.services.readiness import find_readiness
 from core.settings import ApiSettings
+from core.storage import S3ObjectStore
 from core.telemetry.liveness import PROCESS
 from core.telemetry.logs import configure_logs
 from core.telemetry.management import ManagementServer
@@ -75,7 +77,7 @@ class ProcessGroup:
         woken = _note_signals()
         self._listener = make_config(self._settings).bind_socket()
         with ExitStack() as exits:
-            directory = exits.enter_context(tempfile.TemporaryDirectory(prefix="espalier-metrics-"))
+            directory = str(exits.enter_context(scratch_directory("api", Path(tempfile.gettempdir()))))
             os.environ[_METRICS_DIRECTORY] = directory  # before a child is there
             exits.callback(self._stop)
             self._children = [self._start() for _ in range(self._settings.api_processes)]
@@ -134,7 +136,8 @@ def serve_alone(settings: ApiSettings) -> None:
 
 def _start_management(settings: ApiSettings, registry: CollectorRegistry = REGISTRY) -> ManagementServer:
     engine = connect(settings.database_url.get_secret_value(), pool_size=1)
-    return ManagementServer(settings, find_obstacle=lambda: find_database_obstacle(engine), registry=registry)
+    readiness = find_readiness(engine, S3ObjectStore(settings.storage_config), is_store_vital=False)
+    return ManagementServer(settings, readiness=readiness, registry=registry)
 
 
 def _note_signals() -> socket.socket:
@@ -151,9 +154,7 @@ def _serve_as_child(listener: socket.socket, turned_at: Any) -> None:
     die_with_parent()
     hide_memory()
     configure_logs("api")
-    ending = threading.Thread(target=_end_with_parent, daemon=True, name="end with parent")
-    PROCESS.watch(ending)
-    ending.start()
+    PROCESS.start_thread(_end_with_parent, name="end with parent")
     settings = ApiSettings()  # read from the environment, as the parent's were
     configure_tracing("api", settings)
 

@@ -30,9 +30,9 @@ from fastapi import Request, Response
 from fastapi.params import Depends as Dependency
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from sqlalchemy.exc import OperationalError
 
 from api.admission import Gate
+from core.db.session import DATABASE_ERRORS, state_of
 from core.services.tenants import Identity
 
 log = structlog.get_logger()
@@ -136,8 +136,8 @@ def _call_until_done(endpoint: Callable[..., Any], arguments: dict[str, Any]) ->
     for _ in range(1, _MAX_TRIES):
         try:
             return _call(endpoint, arguments)
-        except OperationalError as error:
-            state = getattr(error.orig, "sqlstate", None)
+        except DATABASE_ERRORS as error:
+            state = state_of(error)
             if is_body_streamed or state not in _UNDONE_STATES:
                 raise
             log.warning("transaction.undone", sqlstate=state)

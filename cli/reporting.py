@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from cli.output import fail, output_mode
+from core.db.session import DATABASE_ERRORS, state_of
 from core.domain.errors import DomainError
 from core.settings import SETTINGS_ERRORS
 from core.storage import StorageError
@@ -31,6 +32,7 @@ _KNOWN_ERRORS = (
     DomainError,
     OSError,
     SQLAlchemyError,
+    *DATABASE_ERRORS,
     StorageError,
     *SETTINGS_ERRORS,
     CommandError,
@@ -112,7 +114,7 @@ def describe_error(error: BaseException) -> str:
     """Return an error in one sentence for an operator. It names what was asked, and quotes no secret."""
     if isinstance(error, DomainError):
         return error.message
-    if isinstance(error, DBAPIError):
+    if isinstance(error, (DBAPIError, *DATABASE_ERRORS)):
         return _describe_refusal(error)
     if isinstance(error, CommandError):  # "Can't locate revision identified by ..."
         return f"The schema is not for this version: {_first_line(error)}. Run the newer version that migrated it."
@@ -123,9 +125,9 @@ def describe_error(error: BaseException) -> str:
     return _first_line(error)
 
 
-def _describe_refusal(error: DBAPIError) -> str:
+def _describe_refusal(error: BaseException) -> str:
     """Say what the database said, and what to do about it."""
-    remedy = _REMEDIES.get(getattr(error.orig, "sqlstate", None) or "", "")
+    remedy = _REMEDIES.get(state_of(error), "")
     return f"The database does not answer, or refuses: {_first_line(error)}{remedy and f'. {remedy}'}"
 
 

@@ -184,7 +184,8 @@ def _check_presigned_put(server: _Server) -> str:
 
 def _check_wrong_secret(server: _Server) -> str:
     key = server.put("secret")
-    stranger = S3ObjectStore(replace(server.config, secret_key=uuid.uuid4().hex))
+    wrong = replace(server.config, access_key=server.config.access_key or "stranger", secret_key=uuid.uuid4().hex)
+    stranger = S3ObjectStore(wrong)
     answer = server.http.get(stranger.presign_internal_get(key, expires=_MINUTE))
     _expect(_is_refused(answer), f"a request signed with a wrong secret is answered with {answer.status_code}")
     try:

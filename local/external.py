@@ -9,6 +9,7 @@ from pathlib import Path
 import psycopg
 import redis
 
+from core.db.connections import open_connection
 from core.settings import SETTINGS_ERRORS, OwnerSettings, RedisSettings, S3Settings, describe_faults, variable_of
 from core.storage import S3ObjectStore, StorageError
 from local.locks import DataDirLock
@@ -68,7 +69,7 @@ def _read_addresses() -> ServerAddresses:
 def _ask_all(addresses: ServerAddresses) -> None:
     """Connect to each server once, and make the bucket if need be."""
     with _naming(OWNER_URL_SETTING, psycopg.Error):
-        psycopg.connect(addresses.postgres_url, connect_timeout=_CONNECT_SECONDS).close()
+        open_connection(addresses.postgres_url).close()
     with (
         _naming("ESPALIER_REDIS_URL", redis.RedisError, ValueError),
         redis.Redis.from_url(addresses.redis_url, socket_connect_timeout=_CONNECT_SECONDS) as client,

@@ -10,9 +10,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import psycopg
 from psycopg import sql
 
+from core.db.connections import open_connection
+from core.db.session import DATABASE_ERRORS
 from local.binaries import find_postgres
 from local.privileges import drop_root
 from local.processes import ProcessFailedError, ProcessSpec
@@ -40,6 +41,7 @@ class PostgresServer:
         if not (self._directory / "PG_VERSION").exists():
             self._initialise()
         self._check_version()
+        self._remove_stale_lock()
         settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=200", _TERSE]
         settings += () if self._is_durable else _FAST
         argv = [str(self._binaries / "postgres"), "-D", str(self._directory), "-p", str(self._port)]
@@ -55,11 +57,11 @@ class PostgresServer:
     def answers(self) -> bool:
         """Return whether it answers, having made the database if need be."""
         try:
-            with psycopg.connect(self._url("postgres"), autocommit=True, connect_timeout=2) as connection:
+            with open_connection(self._url("postgres")) as connection:
                 found = connection.execute("select 1 from pg_database where datname = %s", (DATABASE,)).fetchone()
                 if not found:
                     connection.execute(sql.SQL("create database {}").format(sql.Identifier(DATABASE)))
-        except psycopg.OperationalError:
+        except DATABASE_ERRORS:
             return False
         return True
 
@@ -93,6 +95,18 @@ class PostgresServer:
                 f"The data in {self._directory} are of PostgreSQL {data_version}; {self._binaries} has {said.strip()}. "
                 f"Set ESPALIER_POSTGRES_BIN to the directory of PostgreSQL {data_version}'s binaries."
             )
+
+    def _remove_stale_lock(self) -> None:
+        """Remove the lock file of a server that was killed: PostgreSQL believes it while anything has that pid.
+
+        A zombie that nobody reaps has it, and after a restart of the machine perhaps another program.
+        """
+        lock = self._directory / "postmaster.pid"
+        if not lock.exists() or not Path("/proc/self").exists():
+            return
+        command = Path(f"/proc/{lock.read_text(encoding='utf-8').split()[0]}/cmdline")
+        if not command.exists() or os.fsencode(self._directory) not in command.read_bytes():
+            lock.unlink()
 
 
 def _run(argv: Sequence[str]) -> str:

@@ -10,6 +10,11 @@ import redis
 from local.binaries import find_redis
 from local.private_files import make_private, write_private
 from local.processes import ProcessSpec
+from local.versions import ask_program, claim_data
+
+_REMEDY = (
+    "Set ESPALIER_REDIS_BIN to a server that can, or move {} away: it holds wake-ups and rates only, which come again."
+)
 
 
 class RedisServer:
@@ -25,8 +30,13 @@ class RedisServer:
         return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
 
     def prepare(self) -> ProcessSpec:
-        """Write the settings. They hold the password, which a command line would show to everyone on the machine."""
+        """Write the settings. They hold the password, which a command line would show to everyone on the machine.
+
+        Raises ProcessFailedError for data that this program cannot read.
+        """
         make_private(self._directory)
+        program = ask_program([str(self._binary), "--version"], r"(?P<kind>\w+) server v=(?P<version>\d+(\.\d+)*)")
+        claim_data(self._directory, program, remedy=_REMEDY.format(self._directory))
         settings = (
             f"port {self._port}",
             "bind 127.0.0.1",

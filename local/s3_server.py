@@ -7,7 +7,11 @@ somebody's browser gets past the handshake.
 
 from __future__ import annotations
 
+import errno
 import signal
+import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from core.settings import StorageConfig
@@ -17,6 +21,7 @@ from local.certificates import make_certificate
 from local.ports import S3Ports
 from local.private_files import make_private, write_private
 from local.processes import ProcessSpec
+from local.versions import ask_program, claim_data
 
 BUCKET = "espalier"
 _PROBE = "readiness-probe"
@@ -38,6 +43,7 @@ _FLAGS = (
     "-s3.autoCreateBucket=false",
     "-s3.allowedOrigins=",  # none; every web page, if it is not said
 )
+_YOUNG_SECONDS = 1.0  # a socket is made a moment before it listens
 _CERTIFICATE, _KEY = "door.pem", "door.key"
 _HTTP_DOORS = ("master", "volume", "filer", "admin")
 _GRPC_ROLES = (*_HTTP_DOORS, "s3", "worker", "client")
@@ -56,10 +62,13 @@ class S3Server:
         )
 
     def prepare(self) -> ProcessSpec:
+        """Raises ProcessFailedError for data that this program cannot read."""
         make_private(self._directory)
+        program = ask_program([str(self._binary), "version"], r"version \S+ (?P<version>\d+(\.\d+)*)", kind="SeaweedFS")
+        claim_data(self._directory, program, remedy="Set ESPALIER_S3_BIN to a `weed` that can.")
         self._lock_doors()
         (self._directory / "mini.options").unlink(missing_ok=True)  # it would bring back the last start's ports
-        self.remove_sockets()
+        remove_abandoned_sockets()
         self._remove_old_logs()
         env = {
             "AWS_ACCESS_KEY_ID": self._access_key,
@@ -86,11 +95,6 @@ class S3Server:
         except StorageError:
             return False
         return True
-
-    def remove_sockets(self) -> None:
-        """Remove what it leaves in /tmp, whatever TMPDIR says, when it has ended."""
-        for name, (_, port) in self._pairs.items():
-            Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108 (its own choice)
 
     def _remove_old_logs(self) -> None:
         """Remove the log files that earlier versions let it write."""
@@ -125,3 +129,12 @@ class S3Server:
     def _listeners(self) -> list[str]:
         flags = [f"-{name}.port={port}" for name, (port, _) in self._pairs.items()]
         return flags + [f"-{name}.port.grpc={port}" for name, (_, port) in self._pairs.items()]
+
+
+def remove_abandoned_sockets() -> None:
+    """Remove what servers have left in /tmp that live no more: they choose that place whatever TMPDIR says."""
+    for path in Path("/tmp").glob("seaweedfs-*-grpc-*.sock"):  # noqa: S108 (see above)
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:  # another user's, or just removed
+            is_young = time.time() - path.stat().st_mtime < _YOUNG_SECONDS
+            if not is_young and probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink()

@@ -21,7 +21,7 @@ from local.postgres_server import PostgresServer
 from local.private_files import close_data_dir, write_private
 from local.processes import ChildProcess, ProcessFailedError, ProcessSpec
 from local.redis_server import RedisServer
-from local.s3_server import S3Server
+from local.s3_server import S3Server, remove_abandoned_sockets
 from local.supervisor import Supervisor
 
 _START_SECONDS = 30.0
@@ -77,7 +77,6 @@ class LocalServers:
         self._is_durable = is_durable
         self._lock: DataDirLock | None = None
         self._supervisor = Supervisor(self.data_dir / "logs")
-        self._s3: S3Server | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -126,7 +125,7 @@ class LocalServers:
 
     def _start_on(self, ports: Ports) -> ServerAddresses:
         made, directory, is_durable = self.secrets, self.data_dir, self._is_durable
-        self._s3 = s3 = S3Server(directory, ports=ports.s3, access_key=made.s3_access, secret_key=made.s3_secret)
+        s3 = S3Server(directory, ports=ports.s3, access_key=made.s3_access, secret_key=made.s3_secret)
         redis = RedisServer(directory, port=ports.redis, password=made.redis, is_durable=is_durable)
         postgres = PostgresServer(directory, port=ports.postgres, password=made.postgres, is_durable=is_durable)
         # The first two come up while the third makes its cluster.
@@ -143,8 +142,7 @@ class LocalServers:
         for name in self._supervisor.pids:  # side by side: none needs another to stop
             self._supervisor.process(name).ask_to_stop()
         self._supervisor.stop()
-        if self._s3 is not None:
-            self._s3.remove_sockets()
+        remove_abandoned_sockets()
 
 
 def find_addresses(data_dir: Path) -> ServerAddresses | None:

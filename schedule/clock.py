@@ -13,13 +13,11 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType
 
-import psycopg
 import redis
 import structlog
 from kombu.exceptions import OperationalError as BrokerError
@@ -28,8 +26,8 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from core.db.clock import DatabaseClock
-from core.db.readiness import find_database_obstacle
-from core.db.session import DATABASE_ERRORS, connect, service_transaction
+from core.db.connections import Subscription
+from core.db.session import DATABASE_ERRORS, connect, service_transaction, state_of, took_too_long
 from core.queue import WakeUpPublisher
 from core.sandbox import hide_memory
 from core.services.attempts import claimable_pools, expire_leases
@@ -38,6 +36,7 @@ from core.services.files import expire_files
 from core.services.idempotency import forget_expired_keys
 from core.services.jobs import WAKE_CHANNEL
 from core.services.leadership import lead, resign
+from core.services.readiness import find_readiness
 from core.services.set_asides import forget_set_asides
 from core.settings import ScheduleSettings
 from core.storage import ObjectStore, S3ObjectStore, StorageError
@@ -63,6 +62,8 @@ _CLOCK_PATIENCE_SECONDS = 120.0
 _CLEAN_PATIENCE_SECONDS = 900.0
 _SWEEP_PATIENCE_SECONDS = 3600.0
 _FORGET_PATIENCE_SECONDS = 900.0
+# Whoever stops containers kills them after 10 s. Every duty may be cut off anywhere.
+_STOP_SECONDS = 7.0
 
 
 class Schedule:
@@ -79,7 +80,6 @@ class Schedule:
         self._is_leader = False
         self._due_at: dict[Callable[[], None], float] = {}
         self._stop_requested = threading.Event()
-        self._is_broken = False
         self._clock = PROCESS.add_duty("the clock that wakes and expires", patience_seconds=_CLOCK_PATIENCE_SECONDS)
         self._cleaning = PROCESS.add_duty("cleaning", patience_seconds=_CLEAN_PATIENCE_SECONDS)
         self._sweeping = PROCESS.add_duty("sweeping", patience_seconds=_SWEEP_PATIENCE_SECONDS)
@@ -93,61 +93,53 @@ class Schedule:
     def request_stop(self, _signal: int, _frame: FrameType | None) -> None:
         self._stop_requested.set()
 
-    def run(self) -> int:
-        """Do the duties until told to stop, and return the process's exit status."""
-        # Apart from the others, because an object store that hangs must not keep pools asleep; and from each other,
-        # because each may take long.
+    def run(self) -> None:
+        """Do the duties until told to stop. One that is under way then is cut off after a while: it may be done twice.
+
+        Each thread stands alone, because an object store that hangs must not keep pools asleep, and cleaning and
+        sweeping may each take long.
+        """
         threads = [
-            self._make_thread(self.clean, self._settings.clean_interval_seconds, self._cleaning),
-            self._make_thread(self.sweep, self._settings.sweep_interval_seconds, self._sweeping),
-            self._make_thread(self.forget, self._settings.forget_interval_seconds, self._forgetting),
+            PROCESS.start_thread(self._keep_time, name=self._clock.name),
+            self._start_beside(self.clean, self._settings.clean_interval_seconds, self._cleaning),
+            self._start_beside(self.sweep, self._settings.sweep_interval_seconds, self._sweeping),
+            self._start_beside(self.forget, self._settings.forget_interval_seconds, self._forgetting),
         ]
+        self._stop_requested.wait()
+        give_up_at = time.monotonic() + _STOP_SECONDS
         for thread in threads:
-            PROCESS.watch(thread)
-            thread.start()
-        try:
-            self._until_stopped(self._listen, self._clock)
-        finally:
-            self._stop_requested.set()
-            for thread in threads:
-                PROCESS.release(thread)
-                thread.join()
+            PROCESS.release(thread)
+            thread.join(max(0.0, give_up_at - time.monotonic()))
+
+    def _keep_time(self) -> None:
+        self._until_stopped(self._listen, self._clock)
         with contextlib.suppress(*DATABASE_ERRORS), service_transaction(self._engine) as session:
             resign(session, self._holder)
-        return int(self._is_broken)
+
+    def _start_beside(self, duty: Callable[[], None], interval_seconds: float, life: Duty) -> threading.Thread:
+        def work() -> None:
+            self._until_stopped(lambda: self._repeat(duty, interval_seconds, life), life)
+
+        return PROCESS.start_thread(work, name=life.name)
 
     def _until_stopped(self, serve: Callable[[], None], life: Duty) -> None:
         while not self._stop_requested.is_set():
             life.beat()
             try:
                 serve()
-            except (psycopg.OperationalError, *DATABASE_ERRORS) as error:
+            except DATABASE_ERRORS as error:
                 log.warning("database.unavailable", error=type(error).__name__)
                 self._stop_requested.wait(self._settings.wake_interval_seconds)
 
     def _listen(self) -> None:
-        url = self._settings.database_url.get_secret_value()
-        with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
-            connection.execute(f"listen {WAKE_CHANNEL}")
+        with Subscription(self._settings.database_url.get_secret_value(), WAKE_CHANNEL) as subscription:
             while not self._stop_requested.is_set():
                 self._clock.beat()
                 self._run_due(self.wake_pools, self._settings.wake_interval_seconds)
                 self._run_due(self.expire, self._settings.reap_interval_seconds)
-                notifications = connection.notifies(timeout=self._settings.wake_interval_seconds / 4, stop_after=1)
-                if list(notifications):
-                    self.wake_pools()
+                if subscription.receive(timeout_seconds=self._settings.wake_interval_seconds / 4):
+                    self._run(self.wake_pools)
                     self._stop_requested.wait(_GATHER_SECONDS)
-
-    def _make_thread(self, duty: Callable[[], None], interval_seconds: float, life: Duty) -> threading.Thread:
-        return threading.Thread(target=self._run_beside, args=(duty, interval_seconds, life), name=life.name)
-
-    def _run_beside(self, duty: Callable[[], None], interval_seconds: float, life: Duty) -> None:
-        """Do a duty at its interval. A thread that dies of a fault of ours ends the process, to be started again."""
-        try:
-            self._until_stopped(lambda: self._repeat(duty, interval_seconds, life), life)
-        finally:
-            self._is_broken |= not self._stop_requested.is_set()
-            self._stop_requested.set()
 
     def _repeat(self, duty: Callable[[], None], interval_seconds: float, life: Duty) -> None:
         while not self._stop_requested.is_set():
@@ -158,8 +150,17 @@ class Schedule:
     def _run_due(self, duty: Callable[[], None], interval_seconds: float) -> None:
         if time.monotonic() >= self._due_at.get(duty, 0.0):
             with DUTY_SECONDS.labels(duty.__name__).time():
-                duty()
+                self._run(duty)
             self._due_at[duty] = time.monotonic() + interval_seconds
+
+    def _run(self, duty: Callable[[], None]) -> None:
+        """Do a duty. One that took too long is at fault itself: the database is there, and the others go on."""
+        try:
+            duty()
+        except DATABASE_ERRORS as error:
+            if not took_too_long(error):
+                raise
+            log.exception("duty.timed_out", duty=duty.__name__, sqlstate=state_of(error))
 
     def _leads(self, session: Session) -> bool:
         is_leader = lead(session, self._holder, lease_seconds=self._settings.leader_lease_seconds)
@@ -250,7 +251,7 @@ def main() -> None:
         store = S3ObjectStore(settings.storage_config, now=DatabaseClock(engine).now)
         schedule = Schedule(settings, engine=engine, store=store, publisher=publisher)
         REGISTRY.register(QueueCollector(engine, is_leader=lambda: schedule.is_leader))
-        ManagementServer(settings, find_obstacle=lambda: find_database_obstacle(engine))
+        ManagementServer(settings, readiness=find_readiness(engine, store, is_store_vital=False))
         signal.signal(signal.SIGTERM, schedule.request_stop)
         signal.signal(signal.SIGINT, schedule.request_stop)
-        sys.exit(schedule.run())
+        schedule.run()

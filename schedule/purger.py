@@ -26,7 +26,7 @@ log = structlog.get_logger()
 def purge(engine: Engine, store: ObjectStore, *, may_go_on: Callable[[Session], bool]) -> int:
     """Purge what is due and return how many rows that were. `may_go_on` is asked before each tenant's turn.
 
-    Raises OperationalError, and StorageError when the object store seems to be away.
+    Raises DATABASE_ERRORS, and StorageError when the object store seems to be away.
     """
     num_purged, patience = 0, Patience()
     while due := _find_due(engine, may_go_on):

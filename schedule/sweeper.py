@@ -39,7 +39,7 @@ def sweep(
 ) -> int:
     """Do all there is to do and return how many objects and uploads went. `show_life` is called before each step.
 
-    Raises OperationalError, and StorageError when the object store seems to be away.
+    Raises DATABASE_ERRORS, and StorageError when the object store seems to be away.
     """
     num_deleted, patience = 0, Patience()
     for job in _unswept_jobs(engine, min_age):

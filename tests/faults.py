@@ -135,6 +135,12 @@ class FaultProxy:
         finally:
             self.inject(Fault())
 
+    def lead_to(self, upstream_port: int) -> None:
+        """Be another server's address from now on, as in a failover. Open connections end, as with the old one."""
+        self._upstream_port = upstream_port
+        self.inject(Cut())
+        self.inject(Fault())
+
     @property
     def num_connections(self) -> int:
         return len(self._links)
@@ -285,6 +291,10 @@ class FaultyServers(LocalServers):
         for directory in lost:
             shutil.rmtree(self.data_dir / name / directory, ignore_errors=True)
         self._supervisor.start(child.spec)
+
+    def stop_one(self, name: str) -> None:
+        """Let one of the servers end as it should, for good."""
+        self._supervisor.process(name).stop()
 
     def stop(self) -> None:
         self._proxies.close()

@@ -2,22 +2,31 @@
 
 Every event's SSE id is its number; a client that comes back with `Last-Event-ID` gets what came after it, all of it and
 once. The stream ends with an event `end` after the job's last, or with an event `error` when the API key has died.
+
+A batch is one chunk of the answer: FastAPI's own streams hand each event through two queues, which costs more than to
+read it.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.responses import StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Send
+from starlette.types import Scope as ConnectionScope
 
 from api.dependencies import Caller, Database, Feed, needs
 from api.errors import error_body
+from api.feeds import Batch, EventFeed
 from api.routing import OneThreadRoute, share_of
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
@@ -29,6 +38,16 @@ from core.services.tenants import Identity
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
 _RETRY_MILLISECONDS = 1000
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy keeps or holds back what is sent
+_ITEM = {
+    "type": "object",
+    "properties": {
+        "data": {"type": "string"},
+        "event": {"type": "string"},
+        "id": {"type": "string"},
+        "retry": {"type": "integer", "minimum": 0},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -53,19 +72,43 @@ def _find_job(database: Database, caller: Identity, job_id: str) -> uuid.UUID:
         return jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)).id
 
 
-@router.get("/{job_id}/stream", dependencies=[needs(Scope.READ)], response_class=EventSourceResponse)
-async def stream_job(
-    feed: Feed, watched: Annotated[TenantWatch, Depends(begin_watch, scope="function")]
-) -> AsyncIterator[ServerSentEvent]:
-    yield ServerSentEvent(comment="open", retry=_RETRY_MILLISECONDS)
-    async for batch in feed.follow(watched.tenant_id, watched.watch):
-        for event in batch.events:
-            yield ServerSentEvent(id=str(event.number), event=event.type, raw_data=event.body)
-        if not batch.is_key_live:
-            body = error_body(401, "The API key was revoked or has expired.", code="invalid_api_key")
-            yield ServerSentEvent(event="error", data=body)
-        elif batch.final_status is not None:
-            yield ServerSentEvent(event="end", data={"status": batch.final_status})
+class JobStream(StreamingResponse):
+    """An answer that closes what it streams from when its client has gone, wherever it was then."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: ConnectionScope, receive: Receive, send: Send) -> None:
+        assert isinstance(self.body_iterator, AsyncGenerator)
+        async with aclosing(self.body_iterator):
+            await super().__call__(scope, receive, send)
+
+
+@router.get(
+    "/{job_id}/stream",
+    dependencies=[needs(Scope.READ)],
+    response_class=JobStream,
+    openapi_extra={"responses": {"200": {"content": {"text/event-stream": {"itemSchema": _ITEM}}}}},
+)
+async def stream_job(feed: Feed, watched: Annotated[TenantWatch, Depends(begin_watch, scope="function")]) -> JobStream:
+    return JobStream(follow_stream(feed, watched), headers=_HEADERS)
+
+
+async def follow_stream(feed: EventFeed, watched: TenantWatch) -> AsyncGenerator[bytes]:
+    """Yield the stream's bytes, a batch at a time."""
+    yield format_sse_event(comment="open", retry=_RETRY_MILLISECONDS)
+    async with aclosing(feed.follow(watched.tenant_id, watched.watch)) as batches:
+        async for batch in batches:
+            yield _as_bytes(batch) or KEEPALIVE_COMMENT
+
+
+def _as_bytes(batch: Batch) -> bytes:
+    told = [format_sse_event(id=str(each.number), event=each.type, data_str=each.body) for each in batch.events]
+    if not batch.is_key_live:
+        body = error_body(401, "The API key was revoked or has expired.", code="invalid_api_key")
+        told.append(format_sse_event(event="error", data_str=json.dumps(body)))
+    elif batch.final_status is not None:
+        told.append(format_sse_event(event="end", data_str=json.dumps({"status": batch.final_status})))
+    return b"".join(told)
 
 
 def _parse_number(last_event_id: str | None) -> int:

@@ -16,6 +16,7 @@ from core.domain.progress import Estimate, measure_progress
 from core.domain.training import AdapterConfig, TrainingSpec
 from core.services.adapters import TrainedAdapter
 from core.services.pages import Page
+from core.services.streams import MissedEvent
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -205,7 +206,7 @@ class EventObject(BaseModel):
     data: dict[str, Any] | None
 
     @classmethod
-    def of(cls, row: Event) -> EventObject:
+    def of(cls, row: Event | MissedEvent) -> EventObject:
         return cls(
             id=format_id(IdKind.EVENT, row.id),
             created_at=_seconds(row.created_at),

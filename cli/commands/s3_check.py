@@ -19,7 +19,7 @@ _FAILED, _CANNOT_SAY = 1, 2
 def s3_check(
     url: Annotated[str, typer.Argument(help="http://HOST:PORT or https://HOST, and /BUCKET if it is another.")],
 ) -> None:
-    """Try an S3 server with the keys of ESPALIER_S3_ACCESS_KEY and ESPALIER_S3_SECRET_KEY, one line a check.
+    """Try an S3 server with the keys, the region and the other ESPALIER_S3_... settings, one line a check.
 
     Exit code 0: the service can use it; 1: it cannot; 2: the address or the keys are missing or wrong.
     """

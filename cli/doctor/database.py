@@ -58,7 +58,7 @@ def check_database(engine: Engine) -> Finding:
     try:
         with service_transaction(engine) as session:
             major, version, role, num_allowed, num_open = session.execute(query).one()
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, *DATABASE_ERRORS) as error:
         return failed(
             "database", describe_error(error), remedy="See that the URL, the network and pg_hba.conf let it in."
         )
@@ -136,7 +136,7 @@ def check_operator(session: Session) -> Finding:
             with session.begin_nested():
                 session.execute(text(f"set local role {role}"))
                 session.execute(text("reset role"))
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, *DATABASE_ERRORS) as error:
             is_told = session.scalars(text("select current_setting('server_version_num')::int >= 160000")).one()
             grant = f"grant {role} to {me}" + (" with set true" if is_told else "")
             return failed("operator", describe_error(error), remedy=f"Run `{grant}` as a role that may.")

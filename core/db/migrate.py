@@ -14,11 +14,10 @@ from alembic import command
 from alembic.config import Config
 from psycopg import sql
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
 
 from core.database_urls import with_login
 from core.db.revisions import MIGRATIONS_DIR
-from core.db.session import connect
+from core.db.session import connect, state_of
 
 _MAX_TRIES = 10
 # SQLSTATEs: "tuple concurrently updated", a role made twice, and a lock that was not free in time.
@@ -67,7 +66,7 @@ def _is_in_the_way(error: Exception) -> bool:
 
     Nothing has been done then, and it may be tried again.
     """
-    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", "") in _IN_THE_WAY
+    return state_of(error) in _IN_THE_WAY
 
 
 def login_url(owner_url: str, login: RoleLogin) -> str:

@@ -489,7 +489,8 @@ class Event(Row):
         Index("ix_events_job_id_number", "job_id", "number"),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(Identity(always=True), unique=True)
+    # No index over it alone: the planner would take it for a job's newest rows, and walk everybody's.
+    number: Mapped[int] = mapped_column(Identity(always=True))
     tenant_id: Mapped[uuid.UUID]
     job_id: Mapped[uuid.UUID]
     level: Mapped[str]
@@ -511,7 +512,8 @@ class LogLine(Row):
         Index("ix_log_lines_job_id_number", "job_id", "number"),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(Identity(always=True), unique=True)
+    # No index over it alone: the planner would take it for a job's newest rows, and walk everybody's.
+    number: Mapped[int] = mapped_column(Identity(always=True))
     tenant_id: Mapped[uuid.UUID]
     job_id: Mapped[uuid.UUID]
     attempt_number: Mapped[int]
@@ -569,6 +571,26 @@ class Metric(Row):
     valid_loss: Mapped[float | None]
     valid_accuracy: Mapped[float | None]
     created_at: Mapped[CreatedAt]
+
+
+class MetricBlock(Row):
+    """What a chart needs to know of 32 steps of a job, of which `last_step`, a multiple of 32, is the last.
+
+    A trigger adds it with that step; where the step was skipped there is none. Of steps with the same loss it names
+    the last.
+    """
+
+    __tablename__ = "metric_blocks"
+    __table_args__ = (ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"], ondelete="CASCADE"),)
+    job_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    last_step: Mapped[int] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    num_steps: Mapped[int]
+    least_loss: Mapped[float]
+    least_step: Mapped[int]
+    greatest_loss: Mapped[float]
+    greatest_step: Mapped[int]
+    evaluated_step: Mapped[int | None]
 
 
 class Checkpoint(Row):

@@ -1,4 +1,4 @@
-"""Listens to a NOTIFY channel on a connection of its own, for as long as the process lives.
+"""Listens to a NOTIFY channel on a connection of its own, for as long as the process lives and whatever befalls it.
 
 A notification makes things quicker and is never relied upon: what was notified while the connection was away is lost,
 so `on_connect` tells the owner to look for itself.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import psycopg
 import structlog
-from psycopg import sql
+
+from core.db.connections import Subscription
+from core.db.session import DATABASE_ERRORS
 
 log = structlog.get_logger()
 _RETRY_SECONDS = 0.5
@@ -19,7 +20,10 @@ _STOP_POLL_SECONDS = 1.0
 
 
 class Listener:
-    """A thread that calls `on_payload` with every payload of a channel, and `on_connect` after every (re)connection."""
+    """Calls `on_payload` with every payload of a channel, and `on_connect` after every (re)connection.
+
+    `run` is for a thread of its own.
+    """
 
     def __init__(
         self, database_url: str, channel: str, *, on_payload: Callable[[str], None], on_connect: Callable[[], None]
@@ -27,25 +31,22 @@ class Listener:
         self._database_url, self._channel = database_url, channel
         self._on_payload, self._on_connect = on_payload, on_connect
         self._stop_requested = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True, name=f"listen:{channel}")
-        self.thread.start()
 
-    def close(self) -> None:
+    def request_stop(self) -> None:
         self._stop_requested.set()
-        self.thread.join()
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Listen until told to stop."""
         while not self._stop_requested.is_set():
             try:
                 self._listen()
-            except psycopg.OperationalError as error:
+            except DATABASE_ERRORS as error:
                 log.warning("database.unavailable", channel=self._channel, error=type(error).__name__)
                 self._stop_requested.wait(_RETRY_SECONDS)
 
     def _listen(self) -> None:
-        with psycopg.connect(self._database_url, autocommit=True, connect_timeout=5) as connection:
-            connection.execute(sql.SQL("listen {}").format(sql.Identifier(self._channel)))
+        with Subscription(self._database_url, self._channel) as subscription:
             self._on_connect()
             while not self._stop_requested.is_set():
-                for notification in connection.notifies(timeout=_STOP_POLL_SECONDS, stop_after=100):
-                    self._on_payload(notification.payload)
+                for payload in subscription.receive(timeout_seconds=_STOP_POLL_SECONDS):
+                    self._on_payload(payload)

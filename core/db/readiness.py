@@ -1,4 +1,4 @@
-"""Whether a process can work: the database answers, and its schema is as new as this code needs.
+"""Whether the database can be worked with: it answers, takes writes, and its schema is as new as this code needs.
 
 Revisions are numbers, 0001 and upwards. Code on an older schema would ask for tables and columns that are not there. On
 a newer one it works as before, since migrations only add at first, so it stays ready through an upgrade.
@@ -12,48 +12,42 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import ProgrammingError
 
 from core.db.revisions import list_revisions
-from core.db.session import DATABASE_ERRORS
+from core.db.session import DATABASE_ERRORS, state_of
 from core.domain.errors import UnavailableError
 
 # SQLSTATEs: there is no such table, or it is from before the runtime roles were let in (0021).
 _UNREADABLE = ("42P01", "42501")
-
-
-class OldSchemaError(UnavailableError):
-    """The schema is older than this code needs. The message names what to do."""
+_STATE = text("select pg_is_in_recovery(), current_setting('transaction_read_only')::boolean")
+_REVISION = text("select version_num from alembic_version")
 
 
 def check_database(engine: Engine) -> None:
-    """Raise OldSchemaError, or one of DATABASE_ERRORS, where this process cannot work. It costs one statement."""
-    found, needed = _read_revision(engine), _newest_revision()
-    if found is None:
-        raise OldSchemaError(
-            f"The schema is missing or too old, and this version needs {needed}: run espalier migrate."
-        )
-    if int(found) < int(needed):
-        raise OldSchemaError(f"The schema is at {found} and this version needs {needed}: run espalier migrate.")
-
-
-def find_database_obstacle(engine: Engine) -> str | None:
-    """Return in one line why the database cannot be used, or None."""
-    try:
-        check_database(engine)
-    except OldSchemaError as error:
-        return error.message
-    except DATABASE_ERRORS as error:
-        return f"the database does not answer: {type(error).__name__}"
-    return None
-
-
-def _read_revision(engine: Engine) -> str | None:
+    """Raise UnavailableError, in one line that says why, where this process cannot work. It costs two statements."""
     try:
         with engine.connect() as connection:
-            found: str | None = connection.scalar(text("select version_num from alembic_version"))
+            is_standby, is_read_only = connection.execute(_STATE).one()
+            found: str | None = None if is_read_only else connection.scalar(_REVISION)
+    except DATABASE_ERRORS as error:
+        message = f"The database does not answer: {type(error).__name__}."
+        raise UnavailableError(message, code="database_unavailable") from error
     except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", "") not in _UNREADABLE:
+        if state_of(error) not in _UNREADABLE:
             raise
-        return None
-    return found
+        is_read_only, found = False, None
+    if is_read_only:
+        engine.dispose()  # after a failover the next connection may find a server that takes writes
+        what = "is a standby" if is_standby else "is read-only"
+        raise UnavailableError(f"The database {what}: it takes no writes.", code="database_read_only")
+    _check_revision(found)
+
+
+def _check_revision(found: str | None) -> None:
+    needed = _newest_revision()
+    if found is not None and int(found) >= int(needed):
+        return
+    state = "is missing or too old, and this" if found is None else f"is at {found} and this"
+    message = f"The schema {state} version needs {needed}: run espalier migrate."
+    raise UnavailableError(message, code="schema_too_old")
 
 
 @cache

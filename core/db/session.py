@@ -17,18 +17,37 @@ from typing import Any
 import psycopg
 from psycopg.pq import Escaping, ExecStatus, TransactionStatus
 from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, text
-from sqlalchemy.exc import InterfaceError, InternalError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from core.database_urls import read_url
+from core.db.connections import CONNECTION_ARGUMENTS, SilentServerError
 from core.db.roles import AUDITOR, OPERATOR
 
 # What is raised when the database is away, comes back, or has ended the connection; the transaction may be tried again.
-DATABASE_ERRORS = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
+# Whoever speaks to it directly meets psycopg's own. Nobody else names these: whoever catches one must catch all.
+DATABASE_ERRORS = (
+    OperationalError,
+    InterfaceError,
+    InternalError,
+    PoolTimeoutError,
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    psycopg.InternalError,
+    SilentServerError,
+)
+# SQLSTATEs: a read-only transaction, and a server that stops, crashes or starts. After a failover every connection of
+# the pool leads to such a server, and only a new one finds the next.
+_MOVED_STATES = ("25006", "57P01", "57P02", "57P03")
+_TOO_LONG_STATES = ("57014", "25P04")  # a statement was cancelled, most often by statement_timeout; a whole transaction
 # A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
 _IDLE_TRANSACTION_MILLISECONDS = 5000
 _DATA_EXCEPTIONS = "22"  # the class of SQLSTATEs whose messages quote the value: "invalid input syntax for ..."
+# By its estimates PostgreSQL would rather walk everybody's newest rows, which lie side by side, than a tenant's own,
+# which do not. It takes a tenant's rows for evenly spread, and one that has been quiet has none among the newest. Where
+# pages cost nothing, the plan that looks at the fewest rows wins: that of an index that begins with the tenant or job.
+_FEWEST_ROWS = {"seq_page_cost": "0", "random_page_cost": "0"}
 # A connection that has rested for longer is asked for a sign of life before it is used.
 _REST_SECONDS = 0.5
 _BOUNDS = "espalier_bounds"  # the name among an engine's execution options
@@ -37,8 +56,8 @@ _BOUNDS = "espalier_bounds"  # the name among an engine's execution options
 def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: float = 0) -> Engine:
     """Return an engine for a database's URL (core.database_urls). A dead server is noticed within seconds, not minutes.
 
-    `lock_timeout_seconds` bounds each wait for another transaction; it ends in an OperationalError. 0 waits for ever.
-    Raises ValueError for what is no such URL.
+    `lock_timeout_seconds` bounds each wait for another transaction, which ends in one of DATABASE_ERRORS; 0 waits for
+    ever. Raises ValueError for what is no such URL.
     """
     address = read_url(database_url)
     engine = create_engine(
@@ -49,16 +68,14 @@ def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: floa
         hide_parameters=True,  # in the texts of errors, which are logged
         pool_use_lifo=True,  # few connections do the work, and seldom need to be asked whether they live
         connect_args={
-            "connect_timeout": 5,
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
+            **CONNECTION_ARGUMENTS,
             **address.parameters,
             **({"prepare_threshold": None} if address.is_pooled else {}),
         },
         execution_options={_BOUNDS: _bounds_of(lock_timeout_seconds)},
     )
     _ping_what_has_rested(engine)
+    event.listen(engine, "handle_error", _leave_moved_server)
     event.listen(engine, "handle_error", _forget_values)
     return engine
 
@@ -71,10 +88,21 @@ def _bounds_of(lock_timeout_seconds: float) -> dict[str, str]:
     }
 
 
+def state_of(error: BaseException) -> str:
+    """Return the SQLSTATE of what PostgreSQL has refused, or an empty string."""
+    return getattr(error.orig if isinstance(error, DBAPIError) else error, "sqlstate", None) or ""
+
+
+def took_too_long(error: BaseException) -> bool:
+    """Return whether one of DATABASE_ERRORS says that a statement ran into a time limit: the next try would, too."""
+    return state_of(error) in _TOO_LONG_STATES
+
+
 @contextmanager
 def tenant_transaction(engine: Engine, tenant_id: uuid.UUID, *, actor: str = "") -> Iterator[Session]:
     """Open a transaction that sees and writes this tenant's rows only. `actor` is who the audit log will name."""
-    with _transaction(engine, {"app.tenant_id": str(tenant_id), "app.actor": actor}) as session:
+    identity = {"app.tenant_id": str(tenant_id), "app.actor": actor}
+    with _transaction(engine, identity | _FEWEST_ROWS) as session:
         yield session
 
 
@@ -138,7 +166,7 @@ def notify_after_commit(session: Session, channel: str, payload: str) -> None:
 
 
 def _notify(engine: Engine, told: Sequence[tuple[str, str]]) -> None:
-    with suppress(*DATABASE_ERRORS, psycopg.OperationalError), engine.connect() as connection:
+    with suppress(*DATABASE_ERRORS), engine.connect() as connection:
         driver: Any = connection.connection.driver_connection
         quote = Escaping(driver.pgconn).escape_literal
         calls = [b"pg_notify(%s, %s)" % (quote(channel.encode()), quote(payload.encode())) for channel, payload in told]
@@ -167,6 +195,12 @@ def _set_config_call(driver: Any, name: str, value: str) -> bytes:
 def _set_locally(connection: Connection, settings: Mapping[Any, str]) -> None:
     for name, value in settings.items():
         connection.execute(text("select set_config(:name, :value, true)"), {"name": name, "value": value})
+
+
+def _leave_moved_server(context: ExceptionContext) -> None:
+    """Let go of every pooled connection when one of them leads to a server that does not serve any more."""
+    if state_of(context.original_exception) in _MOVED_STATES:
+        context.is_disconnect = True
 
 
 def _forget_values(context: ExceptionContext) -> None:
@@ -198,5 +232,5 @@ def _ping_what_has_rested(engine: Engine) -> None:
 def _is_alive(driver: Any) -> bool:
     try:
         return bool(driver.pgconn.exec_(b"select 1").status == ExecStatus.TUPLES_OK)
-    except psycopg.OperationalError:
+    except DATABASE_ERRORS:
         return False

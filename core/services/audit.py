@@ -5,21 +5,29 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Session
 
 from core.db.models import AuditEntry
 from core.services.pages import Page
 
+_LAST_NUMBER = 2**63 - 1
+
 
 def list_audit_entries(
     session: Session, tenant_id: uuid.UUID | None, *, before: int | None, limit: int
 ) -> Page[AuditEntry]:
-    """Return changes, newest first, of one tenant or (for operators) of all."""
-    query = select(AuditEntry)
-    if tenant_id is not None:
-        query = query.where(AuditEntry.tenant_id == tenant_id)
-    if before is not None:
-        query = query.where(AuditEntry.number < before)
+    """Return changes, newest first, of one tenant or (for operators) of all.
+
+    One tenant's are compared and sorted by whole rows of their index: sorted by the number alone, they would be looked
+    for among everybody's newer ones.
+    """
+    last = _LAST_NUMBER if before is None else before - 1
+    if tenant_id is None:
+        query = select(AuditEntry).where(AuditEntry.number <= last)
+    else:
+        whole = tuple_(AuditEntry.tenant_id, AuditEntry.number)
+        query = select(AuditEntry).where(AuditEntry.tenant_id >= tenant_id, whole <= tuple_(tenant_id, last))
+        query = query.order_by(AuditEntry.tenant_id.desc())
     rows: Sequence[AuditEntry] = session.scalars(query.order_by(AuditEntry.number.desc()).limit(limit + 1)).all()
     return Page.cut(rows, limit)

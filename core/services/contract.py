@@ -78,9 +78,14 @@ _CHECKS = (
                and j.lease_token <> (select max(a.lease_token) from attempts a where a.job_id = j.id)
            union all select 'attempt ' || a.id || ' is open and does not hold its job' from attempts a
            join jobs j on j.id = a.job_id where a.outcome is null and j.lease_token is distinct from a.lease_token
-           union all select 'step ' || m.step || ' of job ' || m.job_id from (
-               select *, max(lease_token) over (partition by job_id order by step) as newest from metrics
-           ) m where m.lease_token < m.newest
+           union all select 'step ' || m.step || ' of job ' || f.job_id from (
+               select job_id, lease_token, max(step) as last_step, min(min(step)) over (
+                   partition by job_id order by lease_token rows between 1 following and unbounded following
+               ) as newer_since from metrics group by job_id, lease_token
+           ) f cross join lateral (
+               select step from metrics where job_id = f.job_id and lease_token = f.lease_token
+                   and step >= f.newer_since offset 0
+           ) m where f.newer_since <= f.last_step
            union all select 'adapter ' || d.id from adapters d where not exists (
                select from attempts a where a.job_id = d.job_id and a.outcome = 'succeeded' and d.object_prefix
                    = format('tenants/%s/jobs/%s/%s/adapter/', d.tenant_id, d.job_id, a.lease_token))
@@ -92,11 +97,14 @@ _CHECKS = (
         "I4",
         "A job that has ended stays as it ended: nothing of it began or was written afterwards.",
         "select count(*) from jobs where finished_at is not null",
-        """select 'job ' || j.id from jobs j where j.finished_at is not null and (
-               exists (select from attempts a
-                   where a.job_id = j.id and (a.outcome is null or a.started_at > j.finished_at))
-               or exists (select from metrics m where m.job_id = j.id and m.created_at > j.finished_at)
-               or exists (select from adapters d where d.job_id = j.id and d.created_at > j.finished_at))""",
+        """select 'job ' || id from (
+               select j.id from jobs j join attempts a on a.job_id = j.id
+               where j.finished_at is not null and (a.outcome is null or a.started_at > j.finished_at)
+               union select j.id from jobs j join (
+                   select job_id, max(created_at) as last_at from metrics group by job_id
+               ) m on m.job_id = j.id where m.last_at > j.finished_at
+               union select j.id from jobs j join adapters d on d.job_id = j.id where d.created_at > j.finished_at
+           ) written_later""",
     ),
     _Check(
         "I5",

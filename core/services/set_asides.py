@@ -1,6 +1,7 @@
 """Rows that a duty could not do: it leaves each alone for a while, with the reason, and does the others.
 
-What one row raises is undone to a savepoint. What the database raises because it is away is no row's fault and passes.
+What one row raises is undone to a savepoint, and so is a statement over one row that ran into a time limit. What the
+database raises because it is away is no row's fault and passes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NoResultFound
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from core.db.models import SetAside
+from core.db.session import DATABASE_ERRORS, took_too_long
 from core.domain.duties import FIRST_REST_SECONDS, LONGEST_REST_SECONDS, Duty
 
 log = structlog.get_logger()
@@ -44,7 +46,9 @@ def setting_aside(session: Session, duty: Duty, *, row_id: uuid.UUID, tenant_id:
         with session.begin_nested():
             yield trial
         trial.is_done = True
-    except ROW_ERRORS as error:
+    except (*ROW_ERRORS, *DATABASE_ERRORS) as error:
+        if isinstance(error, DATABASE_ERRORS) and not took_too_long(error):
+            raise
         set_aside(session, duty, row_id=row_id, tenant_id=tenant_id, error=error)
 
 

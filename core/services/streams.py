@@ -5,19 +5,23 @@ One statement reads the events and the job's status in one snapshot, so that a j
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ARRAY, BigInteger, Integer, Uuid, and_, column, func, literal, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from core.db.models import Event, Job
 from core.domain.jobs import TERMINAL_STATUSES
 from core.services.tenants import find_reading_keys
 
-BATCH_SIZE = 200
+# So many events are read at once for all watches together, and so many at least for each. One that has much to catch up
+# with takes few trips, and many that come back at once fill no memory.
+_NUM_EVENTS = 1000
+_MIN_EVENTS = 50
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,28 @@ class Watch:
     after: int
 
 
+@dataclass(frozen=True, slots=True)
+class MissedEvent:
+    """An event's own columns, in the order in which they are read."""
+
+    number: int
+    id: uuid.UUID
+    level: str
+    type: str
+    message: str
+    details: dict[str, Any] | None
+    created_at: dt.datetime
+
+
 @dataclass(frozen=True)
 class WatchState:
-    """What a watch has missed, oldest first and at most BATCH_SIZE, and whether there can be more.
+    """What a watch has missed, oldest first and a bounded number, and whether there can be more.
 
     `final_status` is set once the job has ended and `events` are its last; `is_key_live` is False for a key that was
     revoked or has expired.
     """
 
-    events: tuple[Event, ...]
+    events: tuple[MissedEvent, ...]
     final_status: str | None
     is_key_live: bool
     has_more: bool
@@ -46,20 +63,20 @@ class WatchState:
 def read_watches(session: Session, tenant_id: uuid.UUID, *, watches: Sequence[Watch]) -> list[WatchState]:
     """Return the state of each of one tenant's watches, in their order. An unknown job reads as one without events."""
     live_keys = find_reading_keys(session, tenant_id, {watch.key_id for watch in watches})
-    events: list[list[Event]] = [[] for _ in watches]
+    limit = max(_MIN_EVENTS, _NUM_EVENTS // max(1, len(watches)))
+    events: list[list[MissedEvent]] = [[] for _ in watches]
     statuses: list[str | None] = [None] * len(watches)
-    for position, status, event in session.execute(_missed_events(tenant_id, watches)):
+    for position, status, number, *columns in session.execute(_missed_events(tenant_id, watches, limit)):
         statuses[position - 1] = status
-        if event is not None:
-            events[position - 1].append(event)
+        if number is not None:
+            events[position - 1].append(MissedEvent(number, *columns))
     return [
-        _conclude(missed, status=status, is_key_live=watch.key_id in live_keys)
+        _conclude(missed, status=status, is_key_live=watch.key_id in live_keys, has_more=len(missed) == limit)
         for watch, missed, status in zip(watches, events, statuses, strict=True)
     ]
 
 
-def _conclude(missed: list[Event], *, status: str | None, is_key_live: bool) -> WatchState:
-    has_more = len(missed) == BATCH_SIZE
+def _conclude(missed: list[MissedEvent], *, status: str | None, is_key_live: bool, has_more: bool) -> WatchState:
     has_ended = status in TERMINAL_STATUSES and not has_more
     return WatchState(
         events=tuple(missed) if is_key_live else (),
@@ -69,8 +86,8 @@ def _conclude(missed: list[Event], *, status: str | None, is_key_live: bool) -> 
     )
 
 
-def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch]) -> Any:
-    """Rows of (position of the watch from 1, the job's status, an event or None), each watch's events in order.
+def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch], limit: int) -> Any:
+    """Rows of (position of the watch from 1, the job's status, an event's columns or None), in order.
 
     A deleted job has its last status, so that its followers learn that it is over, and no event.
     """
@@ -83,16 +100,15 @@ def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch]) -> Any:
         column("position", Integer), column("job_id", Uuid), column("after", BigInteger)
     ).render_derived(name="watched")
     missed = (
-        select(Event)
+        select(*(getattr(Event, name) for name in MissedEvent.__dataclass_fields__))
         .where(Event.tenant_id == tenant_id, Event.job_id == watched.c.job_id, Event.number > watched.c.after)
         .order_by(Event.number)
-        .limit(BATCH_SIZE)
+        .limit(limit)
         .lateral("missed")
     )
-    event = aliased(Event, missed)
     return (
-        select(watched.c.position, Job.status, event)
+        select(watched.c.position, Job.status, missed)
         .join(Job, and_(Job.id == watched.c.job_id, Job.tenant_id == tenant_id))
-        .outerjoin(event, Job.deleted_at.is_(None))
-        .order_by(watched.c.position, event.number)
+        .outerjoin(missed, Job.deleted_at.is_(None))
+        .order_by(watched.c.position, missed.c.number)
     )

@@ -7,14 +7,16 @@ from sqlalchemy.orm import Session
 
 # A policy shows all rows where it asks for nothing. One that restricts may hide any of them.
 _HIDDEN = text("""
+with of_reading as (
+    select * from pg_policy p where p.polcmd in ('r', '*')
+      and exists (select from unnest(p.polroles) r where r = 0 or pg_has_role(r, 'USAGE'))
+)
 select c.relname from pg_class c
 where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p') and (
     not has_table_privilege(c.oid, 'select') or row_security_active(c.oid) and (
-        exists (select from pg_policy p where p.polrelid = c.oid and not p.polpermissive)
+        exists (select from of_reading p where p.polrelid = c.oid and not p.polpermissive)
         or not exists (
-            select from pg_policy p where p.polrelid = c.oid and p.polcmd in ('r', '*')
-              and pg_get_expr(p.polqual, p.polrelid) = 'true'
-              and exists (select from unnest(p.polroles) r where r = 0 or pg_has_role(r, 'USAGE')))))
+            select from of_reading p where p.polrelid = c.oid and pg_get_expr(p.polqual, p.polrelid) = 'true')))
 order by c.relname
 """)
 

@@ -2,13 +2,23 @@
 
 A thread that has died is at fault, and so is a duty that has not been done for longer than its patience. A server that
 is away is nobody's fault here: whoever waits for one goes on showing life, because a restart would not bring it back.
+
+A process whose thread failed would look alive and do half of its work, so it ends at once, with status 1, and whoever
+keeps processes running starts it afresh.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
+
+import structlog
+
+log = structlog.get_logger()
+_FAILED_STATUS = 1
 
 
 class Duty:
@@ -33,6 +43,25 @@ class Duty:
         return f"{self.name} is overdue: no sign of life for {silent_seconds:.0f} s"
 
 
+def end_process(name: str, error: BaseException | None) -> None:
+    """End this process at once with status 1, because of what went wrong in a thread or task that it depends on."""
+    log.critical("thread.failed", thread=name, exc_info=error)
+    os._exit(_FAILED_STATUS)
+
+
+class _VitalThread(threading.Thread):
+    """A thread whose failure ends the process: at once, whatever the other threads wait for."""
+
+    def run(self) -> None:
+        is_done = False
+        try:
+            super().run()
+            is_done = True
+        finally:
+            if not is_done:
+                end_process(self.name, sys.exception())
+
+
 class Liveness:
     """The threads, duties and checks of one process. A check returns None, or in one line what is wrong."""
 
@@ -49,8 +78,14 @@ class Liveness:
         self.add_check(name, duty.find_fault)
         return duty
 
-    def watch(self, thread: threading.Thread) -> None:
-        """Depend on a thread that has been started, or is about to be."""
+    def start_thread(self, work: Callable[[], None], *, name: str) -> threading.Thread:
+        """Start a thread that the process depends on until it is released. Its failure ends the process."""
+        thread = _VitalThread(target=work, daemon=True, name=name)
+        self._watch(thread)
+        thread.start()
+        return thread
+
+    def _watch(self, thread: threading.Thread) -> None:
 
         def find_fault() -> str | None:
             has_died = thread.ident is not None and not thread.is_alive()

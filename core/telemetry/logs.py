@@ -113,9 +113,8 @@ def capture_printed(captured: Sequence[int] = (1, 2)) -> None:
     for number in captured:
         os.dup2(writing, number)
     os.close(writing)
-    relay = threading.Thread(target=_relay, args=(reading, stream), daemon=True, name="printed output")
-    PROCESS.watch(relay)  # without it the pipe fills, and whoever prints waits for ever
-    relay.start()
+    # Without it the pipe fills, and whoever prints waits for ever.
+    relay = PROCESS.start_thread(lambda: _relay(reading, stream), name="printed output")
     atexit.register(_release, captured, stream, relay)
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import socket
 import socketserver
 import sys
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -20,26 +19,28 @@ from prometheus_client import REGISTRY, CollectorRegistry, Gauge, make_wsgi_app
 
 from core.settings import TelemetrySettings
 from core.telemetry.liveness import PROCESS, Liveness
+from core.telemetry.readiness import Readiness
 
 log = structlog.get_logger()
 _REQUEST_SECONDS = 10.0
+_RETRY_AFTER = "2"
 
 
 class ManagementServer:
     """Answers on the management port, where the settings name one, until it is closed; port 0 is any free one.
 
-    `find_obstacle` returns in one line why the process is not ready, or None. Raises OSError where the port is taken.
+    Raises OSError where the port is taken.
     """
 
     def __init__(
         self,
         settings: TelemetrySettings,
         *,
-        find_obstacle: Callable[[], str | None],
+        readiness: Readiness,
         liveness: Liveness = PROCESS,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        self._liveness, self._find_obstacle = liveness, find_obstacle
+        self._liveness, self._readiness = liveness, readiness
         self._show_metrics = make_wsgi_app(registry)
         self._server: _Server | None = None
         if settings.management_port is not None:
@@ -49,7 +50,7 @@ class ManagementServer:
             sound.set_function(lambda: liveness.find_fault() is None)
             self._server = _Server((settings.management_host, settings.management_port), _QuietRequest)
             self._server.set_app(self._answer)
-            threading.Thread(target=self._server.serve_forever, daemon=True, name="management").start()
+            self._thread = liveness.start_thread(self._server.serve_forever, name="management")
             log.info("management.started", port=self.port)
 
     @property
@@ -58,6 +59,7 @@ class ManagementServer:
 
     def close(self) -> None:
         if self._server is not None:
+            self._liveness.release(self._thread)
             self._server.shutdown()
             self._server.server_close()
 
@@ -66,7 +68,9 @@ class ManagementServer:
         if path == "/metrics":
             return cast("Iterable[bytes]", self._show_metrics(environ, start_response))
         status, line = self._look(path)
-        start_response(f"{status.value} {status.phrase}", [("content-type", "text/plain; charset=utf-8")])
+        headers = [("content-type", "text/plain; charset=utf-8")]
+        headers += [("retry-after", _RETRY_AFTER)] if status == HTTPStatus.SERVICE_UNAVAILABLE else []
+        start_response(f"{status.value} {status.phrase}", headers)
         return [f"{line}\n".encode()]
 
     def _look(self, path: str) -> tuple[HTTPStatus, str]:
@@ -74,10 +78,16 @@ class ManagementServer:
             case "/livez":
                 fault, sound = self._liveness.find_fault(), f"ok: {', '.join(self._liveness.names)}"
             case "/readyz":
-                fault, sound = self._find_obstacle(), "ok"
+                fault, sound = self._find_obstacle()
             case _:
                 return HTTPStatus.NOT_FOUND, "no such page"
         return (HTTPStatus.OK, sound) if fault is None else (HTTPStatus.SERVICE_UNAVAILABLE, fault)
+
+    def _find_obstacle(self) -> tuple[str | None, str]:
+        """Return why the process is not ready, if it is not, and what else to say, in a line each."""
+        verdict = self._readiness.find_verdict()
+        sound = "ok" if verdict.trouble is None else f"degraded: {verdict.trouble.message}"
+        return (None if verdict.obstacle is None else verdict.obstacle.message), sound
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):

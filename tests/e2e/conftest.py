@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from local.servers import LocalServers
 from local.stack import LocalStack
 from tests.e2e.lab import Lab, base_entry, running_lab, write_tiny_base
+from tests.e2e.rollout import Rollout, Service
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +45,20 @@ def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     }
     with LocalStack(directory / "data", registry_path=registry, env=env, is_durable=False) as made:
         yield made
+
+
+@pytest.fixture
+def registry(tiny_base: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "registry.yaml"
+    path.write_text(yaml.safe_dump({"base_models": [base_entry(tiny_base)]}))
+    return path
+
+
+@pytest.fixture
+def rollout(tmp_path: Path) -> Iterator[Rollout]:
+    with LocalServers(tmp_path / "servers", is_durable=False) as servers, Service() as service:
+        made = Rollout(servers, service, tmp_path)
+        try:
+            yield made
+        finally:
+            made.stop()

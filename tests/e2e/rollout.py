@@ -45,7 +45,8 @@ SETTINGS = {
     "ESPALIER_REQUESTS_PER_MINUTE": "1000000",
 }
 LISTENING = """
-select count(*) from pg_stat_activity where usename = 'espalier_schedule' and query = 'listen espalier_wake'
+select count(*) from pg_stat_activity where usename = 'espalier_schedule'
+  and query in ('listen espalier_wake', 'listen "espalier_wake"')
 """
 ROWS = b"\n".join(
     b'{"messages": [{"role": "user", "content": "Say %d."}, {"role": "assistant", "content": "It is %d."}]}' % (n, n)
@@ -132,33 +133,40 @@ class Rollout:
     def migrate(self, tree: Path, registry: Path) -> None:
         """Bring the database to the schema of a tree, as its own command does."""
         passwords = {f"ESPALIER_{role.upper()}_PASSWORD": self._password(role) for role in self._members}
-        env = {"ESPALIER_OWNER_DATABASE_URL": self.owner_url, "ESPALIER_REGISTRY": str(registry), **passwords}
-        argv = [sys.executable, "-m", "cli", "migrate"]
-        subprocess.run(argv, cwd=tree, env={**os.environ, **env}, check=True)
+        env = {"ESPALIER_REGISTRY": str(registry), **passwords}
+        self._run(tree, "migrate", **env)
+
+    def create_tenant(self, tree: Path, slug: str, *settings: str) -> str:
+        """Add a tenant, with settings as `tenants set` takes them, and return its API key, by the commands of a tree."""
+        key = self._run(tree, "tenants", "create", slug)
+        if settings:
+            self._run(tree, "tenants", "set", slug, *settings)
+        return key
+
+    def _run(self, tree: Path, *words: str, **env: str) -> str:
+        env = {**os.environ, "ESPALIER_OWNER_DATABASE_URL": self.owner_url, **env}
+        argv = [sys.executable, "-m", "cli", *words]
+        return subprocess.run(argv, cwd=tree, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
     def start(self, tree: Path) -> None:
         for kind in self._members:
             for _ in range(2):
-                self._add(kind, tree)
+                self.add(kind, tree)
 
     def replace_all(self, tree: Path) -> None:
         """Replace every process, one at a time: schedules, workers, APIs."""
         for kind in ("schedule", "worker", "api"):
             for old in tuple(self._members[kind]):
-                self._add(kind, tree)
-                self._remove(kind, old)
+                self.add(kind, tree)
+                self.remove(kind, old)
 
     def stop(self) -> None:
         for kind, members in self._members.items():
             for member in tuple(members):
-                self._remove(kind, member)
+                self.remove(kind, member)
 
-    def ask(self, question: str, *values: str) -> object:
-        with psycopg.connect(self.owner_url) as connection:
-            row = connection.execute(question, values).fetchone()  # type: ignore[arg-type]
-        return None if row is None else row[0]
-
-    def _add(self, kind: str, tree: Path) -> None:
+    def add(self, kind: str, tree: Path) -> Member:
+        """Start a process of a kind from a tree, and wait until it is ready."""
         port = free_ports(1)[0] if kind == "api" else None
         name = f"{kind}-{next(self._numbers)}"
         spec = ProcessSpec(
@@ -173,6 +181,19 @@ class Rollout:
         member.process.wait_until(lambda: self._is_ready(kind, member), timeout_seconds=PATIENCE_SECONDS)
         if port is not None:
             self._service.add(port)
+        return member
+
+    def remove(self, kind: str, member: Member) -> None:
+        """Send no new connection there, then ask it to end and wait."""
+        if member.port is not None:
+            self._service.remove(member.port)
+        member.process.stop()
+        self._members[kind].remove(member)
+
+    def ask(self, question: str, *values: str) -> object:
+        with psycopg.connect(self.owner_url) as connection:
+            row = connection.execute(question, values).fetchone()  # type: ignore[arg-type]
+        return None if row is None else row[0]
 
     def _is_ready(self, kind: str, member: Member) -> bool:
         name = member.process.spec.name
@@ -184,12 +205,6 @@ class Rollout:
                 return self.ask(is_warm, name) is not None
             case _:
                 return self.ask(LISTENING) == len(self._members[kind])
-
-    def _remove(self, kind: str, member: Member) -> None:
-        if member.port is not None:
-            self._service.remove(member.port)
-        member.process.stop()
-        self._members[kind].remove(member)
 
     def _password(self, kind: str) -> str:
         return str(getattr(self._servers.secrets, kind))

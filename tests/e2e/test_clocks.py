@@ -32,7 +32,7 @@ def test_a_worker_whose_clock_is_wrong_claims_nothing_and_the_job_runs_on_a_soun
     lab: Lab, tmp_path: Path, shift: str
 ) -> None:
     lab.kill_workers()
-    wrong = lab.start_worker(**fake_clock(tmp_path / "clock", shift), ESPALIER_DEAF_SECONDS="0.5")
+    wrong = lab.start_worker(**fake_clock(tmp_path / "clock", shift), ESPALIER_DEAF_SECONDS="5")
     job_id = lab.submit(n_epochs=1)
     wait_until(lambda: reason_of(lab, job_id) == "clock_wrong", what="the reason")
     assert offset_of(lab, wrong) == pytest.approx(1200 if shift == "+20m" else -1200, abs=5)
@@ -59,7 +59,7 @@ def test_a_clock_that_jumps_while_a_job_trains_costs_it_nothing_and_holds_up_the
     lab: Lab, tmp_path: Path, shift: str
 ) -> None:
     lab.kill_workers()
-    worker = lab.start_worker(**fake_clock(tmp_path / "clock", "+0"), ESPALIER_DEAF_SECONDS="0.5")
+    worker = lab.start_worker(**fake_clock(tmp_path / "clock", "+0"), ESPALIER_DEAF_SECONDS="5")
     training = lab.submit(n_epochs=4, num_rows=40)
     lab.wait_for_step(training, 3)
     set_clock(tmp_path / "clock", shift)

@@ -190,8 +190,30 @@ def test_no_figure_is_labelled_with_what_a_client_chooses(run: Run) -> None:
 @pytest.mark.parametrize(
     ("process", "threads"),
     [
-        ("schedule", ("printed output", "cleaning", "sweeping", "forgetting")),
-        ("worker", ("printed output", "heartbeats", "self-fence", "proofs", "presence", "warmer", "watchdog")),
+        (
+            "schedule",
+            (
+                "printed output",
+                "management",
+                "the clock that wakes and expires",
+                "cleaning",
+                "sweeping",
+                "forgetting",
+            ),
+        ),
+        (
+            "worker",
+            (
+                "printed output",
+                "management",
+                "heartbeats",
+                "self-fence",
+                "proofs",
+                "presence",
+                "warmer",
+                "watchdog",
+            ),
+        ),
     ],
 )
 def test_a_probe_looks_at_every_thread_that_its_process_depends_on(

@@ -27,6 +27,7 @@ _ONCE = {
         values (gen_random_uuid(), 'o', decode(repeat('00', 32), 'hex'), 'olga')""",
     "0011": "insert into base_tokenizers (base_model_id, object_key) values ('base', 'bases/base/tokenizer')",
     "0019": "insert into pools (name, step_seconds, load_seconds) values ('base@none', 1, 2)",
+    "0029": "insert into retention_marks values ('events', $then, '00000000-0000-0000-0000-000000000001')",
 }
 # Once for each tenant, of whose jobs the first waits, the second is done and the third is paused.
 _EACH = {
@@ -51,7 +52,7 @@ _EACH = {
         select gen_random_uuid(), tenant_id, id, 'info', 'message', 'm' from jobs where tenant_id = '$tenant';
         insert into metrics (job_id, step, tenant_id, lease_token, train_loss, train_accuracy, learning_rate, grad_norm,
             num_tokens, created_at)
-        select job_id, 1, tenant_id, lease_token, 1, 1, 1, 1, 1, $then from attempts where tenant_id = '$tenant';
+        select job_id, 32, tenant_id, lease_token, 1, 1, 1, 1, 1, $then from attempts where tenant_id = '$tenant';
         insert into checkpoints (id, tenant_id, job_id, lease_token, step, model_name, object_prefix, files, metrics)
         select gen_random_uuid(), tenant_id, job_id, token, 1, 'm-$number',
             format('tenants/%s/jobs/%s/%s/', tenant_id, job_id, token), '[{"size_bytes": 7}]', '{}'

@@ -82,10 +82,9 @@ def test_a_job_that_somebody_changes_at_the_moment_keeps_nobody_from_loading(
         assert announce(worker, num_jobs=5) == [free.id]
 
 
-def test_those_who_follow_a_job_are_woken(worker: Engine, owner: Engine, tenant: Tenant) -> None:
+def test_those_who_follow_a_job_are_woken(worker: Engine, owner: Engine, database: Database, tenant: Tenant) -> None:
     job = queue_job(owner, tenant.id)
-    url = owner.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(url, autocommit=True) as listening:
+    with psycopg.connect(database.superuser_url, autocommit=True) as listening:
         listening.execute(f"listen {EVENT_CHANNEL}")
         announce(worker, num_jobs=5)
         (notice,) = listening.notifies(timeout=PATIENCE_SECONDS, stop_after=1)

@@ -163,6 +163,7 @@ def invocations(tmp_path: Path, owner: Engine, tenant: Tenant) -> dict[str, tupl
         "bucket create": here,
         "s3-check": ("nowhere",),
         "tenants create": (f"made-{slug[:20]}",),
+        "tenants delete": (f"made-{slug[:20]}", "--yes"),
         "tenants list": (),
         "tenants set": (slug, "--weight", "2"),
         "tenants disable": (slug,),

@@ -146,7 +146,8 @@ def test_a_temporary_view_in_the_place_of_a_table_is_not_evaluated_as_the_functi
     database: Database, owner: Engine
 ) -> None:
     with service_transaction(owner) as session:  # as it is where the database belongs to somebody else
-        session.execute(text(f'grant temporary on database "{owner.url.database}" to espalier_scaler'))
+        name = session.scalar(text("select current_database()"))
+        session.execute(text(f'grant temporary on database "{name}" to espalier_scaler'))
     scaler = connect(database.scaler_url)
     try:
         with service_transaction(scaler) as session:

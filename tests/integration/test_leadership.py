@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import IO
 
 import pytest
 from sqlalchemy import Engine, func, select, text
@@ -119,7 +120,12 @@ def is_waiting_for_a_lock(database: Database) -> bool:
 
 @contextmanager
 def schedule_process(
-    database: Database, servers: ServerAddresses, *, env: dict[str, str] | None = None, **settings: str
+    database: Database,
+    servers: ServerAddresses,
+    *,
+    env: dict[str, str] | None = None,
+    log: int | IO[bytes] = subprocess.DEVNULL,
+    **settings: str,
 ) -> Iterator[subprocess.Popen[bytes]]:
     storage = servers.storage
     environment = {
@@ -133,7 +139,7 @@ def schedule_process(
         **{f"ESPALIER_{name.upper()}": value for name, value in settings.items()},
         **{name.upper(): value for name, value in (env or {}).items()},
     }
-    with subprocess.Popen([sys.executable, "-m", "schedule"], env=environment, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([sys.executable, "-m", "schedule"], env=environment, stderr=log) as process:
         try:
             yield process
         finally:

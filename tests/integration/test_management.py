@@ -5,30 +5,29 @@ from __future__ import annotations
 import datetime as dt
 import subprocess
 import sys
-import uuid
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
 import psutil
-import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine
 
 from api.processes import _Child
 from core.db.session import connect
-from core.services.attempts import Lease
+from core.domain.errors import UnavailableError
 from core.settings import TelemetrySettings
-from core.telemetry.liveness import PROCESS, Liveness
+from core.telemetry.liveness import Liveness
 from core.telemetry.management import ManagementServer
+from core.telemetry.readiness import Need, Readiness
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from schedule.metrics import QueueCollector
 from tests.integration.conftest import Database, Tenant, add_tenant, running_api
 from tests.integration.training import POOL, queue_job
 from tests.waiting import PATIENCE_SECONDS, wait_until
-from worker.supervisor.lease import LeaseKeeper
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -47,9 +46,9 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 @contextmanager
-def managed(liveness: Liveness, find_obstacle: Callable[[], str | None] = lambda: None) -> Iterator[ManagementServer]:
+def managed(liveness: Liveness, *needs: Need) -> Iterator[ManagementServer]:
     settings = TelemetrySettings.model_validate({"management_port": 0})
-    server = ManagementServer(settings, find_obstacle=find_obstacle, liveness=liveness, registry=CollectorRegistry())
+    server = ManagementServer(settings, readiness=Readiness(*needs), liveness=liveness, registry=CollectorRegistry())
     try:
         yield server
     finally:
@@ -63,19 +62,26 @@ def run_health(**env: str) -> subprocess.CompletedProcess[str]:
 
 def test_without_a_setting_there_is_no_port() -> None:
     settings = TelemetrySettings.model_validate({"management_port": None})
-    assert ManagementServer(settings, find_obstacle=lambda: None).port is None
+    assert ManagementServer(settings, readiness=Readiness()).port is None
 
 
 def test_a_probe_says_in_one_line_what_is_wrong() -> None:
-    faults: list[str | None] = ["the database does not answer: OperationalError"]
+    answers = threading.Event()
+
+    def check() -> None:
+        if not answers.is_set():
+            raise UnavailableError("The database does not answer.")
+
     liveness = Liveness()
-    with managed(liveness, lambda: faults[-1]) as server:
+    with managed(liveness, Need("database", "database_unavailable", check)) as server:
         duty = liveness.add_duty("sweeping", patience_seconds=-1)
         assert (ask(server.port, "/livez").status_code, ask(server.port, "/readyz").status_code) == (503, 503)
         assert ask(server.port, "/livez").text.startswith("sweeping is overdue")
+        assert ask(server.port, "/readyz").headers["retry-after"]
         duty.rest()
-        faults.append(None)
-        assert (ask(server.port, "/livez").text, ask(server.port, "/readyz").text) == ("ok: sweeping\n", "ok\n")
+        answers.set()
+        wait_until(lambda: ask(server.port, "/readyz").text == "ok\n")
+        assert ask(server.port, "/livez").text == "ok: thread 'management', sweeping\n"
         assert ask(server.port, "/secrets").status_code == 404
 
 
@@ -97,17 +103,6 @@ def test_the_health_command_says_in_one_line_that_its_setting_is_wrong() -> None
     (line,) = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (1, "")
     assert line.startswith("ESPALIER_MANAGEMENT_PORT (")
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_dies_of_a_fault_of_ours_is_found(database: Database) -> None:
-    def is_live() -> bool:
-        raise RuntimeError
-
-    engine = connect(database.worker_url)
-    keeper = LeaseKeeper(engine, lease_seconds=60, heartbeat_seconds=0.01, is_live=is_live, fence=lambda: None)
-    keeper.hold(Lease(uuid.uuid4(), uuid.uuid4(), 1), since=0.0)
-    wait_until(lambda: "thread 'heartbeats' is dead" in PROCESS.find_faults())
 
 
 def test_an_api_process_whose_event_loop_hangs_is_named() -> None:
@@ -183,7 +178,7 @@ def test_the_schedule_that_leads_shows_the_queue_of_a_thousand_tenants_in_few_li
     registry = CollectorRegistry()
     registry.register(QueueCollector(engine, is_leader=lambda: True))
     settings = TelemetrySettings.model_validate({"management_port": 0})
-    server = ManagementServer(settings, find_obstacle=lambda: None, liveness=Liveness(), registry=registry)
+    server = ManagementServer(settings, readiness=Readiness(), liveness=Liveness(), registry=registry)
     seen = scrape(server.port)
     assert value(seen, "espalier_schedule_leads") == 1
     assert value(seen, "espalier_queue_jobs", pool=POOL, state="queued") >= 3

@@ -79,7 +79,7 @@ def may_make_temporary_tables(connection: Connection, role: str) -> bool:
 def test_no_runtime_role_may_make_temporary_tables(connection: Connection) -> None:
     command.upgrade(configure(connection), "head")
     assert not may_make_temporary_tables(connection, "espalier_scaler")
-    assert may_make_temporary_tables(connection, connection.engine.url.username or "")
+    assert may_make_temporary_tables(connection, str(connection.scalar(text("select current_user"))))
 
 
 def test_the_tables_of_the_code_are_those_of_the_migrations(connection: Connection) -> None:

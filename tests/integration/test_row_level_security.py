@@ -77,10 +77,12 @@ ALLOWED_POLICIES = {
     "service_rows": {"espalier_schedule,espalier_worker", "espalier_schedule"},
     "owner_rows": {OWNER.role},
     "old_rows": {"espalier_schedule"},
+    "deleted_rows": {"espalier_schedule"},
+    "marked_rows": {OWNER.role},  # by which its own functions see what is marked as deleted
     "reader_rows": {"espalier_auditor,espalier_backup"},
 }
 # These take away from what the others allow: of histories the schedule deletes what is old, and nothing else.
-NARROWING_POLICIES = {"old_rows"}
+NARROWING_POLICIES = {"old_rows", "deleted_rows"}
 # What another tenant has granted, what a queue's length is made of, and all that is audited, may be looked at and no more.
 READ_ONLY_POLICIES = {"allowed_rows", "granted_rows", "shared_rows", "outlook_rows", "reader_rows"}
 READERS = ("espalier_auditor", "espalier_backup")

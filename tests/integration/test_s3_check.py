@@ -17,7 +17,7 @@ from core.settings import StorageConfig
 from core.storage import S3ObjectStore
 from local.ports import Ports
 from local.processes import ChildProcess
-from local.s3_server import S3Server
+from local.s3_server import S3Server, remove_abandoned_sockets
 from local.servers import ServerAddresses
 from tests.faults import Answer503, Cut, Fault, FaultProxy, FlipByte
 from tests.waiting import wait_until
@@ -130,7 +130,7 @@ def open_server(tmp_path: Path) -> Iterator[StorageConfig]:
         yield server.config
     finally:
         child.stop()
-        server.remove_sockets()
+        remove_abandoned_sockets()
 
 
 def test_a_server_that_asks_for_no_key_cannot_be_used(espalier: Espalier, open_server: StorageConfig) -> None:

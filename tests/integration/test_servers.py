@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -237,12 +238,87 @@ def test_a_first_start_that_was_cut_off_is_made_good(tmp_path: Path) -> None:
     assert not half_made.exists()
 
 
+def test_a_lock_of_postgres_whose_pid_another_program_has_got_is_no_obstacle(tmp_path: Path) -> None:
+    with LocalServers(tmp_path, is_durable=False):
+        left = (tmp_path / "postgres" / "postmaster.pid").read_text().splitlines()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:  # which ends with its input
+        lines = [str(other.pid), *left[1:]]
+        (tmp_path / "postgres" / "postmaster.pid").write_text("\n".join(lines) + "\n")
+        with LocalServers(tmp_path, is_durable=False) as servers:
+            assert set(servers.pids) == {"s3", "redis", "postgres"}
+
+
 def test_data_of_another_postgres_are_refused_with_the_setting_to_change(tmp_path: Path) -> None:
     (tmp_path / "postgres").mkdir()
     (tmp_path / "postgres" / "PG_VERSION").write_text("9\n")
     with pytest.raises(ProcessFailedError, match=r"of PostgreSQL 9; .* Set ESPALIER_POSTGRES_BIN"):
         LocalServers(tmp_path, is_durable=False).start()
     assert find_launcher(tmp_path) is None
+
+
+def test_what_the_machine_gets_installed_does_not_take_the_place_of_the_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = find_redis()
+    for name in ("redis-server", "valkey-server"):
+        shutil.copy(before, tmp_path / name)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert find_redis() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "writer", "setting"),
+    [
+        ("redis", "Redis 7.4.2", "ESPALIER_REDIS_BIN"),
+        ("redis", "Valkey 99.0.1", "ESPALIER_REDIS_BIN"),
+        ("s3", "SeaweedFS 99.1", "ESPALIER_S3_BIN"),
+    ],
+)
+def test_data_that_a_server_cannot_read_are_refused_with_the_setting_to_change(
+    name: str, writer: str, setting: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "written_by").write_text(f"{writer}\n")
+    with pytest.raises(ProcessFailedError, match=rf"are of {writer}, which .* cannot read\. Set {setting} to"):
+        LocalServers(tmp_path, is_durable=False).start()
+    assert find_launcher(tmp_path) is None
+
+
+def test_data_without_a_note_tell_by_themselves_who_began_them(tmp_path: Path) -> None:
+    files = tmp_path / "redis" / "appendonlydir"
+    files.mkdir(parents=True)
+    (files / "appendonly.aof.1.base.rdb").write_bytes(b"REDIS0012\xfa\x09redis-ver\x058.2.1\xfa\x0aredis-bits\xc0@")
+    with pytest.raises(ProcessFailedError, match=r"are of Redis 8\.2\.1, which Valkey .* cannot read"):
+        LocalServers(tmp_path, is_durable=False).start()
+
+
+@pytest.mark.parametrize("writer", [None, "Redis 7.0.15", "Valkey 8.1.0"])
+def test_data_of_an_older_server_or_launcher_are_read_and_who_writes_now_is_noted(
+    writer: str | None, tmp_path: Path
+) -> None:
+    with LocalServers(tmp_path, is_durable=False) as servers:
+        leave_traces(servers.addresses)
+    notes = [tmp_path / name / "written_by" for name in ("redis", "s3")]
+    now = [note.read_text() for note in notes]
+    notes[1].unlink()
+    notes[0].unlink() if writer is None else notes[0].write_text(f"{writer}\n")
+    with LocalServers(tmp_path, is_durable=False) as servers:
+        assert_traces(servers.addresses)
+    assert [note.read_text() for note in notes] == now
+    assert re.fullmatch(r"Valkey \d+\.\d+\.\d+\nSeaweedFS \d+\.\d+\n", "".join(now))
+
+
+def test_the_sockets_of_servers_that_were_killed_go_with_the_next_start_wherever_that_is(tmp_path: Path) -> None:
+    with launcher(tmp_path / "first") as killed:
+        ports = json.loads((tmp_path / "first" / "ports.json").read_text())["s3"]
+        for pid in killed.server_pids:
+            os.kill(pid, signal.SIGKILL)
+        killed.process.kill()
+        killed.process.wait()
+    with LocalServers(tmp_path / "second", is_durable=False):
+        pass
+    left = {int(path.stem.rpartition("-")[2]) for path in Path("/tmp").glob("seaweedfs-*.sock")}
+    assert not left & set(ports.values())
 
 
 @pytest.mark.parametrize("name", ["s3", "redis", "postgres"])

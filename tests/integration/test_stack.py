@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -358,6 +358,24 @@ def test_what_down_stopped_comes_back_with_its_key_and_leaves_nothing_when_kille
         second.process.kill()
         wait_until(lambda: not any(map(is_running, everything)))
     assert find_launcher(tmp_path / "data dir") is None
+
+
+def test_what_killed_processes_have_left_in_the_temporary_directory_goes_with_the_next_start(
+    registry: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "temporary"
+    place.mkdir()
+    env = {"TMPDIR": str(place), "ESPALIER_API_PROCESSES": "2"}
+    with run_up(tmp_path / "data", registry, env=env) as killed:
+        everything = killed.everything()
+        for pid in everything:
+            with suppress(ProcessLookupError):  # the death of another may have been its own
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(is_running, everything)))
+    assert list(place.glob("espalier-api-*")), "nothing was left that could go"
+    with run_up(tmp_path / "data", registry, env=env) as following:
+        assert espalier("down", "--data-dir", following.data_dir).exit_code == 0
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["redis", "s3", "postgres"])

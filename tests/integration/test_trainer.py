@@ -65,7 +65,7 @@ from worker.messages import (
 from worker.trainer.bases import LoadedBase
 from worker.trainer.channel import Channel
 from worker.trainer.loop import TrainingLoop
-from worker.trainer.resume import PROGRESS_FILE
+from worker.trainer.resume import PROGRESS_FILE, RESUME_FILES
 
 SLOTS = 6
 ENDLESS = "endless"
@@ -208,13 +208,13 @@ class Supervisor:
 
     def start_loop(self) -> None:
         base = LoadedBase(tiny_llama(), make_tokenizer(), make_bundle(), revision="1", seconds=0.0)
-        loop = TrainingLoop(self._channel, self.engine, base, make_base_order(), scratch_dir=self.scratch_dir)
-        self._thread = threading.Thread(target=self._run, args=(loop,), daemon=True)
+        self.loop = TrainingLoop(self._channel, self.engine, base, make_base_order(), scratch_dir=self.scratch_dir)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def _run(self, loop: TrainingLoop) -> None:
+    def _run(self) -> None:
         with suppress(_OverError):
-            loop.run()
+            self.loop.run()
 
     def stop_loop(self) -> None:
         self._channel.run_in_background(_end_loop, then=lambda done: done.result())
@@ -516,12 +516,46 @@ def test_jobs_that_were_stopped_while_they_prepared_keep_no_slot_of_others(
 
 def test_everything_is_fetched_before_anything_is_tokenised(supervisor: Supervisor, store: Store) -> None:
     bad = store.add("bad", b"no row at all")  # which is found out when it is tokenised
-    names = (TENSORS_FILE, CURSOR_FILE, PROGRESS_FILE)
-    point = RemoteResumePoint(step=1, files={name: store.add(name, b"{}") for name in names})
-    point.files[PROGRESS_FILE] = store.add(PROGRESS_FILE, b'{"trained_tokens": 0, "is_epoch_open": false, "rows": []}')
+    progress = b'{"trained_tokens": 0, "is_epoch_open": false, "rows": []}'
+    contents = {CURSOR_FILE: b'{"format": "espalier-slot-2"}', PROGRESS_FILE: progress, TENSORS_FILE: b"{}"}
+    point = RemoteResumePoint(step=1, files={name: store.add(name, each) for name, each in contents.items()})
     supervisor.send(make_order(bad, validation_file=store.add_rows("valid"), resume_points=(point,)))
     assert supervisor.wait_for(JobFailed).code == "invalid_training_data"
-    assert store.fetched == ["/bad", "/valid", *(f"/{name}" for name in names)]
+    assert store.fetched == ["/bad", "/valid", *(f"/{name}" for name in contents)]
+
+
+def stored_point(store: Store, step: int, changes: dict[str, bytes | None]) -> RemoteResumePoint:
+    """Return a stored point, with a copy of each file that is changed, and without those that are None."""
+    contents = {name: store.objects[f"/resume/step-{step}/{name}"] for name in RESUME_FILES} | changes
+    files = {name: store.add(f"again-{step}/{name}", each) for name, each in contents.items() if each is not None}
+    return RemoteResumePoint(step=step, files=files)
+
+
+@pytest.mark.parametrize("num_older", [0, 1])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({CURSOR_FILE: b'{"format": "espalier-slot-99"}'}, "It is of format espalier-slot-99, which another version"),
+        ({PROGRESS_FILE: b'{"format": "espalier-resume-99"}'}, "Its progress is of a format that another version"),
+        ({CURSOR_FILE: None, TENSORS_FILE: None}, "Its files are those of another version"),
+    ],
+    ids=["slot", "progress", "files"],
+)
+def test_a_resume_point_that_another_version_wrote_is_passed_over_in_one_sentence(
+    supervisor: Supervisor, store: Store, changes: dict[str, bytes | None], told: str, num_older: int
+) -> None:
+    supervisor.send(make_order(store.add_rows("rows"), n_epochs=20))  # one step an epoch, each with a resume point
+    while len(supervisor.told(ResumePointSaved)) < 2:
+        next(supervisor._read_reports())
+    supervisor.send(StopJob(lease_token=1))
+    older, newer = (report.step for report in supervisor.told(ResumePointSaved)[:2])
+    points = (stored_point(store, newer, changes), stored_point(store, older, {}))[: 1 + num_older]
+    supervisor.send(make_order(store.add_rows("rows"), n_epochs=20, lease_token=2, resume_points=points))
+    assert supervisor.wait_for(JobStarted, 2).step == (older if num_older else 0)
+    supervisor.wait_for(JobSucceeded, 2)
+    first, *others = [report.message for report in supervisor.told(JobWarned) if report.lease_token == 2]
+    assert first.startswith(f"The resume point of step {newer} cannot be used: {told}")
+    assert others == ([] if num_older else ["No resume point can be used; the job starts from its first step."])
 
 
 class HeldStep:

@@ -21,7 +21,7 @@ from core import sandbox
 from core.domain.training import Frozen
 from local.locks import is_running
 from tests.waiting import PATIENCE_SECONDS, wait_until
-from worker.supervisor.children import TrainerChild, TrainerGoneError
+from worker.supervisor.children import _PRODUCT_CACHES, TrainerChild, TrainerGoneError, _child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CREDENTIALS = {
@@ -41,7 +41,14 @@ CREDENTIALS = {
     "NVIDIA_API_KEY": "hush-14",
     "HARMLESS_BY_ITS_NAME": "hush-15",
 }
-HUB = {"HF_TOKEN": "hub-token", "HTTPS_PROXY": "http://proxy:3128", "https_proxy": "http://proxy:3128"}
+HUB = {
+    "HF_TOKEN": "hub-token",
+    "HF_ENDPOINT": "https://hub.example",
+    "HTTPS_PROXY": "http://user:p%40ss@proxy:3128",
+    "https_proxy": "http://user:p%40ss@proxy:3128",
+    "NO_PROXY": "s3.example",
+}
+AUTHORITIES = {"SSL_CERT_FILE": "/ca.pem", "SSL_CERT_DIR": "/certificates", "REQUESTS_CA_BUNDLE": "/ca.pem"}
 # A process that holds a secret and starts a trainer, as a worker does, and lives on.
 SUPERVISOR = """
 import sys, time
@@ -131,11 +138,36 @@ def test_a_trainer_has_no_credential_in_its_environment_arguments_or_files(
     secret.close()
 
 
+GROWS = """
+import psutil, torch
+from worker.engine.frozen import PackedWeight
+torch.set_num_threads(1)
+weights = [PackedWeight(torch.randn(n, k), None) for n in (32, 64, 96) for k in (32, 64)]
+def live_through(lengths):
+    for rows in lengths:
+        for number, weight in enumerate(weights):
+            weight.multiply(torch.zeros(1, rows, (32, 64)[number % 2]))
+    return psutil.Process().memory_info().rss
+with torch.no_grad():
+    before = live_through(range(1, 40))
+    print(live_through(range(40, 240)) - before)
+"""
+
+
+def test_a_trainer_keeps_few_of_the_products_that_are_compiled_for_each_length_of_a_step() -> None:
+    environment = {**_child_environment(1, None), "PYTHONPATH": str(ROOT)}
+    grown = [
+        int(subprocess.run([sys.executable, "-c", GROWS], env=env, capture_output=True, text=True, check=True).stdout)
+        for env in (environment, {**environment, **dict.fromkeys(_PRODUCT_CACHES, "1024")})
+    ]
+    assert grown[0] < grown[1] / 4, "as much is kept as without a bound"
+
+
 @pytest.mark.parametrize(("offline", "is_told"), [("1", False), ("true", False), ("0", True)])
 def test_only_a_trainer_that_may_reach_a_hub_is_told_the_token_and_the_proxies(
     monkeypatch: pytest.MonkeyPatch, offline: str, is_told: bool
 ) -> None:
-    for name, value in {**HUB, "HF_HUB_OFFLINE": offline}.items():
+    for name, value in {**HUB, **AUTHORITIES, "HF_HUB_OFFLINE": offline}.items():
         monkeypatch.setenv(name, value)
     child = start_trainer()
     try:
@@ -144,6 +176,7 @@ def test_only_a_trainer_that_may_reach_a_hub_is_told_the_token_and_the_proxies(
         end_trainer(child)
     assert {f"{name}={value}" in environment for name, value in HUB.items()} == {is_told}
     assert f"HF_HUB_OFFLINE={offline}" in environment
+    assert {f"{name}={value}" in environment for name, value in AUTHORITIES.items()} == {True}
 
 
 @pytest.mark.parametrize("prefix", [(), WITHOUT_CAPABILITIES], ids=["with what this user may", "without capabilities"])

@@ -51,6 +51,49 @@ def test_nothing_catches_everything(path: Path) -> None:
     assert not broad
 
 
+DATABASE_IS_AWAY = {"OperationalError", "InterfaceError", "InternalError", "TimeoutError"}
+DATABASE_LIBRARIES = ("sqlalchemy", "psycopg")
+CONNECTING = {"core/db/session.py", "core/db/connections.py"}
+
+
+@pytest.mark.parametrize("path", [each for each in SOURCES if each.id != "core/db/session.py"])
+def test_that_the_database_is_away_has_one_name(path: Path) -> None:
+    """Whoever catches one of its errors must catch all of them: DATABASE_ERRORS, which core/db/session.py makes."""
+    assert not [
+        f"line {line}: {name}" for line, name in taken_from_database_libraries(path) if name in DATABASE_IS_AWAY
+    ]
+
+
+@pytest.mark.parametrize("path", [each for each in SOURCES if each.id not in CONNECTING])
+def test_only_two_modules_connect_to_the_database(path: Path) -> None:
+    """A connection that was made without their arguments waits for minutes for a server that has vanished."""
+    taken = [(line, name) for line, name in taken_from_database_libraries(path) if name in {"connect", "create_engine"}]
+    assert not [f"line {line}: {name}" for line, name in taken]
+
+
+def taken_from_database_libraries(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield what a module imports from these libraries, and what it names behind a dot of what it imported."""
+    tree = list(walk(path))
+    of_libraries = {
+        (alias.asname or alias.name).partition(".")[0]
+        for node in tree
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).startswith(DATABASE_LIBRARIES)
+    }
+    for node in tree:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(DATABASE_LIBRARIES):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        if isinstance(node, ast.Attribute) and root_of(node) in of_libraries:
+            yield node.lineno, node.attr
+
+
+def root_of(node: ast.expr) -> str:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return getattr(node, "id", "")
+
+
 @pytest.mark.parametrize("path", SOURCES)
 def test_names_say_what_things_are(path: Path) -> None:
     named = [node.name for node in walk(path) if isinstance(node, ast.FunctionDef | ast.ClassDef)]

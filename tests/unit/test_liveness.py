@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 
 from core.telemetry.liveness import Liveness
 from tests.waiting import wait_until
 
+FAILING = """
+import threading
+from core.telemetry.liveness import PROCESS
+from core.telemetry.logs import configure_logs
+
+configure_logs("schedule")
+waiting = threading.Thread(target=threading.Event().wait)  # not a daemon: an interpreter that ends would wait for it
+waiting.start()
+PROCESS.start_thread(lambda: 1 / 0, name="cleaning")
+waiting.join()
+"""
+
+
+def test_a_thread_that_fails_ends_its_process_though_others_wait_and_the_log_says_which() -> None:
+    done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = (json.loads(each) for each in done.stderr.splitlines())
+    assert (line["event"], line["thread"], line["level"]) == ("thread.failed", "cleaning", "critical")
+    assert "ZeroDivisionError" in line["exception"]
+
+
+def wait_for(event: threading.Event) -> None:
+    event.wait()
+
 
 def test_a_process_is_sound_while_its_threads_live_and_its_duties_are_done() -> None:
     liveness, is_over = Liveness(), threading.Event()
-    thread = threading.Thread(target=is_over.wait, name="reading", daemon=True)
-    liveness.watch(thread)
-    assert liveness.find_fault() is None, "a thread that is about to be started is not dead"
-    thread.start()
+    thread = liveness.start_thread(lambda: wait_for(is_over), name="reading")
     liveness.add_duty("sweeping", patience_seconds=3600)
     assert liveness.find_fault() is None
     assert liveness.names == ("thread 'reading'", "sweeping")
+    liveness.release(thread)
     is_over.set()
+    thread.join()
 
 
 def test_a_dead_thread_is_named() -> None:
     liveness = Liveness()
-    thread = threading.Thread(target=lambda: None, name="reading")
-    liveness.watch(thread)
-    thread.start()
-    thread.join()
+    liveness.start_thread(lambda: None, name="reading").join()
     assert liveness.find_fault() == "thread 'reading' is dead"
 
 
 def test_a_thread_that_ends_as_it_should_is_missed_by_nobody() -> None:
     liveness = Liveness()
-    thread = threading.Thread(target=lambda: None, name="reading")
-    liveness.watch(thread)
-    thread.start()
+    thread = liveness.start_thread(lambda: None, name="reading")
     liveness.release(thread)
     thread.join()
     assert liveness.find_fault() is None

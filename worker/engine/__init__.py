@@ -11,10 +11,11 @@ from worker.engine.errors import (
     InvalidJobError,
     JobTooLargeError,
     NoFreeSlotError,
+    UnreadableStateError,
     UnsupportedBaseError,
 )
 from worker.engine.examples import EngineJob, Evaluation, Example, SlotReport, StepMetrics
-from worker.engine.states import CURSOR_FILE, TENSORS_FILE, SlotState
+from worker.engine.states import CURSOR_FILE, TENSORS_FILE, SlotState, read_cursor
 
 __all__ = [
     "CURSOR_FILE",
@@ -32,6 +33,8 @@ __all__ = [
     "SlotReport",
     "SlotState",
     "StepMetrics",
+    "UnreadableStateError",
     "UnsupportedBaseError",
     "inspect_base",
+    "read_cursor",
 ]

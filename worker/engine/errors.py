@@ -5,6 +5,7 @@ EngineError
 |- NoFreeSlotError         every slot is taken; the caller waits
 |- InvalidJobError         the job cannot be trained on this base (the job's own fault)
 |  '- InvalidExampleError  ... because of one example
+|- UnreadableStateError    a saved state is of a format that this version does not read
 |- DivergedError           its gradient stayed not finite (the job's own fault)
 '- JobTooLargeError        the job does not fit the device (the job's own fault)
    '- ExampleTooLargeError ... one example alone does not
@@ -32,6 +33,10 @@ class NoFreeSlotError(EngineError):
 class InvalidJobError(EngineError):
     code = "invalid_job"
     is_job_fault = True
+
+
+class UnreadableStateError(EngineError):
+    code = "state_unreadable"
 
 
 class DivergedError(EngineError):

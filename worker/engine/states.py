@@ -1,6 +1,7 @@
 """A slot's state on disk: what training resumes from, in safetensors and JSON.
 
-A state saved in the middle of an optimizer batch resumes at that batch's beginning.
+A state saved in the middle of an optimizer batch resumes at that batch's beginning. When the format changes, the one
+before it is read for one more release, so that an upgrade costs no job a step.
 """
 
 from __future__ import annotations
@@ -10,14 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from worker.engine.errors import InvalidJobError
+from core.domain.training import TrainingSpec
+from worker.engine.banks import Layout
+from worker.engine.errors import InvalidJobError, UnreadableStateError
 from worker.engine.slots import Slot
 
 TENSORS_FILE, CURSOR_FILE = "slot_state.safetensors", "slot_state.json"
 _FORMAT = "espalier-slot-2"  # 2: the As of siblings follow each other
+_FORMAT_BEFORE = "espalier-slot-1"
+_VECTORS = ("weights", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +57,30 @@ def capture_state(slot: Slot) -> SlotState:
     return SlotState({name: tensor.cpu().clone() for name, tensor in tensors.items()}, cursor)
 
 
+def read_cursor(directory: Path) -> dict[str, Any]:
+    """Return where a saved state stands. Raises UnreadableStateError when its format is none that is read here."""
+    cursor: dict[str, Any] = json.loads((directory / CURSOR_FILE).read_text(encoding="utf-8"))
+    if cursor.get("format") not in (_FORMAT, _FORMAT_BEFORE):
+        raise UnreadableStateError(
+            f"It is of format {cursor.get('format')}, which another version of Espalier wrote; "
+            f"this one reads {_FORMAT} and {_FORMAT_BEFORE}."
+        )
+    return cursor
+
+
 def load_state(slot: Slot, directory: Path) -> int:
-    """Go on from a saved state, and return its step. Raises InvalidJobError when it is another job's or format's."""
-    cursor = json.loads((directory / CURSOR_FILE).read_text(encoding="utf-8"))
-    if cursor["format"] != _FORMAT:
-        raise InvalidJobError(f"The saved state is of format {cursor['format']}, not {_FORMAT}.")
+    """Go on from a saved state, and return its step.
+
+    Raises InvalidJobError when it is another job's, UnreadableStateError when it is of an unknown format.
+    """
+    cursor = read_cursor(directory)
     tensors = load_file(directory / TENSORS_FILE)
-    # The whole spec: with another batch size, for one, the same step number is another place in the data.
-    is_same_spec = cursor["spec"] == slot.job.spec.model_dump(mode="json")
     is_same_data = cursor["num_examples"] == len(slot.job.examples)
-    is_same_shape = all(tensors[name].shape == slot.weights_P.shape for name in ("weights", "exp_avg", "exp_avg_sq"))
-    if not (is_same_spec and is_same_data and is_same_shape):
+    is_same_shape = all(tensors[name].shape == slot.weights_P.shape for name in _VECTORS)
+    if not (is_same_data and is_same_shape and _has_spec(cursor, slot.job.spec)):
         raise InvalidJobError("The saved state belongs to another job: its spec, data or base model differs.")
+    if cursor["format"] == _FORMAT_BEFORE:
+        tensors = {name: _let_siblings_follow(slot.bank.layout, tensors[name]) for name in _VECTORS}
     slot.weights_P.copy_(tensors["weights"])
     slot.exp_avg_P.copy_(tensors["exp_avg"])
     slot.exp_avg_sq_P.copy_(tensors["exp_avg_sq"])
@@ -69,3 +88,26 @@ def load_state(slot: Slot, directory: Path) -> int:
     slot.num_skipped_in_a_row = cursor["num_skipped_in_a_row"]
     slot.restart_batch()
     return slot.step
+
+
+def _has_spec(cursor: dict[str, Any], spec: TrainingSpec) -> bool:
+    """Return whether a state is of this whole spec.
+
+    With another batch size, for one, the same step number is another place in the data. A field that came after the
+    state was written has its default there.
+    """
+    try:
+        return TrainingSpec.model_validate(cursor["spec"]) == spec
+    except ValidationError:
+        return False
+
+
+def _let_siblings_follow(layout: Layout, numbers_P: Tensor) -> Tensor:
+    """Return a row of the format before: there, each linear's A was followed by its own B."""
+    arranged_P, start = torch.empty_like(numbers_P), 0
+    for columns in layout.columns.values():
+        for matrix in columns:
+            end = start + matrix.stop - matrix.start
+            arranged_P[matrix] = numbers_P[start:end]
+            start = end
+    return arranged_P

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -108,9 +107,7 @@ class ArtifactProver:
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._proofs: queue.SimpleQueue[Proof] = queue.SimpleQueue()
         self._life = PROCESS.add_duty("reading back artifacts", patience_seconds=patience_seconds + _READING_SECONDS)
-        thread = threading.Thread(target=self._work_forever, daemon=True, name="proofs")
-        PROCESS.watch(thread)
-        thread.start()
+        PROCESS.start_thread(self._work_forever, name="proofs")
 
     def submit(self, lease: Lease, report: ArtifactReport) -> None:
         self._work.put(lambda: self._proofs.put(self._prove(lease, report)))

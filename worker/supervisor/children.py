@@ -31,6 +31,11 @@ _NAMES = frozenset(
 # How a hub is reached, for a trainer that may reach one: a token and proxies, which may carry a password.
 _HUB_NAMES = frozenset({"ALL_PROXY", "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"})
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads it
+# A CPU's product is compiled for each number of rows that it meets. oneDNN keeps 1,024 of them, torch's bridge to it as
+# many, of 0.4 MB each; steps have ever other numbers of rows, so a trainer grew by most of a gigabyte. A step needs
+# about ten, each of them in all of the base's layers; compiling one takes no longer than getting memory to keep it.
+_PRODUCT_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+_KEPT_PRODUCTS = "32"
 _STOP_SECONDS = 5.0
 
 
@@ -143,6 +148,7 @@ def _child_environment(threads: int | None, scratch_dir: Path | None) -> dict[st
     environment["TOKENIZERS_PARALLELISM"] = "false"
     # Nothing here is compiled, and importing bitsandbytes would load the compiler: a quarter of a trainer's start.
     environment["TORCHDYNAMO_DISABLE"] = "1"
+    environment |= dict.fromkeys(_PRODUCT_CACHES, _KEPT_PRODUCTS)
     if scratch_dir is not None:
         environment["TMPDIR"] = str(scratch_dir)
     if threads is not None:

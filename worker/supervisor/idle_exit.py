@@ -48,13 +48,14 @@ class IdleExit:
 
     def start(self) -> None:
         self._life = self._liveness.add_duty("looking whether to leave", patience_seconds=_PATIENCE_SECONDS)
-        threading.Thread(target=self._watch, daemon=True, name="idle-exit").start()
+        self._liveness.start_thread(self._watch, name="idle-exit")
 
     def _watch(self) -> None:
         while not self._has_left():
             self._life.beat()
             time.sleep(min(self._idle_seconds / _LOOKS_PER_IDLE_TIME, _MAX_LOOK_SECONDS))
         self._life.rest()
+        self._liveness.release(threading.current_thread())
         log.info("worker.idled_out", idle_seconds=self._idle_seconds)
         self._end_process()
 

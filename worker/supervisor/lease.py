@@ -65,9 +65,7 @@ class LeaseKeeper:
         self._prolonging = PROCESS.add_duty("prolonging leases", patience_seconds=patience_seconds)
         self._watching = PROCESS.add_duty("watching leases run out", patience_seconds=patience_seconds)
         for name, work in (("heartbeats", self._prolong_forever), ("self-fence", self._watch_clock)):
-            thread = threading.Thread(target=work, daemon=True, name=name)
-            PROCESS.watch(thread)
-            thread.start()
+            PROCESS.start_thread(work, name=name)
 
     @property
     def is_fenced(self) -> bool:

@@ -20,6 +20,7 @@ from core.telemetry.liveness import PROCESS
 log = structlog.get_logger()
 _MISSED_BEATS = 3
 _PATIENCE_SECONDS = 60.0
+_STOP_SECONDS = 3.0  # longer only where the database is away
 
 
 class Presence:
@@ -33,23 +34,25 @@ class Presence:
         self._is_clock_wrong = False
         self._woken = threading.Event()
         self._stop_requested = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="presence")
+        self._thread: threading.Thread | None = None
         self._is_start = True
+        self._is_away = False
 
     def start(self) -> None:
         patience_seconds = self._interval_seconds * _MISSED_BEATS + _PATIENCE_SECONDS
         self._life = PROCESS.add_duty("showing presence", patience_seconds=patience_seconds)
-        PROCESS.watch(self._thread)
-        self._thread.start()
+        self._thread = PROCESS.start_thread(self._run, name="presence")
 
     def close(self) -> None:
         """Stop, and take the row away. An unreachable database is left to forget the worker by itself."""
+        if self._thread is None:
+            return
         PROCESS.release(self._thread)
         self._stop_requested.set()
         self._woken.set()
-        if not self._thread.is_alive():
+        self._thread.join(_STOP_SECONDS)
+        if self._is_away or self._thread.is_alive():
             return
-        self._thread.join()
         try:
             with service_transaction(self._engine) as session:
                 forget_worker(session, self._describe().name)
@@ -61,7 +64,9 @@ class Presence:
             self._life.beat()
             try:
                 self._beat()
+                self._is_away = False
             except DATABASE_ERRORS as error:
+                self._is_away = True
                 log.warning("database.unavailable", error=type(error).__name__)
             self._woken.wait(self._interval_seconds)
             self._woken.clear()

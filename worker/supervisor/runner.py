@@ -777,14 +777,27 @@ class Runner:
             except DATABASE_ERRORS as error:
                 log.warning("database.unavailable", error=type(error).__name__)
                 time.sleep(_AWAY_SECONDS)
-        for held in tuple(self._held.values()):
-            log.warning("job.left_without_state", **held.ids)
-            with contextlib.suppress(*DATABASE_ERRORS):
-                self._requeue(held)
-            self._drop(held, outcome="given_back")
+        is_away = self._leave_the_rest()
         self.close()
         with contextlib.suppress(*DATABASE_ERRORS):
-            self._departures.record()
+            if not is_away:
+                self._departures.record()
+
+    def _leave_the_rest(self) -> bool:
+        """Queue again without its state what is still held, and return whether the database is away.
+
+        One that is away is asked once: each question may take seconds, the grace is over, and leases run out.
+        """
+        is_away = False
+        for held in tuple(self._held.values()):
+            log.warning("job.left_without_state", **held.ids)
+            try:
+                if not is_away:
+                    self._requeue(held)
+            except DATABASE_ERRORS:
+                is_away = True
+            self._drop(held, outcome="given_back")
+        return is_away
 
 
 def _trace(job: Job, lease: Lease, *, since: float) -> AttemptTrace:

@@ -11,16 +11,16 @@ from prometheus_client import REGISTRY
 from sqlalchemy import Engine
 
 from core.db.clock import DatabaseClock
-from core.db.readiness import find_database_obstacle
 from core.db.session import connect
 from core.queue import TASK_NAME
 from core.sandbox import hide_memory
+from core.scratch import remove_abandoned
+from core.services.readiness import find_readiness
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from core.telemetry.logs import configure_logs
 from core.telemetry.management import ManagementServer
 from core.telemetry.tracing import configure_tracing
-from worker.scratch import remove_abandoned
 from worker.supervisor.app import create_celery
 from worker.supervisor.idle_exit import IdleExit
 from worker.supervisor.metrics import WorkerCollector
@@ -61,15 +61,16 @@ def main() -> None:
     database_url = settings.database_url.get_secret_value()
     engine = connect(database_url, pool_size=2)
     clock = DatabaseClock(engine)
+    store = S3ObjectStore(settings.storage_config, now=clock.now)
     runner = Runner(
         settings,
         engine=engine,
         heartbeat_engine=connect(database_url, pool_size=1),
-        store=S3ObjectStore(settings.storage_config, now=clock.now),
+        store=store,
         clock=clock,
     )
     REGISTRY.register(WorkerCollector(runner.describe, find_figures=lambda: runner.device_figures))
-    management = ManagementServer(settings, find_obstacle=lambda: find_database_obstacle(engine))
+    management = ManagementServer(settings, readiness=find_readiness(engine, store, is_store_vital=True))
     Watchdog(settings, runner).start()
     longest_seconds = settings.trainer_start_seconds * (1 + 2 * len(settings.worker_pools))
     warmer = Warmer(

@@ -29,11 +29,9 @@ class Warmer:
         self._life = PROCESS.add_duty("warming bases", patience_seconds=patience_seconds)
         self._interval_seconds = interval_seconds
         self._stop_requested = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="warmer")
 
     def start(self) -> None:
-        PROCESS.watch(self._thread)
-        self._thread.start()
+        self._thread = PROCESS.start_thread(self._run, name="warmer")
 
     def close(self) -> None:
         """Stop, after the runner was asked to."""

@@ -10,7 +10,6 @@ the loop that serves still turns is part of the process's liveness, which never 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
 
@@ -60,9 +59,7 @@ class Watchdog:
 
     def start(self) -> None:
         self._liveness.add_check("the loop that serves", self._find_stall)
-        thread = threading.Thread(target=self._look_forever, daemon=True, name="watchdog")
-        self._liveness.watch(thread)
-        thread.start()
+        self._liveness.start_thread(self._look_forever, name="watchdog")
 
     def heed_silence(self) -> None:
         """Work, or end, when nobody has woken this worker for long although there is work for it."""

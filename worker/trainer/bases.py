@@ -6,7 +6,6 @@ On a CPU everything computes in float32, whatever the registry says: bfloat16 pr
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
+from core.scratch import scratch_directory
 from worker.messages import LoadBase
 from worker.trainer.blame import blaming
 from worker.trainer.inspection import (
@@ -87,8 +87,8 @@ def _convert_gguf(gguf: Path, cache_dir: Path) -> Path:
     # A model loaded from GGUF refuses to be saved; one built from its configuration with its weights does not.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(weights)
-    with tempfile.TemporaryDirectory(dir=bases_dir, ignore_cleanup_errors=True) as scratch:
-        made = Path(scratch) / "base"
+    with scratch_directory("base", bases_dir) as scratch:
+        made = scratch / "base"
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
         try:

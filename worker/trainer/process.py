@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from core.domain.datasets.tokenizers import tokenizer_path
 from core.sandbox import leave_root
+from core.scratch import scratch_directory
 from worker.engine import Engine
 from worker.messages import OUT_OF_MEMORY_EXIT_CODE, BaseInspected, BaseLoaded, BaseRefused, LoadBase, LoadWeights
-from worker.scratch import scratch_directory
 from worker.trainer.bases import load_base
 from worker.trainer.blame import blaming, blaming_the_worker
 from worker.trainer.channel import Channel, take_pipes
@@ -63,7 +64,7 @@ def _prepare(channel: Channel, order: LoadBase, exits: contextlib.ExitStack) -> 
     """Return a loop on the base, once it is wanted; None, and word of it, where it cannot be loaded."""
     try:
         with blaming_the_worker():
-            scratch_dir = exits.enter_context(scratch_directory())
+            scratch_dir = exits.enter_context(scratch_directory("trainer", scratch_parent()))
         channel.send(BaseInspected(tokenizer_path=str(_keep_tokenizer(order, inspect_files(order)))))
         wanted = channel.receive(wait_seconds=None)
         assert isinstance(wanted, LoadWeights)
@@ -84,6 +85,11 @@ def _prepare(channel: Channel, order: LoadBase, exits: contextlib.ExitStack) -> 
     log.info("base_model.loaded", base_model=order.base_model_id, seconds=round(base.seconds, 2), pid=os.getpid())
     channel.send(BaseLoaded(seconds=base.seconds))
     return TrainingLoop(channel, engine, base, order, scratch_dir=scratch_dir)
+
+
+def scratch_parent() -> Path:
+    """Return the system's temporary directory, or the one that the environment names although it is none."""
+    return Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
 
 
 def _keep_tokenizer(order: LoadBase, tokenizer: Any) -> Path:

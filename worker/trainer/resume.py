@@ -1,7 +1,8 @@
 """Resume points inside the trainer: what a job goes on from after a break, when to store it, how to fetch it again.
 
 One is a slot's state, what the job has shown so far, and a manifest, which is written last and sent last: where it is,
-the rest is. A point whose bytes are not the stored ones is passed over for the one before it.
+the rest is. A point whose bytes are not the stored ones, or that another version wrote in a format that is not read
+here, is passed over for the one before it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from core.domain.training import Frozen
-from worker.engine import CURSOR_FILE, TENSORS_FILE, SlotState
+from worker.engine import CURSOR_FILE, TENSORS_FILE, SlotState, UnreadableStateError, read_cursor
 from worker.messages import RemoteResumePoint
 from worker.trainer.exports import MANIFEST, ResultRow, describe_file
 from worker.trainer.failures import TransferError
@@ -80,19 +83,37 @@ def write_resume_point(directory: Path, state: SlotState, progress: Progress) ->
 def fetch_resume_point(
     points: tuple[RemoteResumePoint, ...], scratch: Path, *, patience: Patience, warn: Callable[[str], None]
 ) -> FetchedPoint | None:
-    """Return the newest point that is whole, or None. Raises TransferError when the store does not answer."""
+    """Return the newest point that is whole and readable, or None.
+
+    Raises TransferError when the store does not answer.
+    """
     for point in points:
         directory = scratch / f"from-step-{point.step}"
         directory.mkdir()
         try:
-            for name in _STATE_FILES:
-                download(point.files[name], directory / name, patience)
-        except (IntegrityError, ObjectMissingError) as error:
+            return _fetch(point, directory, patience)
+        except (IntegrityError, ObjectMissingError, UnreadableStateError) as error:
             shutil.rmtree(directory)
-            warn(f"The resume point of step {point.step} cannot be used, so an earlier one is: {error}")
-            continue
+            warn(f"The resume point of step {point.step} cannot be used: {error}")
         except TransferError as error:
             raise type(error)(f"The resume point of step {point.step} could not be fetched: {error}") from error
-        progress = Progress.model_validate_json((directory / PROGRESS_FILE).read_bytes())
-        return FetchedPoint(directory, progress)
     return None
+
+
+def _fetch(point: RemoteResumePoint, directory: Path, patience: Patience) -> FetchedPoint:
+    """Fetch a point's files; the large one only where the small ones say that it can be read."""
+    if not point.files.keys() >= set(_STATE_FILES):
+        raise UnreadableStateError("Its files are those of another version of Espalier.")
+    for name in (CURSOR_FILE, PROGRESS_FILE):
+        download(point.files[name], directory / name, patience)
+    read_cursor(directory)
+    progress = _read_progress(directory / PROGRESS_FILE)
+    download(point.files[TENSORS_FILE], directory / TENSORS_FILE, patience)
+    return FetchedPoint(directory, progress)
+
+
+def _read_progress(path: Path) -> Progress:
+    try:
+        return Progress.model_validate_json(path.read_bytes())
+    except ValidationError:  # the bytes are those that were written, so it is no damage
+        raise UnreadableStateError("Its progress is of a format that another version of Espalier wrote.") from None

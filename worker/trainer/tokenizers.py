@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from core.domain.datasets.tokenizers import TokenizerBundle
+from core.scratch import scratch_directory
 
 
 def describe_tokenizer(tokenizer: Any) -> TokenizerBundle:
@@ -22,7 +21,7 @@ def describe_tokenizer(tokenizer: Any) -> TokenizerBundle:
 def write_bundle(bundle: TokenizerBundle, path: Path) -> None:
     """Write a bundle whole or not at all; another worker on the same cache may do the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-        out.write(bundle.model_dump_json())
-    Path(unfinished).replace(path)
+    with scratch_directory("base", path.parent) as scratch:
+        unfinished = scratch / path.name
+        unfinished.write_text(bundle.model_dump_json(), encoding="utf-8")
+        unfinished.replace(path)

@@ -12,8 +12,10 @@ from sqlalchemy.exc import IntegrityError
 
 from core.db.session import connect, service_transaction
 from core.domain.ids import IdKind, format_id
-from core.services.attempts import Lease
+from core.services.attempts import Lease, record_evaluation
 from core.services.logs import record_log_line
+from core.services.metrics import StepRange, read_metrics
+from core.services.resume_points import begin_steps
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import record_step, start_job
 from tests.waiting import PATIENCE_SECONDS
@@ -81,6 +83,51 @@ def test_no_more_points_are_answered_than_were_asked_for(
     assert len(steps) == points // 3 * 3
 
 
+def read(owner: Engine, lease: Lease, steps: StepRange, points: int) -> tuple[list[int], int]:
+    with service_transaction(owner) as session:
+        series = read_metrics(session, lease.tenant_id, job_id=lease.job_id, steps=steps, points=points)
+        return [row.step for row in series.rows], series.num_steps
+
+
+def test_what_is_summed_up_says_the_same_as_the_steps_themselves(owner: Engine, tenant: Tenant) -> None:
+    lease = start_job(owner, tenant.id)
+    skipped = "s % 500 = 7 or s in (64, 3200)"  # two of them would have ended a block
+    with service_transaction(owner) as session:
+        session.execute(
+            text(f"""
+            insert into metrics (job_id, tenant_id, step, lease_token, train_loss, train_accuracy, learning_rate,
+                grad_norm, num_tokens, valid_loss)
+            select :job, :tenant, s, :token, abs(hashint8(s)) % 97, 0.5, 0.1, 1, 10, case when s % 70 = 0 then 7.5 end
+            from generate_series(1, 5000) s where not ({skipped}) order by s
+            """),
+            {"job": lease.job_id, "tenant": lease.tenant_id, "token": lease.token},
+        )
+    asked = [
+        (StepRange(first, last), points)
+        for first, last in ((1, 2**40), (1, 4000), (33, 64), (40, 4321), (65, 4999), (4000, 4100), (4970, 5000))
+        for points in (3, 60, 600)
+    ]
+    summed_up = [read(owner, lease, *each) for each in asked]
+    with service_transaction(owner) as session:
+        num_blocks = session.scalar(text("select count(*) from metric_blocks where job_id = :id"), {"id": lease.job_id})
+        session.execute(text("delete from metric_blocks where job_id = :id"), {"id": lease.job_id})
+    assert num_blocks == 5000 // 32 - 2
+    assert [read(owner, lease, *each) for each in asked] == summed_up
+
+
+def test_an_evaluation_is_charted_whether_its_block_ends_before_or_after_it(
+    owner: Engine, worker: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    evaluated = (10, 64, 90)
+    for step in range(1, 97):
+        record_step(worker, lease, step, loss=1.0)
+        if step in evaluated:
+            with service_transaction(worker) as session:
+                record_evaluation(session, lease, step=step, loss=7.5, accuracy=0.5)
+    assert read(owner, lease, StepRange(1, 96), 9) == ([10, 32, 64, 90, 96], 96)
+
+
 def test_few_steps_are_all_there_and_a_range_is_kept(api_url: str, owner: Engine, tenant: Tenant) -> None:
     lease = start_job(owner, tenant.id)
     for step in range(1, 13):
@@ -133,3 +180,19 @@ def test_a_line_of_no_attempt_is_not_kept_and_a_huge_one_is_refused(
     assert get(api_url, tenant, lease, "logs").json()["data"] == []
     with pytest.raises(IntegrityError, match="details_size"):
         log(worker, lease, "huge", words="x" * 5000)
+
+
+def test_a_chart_shows_what_was_trained_last_after_a_job_went_back(
+    worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    for step in range(1, 65):
+        record_step(worker, lease, step, loss=9.0 if step == 40 else 1.0)
+    with service_transaction(worker) as session:
+        begin_steps(session, lease, step=32, total_steps=64)
+    for step in range(33, 65):
+        record_step(worker, lease, step, loss=5.0 if step == 50 else 1.0)
+    with service_transaction(worker) as session:
+        series = read_metrics(session, tenant.id, job_id=lease.job_id, steps=StepRange(1, 64), points=6)
+    assert series.num_steps == 64
+    assert [(row.step, row.train_loss) for row in series.rows if row.train_loss > 1] == [(50, 5.0)]

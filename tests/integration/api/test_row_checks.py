@@ -127,7 +127,7 @@ def test_what_is_well_is_looked_at_once(servers: ServerAddresses, tmp_path: Path
         assert not checker.knows(short)
         with pytest.raises(InvalidRequestError):
             checker.check(short)
-    previewer._directory.cleanup()
+    previewer._exits.close()
 
 
 @pytest.mark.usefixtures("refuses_system")

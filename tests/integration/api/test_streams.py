@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, aclosing, suppress
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from api.feeds import EventFeed
+from api.routes.streams import TenantWatch, follow_stream
 from core.db.migrate import login_url
 from core.db.session import connect, service_transaction
 from core.domain.ids import IdKind, format_id
@@ -72,6 +74,35 @@ def test_an_event_comes_by_its_notification_and_not_by_a_sweep(
 
     assert asyncio.run(follow()) == ["message", "message", "metrics", "metrics", "metrics"]
     engine.dispose()
+
+
+def test_a_quiet_stream_says_now_and_then_that_it_is_alive(
+    database: Database, owner: Engine, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.feeds.IDLE_SECONDS", 0.05)
+    lease = start_job(owner, tenant.id)
+    engine = connect(database.api_url)
+
+    async def follow() -> None:
+        feed = EventFeed(engine, database.api_url)
+        async with feed.running(), asyncio.timeout(PATIENCE_SECONDS):
+            batches = follow_stream(feed, TenantWatch(tenant.id, Watch(lease.job_id, tenant.key_id, after=0)))
+            told = [chunk async for chunk in until(batches, b": ping\n\n")]
+        assert told[0].startswith(b": open\nretry: ")
+        assert b"".join(told).count(b"event: message\n") == 2
+
+    asyncio.run(follow())
+    engine.dispose()
+
+
+async def until(chunks: AsyncGenerator[bytes], last: bytes) -> AsyncGenerator[bytes]:
+    async with aclosing(chunks):
+        seen = b""
+        async for chunk in chunks:
+            seen += chunk
+            yield chunk
+            if chunk == last and b"event: message" in seen:
+                return
 
 
 def test_a_stream_goes_on_behind_the_last_event_that_its_client_has(
@@ -310,3 +341,15 @@ def test_a_reader_never_misses_the_event_of_a_slower_writer(api_url: str, owner:
         "The worker gives the job back; it is queued again.",
         "The job was cancelled.",
     ]
+
+
+def test_a_row_at_fault_ends_the_streams_of_its_tenant_and_nobody_elses(
+    api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
+) -> None:
+    poisoned, sound = start_job(owner, tenant.id), start_job(owner, other_tenant.id)
+    with owner.begin() as connection:
+        connection.execute(text("update events set details = '[1]' where job_id = :id"), {"id": poisoned.job_id})
+    with open_stream(api_url, tenant.api_key, wire_id(poisoned)) as events:
+        assert next(events, None) is None
+    with open_stream(api_url, other_tenant.api_key, wire_id(sound)) as events:
+        assert next(events).body["message"] == "Validated the files and queued the job."

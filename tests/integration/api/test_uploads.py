@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
 from api.intake import HeldUpload
@@ -30,6 +30,7 @@ from tests.integration.conftest import Database, Tenant
 from tests.waiting import PATIENCE_SECONDS
 
 ROWS = b"\n".join([GOOD] * 400)
+HARDLY = 0.01  # seconds, of an engine that is to give up
 
 
 def begin(client: OpenAI, size: int, **options: Any) -> Any:
@@ -252,13 +253,7 @@ def test_a_part_that_is_no_form_is_refused(client: OpenAI, api_url: str, tenant:
 @pytest.fixture
 def hasty(database: Database) -> Iterator[Engine]:
     """An engine that hardly waits for a lock: to it, a database that holds one is away."""
-    engine = connect(database.api_url)
-
-    @event.listens_for(engine, "connect")
-    def hurry(connection: Any, _record: Any) -> None:
-        connection.execute("set lock_timeout = '10ms'")
-        connection.commit()
-
+    engine = connect(database.api_url, lock_timeout_seconds=HARDLY)
     yield engine
     engine.dispose()
 

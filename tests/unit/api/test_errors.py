@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -9,6 +10,7 @@ from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from api.errors import install_error_handlers
+from core.db.connections import SilentServerError
 from core.db.session import DATABASE_ERRORS
 from core.storage import StorageUnavailableError
 
@@ -17,15 +19,19 @@ ERRORS = [
     InternalError("commit", {}, Exception("terminating connection due to idle-in-transaction timeout")),
     OperationalError("select 1", {}, Exception("server closed the connection")),
     PoolTimeoutError("QueuePool limit reached"),
+    psycopg.InterfaceError("the connection is closed"),
+    psycopg.OperationalError("server closed the connection"),
+    psycopg.errors.ReadOnlySqlTransaction("cannot execute UPDATE in a read-only transaction"),
+    SilentServerError("The server has not answered for 10 s."),
     StorageUnavailableError("The object store did not answer."),
 ]
 
 
 def test_every_error_of_the_database_is_among_them() -> None:
-    assert set(DATABASE_ERRORS) <= {type(error) for error in ERRORS}
+    assert {kind for kind in DATABASE_ERRORS if not any(isinstance(error, kind) for error in ERRORS)} == set()
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{type(error).__module__}.{type(error).__name__}")
 def test_it_is_answered_503_and_a_time_to_come_again(error: Exception) -> None:
     app = FastAPI()
     install_error_handlers(app)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.history import unpack
 from tests.unit.engine.tiny import (
+    ALL_MODULES,
     batch_loss,
     evaluate,
     load_with_peft,
@@ -20,7 +26,7 @@ from tests.unit.engine.tiny import (
     train,
     weights_of,
 )
-from worker.engine import CURSOR_FILE, InvalidJobError
+from worker.engine import CURSOR_FILE, Engine, InvalidJobError, SlotState, UnreadableStateError
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -132,9 +138,80 @@ def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
     engine.admit(make_job("mine"))
     engine.capture_state("mine").write(tmp_path)
     cursor = json.loads((tmp_path / CURSOR_FILE).read_text(encoding="utf-8"))
-    (tmp_path / CURSOR_FILE).write_text(json.dumps(cursor | {"format": "espalier-slot-1"}), encoding="utf-8")
-    with pytest.raises(InvalidJobError, match="of format espalier-slot-1"):
+    (tmp_path / CURSOR_FILE).write_text(json.dumps(cursor | {"format": "espalier-slot-99"}), encoding="utf-8")
+    with pytest.raises(UnreadableStateError, match="of format espalier-slot-99"):
         engine.load_state("mine", tmp_path)
+
+
+def test_a_state_of_before_a_field_of_the_spec_came_is_of_the_same_job(tmp_path: Path) -> None:
+    engine = make_engine()
+    engine.admit(make_job("mine"))
+    engine.capture_state("mine").write(tmp_path)
+    cursor = json.loads((tmp_path / CURSOR_FILE).read_text(encoding="utf-8"))
+    del cursor["spec"]["epsilon"]  # which has its default
+    (tmp_path / CURSOR_FILE).write_text(json.dumps(cursor), encoding="utf-8")
+    assert engine.load_state("mine", tmp_path) == 0
+    cursor["spec"]["a_field_to_come"] = 1
+    (tmp_path / CURSOR_FILE).write_text(json.dumps(cursor), encoding="utf-8")
+    with pytest.raises(InvalidJobError, match="another job"):
+        engine.load_state("mine", tmp_path)
+
+
+def write_as_before(engine: Engine, directory: Path) -> None:
+    """Write a state as espalier-slot-1 was: each linear's A and then its B, one linear after the other."""
+    state, slot = engine.capture_state("mine"), engine._slots["mine"]
+    columns = [slot.bank.layout.columns[name] for name in engine._shape.linears if name in slot.bank.layout.columns]
+    places = [matrix for each in columns for matrix in each]
+    assert places != sorted(places, key=lambda place: place.start), "the two formats are the same here"
+    tensors = {name: torch.cat([vector[place] for place in places]) for name, vector in state.tensors.items()}
+    SlotState(tensors, state.cursor | {"format": "espalier-slot-1"}).write(directory)
+
+
+@pytest.mark.parametrize("modules", [ALL_MODULES, ("k_proj", "q_proj", "up_proj")])
+def test_a_state_of_the_format_before_goes_on_bitwise_as_if_nothing_had_happened(
+    tmp_path: Path, modules: tuple[str, ...]
+) -> None:
+    job = make_job("mine", dropout=0.1, target_modules=modules)
+    unbroken, first, second = (make_engine() for _ in range(3))
+    unbroken.admit(job)
+    expected = train(unbroken)["mine"]
+    first.admit(job)
+    updates = train(first, num_fused_steps=4)["mine"]
+    write_as_before(first, tmp_path)
+    second.admit(job)
+    assert second.load_state("mine", tmp_path) == 4
+    assert updates + train(second)["mine"] == expected
+    weights = weights_of(unbroken, "mine")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(second, "mine").items())
+
+
+# The last commit whose states were espalier-slot-1.
+BEFORE_SLOT_2 = "349866d^"
+WRITER = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+from tests.unit.engine.tiny import make_engine, make_job, train, weights_of
+engine = make_engine()
+engine.admit(make_job("mine", dropout=0.1))
+train(engine, num_fused_steps=4)
+engine.capture_state("mine").write(Path(sys.argv[1]))
+save_file({name: each.contiguous() for name, each in weights_of(engine, "mine").items()}, sys.argv[1] + "/weights")
+"""
+
+
+def test_a_state_that_the_old_code_wrote_is_read(tmp_path: Path) -> None:
+    old = unpack(BEFORE_SLOT_2, tmp_path / "old")
+    env = {**os.environ, "PYTHONPATH": str(old)}
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], cwd=old, env=env, check=True)
+    engine, unbroken = make_engine(), make_engine()
+    for each in (engine, unbroken):
+        each.admit(make_job("mine", dropout=0.1))
+    assert engine.load_state("mine", tmp_path) == 4
+    written = load_file(tmp_path / "weights")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in weights_of(engine, "mine").items())
+    losses = [update.loss for update in train(engine)["mine"]]
+    assert losses == pytest.approx([update.loss for update in train(unbroken)["mine"][4:]], abs=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"seed": 2}, {"count": 11}, {"rank": 8}, {"batch_size": 2}, {"beta1": 0.5}])

@@ -17,15 +17,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from core.domain.bases import LINEARS_BY_MODEL_TYPE
+from core.scratch import scratch_directory
 from local.binaries import find_smollm2
 from tests.e2e.lab import write_tiny_base
 from worker.engine import UnsupportedBaseError, inspect_base
 from worker.messages import LoadBase
-from worker.scratch import scratch_directory
 from worker.trainer.bases import load_base
 from worker.trainer.blame import blaming, blaming_the_worker
 from worker.trainer.failures import BaseRefusedError, WorkerUnfitError
 from worker.trainer.inspection import inspect_files
+from worker.trainer.process import scratch_parent
 
 NOBODY = 65534
 LLAMA = LINEARS_BY_MODEL_TYPE["llama"]
@@ -191,7 +192,11 @@ def test_a_base_is_blamed_for_its_files_and_a_worker_for_what_it_lacks(error: Ex
 
 def test_a_worker_without_a_place_for_its_files_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
-    with pytest.raises(WorkerUnfitError, match="nowhere"), blaming_the_worker(), scratch_directory():
+    with (
+        pytest.raises(WorkerUnfitError, match="nowhere"),
+        blaming_the_worker(),
+        scratch_directory("trainer", scratch_parent()),
+    ):
         pass
 
 
@@ -201,3 +206,10 @@ def test_the_linears_that_are_registered_by_default_are_those_that_a_model_of_th
     with torch.device("meta"):
         shape = inspect_base(AutoModelForCausalLM.from_config(config))
     assert set(shape.target_modules) == set(LINEARS_BY_MODEL_TYPE[model_type])
+
+
+@pytest.mark.parametrize("model_type", sorted(LINEARS_BY_MODEL_TYPE))
+def test_siblings_are_neighbours_in_a_model_as_the_reader_of_older_states_expects(model_type: str) -> None:
+    with torch.device("meta"):
+        shape = inspect_base(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, num_hidden_layers=2)))
+    assert [name for siblings in shape.siblings for name in siblings] == list(shape.linears)
