@@ -163,7 +163,7 @@ def submit(world: World, tenant: Tenant, file_id: str, word: str) -> str:
             suffix=word,
             metadata={word: word},
             seed=int(word[1:], 16) % 2**31,
-            extra_headers={"Idempotency-Key": f"{word}-{secrets.token_hex(4)}"},
+            extra_headers={"Idempotency-Key": word},
         ).id
 
 
@@ -370,12 +370,12 @@ def fill_tenant(world: World) -> Full:
         issued = issue_api_key(session, tenant_id, name=word, scopes=ALL_SCOPES).api_key
     tenant = Tenant(tenant_id, word, str(issued), issued.key_id)
     file_id = upload_dataset(world, tenant, word)
-    for is_success in (True, False):
-        train(world, tenant, file_id, word, is_success=is_success)
+    for digit, is_success in ((0, True), (1, False)):
+        train(world, tenant, file_id, f"{word}{digit}", is_success=is_success)
     upload_in_parts(world, tenant, word)
-    lease = start(world, submit(world, tenant, file_id, word + "1"))
+    lease = start(world, submit(world, tenant, file_id, f"{word}2"))
     tell(world, lease, word)
-    submit(world, tenant, file_id, word + "2")
+    submit(world, tenant, file_id, f"{word}3")
     with service_transaction(world.owner) as session:
         set_aside(session, Duty.CLAIM, row_id=lease.job_id, tenant_id=tenant_id, error=ValueError(word))
     return Full(tenant, word, file_id, lease)
