@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from openai import OpenAI
 from psycopg import sql
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
@@ -23,6 +23,7 @@ from core.domain.api_keys import ALL_SCOPES
 from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
 from core.services.tenants import create_tenant, issue_api_key
 from core.settings import StorageConfig
+from core.storage import S3ObjectStore
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from local.stack import prepare_database
@@ -107,6 +108,29 @@ def owner(database: Database) -> Iterator[Engine]:
     engine = connect(database.superuser_url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def worker(database: Database) -> Iterator[Engine]:
+    """The worker's role."""
+    engine = connect(database.worker_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def schedule(database: Database, owner: Engine) -> Iterator[Engine]:
+    """The schedule's role, and nothing for it to do yet."""
+    with service_transaction(owner) as session:
+        session.execute(text("truncate tenants, retention_marks, audit_entries, leaders cascade"))
+    engine = connect(database.schedule_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def store(servers: ServerAddresses) -> S3ObjectStore:
+    return S3ObjectStore(servers.storage)
 
 
 def add_tenant(owner: Engine) -> Tenant:

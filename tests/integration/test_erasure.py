@@ -36,7 +36,6 @@ from core.services.set_asides import set_aside
 from core.services.tenants import TenantChange, change_tenant, create_tenant, delete_tenant, find_tenant, issue_api_key
 from core.services.usage import UsageGroup, UsagePeriod, UsageTotal, sum_usage
 from core.storage import S3ObjectStore
-from local.servers import ServerAddresses
 from schedule.eraser import erase
 from schedule.purger import purge
 from schedule.sweeper import sweep
@@ -48,27 +47,6 @@ NO_AGE = dt.timedelta(0)
 TABLES = """
 select c.relname from pg_class c where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p') order by 1
 """
-
-
-@pytest.fixture
-def schedule(database: Database, owner: Engine) -> Iterator[Engine]:
-    with service_transaction(owner) as session:
-        session.execute(text("truncate tenants, retention_marks, audit_entries, leaders cascade"))
-    engine = connect(database.schedule_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def worker(database: Database) -> Iterator[Engine]:
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def store(servers: ServerAddresses) -> S3ObjectStore:
-    return S3ObjectStore(servers.storage)
 
 
 @dataclass(frozen=True)

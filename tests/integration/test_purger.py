@@ -28,11 +28,6 @@ def _alone(owner: Engine) -> None:
         session.execute(text("truncate tenants, leaders cascade"))
 
 
-@pytest.fixture
-def store(servers: ServerAddresses) -> S3ObjectStore:
-    return S3ObjectStore(servers.storage)
-
-
 def add_deleted_files(owner: Engine, tenant: Tenant, num_files: int) -> None:
     with service_transaction(owner) as session:
         for _ in range(num_files):

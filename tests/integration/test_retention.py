@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from core.db.models import Job, SetAside
-from core.db.session import connect, owner_transaction, service_transaction
+from core.db.session import owner_transaction, service_transaction
 from core.domain.errors import NotFoundError
 from core.domain.ids import first_id_at, new_id
 from core.domain.jobs import pool_name
@@ -65,27 +64,6 @@ insert into metrics (tenant_id, job_id, step, lease_token, train_loss, train_acc
     created_at)
 select :tenant, id, n, 1, 1, 1, 1, 1, 1, finished_at from made, generate_series(1, :num_rows) n
 """
-
-
-@pytest.fixture
-def schedule(database: Database, owner: Engine) -> Iterator[Engine]:
-    with service_transaction(owner) as session:
-        session.execute(text("truncate tenants, retention_marks, audit_entries, leaders cascade"))
-    engine = connect(database.schedule_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def worker(database: Database) -> Iterator[Engine]:
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def store(servers: ServerAddresses) -> S3ObjectStore:
-    return S3ObjectStore(servers.storage)
 
 
 def plant(owner: Engine, tenant: Tenant, *, days: int, num_jobs: int = 1, num_rows: int = 1) -> None:

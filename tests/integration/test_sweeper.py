@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import Engine, select, text
 
 from core.db.models import Job, Usage
 from core.db.models import Tenant as TenantRow
-from core.db.session import connect, service_transaction
+from core.db.session import service_transaction
 from core.domain.ids import new_id
 from core.domain.objects import attempt_prefix, file_key
 from core.services import attempts, charges
@@ -19,34 +18,12 @@ from core.services.attempts import Lease, StoredArtifact
 from core.services.contract import check_objects
 from core.services.files import NewFile, create_file
 from core.storage import S3ObjectStore
-from local.servers import ServerAddresses
 from schedule.sweeper import settle, sweep
-from tests.integration.conftest import Database, Tenant
+from tests.integration.conftest import Tenant
 from tests.integration.test_attempts import claim, queue_job
 from tests.waiting import wait_until
 
 DAY = dt.timedelta(days=1)
-
-
-@pytest.fixture
-def schedule(database: Database, owner: Engine) -> Iterator[Engine]:
-    with service_transaction(owner) as session:
-        session.execute(text("truncate tenants cascade"))
-    engine = connect(database.schedule_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def worker(database: Database) -> Iterator[Engine]:
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def store(servers: ServerAddresses) -> S3ObjectStore:
-    return S3ObjectStore(servers.storage)
 
 
 def put(store: S3ObjectStore, key: str) -> tuple[dict[str, object], ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -10,22 +9,15 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 
-from core.db.session import connect, service_transaction
+from core.db.session import service_transaction
 from core.domain.ids import IdKind, format_id
 from core.services.attempts import Lease, record_evaluation
 from core.services.logs import record_log_line
 from core.services.metrics import StepRange, read_metrics
 from core.services.resume_points import begin_steps
-from tests.integration.conftest import Database, Tenant
+from tests.integration.conftest import Tenant
 from tests.integration.training import record_step, start_job
 from tests.waiting import PATIENCE_SECONDS
-
-
-@pytest.fixture
-def worker(database: Database) -> Iterator[Engine]:
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
 
 
 def get(api_url: str, tenant: Tenant, lease: Lease, what: str, **params: Any) -> httpx.Response:

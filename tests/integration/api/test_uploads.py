@@ -24,7 +24,6 @@ from core.services.purges import find_purges
 from core.services.tenants import Identity
 from core.services.uploads import begin_completion
 from core.storage import S3ObjectStore
-from local.servers import ServerAddresses
 from tests.integration.api.test_bad_input import GOOD, submit, upload
 from tests.integration.conftest import Database, Tenant
 from tests.waiting import PATIENCE_SECONDS
@@ -37,11 +36,6 @@ def begin(client: OpenAI, size: int, **options: Any) -> Any:
     return client.uploads.create(
         bytes=size, filename="rows.jsonl", mime_type="text/jsonl", purpose="fine-tune", **options
     )
-
-
-@pytest.fixture
-def store(servers: ServerAddresses) -> S3ObjectStore:
-    return S3ObjectStore(servers.storage)
 
 
 @pytest.fixture
