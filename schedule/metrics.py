@@ -18,7 +18,7 @@ log = structlog.get_logger()
 LEASES_EXPIRED = Counter("espalier_leases_expired", "Leases that ran out: their workers were not heard of in time.")
 POOLS_WOKEN = Counter("espalier_pools_woken", "Wake-ups sent to workers.", ("pool",))
 OBJECTS_DELETED = Counter("espalier_objects_deleted", "What was deleted from the object store.", ("duty",))
-ROWS_DELETED = Counter("espalier_rows_deleted", "Rows that were deleted because of their age.", ("kind",))
+ROWS_DELETED = Counter("espalier_rows_deleted", "Rows that went because of their age or with a deleted job.", ("kind",))
 DUTY_SECONDS = Histogram(
     "espalier_duty_seconds",
     "Seconds that a duty of the schedule took.",

@@ -15,7 +15,7 @@ from cli.output import fail, is_json, print_json, show
 from cli.owner import DEFAULT_DATA_DIR, DataDir, owner_url
 from cli.reporting import describe_error
 from cli.stores import find_storage
-from core.db.session import auditor_transaction, connect
+from core.db.session import DATABASE_ERRORS, auditor_transaction, connect
 from core.services.contract import Finding, check_objects, check_rows
 from core.services.visibility import HiddenRowsError, require_sight
 from core.settings import FairnessSettings, OwnerSettings, S3Settings, StorageConfig
@@ -36,7 +36,7 @@ def check_contract(
     url, storage = _find_servers(data_dir)
     try:
         findings = run_checks(url, storage, is_deep=deep)
-    except (SQLAlchemyError, StorageError) as error:
+    except (SQLAlchemyError, *DATABASE_ERRORS, StorageError) as error:
         fail(f"The check could not be finished: {describe_error(error)}", exit_code=_CANNOT_SAY)
     except HiddenRowsError as error:
         fail(f"The check could not begin: {error} Run `espalier migrate`.", exit_code=_CANNOT_SAY)
@@ -49,7 +49,10 @@ def check_contract(
 
 
 def run_checks(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tuple[Finding, ...]:
-    """Return one finding a promise, in their order. Raises SQLAlchemyError, HiddenRowsError and StorageError."""
+    """Return one finding a promise, in their order.
+
+    Raises SQLAlchemyError, DATABASE_ERRORS, HiddenRowsError and StorageError.
+    """
     with reading_settings():
         terms = FairnessSettings().fairness_terms  # read from the environment
     engine = connect(owner_url)
