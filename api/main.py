@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp
@@ -39,6 +40,7 @@ from core.db.session import connect
 from core.services.readiness import find_readiness
 from core.settings import ApiSettings
 from core.storage import S3ObjectStore
+from core.telemetry.liveness import PROCESS
 
 _ROUTES = (
     files,
@@ -81,7 +83,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.authenticator = Authenticator(app.state.engine)
     app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
     app.state.clock = DatabaseClock(app.state.engine)
-    app.state.store = S3ObjectStore(settings.storage_config, now=app.state.clock.now)
+    app.state.store = S3ObjectStore(settings.storage_config, now=app.state.clock.recall)
     app.state.readiness = find_readiness(app.state.engine, app.state.store, is_store_vital=False)
     app.state.previewer = Previewer(app.state.store)
     app.state.row_checker = RowChecker(app.state.previewer)
@@ -95,6 +97,17 @@ def create_app(settings: ApiSettings) -> FastAPI:
 @asynccontextmanager
 async def _live(app: FastAPI) -> AsyncIterator[None]:
     feed: EventFeed = app.state.feed
-    with closing(app.state.previewer):
+    with closing(app.state.previewer), _keeping(app.state.clock):
         async with feed.running():
             yield
+
+
+@contextmanager
+def _keeping(clock: DatabaseClock) -> Iterator[None]:
+    """Know the database's time within the block: a request that asked for it would wait in a place that others need."""
+    stop_requested = threading.Event()
+    thread = PROCESS.start_thread(lambda: clock.keep(stop_requested), name="clock")
+    yield
+    PROCESS.release(thread)
+    stop_requested.set()
+    thread.join()

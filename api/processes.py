@@ -27,6 +27,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from api.server import make_config, serve
+from core.db.clock import DatabaseClock
 from core.db.session import connect
 from core.sandbox import die_with_parent, hide_memory
 from core.scratch import scratch_directory
@@ -136,7 +137,8 @@ def serve_alone(settings: ApiSettings) -> None:
 
 def _start_management(settings: ApiSettings, registry: CollectorRegistry = REGISTRY) -> ManagementServer:
     engine = connect(settings.database_url.get_secret_value(), pool_size=1)
-    readiness = find_readiness(engine, S3ObjectStore(settings.storage_config), is_store_vital=False)
+    store = S3ObjectStore(settings.storage_config, now=DatabaseClock(engine).now)
+    readiness = find_readiness(engine, store, is_store_vital=False)
     return ManagementServer(settings, readiness=readiness, registry=registry)
 
 

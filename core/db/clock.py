@@ -45,8 +45,18 @@ class DatabaseClock:
     def now(self) -> dt.datetime:
         """Return the database's time. Asks for it where it was last read long ago; goes on without where it is away."""
         self._refresh()
+        return self.recall()
+
+    def recall(self) -> dt.datetime:
+        """Return the database's time as it is known, for whoever may not wait. Somebody else has to `keep` it."""
         reading = self._reading
         return dt.datetime.now(dt.UTC) if reading is None else _extrapolate(reading)
+
+    def keep(self, stop_requested: threading.Event) -> None:
+        """Ask the database whenever it is time to, until told to stop."""
+        while not stop_requested.is_set():
+            self._refresh()
+            stop_requested.wait(_RETRY_SECONDS)
 
     def read(self, session: Session) -> None:
         """Ask the database, in a transaction of the caller's: half of the round trip is taken for the way there."""

@@ -116,8 +116,9 @@ def test_many_probes_ask_the_database_once(client: TestClient, monkeypatch: pyte
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(lambda _: client.get("/readyz"), range(100)))
     assert {each.status_code for each in answers} == {200}
-    assert sorted(statements) == [
-        "SELECT clock_timestamp() AS clock_timestamp_1",  # with which the store is asked
+    # The thread that keeps the database's time asks for itself.
+    asked = [each for each in statements if not each.startswith("SELECT clock_timestamp()")]
+    assert asked == [
         "select pg_is_in_recovery(), current_setting('transaction_read_only')::boolean",
         "select version_num from alembic_version",
     ]
