@@ -20,6 +20,9 @@ from core.db.models import Metric
 
 _ROWS_A_STRETCH = 3
 _STEPS_A_BLOCK = 32
+# After ten times a connection would plan for any range at all. That plan has read every step for every block, for more
+# than a minute, as long as PostgreSQL had not counted the blocks.
+_PLAN_ANEW = text("set local plan_cache_mode = force_custom_plan")
 # `spans` is materialized: in a condition on `metrics`, arithmetic would not pass row-level security into the index.
 _KEPT = text("""
 with spans as materialized (
@@ -83,6 +86,7 @@ def read_metrics(
         return MetricSeries(rows=(), num_steps=0)
     if found.num_steps > points:
         cut = _cut(found, num_stretches=points // _ROWS_A_STRETCH)
+        session.execute(_PLAN_ANEW)
         num_steps, kept = session.execute(_KEPT, {"tenant_id": tenant_id, "job_id": job_id, **cut}).one()
         if num_steps > points:
             own = (*own, Metric.step == func.any(kept))

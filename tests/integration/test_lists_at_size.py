@@ -102,6 +102,7 @@ def buffers_of(session: Session, ask: Callable[[Session], object]) -> int:
             "Plan"
         ]
         for statement, parameters in seen
+        if not statement.startswith("set local ")  # there is no plan of it
     ]
     assert plans
     return sum(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] for plan in plans)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, Row, select, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from core.db.models import Job, SetAside
@@ -93,12 +95,17 @@ def count(owner: Engine, table: str, tenant: Tenant) -> int:
 
 
 def sequential_reads(owner: Engine) -> dict[str, int]:
-    """Return how often each large table was read as a whole, once every session has said so."""
-    sessions = text("select count(*) from pg_stat_activity where datname = current_database() and usename = :role")
-    with service_transaction(owner) as session:
-        wait_until(lambda: session.scalar(sessions, {"role": "espalier_schedule"}) == 0)
-        rows = session.execute(text("select relname, seq_scan from pg_stat_user_tables where n_live_tup > 2000")).all()
+    """Return how often each large table was read as a whole. A session says so at the latest when it is closed."""
+    owner.dispose()
+    others = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    wait_until(lambda: run_query(owner, f"{others} and backend_type = 'client backend'") == [(0,)])
+    rows = run_query(owner, "select relname, seq_scan from pg_stat_user_tables where n_live_tup > 2000")
     return {row.relname: row.seq_scan for row in rows}
+
+
+def run_query(owner: Engine, query: str) -> Sequence[Row[Any]]:
+    with service_transaction(owner) as session:
+        return session.execute(text(query)).all()
 
 
 def test_three_hundred_thousand_old_events_go_a_thousand_at_a_time_without_reading_a_table_and_the_rest_stays(

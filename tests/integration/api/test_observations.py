@@ -9,15 +9,19 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 
-from core.db.session import service_transaction
+from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, format_id
 from core.services.attempts import Lease, record_evaluation
 from core.services.logs import record_log_line
 from core.services.metrics import StepRange, read_metrics
 from core.services.resume_points import begin_steps
-from tests.integration.conftest import Tenant
+from tests.integration.conftest import Database, Tenant
 from tests.integration.training import record_step, start_job
 from tests.waiting import PATIENCE_SECONDS
+
+PREPARED = """
+select custom_plans, generic_plans from pg_prepared_statements where starts_with(ltrim(statement, e'\n'), 'with spans')
+"""
 
 
 def get(api_url: str, tenant: Tenant, lease: Lease, what: str, **params: Any) -> httpx.Response:
@@ -172,6 +176,23 @@ def test_a_line_of_no_attempt_is_not_kept_and_a_huge_one_is_refused(
     assert get(api_url, tenant, lease, "logs").json()["data"] == []
     with pytest.raises(IntegrityError, match="details_size"):
         log(worker, lease, "huge", words="x" * 5000)
+
+
+def test_a_chart_is_planned_for_its_own_range_where_postgresql_would_plan_once_for_all(
+    database: Database, owner: Engine, tenant: Tenant
+) -> None:
+    lease = start_job(owner, tenant.id)
+    add_steps(owner, lease, "1.0 / s", last=1000)
+    api = connect(database.api_url, pool_size=1)
+    for _ in range(20):  # on one connection, which prepares a statement after five
+        with tenant_transaction(api, tenant.id) as session:
+            session.execute(text("set local plan_cache_mode = force_generic_plan"))
+            read_metrics(session, tenant.id, job_id=lease.job_id, steps=StepRange(1, 1000), points=60)
+            told = session.execute(text(PREPARED)).all()
+    api.dispose()
+    ((num_custom, num_generic),) = told
+    assert num_custom > 10
+    assert num_generic == 0
 
 
 def test_a_chart_shows_what_was_trained_last_after_a_job_went_back(
