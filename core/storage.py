@@ -368,6 +368,15 @@ def _make_pool(ca_bundle: str | None) -> urllib3.PoolManager:
     )
 
 
+def _find_role_endpoint() -> str | None:
+    """Return where AWS's own clients would be told to ask for a role's keys; None for where AWS answers."""
+    if "AWS_WEB_IDENTITY_TOKEN_FILE" in os.environ:
+        return os.environ.get("AWS_ENDPOINT_URL_STS")
+    if any(name.startswith("AWS_CONTAINER_CREDENTIALS_") for name in os.environ):
+        return None
+    return os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
+
+
 class _Credentials(Provider):
     """The keys of a configuration, or else those that the environment or the machine has, renewed as they expire."""
 
@@ -375,9 +384,7 @@ class _Credentials(Provider):
         if config.access_key is not None and config.secret_key is not None:
             self._source: Provider = StaticProvider(config.access_key, config.secret_key)
         else:
-            role = IamAwsProvider(
-                custom_endpoint=os.environ.get("AWS_ENDPOINT_URL_STS"), http_client=_make_pool(config.ca_bundle)
-            )
+            role = IamAwsProvider(custom_endpoint=_find_role_endpoint(), http_client=_make_pool(config.ca_bundle))
             self._source = ChainedProvider([EnvAWSProvider(), role])
         self._asking = threading.Lock()
 

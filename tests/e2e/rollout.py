@@ -154,10 +154,12 @@ class Rollout:
                 self.add(kind, tree)
 
     def replace_all(self, tree: Path) -> None:
-        """Replace every process, one at a time: schedules, workers, APIs."""
+        """Replace every process, one at a time: schedules, workers in the middle of a job, APIs."""
         for kind in ("schedule", "worker", "api"):
             for old in tuple(self._members[kind]):
                 self.add(kind, tree)
+                if kind == "worker":
+                    self._wait_for_job(old)
                 self.remove(kind, old)
 
     def stop(self) -> None:
@@ -206,6 +208,11 @@ class Rollout:
             case _:
                 return self.ask(LISTENING) == len(self._members[kind])
 
+    def _wait_for_job(self, worker: Member) -> None:
+        has_job = "select 1 from attempts where outcome is null and split_part(worker_name, ':', 1) = %s limit 1"
+        name = worker.process.spec.name
+        wait_until(lambda: self.ask(has_job, name) is not None, what=f"a job of {name}")
+
     def _password(self, kind: str) -> str:
         return str(getattr(self._servers.secrets, kind))
 
@@ -244,11 +251,13 @@ class Load:
     def running(self) -> Iterator[None]:
         for thread in self._threads:
             thread.start()
-        wait_until(lambda: len(self.accepted) >= NUM_OPEN or bool(self.errors), what="a load of jobs")
-        yield
-        self._is_over.set()
-        for thread in self._threads:
-            thread.join()
+        try:
+            wait_until(lambda: len(self.accepted) >= NUM_OPEN or bool(self.errors), what="a load of jobs")
+            yield
+        finally:
+            self._is_over.set()
+            for thread in self._threads:
+                thread.join()
 
     def _submit(self) -> None:
         while not self._is_over.is_set():

@@ -384,7 +384,7 @@ def answering(answers: dict[str, tuple[str, str]]) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(content.encode())
 
-        do_POST = do_GET
+        do_POST = do_PUT = do_GET
 
         def log_message(self, *_arguments: object) -> None:
             pass
@@ -392,9 +392,11 @@ def answering(answers: dict[str, tuple[str, str]]) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 LATER = "2099-01-01T00:00:00Z"
@@ -440,8 +442,26 @@ def test_keys_may_be_those_of_the_containers_role(
     keyless: StorageConfig, config: StorageConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     role = ROLE % (config.access_key, config.secret_key, LATER)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:9")  # is asked for web identities only
     with answering({"/role": ("application/json", role)}) as url:
         monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{url}/role")
+        signed = S3ObjectStore(keyless).presign_put("tenants/a/b", expires=MINUTE)
+    (credential,) = parse_qs(urlsplit(signed).query)["X-Amz-Credential"]
+    assert credential.startswith(f"{config.access_key}/")
+
+
+def test_keys_may_be_those_of_the_machines_role(
+    keyless: StorageConfig, config: StorageConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = "/latest/meta-data/iam/security-credentials/"
+    answers = {
+        "/latest/api/token": ("text/plain", "a-token"),
+        roles: ("text/plain", "espalier"),
+        f"{roles}espalier": ("application/json", ROLE % (config.access_key, config.secret_key, LATER)),
+    }
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", "http://127.0.0.1:9")  # is asked for web identities only
+    with answering(answers) as url:
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", url)
         signed = S3ObjectStore(keyless).presign_put("tenants/a/b", expires=MINUTE)
     (credential,) = parse_qs(urlsplit(signed).query)["X-Amz-Credential"]
     assert credential.startswith(f"{config.access_key}/")
