@@ -117,25 +117,24 @@ def supervisor(
 def test_a_trainer_has_no_credential_in_its_environment_arguments_or_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    secret = tmp_path.joinpath("secret").open("w")
-    os.set_inheritable(secret.fileno(), True)
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    child = start_trainer()
-    try:
-        environment = Path(f"/proc/{child.pid}/environ").read_bytes().decode()
-        arguments = Path(f"/proc/{child.pid}/cmdline").read_bytes().decode()
-        sockets = psutil.Process(child.pid).net_connections()
-        files = [str(path.readlink()) for path in Path(f"/proc/{child.pid}/fd").iterdir()]
-    finally:
-        end_trainer(child)
+    with tmp_path.joinpath("secret").open("w") as secret:
+        os.set_inheritable(secret.fileno(), True)
+        child = start_trainer()
+        try:
+            environment = Path(f"/proc/{child.pid}/environ").read_bytes().decode()
+            arguments = Path(f"/proc/{child.pid}/cmdline").read_bytes().decode()
+            sockets = psutil.Process(child.pid).net_connections()
+            files = [file.path for file in psutil.Process(child.pid).open_files()]
+        finally:
+            end_trainer(child)
     assert "hush" not in environment + arguments
     assert "CUDA_VISIBLE_DEVICES=0" in environment.split("\0")
     assert "ESPALIER_TRAINER_THREADS=1" in environment.split("\0")
     assert sockets == []
     assert secret.name not in files
-    secret.close()
 
 
 GROWS = """
