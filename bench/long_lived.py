@@ -1,9 +1,10 @@
 """What a trainer keeps of each job that has ended: `python -m bench.long_lived [--jobs N]`.
 
 A real trainer, on a tiny base with a real tokenizer, is given short jobs one after another through its real pipes; each
-is fetched from and stored to an object store in this process. Shown is the trainer's resident memory every so many
-jobs. No two jobs have the same rows or the same lengths, so caches by content fill as they would. Variables named
-MALLOC_... reach the trainer: MALLOC_ARENA_MAX=1 tells what is the allocator's.
+is fetched from and stored to an object store in this process. No two jobs have the same rows or the same lengths, so
+caches by content fill as they would. Shown is the trainer's anonymous memory every so many jobs: how much of the files
+that it maps is resident is the kernel's choice. Variables named MALLOC_... reach the trainer: MALLOC_ARENA_MAX=1 tells
+what is the allocator's.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TypeVar
-
-import psutil
 
 from bench.workload import MODULES, command, machine
 from core.domain.training import AdapterConfig, TrainingSpec
@@ -90,15 +89,20 @@ def main() -> None:
     print(f"{machine()}\n$ {command()}\n")
     with tempfile.TemporaryDirectory() as scratch, Store() as store:
         child = start_trainer(Path(scratch))
-        print("| jobs | resident MB | seconds |\n|---|---|---|")
+        print("| jobs | anonymous resident MB | seconds |\n|---|---|---|")
         begun = time.monotonic()
         for number in range(1, options.jobs + 1):
             train(child, store, number)
             if number % _SHOWN_EVERY == 0 or number == 1:
-                resident = psutil.Process(child.pid).memory_info().rss
-                print(f"| {number} | {resident / 2**20:.1f} | {time.monotonic() - begun:.0f} |", flush=True)
+                print(f"| {number} | {anonymous_mb(child.pid):.1f} | {time.monotonic() - begun:.0f} |", flush=True)
         child.close()
         store.shutdown()
+
+
+def anonymous_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:"))
+    return int(kib) / 2**10
 
 
 def start_trainer(scratch: Path) -> TrainerChild:

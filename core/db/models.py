@@ -707,7 +707,7 @@ class Usage(Row):
 
 
 class RetentionMark(Row):
-    """How far the deletion of a kind of rows has come: up to this job, in the order in which jobs end."""
+    """How far a duty has come that walks jobs, or attempts, in the order in which they ended."""
 
     __tablename__ = "retention_marks"
     kind: Mapped[str] = mapped_column(primary_key=True)

@@ -19,10 +19,13 @@ from core.domain.duties import Duty
 from core.domain.ids import first_id_at
 from core.domain.objects import file_id_of, job_prefix
 from core.services.charges import record_usage
+from core.services.marks import find_mark, move_mark
 from core.services.set_asides import is_in_reach, setting_aside
 
 _LIMIT = 100
-_SETTLED_WITHIN = dt.timedelta(days=7)
+_SETTLEMENT = "settlement"  # the mark up to whose instant every attempt was looked at
+# Before the mark, so that what was set aside is tried again.
+_LOOKED_AT_AGAIN = dt.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,23 @@ def find_orphaned_files(session: Session, object_keys: Iterable[str], *, min_age
 
 
 def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
-    """Book what was charged so far for attempts whose workers were lost with their counts; return for how many."""
+    """Book what was charged so far for attempts whose workers were lost with their counts; return for how many.
+
+    However long nobody has done this, it begins where it was left.
+    """
+    mark = find_mark(session, _SETTLEMENT)
+    last = session.scalars(select(func.now() - min_age)).one()
+    is_new = [Attempt.ended_at <= last, *([Attempt.ended_at > mark.finished_at - _LOOKED_AT_AGAIN] if mark else [])]
     is_booked = select(Usage.id).where(Usage.attempt_id == Attempt.id).exists()
-    is_recent = Attempt.ended_at.between(func.now() - _SETTLED_WITHIN, func.now() - min_age)
-    unbooked = select(Attempt).where(is_recent, ~is_booked, is_in_reach(Duty.SETTLE, Attempt.id))
+    unbooked = select(Attempt).where(*is_new, ~is_booked, is_in_reach(Duty.SETTLE, Attempt.id))
     attempts = session.scalars(unbooked.order_by(Attempt.ended_at).limit(_LIMIT)).all()
     num_settled = 0
     for attempt in attempts:
         with setting_aside(session, Duty.SETTLE, row_id=attempt.id, tenant_id=attempt.tenant_id) as settlement:
             record_usage(session, attempt.lease_token, gpu_seconds=attempt.used_seconds, trained_tokens=0)
         num_settled += settlement.is_done
+    if len(attempts) < _LIMIT:
+        move_mark(session, _SETTLEMENT, to=last)
     return num_settled
 
 

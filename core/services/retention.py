@@ -16,13 +16,12 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Row, TextClause, text
-from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from core.db.models import RetentionMark
 from core.domain.duties import Duty
 from core.domain.ids import first_id_at
 from core.services.job_rows import BATCH_ROWS, HISTORY, IS_IN_REACH, IS_SPENT, delete_history, delete_job_row, run
+from core.services.marks import find_mark, move_mark
 from core.services.set_asides import setting_aside
 
 _BATCH_JOBS = 100
@@ -137,7 +136,7 @@ def _forget_uploads(session: Session, days: int) -> Batch:
 
 
 def _next_jobs(session: Session, kind: Kind, query: TextClause, days: int) -> Sequence[Row[Any]]:
-    mark = session.get(RetentionMark, kind)
+    mark = find_mark(session, kind)
     since = {"finished_at": mark.finished_at, "job": mark.job_id} if mark else _BEGINNING
     return session.execute(query, since | {"days": days, "num": _BATCH_JOBS}).all()
 
@@ -146,6 +145,4 @@ def _move_mark(session: Session, kind: Kind, job: Row[Any] | None, *, is_at_end:
     if job is None and not is_at_end:
         return
     place = _BEGINNING if is_at_end or job is None else {"finished_at": job.finished_at, "job": job.id}
-    values = {"finished_at": place["finished_at"], "job_id": place["job"]}
-    statement = insert(RetentionMark).values(kind=kind, **values)
-    session.execute(statement.on_conflict_do_update(index_elements=["kind"], set_=values))
+    move_mark(session, kind, to=place["finished_at"], job_id=place["job"])

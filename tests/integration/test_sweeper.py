@@ -172,6 +172,30 @@ def test_what_a_lost_worker_has_charged_is_booked(
     assert usage_of(owner, tenant) == ([100.0], pytest.approx(100, rel=1e-3))
 
 
+def test_what_was_charged_while_no_schedule_ran_for_a_month_is_booked(
+    schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    settle(schedule)
+    with service_transaction(owner) as session:
+        session.execute(text("update retention_marks set finished_at = finished_at - interval '30 days'"))
+    queue_job(owner, tenant)
+    lost = claim(worker, lease_seconds=60)
+    assert lost is not None
+    with service_transaction(worker) as session:
+        charges.charge_use(session, {lost.token: 100.0})
+    with service_transaction(owner) as session:
+        session.execute(text("update jobs set lease_until = now() - interval '1 s', trained_steps = 1"))
+    with service_transaction(schedule) as session:
+        attempts.expire_leases(session)
+    with service_transaction(owner) as session:
+        session.execute(text("update attempts set ended_at = ended_at - interval '29 days'"))
+    assert settle(schedule) == 1
+    assert usage_of(owner, tenant)[0] == [100.0]
+    with service_transaction(owner) as session:
+        session.execute(text("delete from usage"))
+    assert settle(schedule) == 0, "it has looked at that time"
+
+
 def usage_of(owner: Engine, tenant: Tenant) -> tuple[list[float], float]:
     with service_transaction(owner) as session:
         booked = session.scalars(select(Usage.gpu_seconds).where(Usage.tenant_id == tenant.id)).all()
