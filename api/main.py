@@ -81,8 +81,9 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.engine = connect(database_url, pool_size=20, lock_timeout_seconds=10)
     app.state.feed = EventFeed(app.state.engine, database_url)
     app.state.authenticator = Authenticator(app.state.engine)
-    app.state.rate_limiter = RateLimiter(settings.redis_url.get_secret_value()) if settings.redis_url else None
     app.state.clock = DatabaseClock(app.state.engine)
+    redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
+    app.state.rate_limiter = RateLimiter(redis_url, now=app.state.clock.recall) if redis_url else None
     app.state.store = S3ObjectStore(settings.storage_config, now=app.state.clock.recall)
     app.state.readiness = find_readiness(app.state.engine, app.state.store, is_store_vital=False)
     app.state.previewer = Previewer(app.state.store)

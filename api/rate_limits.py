@@ -10,10 +10,12 @@ and Redis is left alone for some seconds, so that no request waits for it.
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import redis
@@ -66,7 +68,9 @@ class _Advance:
 class RateLimiter:
     """Counts requests. Shared by the threads of a process."""
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, *, now: Callable[[], dt.datetime]) -> None:
+        """`now` is the time by which all processes cut the same windows."""
+        self._now = now
         self._redis = redis.Redis.from_url(
             redis_url,
             socket_timeout=_TIMEOUT_SECONDS,
@@ -84,7 +88,7 @@ class RateLimiter:
 
     def draw(self, tenant_id: uuid.UUID, *, limit: int) -> Standing | None:
         """Take a request that was counted in advance and return where the tenant stands, or None. Waits for nobody."""
-        window, elapsed = divmod(time.time(), WINDOW_SECONDS)
+        window, elapsed = divmod(self._now().timestamp(), WINDOW_SECONDS)
         with self._lock:
             advance = self._advances.get(tenant_id)
             if advance is None or advance.window != window or not advance.num_left:
@@ -97,7 +101,7 @@ class RateLimiter:
         """Count one request of a tenant and return where it stands, or None where nothing could be counted."""
         if self.is_resting:
             return None
-        window, elapsed = divmod(time.time(), WINDOW_SECONDS)
+        window, elapsed = divmod(self._now().timestamp(), WINDOW_SECONDS)
         size = self._choose_size(tenant_id, int(window), limit)
         try:
             num_counted = self._increment(f"espalier:requests:{tenant_id}:{int(window)}", size)

@@ -16,6 +16,8 @@ from core.domain.errors import NotFoundError, UnauthenticatedError
 from core.domain.ids import new_id
 from core.services.tenants import LAST_USED_INTERVAL
 
+_IS_STALE = func.coalesce(OperatorKeyRow.last_used_at < func.now() - LAST_USED_INTERVAL, True)
+
 
 @dataclass(frozen=True)
 class OperatorIdentity:
@@ -65,11 +67,13 @@ def revoke_operator_key(session: Session, key_id: str) -> None:
 
 def authenticate_operator(session: Session, api_key: ApiKey) -> OperatorIdentity:
     """Return whose live operator key this is. Unknown, wrong, revoked and expired ones are answered alike."""
-    row = session.scalar(select(OperatorKeyRow).where(OperatorKeyRow.key_id == api_key.key_id, *_is_live()))
+    query = select(OperatorKeyRow, _IS_STALE).where(OperatorKeyRow.key_id == api_key.key_id, *_is_live())
+    row, is_stale = session.execute(query).one_or_none() or (None, False)
     if not hmac.compare_digest(row.secret_hash if row else bytes(32), api_key.secret_hash) or row is None:
         raise UnauthenticatedError("Incorrect operator key provided: it is unknown, expired or revoked.")
-    if row.last_used_at is None or dt.datetime.now(dt.UTC) - row.last_used_at >= LAST_USED_INTERVAL:
-        session.execute(update(OperatorKeyRow).where(OperatorKeyRow.id == row.id).values(last_used_at=func.now()))
+    if is_stale:
+        is_this = (OperatorKeyRow.id == row.id, _IS_STALE)
+        session.execute(update(OperatorKeyRow).where(*is_this).values(last_used_at=func.now()))
     return OperatorIdentity(name=row.name, key_id=row.key_id, is_read_only=row.is_read_only)
 
 

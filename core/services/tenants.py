@@ -43,6 +43,7 @@ SLUG_PATTERN = r"[a-z0-9][a-z0-9-]{0,31}"
 TenantName = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 # How exact `last_used_at` is, and so how seldom using a key writes.
 LAST_USED_INTERVAL = dt.timedelta(minutes=1)
+_IS_STALE = func.coalesce(ApiKeyRow.last_used_at < func.now() - LAST_USED_INTERVAL, True)
 
 
 @dataclass(frozen=True)
@@ -321,10 +322,12 @@ def authenticate(session: Session, api_key: ApiKey) -> Identity:
 
     Unknown, wrong, revoked and expired keys are all answered alike, so that nothing can be learned by asking.
     """
-    row = _find_live_key(session, api_key.key_id)
+    query = select(ApiKeyRow, _IS_STALE).where(ApiKeyRow.key_id == api_key.key_id, *_is_live())
+    row, is_stale = session.execute(query).one_or_none() or (None, False)
     if not hmac.compare_digest(row.secret_hash if row else bytes(32), api_key.secret_hash) or row is None:
         raise UnauthenticatedError("Incorrect API key provided: it is unknown, expired or revoked.")
-    _note_use(session, row)
+    if is_stale:
+        _note_use(session, row)
     return _identity_of(session, row)
 
 
@@ -357,9 +360,7 @@ def _find_live_key(session: Session, key_id: str) -> ApiKeyRow | None:
 
 def _note_use(session: Session, row: ApiKeyRow) -> None:
     """Write down that a key is in use, at most once in LAST_USED_INTERVAL however many processes see it."""
-    is_stale = func.coalesce(ApiKeyRow.last_used_at < func.now() - LAST_USED_INTERVAL, True)
-    if row.last_used_at is None or dt.datetime.now(dt.UTC) - row.last_used_at >= LAST_USED_INTERVAL:
-        session.execute(update(ApiKeyRow).where(ApiKeyRow.id == row.id, is_stale).values(last_used_at=func.now()))
+    session.execute(update(ApiKeyRow).where(ApiKeyRow.id == row.id, _IS_STALE).values(last_used_at=func.now()))
 
 
 def _identity_of(session: Session, row: ApiKeyRow) -> Identity:

@@ -6,6 +6,7 @@ import datetime as dt
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs
 
 import httpx
@@ -14,13 +15,14 @@ from sqlalchemy import Engine, text
 
 from core.db.clock import MAX_OFFSET_SECONDS, DatabaseClock
 from core.db.session import connect, service_transaction
+from core.domain.ids import IdKind, format_id
 from core.storage import S3ObjectStore
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.clocks import fake_clock, find_faketime
 from tests.faults import Cut, FaultProxy, port_of, with_port
 from tests.integration.api.planting import plant
-from tests.integration.conftest import Database, Tenant, running_api
+from tests.integration.conftest import BASE_MODEL, Database, Tenant, running_api
 from tests.integration.test_attempts import claim, queue_job, status_of
 from tests.integration.test_leadership import leader_pid, schedule_process
 from tests.waiting import PATIENCE_SECONDS, wait_until
@@ -72,6 +74,40 @@ def test_row_28_an_api_whose_clock_is_an_hour_wrong_stores_files_and_hands_out_u
         assert abs(dt.datetime.now(dt.UTC) - signed_at) < dt.timedelta(minutes=5)
         assert httpx.get(file["url"], timeout=PATIENCE_SECONDS).is_success
     api.dispose()
+
+
+def test_row_28_an_api_whose_clock_is_wrong_knows_a_retry_and_counts_in_the_windows_of_the_others(
+    database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant, tmp_path: Path
+) -> None:
+    ports = free_ports(2)
+    file_id = format_id(IdKind.FILE, queue_job(owner, tenant).training_file_id)
+    order = {"model": BASE_MODEL, "training_file": file_id, "seed": 28}
+    counting = {"ESPALIER_REDIS_URL": servers.redis_url}
+    wrong = fake_clock(tmp_path / "clock", "+630s")
+    with (
+        running_api(database.api_url, servers.storage, port=ports[0], env=counting),
+        running_api(database.api_url, servers.storage, port=ports[1], env=counting | wrong),
+    ):
+        ids = {ask_for_job(port, tenant, order, num_retries=number) for number, port in enumerate(ports)}
+        assert len(ids) == 1, "the second was a retry of the first"
+
+        def end_together() -> bool:
+            first, second = (seconds_left(port, tenant) for port in ports)
+            return (first - second) % 60 < 5
+
+        wait_until(end_together, what="windows that end together")
+
+
+def ask_for_job(port: int, tenant: Tenant, order: dict[str, Any], *, num_retries: int) -> str:
+    headers = {"authorization": f"Bearer {tenant.api_key}", "x-stainless-retry-count": str(num_retries)}
+    url = f"http://127.0.0.1:{port}/v1/fine_tuning/jobs"
+    return str(httpx.post(url, json=order, headers=headers, timeout=PATIENCE_SECONDS).raise_for_status().json()["id"])
+
+
+def seconds_left(port: int, tenant: Tenant) -> int:
+    headers = {"authorization": f"Bearer {tenant.api_key}"}
+    answer = httpx.get(f"http://127.0.0.1:{port}/v1/models", headers=headers, timeout=PATIENCE_SECONDS)
+    return int(answer.headers["ratelimit"].rpartition("t=")[2])
 
 
 def test_a_clock_goes_on_while_the_database_is_away_and_knows_it_when_it_is_back(database: Database) -> None:

@@ -17,7 +17,7 @@ from kombu.exceptions import OperationalError as BrokerError
 from api.rate_limits import RateLimiter
 from core.domain.ids import new_id
 from core.queue import WakeUpPublisher, connect_broker, queue_name
-from core.storage import S3ObjectStore, StorageUnavailableError
+from core.storage import S3ObjectStore, StorageUnavailableError, host_time
 from local.servers import ServerAddresses
 from tests.faults import FaultProxy, port_of
 from tests.managed import HOST, Authority
@@ -64,7 +64,7 @@ def test_wake_ups_and_counts_go_by_tls(servers: ServerAddresses, authority: Auth
             assert client.llen(queue_name(POOL)) == 1
             client.delete(queue_name(POOL))
         connect_as_consumer(connect_broker(url))
-        assert RateLimiter(url).count(new_id(), limit=10) is not None
+        assert RateLimiter(url, now=host_time).count(new_id(), limit=10) is not None
 
 
 @pytest.mark.parametrize("fault", ["authority", "host"])
@@ -78,7 +78,7 @@ def test_nobody_speaks_to_a_redis_with_a_strange_certificate(
             publisher.publish(POOL)
         with pytest.raises((redis.ConnectionError, BrokerError), match="certificate verify failed"):
             connect_as_consumer(connect_broker(url))
-        limiter = RateLimiter(url)
+        limiter = RateLimiter(url, now=host_time)
         assert limiter.count(new_id(), limit=10) is None
 
 

@@ -17,6 +17,7 @@ from api.main import create_app
 from api.rate_limits import WINDOW_SECONDS, RateLimiter
 from core.db.session import service_transaction
 from core.settings import ApiSettings
+from core.storage import host_time
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.faults import FaultProxy, Hang, port_of, with_port
@@ -89,7 +90,7 @@ def test_an_operator_sets_one_tenants_own_limit(client: TestClient, owner: Engin
 
 
 def test_a_hundred_requests_at_once_pass_exactly_as_many_as_the_limit(servers: ServerAddresses) -> None:
-    limiters = [RateLimiter(servers.redis_url) for _ in range(2)]  # as two processes
+    limiters = [RateLimiter(servers.redis_url, now=host_time) for _ in range(2)]  # as two processes
     tenant_id = uuid.uuid4()
 
     def count(number: int) -> bool:
@@ -102,7 +103,7 @@ def test_a_hundred_requests_at_once_pass_exactly_as_many_as_the_limit(servers: S
 
 
 def test_far_from_its_limit_a_tenant_is_counted_in_advance_and_passes_it_never(servers: ServerAddresses) -> None:
-    limiters = [RateLimiter(servers.redis_url) for _ in range(2)]
+    limiters = [RateLimiter(servers.redis_url, now=host_time) for _ in range(2)]
     tenant_id, limit = uuid.uuid4(), 10_000
     num_asked = num_passed = 0
     for number in range(limit + 100):
@@ -134,10 +135,10 @@ def test_a_redis_that_does_not_answer_costs_one_request_a_tenth_of_a_second_and_
 ) -> None:
     with FaultProxy(port_of(servers.redis_url)) as proxy:
         url = with_port(servers.redis_url, proxy.port)
-        assert RateLimiter(url).count(uuid.uuid4(), limit=5) is not None
+        assert RateLimiter(url, now=host_time).count(uuid.uuid4(), limit=5) is not None
         monkeypatch.setattr("api.rate_limits._TIMEOUT_SECONDS", 0.1)
         monkeypatch.setattr("api.rate_limits._REST_SECONDS", 3600.0)
-        limiter = RateLimiter(url)
+        limiter = RateLimiter(url, now=host_time)
         with proxy.during(Hang()):
             assert [limiter.count(uuid.uuid4(), limit=5) for _ in range(20)] == [None] * 20
             assert proxy.num_hits <= 1, "one has asked Redis within an interval of rest, and waited"
