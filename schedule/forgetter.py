@@ -17,7 +17,7 @@ from schedule.metrics import ROWS_DELETED
 log = structlog.get_logger()
 # Of one kind in one run, so that the first run after years does not keep the other kinds from theirs.
 _MAX_BATCHES = 1000
-_UPLOAD_DAYS = 30  # nobody can do anything with an upload that is over
+_OVER_DAYS = 30  # nobody can do anything with an upload that is over, or a file that was deleted
 
 
 def days_kept(settings: ScheduleSettings) -> dict[Kind, int]:
@@ -28,7 +28,8 @@ def days_kept(settings: ScheduleSettings) -> dict[Kind, int]:
         Kind.METRICS: settings.keep_metrics_days,
         Kind.CHECKPOINTS: settings.keep_checkpoints_days,
         Kind.JOBS: settings.keep_jobs_days,
-        Kind.UPLOADS: _UPLOAD_DAYS,
+        Kind.UPLOADS: _OVER_DAYS,
+        Kind.FILES: _OVER_DAYS,
         Kind.AUDIT_ENTRIES: settings.keep_audit_days,
     }
 

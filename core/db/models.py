@@ -208,6 +208,7 @@ class File(Row):
         CheckConstraint("length(sha256) = 64", name="sha256_form"),
         Index("ix_files_tenant_id_id_live", "tenant_id", "id", postgresql_where=text("deleted_at is null")),
         Index("ix_files_unpurged", "tenant_id", postgresql_where=_UNPURGED),
+        Index("ix_files_purged_at", "purged_at", "id", postgresql_where=text("purged_at is not null")),
         Index(
             "ix_files_expires_at",
             "expires_at",
@@ -245,6 +246,7 @@ class Upload(Row):
         _bounded("size_bytes", bounds.UPLOAD_BYTES),
         _bounded("file_lifetime_seconds", bounds.FILE_SECONDS),
         Index("ix_uploads_unpurged", "tenant_id", postgresql_where=text("purged_at is null")),
+        Index("ix_uploads_file_id", "file_id", postgresql_where=text("file_id is not null")),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
@@ -320,6 +322,11 @@ class Job(Row):
             postgresql_where=text("deleted_at is not null and (blanked_at is null or swept_at is not null)"),
         ),
         Index("ix_jobs_running", "tenant_id", "lease_until", postgresql_where=text("status = 'running'")),
+        Index("ix_jobs_training_file_id", "training_file_id"),
+        Index(
+            "ix_jobs_validation_file_id", "validation_file_id", postgresql_where=text("validation_file_id is not null")
+        ),
+        Index("ix_jobs_result_file_id", "result_file_id", postgresql_where=text("result_file_id is not null")),
         Index("ix_jobs_pool_status_id", "pool", "status", "id", postgresql_where=_NOT_RUNNING),
         Index("ix_jobs_tenant_id_pool_status_id", "tenant_id", "pool", "status", "id", postgresql_where=_NOT_RUNNING),
         Index(

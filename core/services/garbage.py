@@ -91,9 +91,9 @@ def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
     """
     mark = find_mark(session, _SETTLEMENT)
     last = session.scalars(select(func.now() - min_age)).one()
-    is_new = [Attempt.ended_at <= last, *([Attempt.ended_at > mark.finished_at - _LOOKED_AT_AGAIN] if mark else [])]
+    is_new = Attempt.ended_at.between(mark.finished_at - _LOOKED_AT_AGAIN, last)
     is_booked = select(Usage.id).where(Usage.attempt_id == Attempt.id).exists()
-    unbooked = select(Attempt).where(*is_new, ~is_booked, is_in_reach(Duty.SETTLE, Attempt.id))
+    unbooked = select(Attempt).where(is_new, ~is_booked, is_in_reach(Duty.SETTLE, Attempt.id))
     attempts = session.scalars(unbooked.order_by(Attempt.ended_at).limit(_LIMIT)).all()
     num_settled = 0
     for attempt in attempts:

@@ -13,15 +13,17 @@ from sqlalchemy.orm import Session
 
 from core.db.models import RetentionMark
 
-_NO_JOB = uuid.UUID(int=0)
+BEGINNING = dt.datetime.fromtimestamp(0, dt.UTC)
+_NO_ROW = uuid.UUID(int=0)
 
 
-def find_mark(session: Session, kind: str) -> RetentionMark | None:
-    return session.get(RetentionMark, kind)
+def find_mark(session: Session, kind: str) -> RetentionMark:
+    """Return how far a duty has come: nowhere, where it never was done."""
+    return session.get(RetentionMark, kind) or RetentionMark(finished_at=BEGINNING, job_id=_NO_ROW)
 
 
-def move_mark(session: Session, kind: str, *, to: dt.datetime, job_id: uuid.UUID = _NO_JOB) -> None:
-    """Say that everything up to an instant, and up to this job at the instant itself, was walked."""
-    values = {"finished_at": to, "job_id": job_id}
+def move_mark(session: Session, kind: str, *, to: dt.datetime, row_id: uuid.UUID = _NO_ROW) -> None:
+    """Say that everything up to an instant, and up to this row of the instant itself, was walked."""
+    values = {"finished_at": to, "job_id": row_id}
     statement = insert(RetentionMark).values(kind=kind, **values)
     session.execute(statement.on_conflict_do_update(index_elements=["kind"], set_=values))

@@ -8,7 +8,6 @@ for as long as its adapter or a checkpoint of it does. Bookings of usage stay fo
 from __future__ import annotations
 
 import datetime as dt
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +20,10 @@ from sqlalchemy.orm import Session
 from core.domain.duties import Duty
 from core.domain.ids import first_id_at
 from core.services.job_rows import BATCH_ROWS, HISTORY, IS_IN_REACH, IS_SPENT, delete_history, delete_job_row, run
-from core.services.marks import find_mark, move_mark
+from core.services.marks import BEGINNING, find_mark, move_mark
 from core.services.set_asides import setting_aside
 
-_BATCH_JOBS = 100
-_BEGINNING = {"finished_at": dt.datetime.fromtimestamp(0, dt.UTC), "job": uuid.UUID(int=0)}
+_BATCH_WALKED = 100
 
 
 class Kind(StrEnum):
@@ -37,6 +35,7 @@ class Kind(StrEnum):
     CHECKPOINTS = "checkpoints"
     JOBS = "jobs"
     UPLOADS = "uploads"
+    FILES = "files"
     AUDIT_ENTRIES = "audit_entries"
 
 
@@ -67,6 +66,21 @@ with walked as ({_NEXT_JOBS})
 select w.id, w.tenant_id, w.finished_at, w.swept_at, {IS_SPENT} and {IS_IN_REACH.format(duty=Duty.FORGET)} as is_spent
 from walked w order by w.finished_at, w.id
 """)  # noqa: S608 (of constants)
+# Files that were deleted, in the order in which their objects went. A job that stays names its files.
+_NEXT_FILES = text("""
+with walked as (
+    select f.id, f.purged_at from files f
+    where (f.purged_at, f.id) > (:finished_at, :job) and f.purged_at < now() - make_interval(days => :days)
+    order by f.purged_at, f.id limit :num
+)
+select w.id, w.purged_at as finished_at, coalesce(
+    (select true from jobs j where j.training_file_id = w.id limit 1),
+    (select true from jobs j where j.validation_file_id = w.id limit 1),
+    (select true from jobs j where j.result_file_id = w.id limit 1),
+    (select true from uploads u where u.file_id = w.id limit 1)) is null as is_spent
+from walked w order by w.purged_at, w.id
+""")
+_DELETE_FILE = text("delete from files where id = :file")
 # Ids are in the order of time, so that those to delete are the first.
 _OLD_UPLOADS = text("""
 select id, tenant_id from uploads
@@ -87,6 +101,8 @@ def forget_some(session: Session, kind: Kind, *, days: int) -> Batch:
             return _forget_jobs(session, days)
         case Kind.UPLOADS:
             return _forget_uploads(session, days)
+        case Kind.FILES:
+            return _forget_files(session, days)
         case Kind.AUDIT_ENTRIES:
             num_rows = session.scalars(_FORGET_AUDIT_ENTRIES, {"days": days, "most": BATCH_ROWS}).one()
             return Batch(Counter({kind: num_rows}), has_more=num_rows == BATCH_ROWS)
@@ -95,7 +111,7 @@ def forget_some(session: Session, kind: Kind, *, days: int) -> Batch:
 
 
 def _forget_of_jobs(session: Session, kind: Kind, days: int) -> Batch:
-    jobs, last, left = _next_jobs(session, kind, _NEXT, days), None, BATCH_ROWS
+    jobs, last, left = _next_rows(session, kind, _NEXT, days), None, BATCH_ROWS
     for job in jobs:
         left -= run(session, _OF_JOBS[kind], tenant=job.tenant_id, job=job.id, most=left)
         if not left:
@@ -107,7 +123,7 @@ def _forget_of_jobs(session: Session, kind: Kind, days: int) -> Batch:
 
 def _forget_jobs(session: Session, days: int) -> Batch:
     """Delete spent jobs. Those that were passed over may be spent later, so behind the last it begins anew."""
-    jobs, last = _next_jobs(session, Kind.JOBS, _NEXT_SPENT, days), None
+    jobs, last = _next_rows(session, Kind.JOBS, _NEXT_SPENT, days), None
     num_rows: Counter[str] = Counter()
     for job in jobs:
         if job.is_spent:
@@ -117,14 +133,14 @@ def _forget_jobs(session: Session, days: int) -> Batch:
             with setting_aside(session, Duty.FORGET, row_id=job.id, tenant_id=job.tenant_id):
                 num_rows += delete_job_row(session, job.id)
         last = job
-    has_more = bool(jobs) and (last is not jobs[-1] or len(jobs) == _BATCH_JOBS)
+    has_more = bool(jobs) and (last is not jobs[-1] or len(jobs) == _BATCH_WALKED)
     _move_mark(session, Kind.JOBS, last, is_at_end=not has_more)
     return Batch(num_rows, has_more)
 
 
 def _forget_uploads(session: Session, days: int) -> Batch:
     before = first_id_at(dt.datetime.now(dt.UTC) - dt.timedelta(days=days))
-    uploads = session.execute(_OLD_UPLOADS, {"before": before, "days": days, "num": _BATCH_JOBS}).all()
+    uploads = session.execute(_OLD_UPLOADS, {"before": before, "days": days, "num": _BATCH_WALKED}).all()
     num_rows: Counter[str] = Counter()
     for upload in uploads:
         most = BATCH_ROWS - num_rows.total()
@@ -135,14 +151,23 @@ def _forget_uploads(session: Session, days: int) -> Batch:
     return Batch(num_rows, has_more=bool(uploads))
 
 
-def _next_jobs(session: Session, kind: Kind, query: TextClause, days: int) -> Sequence[Row[Any]]:
+def _forget_files(session: Session, days: int) -> Batch:
+    """Delete deleted files that nobody names. What is named now may not be later, so behind the last it begins anew."""
+    files = _next_rows(session, Kind.FILES, _NEXT_FILES, days)
+    num_rows = sum(run(session, _DELETE_FILE, file=file.id) for file in files if file.is_spent)
+    has_more = len(files) == _BATCH_WALKED
+    _move_mark(session, Kind.FILES, files[-1] if files else None, is_at_end=not has_more)
+    return Batch(Counter({Kind.FILES: num_rows}), has_more)
+
+
+def _next_rows(session: Session, kind: Kind, query: TextClause, days: int) -> Sequence[Row[Any]]:
     mark = find_mark(session, kind)
-    since = {"finished_at": mark.finished_at, "job": mark.job_id} if mark else _BEGINNING
-    return session.execute(query, since | {"days": days, "num": _BATCH_JOBS}).all()
+    since = {"finished_at": mark.finished_at, "job": mark.job_id}
+    return session.execute(query, since | {"days": days, "num": _BATCH_WALKED}).all()
 
 
-def _move_mark(session: Session, kind: Kind, job: Row[Any] | None, *, is_at_end: bool = False) -> None:
-    if job is None and not is_at_end:
-        return
-    place = _BEGINNING if is_at_end or job is None else {"finished_at": job.finished_at, "job": job.id}
-    move_mark(session, kind, to=place["finished_at"], job_id=place["job"])
+def _move_mark(session: Session, kind: Kind, last: Row[Any] | None, *, is_at_end: bool = False) -> None:
+    if is_at_end:
+        move_mark(session, kind, to=BEGINNING)
+    elif last is not None:
+        move_mark(session, kind, to=last.finished_at, row_id=last.id)

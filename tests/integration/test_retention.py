@@ -366,6 +366,27 @@ def test_old_uploads_go_with_their_parts_once_their_objects_are_gone(
     assert count(owner, "upload_parts", tenant) == 2
 
 
+def test_the_row_of_a_deleted_file_goes_once_no_job_names_it(schedule: Engine, owner: Engine, tenant: Tenant) -> None:
+    live = queue_job(owner, tenant).training_file_id
+    named, old, young, unpurged, result = (queue_job(owner, tenant).training_file_id for _ in range(5))
+    purge = "update files set deleted_at = now(), purged_at = now() - make_interval(days => {}) where id = '{}'"
+    ages = {named: 31, old: 31, young: 29, result: 31}
+    run_statements(owner, *(purge.format(days, file_id) for file_id, days in ages.items()))
+    forget_name = f"update jobs set training_file_id = '{live}' where training_file_id = '{{}}'"
+    run_statements(owner, *(forget_name.format(each) for each in (old, young, unpurged, result)))
+    run_statements(owner, f"update jobs set result_file_id = '{result}' where training_file_id = '{named}'")
+
+    def left() -> set[uuid.UUID]:
+        with service_transaction(owner) as session:
+            return set(session.scalars(text("select id from files")).all())
+
+    assert [each.total() for each in run_all(schedule, Kind.FILES, days=30)] == [1]
+    assert left() == {live, named, young, unpurged, result}
+    run_statements(owner, "update jobs set result_file_id = null", forget_name.format(named))
+    assert [each.total() for each in run_all(schedule, Kind.FILES, days=30)] == [2]
+    assert left() == {live, young, unpurged}
+
+
 def test_the_schedule_that_leads_deletes_what_its_settings_say_and_zero_days_are_for_ever(
     database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant
 ) -> None:
