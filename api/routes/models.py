@@ -14,15 +14,15 @@ from core.domain.jobs import is_checkpoint_model, is_fine_tuned_model
 from core.services import adapters, base_models, checkpoints
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=OneThreadRoute)
-_MAX_ADAPTERS = 1000
+_MAX_MODELS = 1000
 
 
 @router.get("", dependencies=[needs(Scope.READ), Depends(LISTINGS)])
 def list_models(session: Transaction, caller: Caller) -> ListObject[BaseModelObject | FineTunedModelObject]:
     """List the base models and the newest 1,000 fine-tuned ones: this listing has no cursor, `/v1/adapters` has."""
     bases = [BaseModelObject.of(row) for row in base_models.list_allowed_base_models(session, caller.tenant_id)]
-    own = adapters.list_adapters(session, caller.tenant_id, after=None, limit=_MAX_ADAPTERS)
-    fine_tuned = [FineTunedModelObject.of_adapter(trained) for trained in own.items]
+    own = adapters.list_models(session, caller.tenant_id, limit=_MAX_MODELS)
+    fine_tuned = [FineTunedModelObject.of(model) for model in own.items]
     return ListObject(data=[*bases, *fine_tuned], has_more=own.has_more)
 
 
@@ -31,7 +31,7 @@ def get_model(session: Transaction, caller: Caller, model: str) -> BaseModelObje
     if is_checkpoint_model(model):
         return FineTunedModelObject.of_checkpoint(checkpoints.find_checkpoint(session, caller.tenant_id, name=model))
     if is_fine_tuned_model(model):
-        return FineTunedModelObject.of_adapter(adapters.find_adapter(session, caller.tenant_id, name=model))
+        return FineTunedModelObject.of(adapters.find_adapter(session, caller.tenant_id, name=model).model)
     return BaseModelObject.of(base_models.get_base_model(session, caller.tenant_id, base_model_id=model))
 
 

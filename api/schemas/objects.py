@@ -14,7 +14,7 @@ from core.domain.dataset_counts import DatasetCounts
 from core.domain.ids import IdKind, format_id
 from core.domain.progress import Estimate, measure_progress
 from core.domain.training import AdapterConfig, TrainingSpec
-from core.services.adapters import TrainedAdapter
+from core.services.adapters import TrainedAdapter, TrainedModel
 from core.services.pages import Page
 from core.services.streams import MissedEvent
 
@@ -286,15 +286,13 @@ class FineTunedModelObject(ModelObject):
     rank: int | None
 
     @classmethod
-    def of_adapter(cls, trained: TrainedAdapter) -> FineTunedModelObject:
-        row = trained.row
-        owner = format_id(IdKind.TENANT, row.tenant_id)
+    def of(cls, model: TrainedModel) -> FineTunedModelObject:
         return cls(
-            id=row.name,
-            created=_seconds(row.created_at),
-            owned_by=owner,
-            base_model=row.base_model_id,
-            rank=_read_adapter(trained.config).rank,
+            id=model.name,
+            created=_seconds(model.created_at),
+            owned_by=format_id(IdKind.TENANT, model.tenant_id),
+            base_model=model.base_model_id,
+            rank=_read_adapter(model.config).rank,
         )
 
     @classmethod

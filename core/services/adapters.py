@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,28 @@ from core.services.pages import Page
 
 
 @dataclass(frozen=True)
+class TrainedModel:
+    """What a fine-tuned model is called and was made of. `config` is an AdapterConfig as it stands in the job's row."""
+
+    name: str
+    tenant_id: uuid.UUID
+    created_at: dt.datetime
+    base_model_id: str
+    config: Any
+
+
+@dataclass(frozen=True)
 class TrainedAdapter:
-    """An adapter, and how its job had it trained: `config` is an AdapterConfig as it stands in the job's row."""
+    """An adapter, and how its job had it trained: `config` is as in TrainedModel."""
 
     row: Adapter
     config: Any
     quantization: str | None
+
+    @property
+    def model(self) -> TrainedModel:
+        row = self.row
+        return TrainedModel(row.name, row.tenant_id, row.created_at, row.base_model_id, self.config)
 
 
 def get_adapter(session: Session, tenant_id: uuid.UUID, *, adapter_id: uuid.UUID) -> TrainedAdapter:
@@ -46,6 +63,13 @@ def list_adapters(
         query = query.where(Adapter.id < after)
     found = session.execute(query.order_by(Adapter.id.desc()).limit(limit + 1))
     return Page.cut([TrainedAdapter(*each) for each in found], limit)
+
+
+def list_models(session: Session, tenant_id: uuid.UUID, *, limit: int) -> Page[TrainedModel]:
+    """Return a tenant's newest models: what adapters are listed with takes three times as long to read."""
+    columns = (Adapter.name, Adapter.tenant_id, Adapter.created_at, Adapter.base_model_id, Job.spec["adapter"])
+    found = session.execute(_live(tenant_id).with_only_columns(*columns).order_by(Adapter.id.desc()).limit(limit + 1))
+    return Page.cut([TrainedModel(*each) for each in found], limit)
 
 
 def delete_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> None:
