@@ -6,7 +6,7 @@ BENCHES := .venv/.benches
 CLIENTS := .venv-clients/.installed
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install openapi demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint types \
+.PHONY: install openapi errors demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint types \
 	contracts images check-images compose-check hosts-check run-k8s check-containers check-alerts dashboard check-k8s
 
 install: $(INSTALLED)
@@ -53,6 +53,10 @@ test: $(CLIENTS) test-unit
 # The contract as a file, so that a change of it is seen; a test compares it.
 openapi: $(INSTALLED)
 	$(BIN)/python -m api.openapi > openapi.json
+
+# The page of error codes, which a test compares as well.
+errors: $(INSTALLED)
+	$(BIN)/python -m docs.error_codes > docs/errors.md
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest tests/gpu

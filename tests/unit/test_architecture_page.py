@@ -71,14 +71,14 @@ def test_the_page_names_no_thread_that_is_not_in_the_code() -> None:
 
 @pytest.mark.parametrize("status", list(JobStatus))
 def test_the_page_has_every_status_in_its_table_and_its_picture(status: JobStatus) -> None:
-    assert f"| `{status}` |" in PAGE
+    assert f"| `{status}` |" in PAGE.split("| status | means")[1].split("\n\n")[0]
     pictures = [block for block in blocks_of(PAGE) if block.startswith("stateDiagram")]
     assert status == JobStatus.VALIDATING_FILES or re.search(rf"\b{status}\b", pictures[0])
 
 
 @pytest.mark.parametrize("outcome", list(AttemptOutcome))
 def test_the_page_says_what_follows_each_outcome(outcome: AttemptOutcome) -> None:
-    assert re.search(rf"^\| `{outcome}`", PAGE, re.MULTILINE)
+    assert re.search(rf"^\| `{outcome}`", PAGE.split("| outcome of the attempt")[1], re.MULTILINE)
 
 
 PAGES = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in sorted(ROOT.glob("docs/**/*.md"))]
