@@ -39,6 +39,14 @@ def test_every_link_leads_to_something(page: Path) -> None:
     assert lost == []
 
 
+@pytest.mark.parametrize("page", [each for each in PAGES if each not in DECISIONS], ids=lambda path: path.name)
+def test_every_module_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(
+        r"`((?:api|core|worker|schedule|local|cli|tests|migrations|docs|bench)/[\w/]+\.py)`", page.read_text()
+    )
+    assert [each for each in named if not (ROOT / each).exists()] == []
+
+
 def test_the_readme_names_every_page() -> None:
     named = {(ROOT / link.partition("#")[0]).resolve() for link in LINKS.findall((ROOT / "README.md").read_text())}
     assert {path.name for path in ROOT.glob("docs/*.md") if path not in named} == set()
