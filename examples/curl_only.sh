@@ -21,7 +21,8 @@ body="{\"model\": \"$base\", \"training_file\": \"$file\", \"hyperparameters\": 
 job=$(ask /fine_tuning/jobs --header 'content-type: application/json' --data "$body" | text_of id)
 echo "$job is submitted"
 
-# Every event as it happens, until the job has ended: the service closes the stream then.
+# Every event as it happens, until the job has ended: the service closes the stream then. If the connection breaks, this
+# script ends and the job goes on.
 ask "/fine_tuning/jobs/$job/stream" --no-buffer | sed -n 's/^data: .*"message": *"\([^"]*\)".*/\1/p'
 status=$(ask "/fine_tuning/jobs/$job" | text_of status)
 if [ "$status" != succeeded ]; then
