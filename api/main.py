@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from api.auth import Authenticator
-from api.contract import DescribedApp
+from api.document import DescribedApp
 from api.errors import install_error_handlers
 from api.feeds import EventFeed
 from api.middleware import BodyCapMiddleware, RequestIdMiddleware

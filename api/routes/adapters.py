@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from api.admission import DOWNLOADS
 from api.dependencies import Caller, Now, Settings, Store, Transaction, hold_place_for_archive, needs
 from api.routing import OneThreadRoute
-from api.schemas.objects import AdapterObject, DownloadFile, DownloadObject, ListObject, as_list
+from api.schemas.openai.jobs import AdapterObject, DownloadFile, DownloadObject, ListObject, as_list
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters

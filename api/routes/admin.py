@@ -17,7 +17,7 @@ from api.schemas.admin import (
     TenantObject,
 )
 from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
-from api.schemas.objects import DeletedObject, ListObject, as_list
+from api.schemas.openai.jobs import DeletedObject, ListObject, as_list
 from core.db.session import operator_transaction
 from core.domain.api_keys import parse_key_id
 from core.services import audit, base_models, tenants

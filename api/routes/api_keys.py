@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from api.dependencies import Caller, Database, Transaction, needs
 from api.routing import OneThreadRoute
 from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
-from api.schemas.objects import DeletedObject, ListObject
+from api.schemas.openai.jobs import DeletedObject, ListObject
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope, parse_key_id
 from core.services import tenants

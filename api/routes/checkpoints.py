@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query
 
 from api.dependencies import Caller, Now, Settings, Store, Transaction, needs
 from api.routing import OneThreadRoute
-from api.schemas.objects import (
+from api.schemas.openai.jobs import (
     CheckpointObject,
     DeletedObject,
     DownloadFile,
@@ -20,7 +20,7 @@ from api.schemas.objects import (
     ListObject,
     as_list,
 )
-from api.schemas.sharing import CreatePermissions, PermissionObject
+from api.schemas.openai.permissions import CreatePermissions, PermissionObject
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, format_id, parse_id
 from core.services import checkpoints

@@ -13,10 +13,10 @@ from fastapi.responses import StreamingResponse
 from api.admission import DOWNLOADS, LISTINGS, UPLOADS
 from api.dependencies import Body, Caller, Database, Settings, Store, Transaction, needs
 from api.intake import store_dataset
+from api.multipart import MultipartUpload, describe_form
 from api.routing import OneThreadRoute
-from api.schemas.objects import DeletedObject, FileObject, FileSummary, ListObject, as_list
-from api.schemas.uploads import MAX_SECONDS, MIN_SECONDS, read_lifetime, require_trainable
-from api.uploads import MultipartUpload, describe_form
+from api.schemas.openai.jobs import DeletedObject, FileObject, FileSummary, ListObject, as_list
+from api.schemas.openai.uploads import MAX_SECONDS, MIN_SECONDS, read_lifetime, require_trainable
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import DomainError

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Header, Query, Request, Response
 
 from api.dependencies import Caller, Now, RowChecks, Transaction, needs
 from api.routing import OneThreadRoute, PrerequisiteError
-from api.schemas.objects import CheckpointObject, DeletedObject, EventObject, JobObject, ListObject, as_list
-from api.schemas.requests import CreateJob
+from api.schemas.openai.job_requests import CreateJob
+from api.schemas.openai.jobs import CheckpointObject, DeletedObject, EventObject, JobObject, ListObject, as_list
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, format_id, parse_id
 from core.services import adapters, events, idempotency, jobs

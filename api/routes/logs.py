@@ -9,8 +9,8 @@ from fastapi import APIRouter, Depends, Query
 from api.admission import LISTINGS
 from api.dependencies import Caller, Transaction, needs
 from api.routing import OneThreadRoute
-from api.schemas.objects import ListObject, as_list
 from api.schemas.observations import LogLineObject
+from api.schemas.openai.jobs import ListObject, as_list
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import jobs

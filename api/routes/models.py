@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends
 from api.admission import LISTINGS
 from api.dependencies import Caller, Transaction, needs
 from api.routing import OneThreadRoute
-from api.schemas.objects import BaseModelObject, DeletedObject, FineTunedModelObject, ListObject
+from api.schemas.openai.jobs import BaseModelObject, DeletedObject, FineTunedModelObject, ListObject
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError
 from core.domain.jobs import is_checkpoint_model, is_fine_tuned_model

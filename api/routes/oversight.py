@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 
 from api.dependencies import Now, OperatorGate, OperatorTransaction
 from api.routing import OneThreadRoute
-from api.schemas.objects import ListObject, as_list
+from api.schemas.openai.jobs import ListObject, as_list
 from api.schemas.oversight import (
     Day,
     JobOverviewObject,

@@ -13,8 +13,9 @@ from fastapi import APIRouter, Depends, Request
 from api.admission import COMPLETIONS, UPLOADS
 from api.dependencies import Body, Caller, Database, Now, Store, Transaction, needs
 from api.intake import HeldUpload, store_dataset
+from api.multipart import MultipartUpload, describe_form, display_name
 from api.routing import OneThreadRoute
-from api.schemas.uploads import (
+from api.schemas.openai.uploads import (
     MAX_PART_BYTES,
     CompleteUpload,
     CreateUpload,
@@ -22,7 +23,6 @@ from api.schemas.uploads import (
     UploadObject,
     require_trainable,
 )
-from api.uploads import MultipartUpload, describe_form, display_name
 from core.db.models import Upload
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope

@@ -15,7 +15,7 @@ from core.services.tenants import IssuedKey
 KeyName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
-class ExpiresAfter(BaseModel):
+class ApiKeyExpiresAfter(BaseModel):
     """A time of life, as files have it."""
 
     model_config = ConfigDict(extra="forbid")
@@ -32,7 +32,7 @@ class CreateApiKey(BaseModel):
     name: KeyName
     # A scope named twice is no error.
     scopes: frozenset[Scope] = Field(default=DEFAULT_SCOPES, min_length=1, json_schema_extra={"uniqueItems": False})
-    expires_after: ExpiresAfter | None = None
+    expires_after: ApiKeyExpiresAfter | None = None
 
     @property
     def asked_scopes(self) -> frozenset[Scope] | None:

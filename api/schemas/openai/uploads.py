@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from api.schemas.objects import FileObject
-from api.schemas.requests import Text
+from api.schemas.openai.job_requests import Text
+from api.schemas.openai.jobs import FileObject
 from core.db.models import File, Upload, UploadPart
 from core.domain.bounds import FILE_SECONDS, UPLOAD_BYTES
 from core.domain.errors import InvalidRequestError
@@ -25,7 +25,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ExpiresAfter(_Body):
+class FileExpiresAfter(_Body):
     anchor: Literal["created_at"]
     seconds: Annotated[int, FILE_SECONDS.field]
 
@@ -35,7 +35,7 @@ class CreateUpload(_Body):
     filename: ShortText
     mime_type: ShortText
     purpose: ShortText
-    expires_after: ExpiresAfter | None = None
+    expires_after: FileExpiresAfter | None = None
 
 
 class CompleteUpload(_Body):

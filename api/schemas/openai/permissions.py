@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from api.schemas.requests import Text
+from api.schemas.openai.job_requests import Text
 from core.db.models import CheckpointPermission
 from core.domain.ids import IdKind, format_id
 
