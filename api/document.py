@@ -11,26 +11,16 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from api.schemas.errors import Error
+
 _OPEN_PREFIXES = ("/livez", "/readyz", "/startupz", "/metrics")
-_TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
-_ERROR = {
-    "title": "Error",
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": _TEXT_OR_NULL,
-                "code": _TEXT_OR_NULL,
-            },
-        }
-    },
-}
 _BEARER = {"type": "http", "scheme": "bearer", "description": "An API key of this service."}
+
+
+def describe_refusal(description: str) -> dict[str, Any]:
+    """Return the OpenAPI of an answer that is an error object."""
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {"description": description, "content": content}
 
 
 class DescribedApp(FastAPI):
@@ -48,11 +38,17 @@ def _complete(document: dict[str, Any]) -> None:
     schemas = components.setdefault("schemas", {})
     for ours_differ in ("HTTPValidationError", "ValidationError"):
         schemas.pop(ours_differ, None)
-    schemas["Error"] = _ERROR
+    schemas.update(_error_schemas())
     components["securitySchemes"] = {"bearer": _BEARER}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             _complete_operation(operation, path=path, method=method)
+
+
+def _error_schemas() -> dict[str, Any]:
+    """Return the error object's schemas by name: no route returns it, so FastAPI does not know it."""
+    schema = Error.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {**schema.pop("$defs"), "Error": schema}
 
 
 def _complete_operation(operation: dict[str, Any], *, path: str, method: str) -> None:
@@ -60,8 +56,7 @@ def _complete_operation(operation: dict[str, Any], *, path: str, method: str) ->
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
     for status in _refusals(operation, path=path, method=method):
-        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-        responses.setdefault(str(status.value), {"description": status.phrase, "content": content})
+        responses.setdefault(str(status.value), describe_refusal(status.phrase))
     if not path.startswith(_OPEN_PREFIXES):
         operation["security"] = [{"bearer": []}]
 

@@ -20,7 +20,7 @@ import structlog
 from sqlalchemy import Engine
 
 from api.metrics import OPEN_STREAMS
-from api.schemas.openai.jobs import EventObject
+from api.schemas.openai.events import EventObject
 from core.db.notifications import Listener
 from core.db.session import DATABASE_ERRORS, tenant_transaction
 from core.domain.errors import RateLimitedError

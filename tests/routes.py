@@ -24,6 +24,11 @@ def all_routes() -> list[APIRoute]:
     return list(_walk(create_app(ApiSettings(**_SETTINGS)).routes))
 
 
+def document() -> dict[str, Any]:
+    """Return the application's OpenAPI document."""
+    return create_app(ApiSettings(**_SETTINGS)).openapi()
+
+
 def _walk(routes: Any) -> Iterator[APIRoute]:
     for route in routes:
         if isinstance(route, APIRoute):

@@ -12,8 +12,10 @@ from fastapi.responses import StreamingResponse
 
 from api.admission import DOWNLOADS
 from api.dependencies import Caller, Now, Settings, Store, Transaction, hold_place_for_archive, needs
+from api.parameters import AdapterId, After, page_limit
 from api.routing import OneThreadRoute
-from api.schemas.openai.jobs import AdapterObject, DownloadFile, DownloadObject, ListObject, as_list
+from api.schemas.adapters import AdapterObject, DownloadFile, DownloadObject
+from api.schemas.openai.lists import ListObject, as_list
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters
@@ -22,22 +24,25 @@ from core.storage import ObjectStore
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=OneThreadRoute)
 
 
-@router.get("", dependencies=[needs(Scope.READ)])
+@router.get("", summary="List adapters", dependencies=[needs(Scope.READ)])
 def list_adapters(
-    session: Transaction, caller: Caller, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
+    session: Transaction, caller: Caller, limit: Annotated[int, page_limit(100)] = 20, after: After = None
 ) -> ListObject[AdapterObject]:
+    """List the finished adapters, newest first."""
     cursor = None if after is None else parse_id(IdKind.ADAPTER, after, param="after")
     return as_list(adapters.list_adapters(session, caller.tenant_id, after=cursor, limit=limit), AdapterObject.of)
 
 
-@router.get("/{adapter_id}", dependencies=[needs(Scope.READ)])
-def get_adapter(session: Transaction, caller: Caller, adapter_id: str) -> AdapterObject:
+@router.get("/{adapter_id}", summary="Get an adapter", dependencies=[needs(Scope.READ)])
+def get_adapter(session: Transaction, caller: Caller, adapter_id: AdapterId) -> AdapterObject:
+    """Return a finished adapter: its shape and its files."""
     found = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id))
     return AdapterObject.of(found)
 
 
 @router.get(
     "/{adapter_id}/download",
+    summary="Download an adapter",
     response_model=DownloadObject,
     dependencies=[needs(Scope.DOWNLOAD), Depends(hold_place_for_archive)],
 )
@@ -47,10 +52,12 @@ def download_adapter(
     store: Store,
     settings: Settings,
     now: Now,
-    adapter_id: str,
-    archive: Literal["tar"] | None = None,
+    adapter_id: AdapterId,
+    archive: Annotated[
+        Literal["tar"] | None, Query(description="`tar` streams all files as one archive. Absent for URLs.")
+    ] = None,
 ) -> Any:
-    """Return one presigned URL a file, or stream all files as one tar."""
+    """Return one presigned URL for each file, or stream all files as one tar archive."""
     row = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id)).row
     if archive == "tar":
         disposition = {"content-disposition": f'attachment; filename="{adapter_id}.tar"'}

@@ -6,18 +6,21 @@ import asyncio
 
 from fastapi import APIRouter, Request
 
+from api.schemas.health import DegradedObject, HealthObject
 from core.telemetry.readiness import PATIENCE_SECONDS, Readiness
 
 router = APIRouter(tags=["health"])
 
 
-@router.get("/livez")
-async def livez() -> dict[str, str]:
-    return {"status": "ok"}
+@router.get("/livez", summary="Ask whether the process lives")
+async def livez() -> HealthObject:
+    """Answer as long as the event loop of the process works. No other service is asked."""
+    return HealthObject()
 
 
-@router.get("/readyz")
-async def readyz(request: Request) -> dict[str, str]:
+@router.get("/readyz", summary="Ask whether the service is ready")
+async def readyz(request: Request) -> HealthObject | DegradedObject:
+    """Answer 200 if the API can serve requests. `degraded` means that the object store is away."""
     readiness: Readiness = request.app.state.readiness
     if asked := [asyncio.wrap_future(ended) for ended in readiness.ask()]:
         await asyncio.wait(asked, timeout=PATIENCE_SECONDS)
@@ -25,5 +28,5 @@ async def readyz(request: Request) -> dict[str, str]:
     if verdict.obstacle is not None:
         raise verdict.obstacle.with_traceback(None)
     if verdict.trouble is not None:
-        return {"status": "degraded", "code": verdict.trouble.code, "message": verdict.trouble.message}
-    return {"status": "ok"}
+        return DegradedObject(code=verdict.trouble.code, message=verdict.trouble.message)
+    return HealthObject()

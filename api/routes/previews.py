@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends
 
 from api.admission import PREVIEWS
 from api.dependencies import Caller, Database, Previews, needs
+from api.parameters import FileId
 from api.previews import PreviewOrder
 from api.routing import OneThreadRoute
 from api.schemas.previews import CreatePreview, PreviewObject
@@ -19,11 +20,14 @@ from core.services.files import get_file
 router = APIRouter(prefix="/v1/files", tags=["files"], route_class=OneThreadRoute)
 
 
-@router.post("/{file_id}/preview", dependencies=[needs(Scope.DOWNLOAD), Depends(PREVIEWS)])
+@router.post(
+    "/{file_id}/preview", summary="Preview a file's rows", dependencies=[needs(Scope.DOWNLOAD), Depends(PREVIEWS)]
+)
 def create_preview(
-    previews: Previews, database: Database, caller: Caller, file_id: str, body: CreatePreview
+    previews: Previews, database: Database, caller: Caller, file_id: FileId, body: CreatePreview
 ) -> PreviewObject:
-    """Show rows as they will be trained on, and count tokens. No transaction is open while the child renders."""
+    """Show rows as tokens with the loss mask, as the base model will be trained on them, and count tokens."""
+    # No transaction is open while the child renders.
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         file = get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
         base = get_base_model(session, caller.tenant_id, base_model_id=body.model)

@@ -27,6 +27,7 @@ from starlette.types import Scope as ConnectionScope
 from api.dependencies import Caller, Database, Feed, needs
 from api.errors import error_body
 from api.feeds import Batch, EventFeed
+from api.parameters import JobId
 from api.routing import OneThreadRoute, share_of
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
@@ -42,12 +43,16 @@ _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy 
 _ITEM = {
     "type": "object",
     "properties": {
-        "data": {"type": "string"},
-        "event": {"type": "string"},
-        "id": {"type": "string"},
-        "retry": {"type": "integer", "minimum": 0},
+        "data": {"type": "string", "description": "JSON: the event's object, the job's final status, or an error."},
+        "event": {"type": "string", "description": "The type of the job's event, or `end`, or `error`."},
+        "id": {"type": "string", "description": "The event's number, which `Last-Event-ID` names."},
+        "retry": {"type": "integer", "minimum": 0, "description": "Milliseconds to wait before connecting again."},
     },
 }
+
+LastEventId = Annotated[
+    str | None, Header(description="The `id` of the last event that was received: the stream goes on behind it.")
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class TenantWatch:
 
 
 async def begin_watch(
-    database: Database, caller: Caller, feed: Feed, job_id: str, last_event_id: Annotated[str | None, Header()] = None
+    database: Database, caller: Caller, feed: Feed, job_id: JobId, last_event_id: LastEventId = None
 ) -> TenantWatch:
     """Check everything that may be refused, before the stream's answer starts."""
     feed.check_room(caller.tenant_id)
@@ -85,11 +90,16 @@ class JobStream(StreamingResponse):
 
 @router.get(
     "/{job_id}/stream",
+    summary="Stream a job's events",
     dependencies=[needs(Scope.READ)],
     response_class=JobStream,
     openapi_extra={"responses": {"200": {"content": {"text/event-stream": {"itemSchema": _ITEM}}}}},
 )
 async def stream_job(feed: Feed, watched: Annotated[TenantWatch, Depends(begin_watch, scope="function")]) -> JobStream:
+    """Send a job's events as they happen, as server-sent events. `Last-Event-ID` continues a stream that was cut.
+
+    The stream ends with an event `end` after the job's last one, or with an event `error` when the API key has died.
+    """
     return JobStream(follow_stream(feed, watched), headers=_HEADERS)
 
 

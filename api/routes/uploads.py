@@ -14,6 +14,7 @@ from api.admission import COMPLETIONS, UPLOADS
 from api.dependencies import Body, Caller, Database, Now, Store, Transaction, needs
 from api.intake import HeldUpload, store_dataset
 from api.multipart import MultipartUpload, describe_form, display_name
+from api.parameters import UploadId
 from api.routing import OneThreadRoute
 from api.schemas.openai.uploads import (
     MAX_PART_BYTES,
@@ -35,15 +36,16 @@ from core.services.uploads import NewPart, NewUpload
 from core.storage import ObjectStore
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=OneThreadRoute)
-_PART_FORM = describe_form({"data": {"type": "string", "format": "binary"}}, required=["data"])
+_PART_FORM = describe_form(
+    {"data": {"type": "string", "format": "binary", "description": "The part's bytes, at most 64 MiB."}},
+    required=["data"],
+)
 
 
-@router.post("", dependencies=[needs(Scope.SUBMIT)])
+@router.post("", summary="Begin an upload", dependencies=[needs(Scope.SUBMIT)])
 def create_upload(database: Database, caller: Caller, now: Now, body: CreateUpload) -> UploadObject:
-    """Begin an upload. What it promises to hold counts as stored from here on.
-
-    The transaction ends here: others may wait for its lock in every thread that there is.
-    """
+    """Begin an upload in parts. The size that it promises counts as stored from here on."""
+    # The transaction ends here: others may wait for its lock in every thread that there is.
     require_trainable(body.purpose)
     new = NewUpload(
         filename=display_name(body.filename.encode()),
@@ -58,11 +60,17 @@ def create_upload(database: Database, caller: Caller, now: Now, body: CreateUplo
     return UploadObject.of(upload, now=now)
 
 
-@router.post("/{upload_id}/parts", dependencies=[needs(Scope.SUBMIT), Depends(UPLOADS)], openapi_extra=_PART_FORM)
+@router.post(
+    "/{upload_id}/parts",
+    summary="Add a part",
+    dependencies=[needs(Scope.SUBMIT), Depends(UPLOADS)],
+    openapi_extra=_PART_FORM,
+)
 def add_part(
-    request: Request, body: Body, caller: Caller, database: Database, store: Store, upload_id: str
+    request: Request, body: Body, caller: Caller, database: Database, store: Store, upload_id: UploadId
 ) -> PartObject:
-    """Store one part, of at most 64 MiB. No transaction is open while bytes flow."""
+    """Store one part, of at most 64 MiB."""
+    # No transaction is open while bytes flow.
     row_id = parse_id(IdKind.UPLOAD, upload_id)
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         uploads.require_pending(session, caller.tenant_id, upload_id=row_id)
@@ -83,11 +91,13 @@ def add_part(
         raise
 
 
-@router.post("/{upload_id}/complete", dependencies=[needs(Scope.SUBMIT), Depends(COMPLETIONS)])
+@router.post(
+    "/{upload_id}/complete", summary="Complete an upload", dependencies=[needs(Scope.SUBMIT), Depends(COMPLETIONS)]
+)
 def complete_upload(
-    caller: Caller, database: Database, store: Store, now: Now, upload_id: str, body: CompleteUpload
+    caller: Caller, database: Database, store: Store, now: Now, upload_id: UploadId, body: CompleteUpload
 ) -> UploadObject:
-    """Compose the parts to a file, checked like any other. Completing a completed upload returns it."""
+    """Put the parts together to a file and check its rows. Completing a completed upload returns it."""
     row_id = parse_id(IdKind.UPLOAD, upload_id)
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         upload = uploads.get_upload(session, caller.tenant_id, upload_id=row_id)
@@ -106,8 +116,9 @@ def complete_upload(
     return UploadObject.of(upload, now=now, file=row)
 
 
-@router.post("/{upload_id}/cancel", dependencies=[needs(Scope.SUBMIT)])
-def cancel_upload(session: Transaction, caller: Caller, now: Now, upload_id: str) -> UploadObject:
+@router.post("/{upload_id}/cancel", summary="Cancel an upload", dependencies=[needs(Scope.SUBMIT)])
+def cancel_upload(session: Transaction, caller: Caller, now: Now, upload_id: UploadId) -> UploadObject:
+    """Give an upload up and delete its parts."""
     row_id = parse_id(IdKind.UPLOAD, upload_id)
     return UploadObject.of(uploads.cancel_upload(session, caller.tenant_id, upload_id=row_id), now=now)
 
