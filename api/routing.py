@@ -21,12 +21,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import structlog
 from anyio import CapacityLimiter, to_thread
-from fastapi import Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.params import Depends as Dependency
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -99,6 +99,14 @@ class OneThreadRoute(APIRoute):
             return await answer(request)
 
         return pass_doors
+
+
+class Router(APIRouter):
+    """A router all of whose routes stay in one thread, behind the same doors."""
+
+    def __init__(self, prefix: str = "", *, tag: str, doors: Sequence[Door] = ()) -> None:
+        dependencies = [cast("Dependency", Depends(door)) for door in doors]
+        super().__init__(prefix=prefix, tags=[tag], dependencies=dependencies, route_class=OneThreadRoute)
 
 
 def _in_one_thread(endpoint: Callable[..., Any], gate: Gate | None) -> Callable[..., Coroutine[Any, Any, Any]]:

@@ -17,6 +17,7 @@ import uvicorn
 
 from api.connections import Connections, Limits
 from api.main import create_app
+from api.resources import resources_of
 from core.settings import ApiSettings
 
 # A request changes threads twice, and each time may wait this long for a thread that computes. Python's own is 5 ms.
@@ -36,7 +37,7 @@ class ApiServer(uvicorn.Server):
         app = create_app(settings)
         self._connections = Connections(_limits_of(settings))
         super().__init__(make_config(settings, app, protocol=self._connections.make_protocol))
-        self._feed = app.state.feed
+        self._feed = resources_of(app).feed
         self._show_life = show_life
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Generator
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import Depends, Query
 from fastapi.responses import StreamingResponse
 
 from api.admission import DOWNLOADS
 from api.dependencies import Caller, Now, Settings, Store, Transaction, hold_place_for_archive, needs
 from api.parameters import AdapterId, After, page_limit
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.adapters import AdapterObject, DownloadFile, DownloadObject
 from api.schemas.openai.lists import ListObject, as_list
 from core.domain.api_keys import Scope
@@ -21,7 +21,7 @@ from core.domain.ids import IdKind, parse_id
 from core.services import adapters
 from core.storage import ObjectStore
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/adapters", tag="adapters")
 
 
 @router.get("", summary="List adapters", dependencies=[needs(Scope.READ)])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import Query
 
-from api.dependencies import Database, Operator, OperatorGate, OperatorTransaction
+from api.dependencies import Database, Operator, OperatorTransaction
 from api.parameters import After, BaseModelId, KeyId, OfTenant, TenantSlug, WithChildren, page_limit
-from api.routing import OneThreadRoute
+from api.routers import OperatorRouter
 from api.schemas.admin import (
     AuditObject,
     ChangeTenant,
@@ -23,7 +23,7 @@ from core.db.session import operator_transaction
 from core.domain.api_keys import parse_key_id
 from core.services import audit, base_models, tenants
 
-router = APIRouter(prefix="/admin", tags=["admin"], route_class=OneThreadRoute, dependencies=[Depends(OperatorGate())])
+router = OperatorRouter("/admin", tag="admin")
 Limit = Annotated[int, page_limit(1000)]
 
 

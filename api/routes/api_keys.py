@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-
 from api.dependencies import Caller, Database, Transaction, needs
 from api.parameters import KeyId, WithChildren
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
 from api.schemas.openai.lists import DeletedObject, ListObject
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope, parse_key_id
 from core.services import tenants
 
-router = APIRouter(prefix="/v1/api_keys", tags=["api-keys"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/api_keys", tag="api-keys")
 
 
 @router.post("", summary="Make an API key", dependencies=[needs(Scope.ADMIN)])

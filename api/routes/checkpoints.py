@@ -8,11 +8,11 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from api.dependencies import Caller, Now, Settings, Store, Transaction, needs
 from api.parameters import After, CheckpointName, PermissionId, page_limit
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.adapters import DownloadFile, DownloadObject
 from api.schemas.openai.checkpoints import CheckpointObject
 from api.schemas.openai.lists import DeletedObject, ListObject, as_list
@@ -22,7 +22,7 @@ from core.domain.ids import IdKind, format_id, parse_id
 from core.services import checkpoints
 from core.services.pages import Page
 
-router = APIRouter(prefix="/v1/fine_tuning/checkpoints", tags=["checkpoints"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/fine_tuning/checkpoints", tag="checkpoints")
 
 
 @router.post("/{checkpoint:path}/permissions", summary="Share a checkpoint", dependencies=[needs(Scope.ADMIN)])

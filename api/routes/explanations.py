@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-
 from api.dependencies import Caller, Now, Settings, Transaction, needs
 from api.parameters import JobId
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.explanations import ExplanationObject
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services.explanations import explain_job
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/fine_tuning/jobs", tag="fine-tuning")
 
 
 @router.get("/{job_id}/explain", summary="Explain why a job waits", dependencies=[needs(Scope.READ)])

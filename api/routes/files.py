@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
 from api.admission import DOWNLOADS, LISTINGS, UPLOADS
@@ -15,7 +15,7 @@ from api.dependencies import Body, Caller, Database, Settings, Store, Transactio
 from api.intake import store_dataset
 from api.multipart import MultipartUpload, describe_form
 from api.parameters import After, FileId, page_limit
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.openai.files import FileObject, FileSummary
 from api.schemas.openai.lists import DeletedObject, ListObject, as_list
 from api.schemas.openai.uploads import MAX_SECONDS, MIN_SECONDS, read_lifetime, require_trainable
@@ -27,7 +27,7 @@ from core.services import files as file_service
 from core.services import quotas
 from core.services.files import NewFile
 
-router = APIRouter(prefix="/v1/files", tags=["files"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/files", tag="files")
 _MAX_LISTED = 1000
 _BINARY = {"type": "string", "format": "binary"}
 _BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {"schema": _BINARY}}}}

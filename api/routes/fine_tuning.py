@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import Header, Query, Request, Response
 
 from api.dependencies import Caller, Now, RowChecks, Transaction, needs
 from api.document import describe_refusal
 from api.parameters import After, JobId, page_limit
-from api.routing import OneThreadRoute, PrerequisiteError
+from api.routers import TenantRouter
+from api.routing import PrerequisiteError
 from api.schemas.openai.checkpoints import CheckpointObject
 from api.schemas.openai.events import EventObject
 from api.schemas.openai.job_requests import CreateJob
@@ -22,7 +23,7 @@ from core.services import adapters, events, idempotency, jobs
 from core.services.progress import estimate_jobs
 from core.services.submissions import UncheckedRowsError
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/fine_tuning/jobs", tag="fine-tuning")
 Limit = Annotated[int, page_limit(100)]
 IdempotencyKey = Annotated[
     str | None,

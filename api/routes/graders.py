@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
-
 from api.dependencies import needs
 from api.document import describe_refusal
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from core.domain.api_keys import Scope
 from core.domain.errors import UnsupportedError
 
-router = APIRouter(prefix="/v1/fine_tuning/alpha/graders", tags=["graders"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/fine_tuning/alpha/graders", tag="graders")
 _REFUSED: dict[int | str, dict[str, Any]] = {501: describe_refusal("Graders are not supported")}
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
+from api.resources import resources_of
+from api.routing import Router
 from api.schemas.health import DegradedObject, HealthObject
-from core.telemetry.readiness import PATIENCE_SECONDS, Readiness
+from core.telemetry.readiness import PATIENCE_SECONDS
 
-router = APIRouter(tags=["health"])
+router = Router(tag="health")
 
 
 @router.get("/livez", summary="Ask whether the process lives")
@@ -21,7 +23,7 @@ async def livez() -> HealthObject:
 @router.get("/readyz", summary="Ask whether the service is ready")
 async def readyz(request: Request) -> HealthObject | DegradedObject:
     """Answer 200 if the API can serve requests. `degraded` means that the object store is away."""
-    readiness: Readiness = request.app.state.readiness
+    readiness = resources_of(request).readiness
     if asked := [asyncio.wrap_future(ended) for ended in readiness.ask()]:
         await asyncio.wait(asked, timeout=PATIENCE_SECONDS)
     verdict = readiness.judge()

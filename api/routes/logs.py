@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import Depends, Query
 
 from api.admission import LISTINGS
 from api.dependencies import Caller, Transaction, needs
 from api.parameters import After, JobId, page_limit
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.observations import LogLineObject
 from api.schemas.openai.lists import ListObject, as_list
 from core.domain.api_keys import Scope
@@ -17,7 +17,7 @@ from core.domain.ids import IdKind, parse_id
 from core.services import jobs
 from core.services.logs import LogFilter, list_log_lines
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/fine_tuning/jobs", tag="fine-tuning")
 
 
 @router.get("/{job_id}/logs", summary="List a job's log lines", dependencies=[needs(Scope.READ), Depends(LISTINGS)])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import Depends, Query
 
 from api.admission import LISTINGS
 from api.dependencies import Caller, Transaction, needs
 from api.parameters import JobId
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.observations import MetricSeriesObject
 from core.domain.api_keys import Scope
 from core.domain.errors import InvalidRequestError
@@ -17,7 +17,7 @@ from core.domain.ids import IdKind, parse_id
 from core.services import jobs
 from core.services.metrics import StepRange, read_metrics
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/fine_tuning/jobs", tag="fine-tuning")
 _MAX_STEP = 2**40
 
 

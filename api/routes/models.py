@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends
+from fastapi import Depends
 
 from api.admission import LISTINGS
 from api.dependencies import Caller, Transaction, needs
 from api.parameters import ModelName
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.openai.lists import DeletedObject, ListObject
 from api.schemas.openai.models import BaseModelObject, FineTunedModelObject
 from core.domain.api_keys import Scope
@@ -15,7 +15,7 @@ from core.domain.errors import PermissionDeniedError
 from core.domain.jobs import is_checkpoint_model, is_fine_tuned_model
 from core.services import adapters, base_models, checkpoints
 
-router = APIRouter(prefix="/v1/models", tags=["models"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/models", tag="models")
 _MAX_ADAPTERS = 1000
 
 

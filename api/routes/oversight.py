@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import Header, Query, Response
 
-from api.dependencies import Now, OperatorGate, OperatorTransaction
+from api.dependencies import Now, OperatorTransaction
 from api.parameters import After, OfTenant, PoolName, page_limit
-from api.routing import OneThreadRoute
+from api.routers import OperatorRouter
 from api.schemas.openai.lists import ListObject, as_list
 from api.schemas.oversight import (
     Day,
@@ -28,7 +28,7 @@ from core.services import oversight, usage
 from core.services.oversight import JobFilter
 from core.services.usage import UsageGroup, UsagePeriod
 
-router = APIRouter(prefix="/admin", tags=["admin"], route_class=OneThreadRoute, dependencies=[Depends(OperatorGate())])
+router = OperatorRouter("/admin", tag="admin")
 Limit = Annotated[int, page_limit(1000)]
 _CSV = "text/csv"
 _JSON_OR_CSV: dict[int | str, dict[str, Any]] = {200: {"content": {_CSV: {"schema": {"type": "string"}}}}}

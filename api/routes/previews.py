@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends
+from fastapi import Depends
 
 from api.admission import PREVIEWS
 from api.dependencies import Caller, Database, Previews, needs
 from api.parameters import FileId
 from api.previews import PreviewOrder
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.previews import CreatePreview, PreviewObject
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
@@ -17,7 +17,7 @@ from core.domain.ids import IdKind, parse_id
 from core.services.base_models import find_tokenizer, get_base_model
 from core.services.files import get_file
 
-router = APIRouter(prefix="/v1/files", tags=["files"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/files", tag="files")
 
 
 @router.post(

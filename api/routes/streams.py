@@ -17,7 +17,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header
+from fastapi import Depends, Header
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
@@ -28,7 +28,8 @@ from api.dependencies import Caller, Database, Feed, needs
 from api.errors import error_body
 from api.feeds import Batch, EventFeed
 from api.parameters import JobId
-from api.routing import OneThreadRoute, share_of
+from api.routers import TenantRouter
+from api.routing import share_of
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import InvalidRequestError
@@ -37,7 +38,7 @@ from core.services import jobs
 from core.services.streams import Watch
 from core.services.tenants import Identity
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/fine_tuning/jobs", tag="fine-tuning")
 _RETRY_MILLISECONDS = 1000
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy keeps or holds back what is sent
 _ITEM = {

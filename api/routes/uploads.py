@@ -8,14 +8,14 @@ from dataclasses import replace
 from datetime import timedelta
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import Depends, Request
 
 from api.admission import COMPLETIONS, UPLOADS
 from api.dependencies import Body, Caller, Database, Now, Store, Transaction, needs
 from api.intake import HeldUpload, store_dataset
 from api.multipart import MultipartUpload, describe_form, display_name
 from api.parameters import UploadId
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.openai.uploads import (
     MAX_PART_BYTES,
     CompleteUpload,
@@ -35,7 +35,7 @@ from core.services.files import NewFile
 from core.services.uploads import NewPart, NewUpload
 from core.storage import ObjectStore
 
-router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/uploads", tag="uploads")
 _PART_FORM = describe_form(
     {"data": {"type": "string", "format": "binary", "description": "The part's bytes, at most 64 MiB."}},
     required=["data"],
