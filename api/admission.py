@@ -58,7 +58,7 @@ class Gate:
                 yield chunk
 
 
-UPLOADS = Gate("uploads", places=24, of_tenant=6)  # a client takes as long as it likes
+MULTIPART_BODIES = Gate("uploads", places=24, of_tenant=6)  # a client takes as long as it likes
 COMPLETIONS = Gate("completions", places=4, of_tenant=2)  # copies up to 8 GiB, and checks each row
 DOWNLOADS = Gate("downloads", places=48, of_tenant=12)  # waits for the store, and for who reads
 PREVIEWS = Gate("previews", places=4, of_tenant=2)  # a child each, which computes for seconds

@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from api.metrics import UPLOAD_BYTES, UPLOADS
+from api.metrics import STORED_BYTES, STORED_DATASETS
 from core.db.models import File, Upload
 from core.db.session import DATABASE_ERRORS, tenant_transaction
 from core.domain.datasets import DatasetChecker
@@ -45,8 +45,8 @@ def store_dataset(chunks: Iterable[bytes], *, store: ObjectStore, tenant_id: UUI
 
     stored = store.put_stream(object_key, checked(), content_type="application/jsonl")
     report = checker.close()
-    UPLOADS.labels("error" if report.problems else "processed").inc()
-    UPLOAD_BYTES.inc(stored.size_bytes)
+    STORED_DATASETS.labels("error" if report.problems else "processed").inc()
+    STORED_BYTES.inc(stored.size_bytes)
     return NewFile(
         id=file_id,
         filename="upload.jsonl",

@@ -23,8 +23,8 @@ _REFUSED = Counter(
     "espalier_requests_refused", "Requests refused, by the code of the error object that said why.", ("reason",)
 )
 _REFUSED.labels("rate_limit_exceeded")  # at zero from the start, so that the first refusal is an increase
-UPLOADS = Counter("espalier_uploads", "Datasets stored, by what the check of their rows found.", ("outcome",))
-UPLOAD_BYTES = Counter("espalier_upload_bytes", "Bytes of the datasets stored.")
+STORED_DATASETS = Counter("espalier_uploads", "Datasets stored, by what the check of their rows found.", ("outcome",))
+STORED_BYTES = Counter("espalier_upload_bytes", "Bytes of the datasets stored.")
 OPEN_STREAMS = Gauge("espalier_open_streams", "Event streams that are open now.", multiprocess_mode="livesum")
 
 

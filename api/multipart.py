@@ -1,6 +1,6 @@
-"""Multipart uploads as a stream: the file's bytes pass through one chunk at a time, the small fields are kept.
+"""A multipart body as a stream: the file's bytes pass through one chunk at a time, the small fields are kept.
 
-A refused upload is read to its end and forgotten, so that the client gets to read the answer.
+A refused body is read to its end and forgotten, so that the client reads the answer.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _MAX_FIELD_BYTES = 4096
 _MAX_FIELDS = 32
 
 
-def describe_form(fields: dict[str, Any], *, required: list[str]) -> dict[str, Any]:
-    """Return the OpenAPI of a form that is read as a stream, which FastAPI does not see."""
+def describe_multipart(fields: dict[str, Any], *, required: list[str]) -> dict[str, Any]:
+    """Return the OpenAPI of a multipart body that a route reads as a stream, which FastAPI does not see."""
     schema = {"type": "object", "properties": fields, "required": required}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 @dataclass
-class MultipartUpload:
-    """One form. `fields` and `filename` are complete once `iterate_file` is exhausted; `file_field` holds the file."""
+class MultipartForm:
+    """One multipart body. `fields` and `filename` are complete once `iterate_file` is exhausted."""
 
     content_type: str
     body: Iterator[bytes]

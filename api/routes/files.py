@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
-from api.admission import DOWNLOADS, LISTINGS, UPLOADS
+from api.admission import DOWNLOADS, LISTINGS, MULTIPART_BODIES
 from api.dependencies import Body, Caller, Database, Settings, Store, Transaction, needs
 from api.intake import store_dataset
-from api.multipart import MultipartUpload, describe_form
+from api.multipart import MultipartForm, describe_multipart
 from api.parameters import After, FileId, page_limit
 from api.routers import TenantRouter
 from api.schemas.openai.files import FileObject, FileSummary
@@ -31,7 +31,7 @@ router = TenantRouter("/v1/files", tag="files")
 _MAX_LISTED = 1000
 _BINARY = {"type": "string", "format": "binary"}
 _BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {"schema": _BINARY}}}}
-_FORM = describe_form(
+_FORM = describe_multipart(
     {
         "file": _BINARY | {"description": "The file: one JSON object a line, each a row to train on."},
         "purpose": {"type": "string", "enum": ["fine-tune"], "description": "What the file is for: `fine-tune` only."},
@@ -51,19 +51,21 @@ _FORM = describe_form(
 )
 
 
-@router.post("", summary="Upload a file", dependencies=[needs(Scope.SUBMIT), Depends(UPLOADS)], openapi_extra=_FORM)
+@router.post(
+    "", summary="Upload a file", dependencies=[needs(Scope.SUBMIT), Depends(MULTIPART_BODIES)], openapi_extra=_FORM
+)
 def create_file(
     request: Request, body: Body, caller: Caller, database: Database, store: Store, settings: Settings
 ) -> FileObject:
     """Store a dataset, check every row of it, and say what is wrong with them."""
     # No transaction is open while bytes flow.
-    upload = MultipartUpload(request.headers.get("content-type", ""), body, settings.max_file_bytes)
+    form = MultipartForm(request.headers.get("content-type", ""), body, settings.max_file_bytes)
     try:
         with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
             quotas.check_storage(session, caller.tenant_id)
-        new = _store(upload, store, caller)
+        new = _store(form, store, caller)
     except DomainError:
-        upload.drain()
+        form.drain()
         raise
     try:
         with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
@@ -124,14 +126,14 @@ def delete_file(session: Transaction, caller: Caller, file_id: FileId) -> Delete
     return DeletedObject(id=file_id, object="file")
 
 
-def _store(upload: MultipartUpload, store: Store, caller: Caller) -> NewFile:
+def _store(form: MultipartForm, store: Store, caller: Caller) -> NewFile:
     lifetime: timedelta | None = None
 
     def checked() -> Iterator[bytes]:
         nonlocal lifetime
-        yield from upload.iterate_file()
-        require_trainable(upload.fields.get("purpose"))
-        lifetime = read_lifetime(upload.fields)
+        yield from form.iterate_file()
+        require_trainable(form.fields.get("purpose"))
+        lifetime = read_lifetime(form.fields)
 
     new = store_dataset(checked(), store=store, tenant_id=caller.tenant_id)
-    return replace(new, filename=upload.filename or new.filename, lifetime=lifetime)
+    return replace(new, filename=form.filename or new.filename, lifetime=lifetime)

@@ -10,10 +10,10 @@ from uuid import UUID
 
 from fastapi import Depends, Request
 
-from api.admission import COMPLETIONS, UPLOADS
+from api.admission import COMPLETIONS, MULTIPART_BODIES
 from api.dependencies import Body, Caller, Database, Now, Store, Transaction, needs
 from api.intake import HeldUpload, store_dataset
-from api.multipart import MultipartUpload, describe_form, display_name
+from api.multipart import MultipartForm, describe_multipart, display_name
 from api.parameters import UploadId
 from api.routers import TenantRouter
 from api.schemas.openai.uploads import (
@@ -36,7 +36,7 @@ from core.services.uploads import NewPart, NewUpload
 from core.storage import ObjectStore
 
 router = TenantRouter("/v1/uploads", tag="uploads")
-_PART_FORM = describe_form(
+_PART_FORM = describe_multipart(
     {"data": {"type": "string", "format": "binary", "description": "The part's bytes, at most 64 MiB."}},
     required=["data"],
 )
@@ -63,7 +63,7 @@ def create_upload(database: Database, caller: Caller, now: Now, body: CreateUplo
 @router.post(
     "/{upload_id}/parts",
     summary="Add a part",
-    dependencies=[needs(Scope.SUBMIT), Depends(UPLOADS)],
+    dependencies=[needs(Scope.SUBMIT), Depends(MULTIPART_BODIES)],
     openapi_extra=_PART_FORM,
 )
 def add_part(
@@ -74,7 +74,7 @@ def add_part(
     row_id = parse_id(IdKind.UPLOAD, upload_id)
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         uploads.require_pending(session, caller.tenant_id, upload_id=row_id)
-    form = MultipartUpload(request.headers.get("content-type", ""), body, MAX_PART_BYTES, file_field="data")
+    form = MultipartForm(request.headers.get("content-type", ""), body, MAX_PART_BYTES, file_field="data")
     part_id = new_id()
     object_key = f"{upload_prefix(caller.tenant_id, row_id)}{part_id}"
     try:
