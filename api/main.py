@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
+from api.docs_page import add_docs_page
 from api.document import DescribedApp
 from api.errors import install_error_handlers
 from api.middleware import BodyCapMiddleware, RequestIdMiddleware
@@ -65,10 +66,13 @@ def create_app(settings: ApiSettings) -> FastAPI:
         description="OpenAI's fine-tuning API on your own GPUs.",
         lifespan=_live,
         root_path=settings.root_path,
+        docs_url=None,  # FastAPI's own pages load their scripts from another host
+        redoc_url=None,
     )
     app.state.resources = make_resources(settings)
     for routes in _ROUTES:
         app.include_router(routes.router)
+    add_docs_page(app)
     app.add_middleware(BodyCapMiddleware, max_bytes=settings.max_body_bytes)
     install_error_handlers(app)
     return app
