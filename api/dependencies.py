@@ -1,6 +1,6 @@
-"""What routes ask for: who calls and what they may, a transaction of that tenant, the store, the settings, the body.
+"""What routes ask for: who calls and what the caller may, a transaction, the store, the settings, the body.
 
-What waits for nobody is `async def`, so that it runs where the request is: FastAPI takes a thread for each `def`.
+Every dependency is `async def` and runs on the event loop, because FastAPI takes a thread for each `def`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ async def _count_request(request: Request, identity: Identity) -> None:
 
 @dataclass(frozen=True)
 class ScopeGate(Door):
-    """Lets a request pass whose key has the scope. Every route of a tenant stands behind exactly one."""
+    """Passes a request whose key has the scope. Every route of a tenant has exactly one."""
 
     scope: Scope
 
@@ -118,15 +118,15 @@ class ScopeGate(Door):
 
 
 def needs(scope: Scope) -> Dependency:
-    """Return what a route lists in `dependencies` to say which scope a key must have to use it."""
+    """Return the dependency of a route that needs a key with this scope."""
     return cast("Dependency", Depends(ScopeGate(scope)))
 
 
 async def get_operator(request: Request) -> OperatorIdentity:
-    """Return the calling operator. For everybody else there is nothing here: the answer is that of an unknown URL.
+    """Return the calling operator. Everybody else gets the answer of an unknown URL.
 
-    Every route of /admin asks this, by its gate and by its transaction. So a read-only key's changes are refused here,
-    where no route can forget it. Raises PermissionDeniedError.
+    Every route of /admin depends on this, so it also refuses the changes of a read-only key. Raises
+    PermissionDeniedError.
     """
     operator: OperatorIdentity | None = getattr(request.state, "operator", None)
     if operator is None:
@@ -148,7 +148,7 @@ def _refuse_changes_by_readers(operator: OperatorIdentity, method: str) -> None:
 
 
 class OperatorGate(Door):
-    """Lets operators pass."""
+    """Passes a request of an operator."""
 
     async def __call__(self, request: Request) -> None:
         await get_operator(request)
@@ -165,7 +165,7 @@ async def get_session(request: Request, identity: Annotated[Identity, Depends(ge
 
 
 async def hold_place_for_archive(request: Request) -> AsyncIterator[None]:
-    """Hold a place among the downloads if the answer is an archive; one of presigned URLs waits for nobody."""
+    """Hold a place among the downloads if the answer is an archive. Presigned URLs need none."""
     if "archive" not in request.query_params:
         yield
         return
@@ -174,13 +174,13 @@ async def hold_place_for_archive(request: Request) -> AsyncIterator[None]:
 
 
 async def get_body(request: Request) -> Iterator[bytes]:
-    """Return the body as it arrives, of any length: whoever reads it keeps to caps of its own."""
+    """Return the body as it arrives, of any length. The route that reads it limits its size."""
     request.state.is_body_streamed = True
     return _iterate_body(request)
 
 
 def _iterate_body(request: Request) -> Iterator[bytes]:
-    """Yield the body's chunks as they arrive, from a route's own thread: the body is never held whole."""
+    """Yield the body's chunks as they arrive, in the route's own thread. The body is never held whole."""
     chunks = request.stream()
 
     async def next_chunk() -> bytes | None:
@@ -192,12 +192,12 @@ def _iterate_body(request: Request) -> Iterator[bytes]:
 
 
 async def get_now(request: Request) -> dt.datetime:
-    """Return the database's time. A thread of its own asks for it."""
+    """Return the database's time, which a thread beside the requests keeps."""
     return resources_of(request).clock.recall()
 
 
 Caller = Annotated[Identity, Depends(get_identity)]
-# Committed before the answer starts: no client ever holds an id that was not committed. For routes only, see `routing`.
+# Committed before the answer starts, so that no client holds an id that was not committed. Only routes can use it.
 Transaction = Annotated[Session, Depends(get_session)]
 Operator = Annotated[OperatorIdentity, Depends(get_operator)]
 OperatorTransaction = Annotated[Session, Depends(get_operator_session)]

@@ -1,7 +1,7 @@
-"""The OpenAPI document: what every operation can answer, errors included, and the key that it needs.
+"""The OpenAPI document: what every operation can answer, errors included, and whether it needs a key.
 
-FastAPI knows the answers of a route that succeeds. The refusals that any request may meet are added here, from what an
-operation is: nobody has to remember them, route by route.
+FastAPI knows the answer of a route that succeeds. The errors that any request may meet are added here, by the
+operation's path and method, so that no route has to list them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def describe_refusal(description: str) -> dict[str, Any]:
 
 
 class DescribedApp(FastAPI):
-    """An application whose document tells its errors."""
+    """An application whose document lists its errors."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:

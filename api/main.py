@@ -55,7 +55,7 @@ _ROUTES = (
 
 class _App(DescribedApp):
     def build_middleware_stack(self) -> ASGIApp:
-        """Return Starlette's stack inside of ours: its outermost layer answers errors that nobody expects."""
+        """Return Starlette's stack inside our own layer, so that its answers to unexpected errors have an id too."""
         return RequestIdMiddleware(super().build_middleware_stack())
 
 

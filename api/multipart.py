@@ -49,7 +49,7 @@ class MultipartForm:
             )
 
     def drain(self) -> None:
-        """Read what is left of the body, without keeping it, up to the largest body that could have been meant."""
+        """Read the rest of the body without keeping it, up to twice the largest allowed file."""
         left = 2 * self.max_file_bytes
         with suppress(RuntimeError):  # the client has gone
             for chunk in self.body:
@@ -79,7 +79,7 @@ class MultipartForm:
 
 
 class _PartCollector:
-    """Callbacks of the push parser: sorts parts into the file's chunks and the fields."""
+    """The callbacks of the push parser. They sort parts into the file's chunks and the fields."""
 
     def __init__(self, file_field: bytes) -> None:
         self._file_field = file_field
@@ -137,7 +137,7 @@ class _PartCollector:
 
 
 def display_name(raw: bytes) -> str:
-    """Return a file name fit to be shown; it never becomes part of a path or a key."""
+    """Return a file name that is safe to show. It never becomes part of a path or an object key."""
     name = raw.decode(errors="replace").replace("\\", "/").rpartition("/")[2]
     shown = "".join(character for character in name if character.isprintable())
     return shown[:255] or "upload.jsonl"

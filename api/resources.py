@@ -80,7 +80,7 @@ def resources_of(holder: FastAPI | Request) -> Resources:
 
 @contextmanager
 def _keeping(clock: DatabaseClock) -> Iterator[None]:
-    """Know the database's time within the block: a request that asked for it would wait in a place that others need."""
+    """Keep the database's time in a thread, so that no request has to wait for it."""
     stop_requested = threading.Event()
     thread = PROCESS.start_thread(lambda: clock.keep(stop_requested), name="clock")
     yield

@@ -1,4 +1,4 @@
-"""/v1/adapters: finished adapters, as presigned URLs or as one archive."""
+"""/v1/adapters: finished adapters, and their files as presigned URLs or as one archive."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def download_adapter(
 
 
 def _stream_tar(store: ObjectStore, prefix: str, files: list[dict[str, Any]]) -> Generator[bytes]:
-    """Yield an uncompressed tar in constant memory: headers are made here, contents pass through."""
+    """Yield an uncompressed tar in constant memory. Headers are made here, contents pass through."""
     for file in files:
         entry = tarfile.TarInfo(file["name"])
         entry.size = file["size_bytes"]

@@ -1,4 +1,4 @@
-"""/admin: what operators do by HTTP. The same services stand under the command line. No tenant's key opens it."""
+"""/admin: what operators do over HTTP, by the same services as the command line. No tenant's key opens it."""
 
 from __future__ import annotations
 

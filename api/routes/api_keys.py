@@ -1,4 +1,4 @@
-"""/v1/api_keys: a tenant's own administrators make, see and end its API keys."""
+"""/v1/api_keys: a tenant's administrators make, list and revoke its API keys."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """/v1/fine_tuning/checkpoints: a checkpoint by its model name, its files, and who else may read it.
 
-Model names hold slashes and colons and come unescaped, so they are read as paths.
+Model names contain slashes and colons, and clients do not escape them, so they are declared as paths.
 """
 
 from __future__ import annotations

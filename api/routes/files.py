@@ -1,4 +1,4 @@
-"""/v1/files: datasets are checked line by line while they stream to the object store."""
+"""/v1/files: upload, list, read and delete files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: submit, look, cancel, pause, resume, delete."""
+"""/v1/fine_tuning/jobs: submit, list, cancel, pause, resume and delete jobs."""
 
 from __future__ import annotations
 

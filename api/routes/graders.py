@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/alpha/graders: OpenAI's graders belong to reinforcement fine-tuning, which this service lacks."""
+"""/v1/fine_tuning/alpha/graders: refused, because this service has no reinforcement fine-tuning."""
 
 from __future__ import annotations
 

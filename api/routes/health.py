@@ -1,4 +1,4 @@
-"""Probes: /livez asks nothing of anybody, not even for a thread; /readyz asks what the API needs (see `Readiness`)."""
+"""Probes. /livez asks no other service and needs no thread. /readyz asks what the API needs (see `Readiness`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs/{id}/metrics: the numbers of a job's steps, thinned out to what a chart can show."""
+"""/v1/fine_tuning/jobs/{id}/metrics: the numbers of a job's steps, thinned out for a chart."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""/admin, what operators look at: everybody's jobs, the workers, the pools and their demand, and what was used.
+"""/admin, what operators look at: the jobs of all tenants, workers, pools and their demand, and usage.
 
-No answer holds what is a tenant's own: no file, no row, no name that a tenant has chosen but its slug.
+No answer holds a tenant's own data: no file, no row, and no name that a tenant has chosen but its slug.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""/v1/files/{id}/preview: rows as tokens with the loss mask, as the chosen base model will see them."""
+"""/v1/files/{id}/preview: rows as tokens with their loss mask, as the chosen base model sees them."""
 
 from __future__ import annotations
 

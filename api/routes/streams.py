@@ -1,10 +1,10 @@
 """/v1/fine_tuning/jobs/{id}/stream: a job's events as they happen, as server-sent events.
 
-Every event's SSE id is its number; a client that comes back with `Last-Event-ID` gets what came after it, all of it and
-once. The stream ends with an event `end` after the job's last, or with an event `error` when the API key has died.
+The SSE id of an event is its number. A client that connects again with `Last-Event-ID` gets every later event exactly
+once. The stream ends with an event `end` after the job's last one, or with an event `error` when the API key has died.
 
-A batch is one chunk of the answer: FastAPI's own streams hand each event through two queues, which costs more than to
-read it.
+A batch of events is one chunk of the answer. FastAPI's own streams pass each event through two queues, which costs more
+than reading it from the database.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from core.services.tenants import Identity
 
 router = TenantRouter("/v1/fine_tuning/jobs", tag="fine-tuning")
 _RETRY_MILLISECONDS = 1000
-_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy keeps or holds back what is sent
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy stores the stream or delays it
 _ITEM = {
     "type": "object",
     "properties": {
@@ -65,7 +65,7 @@ class TenantWatch:
 async def begin_watch(
     database: Database, caller: Caller, feed: Feed, job_id: JobId, last_event_id: LastEventId = None
 ) -> TenantWatch:
-    """Check everything that may be refused, before the stream's answer starts."""
+    """Check everything that may be refused before the answer starts."""
     feed.check_room(caller.tenant_id)
     after = _parse_number(last_event_id)
     async with share_of(caller):
@@ -79,7 +79,7 @@ def _find_job(database: Database, caller: Identity, job_id: str) -> uuid.UUID:
 
 
 class JobStream(StreamingResponse):
-    """An answer that closes what it streams from when its client has gone, wherever it was then."""
+    """An answer that closes its source when the client has gone."""
 
     media_type = "text/event-stream"
 

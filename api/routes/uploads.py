@@ -1,4 +1,4 @@
-"""/v1/uploads: large files in parts, which go to the object store as they come and are composed there."""
+"""/v1/uploads: large files in parts. Each part goes to the object store as it arrives; all are put together there."""
 
 from __future__ import annotations
 

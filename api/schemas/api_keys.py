@@ -1,4 +1,4 @@
-"""API keys on the wire, in the style of OpenAI's administration API: the whole key is in the answer that made it."""
+"""API keys, in the style of OpenAI's administration API. Only the answer that made a key shows it whole."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CreateApiKey(RequestBody):
 
     @property
     def asked_scopes(self) -> frozenset[Scope] | None:
-        """The scopes that were asked for: those of a request that names none depend on who makes the key."""
+        """The scopes that the request names. None if it names none: then they depend on the maker of the key."""
         return self.scopes if "scopes" in self.model_fields_set else None
 
     @property

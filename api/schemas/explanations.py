@@ -1,4 +1,4 @@
-"""The answer of `explain`: why a job waits, its place, its share, the workers, and an honest interval."""
+"""The answer of `explain`: why a job waits, its place, its share, the workers, and when it may end."""
 
 from __future__ import annotations
 

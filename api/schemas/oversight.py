@@ -1,4 +1,4 @@
-"""What operators are shown of jobs, workers, pools and use. Times are Unix seconds."""
+"""What operators see of jobs, workers, pools and usage. Times are Unix seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from core.services.usage import UsageGroup, UsageTotal
 
 
 def _check_day(value: Any) -> Any:
-    """Let days pass that are written as 2026-11-27, and not the numbers that pydantic takes for days as well."""
+    """Pass days such as 2026-11-27. Refuse numbers, which pydantic would read as days too."""
     if isinstance(value, str) and value.isdigit():
         raise ValueError("a day is written as 2026-11-27")
     return value
@@ -267,7 +267,7 @@ class UsageObject(Answer):
 
 
 def usage_csv(group: UsageGroup, totals: Iterable[UsageTotal]) -> str:
-    """Return totals as CSV (RFC 4180) with a header; the first column is named after the group."""
+    """Return totals as CSV (RFC 4180) with a header. The first column has the name of the group."""
     written = io.StringIO()
     rows = csv.writer(written)
     rows.writerow([group, "gpu_seconds", "trained_tokens", "num_jobs", "num_attempts"])

@@ -1,4 +1,4 @@
-"""The body of a job's creation: OpenAI's fields and bounds, ours beside them; unknown fields are refused."""
+"""The body of a job's submission: OpenAI's fields and bounds, and ours beside them. Unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from core.domain.training import LearningRateSchedule, resolve_alpha
 from core.services.submissions import JobRequest
 
 Auto = Literal["auto"]
-# PostgreSQL stores no NUL; half surrogate pairs are refused by pydantic itself.
+# PostgreSQL stores no NUL. pydantic itself refuses half surrogate pairs.
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 MetadataKey = Annotated[Text, StringConstraints(max_length=64)]
 MetadataValue = Annotated[Text, StringConstraints(max_length=512)]
@@ -109,7 +109,7 @@ class CreateJob(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def _point_to_the_right_place(cls, body: Any) -> Any:
-        """Refuse a field that belongs elsewhere by its right name, before it is only unknown."""
+        """Refuse a field that belongs elsewhere, and name its right place."""
         if isinstance(body, Mapping) and (misplaced := find_misplaced(_without_other_method(body), cls)) is not None:
             sent, right = misplaced
             where = ", at the top of the request" if "." in sent and "." not in right else ""
@@ -145,7 +145,7 @@ class CreateJob(RequestBody):
             max_grad_norm=self.max_grad_norm,
             max_seq_len=self.max_seq_len,
             rank=self.adapter.rank,
-            # A default that is spelled out is the same request.
+            # A request that spells the default out is the same request.
             alpha=None if self.adapter.alpha == resolve_alpha(self.adapter.rank) else self.adapter.alpha,
             dropout=self.adapter.dropout,
             target_modules=(
@@ -190,7 +190,7 @@ class CreateJob(RequestBody):
 
 
 def _without_other_method(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Leave out the fields of a method that is not ours: it is refused by its name."""
+    """Leave out the fields of an unsupported method: it is refused by its name."""
     method = body.get("method")
     if isinstance(method, Mapping) and method.get("type") != "supervised":
         return {name: value for name, value in body.items() if name != "method"}
@@ -198,7 +198,7 @@ def _without_other_method(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _parse_file_id(text: str, *, param: str) -> uuid.UUID:
-    """Return a file's UUID. Raises for what is no id what `submit_job` raises for an unknown one."""
+    """Return a file's UUID. Raises the error of an unknown file for a malformed id."""
     try:
         return parse_id(IdKind.FILE, text, param=param)
     except NotFoundError as error:

@@ -1,4 +1,4 @@
-"""Uploads on the wire, and what files and uploads have in common: a purpose, and a time after which they go."""
+"""Uploads: files that are sent in parts. Also what files and uploads have in common: a purpose and an expiry."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def require_trainable(purpose: str | None) -> None:
 
 
 def read_lifetime(form: Mapping[str, str]) -> timedelta | None:
-    """Return what the fields `expires_after[anchor]` and `expires_after[seconds]` say, or None without them."""
+    """Return the lifetime in `expires_after[anchor]` and `expires_after[seconds]`, or None without them."""
     anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
     if anchor is None and seconds is None:
         return None
