@@ -49,7 +49,7 @@ class RequestIdMiddleware:
 
 
 def _template_of(scope: Scope) -> str:
-    """Return the route's path with its parameters unfilled. So the label has only as many values as there are routes."""
+    """Return the route's path with its parameters unfilled. So a label has one value a route."""
     return getattr(scope.get("route"), "path_format", "unmatched")
 
 

@@ -50,7 +50,7 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 @dataclass(frozen=True)
 class _Child:
-    """`turned_at` is when its event loop last turned, by the clock that all processes share. It is 0 before the start."""
+    """`turned_at` is when its event loop last turned, by the clock that all processes share; 0 before the start."""
 
     process: SpawnProcess
     started_at: float

@@ -64,7 +64,7 @@ class PrerequisiteError(Exception):
 
 
 class Door(ABC):
-    """A dependency that says who may pass. It is asked before the body is read, so a stranger's body is never awaited."""
+    """A dependency that says who may pass. It is asked before the body is read, whoever sends it."""
 
     @abstractmethod
     async def __call__(self, request: Request) -> None:

@@ -65,7 +65,7 @@ def _identify(rows: DatasetRows) -> tuple[object, ...]:
 def _refuse(report: TokenReport, rows: DatasetRows, *, is_whole_file: bool) -> None:
     """Raise InvalidRequestError for rows that the base's template refuses.
 
-    The rows themselves were checked at their upload. A row that is malformed now was damaged on its way here. It passes,
+    The rows themselves were checked at their upload. A row that is malformed now was damaged on its way, and passes,
     because the worker fetches it again.
     """
     param = FILE_FIELDS[rows.file]
