@@ -48,7 +48,7 @@ def get_tenant(session: OperatorTransaction, slug: TenantSlug) -> TenantObject:
 
 @router.post("/tenants/{slug}", summary="Change a tenant")
 def change_tenant(session: OperatorTransaction, slug: TenantSlug, body: ChangeTenant) -> TenantObject:
-    """Set the fields that the request gives. Null is no limit, or every base model."""
+    """Set the fields that the request gives. The others stay as they are."""
     return TenantObject.of(tenants.change_tenant(session, slug, change=body))
 
 
@@ -98,7 +98,7 @@ def list_base_models(session: OperatorTransaction) -> ListObject[KnownBaseModelO
 def switch_base_model(
     session: OperatorTransaction, base_model_id: BaseModelId, body: SwitchBaseModel
 ) -> KnownBaseModelObject:
-    """Offer a base model to tenants, or take it off. Jobs that are submitted already keep it."""
+    """Let tenants use a base model or not, whatever the registry says. Jobs that are submitted already go on."""
     row = base_models.switch_base_model(session, base_model_id, is_disabled=body.is_disabled)
     return KnownBaseModelObject.of(row)
 

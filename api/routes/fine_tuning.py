@@ -116,7 +116,7 @@ def pause_job(session: Transaction, caller: Caller, job_id: JobId) -> JobObject:
 
 @router.post("/{job_id}/resume", summary="Resume a job", dependencies=[needs(Scope.SUBMIT)])
 def resume_job(session: Transaction, caller: Caller, job_id: JobId) -> JobObject:
-    """Queue a paused job again. It continues from where it was paused."""
+    """Queue a paused job again, at its old place. It continues from where it was paused."""
     return JobObject.of(jobs.resume_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id)))
 
 

@@ -36,9 +36,9 @@ class CreateApiKey(RequestBody):
     """What the key is called. Two live keys may share a name, so that a new one can be rolled out."""
     # A scope named twice is no error.
     scopes: frozenset[Scope] = Field(default=DEFAULT_SCOPES, min_length=1, json_schema_extra={"uniqueItems": False})
-    """What the key may do: at most what the key may do that makes it. Absent for all of that but `admin`."""
+    """What the key may do, at most what its maker may. Absent for all that its maker may but `admin`."""
     expires_after: ApiKeyExpiresAfter | None = None
-    """When the key stops working by itself. Null or absent for as long as the key that makes it."""
+    """When the key stops working by itself. Null or absent for a key that lives as long as its maker's."""
 
     @property
     def asked_scopes(self) -> frozenset[Scope] | None:
