@@ -14,6 +14,18 @@ from fastapi import FastAPI
 from api.schemas.errors import Error
 
 _OPEN_PREFIXES = ("/livez", "/readyz", "/startupz", "/metrics")
+TAGS = [
+    {"name": "files", "description": "Datasets, and the result files of jobs."},
+    {"name": "uploads", "description": "Large files that are sent in parts."},
+    {"name": "fine-tuning", "description": "Jobs, and everything that they tell of themselves."},
+    {"name": "checkpoints", "description": "Adapters as they were at a step, and who may read them."},
+    {"name": "graders", "description": "OpenAI's graders, which are refused here."},
+    {"name": "models", "description": "Base models, and the caller's own fine-tuned models."},
+    {"name": "adapters", "description": "Finished adapters and their files."},
+    {"name": "api-keys", "description": "The API keys of an organization, for its administrators."},
+    {"name": "admin", "description": "What operators do and see. It needs an operator's key."},
+    {"name": "health", "description": "Probes for load balancers. They need no key."},
+]
 _BEARER = {"type": "http", "scheme": "bearer", "description": "An API key of this service."}
 
 

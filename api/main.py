@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from api.docs_page import add_docs_page
-from api.document import DescribedApp
+from api.document import TAGS, DescribedApp
 from api.errors import install_error_handlers
 from api.middleware import BodyCapMiddleware, RequestIdMiddleware
 from api.resources import make_resources, resources_of
@@ -64,6 +64,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
         title="Espalier",
         version="0.1.0",
         description="OpenAI's fine-tuning API on your own GPUs.",
+        openapi_tags=TAGS,
         lifespan=_live,
         root_path=settings.root_path,
         docs_url=None,  # FastAPI's own pages load their scripts from another host

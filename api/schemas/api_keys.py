@@ -38,7 +38,7 @@ class CreateApiKey(RequestBody):
     scopes: frozenset[Scope] = Field(default=DEFAULT_SCOPES, min_length=1, json_schema_extra={"uniqueItems": False})
     """What the key may do, at most what its maker may. Absent for all that its maker may but `admin`."""
     expires_after: ApiKeyExpiresAfter | None = None
-    """When the key stops working by itself. Null or absent for a key that lives as long as its maker's."""
+    """When the key stops working by itself. Null or absent for the lifetime of the key that makes it."""
 
     @property
     def asked_scopes(self) -> frozenset[Scope] | None:

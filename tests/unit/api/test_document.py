@@ -57,6 +57,11 @@ def test_every_operation_and_every_parameter_of_it_is_described(operation: dict[
     assert [each["name"] for each in operation.get("parameters", ()) if not each.get("description")] == []
 
 
+def test_every_tag_is_described_and_used() -> None:
+    used = {tag for operation in OPERATIONS.values() for tag in operation["tags"]}
+    assert {tag["name"] for tag in DOCUMENT["tags"] if tag["description"]} == used
+
+
 def test_every_schema_and_every_property_is_described() -> None:
     components = DOCUMENT["components"]["schemas"]
     assert [name for name, schema in components.items() if not schema.get("description")] == []
