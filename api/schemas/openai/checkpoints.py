@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import with_config
 from typing_extensions import TypedDict
 
 from api.schemas.wire import STORED, Answer, unix_seconds
@@ -11,10 +12,10 @@ from core.db.models import Checkpoint
 from core.domain.ids import IdKind, format_id
 
 
+@with_config(STORED)
 class CheckpointMetrics(TypedDict, total=False):
     """The numbers of a checkpoint's step. A number that was not measured is absent."""
 
-    __pydantic_config__ = STORED
     step: float
     """The optimizer step."""
     train_loss: float

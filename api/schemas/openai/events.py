@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import SkipValidation
+from pydantic import SkipValidation, with_config
 from typing_extensions import TypedDict
 
 from api.schemas.wire import STORED, Answer, unix_seconds
@@ -13,10 +13,10 @@ from core.domain.ids import IdKind, format_id
 from core.services.streams import MissedEvent
 
 
+@with_config(STORED)
 class EventData(TypedDict, total=False):
     """The numbers of an event of type `metrics`: of a training step, of a skipped step, or of an evaluation."""
 
-    __pydantic_config__ = STORED
     step: int
     """The optimizer step. The first step is 1."""
     total_steps: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import SkipValidation
+from pydantic import SkipValidation, with_config
 from typing_extensions import TypedDict
 
 from api.schemas.wire import STORED, Answer, optional_seconds, unix_seconds
@@ -12,10 +12,10 @@ from core.db.models import File
 from core.domain.ids import IdKind, format_id
 
 
+@with_config(STORED)
 class RowProblem(TypedDict):
     """One thing that is wrong with one row of a dataset."""
 
-    __pydantic_config__ = STORED
     line: int
     """The line in the file. The first line is 1."""
     path: str
@@ -28,10 +28,10 @@ class RowProblem(TypedDict):
     """What to change."""
 
 
+@with_config(STORED)
 class FileValidation(TypedDict, total=False):
     """What the check of a dataset counted. A result file was not checked, so its object is empty."""
 
-    __pydantic_config__ = STORED
     num_problems: int
     """The number of problems found."""
     problem_counts: dict[str, int]

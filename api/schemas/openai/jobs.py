@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SkipValidation, ValidationError
+from pydantic import Field, SkipValidation, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from api.schemas.adapters import UNREADABLE_CONFIG, AdapterConfigObject
@@ -89,10 +89,10 @@ class JobMethod(Answer):
     """The terms of supervised fine-tuning."""
 
 
+@with_config(STORED)
 class JobError(TypedDict):
     """Why a job has failed."""
 
-    __pydantic_config__ = STORED
     code: str
     """The reason's stable word for programs, such as `nothing_to_learn`."""
     message: str
