@@ -53,7 +53,7 @@ test: $(CLIENTS) test-unit  ## unit, integration and e2e tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e
 
-# The contract as a file, so that a change of it is seen; a test compares it.
+# The OpenAPI document as a file, so that a change of it is seen. A test compares it.
 openapi: $(INSTALLED)  ## write openapi.json anew
 	$(BIN)/python -m api.openapi > openapi.json
 

@@ -1,4 +1,4 @@
-"""`python -m api`: the control plane on the address that the settings name, in one process or in several."""
+"""`python -m api` serves the control plane on the address of the settings, in one process or in several."""
 
 import sys
 
@@ -11,7 +11,7 @@ if __name__ == "__main__":
     hide_memory()
     configure_logs("api", captured=())
     settings = ApiSettings()  # read from the environment
-    if settings.api_processes > 1:  # the children write to the same log, and not through this process
+    if settings.api_processes > 1:  # the children write to the log themselves
         sys.exit(ProcessGroup(settings).run())
     capture_printed()
     serve_alone(settings)

@@ -1,9 +1,9 @@
-"""How much long work may be under way at once: what waits for a client, for the object store or for a child process.
+"""How much long work may be under way at once: work that waits for a client, the object store or a child process.
 
-Each kind of long work has a gate: places that are counted, of one tenant and in all, and threads of its own, one a
-place. A place is never waited for, so no request is held up by work that is not its own, and the threads of short
-requests are left to them. Whoever finds none is told to come again: 429 where its organization has its share, 503 where
-all places are taken. Places are a process's own.
+Each kind of long work has a gate. A gate has a number of places, in all and for one tenant, and one thread for each
+place. A request never waits for a place, so no request is held up by another's work, and short requests keep their
+own threads. A request that finds no place is refused: with 429 if its tenant has its share, with 503 if all places are
+taken. Each process counts its own places.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from core.domain.errors import RateLimitedError, UnavailableError
 
 
 class Gate:
-    """The places of one kind of long work. Used on the event loop only, so that counting needs no lock.
+    """The places of one kind of long work. It is used on the event loop only, so counting needs no lock.
 
-    As a route's dependency, behind the one that knows the caller, it holds a place until the answer has been sent, and
-    the route runs in its threads.
+    As a dependency of a route it holds a place until the answer was sent, and the route runs in the gate's threads. The
+    dependency that finds the caller must come before it.
     """
 
     def __init__(self, name: str, *, places: int, of_tenant: int) -> None:
@@ -52,15 +52,15 @@ class Gate:
                 del self._taken[tenant_id]
 
     async def iterate(self, chunks: Generator[bytes]) -> AsyncIterator[bytes]:
-        """Yield what a generator yields that waits, in this gate's threads."""
+        """Yield what a blocking generator yields. It runs in this gate's threads."""
         with closing(chunks):
             while (chunk := await to_thread.run_sync(next, chunks, None, limiter=self.threads)) is not None:
                 yield chunk
 
 
-UPLOADS = Gate("uploads", places=24, of_tenant=6)  # a client takes as long as it likes
+MULTIPART_BODIES = Gate("uploads", places=24, of_tenant=6)  # waits for the client
 COMPLETIONS = Gate("completions", places=4, of_tenant=2)  # copies up to 8 GiB, and checks each row
-DOWNLOADS = Gate("downloads", places=48, of_tenant=12)  # waits for the store, and for who reads
-PREVIEWS = Gate("previews", places=4, of_tenant=2)  # a child each, which computes for seconds
+DOWNLOADS = Gate("downloads", places=48, of_tenant=12)  # waits for the store, and for the reading client
+PREVIEWS = Gate("previews", places=4, of_tenant=2)  # starts a child, which computes for seconds
 LISTINGS = Gate("listings", places=8, of_tenant=2)  # hundreds of rows, or a scan of a long job's steps
-LONG_BODIES = Gate("long_bodies", places=64, of_tenant=16)  # JSON that comes in pieces, kept until it is whole
+LONG_BODIES = Gate("long_bodies", places=64, of_tenant=16)  # JSON that arrives in pieces and is kept until it is whole

@@ -1,10 +1,11 @@
-"""Who is asking: the Bearer key of a request, checked offline by its checksum, then against its row.
+"""Who calls: the Bearer key of a request, checked offline by its checksum, then against its row.
 
-A key that was found alive is believed for `TTL_SECONDS` without another look, so a revoked one is refused everywhere
-within that time. What lasts longer than a request asks again with `Authenticator.recheck`.
+A key that was found alive is trusted for `TTL_SECONDS` without asking the database. So a revoked key is refused
+everywhere within that time. An open stream asks again with `Authenticator.recheck`. A key that was refused is refused
+for the same time without asking the database.
 
-Whoever is not remembered waits for a thread among its like: strangers, who can be as many as they like, in one lane,
-and keys that were found alive before in another. A key that was refused is refused for as long again without a look.
+Two groups of threads look keys up: one for unknown keys, of which there may be any number, and one for keys that were
+found alive before. So unknown keys never delay known ones.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Refusal:
 
 
 class Authenticator:
-    """Finds the owners of API keys, and remembers them for a moment. Shared by the threads of a process."""
+    """Finds the owners of API keys and remembers them for a moment. The threads of a process share it."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -52,7 +53,7 @@ class Authenticator:
         self._refused: dict[bytes, _Refusal] = {}
 
     async def find(self, authorization: str | None) -> Identity:
-        """As `identify`, without holding up the event loop."""
+        """Do what `identify` does, without blocking the event loop."""
         if identity := self.recall(authorization):
             return identity
         lane = ACQUAINTANCES if self._has_met(_parse_bearer(authorization)) else STRANGERS
@@ -73,11 +74,11 @@ class Authenticator:
         return identity
 
     def recall(self, authorization: str | None) -> Identity | None:
-        """As `identify`, but asks nobody: None where nothing is remembered of the key."""
+        """Do what `identify` does without asking the database. Return None if the key is not remembered."""
         return self._recall(_parse_bearer(authorization))
 
     def recheck(self, identity: Identity) -> None:
-        """Return while the key of an open stream is alive. Raises UnauthenticatedError. May ask the database."""
+        """Check that the key of an open stream is still alive. Raises UnauthenticatedError. May ask the database."""
         if self._find(identity.key_id) is None:
             with key_transaction(self._engine, identity.key_id) as session:
                 reauthenticate(session, identity.key_id)
@@ -91,7 +92,7 @@ class Authenticator:
         return known.identity if known and is_known else None
 
     def _has_met(self, api_key: ApiKey) -> bool:
-        """Return whether a key was alive when it was last looked up, however long ago."""
+        """Return whether a key was alive when it was last looked up, however long ago that was."""
         met = self._live.get(api_key.key_id)
         return met is not None and hmac.compare_digest(met.secret_hash, api_key.secret_hash)
 
@@ -113,16 +114,16 @@ class Authenticator:
 
 
 async def find_operator(engine: Engine, authorization: str | None) -> OperatorIdentity | None:
-    """As `identify_operator`, without holding up the event loop."""
+    """Do what `identify_operator` does, without blocking the event loop."""
     if not _bearer_of(authorization).startswith(OPERATOR_PREFIX):
         return None
     return await to_thread.run_sync(identify_operator, engine, authorization, limiter=STRANGERS)
 
 
 def identify_operator(engine: Engine, authorization: str | None) -> OperatorIdentity | None:
-    """Return the owner of an operator key, or None for whoever does not even claim to have one.
+    """Return the owner of an operator key, or None if the header holds no such key.
 
-    Raises UnauthenticatedError for an operator key that is none of ours, or dead.
+    Raises UnauthenticatedError for an operator key that is unknown, revoked or expired.
     """
     token = _bearer_of(authorization)
     if not token.startswith(OPERATOR_PREFIX):

@@ -1,17 +1,16 @@
-"""The server's own door: what a connection may cost before its request reaches the application.
+"""What a connection may cost before its request reaches the application.
 
-uvicorn bounds neither the bytes of a header nor the time it takes, neither idle connections nor their number. Here a
-connection is always in one of three states, and each has its bound:
+uvicorn limits neither the size of a header, nor the time that it takes, nor the number of idle connections. Here a
+connection is always in one of three states, and each state has a limit:
 
-    waiting     for a whole header, as a stranger or between two requests: `header_seconds`
-    receiving   a body: at least MIN_BODY_BYTES in every `body_seconds`, unless we are the ones who do not read
-    answering   nothing more is due from the client, but that it reads: at least MIN_BODY_BYTES of what waits to be sent
-                must go in every `body_seconds`
+    waiting     for a whole header, before the first request or between two: `header_seconds`
+    receiving   a body: at least MIN_BODY_BYTES must arrive in every `body_seconds`, unless we do not read
+    answering   the client must read: at least MIN_BODY_BYTES of the unsent bytes must go in every `body_seconds`
 
 Between two steps of a request (header complete, bytes of the body, end of the body) a connection may send
-MAX_HEADER_BYTES, whatever it calls them: header, chunk extension, trailer or empty lines. A full house makes room for
-a newcomer by closing whoever has waited longest, strangers first; it refuses only while every connection is at work.
-Addresses are not counted: behind a proxy all clients come from one.
+MAX_HEADER_BYTES, be they header, chunk extension, trailer or empty lines. When all connections are in use, a new one
+takes the place of the one that has waited longest. Those that never sent a whole header go first. A new connection is
+refused only if every other one is at work. Addresses are not counted: behind a proxy all clients have the same one.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ MAX_URL_BYTES = 32 * 2**10
 MAX_HEADERS = 100
 MAX_PIPELINED = 8
 MIN_BODY_BYTES = 16 * 2**10
-# How long a refused client may take to read why, and one that was answered early to finish its body.
+# How long a refused client may take to read the answer, and one that was answered early to finish its body.
 _LINGER_SECONDS = 1.0
 _DISCARD_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an operator may choose. The times are in seconds."""
+    """The limits that an operator sets."""
 
     max_connections: int
     header_seconds: float
@@ -52,7 +51,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An answer that the server gives by itself."""
+    """An answer that the server gives without the application."""
 
     status: HTTPStatus
     code: str
@@ -82,21 +81,21 @@ _FULL = Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_connections", "Every c
 
 
 class Connections:
-    """The connections of one process. Lives on its event loop."""
+    """The connections of one process. They are used on its event loop only."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._open: set[BoundedProtocol] = set()
-        # Those that wait, longest first: who has never sent a whole header, and who has been served before.
+        # Connections that wait, longest first: those that never sent a whole header, and those that were served before.
         self._strangers: dict[BoundedProtocol, None] = {}
         self._idle: dict[BoundedProtocol, None] = {}
 
     def make_protocol(self, **options: Any) -> BoundedProtocol:
-        """Return the protocol of a new connection; the server calls this as it would the protocol's class."""
+        """Return the protocol of a new connection. The server calls this in place of the protocol's class."""
         return BoundedProtocol(self, **options)
 
     def admit(self, newcomer: BoundedProtocol) -> bool:
-        """Take a connection in, in another's place if need be; False where all are at work."""
+        """Accept a connection, in the place of another if need be. Return False if every connection is at work."""
         if len(self._open) >= self.limits.max_connections:
             longest = next(iter(self._strangers), None) or next(iter(self._idle), None)
             if longest is None:
@@ -120,13 +119,13 @@ class Connections:
         self.note_work(connection)
 
     def sweep(self, now: float) -> None:
-        """End what has passed its time. `now` is the loop's."""
+        """End the connections that have passed a limit. `now` is the time of the event loop."""
         for connection in tuple(self._open):
             connection.check(now)
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol within bounds."""
+    """uvicorn's protocol with limits."""
 
     def __init__(self, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
@@ -134,15 +133,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refusal: Refusal | None = None
         self._is_refused = False
         self._is_waiting = True
-        self._is_receiving = False  # a header is complete whose body is not
-        self._has_begun = False  # a header, that is not complete
-        self._has_asked = False  # at least once: there is a cycle
+        self._is_receiving = False  # a header is complete, and its body is not
+        self._has_begun = False  # a header has begun and is not complete
+        self._has_asked = False  # at least once, so there is a cycle
         self._since = self.loop.time()
-        self._num_body_bytes = 0  # since then
+        self._num_body_bytes = 0  # since `_since`
         self._num_bytes = 0  # since the last step of a request
         self._has_stepped = False
-        self._write_since: float | None = None  # while more waits to be sent than the transport likes
-        self._num_unsent = 0  # at that time
+        self._write_since: float | None = None  # set while the transport has too much to send
+        self._num_unsent = 0  # at `_write_since`
 
     # What the transport calls
 
@@ -225,7 +224,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # Bounds
 
     def check(self, now: float) -> None:
-        """End this connection if it has passed its time."""
+        """End this connection if it has passed a limit."""
         limits = self._house.limits
         if self._write_since is not None and now - self._write_since > limits.body_seconds:
             if self._num_unsent - self._count_unsent() < MIN_BODY_BYTES:
@@ -246,19 +245,19 @@ class BoundedProtocol(HttpToolsProtocol):
             self._begin_window(now)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what the parser has refused, or could not parse."""
+        """Answer a request that the parser has refused or could not parse."""
         self._refuse(self._refusal or Refusal(HTTPStatus.BAD_REQUEST, "malformed_request", msg))
 
     def _refuse_in_parser(self, refusal: Refusal) -> None:
-        """Stop the parser, which then has `send_400_response` called."""
+        """Stop the parser, which then calls `send_400_response`."""
         self._refusal = refusal
         raise ValueError(refusal.code)
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Answer and close, once; where the client would take that for another request's answer, just close.
+        """Answer once and close. If the client would take the answer for that of another request, only close.
 
-        The client has a moment to read the answer, which bytes of its that arrive at a closed socket would take away.
-        What it goes on to send is not read: that would cost as much as taking it.
+        The client has a moment to read the answer: bytes that arrive at a closed socket would discard it. What the
+        client sends meanwhile is not read, because that would cost as much as accepting it.
         """
         if self._is_refused or self.transport.is_closing():
             return
@@ -290,9 +289,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_unsent = self._count_unsent()
 
     def _count_unsent(self) -> int:
-        """Return how many bytes the client has not taken yet, the kernel's among them.
+        """Return how many bytes the client has not taken yet, those in the kernel's buffer included.
 
-        The kernel takes more from the transport only once a third of its own buffer, which can be megabytes, is empty.
+        The kernel takes more from the transport only when a third of its own buffer is empty, and that buffer can be
+        megabytes large.
         """
         held = bytearray(4)
         with suppress(OSError, ValueError):  # its socket has been closed

@@ -1,6 +1,6 @@
-"""What routes ask for: who calls and what they may, a transaction of that tenant, the store, the settings, the body.
+"""What routes ask for: who calls and what the caller may, a transaction, the store, the settings, the body.
 
-What waits for nobody is `async def`, so that it runs where the request is: FastAPI takes a thread for each `def`.
+Every dependency is `async def` and runs on the event loop, because FastAPI takes a thread for each `def`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from api.admission import DOWNLOADS
-from api.auth import Authenticator, find_operator
+from api.auth import find_operator
 from api.feeds import EventFeed
 from api.previews import Previewer
-from api.rate_limits import RateLimiter
+from api.resources import resources_of
 from api.routing import Deferred, Door, share_of
 from api.row_checks import RowChecker
-from core.db.clock import DatabaseClock
 from core.db.session import operator_transaction, tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import PermissionDeniedError, RateLimitedError
@@ -40,58 +39,62 @@ _READING_METHODS = ("GET", "HEAD")
 
 
 async def get_engine(request: Request) -> Engine:
-    return cast("Engine", request.app.state.engine)
+    return resources_of(request).engine
 
 
 async def get_store(request: Request) -> ObjectStore:
-    return cast("ObjectStore", request.app.state.store)
+    return resources_of(request).store
 
 
 async def get_feed(request: Request) -> EventFeed:
-    return cast("EventFeed", request.app.state.feed)
+    return resources_of(request).feed
 
 
 async def get_previewer(request: Request) -> Previewer:
-    return cast("Previewer", request.app.state.previewer)
+    return resources_of(request).previewer
 
 
 async def get_row_checker(request: Request) -> RowChecker:
-    return cast("RowChecker", request.app.state.row_checker)
+    return resources_of(request).row_checker
 
 
 async def get_settings(request: Request) -> ApiSettings:
-    return cast("ApiSettings", request.app.state.settings)
+    return resources_of(request).settings
 
 
 async def get_identity(request: Request) -> Identity:
-    """Return who calls. Asked several times a request, it looks and counts once."""
+    """Return who calls. Asked several times a request, it looks once. Raises UnauthenticatedError."""
     identity: Identity | None = getattr(request.state, "identity", None)
     if identity is None:
-        request.state.identity = identity = await _identify(request)
+        identity = await resources_of(request).authenticator.find(request.headers.get("authorization"))
+        structlog.contextvars.bind_contextvars(tenant_id=str(identity.tenant_id))
+        request.state.identity = identity
     return identity
 
 
-async def _identify(request: Request) -> Identity:
-    authenticator: Authenticator = request.app.state.authenticator
-    authorization = request.headers.get("authorization")
-    identity = await authenticator.find(authorization)
-    structlog.contextvars.bind_contextvars(tenant_id=str(identity.tenant_id))
-    await _count_request(request, identity)
-    return identity
+class RateGate(Door):
+    """Counts a tenant's request, once, and lets it pass within the tenant's limit. Every route of a tenant has it."""
+
+    async def __call__(self, request: Request) -> None:
+        if not getattr(request.state, "is_counted", False):
+            await _count_request(request, await get_identity(request))
+            request.state.is_counted = True
 
 
 async def _count_request(request: Request, identity: Identity) -> None:
-    limiter: RateLimiter | None = request.app.state.rate_limiter
+    """Raises RateLimitedError. The middleware puts the tenant's standing on whatever is answered."""
+    resources = resources_of(request)
+    limiter = resources.rate_limiter
     if limiter is None or limiter.is_resting:
         return
-    limit = identity.requests_per_minute or request.app.state.settings.requests_per_minute
+    limit = identity.requests_per_minute or resources.settings.requests_per_minute
     standing = limiter.draw(identity.tenant_id, limit=limit)
     if standing is None:
         async with share_of(identity):
             standing = await run_in_threadpool(limiter.count, identity.tenant_id, limit=limit)
     if standing is None:
         return
-    request.state.rate_limit = standing.headers  # the middleware puts them on whatever is answered
+    request.state.rate_limit = standing.headers
     if standing.is_exceeded:
         raise RateLimitedError(
             f"Your organization may send {limit} requests a minute. Try again in {standing.seconds_left} s.",
@@ -101,7 +104,7 @@ async def _count_request(request: Request, identity: Identity) -> None:
 
 @dataclass(frozen=True)
 class ScopeGate(Door):
-    """Lets a request pass whose key has the scope. Every route of a tenant stands behind exactly one."""
+    """Passes a request whose key has the scope. Every route of a tenant has exactly one."""
 
     scope: Scope
 
@@ -115,20 +118,20 @@ class ScopeGate(Door):
 
 
 def needs(scope: Scope) -> Dependency:
-    """Return what a route lists in `dependencies` to say which scope a key must have to use it."""
+    """Return the dependency of a route that needs a key with this scope."""
     return cast("Dependency", Depends(ScopeGate(scope)))
 
 
 async def get_operator(request: Request) -> OperatorIdentity:
-    """Return the calling operator. For everybody else there is nothing here: the answer is that of an unknown URL.
+    """Return the calling operator. Everybody else gets the answer of an unknown URL.
 
-    Every route of /admin asks this, by its gate and by its transaction. So a read-only key's changes are refused here,
-    where no route can forget it. Raises PermissionDeniedError.
+    Every route of /admin depends on this, so it also refuses the changes of a read-only key. Raises
+    PermissionDeniedError.
     """
     operator: OperatorIdentity | None = getattr(request.state, "operator", None)
     if operator is None:
         authorization = request.headers.get("authorization")
-        operator = await find_operator(request.app.state.engine, authorization)
+        operator = await find_operator(resources_of(request).engine, authorization)
     if operator is None:
         raise HTTPException(404)
     _refuse_changes_by_readers(operator, request.method)
@@ -145,7 +148,7 @@ def _refuse_changes_by_readers(operator: OperatorIdentity, method: str) -> None:
 
 
 class OperatorGate(Door):
-    """Lets operators pass."""
+    """Passes a request of an operator."""
 
     async def __call__(self, request: Request) -> None:
         await get_operator(request)
@@ -154,15 +157,15 @@ class OperatorGate(Door):
 async def get_operator_session(
     request: Request, operator: Annotated[OperatorIdentity, Depends(get_operator)]
 ) -> Deferred:
-    return Deferred(partial(operator_transaction, request.app.state.engine, actor=operator.actor))
+    return Deferred(partial(operator_transaction, resources_of(request).engine, actor=operator.actor))
 
 
 async def get_session(request: Request, identity: Annotated[Identity, Depends(get_identity)]) -> Deferred:
-    return Deferred(partial(tenant_transaction, request.app.state.engine, identity.tenant_id, actor=identity.actor))
+    return Deferred(partial(tenant_transaction, resources_of(request).engine, identity.tenant_id, actor=identity.actor))
 
 
 async def hold_place_for_archive(request: Request) -> AsyncIterator[None]:
-    """Hold a place among the downloads if the answer is an archive; one of presigned URLs waits for nobody."""
+    """Hold a place among the downloads if the answer is an archive. Presigned URLs need none."""
     if "archive" not in request.query_params:
         yield
         return
@@ -171,13 +174,13 @@ async def hold_place_for_archive(request: Request) -> AsyncIterator[None]:
 
 
 async def get_body(request: Request) -> Iterator[bytes]:
-    """Return the body as it arrives, of any length: whoever reads it keeps to caps of its own."""
+    """Return the body as it arrives, of any length. The route that reads it limits its size."""
     request.state.is_body_streamed = True
     return _iterate_body(request)
 
 
 def _iterate_body(request: Request) -> Iterator[bytes]:
-    """Yield the body's chunks as they arrive, from a route's own thread: the body is never held whole."""
+    """Yield the body's chunks as they arrive, in the route's own thread. The body is never held whole."""
     chunks = request.stream()
 
     async def next_chunk() -> bytes | None:
@@ -189,13 +192,12 @@ def _iterate_body(request: Request) -> Iterator[bytes]:
 
 
 async def get_now(request: Request) -> dt.datetime:
-    """Return the database's time. A thread of its own asks for it."""
-    clock: DatabaseClock = request.app.state.clock
-    return clock.recall()
+    """Return the database's time, which a thread beside the requests keeps."""
+    return resources_of(request).clock.recall()
 
 
 Caller = Annotated[Identity, Depends(get_identity)]
-# Committed before the answer starts: no client ever holds an id that was not committed. For routes only, see `routing`.
+# Committed before the answer starts, so that no client holds an id that was not committed. Only routes can use it.
 Transaction = Annotated[Session, Depends(get_session)]
 Operator = Annotated[OperatorIdentity, Depends(get_operator)]
 OperatorTransaction = Annotated[Session, Depends(get_operator_session)]

@@ -1,4 +1,4 @@
-"""From errors to HTTP: only this file knows which status an error has. Every answer is OpenAI's error object."""
+"""Errors as HTTP answers, each with OpenAI's error object. Only this module knows which status an error has."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _HTTP_CODES = {
 }
 _PLACES = {"body", "query", "path", "header", "cookie"}
 _KINDS = {"int", "float", "str", "bool", "dict"}
-# What pydantic says of a body as a whole or of a field that there is not, in words of the wire.
+# pydantic's complaints about a whole body, in words of the wire.
 _BODY_WORDS = {
     "missing": "The body is missing: send a JSON object",
     "model_attributes_type": "The body is not a JSON object, sent as application/json",
@@ -65,7 +65,7 @@ _UNKNOWN_FIELD = "there is no such field"
 _MAX_PARAM_CHARACTERS = 200
 _RETRY_AFTER = {"retry-after": "2"}
 _FINAL = {"x-should-retry": "false"}
-# A conflict of states stays one, however often the client asks again; what is too much or too fast needs a while.
+# The same request would meet the same conflict again, so OpenAI's client must not retry. A limit passes with time.
 _HEADERS: dict[type[DomainError], dict[str, str]] = {
     BusyError: {"retry-after": "5", "x-should-retry": "true"},
     ConflictError: _FINAL,
@@ -113,7 +113,7 @@ def _answer_validation_error(_request: Request, error: Exception) -> JSONRespons
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
     param = _field_of(problems[0])
-    # A field that may be of several kinds has one complaint for each; together they say what it may be.
+    # A field that may have several types has one complaint for each type. Together they say what it may be.
     complaints = " or ".join(
         dict.fromkeys(_complain(each, error.body) for each in problems if _field_of(each) == param)
     )
@@ -123,7 +123,7 @@ def _answer_validation_error(_request: Request, error: Exception) -> JSONRespons
 
 
 def _complain(problem: dict[str, Any], body: Any) -> str:
-    """Return what is wrong, in a sentence without its full stop."""
+    """Return what is wrong, as a sentence without its full stop."""
     kind = problem["type"]
     if kind == "json_invalid":
         return _explain_json(problem, body)
@@ -133,7 +133,7 @@ def _complain(problem: dict[str, Any], body: Any) -> str:
 
 
 def _explain_json(problem: dict[str, Any], body: Any) -> str:
-    """Return json's error in words. FastAPI gives the place where JSON ends as if it were a field's name."""
+    """Return the JSON parser's error in words. FastAPI passes its position as if it were a field's name."""
     position = problem["loc"][-1]
     fault = explain_json_error(JSONDecodeError(problem["ctx"]["error"], str(body), position))
     where = f"Line {fault.line}, column {fault.column}"
@@ -141,9 +141,9 @@ def _explain_json(problem: dict[str, Any], body: Any) -> str:
 
 
 def _field_of(problem: dict[str, Any]) -> str | None:
-    """Return the dotted name of the field at fault, without the tags of the kinds it may be of.
+    """Return the dotted name of the field at fault, without pydantic's names of types.
 
-    The first part is a field's name whatever it looks like, and so is the last one of a field that there is not.
+    The first part is always a field's name. So is the last part if the field is unknown.
     """
     if problem["type"] == "json_invalid":
         return None
@@ -160,7 +160,7 @@ def _is_name(part: str) -> bool:
 
 
 def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer an error of the framework's, or one of ours that had to pass through it as one of its own."""
+    """Answer an error of the framework, or a domain error that was raised as the cause of one."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, DomainError):
         return _answer_domain_error(request, error.__cause__)
@@ -182,7 +182,7 @@ def _answer_unavailable(_request: Request, error: Exception) -> JSONResponse:
 
 
 def _answer_too_long() -> JSONResponse:
-    """Answer a statement that ran into a time limit of the database: the same request would run into it again."""
+    """Answer a statement that met a time limit of the database. The same request would meet it again."""
     count_refusal("statement_timeout")
     log.error("statement.timed_out")
     message = "The database gave up on a statement that took too long. Ask for less: a smaller `limit`, or one thing."
@@ -190,7 +190,7 @@ def _answer_too_long() -> JSONResponse:
 
 
 def _answer_nobody(_request: Request, _error: Exception) -> JSONResponse:
-    """Answer for form's sake a client that has gone in the middle of its body."""
+    """Answer a client that has gone in the middle of its body. Nobody reads the answer."""
     log.info("request.abandoned")
     return error_answer(400, "The body has ended early.", code="body_cut")
 

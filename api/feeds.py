@@ -1,8 +1,8 @@
-"""The feed of job events: one poller a process reads for all open streams and fans out.
+"""The feed of job events: one poller in each process reads the events for all open streams.
 
-A stream holds neither a connection nor a thread while it waits. A notification from PostgreSQL names the job that has
-news; a sweep of all streams every `SWEEP_SECONDS` finds what no notification told of, and the keys that have died
-since. Streams of one tenant are read together, in one transaction of that tenant, by a few threads.
+A waiting stream holds neither a database connection nor a thread. A notification from PostgreSQL names the job that has
+new events. Every `SWEEP_SECONDS` the poller reads for all streams, to find events without a notification and keys that
+have died. A few threads do the reading: the streams of one tenant together, in one transaction of that tenant.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import structlog
 from sqlalchemy import Engine
 
 from api.metrics import OPEN_STREAMS
-from api.schemas.objects import EventObject
+from api.schemas.openai.events import EventObject
 from core.db.notifications import Listener
 from core.db.session import DATABASE_ERRORS, tenant_transaction
 from core.domain.errors import RateLimitedError
@@ -32,8 +32,8 @@ log = structlog.get_logger()
 
 SWEEP_SECONDS = 2.0
 MAX_STREAMS_PER_TENANT = 500
-IDLE_SECONDS = 15.0  # a proxy must not take a quiet stream for a dead one
-_GATHER_SECONDS = 0.02  # news of one step of a fused batch come together
+IDLE_SECONDS = 15.0  # a quiet stream sends something, so that no proxy takes it for a dead one
+_GATHER_SECONDS = 0.02  # events of one step of a fused batch arrive within this time and are read together
 _RETRY_SECONDS = 0.5
 _NUM_READERS = 4
 
@@ -49,7 +49,7 @@ class StreamedEvent:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a stream sends next. `final_status` or a dead key makes it the last one."""
+    """What a stream sends next. A batch with `final_status` or a dead key is the last one."""
 
     events: tuple[StreamedEvent, ...] = ()
     final_status: str | None = None
@@ -67,18 +67,18 @@ _CLOSED = None
 
 @dataclass(eq=False)
 class _Stream:
-    """An open stream. It is read for only while it waits, so a slow client holds at most one batch."""
+    """An open stream. Events are read for it only while it waits, so a slow client holds at most one batch."""
 
     tenant_id: uuid.UUID
     watch: Watch
     is_waiting: bool = False
     has_news: bool = True
-    is_behind: bool = False  # what it was sent last was not all
+    is_behind: bool = False  # the last batch was not all
     batches: asyncio.Queue[Batch | None] = field(default_factory=asyncio.Queue)
 
 
 class EventFeed:
-    """Follows jobs for every open stream of this process. Lives in the event loop that runs it."""
+    """Follows jobs for every open stream of this process. It is used on the event loop that runs it."""
 
     def __init__(self, engine: Engine, database_url: str) -> None:
         self._engine, self._database_url = engine, database_url
@@ -113,7 +113,7 @@ class EventFeed:
             self._readers.shutdown()
 
     def close(self) -> None:
-        """End every stream, without a word: its client comes back with the number of its last event."""
+        """End every stream without an event. Its client connects again with the number of its last event."""
         self._is_closed = True
         _close(self._streams)
 
@@ -125,9 +125,9 @@ class EventFeed:
             )
 
     async def follow(self, tenant_id: uuid.UUID, watch: Watch) -> AsyncGenerator[Batch]:
-        """Yield what happens to a job behind the watch's last event, up to the job's end or the key's.
+        """Yield what happens to a job after the watch's last event, until the job or the key ends.
 
-        An empty batch says that nothing has happened for a while.
+        An empty batch means that nothing has happened for a while.
         """
         stream = _Stream(tenant_id, watch)
         self._streams.add(stream)
@@ -153,7 +153,7 @@ class EventFeed:
             OPEN_STREAMS.dec()
 
     def _note(self, job_id: str | None) -> None:
-        """Mark the streams of a job, or all of them, as having news."""
+        """Mark the streams of a job, or of all jobs, as having new events."""
         for stream in self._streams:
             if job_id is None or str(stream.watch.job_id) == job_id:
                 stream.has_news = True
@@ -179,9 +179,9 @@ class EventFeed:
         return [stream for stream in self._streams if stream.is_waiting and (is_sweep or stream.has_news)]
 
     async def _read(self, due: list[_Stream]) -> bool:
-        """Read for these streams, a tenant at a time; False when the database could not be asked.
+        """Read for these streams, a tenant at a time. Return False if the database is away.
 
-        What cannot be read of one tenant, such as a row at fault, ends that tenant's streams and nobody else's.
+        If the rows of one tenant cannot be read, that tenant's streams end and no others.
         """
         of_tenants: dict[uuid.UUID, list[_Stream]] = defaultdict(list)
         for stream in due:
@@ -212,7 +212,7 @@ class EventFeed:
 
 
 def _end_process_with(poller: asyncio.Task[None]) -> None:
-    """Without the poller every stream would stay open, and silent for ever."""
+    """End the process: without the poller every stream would stay open and silent for ever."""
     if not poller.cancelled():
         end_process("feed", poller.exception())
 
@@ -229,7 +229,7 @@ def _deliver(streams: list[_Stream], batches: Iterable[Batch]) -> None:
             continue
         if batch.events:
             stream.watch = replace(stream.watch, after=batch.events[-1].number)
-        stream.has_news |= batch.has_more  # what was noted while this was being read stands
+        stream.has_news |= batch.has_more  # a notification that came during the read still counts
         stream.is_behind = batch.has_more
         stream.is_waiting = False
         stream.batches.put_nowait(batch)

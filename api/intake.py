@@ -1,4 +1,4 @@
-"""Datasets on their way in: checked line by line while they pass to the object store, whichever way they came."""
+"""Datasets on their way in. They are checked line by line while they pass to the object store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from api.metrics import UPLOAD_BYTES, UPLOADS
+from api.metrics import STORED_BYTES, STORED_DATASETS
 from core.db.models import File, Upload
 from core.db.session import DATABASE_ERRORS, tenant_transaction
 from core.domain.datasets import DatasetChecker
@@ -26,10 +26,10 @@ from core.services.tenants import Identity
 from core.services.uploads import COMPLETION_LEASE, Completion
 from core.storage import ObjectStore
 
-# One thread checks at a time. Several would not be faster, and every request would wait for each of them in turn
-# whenever it asks for the interpreter.
+# One thread checks at a time. Several would not be faster, and a request would wait for each of them whenever it needs
+# the interpreter.
 _CHECKING = threading.Lock()
-_EXTEND_SECONDS = 30.0  # well within the lease, as is the longest wait for the store
+_EXTEND_SECONDS = 30.0  # well within the lease, like the longest wait for the store
 
 
 def store_dataset(chunks: Iterable[bytes], *, store: ObjectStore, tenant_id: UUID) -> NewFile:
@@ -45,8 +45,8 @@ def store_dataset(chunks: Iterable[bytes], *, store: ObjectStore, tenant_id: UUI
 
     stored = store.put_stream(object_key, checked(), content_type="application/jsonl")
     report = checker.close()
-    UPLOADS.labels("error" if report.problems else "processed").inc()
-    UPLOAD_BYTES.inc(stored.size_bytes)
+    STORED_DATASETS.labels("error" if report.problems else "processed").inc()
+    STORED_BYTES.inc(stored.size_bytes)
     return NewFile(
         id=file_id,
         filename="upload.jsonl",
@@ -62,7 +62,7 @@ def store_dataset(chunks: Iterable[bytes], *, store: ObjectStore, tenant_id: UUI
 
 
 class HeldUpload:
-    """An upload for as long as it is being completed. Where nothing comes of it, it is let go as it was."""
+    """An upload while it is being completed. If that fails, the upload is pending again."""
 
     def __init__(self, database: Engine, caller: Identity, completion: Completion) -> None:
         self._database, self._caller, self._completion = database, caller, completion
@@ -74,13 +74,14 @@ class HeldUpload:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._is_over:
             return
-        with suppress(*DATABASE_ERRORS), self._transaction() as session:  # else its time runs out
+        with suppress(*DATABASE_ERRORS), self._transaction() as session:  # if it cannot be told, its time runs out
             uploads.abandon_completion(session, self._caller.tenant_id, self._completion)
 
     def keep_while(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """Pass chunks on, and hold the upload until they end. Raises BusyError where another has taken it.
+        """Pass chunks on and hold the upload until they end. Raises BusyError if another request has taken it.
 
-        A database that is away is asked again at each chunk. It ends the work only once the upload may be another's.
+        If the database is away, it is asked again at the next chunk. The work ends only when the lease has run out, and
+        another request may have taken the upload.
         """
         held_at = time.monotonic()
         for chunk in chunks:
@@ -93,7 +94,7 @@ class HeldUpload:
             yield chunk
 
     def complete(self, file: NewFile) -> tuple[Upload, File]:
-        """Return the upload, and the file that it has become. Raises BusyError where another has taken it."""
+        """Return the upload and the file that it has become. Raises BusyError if another request has taken it."""
         with self._transaction() as session:
             upload = uploads.complete_upload(session, self._caller.tenant_id, self._completion, file=file)
             row = uploads.find_file(session, upload)

@@ -1,21 +1,18 @@
-"""The application: routes, error objects, and the two things every request shares (database pool, object store)."""
+"""The application: its routes, its middleware, its error objects, and the resources that its requests share."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from api.auth import Authenticator
-from api.contract import DescribedApp
+from api.docs_page import add_docs_page
+from api.document import TAGS, DescribedApp
 from api.errors import install_error_handlers
-from api.feeds import EventFeed
 from api.middleware import BodyCapMiddleware, RequestIdMiddleware
-from api.previews import Previewer
-from api.rate_limits import RateLimiter
+from api.resources import make_resources, resources_of
 from api.routes import (
     adapters,
     admin,
@@ -34,13 +31,7 @@ from api.routes import (
     streams,
     uploads,
 )
-from api.row_checks import RowChecker
-from core.db.clock import DatabaseClock
-from core.db.session import connect
-from core.services.readiness import find_readiness
 from core.settings import ApiSettings
-from core.storage import S3ObjectStore
-from core.telemetry.liveness import PROCESS
 
 _ROUTES = (
     files,
@@ -64,7 +55,7 @@ _ROUTES = (
 
 class _App(DescribedApp):
     def build_middleware_stack(self) -> ASGIApp:
-        """Return Starlette's stack inside of ours: its outermost layer answers errors that nobody expects."""
+        """Return Starlette's stack inside our own layer, so that its answers to unexpected errors have an id too."""
         return RequestIdMiddleware(super().build_middleware_stack())
 
 
@@ -73,23 +64,16 @@ def create_app(settings: ApiSettings) -> FastAPI:
         title="Espalier",
         version="0.1.0",
         description="OpenAI's fine-tuning API on your own GPUs.",
+        openapi_tags=TAGS,
         lifespan=_live,
         root_path=settings.root_path,
+        docs_url=None,  # FastAPI's own pages load their scripts from another host
+        redoc_url=None,
     )
-    app.state.settings = settings
-    database_url = settings.database_url.get_secret_value()
-    app.state.engine = connect(database_url, pool_size=20, lock_timeout_seconds=10)
-    app.state.feed = EventFeed(app.state.engine, database_url)
-    app.state.authenticator = Authenticator(app.state.engine)
-    app.state.clock = DatabaseClock(app.state.engine)
-    redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
-    app.state.rate_limiter = RateLimiter(redis_url, now=app.state.clock.recall) if redis_url else None
-    app.state.store = S3ObjectStore(settings.storage_config, now=app.state.clock.recall)
-    app.state.readiness = find_readiness(app.state.engine, app.state.store, is_store_vital=False)
-    app.state.previewer = Previewer(app.state.store)
-    app.state.row_checker = RowChecker(app.state.previewer)
+    app.state.resources = make_resources(settings)
     for routes in _ROUTES:
         app.include_router(routes.router)
+    add_docs_page(app)
     app.add_middleware(BodyCapMiddleware, max_bytes=settings.max_body_bytes)
     install_error_handlers(app)
     return app
@@ -97,18 +81,5 @@ def create_app(settings: ApiSettings) -> FastAPI:
 
 @asynccontextmanager
 async def _live(app: FastAPI) -> AsyncIterator[None]:
-    feed: EventFeed = app.state.feed
-    with closing(app.state.previewer), _keeping(app.state.clock):
-        async with feed.running():
-            yield
-
-
-@contextmanager
-def _keeping(clock: DatabaseClock) -> Iterator[None]:
-    """Know the database's time within the block: a request that asked for it would wait in a place that others need."""
-    stop_requested = threading.Event()
-    thread = PROCESS.start_thread(lambda: clock.keep(stop_requested), name="clock")
-    yield
-    PROCESS.release(thread)
-    stop_requested.set()
-    thread.join()
+    async with resources_of(app).running():
+        yield

@@ -1,7 +1,7 @@
-"""The API's figures. No label has a value that a client can choose: an unknown path is "unmatched", a tenant is none.
+"""The API's Prometheus metrics. No label has a value that a client can choose, and none names a tenant.
 
-Several processes share the files of one directory, which their parent adds up (see `processes`): so these are counters
-and histograms, and gauges that say how they add up. A labelled figure is looked up once and kept: that costs less.
+Several processes write to files of one directory, and their parent adds them up (see `processes`). So there are
+counters, histograms, and gauges that say how they add up. A labelled metric is looked up once and kept, for speed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _REFUSED = Counter(
     "espalier_requests_refused", "Requests refused, by the code of the error object that said why.", ("reason",)
 )
 _REFUSED.labels("rate_limit_exceeded")  # at zero from the start, so that the first refusal is an increase
-UPLOADS = Counter("espalier_uploads", "Datasets stored, by what the check of their rows found.", ("outcome",))
-UPLOAD_BYTES = Counter("espalier_upload_bytes", "Bytes of the datasets stored.")
+STORED_DATASETS = Counter("espalier_uploads", "Datasets stored, by what the check of their rows found.", ("outcome",))
+STORED_BYTES = Counter("espalier_upload_bytes", "Bytes of the datasets stored.")
 OPEN_STREAMS = Gauge("espalier_open_streams", "Event streams that are open now.", multiprocess_mode="livesum")
 
 
@@ -45,5 +45,5 @@ def _find_refusal(reason: str) -> Counter:
 
 
 def count_refusal(reason: str) -> None:
-    """Count a refusal; `reason` is one of the service's own codes."""
+    """Count a refusal. `reason` is one of the service's own error codes."""
     _find_refusal(reason).inc()

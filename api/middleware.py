@@ -1,4 +1,4 @@
-"""What every request shares: a cap on its body; what every answer does: an id, the caller's standing, closed doors."""
+"""What every request has: a limit on its body. What every answer has: an id, its rate limit, and security headers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from core.domain.errors import DomainError
 from core.domain.ids import new_id
 
 _HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store", "x-frame-options": "DENY"}
-# Clients send header and body one after the other. Who needs longer between the two takes a place.
+# Clients send the body right after the header. One that needs longer takes a place.
 _MOMENT_SECONDS = 0.2
 
 
 class RequestIdMiddleware:
-    """Names, counts and times each request. Plain ASGI, so that bodies and streams pass untouched."""
+    """Gives each request an id, counts it and times it. It is plain ASGI, so bodies and streams pass untouched."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -33,7 +33,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         request_id, began_at = f"req_{new_id().hex}", time.monotonic()
-        structlog.contextvars.bind_contextvars(request_id=request_id)  # of this request's own task
+        structlog.contextvars.bind_contextvars(request_id=request_id)  # in this request's own task
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -49,15 +49,15 @@ class RequestIdMiddleware:
 
 
 def _template_of(scope: Scope) -> str:
-    """Return the route's path with its parameters unfilled, so that there are as many as there are routes."""
+    """Return the route's path with its parameters unfilled. So a label has one value a route."""
     return getattr(scope.get("route"), "path_format", "unmatched")
 
 
 class BodyCapMiddleware:
-    """Refuses to read a body beyond a cap. A route that streams its body has caps of its own: see `get_body`.
+    """Refuses a body beyond a limit. A route that streams its body has a limit of its own: see `get_body`.
 
-    A body is kept until it is whole, and one that is waited for holds a place. One that comes in one piece right behind
-    its header, as the small ones do, needs none.
+    A body is kept until it is whole. One that arrives in several pieces, or late, holds a place meanwhile. A small body
+    arrives in one piece right after its header and needs none.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
@@ -72,7 +72,7 @@ class BodyCapMiddleware:
 
 
 class _BoundedBody:
-    """One request's body on its way to whoever keeps it whole."""
+    """One request's body on its way to the code that keeps it whole."""
 
     def __init__(self, scope: Scope, receive: Receive, places: ExitStack, *, max_bytes: int) -> None:
         self._scope, self._receive, self._places = scope, receive, places
@@ -81,7 +81,9 @@ class _BoundedBody:
         told = headers.get("content-length", "")
         self._num_told = int(told) if told.isdecimal() else 0
         self._num_received = 0
-        self._is_first = bool(self._num_told) or "transfer-encoding" in headers  # of a body; else there is none
+        self._is_first = (
+            bool(self._num_told) or "transfer-encoding" in headers
+        )  # the first piece of a body is still to come
         self._has_place = False
 
     async def receive(self) -> Message:
@@ -96,7 +98,7 @@ class _BoundedBody:
         return message
 
     async def _receive_first(self) -> Message:
-        """Return the first piece. A client that sends none for a moment waits for it from a place."""
+        """Return the first piece. If none comes for a moment, the request takes a place and waits."""
         self._is_first = False
         coming = asyncio.ensure_future(self._receive())
         try:
@@ -113,14 +115,14 @@ class _BoundedBody:
         return message
 
     def _take_place(self) -> None:
-        """Raises HTTPException: an error of any other kind would be told as a body that cannot be read."""
+        """Raises HTTPException: FastAPI would report any other error as a body that cannot be read."""
         identity = self._scope.get("state", {}).get("identity")
         if identity is None or self._has_place:
             return
         try:
             self._places.enter_context(LONG_BODIES.admit(identity.tenant_id))
         except DomainError as error:
-            raise HTTPException(503) from error  # the answer is the cause's, its status too: see `errors`
+            raise HTTPException(503) from error  # `errors` answers with the cause and its status
         self._has_place = True
 
     def _refuse(self) -> NoReturn:

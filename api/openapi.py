@@ -1,4 +1,4 @@
-"""`python -m api.openapi`: print the OpenAPI document. It needs no server: none of what is named here is asked."""
+"""`python -m api.openapi` prints the OpenAPI document. It needs no server: the addresses below are never used."""
 
 from __future__ import annotations
 

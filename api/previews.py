@@ -1,6 +1,6 @@
-"""Previews of rows: fetches the base's tokenizer once, reads the rows asked for, has a limited child render them.
+"""Previews of rows: fetch the base's tokenizer once, read the rows, and render them in a child process with limits.
 
-A file with many problems is stored although its later lines were never checked: nothing is known of their length.
+A file with many problems is stored without a check of its later lines, so a line may have any length.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_SKIPPED_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class PreviewOrder:
-    """Which rows of which object, for which tokenizer."""
+    """Which rows of which object to render, with which tokenizer."""
 
     object_key: str
     tokenizer_key: str
@@ -40,14 +40,14 @@ class PreviewOrder:
 
 @dataclass(frozen=True)
 class Preview:
-    """`report` counts the rows that were read; `is_whole_file` says that they are all."""
+    """`report` counts the rows that were read. `is_whole_file` says whether they are all rows of the file."""
 
     report: TokenReport
     is_whole_file: bool
 
 
 class Previewer:
-    """Renders previews. Each costs a process and about a second of the processor; their gate says how many at once."""
+    """Renders previews. Each costs a process and about a second of a processor. A gate limits how many run at once."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
@@ -58,7 +58,7 @@ class Previewer:
         self._exits.close()
 
     def preview(self, order: PreviewOrder, *, max_rows: int = MAX_ROWS, max_bytes: int = MAX_ROW_BYTES) -> Preview:
-        """Raises InvalidRequestError for rows that are not there or pass a limit."""
+        """Render rows. Raises InvalidRequestError for rows that do not exist or pass a limit."""
         lines, is_whole_file = self._read_lines(order, max_rows=max_rows, max_bytes=max_bytes)
         if not lines:
             raise InvalidRequestError(f"The file has no line {order.from_line}.", param="from_line")
@@ -83,7 +83,7 @@ class Previewer:
         return path
 
     def _read_lines(self, order: PreviewOrder, *, max_rows: int, max_bytes: int) -> tuple[list[NumberedLine], bool]:
-        """Return the lines from `from_line` on, within the caps but at least one, and whether they are all."""
+        """Return the lines from `from_line` on within the limits, at least one, and whether they are the whole file."""
         kept: list[NumberedLine] = []
         num_skipped_bytes = num_kept_bytes = 0
         for number, content in iterate_rows(iterate_lines(self._store.get_stream(order.object_key))):

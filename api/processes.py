@@ -1,11 +1,11 @@
-"""Several API processes on one port: they share its listening socket, and stop together.
+"""Several API processes on one port. They share its listening socket and stop together.
 
-The parent serves nothing but the management port; it replaces a child that has died. One that dies young is no
-accident: then all end, and whoever keeps this program running decides when it is tried again. A child whose parent is
-gone ends at once, so that nobody is left on the port.
+The parent serves only the management port, and it replaces a child that has died. If a child dies within its first
+seconds, all processes end, and what supervises this program decides when to start it again. A child whose parent has
+died ends at once, so that no process stays on the port.
 
-Each child counts in files of its own, which the parent adds up, and notes when its event loop last turned. A child that
-has died stays counted; only what it had open is not open any more.
+Each child writes its metrics to files of its own, which the parent adds up, and notes when its event loop last turned.
+The counts of a dead child stay. Its gauges of open things do not.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 @dataclass(frozen=True)
 class _Child:
-    """`turned_at` is when its event loop last turned, by the clock that all processes share; 0 before it starts."""
+    """`turned_at` is when its event loop last turned, by the clock that all processes share; 0 before the start."""
 
     process: SpawnProcess
     started_at: float
@@ -74,12 +74,12 @@ class ProcessGroup:
         PROCESS.add_check("API processes", self._find_fault)
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT, or until a child dies young; return the exit status."""
+        """Serve until SIGTERM or SIGINT, or until a child dies young. Return the exit status."""
         woken = _note_signals()
         self._listener = make_config(self._settings).bind_socket()
         with ExitStack() as exits:
             directory = str(exits.enter_context(scratch_directory("api", Path(tempfile.gettempdir()))))
-            os.environ[_METRICS_DIRECTORY] = directory  # before a child is there
+            os.environ[_METRICS_DIRECTORY] = directory  # before the first child starts
             exits.callback(self._stop)
             self._children = [self._start() for _ in range(self._settings.api_processes)]
             exits.callback(_start_management(self._settings, self._make_registry(directory)).close)
@@ -105,7 +105,7 @@ class ProcessGroup:
         return _Child(process, time.monotonic(), turned_at)
 
     def _replace_dead(self) -> bool:
-        """Start a process for each that has died; False where one died young."""
+        """Start a process for each that has died. Return False if one died young."""
         for place, child in enumerate(self._children):
             if child.process.is_alive():
                 continue
@@ -143,7 +143,7 @@ def _start_management(settings: ApiSettings, registry: CollectorRegistry = REGIS
 
 
 def _note_signals() -> socket.socket:
-    """Return a socket that yields the number of each signal that comes, whichever thread the system gives it to."""
+    """Return a socket that yields the number of each signal, whichever thread the system delivers it to."""
     woken, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.detach())

@@ -1,11 +1,11 @@
-"""How fast a tenant may ask: requests a minute, counted in Redis by all processes together, in windows of the clock.
+"""How many requests a tenant may send a minute. All processes count together in Redis, in minutes of the clock.
 
-One round trip a request at most: a process that finds a tenant far from its limit counts some requests in advance and
-passes them without asking. What it does not use counts all the same, so the limit is never passed, and at most a
-thousandth of it is lost a process.
+A request costs one round trip at most. While a tenant is far from its limit, a process counts some requests in advance
+and passes them without asking Redis. Requests that were counted and not used still count, so the limit is never passed.
+Each process wastes at most a thousandth of the limit.
 
-Redis away, or slower than a tenth of a second, is nobody's fault who asks: requests pass uncounted, one line is logged,
-and Redis is left alone for some seconds, so that no request waits for it.
+If Redis is away, or slower than a tenth of a second, requests pass uncounted. One line is logged, and Redis is not
+asked for some seconds, so that no request waits for it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _TIMEOUT_SECONDS = 0.1
 _REST_SECONDS = 5.0
 _MAX_ADVANCE = 64
 _MAX_TENANTS = 10_000
-_ADVANCE_SHARE = 1000  # how many times what is counted in advance must be left
+_ADVANCE_SHARE = 1000  # at most 1/1000 of what is left is counted in advance
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a tenant stands in its present window."""
+    """How much of its limit a tenant has used in the current window."""
 
     limit: int
     num_used: int
@@ -47,7 +47,7 @@ class Standing:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Return the fields of draft-ietf-httpapi-ratelimit-headers."""
+        """Return the header fields of draft-ietf-httpapi-ratelimit-headers."""
         left = max(0, self.limit - self.num_used)
         told = {
             "ratelimit-policy": f'"requests";q={self.limit};w={WINDOW_SECONDS}',
@@ -58,7 +58,7 @@ class Standing:
 
 @dataclass
 class _Advance:
-    """Requests of one window that are counted in Redis and not yet made. `num_counted` is what Redis said last."""
+    """Requests of one window that were counted in Redis and not yet made. `num_counted` is what Redis answered last."""
 
     window: int
     num_counted: int
@@ -66,7 +66,7 @@ class _Advance:
 
 
 class RateLimiter:
-    """Counts requests. Shared by the threads of a process."""
+    """Counts requests. The threads of a process share it."""
 
     def __init__(self, redis_url: str, *, now: Callable[[], dt.datetime]) -> None:
         """`now` is the time by which all processes cut the same windows."""
@@ -83,11 +83,11 @@ class RateLimiter:
 
     @property
     def is_resting(self) -> bool:
-        """Return whether Redis is left alone, so that nothing is counted."""
+        """Return whether Redis is not asked now, so that nothing is counted."""
         return time.monotonic() < self._rests_until
 
     def draw(self, tenant_id: uuid.UUID, *, limit: int) -> Standing | None:
-        """Take a request that was counted in advance and return where the tenant stands, or None. Waits for nobody."""
+        """Take a request that was counted in advance and return the tenant's standing, or None. Never blocks."""
         window, elapsed = divmod(self._now().timestamp(), WINDOW_SECONDS)
         with self._lock:
             advance = self._advances.get(tenant_id)
@@ -98,7 +98,7 @@ class RateLimiter:
         return Standing(limit, num_used, math.ceil(WINDOW_SECONDS - elapsed))
 
     def count(self, tenant_id: uuid.UUID, *, limit: int) -> Standing | None:
-        """Count one request of a tenant and return where it stands, or None where nothing could be counted."""
+        """Count one request of a tenant. Return the tenant's standing, or None if nothing could be counted."""
         if self.is_resting:
             return None
         window, elapsed = divmod(self._now().timestamp(), WINDOW_SECONDS)
@@ -114,7 +114,7 @@ class RateLimiter:
         return Standing(limit, num_counted - size + 1, math.ceil(WINDOW_SECONDS - elapsed))
 
     def _choose_size(self, tenant_id: uuid.UUID, window: int, limit: int) -> int:
-        """Return how many to count at once: one, until it is known that very many are left."""
+        """Return how many requests to count at once: one, unless very many are known to be left."""
         known = self._advances.get(tenant_id)
         if known is None or known.window != window:
             return 1
@@ -124,7 +124,7 @@ class RateLimiter:
         with self._lock:
             known = self._advances.get(tenant_id)
             if known and known.window == advance.window:
-                advance.num_left += known.num_left  # another thread has counted some, too
+                advance.num_left += known.num_left  # another thread has counted too
                 advance.num_counted = max(advance.num_counted, known.num_counted)
             elif len(self._advances) >= _MAX_TENANTS:
                 self._advances.clear()

@@ -1,15 +1,16 @@
-"""Routes that are done in one stay in one thread: their transaction, their endpoint, and the JSON of their answer.
+"""Routes that run in one thread: the transaction, the endpoint, and the JSON of the answer.
 
-A dependency that opens a transaction would enter it in one thread and leave it in another, and each change of threads
-costs a request more than a statement. Besides, a transaction that needs another thread to end waits for those that wait
-for its locks. So a dependency only says which transaction a route wants, which lasts as long as the endpoint does.
+A dependency that opens a transaction would enter it in one thread and leave it in another. Each change of threads costs
+more than a statement. Worse, a transaction that needs another thread to end may wait for requests that wait for its
+locks. So a dependency returns a `Deferred`, which says which transaction the route wants, and the endpoint's own thread
+opens it for as long as the endpoint runs.
 
-Of two transactions that cannot both go on, PostgreSQL undoes one whole. Its endpoint is called again. So is one that
-finds that something long must be done first, which no transaction and no shared thread waits for.
+An endpoint is called again in two cases. PostgreSQL undoes one of two transactions that block each other. Or the
+endpoint finds that something long must be done first: that runs without a transaction and outside the shared threads.
 
-Long work runs in the threads of its gate (see `admission`). What is short shares Starlette's 40 threads, of which one
-tenant never has more than SHARE_OF_TENANT: its own requests wait for one another, and nobody else's do. Before a tenant
-is known nothing runs in them: keys are looked up in threads of their own (see `auth`), and so is the database's health.
+Long work runs in the threads of its gate (see `admission`). Short work shares Starlette's 40 threads, and one tenant
+never has more than SHARE_OF_TENANT of them, so it delays only its own requests. No request uses these threads before
+its tenant is known: keys are looked up in threads of their own (see `auth`), and so is the database's health.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import structlog
 from anyio import CapacityLimiter, to_thread
-from fastapi import Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.params import Depends as Dependency
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -45,16 +46,16 @@ _UNDONE_STATES = ("40P01", "40001")  # SQLSTATEs: deadlock_detected, serializati
 
 @dataclass(frozen=True)
 class Deferred:
-    """How to make a context that the endpoint's own thread enters, once a try, to hand over what it yields."""
+    """A context that the endpoint's own thread enters, once for each try. The endpoint gets what it yields."""
 
     open: Callable[[], AbstractContextManager[Any]]
 
 
 class PrerequisiteError(Exception):
-    """What an endpoint raises that must first have something long done, in threads kept for that.
+    """Raised by an endpoint when long work must be done first, in threads of its own.
 
-    Its transaction is undone, the work is done, and the endpoint is called again. Work waits for a place among all and
-    for the tenant's own before it, so nobody else waits for those of one tenant.
+    The transaction is undone, the work is done, and the endpoint is called again. The work waits for the tenant's share
+    first and for one of its threads then, so one tenant never delays the others.
     """
 
     def __init__(self, work: Callable[[], None], *, limiter: CapacityLimiter) -> None:
@@ -63,7 +64,7 @@ class PrerequisiteError(Exception):
 
 
 class Door(ABC):
-    """A dependency that says who may pass. It is asked before the body is read: a stranger's is not waited for."""
+    """A dependency that says who may pass. It is asked before the body is read, whoever sends it."""
 
     @abstractmethod
     async def __call__(self, request: Request) -> None:
@@ -71,7 +72,7 @@ class Door(ABC):
 
 
 class OneThreadRoute(APIRoute):
-    """A route whose endpoint, if it is a plain function, is given what its `Deferred` arguments yield."""
+    """A route whose endpoint, if it is a plain function, gets what its `Deferred` arguments yield."""
 
     def __init__(
         self,
@@ -101,6 +102,14 @@ class OneThreadRoute(APIRoute):
         return pass_doors
 
 
+class Router(APIRouter):
+    """A router all of whose routes stay in one thread, behind the same doors."""
+
+    def __init__(self, prefix: str = "", *, tag: str, doors: Sequence[Door] = ()) -> None:
+        dependencies = [cast("Dependency", Depends(door)) for door in doors]
+        super().__init__(prefix=prefix, tags=[tag], dependencies=dependencies, route_class=OneThreadRoute)
+
+
 def _in_one_thread(endpoint: Callable[..., Any], gate: Gate | None) -> Callable[..., Coroutine[Any, Any, Any]]:
     def work(arguments: dict[str, Any]) -> Any:
         answer = _call_until_done(endpoint, arguments)
@@ -122,7 +131,7 @@ def _in_one_thread(endpoint: Callable[..., Any], gate: Gate | None) -> Callable[
 
 
 def share_of(caller: Identity | None) -> AbstractAsyncContextManager[None]:
-    """Return what a tenant's requests hold while they are in a shared thread. An operator's hold nothing."""
+    """Return what a tenant's request holds while it runs in a shared thread. An operator's request holds nothing."""
     if caller is None:
         return nullcontext()
     share = _shares.get(caller.tenant_id)
@@ -132,7 +141,9 @@ def share_of(caller: Identity | None) -> AbstractAsyncContextManager[None]:
 
 
 def _call_until_done(endpoint: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    is_body_streamed = any(isinstance(value, Iterator) for value in arguments.values())  # it can be read once only
+    is_body_streamed = any(
+        isinstance(value, Iterator) for value in arguments.values()
+    )  # a streamed body can be read once only
     for _ in range(1, _MAX_TRIES):
         try:
             return _call(endpoint, arguments)
@@ -154,7 +165,7 @@ def _call(endpoint: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 
 
 def _as_json(answer: BaseModel, told: Response | None) -> Response:
-    """Return an answer with the headers that its endpoint has set. FastAPI would check it once more, field by field."""
+    """Return the answer with the headers that its endpoint has set. FastAPI would validate it again, field by field."""
     response = Response(answer.model_dump_json(), media_type="application/json")
     if told is not None:
         response.headers.update(told.headers)

@@ -1,8 +1,8 @@
-"""Rows are rendered by their base's chat template before a job on them is accepted, as far as the base is known here.
+"""The first rows of a dataset are rendered with the base's chat template before a job on them is accepted.
 
-What the template refuses would fail the job after it has queued. A look costs a process and about half a second of the
-processor. What was found well is remembered by its content, so that the many jobs over the same rows cost one look,
-whether or not each has uploaded them anew.
+Rows that the template refuses would otherwise fail the job after it has queued. A check costs a process and about half
+a second of a processor. Datasets that passed are remembered by their content, so many jobs over the same rows cost one
+check, even if each has uploaded them again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ log = structlog.get_logger()
 _MAX_ROWS = 200
 _MAX_BYTES = 2**18
 _MAX_KNOWN = 4096
-_PLACES = 2  # children of up to 1 GiB each, beside those of previews
+_PLACES = 2  # child processes of up to 1 GiB each, beside those of previews
 
 
 class RowChecker:
-    """Looks at the first rows of a dataset, and remembers those that a base takes."""
+    """Checks the first rows of a dataset, and remembers the datasets that passed."""
 
     def __init__(self, previewer: Previewer) -> None:
         self.limiter = CapacityLimiter(_PLACES)
@@ -42,7 +42,7 @@ class RowChecker:
     def check(self, rows: DatasetRows) -> None:
         """Raise InvalidRequestError for rows that no attempt could train on.
 
-        Where they cannot be seen, since the store is away or a limit is passed, the worker will tell.
+        If the rows cannot be rendered here, because the store is away or a limit is passed, the worker finds out.
         """
         order = PreviewOrder(rows.object_key, rows.tokenizer_key, 1, 0, rows.max_seq_len)
         try:
@@ -58,15 +58,15 @@ class RowChecker:
 
 
 def _identify(rows: DatasetRows) -> tuple[object, ...]:
-    """Return what makes two looks the same one. A tenant's looks tell nobody else what it has."""
+    """Return what makes two checks the same. The tenant is part of it, so no tenant learns what others have."""
     return rows.tenant_id, rows.sha256, rows.tokenizer_key, rows.max_seq_len
 
 
 def _refuse(report: TokenReport, rows: DatasetRows, *, is_whole_file: bool) -> None:
-    """Raise InvalidRequestError for what the base's template says of the rows.
+    """Raise InvalidRequestError for rows that the base's template refuses.
 
-    The rows themselves were checked at their upload. One that is not well now was damaged on its way here, and is the
-    worker's to fetch again.
+    The rows themselves were checked at their upload. A row that is malformed now was damaged on its way, and passes,
+    because the worker fetches it again.
     """
     param = FILE_FIELDS[rows.file]
     for found in report.problems:

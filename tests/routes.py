@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from api.main import create_app
@@ -19,9 +20,18 @@ _SETTINGS = {
 }
 
 
+def make_app() -> FastAPI:
+    return create_app(ApiSettings(**_SETTINGS))
+
+
 def all_routes() -> list[APIRoute]:
     """Return every route that the application answers, with its full path."""
-    return list(_walk(create_app(ApiSettings(**_SETTINGS)).routes))
+    return list(_walk(make_app().routes))
+
+
+def document() -> dict[str, Any]:
+    """Return the application's OpenAPI document."""
+    return make_app().openapi()
 
 
 def _walk(routes: Any) -> Iterator[APIRoute]:

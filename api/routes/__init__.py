@@ -1,1 +1,1 @@
-"""The routes, one file a noun. They translate; services decide."""
+"""The routes, one file a noun. They translate between the wire and the services, which decide."""

@@ -1,4 +1,4 @@
-"""/v1/adapters: finished adapters, as presigned URLs or as one archive."""
+"""/v1/adapters: finished adapters, and their files as presigned URLs or as one archive."""
 
 from __future__ import annotations
 
@@ -7,37 +7,42 @@ from collections.abc import Generator
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import Depends, Query
 from fastapi.responses import StreamingResponse
 
 from api.admission import DOWNLOADS
 from api.dependencies import Caller, Now, Settings, Store, Transaction, hold_place_for_archive, needs
-from api.routing import OneThreadRoute
-from api.schemas.objects import AdapterObject, DownloadFile, DownloadObject, ListObject, as_list
+from api.parameters import AdapterId, After, page_limit
+from api.routers import TenantRouter
+from api.schemas.adapters import AdapterObject, DownloadFile, DownloadObject
+from api.schemas.openai.lists import ListObject, as_list
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
 from core.services import adapters
 from core.storage import ObjectStore
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/adapters", tag="adapters")
 
 
-@router.get("", dependencies=[needs(Scope.READ)])
+@router.get("", summary="List adapters", dependencies=[needs(Scope.READ)])
 def list_adapters(
-    session: Transaction, caller: Caller, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
+    session: Transaction, caller: Caller, limit: Annotated[int, page_limit(100)] = 20, after: After = None
 ) -> ListObject[AdapterObject]:
+    """List the finished adapters, newest first."""
     cursor = None if after is None else parse_id(IdKind.ADAPTER, after, param="after")
     return as_list(adapters.list_adapters(session, caller.tenant_id, after=cursor, limit=limit), AdapterObject.of)
 
 
-@router.get("/{adapter_id}", dependencies=[needs(Scope.READ)])
-def get_adapter(session: Transaction, caller: Caller, adapter_id: str) -> AdapterObject:
+@router.get("/{adapter_id}", summary="Get an adapter", dependencies=[needs(Scope.READ)])
+def get_adapter(session: Transaction, caller: Caller, adapter_id: AdapterId) -> AdapterObject:
+    """Return a finished adapter: its shape and its files."""
     found = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id))
     return AdapterObject.of(found)
 
 
 @router.get(
     "/{adapter_id}/download",
+    summary="Download an adapter",
     response_model=DownloadObject,
     dependencies=[needs(Scope.DOWNLOAD), Depends(hold_place_for_archive)],
 )
@@ -47,10 +52,12 @@ def download_adapter(
     store: Store,
     settings: Settings,
     now: Now,
-    adapter_id: str,
-    archive: Literal["tar"] | None = None,
+    adapter_id: AdapterId,
+    archive: Annotated[
+        Literal["tar"] | None, Query(description="`tar` streams all files as one archive. Absent for URLs.")
+    ] = None,
 ) -> Any:
-    """Return one presigned URL a file, or stream all files as one tar."""
+    """Return one presigned URL for each file, or stream all files as one tar archive."""
     row = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id)).row
     if archive == "tar":
         disposition = {"content-disposition": f'attachment; filename="{adapter_id}.tar"'}
@@ -67,7 +74,7 @@ def download_adapter(
 
 
 def _stream_tar(store: ObjectStore, prefix: str, files: list[dict[str, Any]]) -> Generator[bytes]:
-    """Yield an uncompressed tar in constant memory: headers are made here, contents pass through."""
+    """Yield an uncompressed tar in constant memory. Headers are made here, contents pass through."""
     for file in files:
         entry = tarfile.TarInfo(file["name"])
         entry.size = file["size_bytes"]

@@ -1,4 +1,4 @@
-"""/v1/files: datasets are checked line by line while they stream to the object store."""
+"""/v1/files: upload, list, read and delete files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
-from api.admission import DOWNLOADS, LISTINGS, UPLOADS
+from api.admission import DOWNLOADS, LISTINGS, MULTIPART_BODIES
 from api.dependencies import Body, Caller, Database, Settings, Store, Transaction, needs
 from api.intake import store_dataset
-from api.routing import OneThreadRoute
-from api.schemas.objects import DeletedObject, FileObject, FileSummary, ListObject, as_list
-from api.schemas.uploads import MAX_SECONDS, MIN_SECONDS, read_lifetime, require_trainable
-from api.uploads import MultipartUpload, describe_form
+from api.multipart import MultipartForm, describe_multipart
+from api.parameters import After, FileId, page_limit
+from api.routers import TenantRouter
+from api.schemas.openai.files import FileObject, FileSummary
+from api.schemas.openai.lists import DeletedObject, ListObject, as_list
+from api.schemas.openai.uploads import MAX_SECONDS, MIN_SECONDS, read_lifetime, require_trainable
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import DomainError
@@ -25,33 +27,45 @@ from core.services import files as file_service
 from core.services import quotas
 from core.services.files import NewFile
 
-router = APIRouter(prefix="/v1/files", tags=["files"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/files", tag="files")
 _MAX_LISTED = 1000
 _BINARY = {"type": "string", "format": "binary"}
 _BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {"schema": _BINARY}}}}
-_FORM = describe_form(
+_FORM = describe_multipart(
     {
-        "file": _BINARY,
-        "purpose": {"type": "string", "enum": ["fine-tune"]},
-        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-        "expires_after[seconds]": {"type": "integer", "minimum": MIN_SECONDS, "maximum": MAX_SECONDS},
+        "file": _BINARY | {"description": "The file: one JSON object a line, each a row to train on."},
+        "purpose": {"type": "string", "enum": ["fine-tune"], "description": "What the file is for: `fine-tune` only."},
+        "expires_after[anchor]": {
+            "type": "string",
+            "enum": ["created_at"],
+            "description": "The instant from which the seconds count: always `created_at`, when the file is made.",
+        },
+        "expires_after[seconds]": {
+            "type": "integer",
+            "minimum": MIN_SECONDS,
+            "maximum": MAX_SECONDS,
+            "description": "The file's lifetime in seconds. Absent, with its anchor, for a file that stays.",
+        },
     },
     required=["file", "purpose"],
 )
 
 
-@router.post("", dependencies=[needs(Scope.SUBMIT), Depends(UPLOADS)], openapi_extra=_FORM)
+@router.post(
+    "", summary="Upload a file", dependencies=[needs(Scope.SUBMIT), Depends(MULTIPART_BODIES)], openapi_extra=_FORM
+)
 def create_file(
     request: Request, body: Body, caller: Caller, database: Database, store: Store, settings: Settings
 ) -> FileObject:
-    """Store an upload and say what is wrong with its rows, if anything. No transaction is open while bytes flow."""
-    upload = MultipartUpload(request.headers.get("content-type", ""), body, settings.max_file_bytes)
+    """Store a dataset, check every row of it, and say what is wrong with them."""
+    # No transaction is open while bytes flow.
+    form = MultipartForm(request.headers.get("content-type", ""), body, settings.max_file_bytes)
     try:
         with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
             quotas.check_storage(session, caller.tenant_id)
-        new = _store(upload, store, caller)
+        new = _store(form, store, caller)
     except DomainError:
-        upload.drain()
+        form.drain()
         raise
     try:
         with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
@@ -64,36 +78,39 @@ def create_file(
     return FileObject.of(row)
 
 
-@router.get("", dependencies=[needs(Scope.READ), Depends(LISTINGS)])
+@router.get("", summary="List files", dependencies=[needs(Scope.READ), Depends(LISTINGS)])
 def list_files(
     session: Transaction,
     caller: Caller,
-    purpose: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
-    order: Literal["asc", "desc"] = "desc",
-    after: str | None = None,
+    purpose: Annotated[str | None, Query(description="Show files of this purpose only.")] = None,
+    limit: Annotated[int, page_limit(10_000)] = 10_000,
+    order: Annotated[Literal["asc", "desc"], Query(description="`desc` for the newest first.")] = "desc",
+    after: After = None,
 ) -> ListObject[FileSummary]:
-    """List files without their problems, at most 1,000 an answer, whatever limit is asked for: see `has_more`."""
+    """List files without the problems of their rows. An answer holds at most 1,000 files, whatever `limit` says."""
     cursor = None if after is None else parse_id(IdKind.FILE, after, param="after")
     most = min(limit, _MAX_LISTED)
     page = file_service.list_files(session, caller.tenant_id, purpose=purpose, after=cursor, limit=most, order=order)
     return as_list(page, FileSummary.of)
 
 
-@router.get("/{file_id}", dependencies=[needs(Scope.READ)])
-def get_file(session: Transaction, caller: Caller, file_id: str) -> FileObject:
+@router.get("/{file_id}", summary="Get a file", dependencies=[needs(Scope.READ)])
+def get_file(session: Transaction, caller: Caller, file_id: FileId) -> FileObject:
+    """Return a file with the problems of its rows."""
     row = file_service.get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
     return FileObject.of(row)
 
 
 @router.get(
     "/{file_id}/content",
+    summary="Download a file",
     dependencies=[needs(Scope.DOWNLOAD), Depends(DOWNLOADS)],
     responses=_BYTES,
     response_class=StreamingResponse,
 )
-def get_file_content(caller: Caller, database: Database, store: Store, file_id: str) -> StreamingResponse:
-    """Stream a file. No transaction is open while the store is asked."""
+def get_file_content(caller: Caller, database: Database, store: Store, file_id: FileId) -> StreamingResponse:
+    """Stream the file's bytes."""
+    # No transaction is open while the store is asked.
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         row = file_service.get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
     chunks = DOWNLOADS.iterate(store.get_stream(row.object_key))
@@ -102,20 +119,21 @@ def get_file_content(caller: Caller, database: Database, store: Store, file_id: 
     )
 
 
-@router.delete("/{file_id}", dependencies=[needs(Scope.SUBMIT)])
-def delete_file(session: Transaction, caller: Caller, file_id: str) -> DeletedObject:
+@router.delete("/{file_id}", summary="Delete a file", dependencies=[needs(Scope.SUBMIT)])
+def delete_file(session: Transaction, caller: Caller, file_id: FileId) -> DeletedObject:
+    """Delete a file that no unfinished job needs."""
     file_service.delete_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
     return DeletedObject(id=file_id, object="file")
 
 
-def _store(upload: MultipartUpload, store: Store, caller: Caller) -> NewFile:
+def _store(form: MultipartForm, store: Store, caller: Caller) -> NewFile:
     lifetime: timedelta | None = None
 
     def checked() -> Iterator[bytes]:
         nonlocal lifetime
-        yield from upload.iterate_file()
-        require_trainable(upload.fields.get("purpose"))
-        lifetime = read_lifetime(upload.fields)
+        yield from form.iterate_file()
+        require_trainable(form.fields.get("purpose"))
+        lifetime = read_lifetime(form.fields)
 
     new = store_dataset(checked(), store=store, tenant_id=caller.tenant_id)
-    return replace(new, filename=upload.filename or new.filename, lifetime=lifetime)
+    return replace(new, filename=form.filename or new.filename, lifetime=lifetime)

@@ -1,13 +1,14 @@
-"""/v1/files/{id}/preview: rows as tokens with the loss mask, as the chosen base model will see them."""
+"""/v1/files/{id}/preview: rows as tokens with their loss mask, as the chosen base model sees them."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends
+from fastapi import Depends
 
 from api.admission import PREVIEWS
 from api.dependencies import Caller, Database, Previews, needs
+from api.parameters import FileId
 from api.previews import PreviewOrder
-from api.routing import OneThreadRoute
+from api.routers import TenantRouter
 from api.schemas.previews import CreatePreview, PreviewObject
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
@@ -16,14 +17,17 @@ from core.domain.ids import IdKind, parse_id
 from core.services.base_models import find_tokenizer, get_base_model
 from core.services.files import get_file
 
-router = APIRouter(prefix="/v1/files", tags=["files"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/files", tag="files")
 
 
-@router.post("/{file_id}/preview", dependencies=[needs(Scope.DOWNLOAD), Depends(PREVIEWS)])
+@router.post(
+    "/{file_id}/preview", summary="Preview a file's rows", dependencies=[needs(Scope.DOWNLOAD), Depends(PREVIEWS)]
+)
 def create_preview(
-    previews: Previews, database: Database, caller: Caller, file_id: str, body: CreatePreview
+    previews: Previews, database: Database, caller: Caller, file_id: FileId, body: CreatePreview
 ) -> PreviewObject:
-    """Show rows as they will be trained on, and count tokens. No transaction is open while the child renders."""
+    """Show rows as tokens with the loss mask, as the base model will be trained on them, and count tokens."""
+    # No transaction is open while the child renders.
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         file = get_file(session, caller.tenant_id, file_id=parse_id(IdKind.FILE, file_id))
         base = get_base_model(session, caller.tenant_id, base_model_id=body.model)

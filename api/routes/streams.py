@@ -1,10 +1,10 @@
 """/v1/fine_tuning/jobs/{id}/stream: a job's events as they happen, as server-sent events.
 
-Every event's SSE id is its number; a client that comes back with `Last-Event-ID` gets what came after it, all of it and
-once. The stream ends with an event `end` after the job's last, or with an event `error` when the API key has died.
+The SSE id of an event is its number. A client that connects again with `Last-Event-ID` gets every later event exactly
+once. The stream ends with an event `end` after the job's last one, or with an event `error` when the API key has died.
 
-A batch is one chunk of the answer: FastAPI's own streams hand each event through two queues, which costs more than to
-read it.
+A batch of events is one chunk of the answer. FastAPI's own streams pass each event through two queues, which costs more
+than reading it from the database.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header
+from fastapi import Depends, Header
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
@@ -27,7 +27,9 @@ from starlette.types import Scope as ConnectionScope
 from api.dependencies import Caller, Database, Feed, needs
 from api.errors import error_body
 from api.feeds import Batch, EventFeed
-from api.routing import OneThreadRoute, share_of
+from api.parameters import JobId
+from api.routers import TenantRouter
+from api.routing import share_of
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import InvalidRequestError
@@ -36,18 +38,22 @@ from core.services import jobs
 from core.services.streams import Watch
 from core.services.tenants import Identity
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
+router = TenantRouter("/v1/fine_tuning/jobs", tag="fine-tuning")
 _RETRY_MILLISECONDS = 1000
-_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy keeps or holds back what is sent
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy stores the stream or delays it
 _ITEM = {
     "type": "object",
     "properties": {
-        "data": {"type": "string"},
-        "event": {"type": "string"},
-        "id": {"type": "string"},
-        "retry": {"type": "integer", "minimum": 0},
+        "data": {"type": "string", "description": "JSON: the event's object, the job's final status, or an error."},
+        "event": {"type": "string", "description": "The type of the job's event, or `end`, or `error`."},
+        "id": {"type": "string", "description": "The event's number, which `Last-Event-ID` names."},
+        "retry": {"type": "integer", "minimum": 0, "description": "Milliseconds to wait before connecting again."},
     },
 }
+
+LastEventId = Annotated[
+    str | None, Header(description="The `id` of the last event that was received: the stream goes on behind it.")
+]
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,9 @@ class TenantWatch:
 
 
 async def begin_watch(
-    database: Database, caller: Caller, feed: Feed, job_id: str, last_event_id: Annotated[str | None, Header()] = None
+    database: Database, caller: Caller, feed: Feed, job_id: JobId, last_event_id: LastEventId = None
 ) -> TenantWatch:
-    """Check everything that may be refused, before the stream's answer starts."""
+    """Check everything that may be refused before the answer starts."""
     feed.check_room(caller.tenant_id)
     after = _parse_number(last_event_id)
     async with share_of(caller):
@@ -73,7 +79,7 @@ def _find_job(database: Database, caller: Identity, job_id: str) -> uuid.UUID:
 
 
 class JobStream(StreamingResponse):
-    """An answer that closes what it streams from when its client has gone, wherever it was then."""
+    """An answer that closes its source when the client has gone."""
 
     media_type = "text/event-stream"
 
@@ -85,11 +91,16 @@ class JobStream(StreamingResponse):
 
 @router.get(
     "/{job_id}/stream",
+    summary="Stream a job's events",
     dependencies=[needs(Scope.READ)],
     response_class=JobStream,
     openapi_extra={"responses": {"200": {"content": {"text/event-stream": {"itemSchema": _ITEM}}}}},
 )
 async def stream_job(feed: Feed, watched: Annotated[TenantWatch, Depends(begin_watch, scope="function")]) -> JobStream:
+    """Send a job's events as they happen, as server-sent events. `Last-Event-ID` continues a stream that was cut.
+
+    The stream ends with an event `end` after the job's last one, or with an event `error` when the API key has died.
+    """
     return JobStream(follow_stream(feed, watched), headers=_HEADERS)
 
 

@@ -1,4 +1,4 @@
-"""/v1/uploads: large files in parts, which go to the object store as they come and are composed there."""
+"""/v1/uploads: large files in parts. Each part goes to the object store as it arrives; all are put together there."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import replace
 from datetime import timedelta
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import Depends, Request
 
-from api.admission import COMPLETIONS, UPLOADS
+from api.admission import COMPLETIONS, MULTIPART_BODIES
 from api.dependencies import Body, Caller, Database, Now, Store, Transaction, needs
 from api.intake import HeldUpload, store_dataset
-from api.routing import OneThreadRoute
-from api.schemas.uploads import (
+from api.multipart import MultipartForm, describe_multipart, display_name
+from api.parameters import UploadId
+from api.routers import TenantRouter
+from api.schemas.openai.uploads import (
     MAX_PART_BYTES,
     CompleteUpload,
     CreateUpload,
@@ -22,7 +24,6 @@ from api.schemas.uploads import (
     UploadObject,
     require_trainable,
 )
-from api.uploads import MultipartUpload, describe_form, display_name
 from core.db.models import Upload
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
@@ -34,16 +35,17 @@ from core.services.files import NewFile
 from core.services.uploads import NewPart, NewUpload
 from core.storage import ObjectStore
 
-router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=OneThreadRoute)
-_PART_FORM = describe_form({"data": {"type": "string", "format": "binary"}}, required=["data"])
+router = TenantRouter("/v1/uploads", tag="uploads")
+_PART_FORM = describe_multipart(
+    {"data": {"type": "string", "format": "binary", "description": "The part's bytes, at most 64 MiB."}},
+    required=["data"],
+)
 
 
-@router.post("", dependencies=[needs(Scope.SUBMIT)])
+@router.post("", summary="Begin an upload", dependencies=[needs(Scope.SUBMIT)])
 def create_upload(database: Database, caller: Caller, now: Now, body: CreateUpload) -> UploadObject:
-    """Begin an upload. What it promises to hold counts as stored from here on.
-
-    The transaction ends here: others may wait for its lock in every thread that there is.
-    """
+    """Begin an upload in parts. The size that it promises counts as stored from here on."""
+    # The transaction ends here: others may wait for its lock in every thread that there is.
     require_trainable(body.purpose)
     new = NewUpload(
         filename=display_name(body.filename.encode()),
@@ -58,15 +60,21 @@ def create_upload(database: Database, caller: Caller, now: Now, body: CreateUplo
     return UploadObject.of(upload, now=now)
 
 
-@router.post("/{upload_id}/parts", dependencies=[needs(Scope.SUBMIT), Depends(UPLOADS)], openapi_extra=_PART_FORM)
+@router.post(
+    "/{upload_id}/parts",
+    summary="Add a part",
+    dependencies=[needs(Scope.SUBMIT), Depends(MULTIPART_BODIES)],
+    openapi_extra=_PART_FORM,
+)
 def add_part(
-    request: Request, body: Body, caller: Caller, database: Database, store: Store, upload_id: str
+    request: Request, body: Body, caller: Caller, database: Database, store: Store, upload_id: UploadId
 ) -> PartObject:
-    """Store one part, of at most 64 MiB. No transaction is open while bytes flow."""
+    """Store one part, of at most 64 MiB."""
+    # No transaction is open while bytes flow.
     row_id = parse_id(IdKind.UPLOAD, upload_id)
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         uploads.require_pending(session, caller.tenant_id, upload_id=row_id)
-    form = MultipartUpload(request.headers.get("content-type", ""), body, MAX_PART_BYTES, file_field="data")
+    form = MultipartForm(request.headers.get("content-type", ""), body, MAX_PART_BYTES, file_field="data")
     part_id = new_id()
     object_key = f"{upload_prefix(caller.tenant_id, row_id)}{part_id}"
     try:
@@ -83,11 +91,13 @@ def add_part(
         raise
 
 
-@router.post("/{upload_id}/complete", dependencies=[needs(Scope.SUBMIT), Depends(COMPLETIONS)])
+@router.post(
+    "/{upload_id}/complete", summary="Complete an upload", dependencies=[needs(Scope.SUBMIT), Depends(COMPLETIONS)]
+)
 def complete_upload(
-    caller: Caller, database: Database, store: Store, now: Now, upload_id: str, body: CompleteUpload
+    caller: Caller, database: Database, store: Store, now: Now, upload_id: UploadId, body: CompleteUpload
 ) -> UploadObject:
-    """Compose the parts to a file, checked like any other. Completing a completed upload returns it."""
+    """Put the parts together to a file and check its rows. Completing a completed upload returns it."""
     row_id = parse_id(IdKind.UPLOAD, upload_id)
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
         upload = uploads.get_upload(session, caller.tenant_id, upload_id=row_id)
@@ -106,8 +116,9 @@ def complete_upload(
     return UploadObject.of(upload, now=now, file=row)
 
 
-@router.post("/{upload_id}/cancel", dependencies=[needs(Scope.SUBMIT)])
-def cancel_upload(session: Transaction, caller: Caller, now: Now, upload_id: str) -> UploadObject:
+@router.post("/{upload_id}/cancel", summary="Cancel an upload", dependencies=[needs(Scope.SUBMIT)])
+def cancel_upload(session: Transaction, caller: Caller, now: Now, upload_id: UploadId) -> UploadObject:
+    """Give an upload up and delete its parts."""
     row_id = parse_id(IdKind.UPLOAD, upload_id)
     return UploadObject.of(uploads.cancel_upload(session, caller.tenant_id, upload_id=row_id), now=now)
 

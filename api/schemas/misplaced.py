@@ -1,6 +1,6 @@
-"""Fields of a request that stand in the wrong place, or under another library's name: where they belong here.
+"""Fields of a request that are in the wrong place or have another library's name, and where they belong here.
 
-A field that the request has elsewhere is found by its own name. The table holds only what others call it.
+A field in the wrong place is found by its own name. The table holds only the names that others use.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-# PEFT's, transformers', TRL's, Axolotl's, LLaMA-Factory's and other services' names: what they are called here.
+# Names of PEFT, transformers, TRL, Axolotl, LLaMA-Factory and other services, and the names here.
 OTHER_NAMES = {
     "lora": "adapter",
     "lora_config": "adapter",
@@ -59,7 +59,7 @@ OTHER_NAMES = {
 
 
 def find_misplaced(body: Mapping[str, Any], schema: type[BaseModel]) -> tuple[str, str] | None:
-    """Return the dotted name of the first field that belongs elsewhere, as it was sent, and the one it has here."""
+    """Return the dotted name of the first field that belongs elsewhere, as it was sent, and its name here."""
     for sent in _iterate_unknown(body, schema):
         name = sent.rpartition(".")[2]
         right = _places(schema).get(OTHER_NAMES.get(name, name))
@@ -78,7 +78,7 @@ def _iterate_unknown(body: Mapping[str, Any], schema: type[BaseModel]) -> Iterat
 
 @cache
 def _places(schema: type[BaseModel]) -> dict[str, str]:
-    """Return where every field stands, by its own name; the first place counts where there are several."""
+    """Return the place of every field by its own name. If there are several places, the first counts."""
     places: dict[str, str] = {}
     for path in _iterate_fields(schema):
         places.setdefault(path.rpartition(".")[2], path)

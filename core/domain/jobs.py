@@ -6,6 +6,8 @@ from enum import StrEnum
 
 
 class JobStatus(StrEnum):
+    """Where a job is in its life. OpenAI's API pauses jobs too, but has no name for `paused`."""
+
     VALIDATING_FILES = "validating_files"
     QUEUED = "queued"
     RUNNING = "running"

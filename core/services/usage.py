@@ -39,6 +39,8 @@ _JOINS = {"tenant": "join tenants t on t.id = u.tenant_id"}
 
 
 class UsageGroup(StrEnum):
+    """What usage is summed by."""
+
     TENANT = "tenant"
     POOL = "pool"
     DAY = "day"

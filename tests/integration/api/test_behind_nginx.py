@@ -100,9 +100,11 @@ def test_a_file_larger_than_a_proxy_buffers_passes_and_a_job_is_followed(site: h
 
 
 def test_the_documentation_finds_its_document(site: httpx.Client) -> None:
-    page = site.get("/docs").text
-    (named,) = re.findall(r"url: '([^']+)'", page)
-    document = site.get(f"https://{site.base_url.netloc.decode()}{named}").json()
+    page = site.get("/docs")
+    links = re.findall(r'(?:data-url|src|href)="([^"]+)"', page.text)
+    found = {link: site.get(page.url.join(link)) for link in links if not link.startswith("data:")}
+    assert {link: answer.status_code for link, answer in found.items()} == dict.fromkeys(found, 200)
+    document = found["openapi.json"].json()
     assert "/v1/files" in document["paths"]
     below = site.base_url.path.rstrip("/")
     assert document.get("servers") == ([{"url": below}] if below else None)

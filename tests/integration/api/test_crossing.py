@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +23,7 @@ from sqlalchemy import Engine, event, text
 
 from api.auth import Authenticator
 from api.main import create_app
+from api.resources import resources_of
 from core.db.base import Row
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.settings import ApiSettings
@@ -112,8 +113,9 @@ class Watched:
             return
         state: Any = self.client.app.state  # type: ignore[attr-defined]
         was_stripping, self.is_stripping = self.is_stripping, False
-        state.authenticator = Authenticator(state.engine)
-        state.authenticator.identify(authorization)
+        authenticator = Authenticator(state.resources.engine)
+        authenticator.identify(authorization)
+        state.resources = replace(state.resources, authenticator=authenticator)
         self.known = {authorization}
         self.is_stripping = was_stripping
 
@@ -139,7 +141,7 @@ def running(database_url: str, addresses: ServerAddresses) -> Iterator[Watched]:
         patch.setattr("api.auth.TTL_SECONDS", 3600.0)
         watched = Watched(client)
 
-        @event.listens_for(app.state.engine, "before_cursor_execute", retval=True)
+        @event.listens_for(resources_of(app).engine, "before_cursor_execute", retval=True)
         def watch(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> tuple[str, Any]:
             if not statement.startswith(
                 "SELECT clock_timestamp()"
@@ -151,7 +153,7 @@ def running(database_url: str, addresses: ServerAddresses) -> Iterator[Watched]:
             return statement, parameters
 
         yield watched
-        app.state.engine.dispose()
+        resources_of(app).engine.dispose()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from openai import OpenAI
 from sqlalchemy import Engine
 
-from api.admission import UPLOADS
+from api.admission import MULTIPART_BODIES
 from tests.integration.api.test_bad_input import GOOD, upload
 from tests.integration.conftest import Tenant, add_tenant
 from tests.waiting import PATIENCE_SECONDS, wait_until
@@ -58,7 +58,7 @@ def test_one_tenant_can_hold_up_neither_others_uploads_nor_anything_else(
     tenant: Tenant,
     slow_uploads: Callable[[Tenant, int], list[socket.socket]],
 ) -> None:
-    held = slow_uploads(tenant, UPLOADS.of_tenant + 1)
+    held = slow_uploads(tenant, MULTIPART_BODIES.of_tenant + 1)
     answer = answer_of_one(held)
     assert answer.startswith(b"HTTP/1.1 429")
     assert b"too_many_uploads" in answer
@@ -74,8 +74,8 @@ def test_one_tenant_can_hold_up_neither_others_uploads_nor_anything_else(
 def test_all_slow_uploads_together_leave_threads_for_everything_else(
     api_url: str, owner: Engine, slow_uploads: Callable[[Tenant, int], list[socket.socket]]
 ) -> None:
-    tenants = [add_tenant(owner) for _ in range(UPLOADS.places // UPLOADS.of_tenant)]
-    held = [each for tenant in tenants for each in slow_uploads(tenant, UPLOADS.of_tenant)]
+    tenants = [add_tenant(owner) for _ in range(MULTIPART_BODIES.places // MULTIPART_BODIES.of_tenant)]
+    held = [each for tenant in tenants for each in slow_uploads(tenant, MULTIPART_BODIES.of_tenant)]
     held += slow_uploads(add_tenant(owner), 1)
     answer = answer_of_one(held)
     assert answer.startswith(b"HTTP/1.1 503")
@@ -99,7 +99,7 @@ def test_a_body_that_would_be_read_whole_has_a_cap(api_url: str, tenant: Tenant,
 def test_clients_that_vanish_in_the_middle_leave_nothing_behind(
     client: OpenAI, api_url: str, tenant: Tenant, slow_uploads: Callable[[Tenant, int], list[socket.socket]]
 ) -> None:
-    for each in slow_uploads(tenant, UPLOADS.of_tenant):
+    for each in slow_uploads(tenant, MULTIPART_BODIES.of_tenant):
         each.close()
     headers = {"authorization": f"Bearer {tenant.api_key}"}
     form = {"files": {"file": ("whole.jsonl", GOOD)}, "data": {"purpose": "fine-tune"}}

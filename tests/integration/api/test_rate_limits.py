@@ -15,6 +15,7 @@ from sqlalchemy import Engine, text
 
 from api.main import create_app
 from api.rate_limits import WINDOW_SECONDS, RateLimiter
+from api.resources import resources_of
 from core.db.session import service_transaction
 from core.settings import ApiSettings
 from core.storage import host_time
@@ -42,7 +43,7 @@ def client(database: Database, servers: ServerAddresses) -> Iterator[TestClient]
     app = create_app(settings_of(database, servers, servers.redis_url))
     with TestClient(app) as made:
         yield made
-    app.state.engine.dispose()
+    resources_of(app).engine.dispose()
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +126,7 @@ def test_without_redis_requests_pass_and_none_waits(
     app = create_app(settings_of(database, servers, f"redis://127.0.0.1:{port}/0"))
     with TestClient(app) as client:
         answers = [client.get("/v1/models", headers=auth(tenant)) for _ in range(8)]
-    app.state.engine.dispose()
+    resources_of(app).engine.dispose()
     assert {answer.status_code for answer in answers} == {200}
     assert not [answer for answer in answers if "ratelimit" in answer.headers]
 

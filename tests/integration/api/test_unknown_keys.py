@@ -15,6 +15,7 @@ from sqlalchemy import Engine, event
 
 from api.auth import ACQUAINTANCES, STRANGERS, Authenticator
 from api.main import create_app
+from api.resources import resources_of
 from core.db.session import connect
 from core.domain.api_keys import OPERATOR_PREFIX, generate_api_key
 from core.domain.errors import UnauthenticatedError
@@ -39,7 +40,7 @@ def client(database: Database, servers: ServerAddresses) -> Iterator[TestClient]
     app = create_app(settings)
     with TestClient(app) as made:
         yield made
-    app.state.engine.dispose()
+    resources_of(app).engine.dispose()
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +113,7 @@ def test_many_probes_ask_the_database_once(client: TestClient, monkeypatch: pyte
     monkeypatch.setattr("core.telemetry.readiness._TTL_SECONDS", 3600.0)
     statements: list[Any] = []
     app: Any = client.app
-    event.listen(app.state.engine, "before_cursor_execute", lambda *told: statements.append(told[2]))
+    event.listen(resources_of(app).engine, "before_cursor_execute", lambda *told: statements.append(told[2]))
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(lambda _: client.get("/readyz"), range(100)))
     assert {each.status_code for each in answers} == {200}

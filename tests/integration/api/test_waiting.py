@@ -17,7 +17,7 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, text
 
-from api.admission import DOWNLOADS, LONG_BODIES, PREVIEWS, UPLOADS, Gate
+from api.admission import DOWNLOADS, LONG_BODIES, MULTIPART_BODIES, PREVIEWS, Gate
 from api.routing import SHARE_OF_TENANT
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, parse_id
@@ -182,9 +182,11 @@ def test_uploads_that_the_store_does_not_take_hold_up_nobody_else(
         neighbour,
         proxy,
         database,
-        num_held=UPLOADS.of_tenant,
+        num_held=MULTIPART_BODIES.of_tenant,
     )
-    assert sorted(each.status_code for each in answers)[: UPLOADS.of_tenant] == [200] * UPLOADS.of_tenant
+    assert (
+        sorted(each.status_code for each in answers)[: MULTIPART_BODIES.of_tenant] == [200] * MULTIPART_BODIES.of_tenant
+    )
 
 
 @contextmanager

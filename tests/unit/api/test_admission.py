@@ -21,10 +21,10 @@ BEHIND = {
     "GET /v1/fine_tuning/jobs/{job_id}/logs": admission.LISTINGS,
     "GET /v1/fine_tuning/jobs/{job_id}/metrics": admission.LISTINGS,
     "GET /v1/models": admission.LISTINGS,
-    "POST /v1/files": admission.UPLOADS,
+    "POST /v1/files": admission.MULTIPART_BODIES,
     "POST /v1/files/{file_id}/preview": admission.PREVIEWS,
     "POST /v1/uploads/{upload_id}/complete": admission.COMPLETIONS,
-    "POST /v1/uploads/{upload_id}/parts": admission.UPLOADS,
+    "POST /v1/uploads/{upload_id}/parts": admission.MULTIPART_BODIES,
 }
 
 

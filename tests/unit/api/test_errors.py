@@ -9,7 +9,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from api.errors import install_error_handlers
+from api.errors import STATUSES, error_body, install_error_handlers
+from api.schemas.errors import Error
 from core.db.connections import SilentServerError
 from core.db.session import DATABASE_ERRORS
 from core.storage import StorageUnavailableError
@@ -43,3 +44,9 @@ def test_it_is_answered_503_and_a_time_to_come_again(error: Exception) -> None:
     answer = TestClient(app, raise_server_exceptions=False).get("/")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
     assert answer.json()["error"]["code"] == "unavailable"
+
+
+@pytest.mark.parametrize("status", sorted({*STATUSES.values(), 404, 405, 504}))
+def test_every_error_is_the_object_that_the_document_describes(status: int) -> None:
+    body = error_body(status, "No.", code="no", param="model")
+    assert Error.model_validate(body).model_dump() == body

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from api.errors import install_error_handlers
 from api.schemas.misplaced import OTHER_NAMES, find_misplaced
-from api.schemas.requests import CreateJob
+from api.schemas.openai.job_requests import CreateJob
 
 FILE = "file-" + "0" * 32
 GOOD = {"model": "m", "training_file": FILE}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from fastapi.routing import APIRoute
 
-from api.dependencies import ScopeGate
+from api.dependencies import RateGate, ScopeGate
+from api.routing import OneThreadRoute
 from core.domain.api_keys import Scope
 from tests.routes import all_routes
 
@@ -34,6 +35,17 @@ def test_reading_never_needs_more_than_a_key_for_reading_has(route: APIRoute) ->
     scope = gates_of(route)[0].scope
     assert scope != Scope.SUBMIT or route.methods != {"GET"}
     assert scope != Scope.READ or route.methods == {"GET"}
+
+
+@pytest.mark.parametrize("route", TENANT_ROUTES)
+def test_a_route_counts_a_request_before_it_looks_at_its_scope(route: APIRoute) -> None:
+    doors = [type(each.dependency) for each in route.dependencies]
+    assert doors[:2] == [RateGate, ScopeGate], "make the router a TenantRouter"
+
+
+@pytest.mark.parametrize("route", all_routes(), ids=lambda route: route.path)
+def test_every_route_stays_in_one_thread(route: APIRoute) -> None:
+    assert isinstance(route, OneThreadRoute)
 
 
 def test_keys_are_for_administrators_only() -> None:

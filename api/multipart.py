@@ -1,6 +1,6 @@
-"""Multipart uploads as a stream: the file's bytes pass through one chunk at a time, the small fields are kept.
+"""A multipart body as a stream: the file's bytes pass through one chunk at a time, the small fields are kept.
 
-A refused upload is read to its end and forgotten, so that the client gets to read the answer.
+A refused body is read to its end and forgotten, so that the client reads the answer.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _MAX_FIELD_BYTES = 4096
 _MAX_FIELDS = 32
 
 
-def describe_form(fields: dict[str, Any], *, required: list[str]) -> dict[str, Any]:
-    """Return the OpenAPI of a form that is read as a stream, which FastAPI does not see."""
+def describe_multipart(fields: dict[str, Any], *, required: list[str]) -> dict[str, Any]:
+    """Return the OpenAPI of a multipart body that a route reads as a stream, which FastAPI does not see."""
     schema = {"type": "object", "properties": fields, "required": required}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 @dataclass
-class MultipartUpload:
-    """One form. `fields` and `filename` are complete once `iterate_file` is exhausted; `file_field` holds the file."""
+class MultipartForm:
+    """One multipart body. `fields` and `filename` are complete once `iterate_file` is exhausted."""
 
     content_type: str
     body: Iterator[bytes]
@@ -49,7 +49,7 @@ class MultipartUpload:
             )
 
     def drain(self) -> None:
-        """Read what is left of the body, without keeping it, up to the largest body that could have been meant."""
+        """Read the rest of the body without keeping it, up to twice the largest allowed file."""
         left = 2 * self.max_file_bytes
         with suppress(RuntimeError):  # the client has gone
             for chunk in self.body:
@@ -79,7 +79,7 @@ class MultipartUpload:
 
 
 class _PartCollector:
-    """Callbacks of the push parser: sorts parts into the file's chunks and the fields."""
+    """The callbacks of the push parser. They sort parts into the file's chunks and the fields."""
 
     def __init__(self, file_field: bytes) -> None:
         self._file_field = file_field
@@ -137,7 +137,7 @@ class _PartCollector:
 
 
 def display_name(raw: bytes) -> str:
-    """Return a file name fit to be shown; it never becomes part of a path or a key."""
+    """Return a file name that is safe to show. It never becomes part of a path or an object key."""
     name = raw.decode(errors="replace").replace("\\", "/").rpartition("/")[2]
     shown = "".join(character for character in name if character.isprintable())
     return shown[:255] or "upload.jsonl"

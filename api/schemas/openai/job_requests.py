@@ -1,4 +1,4 @@
-"""The body of a job's creation: OpenAI's fields and bounds, ours beside them; unknown fields are refused."""
+"""The body of a job's submission: OpenAI's fields and bounds, and ours beside them. Unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
 
 from api.schemas.misplaced import find_misplaced
+from api.schemas.wire import RequestBody
 from core.domain import bounds
 from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, parse_id
@@ -16,66 +17,99 @@ from core.domain.training import LearningRateSchedule, resolve_alpha
 from core.services.submissions import JobRequest
 
 Auto = Literal["auto"]
-# PostgreSQL stores no NUL; half surrogate pairs are refused by pydantic itself.
+# PostgreSQL stores no NUL. pydantic itself refuses half surrogate pairs.
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 MetadataKey = Annotated[Text, StringConstraints(max_length=64)]
 MetadataValue = Annotated[Text, StringConstraints(max_length=512)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=False)
+class Hyperparameters(RequestBody):
+    """OpenAI's hyperparameters. `auto` lets the service choose by the size of the training file."""
 
-
-class Hyperparameters(_Body):
     n_epochs: Auto | Annotated[int, bounds.EPOCHS.field] = "auto"
+    """The number of passes over the training file."""
     batch_size: Auto | Annotated[int, bounds.BATCH_SIZE.field] = "auto"
+    """The number of examples of one optimizer step."""
     learning_rate_multiplier: Auto | Annotated[float, bounds.LEARNING_RATE_MULTIPLIER.field] = "auto"
+    """The factor on the service's base learning rate of 2e-4. `auto` is 1."""
 
 
-class Supervised(_Body):
+class Supervised(RequestBody):
+    """The terms of supervised fine-tuning."""
+
     hyperparameters: Hyperparameters | None = None
+    """The hyperparameters. Null or absent for `auto` everywhere."""
 
 
-class Method(_Body):
-    """The union of methods. Whatever has another `type` than ours is refused by that name, its own fields unread."""
+class Method(RequestBody):
+    """The training method. Every other method than `supervised` is refused by its name, its own fields unread."""
 
-    model_config = ConfigDict(extra="allow")
-    type: Text
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+    type: Annotated[Text, WithJsonSchema({"type": "string", "enum": ["supervised"]})]
+    """The kind of method: `supervised` only."""
     supervised: Supervised | None = None
+    """The terms of supervised fine-tuning."""
 
 
-class AdapterBody(_Body):
+class AdapterBody(RequestBody):
+    """The shape of the LoRA adapter to train."""
+
     rank: int = 16  # its bounds are the base's
-    alpha: Annotated[float, bounds.ALPHA.field] | None = None  # twice the rank
+    """The rank of the adapter's matrices. At most the base model's `max_rank`."""
+    alpha: Annotated[float, bounds.ALPHA.field] | None = None
+    """LoRA's alpha. Null or absent for twice the rank."""
     dropout: Annotated[float, bounds.DROPOUT.field] = 0.0
+    """The probability with which an input of the adapter is dropped in training."""
     target_modules: Literal["all-linear"] | list[Text] = "all-linear"
+    """The modules to train, by the last part of their names, such as `q_proj`. `all-linear` is all of the base's."""
     use_rslora: bool = False
+    """Whether to scale the adapter by alpha / sqrt(rank), as rsLoRA does, instead of alpha / rank."""
 
 
-class CreateJob(_Body):
+class CreateJob(RequestBody):
+    """A job to submit: OpenAI's fields, and ours beside them."""
+
     model: Text
+    """The base model to train against, as `GET /v1/models` names it."""
     training_file: Text
+    """The id of the file to train on."""
     validation_file: Text | None = None
+    """The id of the file to evaluate on. Null or absent for no evaluation."""
     suffix: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] | None = None
+    """A part of the trained model's name, to tell it from others."""
     seed: Annotated[int, bounds.SEED.field] | None = None
+    """The seed of all that is random in the job. Null or absent for a seed of the service's choice."""
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
-    integrations: list[Any] | None = None
+    """Up to 16 labels of your own. A key has at most 64 characters, a value at most 512."""
+    integrations: Annotated[list[Any], WithJsonSchema({"type": "array", "items": {}, "maxItems": 0})] | None = None
+    """Integrations are not supported: null, absent or an empty list."""
     method: Method | None = None
+    """The training method. Null or absent for `supervised`."""
     hyperparameters: Hyperparameters | None = None
+    """The hyperparameters, at the place that OpenAI's API had for them before `method`."""
     adapter: AdapterBody = AdapterBody()
+    """Ours. The shape of the adapter."""
     quantization: Literal["nf4"] | None = None
+    """Ours. The quantization of the base in training. Null or absent for full precision."""
     priority: Annotated[int, bounds.PRIORITY.field] = 0
+    """Ours. The job's rank among the organization's own jobs: a higher one starts first."""
     max_seq_len: Annotated[int, bounds.SEQ_LEN.field] | None = None
+    """Ours. The number of tokens to which longer rows are cut. Null or absent for the base model's greatest."""
     learning_rate: Annotated[float, bounds.LEARNING_RATE.field] | None = None
+    """Ours. The peak learning rate itself, in place of `learning_rate_multiplier`."""
     learning_rate_schedule: LearningRateSchedule = "cosine"
+    """Ours. How the learning rate falls after the warm-up."""
     warmup_ratio: Annotated[float, bounds.WARMUP_RATIO.field] = 0.05
+    """Ours. The part of the steps over which the learning rate rises, from 0 to 1."""
     weight_decay: Annotated[float, bounds.WEIGHT_DECAY.field] = 0.0
+    """Ours. AdamW's weight decay."""
     max_grad_norm: Annotated[float, bounds.GRAD_NORM.field] = 1.0
+    """Ours. The norm to which a larger gradient is clipped."""
 
     @model_validator(mode="before")
     @classmethod
     def _point_to_the_right_place(cls, body: Any) -> Any:
-        """Refuse a field that belongs elsewhere by its right name, before it is only unknown."""
+        """Refuse a field that belongs elsewhere, and name its right place."""
         if isinstance(body, Mapping) and (misplaced := find_misplaced(_without_other_method(body), cls)) is not None:
             sent, right = misplaced
             where = ", at the top of the request" if "." in sent and "." not in right else ""
@@ -111,7 +145,7 @@ class CreateJob(_Body):
             max_grad_norm=self.max_grad_norm,
             max_seq_len=self.max_seq_len,
             rank=self.adapter.rank,
-            # A default that is spelled out is the same request.
+            # A request that spells the default out is the same request.
             alpha=None if self.adapter.alpha == resolve_alpha(self.adapter.rank) else self.adapter.alpha,
             dropout=self.adapter.dropout,
             target_modules=(
@@ -156,7 +190,7 @@ class CreateJob(_Body):
 
 
 def _without_other_method(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Leave out the fields of a method that is not ours: it is refused by its name."""
+    """Leave out the fields of an unsupported method: it is refused by its name."""
     method = body.get("method")
     if isinstance(method, Mapping) and method.get("type") != "supervised":
         return {name: value for name, value in body.items() if name != "method"}
@@ -164,7 +198,7 @@ def _without_other_method(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _parse_file_id(text: str, *, param: str) -> uuid.UUID:
-    """Return a file's UUID. Raises for what is no id what `submit_job` raises for an unknown one."""
+    """Return a file's UUID. Raises the error of an unknown file for a malformed id."""
     try:
         return parse_id(IdKind.FILE, text, param=param)
     except NotFoundError as error:

@@ -1,4 +1,4 @@
-"""Uploads on the wire, and what files and uploads have in common: a purpose, and a time after which they go."""
+"""Uploads: files that are sent in parts. Also what files and uploads have in common: a purpose and an expiry."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints, WithJsonSchema
 
-from api.schemas.objects import FileObject
-from api.schemas.requests import Text
+from api.schemas.openai.files import FileObject
+from api.schemas.openai.job_requests import Text
+from api.schemas.wire import Answer, RequestBody, unix_seconds
 from core.db.models import File, Upload, UploadPart
 from core.domain.bounds import FILE_SECONDS, UPLOAD_BYTES
 from core.domain.errors import InvalidRequestError
@@ -21,39 +22,62 @@ MIN_SECONDS, MAX_SECONDS = int(FILE_SECONDS.least), int(FILE_SECONDS.greatest)
 ShortText = Annotated[Text, StringConstraints(min_length=1, max_length=255)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class FileExpiresAfter(RequestBody):
+    """When the file is deleted by itself."""
 
-
-class ExpiresAfter(_Body):
     anchor: Literal["created_at"]
+    """The instant from which the seconds count: always `created_at`, when the file is made."""
     seconds: Annotated[int, FILE_SECONDS.field]
+    """The file's lifetime in seconds, from an hour to 30 days."""
 
 
-class CreateUpload(_Body):
+class CreateUpload(RequestBody):
+    """What a new upload will hold."""
+
     bytes: Annotated[int, UPLOAD_BYTES.field]
+    """The size of the whole file in bytes. At most 8 GiB."""
     filename: ShortText
+    """The file's name."""
     mime_type: ShortText
-    purpose: ShortText
-    expires_after: ExpiresAfter | None = None
+    """The file's media type, such as `application/jsonl`. It is kept and not checked."""
+    purpose: Annotated[ShortText, WithJsonSchema({"type": "string", "enum": ["fine-tune"]})]
+    """What the file is for: `fine-tune` only."""
+    expires_after: FileExpiresAfter | None = None
+    """When the file is deleted by itself. Null or absent for a file that stays."""
 
 
-class CompleteUpload(_Body):
+class CompleteUpload(RequestBody):
+    """The parts of which the file is made."""
+
     part_ids: list[ShortText] = Field(min_length=1, max_length=10_000)
+    """The ids of all parts, in the order of the file."""
     md5: Annotated[str, StringConstraints(pattern="^[0-9a-fA-F]{32}$")] | None = None
+    """The MD5 of the whole file in hexadecimal digits. If given, a file that differs is refused."""
 
 
-class UploadObject(BaseModel):
+class UploadObject(Answer):
+    """A file that is uploaded in parts."""
+
     id: str
-    object: str = "upload"
+    """The upload's id, which begins with `upload_`."""
+    object: Literal["upload"] = "upload"
+    """The kind of this object."""
     bytes: int
+    """The size that the file will have, in bytes."""
     created_at: int
+    """When the upload was begun, in Unix seconds."""
     expires_at: int
+    """When a pending upload expires, in Unix seconds."""
     filename: str
-    purpose: str
+    """The file's name."""
+    purpose: Literal["fine-tune"]
+    """What the file is for."""
     mime_type: str
-    status: str
+    """Ours. The media type that the request named."""
+    status: Literal["pending", "completing", "completed", "cancelled", "expired"]
+    """Where the upload is in its life. `completing` is ours: its parts are being put together."""
     file: FileObject | None
+    """The file that the upload has become. Null until the upload is completed."""
 
     @classmethod
     def of(cls, row: Upload, *, now: dt.datetime, file: File | None = None) -> UploadObject:
@@ -61,8 +85,8 @@ class UploadObject(BaseModel):
         return cls(
             id=format_id(IdKind.UPLOAD, row.id),
             bytes=row.size_bytes,
-            created_at=int(row.created_at.timestamp()),
-            expires_at=int(row.expires_at.timestamp()),
+            created_at=unix_seconds(row.created_at),
+            expires_at=unix_seconds(row.expires_at),
             filename=row.filename,
             purpose=row.purpose,
             mime_type=row.mime_type,
@@ -71,17 +95,23 @@ class UploadObject(BaseModel):
         )
 
 
-class PartObject(BaseModel):
+class PartObject(Answer):
+    """One part of an upload."""
+
     id: str
-    object: str = "upload.part"
+    """The part's id, which begins with `part_`. Completing the upload needs it."""
+    object: Literal["upload.part"] = "upload.part"
+    """The kind of this object."""
     created_at: int
+    """When the part was stored, in Unix seconds."""
     upload_id: str
+    """The id of the upload that the part belongs to."""
 
     @classmethod
     def of(cls, row: UploadPart) -> PartObject:
         return cls(
             id=format_id(IdKind.PART, row.id),
-            created_at=int(row.created_at.timestamp()),
+            created_at=unix_seconds(row.created_at),
             upload_id=format_id(IdKind.UPLOAD, row.upload_id),
         )
 
@@ -92,7 +122,7 @@ def require_trainable(purpose: str | None) -> None:
 
 
 def read_lifetime(form: Mapping[str, str]) -> timedelta | None:
-    """Return what the fields `expires_after[anchor]` and `expires_after[seconds]` say, or None without them."""
+    """Return the lifetime in `expires_after[anchor]` and `expires_after[seconds]`, or None without them."""
     anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
     if anchor is None and seconds is None:
         return None

@@ -1,7 +1,7 @@
-"""The OpenAPI document: what every operation can answer, errors included, and the key that it needs.
+"""The OpenAPI document: what every operation can answer, errors included, and whether it needs a key.
 
-FastAPI knows the answers of a route that succeeds. The refusals that any request may meet are added here, from what an
-operation is: nobody has to remember them, route by route.
+FastAPI knows the answer of a route that succeeds. The errors that any request may meet are added here, by the
+operation's path and method, so that no route has to list them.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from api.schemas.errors import Error
+
 _OPEN_PREFIXES = ("/livez", "/readyz", "/startupz", "/metrics")
-_TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
-_ERROR = {
-    "title": "Error",
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": _TEXT_OR_NULL,
-                "code": _TEXT_OR_NULL,
-            },
-        }
-    },
-}
+TAGS = [
+    {"name": "files", "description": "Datasets, and the result files of jobs."},
+    {"name": "uploads", "description": "Large files that are sent in parts."},
+    {"name": "fine-tuning", "description": "Jobs, and everything that they tell of themselves."},
+    {"name": "checkpoints", "description": "Adapters as they were at a step, and who may read them."},
+    {"name": "graders", "description": "OpenAI's graders, which are refused here."},
+    {"name": "models", "description": "Base models, and the caller's own fine-tuned models."},
+    {"name": "adapters", "description": "Finished adapters and their files."},
+    {"name": "api-keys", "description": "The API keys of an organization, for its administrators."},
+    {"name": "admin", "description": "What operators do and see. It needs an operator's key."},
+    {"name": "health", "description": "Probes for load balancers. They need no key."},
+]
 _BEARER = {"type": "http", "scheme": "bearer", "description": "An API key of this service."}
 
 
+def describe_refusal(description: str) -> dict[str, Any]:
+    """Return the OpenAPI of an answer that is an error object."""
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {"description": description, "content": content}
+
+
 class DescribedApp(FastAPI):
-    """An application whose document tells its errors."""
+    """An application whose document lists its errors."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -48,11 +50,17 @@ def _complete(document: dict[str, Any]) -> None:
     schemas = components.setdefault("schemas", {})
     for ours_differ in ("HTTPValidationError", "ValidationError"):
         schemas.pop(ours_differ, None)
-    schemas["Error"] = _ERROR
+    schemas.update(_error_schemas())
     components["securitySchemes"] = {"bearer": _BEARER}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             _complete_operation(operation, path=path, method=method)
+
+
+def _error_schemas() -> dict[str, Any]:
+    """Return the error object's schemas by name: no route returns it, so FastAPI does not know it."""
+    schema = Error.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {**schema.pop("$defs"), "Error": schema}
 
 
 def _complete_operation(operation: dict[str, Any], *, path: str, method: str) -> None:
@@ -60,8 +68,7 @@ def _complete_operation(operation: dict[str, Any], *, path: str, method: str) ->
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
     for status in _refusals(operation, path=path, method=method):
-        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-        responses.setdefault(str(status.value), {"description": status.phrase, "content": content})
+        responses.setdefault(str(status.value), describe_refusal(status.phrase))
     if not path.startswith(_OPEN_PREFIXES):
         operation["security"] = [{"bearer": []}]
 

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from core.db.session import operator_transaction
 from core.services.audit import list_audit_entries
 from core.services.operators import issue_operator_key
-from tests.integration.api.test_contract import fuzz
+from tests.integration.api.test_document import fuzz
 from tests.integration.conftest import BASE_MODEL
 
 CHANGES = {"tenant.created", "tenant.changed", "api_key.created", "api_key.changed", "base_model.changed"}

@@ -1,0 +1,25 @@
+"""The answers of the probes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from api.schemas.wire import Answer
+
+
+class HealthObject(Answer):
+    """The process works."""
+
+    status: Literal["ok"] = "ok"
+    """Always `ok`: a process that does not work answers 503, or nothing."""
+
+
+class DegradedObject(Answer):
+    """The process does most of its work, and lacks something for the rest."""
+
+    status: Literal["degraded"] = "degraded"
+    """Always `degraded`."""
+    code: str
+    """What is missing, a stable word for programs, such as `storage_unavailable`."""
+    message: str
+    """What is missing, for people."""

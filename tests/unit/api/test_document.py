@@ -1,0 +1,88 @@
+"""The OpenAPI document explains itself: a client's author needs no other page to know what a field means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+
+from tests.routes import all_routes, document
+
+DOCUMENT = document()
+OPERATIONS = {
+    f"{method} {path}": operation
+    for path, operations in DOCUMENT["paths"].items()
+    for method, operation in operations.items()
+}
+# Objects whose keys nobody can list, and why.
+FREE_FORM = {
+    "#/components/schemas/AuditObject/properties/before": "the columns of whatever table was changed",
+    "#/components/schemas/AuditObject/properties/after": "the columns of whatever table was changed",
+    "#/components/schemas/LogLineObject/properties/data": "each name of a line has values of its own",
+}
+
+
+def schemas_in(node: Any, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every schema of a part of the document, with its place."""
+    if isinstance(node, dict):
+        yield at, node
+        for name, value in node.items():
+            yield from schemas_in(value, f"{at}/{name}")
+    if isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from schemas_in(value, f"{at}/{index}")
+
+
+def is_free_form(schema: dict[str, Any]) -> bool:
+    """Return whether an object may hold anything. A map names the type of its values, at least."""
+    is_known = schema.keys() & {"properties", "patternProperties"}
+    return schema.get("type") == "object" and not is_known and schema.get("additionalProperties", True) in (True, {})
+
+
+def test_the_walk_finds_the_document() -> None:
+    assert len(OPERATIONS) >= 58
+    assert sum(len(schema.get("properties", ())) for _, schema in schemas_in(DOCUMENT, "#")) >= 480
+
+
+@pytest.mark.parametrize("route", all_routes(), ids=lambda route: f"{'|'.join(sorted(route.methods))} {route.path}")
+def test_every_operation_has_a_summary_of_its_own(route: APIRoute) -> None:
+    assert route.summary, 'write summary="..." on the route: FastAPI would make one of the name of the function'
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_every_operation_and_every_parameter_of_it_is_described(operation: dict[str, Any]) -> None:
+    assert operation.get("description", "").endswith(".")
+    assert [each["name"] for each in operation.get("parameters", ()) if not each.get("description")] == []
+
+
+def test_every_tag_is_described_and_used() -> None:
+    used = {tag for operation in OPERATIONS.values() for tag in operation["tags"]}
+    assert {tag["name"] for tag in DOCUMENT["tags"] if tag["description"]} == used
+
+
+def test_every_schema_and_every_property_is_described() -> None:
+    components = DOCUMENT["components"]["schemas"]
+    assert [name for name, schema in components.items() if not schema.get("description")] == []
+    assert [
+        f"{at}/properties/{name}"
+        for at, schema in schemas_in(DOCUMENT, "#")
+        for name, value in schema.get("properties", {}).items()
+        if not value.get("description")
+    ] == []
+
+
+def test_every_object_names_its_keys_but_those_that_nobody_can_list() -> None:
+    assert {at for at, schema in schemas_in(DOCUMENT, "#") if is_free_form(schema)} == FREE_FORM.keys()
+
+
+def test_no_kind_or_status_of_a_schema_is_just_a_string() -> None:
+    bare = [
+        f"{at}/properties/{name}"
+        for at, schema in schemas_in(DOCUMENT["components"]["schemas"], "")
+        for name in {"object", "status", "level", "purpose", "type", "state", "basis"}
+        & schema.get("properties", {}).keys()
+        if not schema["properties"][name].keys() & {"const", "enum", "$ref"}
+    ]
+    assert bare == []
