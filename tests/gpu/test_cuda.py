@@ -74,7 +74,7 @@ def test_other_tenants_poison_leaves_my_gradients_bitwise_unchanged() -> None:
     engine = engine_of(tiny_llama().to(CUDA, torch.bfloat16), JOBS)
     before = fused_gradients(engine)["narrow"]
     for job_id, value in (("wide", torch.nan), ("deep", torch.inf), ("wet", 1e30)):
-        for pair in engine._slots[job_id].pairs().values():
+        for pair in engine._slots[job_id].row.pairs().values():
             pair.A_RK.fill_(value)
     after = fused_gradients(engine)["narrow"]
     assert all(torch.equal(before[name], after[name]) for name in before)

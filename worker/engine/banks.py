@@ -70,8 +70,8 @@ class LoraStack:
 
 
 @dataclass(eq=False)
-class Row:
-    """A slot's row of its bank. `index` changes when another row is removed."""
+class Place:
+    """Where a row stands in its bank. `index` changes when another row is removed."""
 
     index: int
 
@@ -86,14 +86,14 @@ class Bank:
     def __init__(self, layout: Layout, index: int, device: torch.device) -> None:
         self.layout = layout
         self.index = index
-        self._rows: list[Row] = []
+        self._places: list[Place] = []
         # Making a view takes longer than a small product, and every step asks for the same ones.
         self._known_views: dict[tuple[int, int, int, tuple[str, ...]], LoraStack] = {}
         self._vectors = [torch.zeros(0, layout.num_parameters, device=device) for _ in range(4)]
 
     @property
     def num_rows(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     @property
     def weights_SP(self) -> Tensor:
@@ -111,28 +111,28 @@ class Bank:
     def exp_avg_sq_SP(self) -> Tensor:
         return self._vectors[3]
 
-    def add_row(self) -> Row:
-        """Return a new row of zeros. Raises torch.OutOfMemoryError, and then no row was added."""
+    def add_row(self) -> Place:
+        """Return where a new row of zeros is. Raises torch.OutOfMemoryError, and then no row was added."""
         try:
             self._resize(at_least=self.num_rows + 1)
         except torch.OutOfMemoryError:
             self._release()
             raise
-        self._rows.append(Row(self.num_rows))
-        return self._rows[-1]
+        self._places.append(Place(self.num_rows))
+        return self._places[-1]
 
-    def remove_row(self, row: Row) -> None:
+    def remove_row(self, place: Place) -> None:
         """Take a row out and move the last one into its place. No trace of it stays in the memory. Never fails.
 
         Nothing is allocated until the rows are in order again: what fails after that costs memory and no slot.
         """
-        last = self._rows.pop()
+        last = self._places.pop()
         for vectors_SP in self._vectors:
-            vectors_SP[row.index].copy_(vectors_SP[last.index])
+            vectors_SP[place.index].copy_(vectors_SP[last.index])
             vectors_SP[last.index].zero_()
-        if last is not row:
-            self._rows[row.index] = last
-            last.index = row.index
+        if last is not place:
+            self._places[place.index] = last
+            last.index = place.index
         self._release()
 
     def weights(self, rows: slice | Tensor, names: tuple[str, ...]) -> LoraStack:

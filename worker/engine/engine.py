@@ -21,7 +21,7 @@ from worker.engine.banks import BYTES_PER_PARAMETER, Bank, Layout
 from worker.engine.bases import freeze_base, inspect_base, recompute_layers
 from worker.engine.errors import DivergedError, ExampleTooLargeError, InvalidJobError, JobTooLargeError, NoFreeSlotError
 from worker.engine.evaluations import PendingEvaluation, Score
-from worker.engine.examples import EngineJob, Example, SlotReport
+from worker.engine.examples import DrawnExample, EngineJob, Example, SlotReport
 from worker.engine.frozen import Scratch, freeze_linear
 from worker.engine.limits import JobLimits
 from worker.engine.linears import FusedLinear, Siblings
@@ -29,7 +29,7 @@ from worker.engine.losses import Head, RowLosses, cross_entropy, loss_bytes
 from worker.engine.memory import DeviceMemory, StepCost, measure_activations, probe_example, probe_job
 from worker.engine.norms import freeze_norms
 from worker.engine.optimizers import AdamW
-from worker.engine.packing import GroupExamples, PackedBatch, pack
+from worker.engine.packing import PackedBatch, pack
 from worker.engine.planner import Planner, SlotPlan
 from worker.engine.runs import SlotRows, make_runs, stream_order
 from worker.engine.slots import Slot
@@ -179,11 +179,13 @@ class Engine:
 
     def export_adapter(self, job_id: str, directory: Path) -> None:
         """Write the job's adapter as it is now in PEFT's format."""
-        export_adapter(self._slots[job_id], directory, base_model_id=self._base_model_id)
+        export_adapter(self._slots[job_id].row, directory, base_model_id=self._base_model_id)
 
     def import_adapter(self, job_id: str, directory: Path) -> None:
         """Start the job from an adapter in PEFT's format."""
-        import_adapter(self._slots[job_id], directory)
+        slot = self._slots[job_id]
+        import_adapter(slot.row, directory)
+        slot.restart_batch()
 
     def capture_state(self, job_id: str) -> SlotState:
         """Copy what the job's training resumes from, to be written at leisure."""
@@ -211,7 +213,7 @@ class Engine:
             if is_given_up:
                 self._shorten_steps(plans)
                 return ()
-            if len(plans) == 1 and len(plans[0].example_indices) == 1:
+            if len(plans) == 1 and len(plans[0].examples) == 1:
                 return (_report(plans[0], failure=ExampleTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
             self._halve_budget(plans)
         return ()
@@ -242,19 +244,12 @@ class Engine:
         return sorted(plans, key=lambda plan: stream_order(plan.slot))
 
     def _pack(self, plans: list[SlotPlan]) -> PackedBatch:
-        parts = [
-            GroupExamples(
-                [plan.slot.job.examples[index] for index in plan.example_indices],
-                [plan.slot.dropout_key(index) for index in plan.example_indices],
-            )
-            for plan in plans
-        ]
-        return pack(parts, self._device)
+        return pack([plan.examples for plan in plans], self._device)
 
     def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch) -> RowLosses:
         self._memory.begin_step()
         parts = [SlotRows(plan.slot, group) for plan, group in zip(plans, batch.groups, strict=True)]
-        weights = [1 / sum(example.num_labels for example in plan.slot.batch_examples()) for plan in plans]
+        weights = [1 / sum(drawn.example.num_labels for drawn in plan.slot.cursor.batch()) for plan in plans]
         counts = [group.label_end - group.label_start for group in batch.groups]
         weights_M = torch.repeat_interleave(torch.tensor(weights), torch.tensor(counts)).to(self._device)
         # The runs stay until after the backward, which computes some layers again.
@@ -282,7 +277,7 @@ class Engine:
     def _score(self, slot: Slot, examples: Sequence[Example]) -> list[Score]:
         """Score examples in one forward, or in halves where one does not fit. Raises JobTooLargeError."""
         try:
-            batch = pack([GroupExamples(examples, [0] * len(examples))], self._device)
+            batch = pack([[DrawnExample(example, 0) for example in examples]], self._device)
             runs = make_runs([SlotRows(slot, batch.groups[0], is_training=False)], is_grouped=False)
             with torch.no_grad(), self._context.running(runs):
                 return [Score.of(self._forward(batch, torch.ones(len(batch.labels_M), device=self._device)))]
@@ -303,14 +298,14 @@ class Engine:
         self._planner.charge(staying, slots, self._budget_tokens, scored=costs)
         reports = []
         for plan, found in zip(plans, sums, strict=True):
-            slot, num_examples = plan.slot, len(plan.example_indices)
+            slot, num_examples = plan.slot, len(plan.examples)
             slot.count(
                 num_examples=num_examples,
                 num_tokens=plan.num_tokens,
                 loss_sum=found.loss_sum,
                 num_right=found.num_right,
             )
-            if slot.is_batch_complete and slot.evicted_at is None:
+            if slot.cursor.is_batch_complete and slot.evicted_at is None:
                 reports.append(
                     complete_batch(slot, self._optimizer, grad_norm=found.grad_norm, num_tokens=plan.num_tokens)
                 )
@@ -352,7 +347,7 @@ class Engine:
 
     @property
     def _banks(self) -> Collection[Bank]:
-        return {slot.bank.index: slot.bank for slot in self._slots.values()}.values()
+        return {slot.row.bank.index: slot.row.bank for slot in self._slots.values()}.values()
 
     def _bank_of(self, layout: Layout) -> Bank:
         """Return the bank of a layout. A new one is known to nobody until a slot has a row of it."""
@@ -377,7 +372,7 @@ class Engine:
         slot = Slot(probe_job(self._shape.target_modules), Bank(layout, 0, self._device))
 
         def run_decoder(num_tokens: int) -> Tensor:
-            batch = pack([GroupExamples([probe_example(num_tokens)], [0])], self._device)
+            batch = pack([[DrawnExample(probe_example(num_tokens), 0)]], self._device)
             with self._context.running(make_runs([SlotRows(slot, batch.groups[0])], is_grouped=False)):
                 return self._decode(batch)
 

@@ -29,6 +29,14 @@ class Example:
         return int(self.is_label[1:].sum())
 
 
+@dataclass(frozen=True)
+class DrawnExample:
+    """An example of an optimizer batch, and what its dropout is seeded with."""
+
+    example: Example
+    dropout_key: int
+
+
 @dataclass(frozen=True, eq=False)
 class EngineJob:
     """A job to train. `share` weighs its tenant's part of the token budget, however many jobs the tenant has."""

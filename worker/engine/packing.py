@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.examples import Example
+from worker.engine.examples import DrawnExample
 
 
 @dataclass(frozen=True)
@@ -81,28 +81,21 @@ class PackedBatch:
     sequences: SequenceLayout
 
 
-@dataclass(frozen=True, eq=False)
-class GroupExamples:
-    """What one slot contributes to a step; `dropout_keys` has one number an example."""
-
-    examples: Sequence[Example]
-    dropout_keys: Sequence[int]
-
-
-def pack(parts: Sequence[GroupExamples], device: torch.device) -> PackedBatch:
-    """Lay the examples side by side and copy them to the device once."""
+def pack(parts: Sequence[Sequence[DrawnExample]], device: torch.device) -> PackedBatch:
+    """Lay the examples side by side, those of one slot in each part, and copy them to the device once."""
     tokens, positions, rows, labels, groups = [], [], [], [], []
     start = label_start = 0
     for part in parts:
         sequences, end, label_end = [], start, label_start
-        for example, key in zip(part.examples, part.dropout_keys, strict=True):
+        for drawn in part:
+            example = drawn.example
             length = example.num_tokens
             targets = np.flatnonzero(example.is_label[1:])
             tokens.append(example.token_ids)
             positions.append(np.arange(length))
             rows.append(targets + end)
             labels.append(example.token_ids[1:][targets])
-            sequences.append(PackedSequence(end, end + length, key))
+            sequences.append(PackedSequence(end, end + length, drawn.dropout_key))
             end += length
             label_end += len(targets)
         groups.append(Group(start, end, label_start, label_end, tuple(sequences)))

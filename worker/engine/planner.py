@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from worker.engine.examples import DrawnExample
 from worker.engine.slots import Slot
 
 
@@ -20,11 +21,11 @@ class SlotPlan:
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self.num_tokens = 0
-        self._waiting = slot.waiting_indices()
+        self._waiting = slot.waiting()
         self._num_taken = 0
 
     @property
-    def example_indices(self) -> list[int]:
+    def examples(self) -> list[DrawnExample]:
         return self._waiting[: self._num_taken]
 
     @property
@@ -34,7 +35,7 @@ class SlotPlan:
     @property
     def next_length(self) -> int:
         """The tokens of the example that would be taken next."""
-        return self.slot.job.examples[self._waiting[self._num_taken]].num_tokens
+        return self._waiting[self._num_taken].example.num_tokens
 
     def take(self) -> int:
         """Take the next example and return its tokens."""

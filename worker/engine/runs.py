@@ -20,7 +20,8 @@ from torch.nn.functional import grouped_mm
 
 from worker.engine.banks import Bank, LoraStack
 from worker.engine.packing import Group
-from worker.engine.slots import Slot, stable_hash
+from worker.engine.seeds import stable_hash
+from worker.engine.slots import Slot
 
 
 class _Kind(NamedTuple):
@@ -57,7 +58,7 @@ class Run:
 
     @property
     def bank(self) -> Bank:
-        return self.parts[0].slot.bank
+        return self.parts[0].slot.row.bank
 
     def adapted(self, siblings: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Return the siblings that have LoRA here: together, or each alone where each drops numbers of its own."""
@@ -108,7 +109,7 @@ class Run:
         return torch.where(factors_tK > 0, rows_tK * factors_tK, 0)
 
     def _factors(self, part: SlotRows, rows_tK: Tensor, name: str) -> Tensor:
-        probability, pieces = part.slot.job.spec.adapter.dropout, []
+        probability, pieces = part.slot.row.adapter.dropout, []
         for sequence in part.group.sequences:
             generator = torch.Generator(rows_tK.device).manual_seed(stable_hash(sequence.dropout_key, name))
             shape = (sequence.end - sequence.start, rows_tK.shape[1])
@@ -119,7 +120,7 @@ class Run:
 
 def stream_order(slot: Slot) -> tuple[_Kind, int]:
     """Return where a training slot stands in the stream, so that what can make a run is neighbours."""
-    return _kind_of(slot, is_training=True), slot.row
+    return _kind_of(slot, is_training=True), slot.row.index
 
 
 def make_runs(parts: Sequence[SlotRows], *, is_grouped: bool) -> tuple[Run, ...]:
@@ -134,27 +135,24 @@ def make_runs(parts: Sequence[SlotRows], *, is_grouped: bool) -> tuple[Run, ...]
 
 
 def _kind_of(slot: Slot, *, is_training: bool) -> _Kind:
-    adapter = slot.job.spec.adapter
-    return _Kind(slot.bank.index, slot.tally.position == 0, is_training and adapter.dropout > 0, adapter.scale)
+    adapter = slot.row.adapter
+    return _Kind(slot.row.bank.index, slot.cursor.position == 0, is_training and adapter.dropout > 0, adapter.scale)
 
 
 def _continues(last: SlotRows, part: SlotRows, *, is_grouped: bool) -> bool:
-    is_neighbour = last.slot.row + 1 == part.slot.row and last.group.num_tokens == part.group.num_tokens
+    is_neighbour = last.slot.row.index + 1 == part.slot.row.index and last.group.num_tokens == part.group.num_tokens
     return last.kind == part.kind and (is_grouped or is_neighbour)
 
 
 def _make_run(parts: list[SlotRows], *, is_grouped: bool) -> Run:
-    first, last, device = parts[0], parts[-1], parts[0].slot.weights_P.device
+    first, last, device = parts[0], parts[-1], parts[0].slot.row.weights_P.device
     offsets = torch.tensor([part.group.end - first.group.start for part in parts], dtype=torch.int32)
-    is_contiguous = last.slot.row - first.slot.row == len(parts) - 1
+    indices = [part.slot.row.index for part in parts]
+    is_contiguous = indices[-1] - indices[0] == len(parts) - 1
     return Run(
         parts=tuple(parts),
         kind=first.kind,
-        bank_rows=(
-            slice(first.slot.row, last.slot.row + 1)
-            if is_contiguous
-            else torch.tensor([part.slot.row for part in parts], device=device)
-        ),
+        bank_rows=(slice(indices[0], indices[-1] + 1) if is_contiguous else torch.tensor(indices, device=device)),
         rows=slice(first.group.start, last.group.end),
         offsets=offsets.to(device) if is_grouped else None,
     )

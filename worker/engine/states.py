@@ -45,14 +45,15 @@ class SlotState:
 
 
 def capture_state(slot: Slot) -> SlotState:
-    tensors = {"weights": slot.weights_P, "exp_avg": slot.exp_avg_P, "exp_avg_sq": slot.exp_avg_sq_P}
+    row = slot.row
+    tensors = {"weights": row.weights_P, "exp_avg": row.exp_avg_P, "exp_avg_sq": row.exp_avg_sq_P}
     cursor = {
         "format": _FORMAT,
-        "step": slot.step,
-        "num_updates": slot.num_updates,
+        "step": slot.cursor.step,
+        "num_updates": row.num_updates,
         "num_skipped_in_a_row": slot.num_skipped_in_a_row,
         "spec": slot.job.spec.model_dump(mode="json"),
-        "num_examples": len(slot.job.examples),
+        "num_examples": slot.cursor.num_examples,
     }
     return SlotState({name: tensor.cpu().clone() for name, tensor in tensors.items()}, cursor)
 
@@ -73,21 +74,21 @@ def load_state(slot: Slot, directory: Path) -> int:
 
     Raises InvalidJobError when it is another job's, UnreadableStateError when it is of an unknown format.
     """
-    cursor = read_cursor(directory)
+    row, cursor = slot.row, read_cursor(directory)
     tensors = load_file(directory / TENSORS_FILE)
-    is_same_data = cursor["num_examples"] == len(slot.job.examples)
-    is_same_shape = all(tensors[name].shape == slot.weights_P.shape for name in _VECTORS)
+    is_same_data = cursor["num_examples"] == slot.cursor.num_examples
+    is_same_shape = all(tensors[name].shape == row.weights_P.shape for name in _VECTORS)
     if not (is_same_data and is_same_shape and _has_spec(cursor, slot.job.spec)):
         raise InvalidJobError("The saved state belongs to another job: its spec, data or base model differs.")
     if cursor["format"] == _FORMAT_BEFORE:
-        tensors = {name: _let_siblings_follow(slot.bank.layout, tensors[name]) for name in _VECTORS}
-    slot.weights_P.copy_(tensors["weights"])
-    slot.exp_avg_P.copy_(tensors["exp_avg"])
-    slot.exp_avg_sq_P.copy_(tensors["exp_avg_sq"])
-    slot.step, slot.num_updates = cursor["step"], cursor["num_updates"]
+        tensors = {name: _let_siblings_follow(row.bank.layout, tensors[name]) for name in _VECTORS}
+    row.weights_P.copy_(tensors["weights"])
+    row.exp_avg_P.copy_(tensors["exp_avg"])
+    row.exp_avg_sq_P.copy_(tensors["exp_avg_sq"])
+    slot.cursor.step, row.num_updates = cursor["step"], cursor["num_updates"]
     slot.num_skipped_in_a_row = cursor["num_skipped_in_a_row"]
     slot.restart_batch()
-    return slot.step
+    return slot.cursor.step
 
 
 def _has_spec(cursor: dict[str, Any], spec: TrainingSpec) -> bool:

@@ -89,5 +89,4 @@ class StepContext:
 
     def _remove_rows(self) -> None:
         while self._leaving:
-            slot = self._leaving.pop()
-            slot.bank.remove_row(slot.bank_row)
+            self._leaving.pop().row.remove()

@@ -32,7 +32,7 @@ def read_sums(slots: Sequence[Slot], batch: PackedBatch, losses: RowLosses) -> l
             [
                 losses.losses_M[group.label_start : group.label_end].sum(),
                 losses.is_right_M[group.label_start : group.label_end].sum(),
-                torch.linalg.vector_norm(slot.grads_P),
+                torch.linalg.vector_norm(slot.row.grads_P),
             ]
         )
         for slot, group in zip(slots, batch.groups, strict=True)
@@ -43,22 +43,25 @@ def read_sums(slots: Sequence[Slot], batch: PackedBatch, losses: RowLosses) -> l
 def complete_batch(slot: Slot, optimizer: AdamW, *, grad_norm: float, num_tokens: int) -> SlotReport:
     """Update the slot's weights, unless its gradient is not finite, and go on to its next optimizer batch."""
     is_skipped = not (math.isfinite(grad_norm) and math.isfinite(slot.tally.loss_sum))
-    learning_rate = 0.0 if is_skipped else optimizer.update(slot, grad_norm=grad_norm)
+    cursor, tally = slot.cursor, slot.tally
+    learning_rate = 0.0 if is_skipped else cursor.learning_rate
+    if not is_skipped:
+        optimizer.update(slot.row, slot.job.spec, learning_rate=learning_rate, grad_norm=grad_norm)
     slot.num_skipped_in_a_row = slot.num_skipped_in_a_row + 1 if is_skipped else 0
-    num_labels, tally = sum(example.num_labels for example in slot.batch_examples()), slot.tally
+    num_labels = sum(drawn.example.num_labels for drawn in cursor.batch())
     slot.advance()
     update = StepMetrics(
-        step=slot.step,
-        total_steps=slot.total_steps,
-        epoch=slot.step / slot.steps_per_epoch,
+        step=cursor.step,
+        total_steps=cursor.total_steps,
+        epoch=cursor.step / cursor.steps_per_epoch,
         loss=tally.loss_sum / num_labels,
         token_accuracy=tally.num_right / num_labels,
         learning_rate=learning_rate,
         grad_norm=grad_norm,
         num_tokens=tally.num_tokens,
         num_label_tokens=num_labels,
-        is_epoch_end=slot.step % slot.steps_per_epoch == 0,
-        is_last=slot.is_finished,
+        is_epoch_end=cursor.step % cursor.steps_per_epoch == 0,
+        is_last=cursor.is_finished,
         is_skipped=is_skipped,
     )
     failure = None

@@ -62,8 +62,18 @@ class Standing:
     @classmethod
     def of(cls, slot: Slot) -> Standing:
         return cls(
-            tuple(each.clone() for each in (slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P)),
-            (slot.step, slot.num_updates, slot.num_skipped_in_a_row, slot.num_fused_steps, slot.served_tokens),
+            tuple(
+                each.clone()
+                for each in (slot.row.weights_P, slot.row.grads_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)
+            ),
+            (
+                slot.cursor.step,
+                slot.cursor.position,
+                slot.row.num_updates,
+                slot.num_skipped_in_a_row,
+                slot.num_fused_steps,
+                slot.served_tokens,
+            ),
             replace(slot.tally),
             slot.evaluation,
         )
@@ -82,12 +92,11 @@ def put_back(engine: Engine, before: dict[str, Standing]) -> None:
     """Make every slot what it was, so that one engine can try the same step again and again."""
     for job_id, standing in before.items():
         slot = engine._slots[job_id]
-        vectors = (slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P)
+        vectors = (slot.row.weights_P, slot.row.grads_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)
         for vector_P, was_P in zip(vectors, standing.vectors, strict=True):
             vector_P.copy_(was_P)
-        slot.step, slot.num_updates, slot.num_skipped_in_a_row, slot.num_fused_steps, slot.served_tokens = (
-            standing.counts
-        )
+        slot.cursor.step, slot.cursor.position, slot.row.num_updates, *counts = standing.counts
+        slot.num_skipped_in_a_row, slot.num_fused_steps, slot.served_tokens = counts
         slot.tally = replace(standing.tally)
     engine._budget_tokens = engine._max_tokens_per_step
 
@@ -103,9 +112,9 @@ def assert_unmoved(engine: Engine, before: dict[str, Standing]) -> None:
 
 def assert_every_row_has_one_slot(engine: Engine) -> None:
     """The rows of a bank are its slots', one each, and whatever is beyond them is zero."""
-    banks = {slot.bank for slot in engine._slots.values()}
+    banks = {slot.row.bank for slot in engine._slots.values()}
     for bank in banks:
-        rows = sorted(slot.row for slot in engine._slots.values() if slot.bank is bank)
+        rows = sorted(slot.row.index for slot in engine._slots.values() if slot.row.bank is bank)
         assert rows == list(range(bank.num_rows))
         for vectors_SP in (bank.weights_SP, bank.grads_SP, bank.exp_avg_SP, bank.exp_avg_sq_SP):
             assert not vectors_SP[bank.num_rows :].any()

@@ -230,7 +230,7 @@ def test_a_large_validation_set_is_scored_between_the_others_steps_and_the_weigh
     engine.admit(make_job("other", seed=5, n_epochs=50))
     validation = random_examples(60, 40)
     train(engine, num_fused_steps=3)
-    before, position = weights_of(engine, "mine"), engine._slots["mine"].step
+    before, position = weights_of(engine, "mine"), engine._slots["mine"].cursor.step
     engine.begin_evaluation("mine", validation)
     num_scored, num_parts, evaluation = 0, 0, None
     while evaluation is None:
@@ -246,7 +246,7 @@ def test_a_large_validation_set_is_scored_between_the_others_steps_and_the_weigh
     assert all(torch.equal(weights, before[name]) for name, weights in weights_of(engine, "mine").items())
     assert evaluation.num_label_tokens == sum(example.num_labels for example in validation)
     train(engine, num_fused_steps=5)
-    assert engine._slots["mine"].step > position
+    assert engine._slots["mine"].cursor.step > position
 
 
 def test_evaluations_of_two_jobs_take_turns() -> None:
@@ -261,7 +261,7 @@ def test_evaluations_of_two_jobs_take_turns() -> None:
 def test_a_validation_loss_that_is_not_finite_ends_the_job() -> None:
     engine = make_engine()
     engine.admit(make_job("broken"))
-    engine._slots["broken"].weights_P.fill_(float("nan"))
+    engine._slots["broken"].row.weights_P.fill_(float("nan"))
     with pytest.raises(DivergedError):
         evaluate(engine, "broken", random_examples(60, 3))
 
@@ -270,7 +270,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_job_and_only_that_job(
     engine = make_engine()
     engine.admit(make_job("mine"))
     engine.admit(make_job("broken", seed=5))
-    engine._slots["broken"].weights_P.fill_(float("nan"))
+    engine._slots["broken"].row.weights_P.fill_(float("nan"))
     for num_skipped in (1, 2, 3):
         mine, broken = engine.step()
         assert mine.update is not None
@@ -286,17 +286,17 @@ def test_one_step_that_is_not_finite_is_skipped_without_touching_weights_or_mome
     engine.admit(make_job("mine"))
     train(engine, num_fused_steps=2)
     slot = engine._slots["mine"]
-    before = [tensor.clone() for tensor in (slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P)]
-    good = slot.weights_P.clone()
-    slot.weights_P.fill_(float("inf"))
+    before = [tensor.clone() for tensor in (slot.row.weights_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)]
+    good = slot.row.weights_P.clone()
+    slot.row.weights_P.fill_(float("inf"))
     plans = engine._plan()
     batch = engine._pack(plans)
     losses = engine._forward_backward(plans, batch)
-    slot.weights_P.copy_(good)
+    slot.row.weights_P.copy_(good)
     (report,) = engine._commit(plans, read_sums([slot], batch, losses), ())
     assert report.update is not None
     assert report.update.is_skipped
-    after = (slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P)
+    after = (slot.row.weights_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert slot.num_skipped_in_a_row == 1
     train(engine, num_fused_steps=1)

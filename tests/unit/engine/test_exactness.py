@@ -202,9 +202,9 @@ def test_dropout_gradient_is_that_of_the_loss_it_gives() -> None:
     gradient_P = flat_gradient(engine)[1]
     slope = float(gradient_P.norm())
     direction_P, width = gradient_P / slope, 1e-2
-    slot.weights_P.add_(direction_P, alpha=width)
+    slot.row.weights_P.add_(direction_P, alpha=width)
     above = flat_gradient(engine)[0]
-    slot.weights_P.sub_(direction_P, alpha=2 * width)
+    slot.row.weights_P.sub_(direction_P, alpha=2 * width)
     below = flat_gradient(engine)[0]
     assert (above - below) / (2 * width) == pytest.approx(slope, rel=2e-2)
 
@@ -212,4 +212,4 @@ def test_dropout_gradient_is_that_of_the_loss_it_gives() -> None:
 def flat_gradient(engine: Engine) -> tuple[float, torch.Tensor]:
     plans = engine._plan()
     losses = engine._forward_backward(plans, engine._pack(plans))
-    return float(losses.weighted_sum.detach()), plans[0].slot.grads_P.clone()
+    return float(losses.weighted_sum.detach()), plans[0].slot.row.grads_P.clone()

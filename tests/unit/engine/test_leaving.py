@@ -126,7 +126,7 @@ def test_a_job_that_is_not_in_the_step_under_way_leaves_at_once_and_the_step_goe
         engine = make_engine_of("first", "mine", "last")
         untroubled = make_engine_of("first", "mine", "last")
         for each in (engine, untroubled):  # whoever has nothing left to train is in no step
-            each._slots["first"].step = each._slots["first"].total_steps
+            each._slots["first"].cursor.step = each._slots["first"].cursor.total_steps
         seen: list[str] = []
 
         def leave(engine: Engine = engine, seen: list[str] = seen) -> None:
@@ -150,7 +150,7 @@ def test_a_step_that_keeps_an_evicted_job_for_too_long_is_made_again_for_the_oth
     randomise_weights(alone, "last", seed=1)
     expected = {update.step: update.loss for update in train(alone)["last"]}
     settings = {"num_recomputed": num_recomputed, "batch_size": 9, "max_tokens": 70}
-    assert make_engine_of("mine", "last", **settings)._slots["last"].tally.position > 0, "it is in no batch's middle"
+    assert make_engine_of("mine", "last", **settings)._slots["last"].cursor.position > 0, "it is in no batch's middle"
     num_places = 0
     for engine, place, reports in places("mine", "last", evicted="mine", **settings):
         num_places += 1

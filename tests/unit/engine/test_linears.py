@@ -51,7 +51,7 @@ def test_every_gradient_is_autograds_own(*, dropout: float, is_grouped: bool, ta
             assert bool((mask_tk == 0).any()) == (dropout > 0)
             dropped_tk, pieces = x_again_1tk[0, 3:] * mask_tk, [torch.zeros(3, len(weights[name]))]
             for slot, rows in zip(slots, GROUPS, strict=True):
-                pair = slot.pairs()[PARENT + name]
+                pair = slot.row.pairs()[PARENT + name]
                 a_rk, b_nr = leaves[slot, name] = [
                     pair.A_RK.clone().requires_grad_(),
                     pair.B_NR.clone().requires_grad_(),

@@ -91,7 +91,7 @@ def test_one_example_that_alone_does_not_fit_fails_its_job_and_not_the_others() 
                 failures.append((report.job_id, type(report.failure)))
                 engine.evict(report.job_id)
     assert failures == [("long", ExampleTooLargeError)]
-    assert engine._slots["short"].is_finished
+    assert engine._slots["short"].cursor.is_finished
 
 
 def test_the_budget_that_a_large_job_has_shrunk_is_whole_again_once_it_leaves() -> None:
@@ -125,9 +125,9 @@ def test_a_slot_holds_16_bytes_for_every_parameter_of_its_rank_rounded_up_to_8()
     engine = make_engine(max_rank=64)
     engine.admit(make_job("mine", rank=3, target_modules=("q_proj",)))
     slot = engine._slots["mine"]
-    assert slot.bank.layout.num_parameters == 2 * 8 * (64 + 64)
-    held = [slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P]
-    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 16 * slot.bank.layout.num_parameters
+    assert slot.row.bank.layout.num_parameters == 2 * 8 * (64 + 64)
+    held = [slot.row.weights_P, slot.row.grads_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 16 * slot.row.bank.layout.num_parameters
 
 
 @pytest.mark.parametrize("num_recomputed", [1, 2])

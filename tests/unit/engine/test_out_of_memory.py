@@ -64,7 +64,7 @@ def make_engine_of_five() -> Engine:
     for seed, job_id in enumerate(ALL):
         randomise_weights(engine, job_id, seed=seed)
     train(engine, num_fused_steps=3)
-    assert engine._slots["resting"].is_finished
+    assert engine._slots["resting"].cursor.is_finished
     return engine
 
 
@@ -189,7 +189,7 @@ def test_an_evaluation_that_finds_no_memory_anywhere_counts_every_row_once() -> 
         engine.begin_evaluation("resting", examples)
         before = Standing.of(engine._slots["resting"])
         for slot in engine._slots.values():  # so that nothing but the evaluation is left to do
-            slot.step = slot.total_steps
+            slot.cursor.step = slot.cursor.total_steps
         with MemoryRunsOut(nth) as memory:
             reports = engine.step()
         while reports[-1].evaluation is None:
@@ -220,7 +220,7 @@ def standings_alone(kind: tuple[int, int]) -> dict[tuple[int, int], Standing]:
     engine.admit(job_of(kind, "alone"))
     slot, found = engine._slots["alone"], {}
     while True:
-        found[slot.step, slot.tally.position] = Standing.of(slot)
+        found[slot.cursor.step, slot.cursor.position] = Standing.of(slot)
         if not engine.step():
             return found
 
@@ -260,7 +260,7 @@ class Tenants:
         assert_every_row_has_one_slot(self._engine)
         for name, kind in self._kinds.items():
             slot = self._engine._slots[name]
-            alone = standings_alone(kind)[slot.step, slot.tally.position]
+            alone = standings_alone(kind)[slot.cursor.step, slot.cursor.position]
             assert all(torch.equal(a, b) for a, b in zip(alone.vectors, Standing.of(slot).vectors, strict=True)), name
 
 

@@ -36,8 +36,8 @@ def run_step(
     plans = planner.plan(slots, budget)
     planner.charge(plans, slots, budget, scored=scored or {})
     for plan in plans:
-        plan.slot.count(num_examples=len(plan.example_indices), num_tokens=plan.num_tokens, loss_sum=0, num_right=0)
-        if plan.slot.is_batch_complete:
+        plan.slot.count(num_examples=len(plan.examples), num_tokens=plan.num_tokens, loss_sum=0, num_right=0)
+        if plan.slot.cursor.is_batch_complete:
             plan.slot.advance()
     return {plan.slot.job.job_id: plan.num_tokens for plan in plans}
 
@@ -192,9 +192,7 @@ def test_what_a_tenant_had_no_examples_for_is_saved_up_to_one_step_and_no_furthe
 def test_a_plan_can_be_made_again() -> None:
     planner, slots = Planner(), [slot_of("a", [9, 14, 5] * 20), slot_of("b", [11, 7] * 20)]
     run_step(planner, slots, 50)
-    first, second = (
-        [(plan.slot.job.job_id, plan.example_indices) for plan in planner.plan(slots, 50)] for _ in range(2)
-    )
+    first, second = ([(plan.slot.job.job_id, plan.examples) for plan in planner.plan(slots, 50)] for _ in range(2))
     assert first == second
 
 
@@ -213,13 +211,13 @@ def test_every_step_makes_progress_within_its_budget_or_by_one_example_and_takes
     ]
     planner = Planner()
     for _ in range(20):
-        waiting = {slot.job.job_id: slot.waiting_indices() for slot in slots}
+        waiting = {slot.job.job_id: slot.waiting() for slot in slots}
         plans = planner.plan(slots, budget)
         assert plans
-        is_alone = [len(plan.example_indices) for plan in plans] == [1]
+        is_alone = [len(plan.examples) for plan in plans] == [1]
         assert is_alone or sum(plan.num_tokens for plan in plans) <= budget
         for plan in plans:
-            assert plan.example_indices == waiting[plan.slot.job.job_id][: len(plan.example_indices)]
+            assert plan.examples == waiting[plan.slot.job.job_id][: len(plan.examples)]
         run_step(planner, slots, budget)
 
 

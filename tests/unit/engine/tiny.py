@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from core.domain.training import AdapterConfig, TrainingSpec, count_steps, learning_rate_at, order_examples
 from worker.engine import Engine, EngineJob, Evaluation, Example, StepMetrics
-from worker.engine.slots import LoraPair, Slot
+from worker.engine.rows import LoraPair
+from worker.engine.slots import Slot
 
 VOCABULARY = 128
 ALL_MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
@@ -108,7 +109,7 @@ def evaluate(engine: Engine, job_id: str, examples: Sequence[Example]) -> Evalua
 def randomise_weights(engine: Engine, job_id: str, *, seed: int = 7) -> None:
     """Make B other than zero, so that A has gradients too."""
     generator = torch.Generator().manual_seed(seed)
-    for pair in engine._slots[job_id].pairs().values():
+    for pair in engine._slots[job_id].row.pairs().values():
         for matrix in (pair.A_RK, pair.B_NR):
             matrix.copy_(torch.randn(matrix.shape, generator=generator) * 0.1)
 
@@ -122,15 +123,15 @@ def fused_gradients(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
 
 def gradient_pairs(slot: Slot) -> dict[str, LoraPair]:
     """Return a slot's gradients as its weights are viewed."""
-    adapter, layout, pairs = slot.job.spec.adapter, slot.bank.layout, {}
+    adapter, layout, pairs = slot.job.spec.adapter, slot.row.bank.layout, {}
     for name, columns in layout.columns.items():
-        A_RK, Bt_RN = (slot.grads_P[side].clone().view(layout.padded_rank, -1) for side in columns)
+        A_RK, Bt_RN = (slot.row.grads_P[side].clone().view(layout.padded_rank, -1) for side in columns)
         pairs[name] = LoraPair(A_RK[: adapter.rank], Bt_RN[: adapter.rank].T)
     return pairs
 
 
 def weights_of(engine: Engine, job_id: str) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in name_as_peft(engine._slots[job_id].pairs()).items()}
+    return {name: tensor.clone() for name, tensor in name_as_peft(engine._slots[job_id].row.pairs()).items()}
 
 
 def name_as_peft(pairs: dict[str, LoraPair]) -> dict[str, torch.Tensor]:
