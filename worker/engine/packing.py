@@ -80,6 +80,10 @@ class PackedBatch:
     groups: tuple[Group, ...]
     sequences: SequenceLayout
 
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_1T.shape[1]
+
 
 def pack(parts: Sequence[Sequence[DrawnExample]], device: torch.device) -> PackedBatch:
     """Lay the examples side by side, those of one slot in each part, and copy them to the device once."""

@@ -98,7 +98,7 @@ def put_back(engine: Engine, before: dict[str, Standing]) -> None:
         slot.cursor.step, slot.cursor.position, slot.row.num_updates, *counts = standing.counts
         slot.num_skipped_in_a_row, slot.num_fused_steps, slot.served_tokens = counts
         slot.tally = replace(standing.tally)
-    engine._budget_tokens = engine._max_tokens_per_step
+    engine._budget.tokens = engine._budget.cap
 
 
 def standings(engine: Engine, *, but: Sequence[str] = ()) -> dict[str, Standing]:

@@ -23,7 +23,6 @@ from tests.unit.engine.tiny import (
 )
 from worker.engine import (
     DivergedError,
-    Engine,
     EngineJob,
     Example,
     InvalidJobError,
@@ -33,6 +32,7 @@ from worker.engine import (
     inspect_base,
 )
 from worker.engine.banks import Layout
+from worker.engine.memory import DeviceMemory
 from worker.engine.updates import read_sums
 
 
@@ -122,49 +122,49 @@ def test_a_job_waits_when_the_device_refuses_the_memory_for_its_slot(monkeypatch
     assert engine.step()
 
 
-class FullDevice(Engine):
-    """An engine whose device has so many bytes left beside the base and the slots."""
-
-    left_bytes = 10**9
-
-    @property
-    def _usable_bytes(self) -> float:
-        held = sum(bank.num_rows * bank.layout.num_parameters * 16 for bank in self._banks)
-        return self.left_bytes - held
+def leave_bytes(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """Let every device have so many bytes left beside the base and the slots."""
+    monkeypatch.setattr(DeviceMemory, "usable_bytes", num_bytes)
 
 
-def test_a_slot_that_would_leave_a_full_step_too_little_waits_and_one_that_never_fits_is_refused() -> None:
-    engine = FullDevice(tiny_llama(), base_model_id="x", max_slots=4, max_rank=64, max_tokens_per_step=256)
-    step_bytes = engine._predict(256)
-    row_bytes = 16 * Layout.of(engine._shape, rank=16, target_modules=ALL_MODULES).num_parameters
-    engine.left_bytes = step_bytes + row_bytes - 1
+def test_a_slot_that_would_leave_a_full_step_too_little_waits_and_one_that_never_fits_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(max_rank=64)
+    step_bytes = engine._memory.predict(256)
+    row_bytes = 16 * Layout.of(engine._base.shape, rank=16, target_modules=ALL_MODULES).num_parameters
+    leave_bytes(monkeypatch, step_bytes + row_bytes - 1)
     with pytest.raises(JobTooLargeError, match="lower the rank"):
         engine.admit(make_job("mine", rank=16))
-    engine.left_bytes = step_bytes + row_bytes
+    leave_bytes(monkeypatch, step_bytes + row_bytes)
     engine.admit(make_job("mine", rank=16))
+    leave_bytes(monkeypatch, step_bytes)
     with pytest.raises(NoFreeSlotError, match="no memory"):
         engine.admit(make_job("other", seed=2, rank=16))
     engine.evict("mine")
+    leave_bytes(monkeypatch, step_bytes + row_bytes)
     engine.admit(make_job("other", seed=2, rank=16))
 
 
 def test_layers_are_recomputed_where_the_slots_would_lack_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = partial(FullDevice, base_model_id="x", max_slots=2, max_rank=64, max_tokens_per_step=256)
-    roomy = load(tiny_llama())
-    row_bytes = 16 * Layout.of(roomy._shape, rank=16, target_modules=ALL_MODULES).num_parameters
-    monkeypatch.setattr(FullDevice, "left_bytes", roomy._predict(256) + 2 * row_bytes)
-    assert load(tiny_llama())._num_recomputed == 0
-    monkeypatch.setattr(FullDevice, "left_bytes", roomy._predict(256) + row_bytes - 1)
-    engine = load(tiny_llama())
-    assert engine._num_recomputed == 2
+    load = partial(make_engine, max_slots=2, max_rank=64)
+    leave_bytes(monkeypatch, 10**9)
+    roomy = load()
+    row_bytes = 16 * Layout.of(roomy._base.shape, rank=16, target_modules=ALL_MODULES).num_parameters
+    leave_bytes(monkeypatch, roomy._memory.predict(256) + 2 * row_bytes)
+    assert load()._memory.num_recomputed == 0
+    leave_bytes(monkeypatch, roomy._memory.predict(256) + row_bytes - 1)
+    engine = load()
+    assert engine._memory.num_recomputed == 2
     engine.admit(make_job("mine", rank=16))
+    leave_bytes(monkeypatch, roomy._memory.predict(256) - 1)
     engine.admit(make_job("other", seed=2, rank=16))
 
 
-def test_the_examples_of_a_job_that_waits_for_memory_are_not_read() -> None:
-    engine = FullDevice(tiny_llama(), base_model_id="x", max_slots=4, max_rank=64, max_tokens_per_step=256)
+def test_the_examples_of_a_job_that_waits_for_memory_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(max_rank=64)
     engine.admit(make_job("mine"))
-    engine.left_bytes = 0
+    leave_bytes(monkeypatch, 0)
     with pytest.raises(NoFreeSlotError, match="no memory"):
         engine.admit(EngineJob("other", make_spec(), UnreadableExamples(), "other"))
 

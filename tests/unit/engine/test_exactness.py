@@ -108,7 +108,7 @@ def job_of_30_steps(job: EngineJob) -> EngineJob:
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_every_supported_decoder_agrees_with_peft(tmp_path: Path, model_type: str) -> None:
     engine = make_engine(tiny_decoder(model_type))
-    target_modules = tuple(engine._shape.target_modules)
+    target_modules = tuple(engine._base.shape.target_modules)
     jobs = [make_job(name, seed=seed, rank=4, target_modules=target_modules) for seed, name in enumerate("ab")]
     admit_all(engine, jobs, tmp_path)
     for job in jobs:
@@ -134,7 +134,7 @@ def test_nf4_base_trains_as_its_dequantised_twin(tmp_path: Path) -> None:
     quantised, twin = tiny_llama(), tiny_llama()
     replace_by_nf4(quantised, twin)
     engine, jobs = make_engine(quantised), mixed_jobs()
-    assert engine._shape.target_modules == ALL_MODULES
+    assert engine._base.shape.target_modules == ALL_MODULES
     admit_all(engine, jobs, tmp_path)
     for job in jobs:
         randomise_weights(engine, job.job_id)

@@ -161,7 +161,9 @@ def write_as_before(engine: Engine, directory: Path) -> None:
     """Write a state as espalier-slot-1 was: each linear's A and then its B, one linear after the other."""
     state, slot = engine.capture_state("mine"), engine._slots["mine"]
     columns = [
-        slot.row.bank.layout.columns[name] for name in engine._shape.linears if name in slot.row.bank.layout.columns
+        slot.row.bank.layout.columns[name]
+        for name in engine._base.shape.linears
+        if name in slot.row.bank.layout.columns
     ]
     places = [matrix for each in columns for matrix in each]
     assert places != sorted(places, key=lambda place: place.start), "the two formats are the same here"

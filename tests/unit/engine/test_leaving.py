@@ -179,29 +179,29 @@ def test_leaving_again_and_again_costs_the_others_a_few_steps_and_no_more(monkey
         num_lost += "mine" in beside and not reports
     assert 0 < num_lost <= 8  # halvings of 256 tokens
     assert engine.job_ids == ("mine",)
-    assert engine._max_tokens_per_step < 256
+    assert engine._budget.cap < 256
 
 
 def test_steps_that_were_shortened_grow_again_once_many_were_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.engine.engine._BRISK_STEPS", 5)
+    monkeypatch.setattr("worker.engine.token_budgets._BRISK_STEPS", 5)
     engine, alone = make_engine(max_tokens=100), make_engine(max_tokens=100)
     for each in (engine, alone):
         each.admit(make_job("mine", batch_size=8, n_epochs=50))
     engine.admit(make_job("fickle", seed=2, batch_size=8))
     monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", -1.0)
     assert engine.step(look=Place(12, partial(engine.evict, "fickle"))) == ()
-    shortened = engine._max_tokens_per_step
+    shortened = engine._budget.cap
     assert shortened < 100
     for _ in range(20):
         engine.step()
-    assert engine._max_tokens_per_step == shortened, "no step was quick enough"
+    assert engine._budget.cap == shortened, "no step was quick enough"
     monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", math.inf)
     lengths = [shortened]
     while engine.job_ids and len(lengths) < 40:
         assert engine.step()
-        lengths.append(engine._max_tokens_per_step)
+        lengths.append(engine._budget.cap)
     assert set(lengths[:5]) == {shortened}
-    assert (max(lengths), engine._budget_tokens) == (100, 100)
+    assert (max(lengths), engine._budget.tokens) == (100, 100)
     updates, expected = train(engine)["mine"], {each.step: each.loss for each in train(alone)["mine"]}
     assert [each.loss for each in updates] == pytest.approx([expected[each.step] for each in updates], abs=1e-4)
 

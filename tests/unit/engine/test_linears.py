@@ -69,7 +69,7 @@ def test_every_gradient_is_autograds_own(*, dropout: float, is_grouped: bool, ta
 
 
 def linear_of(engine: Engine, name: str) -> torch.nn.Module:
-    return engine._decoder.get_submodule(PARENT.removeprefix("model.") + name)
+    return engine._base.decoder.get_submodule(PARENT.removeprefix("model.") + name)
 
 
 def test_a_base_whose_siblings_do_not_read_the_same_rows_is_refused() -> None:

@@ -23,7 +23,7 @@ from tests.unit.engine.tiny import (
 from worker.engine import Engine, EngineJob, JobTooLargeError
 from worker.engine.errors import ExampleTooLargeError
 from worker.engine.losses import RowLosses
-from worker.engine.memory import StepCost
+from worker.engine.memory import StepCost, measure_cost
 from worker.engine.packing import PackedBatch
 from worker.engine.planner import SlotPlan
 
@@ -133,15 +133,15 @@ def test_a_slot_holds_16_bytes_for_every_parameter_of_its_rank_rounded_up_to_8()
 @pytest.mark.parametrize("num_recomputed", [1, 2])
 def test_recomputed_layers_change_nothing_but_what_is_kept(num_recomputed: int) -> None:
     plain, saving = make_engine(), make_engine()
-    saving._num_recomputed = num_recomputed
-    for layer in saving._decoder.layers[:num_recomputed]:  # type: ignore[union-attr,index]
+    saving._memory.num_recomputed = num_recomputed
+    for layer in saving._base.decoder.layers[:num_recomputed]:  # type: ignore[union-attr,index]
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for engine in (plain, saving):
         engine.admit(make_job("a", dropout=0.3))
         engine.admit(make_job("b", seed=2, rank=16))
     assert train(plain) == train(saving)
-    kept, of_saving = (engine._measure_cost().activation_bytes for engine in (plain, saving))
+    kept, of_saving = (measure_cost(engine._base).activation_bytes for engine in (plain, saving))
     assert of_saving < kept * (1 - 0.4 * num_recomputed)
 
 
