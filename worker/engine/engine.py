@@ -23,8 +23,8 @@ from worker.engine.errors import DivergedError, ExampleTooLargeError, InvalidJob
 from worker.engine.evaluations import PendingEvaluation, Score
 from worker.engine.examples import DrawnExample, EngineJob, Example, SlotReport
 from worker.engine.fused_bases import FusedBase
+from worker.engine.heads import RowLosses, cross_entropy
 from worker.engine.limits import JobLimits
-from worker.engine.losses import RowLosses, cross_entropy
 from worker.engine.memory import MemoryBudget
 from worker.engine.optimizers import AdamW
 from worker.engine.packing import PackedBatch, pack

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from worker.engine.examples import Evaluation, Example
-from worker.engine.losses import RowLosses
+from worker.engine.heads import RowLosses
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from worker.engine.attention import IMPLEMENTATION
 from worker.engine.bases import freeze_base, inspect_base
 from worker.engine.frozen import Scratch, freeze_linear
+from worker.engine.heads import Head
 from worker.engine.linears import FusedLinear, Siblings
-from worker.engine.losses import Head
 from worker.engine.norms import freeze_norms
 from worker.engine.packing import PackedBatch
 from worker.engine.steps import StepContext

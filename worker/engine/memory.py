@@ -22,7 +22,7 @@ from worker.engine.banks import BYTES_PER_PARAMETER, Bank, Layout
 from worker.engine.errors import JobTooLargeError, NoFreeSlotError
 from worker.engine.examples import DrawnExample, EngineJob, Example
 from worker.engine.fused_bases import FusedBase
-from worker.engine.losses import loss_bytes
+from worker.engine.heads import loss_bytes
 from worker.engine.packing import pack
 from worker.engine.runs import SlotRows, make_runs
 from worker.engine.slots import Slot

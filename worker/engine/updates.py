@@ -11,7 +11,7 @@ import torch
 from core.domain.training import MAX_SKIPPED_STEPS
 from worker.engine.errors import DivergedError
 from worker.engine.examples import SlotReport, StepMetrics
-from worker.engine.losses import RowLosses
+from worker.engine.heads import RowLosses
 from worker.engine.optimizers import AdamW
 from worker.engine.packing import PackedBatch
 from worker.engine.slots import Slot

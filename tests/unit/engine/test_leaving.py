@@ -23,7 +23,7 @@ from tests.unit.engine.tiny import (
 from worker.engine import Engine, SlotReport
 from worker.engine.bases import recompute_layers
 from worker.engine.frozen import FrozenWeight
-from worker.engine.losses import _CHUNK_BYTES
+from worker.engine.heads import _CHUNK_BYTES
 
 NUM_LAYERS = 2
 

@@ -22,7 +22,7 @@ from tests.unit.engine.tiny import (
 )
 from worker.engine import Engine, EngineJob, JobTooLargeError
 from worker.engine.errors import ExampleTooLargeError
-from worker.engine.losses import RowLosses
+from worker.engine.heads import RowLosses
 from worker.engine.memory import StepCost, measure_cost
 from worker.engine.packing import PackedBatch
 from worker.engine.planner import SlotPlan
