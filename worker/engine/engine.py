@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from worker.engine.adapters import export_adapter, import_adapter
 from worker.engine.banks import Bank, Layout
@@ -23,9 +22,9 @@ from worker.engine.errors import DivergedError, ExampleTooLargeError, InvalidJob
 from worker.engine.evaluations import PendingEvaluation, Score
 from worker.engine.examples import DrawnExample, EngineJob, Example, SlotReport
 from worker.engine.fused_bases import FusedBase
-from worker.engine.heads import RowLosses, cross_entropy
 from worker.engine.limits import JobLimits
 from worker.engine.memory import MemoryBudget
+from worker.engine.objectives import LabelRows, Sums
 from worker.engine.optimizers import AdamW
 from worker.engine.packing import PackedBatch, pack
 from worker.engine.planner import Planner, SlotPlan
@@ -175,7 +174,7 @@ class Engine:
             is_given_up = False
             try:
                 batch = self._pack(plans)
-                sums = read_sums([plan.slot for plan in plans], batch, self._forward_backward(plans, batch))
+                sums = read_sums([plan.slot for plan in plans], self._forward_backward(plans, batch))
             except torch.OutOfMemoryError:
                 pass
             except StepGivenUpError:
@@ -202,21 +201,28 @@ class Engine:
     def _pack(self, plans: list[SlotPlan]) -> PackedBatch:
         return pack([plan.examples for plan in plans], self.device)
 
-    def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch) -> RowLosses:
-        parts = [SlotRows(plan.slot, group) for plan, group in zip(plans, batch.groups, strict=True)]
-        weights = [1 / sum(drawn.example.num_labels for drawn in plan.slot.cursor.batch()) for plan in plans]
-        counts = [group.label_end - group.label_start for group in batch.groups]
-        with self._memory.measuring(batch.num_tokens):
-            weights_M = torch.repeat_interleave(torch.tensor(weights), torch.tensor(counts)).to(self.device)
-            # The runs stay until after the backward, which computes some layers again.
-            with self._context.running(make_runs(parts, is_grouped=self.device.type == "cuda")):
-                losses = self._forward(batch, weights_M)
-                losses.weighted_sum.backward()
-        return losses
+    def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch) -> list[Sums]:
+        """Add the step's gradients to the slots' own, and return each slot's sums."""
+        slots = [plan.slot for plan in plans]
+        parts = [SlotRows(slot, group) for slot, group in zip(slots, batch.groups, strict=True)]
+        runs = make_runs(parts, is_grouped=self.device.type == "cuda")
+        # The runs stay until after the backward, which computes some layers again.
+        with self._memory.measuring(batch.num_tokens), self._context.running(runs):
+            rows = self._forward(batch)
+            sums = [slot.objective.sum_units(each) for slot, each in zip(slots, rows, strict=True)]
+            # A slot's gradient does not depend on the others' losses: added up, they are one backward instead of many.
+            means = [each.loss * (1 / slot.num_units) for slot, each in zip(slots, sums, strict=True)]
+            torch.stack(means).sum().backward()
+        return sums
 
-    def _forward(self, batch: PackedBatch, weights_M: Tensor) -> RowLosses:
+    def _forward(self, batch: PackedBatch) -> list[LabelRows]:
+        """Return the label rows of each slot in the batch."""
         hidden_ME = self._base.decode(batch)[batch.label_rows_M]
-        return cross_entropy(hidden_ME, batch.labels_M, weights_M, self._base.head, pause=self._context.pause)
+        scores = self._base.head.score_labels(hidden_ME, batch.labels_M, pause=self._context.pause)
+        num_labels = [[sequence.num_labels for sequence in group.sequences] for group in batch.groups]
+        sizes = [sum(each) for each in num_labels]
+        rows = zip(scores.nll_M.split(sizes), scores.is_right_M.split(sizes), num_labels, strict=True)
+        return [LabelRows(*each) for each in rows]
 
     def _commit(
         self, plans: list[SlotPlan], sums: list[SlotSums], scored: tuple[SlotReport, ...]
@@ -271,7 +277,9 @@ class Engine:
             batch = pack([[DrawnExample(example, 0) for example in examples]], self.device)
             runs = make_runs([SlotRows(slot, batch.groups[0], is_training=False)], is_grouped=False)
             with torch.no_grad(), self._context.running(runs):
-                return [Score.of(self._forward(batch, torch.ones(len(batch.labels_M), device=self.device)))]
+                (rows,) = self._forward(batch)
+                sums = slot.objective.sum_units(rows)
+                return [Score.of(sums, num_units=slot.objective.count_units(examples))]
         except torch.OutOfMemoryError:
             middle = len(examples) // 2
         if not middle:

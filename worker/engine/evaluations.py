@@ -11,22 +11,22 @@ from dataclasses import dataclass
 import torch
 
 from worker.engine.examples import Evaluation, Example
-from worker.engine.heads import RowLosses
+from worker.engine.objectives import Sums
 
 
 @dataclass(frozen=True)
 class Score:
-    """What some rows have come to, as numbers on the host."""
+    """What some examples have come to, as numbers on the host."""
 
     loss_sum: float
     num_right: int
-    num_labels: int
+    num_units: int
 
     @classmethod
-    def of(cls, losses: RowLosses) -> Score:
+    def of(cls, sums: Sums, *, num_units: int) -> Score:
         """Read the sums off the device. Raises torch.OutOfMemoryError."""
-        loss_sum, num_right = torch.stack([losses.weighted_sum, losses.is_right_M.sum()]).tolist()
-        return cls(loss_sum, int(num_right), len(losses.losses_M))
+        loss_sum, num_right = torch.stack([sums.loss, sums.num_right]).tolist()
+        return cls(loss_sum, int(num_right), num_units)
 
 
 class PendingEvaluation:
@@ -37,7 +37,7 @@ class PendingEvaluation:
         self._position = 0
         self._loss_sum = 0.0
         self._num_right = 0
-        self._num_labels = 0
+        self._num_units = 0
 
     @property
     def is_complete(self) -> bool:
@@ -59,7 +59,7 @@ class PendingEvaluation:
         for score in scores:
             self._loss_sum += score.loss_sum
             self._num_right += score.num_right
-            self._num_labels += score.num_labels
+            self._num_units += score.num_units
 
     def result(self) -> Evaluation:
-        return Evaluation(self._loss_sum / self._num_labels, self._num_right / self._num_labels, self._num_labels)
+        return Evaluation(self._loss_sum / self._num_units, self._num_right / self._num_units, self._num_units)

@@ -60,7 +60,7 @@ class StepMetrics:
     learning_rate: float
     grad_norm: float
     num_tokens: int
-    num_label_tokens: int
+    num_units: int
     is_epoch_end: bool
     is_last: bool
     is_skipped: bool
@@ -70,7 +70,7 @@ class StepMetrics:
 class Evaluation:
     loss: float
     token_accuracy: float
-    num_label_tokens: int
+    num_units: int
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,20 @@ from worker.engine.examples import DrawnExample
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """One example in the stream: its rows [start, end) and what its dropout is seeded with."""
+    """One example in the stream: its rows [start, end), what its dropout is seeded with, and how many labels it has."""
 
     start: int
     end: int
     dropout_key: int
+    num_labels: int
 
 
 @dataclass(frozen=True)
 class Group:
-    """One slot's rows [start, end) of the stream, and its label rows [label_start, label_end) of the M."""
+    """One slot's rows [start, end) of the stream. Its label rows follow those of the groups before it."""
 
     start: int
     end: int
-    label_start: int
-    label_end: int
     sequences: tuple[PackedSequence, ...]
 
     @property
@@ -88,9 +87,9 @@ class PackedBatch:
 def pack(parts: Sequence[Sequence[DrawnExample]], device: torch.device) -> PackedBatch:
     """Lay the examples side by side, those of one slot in each part, and copy them to the device once."""
     tokens, positions, rows, labels, groups = [], [], [], [], []
-    start = label_start = 0
+    start = 0
     for part in parts:
-        sequences, end, label_end = [], start, label_start
+        sequences, end = [], start
         for drawn in part:
             example = drawn.example
             length = example.num_tokens
@@ -99,11 +98,10 @@ def pack(parts: Sequence[Sequence[DrawnExample]], device: torch.device) -> Packe
             positions.append(np.arange(length))
             rows.append(targets + end)
             labels.append(example.token_ids[1:][targets])
-            sequences.append(PackedSequence(end, end + length, drawn.dropout_key))
+            sequences.append(PackedSequence(end, end + length, drawn.dropout_key, len(targets)))
             end += length
-            label_end += len(targets)
-        groups.append(Group(start, end, label_start, label_end, tuple(sequences)))
-        start, label_start = end, label_end
+        groups.append(Group(start, end, tuple(sequences)))
+        start = end
     return PackedBatch(
         token_ids_1T=_to_device(tokens, device)[None],
         positions_1T=_to_device(positions, device)[None],

@@ -11,6 +11,8 @@ from worker.engine.banks import Bank
 from worker.engine.cursors import DatasetCursor
 from worker.engine.evaluations import PendingEvaluation
 from worker.engine.examples import DrawnExample, EngineJob
+from worker.engine.objectives import Objective
+from worker.engine.objectives.supervised import CrossEntropy
 from worker.engine.rows import AdapterRow
 
 
@@ -29,6 +31,7 @@ class Slot:
     def __init__(self, job: EngineJob, bank: Bank) -> None:
         self.job = job
         self.cursor = DatasetCursor(job.spec, job.examples)
+        self.objective: Objective = CrossEntropy()
         self.row = AdapterRow(bank, job.spec.adapter, seed=job.spec.seed)
         self.tally = BatchTally()
         self.num_skipped_in_a_row = 0
@@ -37,6 +40,11 @@ class Slot:
         self.evaluation: PendingEvaluation | None = None
         self.is_resting = False
         self.evicted_at: float | None = None
+
+    @property
+    def num_units(self) -> int:
+        """The units of the current optimizer batch, over which its loss is a mean."""
+        return self.objective.count_units([drawn.example for drawn in self.cursor.batch()])
 
     def waiting(self) -> list[DrawnExample]:
         """Return the examples that the next fused step may take; none while the slot rests or is evaluated."""

@@ -11,9 +11,8 @@ import torch
 from core.domain.training import MAX_SKIPPED_STEPS
 from worker.engine.errors import DivergedError
 from worker.engine.examples import SlotReport, StepMetrics
-from worker.engine.heads import RowLosses
+from worker.engine.objectives import Sums
 from worker.engine.optimizers import AdamW
-from worker.engine.packing import PackedBatch
 from worker.engine.slots import Slot
 
 
@@ -25,19 +24,13 @@ class SlotSums(NamedTuple):
     grad_norm: float
 
 
-def read_sums(slots: Sequence[Slot], batch: PackedBatch, losses: RowLosses) -> list[SlotSums]:
+def read_sums(slots: Sequence[Slot], sums: Sequence[Sums]) -> list[SlotSums]:
     """Read each slot's sums. Raises torch.OutOfMemoryError. This is the step's one read that waits for the device."""
-    sums = [
-        torch.stack(
-            [
-                losses.losses_M[group.label_start : group.label_end].sum(),
-                losses.is_right_M[group.label_start : group.label_end].sum(),
-                torch.linalg.vector_norm(slot.row.grads_P),
-            ]
-        )
-        for slot, group in zip(slots, batch.groups, strict=True)
+    found = [
+        torch.stack([each.loss, each.num_right, torch.linalg.vector_norm(slot.row.grads_P)])
+        for slot, each in zip(slots, sums, strict=True)
     ]
-    return [SlotSums(*numbers) for numbers in torch.stack(sums).tolist()]
+    return [SlotSums(*numbers) for numbers in torch.stack(found).tolist()]
 
 
 def complete_batch(slot: Slot, optimizer: AdamW, *, grad_norm: float, num_tokens: int) -> SlotReport:
@@ -48,18 +41,18 @@ def complete_batch(slot: Slot, optimizer: AdamW, *, grad_norm: float, num_tokens
     if not is_skipped:
         optimizer.update(slot.row, slot.job.spec, learning_rate=learning_rate, grad_norm=grad_norm)
     slot.num_skipped_in_a_row = slot.num_skipped_in_a_row + 1 if is_skipped else 0
-    num_labels = sum(drawn.example.num_labels for drawn in cursor.batch())
+    num_units = slot.num_units
     slot.advance()
     update = StepMetrics(
         step=cursor.step,
         total_steps=cursor.total_steps,
         epoch=cursor.step / cursor.steps_per_epoch,
-        loss=tally.loss_sum / num_labels,
-        token_accuracy=tally.num_right / num_labels,
+        loss=tally.loss_sum / num_units,
+        token_accuracy=tally.num_right / num_units,
         learning_rate=learning_rate,
         grad_norm=grad_norm,
         num_tokens=tally.num_tokens,
-        num_label_tokens=num_labels,
+        num_units=num_units,
         is_epoch_end=cursor.step % cursor.steps_per_epoch == 0,
         is_last=cursor.is_finished,
         is_skipped=is_skipped,

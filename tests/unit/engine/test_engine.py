@@ -191,7 +191,7 @@ def test_updates_count_steps_epochs_and_tokens() -> None:
     assert [update.is_last for update in updates] == [False] * 5 + [True]
     assert updates[2].epoch == 1.0
     assert sum(update.num_tokens for update in updates) == 2 * sum(e.num_tokens for e in job.examples)
-    assert sum(update.num_label_tokens for update in updates) == 2 * sum(e.num_labels for e in job.examples)
+    assert sum(update.num_units for update in updates) == 2 * sum(e.num_labels for e in job.examples)
     assert updates[-1].loss < updates[0].loss
     assert engine.step() == ()
 
@@ -208,7 +208,7 @@ def test_evaluation_does_not_disturb_training_and_knows_no_dropout() -> None:
     validation = random_examples(60, 9)
     first, second = (evaluate(watched, "mine", validation) for _ in range(2))
     assert first == second
-    assert first.num_label_tokens == sum(example.num_labels for example in validation)
+    assert first.num_units == sum(example.num_labels for example in validation)
     assert 0 <= first.token_accuracy <= 1
     train(plain)
     train(watched)
@@ -244,7 +244,7 @@ def test_a_large_validation_set_is_scored_between_the_others_steps_and_the_weigh
     assert num_parts > 5
     assert num_scored == sum(example.num_tokens for example in validation)
     assert all(torch.equal(weights, before[name]) for name, weights in weights_of(engine, "mine").items())
-    assert evaluation.num_label_tokens == sum(example.num_labels for example in validation)
+    assert evaluation.num_units == sum(example.num_labels for example in validation)
     train(engine, num_fused_steps=5)
     assert engine._slots["mine"].cursor.step > position
 
@@ -291,9 +291,9 @@ def test_one_step_that_is_not_finite_is_skipped_without_touching_weights_or_mome
     slot.row.weights_P.fill_(float("inf"))
     plans = engine._plan()
     batch = engine._pack(plans)
-    losses = engine._forward_backward(plans, batch)
+    sums = engine._forward_backward(plans, batch)
     slot.row.weights_P.copy_(good)
-    (report,) = engine._commit(plans, read_sums([slot], batch, losses), ())
+    (report,) = engine._commit(plans, read_sums([slot], sums), ())
     assert report.update is not None
     assert report.update.is_skipped
     after = (slot.row.weights_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)

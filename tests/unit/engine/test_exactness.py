@@ -28,6 +28,7 @@ from tests.unit.engine.tiny import (
     weights_of,
 )
 from worker.engine import Engine, EngineJob
+from worker.engine.runs import SlotRows, make_runs
 
 TINY_SIZES = {
     "vocab_size": VOCABULARY,
@@ -190,8 +191,11 @@ def test_dropout_differs_between_examples_and_between_epochs() -> None:
 
 
 def losses_of_rows(engine: Engine) -> torch.Tensor:
-    plans = engine._plan()
-    return engine._forward_backward(plans, engine._pack(plans)).losses_M
+    (plan,) = engine._plan()
+    batch = engine._pack([plan])
+    with engine._context.running(make_runs([SlotRows(plan.slot, batch.groups[0])], is_grouped=False)):
+        (rows,) = engine._forward(batch)
+    return rows.nll_M.detach()
 
 
 def test_dropout_gradient_is_that_of_the_loss_it_gives() -> None:
@@ -211,5 +215,5 @@ def test_dropout_gradient_is_that_of_the_loss_it_gives() -> None:
 
 def flat_gradient(engine: Engine) -> tuple[float, torch.Tensor]:
     plans = engine._plan()
-    losses = engine._forward_backward(plans, engine._pack(plans))
-    return float(losses.weighted_sum.detach()), plans[0].slot.row.grads_P.clone()
+    (sums,) = engine._forward_backward(plans, engine._pack(plans))
+    return float(sums.loss.detach()) / plans[0].slot.num_units, plans[0].slot.row.grads_P.clone()

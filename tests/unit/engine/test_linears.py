@@ -14,9 +14,9 @@ from worker.engine.slots import Slot
 PARENT = "model.layers.0.self_attn."
 SIBLINGS = ("q_proj", "k_proj", "v_proj")
 GROUPS = (
-    Group(3, 12, 0, 0, (PackedSequence(3, 7, 11), PackedSequence(7, 12, 12))),
-    Group(12, 21, 0, 0, (PackedSequence(12, 21, 13),)),
-    Group(21, 24, 0, 0, (PackedSequence(21, 24, 14),)),
+    Group(3, 12, (PackedSequence(3, 7, 11, 0), PackedSequence(7, 12, 12, 0))),
+    Group(12, 21, (PackedSequence(12, 21, 13, 0),)),
+    Group(21, 24, (PackedSequence(21, 24, 14, 0),)),
 )
 
 

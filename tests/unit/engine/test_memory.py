@@ -22,8 +22,8 @@ from tests.unit.engine.tiny import (
 )
 from worker.engine import Engine, EngineJob, JobTooLargeError
 from worker.engine.errors import ExampleTooLargeError
-from worker.engine.heads import RowLosses
 from worker.engine.memory import StepCost, measure_cost
+from worker.engine.objectives import LabelRows, Sums
 from worker.engine.packing import PackedBatch
 from worker.engine.planner import SlotPlan
 
@@ -44,19 +44,19 @@ class SmallDevice(Engine):
     fits_tokens = fits_evaluating = 10**9
     fails_late = False
 
-    def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch) -> RowLosses:
+    def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch) -> list[Sums]:
         is_too_much = batch.token_ids_1T.shape[1] > self.fits_tokens
         if is_too_much and not self.fails_late:
             raise torch.OutOfMemoryError("the test's device is full")
-        losses = super()._forward_backward(plans, batch)
+        sums = super()._forward_backward(plans, batch)
         if is_too_much:
             raise torch.OutOfMemoryError("the test's device is full")
-        return losses
+        return sums
 
-    def _forward(self, batch: PackedBatch, weights_M: torch.Tensor) -> RowLosses:
+    def _forward(self, batch: PackedBatch) -> list[LabelRows]:
         if batch.token_ids_1T.shape[1] > self.fits_evaluating:
             raise torch.OutOfMemoryError("the test's device is full")
-        return super()._forward(batch, weights_M)
+        return super()._forward(batch)
 
 
 def small_device() -> SmallDevice:
@@ -116,7 +116,7 @@ def test_an_evaluation_that_does_not_fit_is_scored_in_parts_and_one_example_too_
     engine.fits_evaluating = 30
     parts = evaluate(engine, "mine", examples)
     assert (parts.loss, parts.token_accuracy) == pytest.approx((whole.loss, whole.token_accuracy), abs=1e-5)
-    assert parts.num_label_tokens == whole.num_label_tokens
+    assert parts.num_units == whole.num_units
     with pytest.raises(JobTooLargeError):
         evaluate(engine, "mine", random_examples(1, 2, low=40, high=41))
 

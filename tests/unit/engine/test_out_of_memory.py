@@ -195,7 +195,7 @@ def test_an_evaluation_that_finds_no_memory_anywhere_counts_every_row_once() -> 
         while reports[-1].evaluation is None:
             reports = engine.step()
         assert reports[-1].failure is None
-        assert reports[-1].evaluation.num_label_tokens == expected.num_label_tokens
+        assert reports[-1].evaluation.num_units == expected.num_units
         assert reports[-1].evaluation.loss == pytest.approx(expected.loss, abs=1e-5)
         assert before.has_numbers_of(engine._slots["resting"])
         if not memory.has_failed:
