@@ -610,7 +610,7 @@ def test_a_job_that_leaves_within_a_step_of_others_is_billed_its_part_of_the_ste
     supervisor: Supervisor, store: Store, monkeypatch: pytest.MonkeyPatch, order: type[StopJob | YieldJob]
 ) -> None:
     monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", PATIENCE_SECONDS)  # the step is not given up
-    held = HeldStep(monkeypatch, is_due=lambda: set(supervisor.engine.running_ids) == {"1", "2"})
+    held = HeldStep(monkeypatch, is_due=lambda: set(supervisor.engine.running_names) == {"1", "2"})
     rows = store.add_rows("rows", num_rows=100)
     for number in (1, 2):
         supervisor.send(make_order(rows, lease_token=number, n_epochs=50))

@@ -57,7 +57,8 @@ class Engine:
         recompute_layers(self._base.decoder, self._memory.num_recomputed)
 
     @property
-    def job_ids(self) -> tuple[str, ...]:
+    def slot_names(self) -> tuple[str, ...]:
+        """The names of the slots that are taken, which are their jobs' own choice."""
         return tuple(self._slots)
 
     @property
@@ -79,9 +80,9 @@ class Engine:
         return 4.0 * self._base.num_weights
 
     @property
-    def running_ids(self) -> Collection[str]:
-        """The jobs whose examples are on the device now; none outside of `look`."""
-        return [slot.job.job_id for slot in self._context.slots]
+    def running_names(self) -> Collection[str]:
+        """The names of the slots whose examples are on the device now; none outside of `look`."""
+        return [slot.job.slot_name for slot in self._context.slots]
 
     def admit(self, job: EngineJob) -> None:
         """Give a job a slot. Raises NoFreeSlotError when it must wait until another has left.
@@ -92,8 +93,8 @@ class Engine:
         assert not self._context.is_under_way, "rows do not move within a step"
         if not self.num_free_slots:
             raise NoFreeSlotError(f"All {self._max_slots} slots are taken.")
-        if job.job_id in self._slots:
-            raise InvalidJobError(f"{job.job_id} is admitted already.")
+        if job.slot_name in self._slots:
+            raise InvalidJobError(f"{job.slot_name} is admitted already.")
         self._limits.check_terms(job)
         adapter = job.spec.adapter
         layout = Layout.of(self._base.shape, rank=adapter.rank, target_modules=adapter.target_modules)
@@ -106,49 +107,49 @@ class Engine:
             raise NoFreeSlotError("The device has no memory for another slot of this rank.") from None
         served = [other.served_tokens for other in self._slots.values() if other.job.tenant == job.tenant]
         slot.served_tokens = min(served, default=0)
-        self._slots[job.job_id] = slot
+        self._slots[job.slot_name] = slot
 
-    def evict(self, job_id: str) -> None:
+    def evict(self, slot_name: str) -> None:
         """Take a job out and leave no trace of it; what it held, and what its length cost the others, is given back.
 
         Within a step, which is where `look` is called, the job's row is removed at the step's end.
         """
-        self._context.leave(self._slots.pop(job_id))
+        self._context.leave(self._slots.pop(slot_name))
         self._budget.restore()
 
-    def begin_evaluation(self, job_id: str, examples: Sequence[Example]) -> None:
+    def begin_evaluation(self, slot_name: str, examples: Sequence[Example]) -> None:
         """Let the coming steps score the job on other examples, before it trains on: no dropout, nothing changes.
 
         The report of the last of those steps carries the evaluation. Raises InvalidJobError for examples that `admit`
         would refuse.
         """
         self._limits.check_examples(examples)
-        self._slots[job_id].evaluation = PendingEvaluation(examples)
+        self._slots[slot_name].evaluation = PendingEvaluation(examples)
 
-    def rest(self, job_id: str) -> None:
+    def rest(self, slot_name: str) -> None:
         """Pass the job over in the coming steps, until `end_rest`. It keeps its slot."""
-        self._slots[job_id].is_resting = True
+        self._slots[slot_name].is_resting = True
 
-    def end_rest(self, job_id: str) -> None:
-        self._slots[job_id].is_resting = False
+    def end_rest(self, slot_name: str) -> None:
+        self._slots[slot_name].is_resting = False
 
-    def export_adapter(self, job_id: str, directory: Path) -> None:
+    def export_adapter(self, slot_name: str, directory: Path) -> None:
         """Write the job's adapter as it is now in PEFT's format."""
-        export_adapter(self._slots[job_id].row, directory, base_model_id=self._base_model_id)
+        export_adapter(self._slots[slot_name].row, directory, base_model_id=self._base_model_id)
 
-    def import_adapter(self, job_id: str, directory: Path) -> None:
+    def import_adapter(self, slot_name: str, directory: Path) -> None:
         """Start the job from an adapter in PEFT's format."""
-        slot = self._slots[job_id]
+        slot = self._slots[slot_name]
         import_adapter(slot.row, directory)
         slot.restart_batch()
 
-    def capture_state(self, job_id: str) -> SlotState:
+    def capture_state(self, slot_name: str) -> SlotState:
         """Copy what the job's training resumes from, to be written at leisure."""
-        return capture_state(self._slots[job_id])
+        return capture_state(self._slots[slot_name])
 
-    def load_state(self, job_id: str, directory: Path) -> int:
+    def load_state(self, slot_name: str, directory: Path) -> int:
         """Go on from a written state, and return its step. Raises InvalidJobError when it is another job's."""
-        return load_state(self._slots[job_id], directory)
+        return load_state(self._slots[slot_name], directory)
 
     def step(self, *, look: Callable[[], None] = lambda: None) -> tuple[SlotReport, ...]:
         """Train on one token budget's worth of examples of all jobs, and score one's worth of those evaluated.
@@ -229,8 +230,8 @@ class Engine:
     ) -> tuple[SlotReport, ...]:
         """Add up what the step has found, and update the slots whose optimizer batch is complete. Takes no memory."""
         slots = tuple(self._slots.values())
-        tenants = {slot.job.job_id: slot.job.tenant for slot in slots}
-        costs = {tenants[report.job_id]: report.cost_tokens for report in scored if report.job_id in tenants}
+        tenants = {slot.job.slot_name: slot.job.tenant for slot in slots}
+        costs = {tenants[report.slot_name]: report.cost_tokens for report in scored if report.slot_name in tenants}
         staying = [plan for plan in plans if plan.slot.evicted_at is None]
         self._planner.charge(staying, slots, self._budget.tokens, scored=costs)
         reports = []
@@ -255,21 +256,21 @@ class Engine:
         slot = next((slot for slot in self._slots.values() if slot.evaluation is not None), None)
         if slot is None or slot.evaluation is None:
             return ()
-        job_id, evaluation = slot.job.job_id, slot.evaluation
-        self._slots[job_id] = self._slots.pop(job_id)  # the others come first next time
+        slot_name, evaluation = slot.job.slot_name, slot.evaluation
+        self._slots[slot_name] = self._slots.pop(slot_name)  # the others come first next time
         part = evaluation.next_part(self._budget.tokens)
         try:
             evaluation.count(part, self._score(slot, part))
         except JobTooLargeError as error:
-            return (SlotReport(job_id, failure=error),)
+            return (SlotReport(slot_name, failure=error),)
         except StepGivenUpError:
             return ()
         num_tokens = sum(example.num_tokens for example in part)
         if not evaluation.is_complete:
-            return (SlotReport(job_id, num_scored_tokens=num_tokens),)
+            return (SlotReport(slot_name, num_scored_tokens=num_tokens),)
         result = evaluation.result()
         failure = None if math.isfinite(result.loss) else DivergedError("The validation loss is not finite.")
-        return (SlotReport(job_id, num_scored_tokens=num_tokens, evaluation=result, failure=failure),)
+        return (SlotReport(slot_name, num_scored_tokens=num_tokens, evaluation=result, failure=failure),)
 
     def _score(self, slot: Slot, examples: Sequence[Example]) -> list[Score]:
         """Score examples in one forward, or in halves where one does not fit. Raises JobTooLargeError."""
@@ -297,4 +298,4 @@ class Engine:
 
 
 def _report(plan: SlotPlan, *, failure: JobTooLargeError | None = None) -> SlotReport:
-    return SlotReport(plan.slot.job.job_id, plan.num_tokens, failure=failure)
+    return SlotReport(plan.slot.job.slot_name, plan.num_tokens, failure=failure)

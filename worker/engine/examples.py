@@ -39,9 +39,12 @@ class DrawnExample:
 
 @dataclass(frozen=True, eq=False)
 class EngineJob:
-    """A job to train. `share` weighs its tenant's part of the token budget, however many jobs the tenant has."""
+    """A job to train. Its caller chooses `slot_name`, by which the engine knows the job until it is evicted.
 
-    job_id: str
+    `share` weighs its tenant's part of the token budget, however many jobs the tenant has.
+    """
+
+    slot_name: str
     spec: TrainingSpec
     examples: Sequence[Example]
     tenant: str
@@ -77,7 +80,7 @@ class Evaluation:
 class SlotReport:
     """What one step did for one job: its tokens that were trained, or those of its validation that were scored."""
 
-    job_id: str
+    slot_name: str
     num_tokens: int = 0
     num_scored_tokens: int = 0
     update: StepMetrics | None = None

@@ -62,4 +62,4 @@ def complete_batch(slot: Slot, optimizer: AdamW, *, grad_norm: float, num_tokens
         failure = DivergedError(
             f"The gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row. Lower the learning rate."
         )
-    return SlotReport(slot.job.job_id, num_tokens, update=update, failure=failure)
+    return SlotReport(slot.job.slot_name, num_tokens, update=update, failure=failure)

@@ -172,7 +172,7 @@ class TrainerJob:
     def as_engine_job(self, prepared: PreparedJob) -> EngineJob:
         self._validation = prepared.validation
         return EngineJob(
-            job_id=str(self.lease_token),
+            slot_name=str(self.lease_token),
             spec=self._order.spec,
             examples=prepared.training.examples,
             tenant=self._order.tenant_id,

@@ -90,8 +90,8 @@ class Standing:
 
 def put_back(engine: Engine, before: dict[str, Standing]) -> None:
     """Make every slot what it was, so that one engine can try the same step again and again."""
-    for job_id, standing in before.items():
-        slot = engine._slots[job_id]
+    for slot_name, standing in before.items():
+        slot = engine._slots[slot_name]
         vectors = (slot.row.weights_P, slot.row.grads_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)
         for vector_P, was_P in zip(vectors, standing.vectors, strict=True):
             vector_P.copy_(was_P)
@@ -102,12 +102,12 @@ def put_back(engine: Engine, before: dict[str, Standing]) -> None:
 
 
 def standings(engine: Engine, *, but: Sequence[str] = ()) -> dict[str, Standing]:
-    return {job_id: Standing.of(slot) for job_id, slot in engine._slots.items() if job_id not in but}
+    return {slot_name: Standing.of(slot) for slot_name, slot in engine._slots.items() if slot_name not in but}
 
 
 def assert_unmoved(engine: Engine, before: dict[str, Standing]) -> None:
-    for job_id, standing in before.items():
-        assert standing.is_that_of(engine._slots[job_id]), job_id
+    for slot_name, standing in before.items():
+        assert standing.is_that_of(engine._slots[slot_name]), slot_name
 
 
 def assert_every_row_has_one_slot(engine: Engine) -> None:

@@ -95,7 +95,7 @@ def test_a_job_that_does_not_fit_is_refused_before_it_takes_a_slot(job: EngineJo
     engine.admit(make_job("old"))
     with pytest.raises(InvalidJobError, match=reason):
         engine.admit(job)
-    assert engine.job_ids == ("old",)
+    assert engine.slot_names == ("old",)
 
 
 def test_a_job_waits_when_every_slot_is_taken_and_enters_when_one_is_freed() -> None:
@@ -106,7 +106,7 @@ def test_a_job_waits_when_every_slot_is_taken_and_enters_when_one_is_freed() -> 
         engine.admit(make_job("b"))
     engine.evict("a")
     engine.admit(make_job("b"))
-    assert engine.job_ids == ("b",)
+    assert engine.slot_names == ("b",)
 
 
 def test_a_job_waits_when_the_device_refuses_the_memory_for_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_a_job_waits_when_the_device_refuses_the_memory_for_its_slot(monkeypatch
     with monkeypatch.context() as full, pytest.raises(NoFreeSlotError, match="no memory"):
         full.setattr(torch.Tensor, "new_zeros", refuse)
         engine.admit(make_job("new"))
-    assert engine.job_ids == ("old",)
+    assert engine.slot_names == ("old",)
     assert engine.step()
 
 
@@ -234,7 +234,7 @@ def test_a_large_validation_set_is_scored_between_the_others_steps_and_the_weigh
     engine.begin_evaluation("mine", validation)
     num_scored, num_parts, evaluation = 0, 0, None
     while evaluation is None:
-        reports = {report.job_id: report for report in engine.step()}
+        reports = {report.slot_name: report for report in engine.step()}
         assert reports["other"].num_tokens > 0
         assert 0 < reports["mine"].num_scored_tokens <= 64
         assert reports["mine"].num_tokens == 0
@@ -254,7 +254,7 @@ def test_evaluations_of_two_jobs_take_turns() -> None:
     for index in range(2):
         engine.admit(make_job(str(index), seed=index))
         engine.begin_evaluation(str(index), random_examples(60, 40))
-    order = [report.job_id for _ in range(6) for report in engine.step()]
+    order = [report.slot_name for _ in range(6) for report in engine.step()]
     assert order == ["0", "1"] * 3
 
 

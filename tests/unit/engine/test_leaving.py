@@ -98,8 +98,8 @@ def test_a_step_is_left_at_the_next_look_once_all_who_are_in_it_are_evicted(num_
     expected, num_places = train(fresh, num_fused_steps=2), 0
     for engine, place, reports in places("mine", evicted="mine", num_recomputed=num_recomputed):
         num_places += 1
-        assert (reports, place.num_after, engine.job_ids) == ((), 0, ())
-        assert (engine.running_ids, engine._context.waiting) == ([], {})
+        assert (reports, place.num_after, engine.slot_names) == ((), 0, ())
+        assert (engine.running_names, engine._context.waiting) == ([], {})
         engine.admit(make_job("next"))
         assert train(engine, num_fused_steps=2) == expected
     assert num_places > 2 * 4 * NUM_LAYERS
@@ -107,15 +107,15 @@ def test_a_step_is_left_at_the_next_look_once_all_who_are_in_it_are_evicted(num_
 
 def test_whoever_is_evicted_from_a_step_leaves_the_others_theirs_bit_for_bit() -> None:
     untroubled = make_engine_of("first", "mine", "last")
-    expected = {report.job_id: report for report in untroubled.step()}
+    expected = {report.slot_name: report for report in untroubled.step()}
     num_places = 0
     for engine, _place, reports in places("first", "mine", "last", evicted="mine"):
         num_places += 1
-        assert engine.job_ids == ("first", "last")
+        assert engine.slot_names == ("first", "last")
         assert_every_row_has_one_slot(engine)
-        found = {report.job_id: report for report in reports}
+        found = {report.slot_name: report for report in reports}
         assert found["mine"].update is None
-        for name in engine.job_ids:
+        for name in engine.slot_names:
             assert found[name] == expected[name]
             assert Standing.of(untroubled._slots[name]).has_numbers_of(engine._slots[name])
     assert num_places > 2 * 4 * NUM_LAYERS
@@ -131,7 +131,7 @@ def test_a_job_that_is_not_in_the_step_under_way_leaves_at_once_and_the_step_goe
 
         def leave(engine: Engine = engine, seen: list[str] = seen) -> None:
             engine.evict("first")
-            seen.extend(engine.running_ids)
+            seen.extend(engine.running_names)
 
         place = Place(number, leave)
         assert engine.step(look=place) == untroubled.step()
@@ -154,7 +154,7 @@ def test_a_step_that_keeps_an_evicted_job_for_too_long_is_made_again_for_the_oth
     num_places = 0
     for engine, place, reports in places("mine", "last", evicted="mine", **settings):
         num_places += 1
-        assert (reports, place.num_after, engine.job_ids) == ((), 0, ("last",))
+        assert (reports, place.num_after, engine.slot_names) == ((), 0, ("last",))
         assert_every_row_has_one_slot(engine)
         if num_places % 8 == 1:
             updates = train(engine)["last"]
@@ -171,14 +171,14 @@ def test_leaving_again_and_again_costs_the_others_a_few_steps_and_no_more(monkey
         name, beside = f"fickle {number}", []
 
         def leave(name: str = name, beside: list[str] = beside) -> None:
-            beside.extend(engine.running_ids)
+            beside.extend(engine.running_names)
             engine.evict(name)
 
         engine.admit(make_job(name, seed=2, batch_size=8))
         reports = engine.step(look=Place(12, leave))
         num_lost += "mine" in beside and not reports
     assert 0 < num_lost <= 8  # halvings of 256 tokens
-    assert engine.job_ids == ("mine",)
+    assert engine.slot_names == ("mine",)
     assert engine._budget.cap < 256
 
 
@@ -197,7 +197,7 @@ def test_steps_that_were_shortened_grow_again_once_many_were_quick(monkeypatch: 
     assert engine._budget.cap == shortened, "no step was quick enough"
     monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", math.inf)
     lengths = [shortened]
-    while engine.job_ids and len(lengths) < 40:
+    while engine.slot_names and len(lengths) < 40:
         assert engine.step()
         lengths.append(engine._budget.cap)
     assert set(lengths[:5]) == {shortened}
@@ -215,7 +215,7 @@ def test_an_evaluation_is_left_at_the_next_look_and_the_others_train_on_bit_for_
         running = []
 
         def leave(engine: Engine = engine, running: list[str] = running) -> None:
-            running.extend(engine.running_ids)
+            running.extend(engine.running_names)
             engine.evict("mine")
 
         reports = engine.step(look=Place(number, leave))

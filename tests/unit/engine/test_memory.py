@@ -74,9 +74,9 @@ def test_running_out_of_memory_replays_the_same_examples_in_smaller_steps(*, fai
     cramped.fits_tokens = 40
     rest = train(cramped)
     expected = train(roomy)
-    for job_id in ("a", "b"):
-        losses = [update.loss for update in updates[job_id] + rest[job_id]]
-        assert losses == pytest.approx([update.loss for update in expected[job_id]], abs=1e-4)
+    for slot_name in ("a", "b"):
+        losses = [update.loss for update in updates[slot_name] + rest[slot_name]]
+        assert losses == pytest.approx([update.loss for update in expected[slot_name]], abs=1e-4)
 
 
 def test_one_example_that_alone_does_not_fit_fails_its_job_and_not_the_others() -> None:
@@ -88,8 +88,8 @@ def test_one_example_that_alone_does_not_fit_fails_its_job_and_not_the_others() 
     while reports := engine.step():
         for report in reports:
             if report.failure is not None:
-                failures.append((report.job_id, type(report.failure)))
-                engine.evict(report.job_id)
+                failures.append((report.slot_name, type(report.failure)))
+                engine.evict(report.slot_name)
     assert failures == [("long", ExampleTooLargeError)]
     assert engine._slots["short"].cursor.is_finished
 

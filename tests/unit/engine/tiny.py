@@ -84,20 +84,20 @@ def make_engine(model: Any = None, *, max_slots: int = 4, max_rank: int = 16, ma
 
 def train(engine: Engine, *, num_fused_steps: int = 1_000_000) -> dict[str, list[StepMetrics]]:
     """Step until nothing is left, or so often; return every job's updates."""
-    updates: dict[str, list[StepMetrics]] = {job_id: [] for job_id in engine.job_ids}
+    updates: dict[str, list[StepMetrics]] = {slot_name: [] for slot_name in engine.slot_names}
     for _ in range(num_fused_steps):
         reports = engine.step()
         if not reports:
             break
         for report in reports:
             if report.update is not None:
-                updates[report.job_id].append(report.update)
+                updates[report.slot_name].append(report.update)
     return updates
 
 
-def evaluate(engine: Engine, job_id: str, examples: Sequence[Example]) -> Evaluation:
+def evaluate(engine: Engine, slot_name: str, examples: Sequence[Example]) -> Evaluation:
     """Step until the job's evaluation is there. Raises the failure that ended it."""
-    engine.begin_evaluation(job_id, examples)
+    engine.begin_evaluation(slot_name, examples)
     while True:
         for report in engine.step():
             if report.failure is not None:
@@ -106,10 +106,10 @@ def evaluate(engine: Engine, job_id: str, examples: Sequence[Example]) -> Evalua
                 return report.evaluation
 
 
-def randomise_weights(engine: Engine, job_id: str, *, seed: int = 7) -> None:
+def randomise_weights(engine: Engine, slot_name: str, *, seed: int = 7) -> None:
     """Make B other than zero, so that A has gradients too."""
     generator = torch.Generator().manual_seed(seed)
-    for pair in engine._slots[job_id].row.pairs().values():
+    for pair in engine._slots[slot_name].row.pairs().values():
         for matrix in (pair.A_RK, pair.B_NR):
             matrix.copy_(torch.randn(matrix.shape, generator=generator) * 0.1)
 
@@ -118,7 +118,7 @@ def fused_gradients(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     """Return every job's gradients of one fused step, by PEFT's parameter names, without updating anything."""
     plans = engine._plan()
     engine._forward_backward(plans, engine._pack(plans))
-    return {plan.slot.job.job_id: name_as_peft(gradient_pairs(plan.slot)) for plan in plans}
+    return {plan.slot.job.slot_name: name_as_peft(gradient_pairs(plan.slot)) for plan in plans}
 
 
 def gradient_pairs(slot: Slot) -> dict[str, LoraPair]:
@@ -130,8 +130,8 @@ def gradient_pairs(slot: Slot) -> dict[str, LoraPair]:
     return pairs
 
 
-def weights_of(engine: Engine, job_id: str) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in name_as_peft(engine._slots[job_id].row.pairs()).items()}
+def weights_of(engine: Engine, slot_name: str) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in name_as_peft(engine._slots[slot_name].row.pairs()).items()}
 
 
 def name_as_peft(pairs: dict[str, LoraPair]) -> dict[str, torch.Tensor]:
