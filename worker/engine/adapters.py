@@ -22,7 +22,7 @@ _PREFIX = "base_model.model."
 def export_adapter(row: AdapterRow, directory: Path, *, base_model_id: str) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT and vLLM read them."""
     tensors = {}
-    # Off the device as one piece: a matrix that is copied by itself takes memory there.
+    # The row leaves the device as one piece. A matrix copied by itself is strided, and would need memory there first.
     for name, pair in row.view(row.weights_P.cpu()).items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK.clone(memory_format=torch.contiguous_format)
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR.clone(memory_format=torch.contiguous_format)
@@ -41,8 +41,8 @@ def describe_lora(adapter: AdapterConfig, *, base_model_id: str) -> dict[str, An
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_id,
-        # PEFT's `AutoPeftModel` hands it to the hub together with the name above, which is the registry's: here it
-        # need not be the repository that the commit is of. The manifest and the card say the commit.
+        # PEFT's `AutoPeftModel` would look this revision up in the hub's repository of the name above. That name is
+        # our registry's and need not be the repository that the commit is from. The manifest and the card name it.
         "revision": None,
         "r": adapter.rank,
         "lora_alpha": _as_integer(adapter.alpha),
@@ -64,7 +64,7 @@ def _as_integer(number: float) -> float:
 
 
 def import_adapter(row: AdapterRow, directory: Path) -> None:
-    """Take weights from PEFT's files, all or none. Raises InvalidJobError when they are not this adapter's kind."""
+    """Take all weights from PEFT's files, or none. Raises InvalidJobError when they are not this adapter's kind."""
     _check_scale(row, directory)
     tensors = load_file(directory / WEIGHTS_FILE)
     views, weights_P = {}, torch.zeros(row.bank.layout.num_parameters)
@@ -83,7 +83,7 @@ def import_adapter(row: AdapterRow, directory: Path) -> None:
 
 
 def _check_scale(row: AdapterRow, directory: Path) -> None:
-    """Refuse weights that meant something else where they were trained: their effect is scale times B times A."""
+    """Refuse weights that were trained at another scale: their effect is scale times B times A."""
     trained = LoraConfig.from_pretrained(str(directory))
     wanted = (row.adapter.rank, row.adapter.alpha, row.adapter.use_rslora)
     found = (trained.r, trained.lora_alpha, trained.use_rslora)

@@ -1,15 +1,13 @@
 """The fused step: every admitted job's next examples in one packed stream, one forward, one backward.
 
-Invariants: a job's loss is the mean over its whole optimizer batch, however the batch is cut into steps; a step that
-failed leaves nothing behind but its batches begun anew; no row of one job is ever combined with a row of another.
-
-Shapes: T tokens of the step, M rows with a label, E hidden size.
+A job's loss is the mean over its whole optimizer batch, however the batch is cut into steps. A step that failed changes
+nothing, except that its batches begin anew. No row of one job is ever combined with a row of another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from worker.engine.examples import DrawnExample, EngineJob, Example, SlotReport
 from worker.engine.fused_bases import FusedBase
 from worker.engine.limits import JobLimits
 from worker.engine.memory import MemoryBudget
-from worker.engine.objectives import LabelRows, Sums
+from worker.engine.objectives import Sums
 from worker.engine.optimizers import AdamW
 from worker.engine.packing import PackedBatch, pack
 from worker.engine.planner import Planner, SlotPlan
@@ -99,10 +97,10 @@ class Engine:
         adapter = job.spec.adapter
         layout = Layout.of(self._base.shape, rank=adapter.rank, target_modules=adapter.target_modules)
         self._memory.check_slot(layout, step_tokens=self._budget.tokens, is_first=not self._slots)
-        # Last, for it reads every token: who waits for memory asks again at every step.
+        # Last, because it reads every token, and a job that waits for memory is tried again after every step.
         self._limits.check_examples(job.examples)
         try:
-            slot = Slot(job, self._bank_of(layout))
+            slot = Slot(job, _find_bank(self._slots.values(), layout, self.device))
         except torch.OutOfMemoryError:
             raise NoFreeSlotError("The device has no memory for another slot of this rank.") from None
         served = [other.served_tokens for other in self._slots.values() if other.job.tenant == job.tenant]
@@ -110,15 +108,15 @@ class Engine:
         self._slots[job.slot_name] = slot
 
     def evict(self, slot_name: str) -> None:
-        """Take a job out and leave no trace of it; what it held, and what its length cost the others, is given back.
+        """Take a job out and leave no trace of it. Its memory is free again, and the next step has a full budget again.
 
-        Within a step, which is where `look` is called, the job's row is removed at the step's end.
+        Within a step, from `look`, the job's row is removed at the step's end.
         """
         self._context.leave(self._slots.pop(slot_name))
         self._budget.restore()
 
     def begin_evaluation(self, slot_name: str, examples: Sequence[Example]) -> None:
-        """Let the coming steps score the job on other examples, before it trains on: no dropout, nothing changes.
+        """Let the coming steps score the job on other examples, without dropout. It does not train until that is done.
 
         The report of the last of those steps carries the evaluation. Raises InvalidJobError for examples that `admit`
         would refuse.
@@ -152,19 +150,21 @@ class Engine:
         return load_state(self._slots[slot_name], directory)
 
     def step(self, *, look: Callable[[], None] = lambda: None) -> tuple[SlotReport, ...]:
-        """Train on one token budget's worth of examples of all jobs, and score one's worth of those evaluated.
+        """Train on one token budget's worth of all jobs' examples, and score as much of one job's evaluation.
 
-        Empty when no job has work left. `look` is called between any two products, and may capture states and evict
-        jobs; of those, too, it is reported what the step did. What is under way is given up when all who are in it
-        have been evicted, or the first of them for longer than steps.PATIENCE_SECONDS. Then the others' batches come
-        again, in steps half as long, so that this happens seldom; they grow again as TokenBudget.lengthen says.
+        Returns a report for every job that was in the step, also for one evicted during it; empty when no job has work
+        left. `look` is called between any two products, and may capture states and evict jobs. The step is given up
+        when all of its jobs were evicted, or when one was evicted more than steps.PATIENCE_SECONDS ago. Then the
+        others' batches come again, in steps half as long, so that this happens seldom. TokenBudget.lengthen says when
+        steps grow again.
         """
         with self._context.under_way(look):
+            # First, so that the planner can book its cost together with what is trained.
             scored = self._evaluate()
             trained = self._train(scored)
         self._budget.lengthen(sum(report.num_tokens for report in trained), was_brisk=self._context.was_brisk)
         for slot in self._slots.values():
-            # Not before: its caller wants to see the weights that were judged.
+            # Not before `_train`, in which the slot rests still: its caller is to find the weights that were judged.
             if slot.evaluation is not None and slot.evaluation.is_complete:
                 slot.evaluation = None
         return trained + scored
@@ -172,35 +172,24 @@ class Engine:
     def _train(self, scored: tuple[SlotReport, ...]) -> tuple[SlotReport, ...]:
         """Train on one plan. What finds no memory is planned again, smaller, until it fits."""
         while plans := self._plan():
-            is_given_up = False
             try:
-                batch = self._pack(plans)
+                batch = pack([plan.examples for plan in plans], self.device)
                 sums = read_sums([plan.slot for plan in plans], self._forward_backward(plans, batch))
             except torch.OutOfMemoryError:
-                pass
+                is_given_up = False
             except StepGivenUpError:
                 is_given_up = True
             else:
                 return self._commit(plans, sums, scored)
             # Out of the except clause, whose traceback would keep the failed step's activations alive.
-            for plan in plans:
-                plan.slot.restart_batch()
-            num_tokens = sum(plan.num_tokens for plan in plans)
-            if is_given_up:
-                if any(plan.slot.evicted_at is None for plan in plans):
-                    self._budget.shorten(num_tokens)
-                return ()
-            if len(plans) == 1 and len(plans[0].examples) == 1:
-                return (_report(plans[0], failure=ExampleTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
-            self._budget.halve(num_tokens)
+            reports = self._begin_anew(plans, is_given_up=is_given_up)
+            if reports is not None:
+                return reports
         return ()
 
     def _plan(self) -> list[SlotPlan]:
         plans = self._planner.plan(tuple(self._slots.values()), self._budget.tokens)
         return sorted(plans, key=lambda plan: stream_order(plan.slot))
-
-    def _pack(self, plans: list[SlotPlan]) -> PackedBatch:
-        return pack([plan.examples for plan in plans], self.device)
 
     def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch) -> list[Sums]:
         """Add the step's gradients to the slots' own, and return each slot's sums."""
@@ -209,26 +198,20 @@ class Engine:
         runs = make_runs(parts, is_grouped=self.device.type == "cuda")
         # The runs stay until after the backward, which computes some layers again.
         with self._memory.measuring(batch.num_tokens), self._context.running(runs):
-            rows = self._forward(batch)
+            rows = self._base.score_labels(batch)
             sums = [slot.objective.sum_units(each) for slot, each in zip(slots, rows, strict=True)]
             # A slot's gradient does not depend on the others' losses: added up, they are one backward instead of many.
             means = [each.loss * (1 / slot.num_units) for slot, each in zip(slots, sums, strict=True)]
             torch.stack(means).sum().backward()
         return sums
 
-    def _forward(self, batch: PackedBatch) -> list[LabelRows]:
-        """Return the label rows of each slot in the batch."""
-        hidden_ME = self._base.decode(batch)[batch.label_rows_M]
-        scores = self._base.head.score_labels(hidden_ME, batch.labels_M, pause=self._context.pause)
-        num_labels = [[sequence.num_labels for sequence in group.sequences] for group in batch.groups]
-        sizes = [sum(each) for each in num_labels]
-        rows = zip(scores.nll_M.split(sizes), scores.is_right_M.split(sizes), num_labels, strict=True)
-        return [LabelRows(*each) for each in rows]
-
     def _commit(
         self, plans: list[SlotPlan], sums: list[SlotSums], scored: tuple[SlotReport, ...]
     ) -> tuple[SlotReport, ...]:
-        """Add up what the step has found, and update the slots whose optimizer batch is complete. Takes no memory."""
+        """Add up what the step has found, and update the slots whose optimizer batch is complete.
+
+        It takes no memory on the device and cannot fail: a step is committed for all of its slots or for none.
+        """
         slots = tuple(self._slots.values())
         tenants = {slot.job.slot_name: slot.job.tenant for slot in slots}
         costs = {tenants[report.slot_name]: report.cost_tokens for report in scored if report.slot_name in tenants}
@@ -250,6 +233,20 @@ class Engine:
             else:
                 reports.append(_report(plan))
         return tuple(reports)
+
+    def _begin_anew(self, plans: list[SlotPlan], *, is_given_up: bool) -> tuple[SlotReport, ...] | None:
+        """Forget what a failed step did to its batches. Return its reports, or None where a smaller one may succeed."""
+        for plan in plans:
+            plan.slot.restart_batch()
+        num_tokens = sum(plan.num_tokens for plan in plans)
+        if is_given_up:
+            if any(plan.slot.evicted_at is None for plan in plans):
+                self._budget.shorten(num_tokens)
+            return ()
+        if len(plans) == 1 and len(plans[0].examples) == 1:
+            return (_report(plans[0], failure=ExampleTooLargeError(_ONE_EXAMPLE_TOO_LARGE)),)
+        self._budget.halve(num_tokens)
+        return None
 
     def _evaluate(self) -> tuple[SlotReport, ...]:
         """Score the next part of the evaluation that has waited longest."""
@@ -278,7 +275,7 @@ class Engine:
             batch = pack([[DrawnExample(example, 0) for example in examples]], self.device)
             runs = make_runs([SlotRows(slot, batch.groups[0], is_training=False)], is_grouped=False)
             with torch.no_grad(), self._context.running(runs):
-                (rows,) = self._forward(batch)
+                (rows,) = self._base.score_labels(batch)
                 sums = slot.objective.sum_units(rows)
                 return [Score.of(sums, num_units=slot.objective.count_units(examples))]
         except torch.OutOfMemoryError:
@@ -287,14 +284,12 @@ class Engine:
             raise ExampleTooLargeError(_ONE_EXAMPLE_TOO_LARGE)
         return self._score(slot, examples[:middle]) + self._score(slot, examples[middle:])
 
-    @property
-    def _banks(self) -> Collection[Bank]:
-        return {slot.row.bank.index: slot.row.bank for slot in self._slots.values()}.values()
 
-    def _bank_of(self, layout: Layout) -> Bank:
-        """Return the bank of a layout. A new one is known to nobody until a slot has a row of it."""
-        index = max((bank.index for bank in self._banks), default=0) + 1
-        return next((bank for bank in self._banks if bank.layout == layout), None) or Bank(layout, index, self.device)
+def _find_bank(slots: Iterable[Slot], layout: Layout, device: torch.device) -> Bank:
+    """Return the bank of a layout. A new one is known to nobody until a slot has a row of it."""
+    banks = {slot.row.bank for slot in slots}
+    index = max((bank.index for bank in banks), default=0) + 1
+    return next((bank for bank in banks if bank.layout == layout), None) or Bank(layout, index, device)
 
 
 def _report(plan: SlotPlan, *, failure: JobTooLargeError | None = None) -> SlotReport:

@@ -1,6 +1,6 @@
-"""One slot's validation, scored a part at a time between the fused steps, so that no tenant waits for another's rows.
+"""One slot's validation, scored a part at a time between the fused steps, so that no tenant waits for another's data.
 
-The slot does not train until the last part is scored: every row is judged by the same weights.
+The slot does not train until the last part is scored: every example is judged by the same weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Score:
 
 
 class PendingEvaluation:
-    """The rows still to be scored, in their order, and the sums over those that were."""
+    """The examples still to be scored, in their order, and the sums over those that were."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
@@ -44,7 +44,7 @@ class PendingEvaluation:
         return self._position == len(self._examples)
 
     def next_part(self, max_tokens: int) -> Sequence[Example]:
-        """Return the next rows, of at most so many tokens together, or a single longer one."""
+        """Return the next examples, of at most so many tokens together, or a single longer one."""
         end, num_tokens = self._position, 0
         while end < len(self._examples):
             num_tokens += self._examples[end].num_tokens
@@ -54,7 +54,7 @@ class PendingEvaluation:
         return self._examples[self._position : end]
 
     def count(self, part: Sequence[Example], scores: Sequence[Score]) -> None:
-        """Add up what was found of the part that `next_part` gave last."""
+        """Add up the scores of the part that `next_part` returned last."""
         self._position += len(part)
         for score in scores:
             self._loss_sum += score.loss_sum

@@ -53,7 +53,10 @@ class EngineJob:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One completed optimizer step. `epoch` counts the passes completed; losses are means over label tokens."""
+    """One completed optimizer step. `epoch` counts the passes completed.
+
+    `loss` and `token_accuracy` are means over the batch's `num_units`: for supervised jobs, its label tokens.
+    """
 
     step: int
     total_steps: int
@@ -71,6 +74,8 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """What a validation came to: means over its `num_units`."""
+
     loss: float
     token_accuracy: float
     num_units: int
@@ -78,7 +83,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SlotReport:
-    """What one step did for one job: its tokens that were trained, or those of its validation that were scored."""
+    """What one step did for one job: its tokens that were trained on, or those of its validation that were scored."""
 
     slot_name: str
     num_tokens: int = 0
@@ -89,5 +94,5 @@ class SlotReport:
 
     @property
     def cost_tokens(self) -> float:
-        """The job's part of the step's cost, in trained tokens: through a frozen base, a forward is half of the way."""
+        """The job's part of the step's cost, in trained tokens. Through a frozen base, a forward is half the work."""
         return self.num_tokens + self.num_scored_tokens / 2

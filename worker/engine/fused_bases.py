@@ -1,7 +1,7 @@
-"""The fused base: a frozen model whose linears serve every slot, from a packed stream to its last hidden states.
+"""The fused base: a frozen model whose linears serve every slot, from a packed stream to the scores of its labels.
 
 It is made once, when the base is loaded; admitting and evicting jobs never touches it. Shapes: T rows of the stream,
-E hidden size.
+M rows with a label, E hidden size.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from worker.engine.frozen import Scratch, freeze_linear
 from worker.engine.heads import Head
 from worker.engine.linears import FusedLinear, Siblings
 from worker.engine.norms import freeze_norms
+from worker.engine.objectives import LabelRows
 from worker.engine.packing import PackedBatch
 from worker.engine.steps import StepContext
 
@@ -47,6 +48,15 @@ class FusedBase:
     def num_weights(self) -> int:
         """The weights that every token is multiplied with."""
         return sum(k * n for k, n in self.shape.linears.values()) + self.head.rows_VE.numel()
+
+    def score_labels(self, batch: PackedBatch) -> list[LabelRows]:
+        """Score the labels of all slots in one forward, and return each slot's."""
+        hidden_ME = self.decode(batch)[batch.label_rows_M]
+        scores = self.head.score_labels(hidden_ME, batch.labels_M, pause=self.context.pause)
+        num_labels = [[sequence.num_labels for sequence in group.sequences] for group in batch.groups]
+        sizes = [sum(each) for each in num_labels]
+        rows = zip(scores.nll_M.split(sizes), scores.is_right_M.split(sizes), num_labels, strict=True)
+        return [LabelRows(*each) for each in rows]
 
     def decode(self, batch: PackedBatch) -> Tensor:
         """Return the last hidden state [T, E], with the LoRA of the runs that the context has on the device."""

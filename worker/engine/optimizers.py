@@ -15,15 +15,18 @@ _NORM_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s own
 
 
 class AdamW:
-    """The optimizer of all rows. An update takes no memory, so that none can fail between two rows of a step."""
+    """The optimizer of all rows. An update takes no memory, so a step's updates cannot fail half-way."""
 
     def __init__(self, device: torch.device) -> None:
-        # The kernel reads these off the device. Filling them is a launch; making them would be a copy to wait for.
+        # The kernel reads these on the device. Filling them is one launch. New tensors would be copies to wait for.
         self._num_updates = torch.zeros((), device=device)
         self._divisor = torch.ones((), device=device)
 
     def update(self, row: AdapterRow, spec: TrainingSpec, *, learning_rate: float, grad_norm: float) -> None:
-        """Apply one optimizer step with the row's gradients, whose norm is given."""
+        """Apply one optimizer step with the row's gradients, whose norm is given.
+
+        The kernel divides gradients by `grad_scale`. Dividing by max(1, norm / max_grad_norm) is clipping.
+        """
         adamw(
             [row.weights_P],
             [row.grads_P],

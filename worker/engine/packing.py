@@ -1,7 +1,9 @@
-"""The packed stream of one fused step: whole sequences side by side, slot by slot, each an island.
+"""The packed stream of one fused step: whole sequences side by side, slot by slot, without padding.
 
-Shapes: T tokens of the step, M rows with a label, Q sequences. Positions restart with every sequence, and the label
-shift is per sequence: row t predicts token t+1 of its own sequence, so a sequence's last row has no label.
+Positions restart with every sequence. The label shift is per sequence: row t predicts token t+1 of its own sequence, so
+a sequence's last row has no label. Only rows with a label reach the head.
+
+Shapes: T tokens of the step, M rows with a label, Q sequences.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True)
 class EqualSequences:
-    """`count` neighbours of one length, from row `start` on."""
+    """`count` neighbouring sequences of one length, from row `start` of the stream on."""
 
     start: int
     count: int
@@ -50,7 +52,10 @@ class EqualSequences:
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """Where the stream's sequences are, as attention wants it: `offsets` [Q + 1] int32 are their borders."""
+    """Where the stream's sequences lie, in the two forms that attention needs.
+
+    `batches` are stretches of equally long neighbours; `offsets` [Q + 1] int32 are all sequences' borders.
+    """
 
     batches: tuple[EqualSequences, ...]
     offsets: Tensor
@@ -85,7 +90,7 @@ class PackedBatch:
 
 
 def pack(parts: Sequence[Sequence[DrawnExample]], device: torch.device) -> PackedBatch:
-    """Lay the examples side by side, those of one slot in each part, and copy them to the device once."""
+    """Lay examples side by side, a part for each slot, and copy each tensor to the device once."""
     tokens, positions, rows, labels, groups = [], [], [], [], []
     start = 0
     for part in parts:
@@ -93,7 +98,7 @@ def pack(parts: Sequence[Sequence[DrawnExample]], device: torch.device) -> Packe
         for drawn in part:
             example = drawn.example
             length = example.num_tokens
-            targets = np.flatnonzero(example.is_label[1:])
+            targets = np.flatnonzero(example.is_label[1:])  # rows whose next token is a label
             tokens.append(example.token_ids)
             positions.append(np.arange(length))
             rows.append(targets + end)

@@ -1,11 +1,15 @@
 """Runs: stretches of the packed stream whose LoRA products are taken together.
 
-A run's slots belong to one bank and scale alike. Where its products are batched (CPU), they are neighbouring rows of
-the bank with equally many rows of the stream each, so that every operand is a view; what fits no neighbour is a run of
-its own. Where they are grouped (CUDA), a run is all such slots of a bank. Either way each slot is multiplied with its
-own matrices alone: what one of them holds cannot reach another.
+A run's slots belong to one bank and have one kind: they scale alike, all drop or none does, and all begin an optimizer
+batch or none does. How products are taken together depends on the device:
 
-Shapes: S slots of the run, t rows of it, K in, N out, R rank.
+- batched (CPU): neighbouring rows of the bank with equally many rows of the stream each. Every operand is a view. A
+  slot that fits no neighbour is a run of its own.
+- grouped (CUDA): all slots of the bank that have one kind, however many rows each of them has.
+
+Either way each slot's rows are multiplied with that slot's own matrices alone, so a NaN in one cannot reach another.
+
+Shapes: S slots of the run, t rows of it, r rows of each slot where they are equally many, K in, N out, R rank.
 """
 
 from __future__ import annotations
@@ -25,7 +29,10 @@ from worker.engine.slots import Slot
 
 
 class _Kind(NamedTuple):
-    """What slots must share to be one run; it also orders them in the stream."""
+    """What slots must share to be one run; it also orders them in the stream.
+
+    `is_first` says that the slot begins an optimizer batch, so that its gradients replace those of the last one.
+    """
 
     bank_index: int
     is_first: bool
@@ -48,7 +55,10 @@ class SlotRows:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """`offsets` [S] (int32, where each slot's rows end) is None where every slot has equally many rows."""
+    """Slots whose products are taken together: `bank_rows` of their bank with `rows` of the stream.
+
+    `offsets` [S] (int32, where each slot's rows end) is None where every slot has equally many rows.
+    """
 
     parts: tuple[SlotRows, ...]
     kind: _Kind
@@ -61,7 +71,7 @@ class Run:
         return self.parts[0].slot.row.bank
 
     def adapted(self, siblings: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Return the siblings that have LoRA here: together, or each alone where each drops numbers of its own."""
+        """Return those siblings that have LoRA here: together, or one by one where each drops other inputs."""
         names = tuple(name for name in siblings if name in self.bank.layout.columns)
         if self.kind.has_dropout:
             return [(name,) for name in names]
@@ -74,7 +84,7 @@ class Run:
         return LoraStack(stack.A_SJK.to(dtype), tuple(Bt_SRN.to(dtype) for Bt_SRN in stack.Bts_SRN))
 
     def collect_grads(self, names: tuple[str, ...], found: LoraStack) -> None:
-        """Start the optimizer batch's gradients with these, or add these to them."""
+        """Add these, times the scale, to the optimizer batch's gradients; its first ones replace the last batch's."""
         self.bank.collect_grads(self.bank_rows, names, found, factor=self.kind.scale, is_first=self.kind.is_first)
 
     def multiply(self, x_tK: Tensor, matrices_SKN: Tensor) -> Tensor:
@@ -102,10 +112,14 @@ class Run:
         return torch.bmm(h_SrR.transpose(1, 2), x_SrK)
 
     def drop(self, rows_tK: Tensor, name: str) -> Tensor:
-        """Apply LoRA dropout: the same mask for the same example, epoch and linear, wherever it is computed."""
+        """Apply LoRA dropout: the same mask for the same example, epoch and linear, wherever it is computed.
+
+        The backward, and a layer that is computed again, need the same mask.
+        """
         if not self.kind.has_dropout:
             return rows_tK
         factors_tK = torch.cat([self._factors(part, rows_tK, name) for part in self.parts])
+        # Not the product alone: a number that is dropped and not finite would be NaN, not zero.
         return torch.where(factors_tK > 0, rows_tK * factors_tK, 0)
 
     def _factors(self, part: SlotRows, rows_tK: Tensor, name: str) -> Tensor:
@@ -119,7 +133,7 @@ class Run:
 
 
 def stream_order(slot: Slot) -> tuple[_Kind, int]:
-    """Return where a training slot stands in the stream, so that what can make a run is neighbours."""
+    """Return where a training slot stands in the stream, so that slots that can be one run are neighbours."""
     return _kind_of(slot, is_training=True), slot.row.index
 
 

@@ -1,7 +1,7 @@
 """A slot's state on disk: what training resumes from, in safetensors and JSON.
 
-A state saved in the middle of an optimizer batch resumes at that batch's beginning. When the format changes, the one
-before it is read for one more release, so that an upgrade costs no job a step.
+Gradients are not saved: a state captured in the middle of an optimizer batch resumes at that batch's beginning. When
+the format changes, the format before it is read for one more release, so that no job loses a step to an upgrade.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def capture_state(slot: Slot) -> SlotState:
 
 
 def read_cursor(directory: Path) -> dict[str, Any]:
-    """Return where a saved state stands. Raises UnreadableStateError when its format is none that is read here."""
+    """Return a saved state's place in its training. Raises UnreadableStateError when its format is unknown here."""
     cursor: dict[str, Any] = json.loads((directory / CURSOR_FILE).read_text(encoding="utf-8"))
     if cursor.get("format") not in (_FORMAT, _FORMAT_BEFORE):
         raise UnreadableStateError(
@@ -70,9 +70,9 @@ def read_cursor(directory: Path) -> dict[str, Any]:
 
 
 def load_state(slot: Slot, directory: Path) -> int:
-    """Go on from a saved state, and return its step.
+    """Resume the slot from a saved state, and return its step. All of it is checked before anything is changed.
 
-    Raises InvalidJobError when it is another job's, UnreadableStateError when it is of an unknown format.
+    Raises InvalidJobError when it is another job's, UnreadableStateError when its format is unknown.
     """
     row, cursor = slot.row, read_cursor(directory)
     tensors = load_file(directory / TENSORS_FILE)
@@ -94,8 +94,8 @@ def load_state(slot: Slot, directory: Path) -> int:
 def _has_spec(cursor: dict[str, Any], spec: TrainingSpec) -> bool:
     """Return whether a state is of this whole spec.
 
-    With another batch size, for one, the same step number is another place in the data. A field that came after the
-    state was written has its default there.
+    Any difference matters: with another batch size, for one, the same step is another place in the data. A field that
+    was added to specs after the state was written has its default in it.
     """
     try:
         return TrainingSpec.model_validate(cursor["spec"]) == spec
@@ -104,7 +104,7 @@ def _has_spec(cursor: dict[str, Any], spec: TrainingSpec) -> bool:
 
 
 def _let_siblings_follow(layout: Layout, numbers_P: Tensor) -> Tensor:
-    """Return a row of the format before: there, each linear's A was followed by its own B."""
+    """Return a row of the format before in today's order: there, each linear's A was followed by its own B."""
     arranged_P, start = torch.empty_like(numbers_P), 0
     for columns in layout.columns.values():
         for matrix in columns:

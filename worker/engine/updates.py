@@ -1,4 +1,4 @@
-"""What a fused step has come to for a slot, read off the device once, and what it makes of an optimizer batch."""
+"""What a fused step has found for each slot, read off the device once, and the update that ends an optimizer batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class SlotSums(NamedTuple):
 
 
 def read_sums(slots: Sequence[Slot], sums: Sequence[Sums]) -> list[SlotSums]:
-    """Read each slot's sums. Raises torch.OutOfMemoryError. This is the step's one read that waits for the device."""
+    """Read each slot's sums, and the norm of its gradients. Raises torch.OutOfMemoryError.
+
+    This is the step's one read that waits for the device.
+    """
     found = [
         torch.stack([each.loss, each.num_right, torch.linalg.vector_norm(slot.row.grads_P)])
         for slot, each in zip(slots, sums, strict=True)
@@ -34,7 +37,11 @@ def read_sums(slots: Sequence[Slot], sums: Sequence[Sums]) -> list[SlotSums]:
 
 
 def complete_batch(slot: Slot, optimizer: AdamW, *, grad_norm: float, num_tokens: int) -> SlotReport:
-    """Update the slot's weights, unless its gradient is not finite, and go on to its next optimizer batch."""
+    """Update the slot's weights, unless its gradient is not finite, and go on to its next optimizer batch.
+
+    A skipped update still counts as a step, so that the data and the learning rate move on. Too many in a row end the
+    job: the report carries the failure.
+    """
     is_skipped = not (math.isfinite(grad_norm) and math.isfinite(slot.tally.loss_sum))
     cursor, tally = slot.cursor, slot.tally
     learning_rate = 0.0 if is_skipped else cursor.learning_rate

@@ -16,6 +16,7 @@ from tests.unit.engine.tiny import (
     make_engine,
     make_job,
     make_spec,
+    pack_plans,
     random_examples,
     tiny_llama,
     train,
@@ -290,7 +291,7 @@ def test_one_step_that_is_not_finite_is_skipped_without_touching_weights_or_mome
     good = slot.row.weights_P.clone()
     slot.row.weights_P.fill_(float("inf"))
     plans = engine._plan()
-    batch = engine._pack(plans)
+    batch = pack_plans(engine, plans)
     sums = engine._forward_backward(plans, batch)
     slot.row.weights_P.copy_(good)
     (report,) = engine._commit(plans, read_sums([slot], sums), ())

@@ -19,6 +19,7 @@ from tests.unit.engine.tiny import (
     fused_gradients,
     make_engine,
     make_job,
+    pack_plans,
     peft_gradients,
     randomise_weights,
     relative_difference,
@@ -192,9 +193,9 @@ def test_dropout_differs_between_examples_and_between_epochs() -> None:
 
 def losses_of_rows(engine: Engine) -> torch.Tensor:
     (plan,) = engine._plan()
-    batch = engine._pack([plan])
+    batch = pack_plans(engine, [plan])
     with engine._context.running(make_runs([SlotRows(plan.slot, batch.groups[0])], is_grouped=False)):
-        (rows,) = engine._forward(batch)
+        (rows,) = engine._base.score_labels(batch)
     return rows.nll_M.detach()
 
 
@@ -215,5 +216,5 @@ def test_dropout_gradient_is_that_of_the_loss_it_gives() -> None:
 
 def flat_gradient(engine: Engine) -> tuple[float, torch.Tensor]:
     plans = engine._plan()
-    (sums,) = engine._forward_backward(plans, engine._pack(plans))
+    (sums,) = engine._forward_backward(plans, pack_plans(engine, plans))
     return float(sums.loss.detach()) / plans[0].slot.num_units, plans[0].slot.row.grads_P.clone()

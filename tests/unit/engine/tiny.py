@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from core.domain.training import AdapterConfig, TrainingSpec, count_steps, learning_rate_at, order_examples
 from worker.engine import Engine, EngineJob, Evaluation, Example, StepMetrics
+from worker.engine.packing import PackedBatch, pack
+from worker.engine.planner import SlotPlan
 from worker.engine.rows import LoraPair
 from worker.engine.slots import Slot
 
@@ -114,10 +116,15 @@ def randomise_weights(engine: Engine, slot_name: str, *, seed: int = 7) -> None:
             matrix.copy_(torch.randn(matrix.shape, generator=generator) * 0.1)
 
 
+def pack_plans(engine: Engine, plans: Sequence[SlotPlan]) -> PackedBatch:
+    """Return the packed stream of a step with these plans."""
+    return pack([plan.examples for plan in plans], engine.device)
+
+
 def fused_gradients(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     """Return every job's gradients of one fused step, by PEFT's parameter names, without updating anything."""
     plans = engine._plan()
-    engine._forward_backward(plans, engine._pack(plans))
+    engine._forward_backward(plans, pack_plans(engine, plans))
     return {plan.slot.job.slot_name: name_as_peft(gradient_pairs(plan.slot)) for plan in plans}
 
 
