@@ -1,9 +1,9 @@
 """A cursor: which examples a slot learns from next. It knows no tensor, no bank and no other slot.
 
-The engine asks a cursor for the current optimizer batch, for those of it that wait, and for the learning rate of the
-update that the batch ends in; it tells the cursor how many examples a fused step has trained on, and when the batch is
-done. A source of examples other than a dataset is another class with these members. What is drawn as one is never cut
-by a step: a source of pairs draws them whole.
+The engine asks a cursor for the current optimizer batch, for the examples of it that wait, and for the learning rate of
+the update that ends the batch. It tells the cursor how many examples a fused step has trained on, and when the batch is
+done. A source of examples other than a dataset is another class with these members. Steps may cut a batch between any
+two drawn examples, and never within one.
 """
 
 from __future__ import annotations

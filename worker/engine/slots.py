@@ -1,6 +1,7 @@
 """A slot: one admitted job, which is its adapter's row of a bank and its cursor in the data.
 
-The two halves meet here alone: a row does not know where its examples come from, a cursor not what learns from them.
+Neither half knows the other: a row does not know where its examples come from, and a cursor does not know what learns
+from them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Slot:
         self.job = job
         self.cursor = DatasetCursor(job.spec, job.examples)
         self.objective: Objective = CrossEntropy()
+        # From here on the slot owns memory of the device; what is above takes none.
         self.row = AdapterRow(bank, job.spec.adapter, seed=job.spec.seed)
         self.tally = BatchTally()
         self.num_skipped_in_a_row = 0

@@ -1,7 +1,8 @@
-"""How many tokens a fused step may have: fewer after one that ran out of memory or out of patience, then more again.
+"""How many tokens a fused step may have: fewer after one that ran out of memory or was given up, then more again.
 
-Two limits move on their own. Want of memory halves `tokens` until a job leaves, whose length may have been the cause.
-Want of patience halves `_cap` as well, until many steps in a row were quick. Always tokens <= cap <= configured.
+Memory and patience shorten steps in two ways. A step that ran out of memory halves `tokens`, until a job leaves: its
+long examples may have been the cause. A step that was given up lowers `cap` as well, until many steps in a row were
+quick. Always tokens <= cap <= configured.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class TokenBudget:
         self._num_brisk_steps = 0
 
     def restore(self) -> None:
-        """Forget what memory was short of, now that a job has left."""
+        """Undo what want of memory did to the budget, now that a job has left."""
         self.tokens = self.cap
 
     def lengthen(self, num_tokens: int, *, was_brisk: bool) -> None:
-        """Double shortened steps after many that were quick: what made one slow does not last as long as a trainer.
+        """Take note of a step, and double shortened steps after many quick ones: a slow device may be quick again.
 
-        Only steps that were half full or more count, for a short one does not show how long a full one takes.
+        Only steps that were at least half full count, because a short one does not show how long a full one takes.
         """
         if self.cap == self._configured:
             return
