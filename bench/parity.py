@@ -41,9 +41,9 @@ def main() -> None:
         jobs = [make_job(base_dir, modules, rank=rank, num_steps=steps) for modules, rank in DATA]
         losses = train_fused(base_dir, jobs, Path(scratch))
         for job in jobs:
-            expected = train_with_peft(base_dir, job, Path(scratch) / job.job_id)
-            difference = max(abs(a - b) for a, b in zip(losses[job.job_id], expected, strict=True))
-            print(f"| {job.job_id} | {difference:.1e} | {update_difference(Path(scratch) / job.job_id):.1e} |")
+            expected = train_with_peft(base_dir, job, Path(scratch) / job.slot_name)
+            difference = max(abs(a - b) for a, b in zip(losses[job.slot_name], expected, strict=True))
+            print(f"| {job.slot_name} | {difference:.1e} | {update_difference(Path(scratch) / job.slot_name):.1e} |")
 
 
 DATA = ((("itertools", "functools", "statistics"), 16), (("shutil", "tempfile", "glob"), 8))
@@ -75,15 +75,15 @@ def train_fused(base_dir: Path, jobs: list[EngineJob], scratch: Path) -> dict[st
     for job in jobs:
         engine.admit(job)
         for moment in ("first", "last"):
-            (scratch / job.job_id / moment).mkdir(parents=True)
-        engine.export_adapter(job.job_id, scratch / job.job_id / "first")
-    losses: dict[str, list[float]] = {job.job_id: [] for job in jobs}
+            (scratch / job.slot_name / moment).mkdir(parents=True)
+        engine.export_adapter(job.slot_name, scratch / job.slot_name / "first")
+    losses: dict[str, list[float]] = {job.slot_name: [] for job in jobs}
     while reports := engine.step():
         for report in reports:
             if report.update is not None:
-                losses[report.job_id].append(report.update.loss)
+                losses[report.slot_name].append(report.update.loss)
     for job in jobs:
-        engine.export_adapter(job.job_id, scratch / job.job_id / "last")
+        engine.export_adapter(job.slot_name, scratch / job.slot_name / "last")
     return losses
 
 

@@ -66,9 +66,9 @@ def measure(base: Base, num_tokens: int) -> str:
     taken = [step_with_one_more(engine, number, num_tokens) for number in range(_NUM_JOBS)]
     # The first jobs also pay for what is made once: code, pools of threads, workspaces.
     first, last, num_added = taken[1], taken[-1], _NUM_JOBS - 2
-    num_parameters = engine._slots["0"].bank.layout.num_parameters  # noqa: SLF001
+    num_parameters = engine._slots["0"].row.bank.layout.num_parameters  # noqa: SLF001
     slot_bytes = 16 * num_parameters
-    step_bytes = slot_bytes + engine._predict(num_tokens) - engine._predict(0)  # noqa: SLF001
+    step_bytes = slot_bytes + engine._memory.predict(num_tokens) - engine._memory.predict(0)  # noqa: SLF001
     held, peak = (last.held - first.held) / num_added, (last.peak - first.peak) / num_added
     return (
         f"| {base.label} | {_NUM_JOBS} x {num_tokens} | {held / num_parameters:.1f} "

@@ -131,7 +131,7 @@ def _step_of(token: int, job: StubJob) -> StepDone:
         step=job.step,
         total_steps=job.num_steps,
         train_loss=1 / job.step,
-        train_accuracy=0.5,
+        train_token_accuracy=0.5,
         learning_rate=1e-4,
         grad_norm=1.0,
         num_tokens=256,

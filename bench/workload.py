@@ -196,10 +196,8 @@ def roofline(engine: Engine, tokens_per_second: float) -> str:
 
 
 def utilization(engine: Engine, tokens_per_second: float) -> float:
-    """Return the share of the card's dense bf16 peak that the base's products take: 4 FLOP a weight and token."""
-    head_size = engine._head.rows_VE.numel()  # noqa: SLF001
-    num_weights = sum(k * n for k, n in engine._shape.linears.values()) + head_size  # noqa: SLF001
-    return 4 * num_weights * tokens_per_second / H100_BF16_FLOPS
+    """Return the share of the card's dense bf16 peak that the base's products take."""
+    return engine.flops_per_token * tokens_per_second / H100_BF16_FLOPS
 
 
 def spread(ratios: Sequence[float]) -> str:

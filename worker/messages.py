@@ -224,7 +224,7 @@ class StepDone(Frozen):
     step: int
     total_steps: int
     train_loss: float
-    train_accuracy: float
+    train_token_accuracy: float
     learning_rate: float
     grad_norm: float
     num_tokens: int
@@ -244,7 +244,7 @@ class EvaluationDone(Frozen):
     lease_token: int
     step: int
     loss: float
-    accuracy: float
+    token_accuracy: float
 
 
 class UrlsWanted(Frozen):

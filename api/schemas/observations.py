@@ -35,12 +35,12 @@ class MetricObject(Answer):
         return cls(
             step=row.step,
             train_loss=row.train_loss,
-            train_mean_token_accuracy=row.train_accuracy,
+            train_mean_token_accuracy=row.train_token_accuracy,
             learning_rate=row.learning_rate,
             grad_norm=row.grad_norm,
             num_tokens=row.num_tokens,
             full_valid_loss=row.valid_loss,
-            full_valid_mean_token_accuracy=row.valid_accuracy,
+            full_valid_mean_token_accuracy=row.valid_token_accuracy,
         )
 
 

@@ -571,12 +571,12 @@ class Metric(Row):
     tenant_id: Mapped[uuid.UUID]
     lease_token: Mapped[int]
     train_loss: Mapped[float]
-    train_accuracy: Mapped[float]
+    train_token_accuracy: Mapped[float] = mapped_column("train_accuracy")
     learning_rate: Mapped[float]
     grad_norm: Mapped[float]
     num_tokens: Mapped[int]
     valid_loss: Mapped[float | None]
-    valid_accuracy: Mapped[float | None]
+    valid_token_accuracy: Mapped[float | None] = mapped_column("valid_accuracy")
     created_at: Mapped[CreatedAt]
 
 

@@ -142,7 +142,7 @@ class StepRecord:
 
     step: int
     train_loss: float
-    train_accuracy: float
+    train_token_accuracy: float
     learning_rate: float
     grad_norm: float
     num_tokens: int
@@ -228,7 +228,7 @@ def record_step(session: Session, lease: Lease, *, record: StepRecord, total_ste
             "step": record.step,
             "total_steps": total_steps,
             "train_loss": record.train_loss,
-            "train_mean_token_accuracy": record.train_accuracy,
+            "train_mean_token_accuracy": record.train_token_accuracy,
             "learning_rate": record.learning_rate,
             "num_tokens": record.num_tokens,
         },
@@ -264,15 +264,15 @@ def record_datasets(session: Session, lease: Lease, *, datasets: Mapping[Dataset
             record_event(session, job, level="warn", message=loss)
 
 
-def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float, accuracy: float) -> None:
+def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float, token_accuracy: float) -> None:
     """Store the validation result that belongs to a step."""
     job = lock_held(session, lease)
     session.execute(
         update(Metric)
         .where(Metric.job_id == job.id, Metric.step == step)
-        .values(valid_loss=loss, valid_accuracy=accuracy)
+        .values(valid_loss=loss, valid_token_accuracy=token_accuracy)
     )
-    metrics = {"step": step, "full_valid_loss": loss, "full_valid_mean_token_accuracy": accuracy}
+    metrics = {"step": step, "full_valid_loss": loss, "full_valid_mean_token_accuracy": token_accuracy}
     record_event(session, job, message=f"Step {step}: validation loss={loss:.4f}", metrics=metrics)
 
 

@@ -50,7 +50,7 @@ def engine_of(model: torch.nn.Module, jobs: list[EngineJob], *, max_tokens: int 
     engine = make_engine(model, max_slots=len(JOBS), max_tokens=max_tokens)
     for job in jobs:
         engine.admit(job)
-        randomise_weights(engine, job.job_id, seed=job.spec.seed)
+        randomise_weights(engine, job.slot_name, seed=job.spec.seed)
     return engine
 
 
@@ -63,7 +63,7 @@ def test_gradients_in_fp32_are_those_of_the_cpu() -> None:
     found = fused_gradients(engine_of(tiny_llama().to(CUDA), dry))
     wanted = fused_gradients(engine_of(tiny_llama(), dry))
     for job in dry:
-        assert relative_difference(flat(found[job.job_id]), flat(wanted[job.job_id])) < 1e-4
+        assert relative_difference(flat(found[job.slot_name]), flat(wanted[job.slot_name])) < 1e-4
 
 
 def test_company_costs_a_job_on_a_bf16_base_no_more_than_padding_does(tmp_path: Path) -> None:
@@ -73,8 +73,8 @@ def test_company_costs_a_job_on_a_bf16_base_no_more_than_padding_does(tmp_path: 
 def test_other_tenants_poison_leaves_my_gradients_bitwise_unchanged() -> None:
     engine = engine_of(tiny_llama().to(CUDA, torch.bfloat16), JOBS)
     before = fused_gradients(engine)["narrow"]
-    for job_id, value in (("wide", torch.nan), ("deep", torch.inf), ("wet", 1e30)):
-        for pair in engine._slots[job_id].pairs().values():
+    for slot_name, value in (("wide", torch.nan), ("deep", torch.inf), ("wet", 1e30)):
+        for pair in engine._slots[slot_name].row.pairs().values():
             pair.A_RK.fill_(value)
     after = fused_gradients(engine)["narrow"]
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -108,7 +108,7 @@ def test_an_nf4_base_trains_as_its_own_numbers_do() -> None:
             dense.get_submodule(name).weight.data.copy_(numbers)
     found, wanted = (fused_gradients(engine_of(model, JOBS)) for model in (quantized, dense))
     for job in JOBS:
-        assert relative_difference(flat(found[job.job_id]), flat(wanted[job.job_id])) < 1e-2
+        assert relative_difference(flat(found[job.slot_name]), flat(wanted[job.slot_name])) < 1e-2
 
 
 def test_a_device_too_small_for_a_whole_batch_trains_it_in_parts_to_the_same_end() -> None:
@@ -122,7 +122,7 @@ def test_a_device_too_small_for_a_whole_batch_trains_it_in_parts_to_the_same_end
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + used) / 2 / total)
     found = train(tight)["long"]
-    assert tight._budget_tokens < 64 * 250
+    assert tight._budget.tokens < 64 * 250
     assert [update.loss for update in found] == pytest.approx([update.loss for update in wanted], abs=1e-4)
     mine, yours = weights_of(tight, "long"), weights_of(roomy, "long")
     assert max(relative_difference(mine[name], yours[name]) for name in mine) < 1e-2

@@ -190,7 +190,7 @@ def test_a_step_that_no_attempt_has_come_to_yet_begins_a_new_row_of_attempts_tha
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
     job = queue_job(owner, tenant)
-    step = StepRecord(step=1, train_loss=1.0, train_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=1)
+    step = StepRecord(step=1, train_loss=1.0, train_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=1)
     counted = []
     for _ in range(2):  # the second has no resume point, and comes to the same step again
         lease = claim_at_once(worker, owner, job)
@@ -293,7 +293,9 @@ def test_a_job_ends_after_all_that_was_written_of_it_however_early_its_transacti
         ending.execute(text("select 1"))  # the moment of now()
         lease = claim(worker)
         assert lease is not None
-        step = StepRecord(step=1, train_loss=1.0, train_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=1)
+        step = StepRecord(
+            step=1, train_loss=1.0, train_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=1
+        )
         with service_transaction(worker) as session:
             attempts.record_step(session, lease, record=step, total_steps=2)
         end(ending, lease)

@@ -436,7 +436,7 @@ def test_the_keys_of_a_deleted_tenant_are_refused_and_its_worker_writes_nothing_
     new_slug = delete_by_operator(world, doomed.word)
     wait_until(lambda: world.ask(doomed.tenant, "GET", "/v1/files").status_code == 401)
     world.erase()
-    record = StepRecord(2, 1.0, train_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
+    record = StepRecord(2, 1.0, train_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
     with service_transaction(world.worker) as session:
         with pytest.raises(StaleLeaseError):
             attempts.heartbeat(session, doomed.leased, lease_seconds=60)

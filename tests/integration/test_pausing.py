@@ -240,7 +240,7 @@ def test_a_checkpoint_stays_published_when_another_attempt_comes_to_its_step_aga
 
 
 def record_step(worker: Engine, lease: Lease, step: int) -> None:
-    record = StepRecord(step, 1.0, train_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
+    record = StepRecord(step, 1.0, train_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
     with service_transaction(worker) as session:
         attempts.record_step(session, lease, record=record, total_steps=100)
 

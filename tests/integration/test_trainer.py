@@ -173,7 +173,7 @@ class FaultyEngine(Engine):
         self, plans: list[SlotPlan], sums: list[SlotSums], scored: tuple[SlotReport, ...]
     ) -> tuple[SlotReport, ...]:
         found = [
-            each._replace(grad_norm=math.nan) if plan.slot.step + 1 in self.bad_steps else each
+            each._replace(grad_norm=math.nan) if plan.slot.cursor.step + 1 in self.bad_steps else each
             for plan, each in zip(plans, sums, strict=True)
         ]
         return super()._commit(plans, found, scored)
@@ -485,7 +485,7 @@ def test_a_job_whose_last_resume_point_was_not_stored_stores_it_again_before_it_
 ) -> None:
     store.refused = "/resume/"
     slots = supervisor.engine._slots
-    held = HeldStep(monkeypatch, is_due=lambda: "1" in slots and slots["1"].step == 1)
+    held = HeldStep(monkeypatch, is_due=lambda: "1" in slots and slots["1"].cursor.step == 1)
     supervisor.send(make_order(store.add_rows("rows"), n_epochs=50))  # one step an epoch, each with a resume point
     held.has_begun.wait()
     assert "resume point of step 1 could not be stored" in supervisor.wait_for(JobWarned).message
@@ -610,7 +610,7 @@ def test_a_job_that_leaves_within_a_step_of_others_is_billed_its_part_of_the_ste
     supervisor: Supervisor, store: Store, monkeypatch: pytest.MonkeyPatch, order: type[StopJob | YieldJob]
 ) -> None:
     monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", PATIENCE_SECONDS)  # the step is not given up
-    held = HeldStep(monkeypatch, is_due=lambda: set(supervisor.engine.running_ids) == {"1", "2"})
+    held = HeldStep(monkeypatch, is_due=lambda: set(supervisor.engine.running_names) == {"1", "2"})
     rows = store.add_rows("rows", num_rows=100)
     for number in (1, 2):
         supervisor.send(make_order(rows, lease_token=number, n_epochs=50))

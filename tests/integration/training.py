@@ -46,7 +46,7 @@ def start_job(owner: Engine, tenant_id: uuid.UUID) -> Lease:
 
 
 def record_step(engine: Engine, lease: Lease, step: int, *, loss: float = 1.0) -> None:
-    record = StepRecord(step, loss, train_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
+    record = StepRecord(step, loss, train_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
     with service_transaction(engine) as session:
         attempts.record_step(session, lease, record=record, total_steps=1000)
 

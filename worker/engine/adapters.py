@@ -12,22 +12,22 @@ from safetensors.torch import load_file, save_file
 
 from core.domain.training import AdapterConfig
 from worker.engine.errors import InvalidJobError
-from worker.engine.slots import Slot
+from worker.engine.rows import AdapterRow
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
-def export_adapter(slot: Slot, directory: Path, *, base_model_id: str) -> None:
+def export_adapter(row: AdapterRow, directory: Path, *, base_model_id: str) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT and vLLM read them."""
     tensors = {}
-    # Off the device as one piece: a matrix that is copied by itself takes memory there.
-    for name, pair in slot.view(slot.weights_P.cpu()).items():
+    # The row leaves the device as one piece. A matrix copied by itself is strided, and would need memory there first.
+    for name, pair in row.view(row.weights_P.cpu()).items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK.clone(memory_format=torch.contiguous_format)
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR.clone(memory_format=torch.contiguous_format)
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    config = describe_lora(slot.job.spec.adapter, base_model_id=base_model_id)
+    config = describe_lora(row.adapter, base_model_id=base_model_id)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -41,8 +41,8 @@ def describe_lora(adapter: AdapterConfig, *, base_model_id: str) -> dict[str, An
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_id,
-        # PEFT's `AutoPeftModel` hands it to the hub together with the name above, which is the registry's: here it
-        # need not be the repository that the commit is of. The manifest and the card say the commit.
+        # PEFT's `AutoPeftModel` would look this revision up in the hub's repository of the name above. That name is
+        # our registry's and need not be the repository that the commit is from. The manifest and the card name it.
         "revision": None,
         "r": adapter.rank,
         "lora_alpha": _as_integer(adapter.alpha),
@@ -63,12 +63,12 @@ def _as_integer(number: float) -> float:
     return int(number) if number.is_integer() else number
 
 
-def import_adapter(slot: Slot, directory: Path) -> None:
-    """Take weights from PEFT's files, all or none. Raises InvalidJobError when they are not this adapter's kind."""
-    _check_scale(slot, directory)
+def import_adapter(row: AdapterRow, directory: Path) -> None:
+    """Take all weights from PEFT's files, or none. Raises InvalidJobError when they are not this adapter's kind."""
+    _check_scale(row, directory)
     tensors = load_file(directory / WEIGHTS_FILE)
-    views, weights_P = {}, torch.zeros(slot.bank.layout.num_parameters)
-    for name, pair in slot.view(weights_P).items():
+    views, weights_P = {}, torch.zeros(row.bank.layout.num_parameters)
+    for name, pair in row.view(weights_P).items():
         views[f"{_PREFIX}{name}.lora_A.weight"] = pair.A_RK
         views[f"{_PREFIX}{name}.lora_B.weight"] = pair.B_NR
     if tensors.keys() != views.keys():
@@ -78,15 +78,14 @@ def import_adapter(slot: Slot, directory: Path) -> None:
             raise InvalidJobError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(view.shape)}.")
     for name, view in views.items():
         view.copy_(tensors[name])
-    slot.weights_P.copy_(weights_P)
-    slot.forget_moments()
+    row.weights_P.copy_(weights_P)
+    row.forget_moments()
 
 
-def _check_scale(slot: Slot, directory: Path) -> None:
-    """Refuse weights that meant something else where they were trained: their effect is scale times B times A."""
+def _check_scale(row: AdapterRow, directory: Path) -> None:
+    """Refuse weights that were trained at another scale: their effect is scale times B times A."""
     trained = LoraConfig.from_pretrained(str(directory))
-    adapter = slot.job.spec.adapter
-    wanted = (adapter.rank, adapter.alpha, adapter.use_rslora)
+    wanted = (row.adapter.rank, row.adapter.alpha, row.adapter.use_rslora)
     found = (trained.r, trained.lora_alpha, trained.use_rslora)
     if found != wanted:
         raise InvalidJobError(f"The adapter's rank, alpha and rsLoRA are {found}, not this job's {wanted}.")

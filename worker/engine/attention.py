@@ -1,8 +1,8 @@
 """Attention of a packed stream: every sequence attends to itself alone.
 
-A block-diagonal mask would multiply other tenants' values by zero, and zero times NaN is NaN. Here sequences are
-members of a batch, or segments of a variable-length kernel, which cannot meet. Shapes: H query heads, G key/value
-heads, T rows of the stream, D head size, Q sequences of one length L.
+A block-diagonal mask does not keep tenants apart: it multiplies other tenants' values by zero, and zero times NaN is
+NaN. Here sequences are members of a batch, or segments of a variable-length kernel, and neither kind can meet.
+Shapes: H query heads, G key/value heads, T rows of the stream, D head size, Q sequences of one length L.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attend_packed(
     sliding_window: int | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """Return [1, T, H, D]. `sequences` reaches here through the decoder's keyword arguments."""
+    """Return [1, T, H, D]. The decoder passes its keyword argument `sequences` on to here."""
     qkv = (query_1HTD, key_1GTD, value_1GTD)
     if query_1HTD.is_cuda and query_1HTD.dtype in (torch.bfloat16, torch.float16):
         return _attend_segments(qkv, sequences, scaling=scaling, window=sliding_window), None
@@ -52,9 +52,10 @@ def _attend_segments(
         sequences.max_length,
         sequences.max_length,
         scale=scaling,
+        # How many rows before and after a row it sees. A model's window counts the row itself, the kernel's does not.
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
-        num_splits=1,  # with more, a sequence's result would depend on its neighbours' lengths
+        num_splits=1,  # with more, a sequence's result depends on its neighbours' lengths
     )
     assert isinstance(output_THD, Tensor)
     return output_THD[None]
@@ -63,11 +64,12 @@ def _attend_segments(
 def _attend_batches(
     qkv: tuple[Tensor, Tensor, Tensor], sequences: SequenceLayout, *, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Attend batch by batch: neighbours of one length are one kernel call."""
+    """Attend batch by batch: neighbouring sequences of equal length are one kernel call."""
     is_grouped = qkv[0].shape[1] != qkv[1].shape[1]
     outputs = []
     for batch in sequences.batches:
         start, count, length = batch.start, batch.count, batch.length
+        # From rows of the stream [heads, Q * L, D] to a batch of sequences [Q, heads, L, D]; views, not copies.
         query, key, value = (
             rows[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1) for rows in qkv
         )
@@ -86,7 +88,7 @@ def _attend_batches(
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Return the band [L, L] of a sliding window."""
+    """Return the band [L, L] of a sliding window: a row sees itself and the `window` - 1 rows before it."""
     assert window is not None
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() & ones.triu(1 - window)

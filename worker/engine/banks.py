@@ -1,9 +1,13 @@
 """Banks: the slots of one layout side by side, so that one batched product serves all of their jobs.
 
-A layout is a rank and a set of target linears; everything of one slot is one row. Ranks are rounded up to a multiple of
-8, which is what the device's batched products want of a matrix and what lets neighbouring ranks share a bank; what is
-padded is zero, gets a gradient of exactly zero and stays zero. Occupied rows are always the first ones: when a slot
-leaves, the last row moves into its place. A parameter costs 16 bytes: weight, gradient and two moments in fp32.
+A layout is a rank and a set of target linears. Everything that one slot owns is one row. A parameter costs 16 bytes:
+weight, gradient and two moments, all in fp32.
+
+Ranks are rounded up to a multiple of 8. The device's batched products need that in bf16, where a matrix's stride must
+be a multiple of 16 bytes, and it lets neighbouring ranks share a bank. The padding is zero at first. It stays zero: a
+zero column of B makes the gradient of A's row zero, and the other way round.
+
+Occupied rows are always the first ones. When a slot leaves, the last row moves into its place.
 
 Shapes: S slots of a bank, P numbers of a slot, R padded rank, K and N inputs and outputs of a linear, J the padded
 ranks of siblings (linears that read the same rows) side by side.
@@ -29,7 +33,8 @@ BYTES_PER_PARAMETER = 16
 class Layout:
     """Which `columns` of a slot's row are a linear's A [R, K] and its transposed B [R, N].
 
-    The As of siblings follow each other, and so are one matrix as well.
+    A row holds one group of siblings after another: the A of each of its linears, then the B of each. So the As of
+    siblings are one matrix [J, K], and one product serves them all.
     """
 
     padded_rank: int
@@ -70,30 +75,31 @@ class LoraStack:
 
 
 @dataclass(eq=False)
-class Row:
-    """A slot's row of its bank. `index` changes when another row is removed."""
+class Place:
+    """Where a row stands in its bank. `index` changes when another row is removed."""
 
     index: int
 
 
 class Bank:
-    """The rows of one layout, each four vectors of P numbers. `index` orders an engine's banks in the stream.
+    """The rows of one layout. Weights, gradients and both moments are a matrix [S, P] each.
 
-    The vectors are as long as there are rows, or longer where the device had no memory for shorter ones; what is beyond
-    the rows is zero.
+    `index` orders an engine's banks in the stream. The matrices have as many rows as there are slots, or more where the
+    device had no memory for a smaller copy. Rows that no slot owns are zero.
     """
 
     def __init__(self, layout: Layout, index: int, device: torch.device) -> None:
         self.layout = layout
         self.index = index
-        self._rows: list[Row] = []
-        # Making a view takes longer than a small product, and every step asks for the same ones.
+        self._places: list[Place] = []
+        # Making a view takes longer than a small product, and every step asks for the same ones. The key has the
+        # memory's address, and `_resize` forgets all views, so that none outlives its memory.
         self._known_views: dict[tuple[int, int, int, tuple[str, ...]], LoraStack] = {}
         self._vectors = [torch.zeros(0, layout.num_parameters, device=device) for _ in range(4)]
 
     @property
     def num_rows(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     @property
     def weights_SP(self) -> Tensor:
@@ -111,28 +117,29 @@ class Bank:
     def exp_avg_sq_SP(self) -> Tensor:
         return self._vectors[3]
 
-    def add_row(self) -> Row:
-        """Return a new row of zeros. Raises torch.OutOfMemoryError, and then no row was added."""
+    def add_row(self) -> Place:
+        """Return where a new row of zeros is. Raises torch.OutOfMemoryError, and then no row was added."""
         try:
             self._resize(at_least=self.num_rows + 1)
         except torch.OutOfMemoryError:
             self._release()
             raise
-        self._rows.append(Row(self.num_rows))
-        return self._rows[-1]
+        self._places.append(Place(self.num_rows))
+        return self._places[-1]
 
-    def remove_row(self, row: Row) -> None:
+    def remove_row(self, place: Place) -> None:
         """Take a row out and move the last one into its place. No trace of it stays in the memory. Never fails.
 
-        Nothing is allocated until the rows are in order again: what fails after that costs memory and no slot.
+        Nothing is allocated until the rows are in order again. Memory that cannot be given back after that stays taken,
+        and no slot is harmed.
         """
-        last = self._rows.pop()
+        last = self._places.pop()
         for vectors_SP in self._vectors:
-            vectors_SP[row.index].copy_(vectors_SP[last.index])
+            vectors_SP[place.index].copy_(vectors_SP[last.index])
             vectors_SP[last.index].zero_()
-        if last is not row:
-            self._rows[row.index] = last
-            last.index = row.index
+        if last is not place:
+            self._places[place.index] = last
+            last.index = place.index
         self._release()
 
     def weights(self, rows: slice | Tensor, names: tuple[str, ...]) -> LoraStack:
@@ -144,7 +151,7 @@ class Bank:
     def collect_grads(
         self, rows: slice | Tensor, names: tuple[str, ...], found: LoraStack, *, factor: float, is_first: bool
     ) -> None:
-        """Start the siblings' gradients of an optimizer batch with `factor` times these, or add that to them."""
+        """Add `factor` times these to the siblings' gradients; the first ones of an optimizer batch replace them."""
         if isinstance(rows, slice):
             kept = self._views(self.grads_SP, rows, names)
             for kept_SJK, found_SJK in zip(kept.matrices, found.matrices, strict=True):
@@ -153,6 +160,7 @@ class Bank:
                 else:
                     kept_SJK.add_(found_SJK, alpha=factor)
             return
+        # Rows that are no neighbours have no view. Indexing copies them, and writing needs the index on the left.
         for columns, found_SJK in zip(self.layout.matrix_columns(names), found.matrices, strict=True):
             scaled = found_SJK.flatten(1).to(torch.float32) * factor
             self.grads_SP[rows, columns] = scaled if is_first else self.grads_SP[rows, columns] + scaled
@@ -170,13 +178,13 @@ class Bank:
         return LoraStack(a_SP.view(num_rows, len(names) * rank, -1), stacked)
 
     def _release(self) -> None:
-        """Give back what is beyond the rows; where shorter vectors cannot be made, the longer ones serve on."""
+        """Give back what is beyond the rows. Where there is no memory for smaller copies, the larger ones stay."""
         with suppress(torch.OutOfMemoryError):
             self._resize(at_most=self.num_rows)
 
     def _resize(self, *, at_least: int = 0, at_most: int = sys.maxsize) -> None:
         self._known_views.clear()
-        # One after the other, so that at most one vector a row is held twice.
+        # One after the other, so that at most one of the four matrices is held twice.
         for number, vectors_SP in enumerate(self._vectors):
             num_rows = min(max(len(vectors_SP), at_least), at_most)
             if num_rows != len(vectors_SP):
@@ -184,7 +192,7 @@ class Bank:
 
 
 def _resized(vectors_SP: Tensor, num_rows: int) -> Tensor:
-    """Return the first rows in a tensor of their own, and leave nothing of them where they were."""
+    """Return the first rows in a tensor of their own, and overwrite them with zeros where they were."""
     resized_SP = vectors_SP.new_zeros(num_rows, vectors_SP.shape[1])
     num_kept = min(num_rows, len(vectors_SP))
     resized_SP[:num_kept].copy_(vectors_SP[:num_kept])

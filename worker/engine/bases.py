@@ -14,9 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from core.domain.bases import LINEARS_BY_MODEL_TYPE
 from worker.engine.errors import UnsupportedBaseError
 
-# Rotary embeddings whose frequencies follow the longest sequence of a forward: tenants would bend each other's.
+# Rotary embeddings whose frequencies depend on the longest sequence of a forward: one tenant would change another's.
 _COUPLING_ROPE_TYPES = frozenset({"dynamic", "longrope"})
-# What a parent calls in this order on the same rows.
+# Linears that a parent calls in this order on the same rows.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -24,7 +24,7 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class BaseShape:
     """A base model's numbers: `linears` maps the qualified name of each linear to (in features K, out features N).
 
-    `siblings` are the same names, those together that read the same rows.
+    `siblings` are the same names, in groups that read the same rows.
     """
 
     linears: dict[str, tuple[int, int]]
@@ -90,6 +90,6 @@ def recompute_layers(model: nn.Module, num_layers: int) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers[:num_layers]:
         layer.gradient_checkpointing = True
-        # Nothing here draws from a stateful generator, so there is none to bring back.
+        # Dropout is seeded, not drawn from a stateful generator, so no generator's state has to be brought back.
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         setattr(layer, "_gradient_checkpointing_func", recompute)  # noqa: B010 (a name that transformers gives it)

@@ -2,7 +2,7 @@
 
 EngineError
 |- UnsupportedBaseError    this base cannot be fused; the operator must choose another
-|- NoFreeSlotError         every slot is taken; the caller waits
+|- NoFreeSlotError         no slot or no memory is free; the caller waits
 |- InvalidJobError         the job cannot be trained on this base (the job's own fault)
 |  '- InvalidExampleError  ... because of one example
 |- UnreadableStateError    a saved state is of a format that this version does not read
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 
 class EngineError(Exception):
-    """Where it `is_about_example`, that is one of the training, or of the evaluation that is under way."""
+    """An error that `is_about_example` concerns one of training, or of the evaluation that is under way."""
 
     is_about_example = False
     code = "engine_error"

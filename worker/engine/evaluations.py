@@ -1,6 +1,6 @@
-"""One slot's validation, scored a part at a time between the fused steps, so that no tenant waits for another's rows.
+"""One slot's validation, scored a part at a time between the fused steps, so that no tenant waits for another's data.
 
-The slot does not train until the last part is scored: every row is judged by the same weights.
+The slot does not train until the last part is scored: every example is judged by the same weights.
 """
 
 from __future__ import annotations
@@ -11,40 +11,40 @@ from dataclasses import dataclass
 import torch
 
 from worker.engine.examples import Evaluation, Example
-from worker.engine.losses import RowLosses
+from worker.engine.objectives import Sums
 
 
 @dataclass(frozen=True)
 class Score:
-    """What some rows have come to, as numbers on the host."""
+    """What some examples have come to, as numbers on the host."""
 
     loss_sum: float
     num_right: int
-    num_labels: int
+    num_units: int
 
     @classmethod
-    def of(cls, losses: RowLosses) -> Score:
+    def of(cls, sums: Sums, *, num_units: int) -> Score:
         """Read the sums off the device. Raises torch.OutOfMemoryError."""
-        loss_sum, num_right = torch.stack([losses.weighted_sum, losses.is_right_M.sum()]).tolist()
-        return cls(loss_sum, int(num_right), len(losses.losses_M))
+        loss_sum, num_right = torch.stack([sums.loss, sums.num_right]).tolist()
+        return cls(loss_sum, int(num_right), num_units)
 
 
 class PendingEvaluation:
-    """The rows still to be scored, in their order, and the sums over those that were."""
+    """The examples still to be scored, in their order, and the sums over those that were."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
         self._position = 0
         self._loss_sum = 0.0
         self._num_right = 0
-        self._num_labels = 0
+        self._num_units = 0
 
     @property
     def is_complete(self) -> bool:
         return self._position == len(self._examples)
 
     def next_part(self, max_tokens: int) -> Sequence[Example]:
-        """Return the next rows, of at most so many tokens together, or a single longer one."""
+        """Return the next examples, of at most so many tokens together, or a single longer one."""
         end, num_tokens = self._position, 0
         while end < len(self._examples):
             num_tokens += self._examples[end].num_tokens
@@ -54,12 +54,12 @@ class PendingEvaluation:
         return self._examples[self._position : end]
 
     def count(self, part: Sequence[Example], scores: Sequence[Score]) -> None:
-        """Add up what was found of the part that `next_part` gave last."""
+        """Add up the scores of the part that `next_part` returned last."""
         self._position += len(part)
         for score in scores:
             self._loss_sum += score.loss_sum
             self._num_right += score.num_right
-            self._num_labels += score.num_labels
+            self._num_units += score.num_units
 
     def result(self) -> Evaluation:
-        return Evaluation(self._loss_sum / self._num_labels, self._num_right / self._num_labels, self._num_labels)
+        return Evaluation(self._loss_sum / self._num_units, self._num_right / self._num_units, self._num_units)

@@ -29,11 +29,22 @@ class Example:
         return int(self.is_label[1:].sum())
 
 
+@dataclass(frozen=True)
+class DrawnExample:
+    """An example of an optimizer batch, and what its dropout is seeded with."""
+
+    example: Example
+    dropout_key: int
+
+
 @dataclass(frozen=True, eq=False)
 class EngineJob:
-    """A job to train. `share` weighs its tenant's part of the token budget, however many jobs the tenant has."""
+    """A job to train. Its caller chooses `slot_name`, by which the engine knows the job until it is evicted.
 
-    job_id: str
+    `share` weighs its tenant's part of the token budget, however many jobs the tenant has.
+    """
+
+    slot_name: str
     spec: TrainingSpec
     examples: Sequence[Example]
     tenant: str
@@ -42,7 +53,10 @@ class EngineJob:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One completed optimizer step. `epoch` counts the passes completed; losses are means over label tokens."""
+    """One completed optimizer step. `epoch` counts the passes completed.
+
+    `loss` and `token_accuracy` are means over the batch's `num_units`: for supervised jobs, its label tokens.
+    """
 
     step: int
     total_steps: int
@@ -52,7 +66,7 @@ class StepMetrics:
     learning_rate: float
     grad_norm: float
     num_tokens: int
-    num_label_tokens: int
+    num_units: int
     is_epoch_end: bool
     is_last: bool
     is_skipped: bool
@@ -60,16 +74,18 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """What a validation came to: means over its `num_units`."""
+
     loss: float
     token_accuracy: float
-    num_label_tokens: int
+    num_units: int
 
 
 @dataclass(frozen=True)
 class SlotReport:
-    """What one step did for one job: its tokens that were trained, or those of its validation that were scored."""
+    """What one step did for one job: its tokens that were trained on, or those of its validation that were scored."""
 
-    job_id: str
+    slot_name: str
     num_tokens: int = 0
     num_scored_tokens: int = 0
     update: StepMetrics | None = None
@@ -78,5 +94,5 @@ class SlotReport:
 
     @property
     def cost_tokens(self) -> float:
-        """The job's part of the step's cost, in trained tokens: through a frozen base, a forward is half of the way."""
+        """The job's part of the step's cost, in trained tokens. Through a frozen base, a forward is half the work."""
         return self.num_tokens + self.num_scored_tokens / 2

@@ -1,9 +1,9 @@
-"""The base's weights: frozen, so each is kept as its device multiplies fastest.
+"""The base's weights: frozen, so each is kept in the form in which its device multiplies fastest.
 
-A CPU multiplies in fp32 by oneDNN, through the operators into which torch's own compiler turns a linear: the ordinary
-product takes up to twice as long for the few rows of a step. A dense weight is laid out once in oneDNN's block format,
-and once more transposed, for the backward. A weight in NF4 is dequantised once a product, on a GPU into memory that the
-next weight of its shape uses again. Shapes: T rows of the stream, K in, N out; [1, T, K] is multiplied as well.
+A CPU multiplies fp32 with oneDNN, by the operators into which torch's own compiler turns a linear. The ordinary product
+takes up to twice as long for the few rows of a step. A dense weight is laid out once in oneDNN's block format, and once
+more transposed, for the backward. A weight in NF4 is dequantised once a product for all tenants, on a GPU into memory
+that the next weight of its shape uses again. Shapes: T rows of the stream, K in, N out; [1, T, K] works as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_bloc
 from bitsandbytes.nn.modules import Params4bit
 from torch import Tensor, nn
 
-# The layout is chosen for this many rows; other numbers of them are multiplied with it as well.
+# oneDNN chooses the block format for this many rows. Products of any other number of rows use the same format.
 _PACKED_FOR_ROWS = 128
 Scratch = dict[torch.Size, Tensor]
 
@@ -81,8 +81,9 @@ class Nf4Weight(FrozenWeight):
         return _multiply_by_onednn(y_grad_TN, weight_NK.T, None) if _is_onednns(weight_NK) else y_grad_TN @ weight_NK
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight as numbers, good until the next weight of its shape is asked for."""
-        if not self._packed.is_cuda:  # bitsandbytes fills given memory on a GPU only; a CPU's allocator keeps it
+        """Return the weight as numbers. They are valid until the next weight of its shape is dequantised."""
+        # bitsandbytes fills memory that it is given on a GPU only. A CPU's allocator keeps what it freed anyway.
+        if not self._packed.is_cuda:
             return dequantize_4bit(self._packed, self._state).to(dtype)
         shape = self._state.shape
         weight_NK = dequantize_4bit(self._packed, self._state, out=self._scratch.get(shape))
@@ -91,7 +92,10 @@ class Nf4Weight(FrozenWeight):
 
 
 def _flatten(state: QuantState) -> QuantState:
-    """Undo the second quantisation, that of the blocks' scales: 0.4 bit a weight, and one kernel instead of three."""
+    """Undo the second quantisation, that of the blocks' scales.
+
+    It costs 0.4 bit a weight, and every dequantisation is one kernel instead of three.
+    """
     if not state.nested:
         return state
     absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()

@@ -1,6 +1,7 @@
 """What a job must be to be trained on this base by this worker, checked on the host before anything is packed.
 
-One assertion on a device ends every tenant's job: nothing that could raise one gets that far.
+An assertion that fails on a device, such as an index out of range, ends every tenant's job. Nothing that could raise
+one gets that far.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from worker.engine.bases import BaseShape
 from worker.engine.errors import InvalidExampleError, InvalidJobError
 from worker.engine.examples import EngineJob, Example
 
-# Examples are checked so many at once: one by one takes ten times as long, and no tenant steps meanwhile.
+# Examples are checked in parts of this size. One by one takes ten times as long, and no tenant steps meanwhile.
 _EXAMPLES_A_PART = 256
 
 
@@ -41,7 +42,10 @@ class JobLimits:
             )
 
     def check_examples(self, examples: Sequence[Example]) -> None:
-        """Raises InvalidJobError when there is none, or one has nothing to learn, is too long or not of this base."""
+        """Check that there are examples and that each has a label, fits a step and has tokens of this base.
+
+        Raises InvalidJobError, or InvalidExampleError where it is one example's fault.
+        """
         if not examples:
             raise InvalidJobError("There is no example.")
         for start in range(0, len(examples), _EXAMPLES_A_PART):
@@ -52,7 +56,7 @@ class JobLimits:
         if min(lengths) == 0 or lengths != [len(example.is_label) for example in examples]:
             raise InvalidExampleError("An example has nothing to learn.")
         is_target, starts = np.concatenate([example.is_label for example in examples]), np.cumsum([0, *lengths[:-1]])
-        is_target[starts] = False  # nothing comes before a first token that could predict it
+        is_target[starts] = False  # no token comes before the first one, so nothing predicts it
         if not np.logical_or.reduceat(is_target, starts).all():
             raise InvalidExampleError("An example has nothing to learn.")
         if max(lengths) > self.max_tokens:

@@ -1,9 +1,15 @@
 """Frozen linears that add each slot's LoRA to that slot's own rows of the packed stream.
 
-The base's product is taken once for all tenants. LoRA is added in place, and nothing of it is kept for the backward but
-the narrow rows between A and B. Siblings, the linears that read the same rows, are one function: their As are one
-matrix, and their gradients of the rows are added up without autograd. Shapes: T rows of the stream, t rows of one run,
-K in, N out, R rank, J the ranks of siblings side by side.
+The base's product is taken once for all tenants. LoRA is added to it in place, and the backward keeps nothing of LoRA
+but the narrow rows h between A and B. Siblings, the linears that read the same rows, are one autograd function: their
+As are one matrix, and the gradients of the rows that they share are added up without autograd.
+
+For one row x of a slot with scale s, the forward is h = A x and y = W x + s B h. With ' for transposed, the backward is
+dh = B' dy, dA = s dh x', dB = s dy h', and s A' dh is added to the gradient of x. The scale is applied where a result
+is added, by `collect_grads` to dA and dB and by `add_product` to the rest.
+
+Shapes: T rows of the stream, t rows of one run, S slots of the run, K in, N out, R rank, J the ranks of siblings side
+by side. Bt is B transposed, as banks store it.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from worker.engine.steps import StepContext
 
 
 class Siblings:
-    """Linears that read the same rows. The call of the first multiplies for all; the others take what is theirs."""
+    """Linears that read the same rows. A call of the first multiplies for all; the others take their own outputs."""
 
     def __init__(self, names: tuple[str, ...], weights: Sequence[FrozenWeight], context: StepContext) -> None:
         self.names = names
@@ -31,7 +37,10 @@ class Siblings:
         self._context = context
 
     def take(self, name: str, x_1TK: Tensor) -> Tensor:
-        """Return one linear's outputs [1, T, N]. Raises UnsupportedBaseError when these are no siblings' rows."""
+        """Return one linear's outputs [1, T, N].
+
+        Raises UnsupportedBaseError when the siblings are not called in their order on the very same rows.
+        """
         waiting = self._context.waiting
         if name == self.names[0]:
             self.pause()
@@ -72,6 +81,7 @@ class _AdaptedProducts(torch.autograd.Function):
         ctx: Any, _anchor: Tensor, x_1TK: Tensor, siblings: Siblings, runs: tuple[Run, ...]
     ) -> tuple[Tensor, ...]:
         ys = siblings.multiply(x_1TK)
+        # With dropout each sibling drops other inputs, so it is a part of its own; else siblings of a run are one part.
         parts = [(run, names) for run in runs for names in run.adapted(siblings.names)]
         hidden = []
         for run, names in parts:
@@ -90,10 +100,11 @@ class _AdaptedProducts(torch.autograd.Function):
         siblings: Siblings = ctx.siblings
         siblings.pause()
         y_grads = {name: grad_1TN.contiguous() for name, grad_1TN in zip(siblings.names, gradients, strict=True)}
+        # The first layer's inputs are embeddings of a frozen base: nobody needs their gradient.
         x_grad_1TK = siblings.multiply_back(y_grads) if ctx.needs_input_grad[1] else None
         for (run, names), h_tJ in zip(ctx.parts, hidden, strict=True):
             lora, y_grads_tN = run.weights(names, x_1TK.dtype), [y_grads[name][0, run.rows] for name in names]
-            # All gradients are collected times the scale, which is left out here and in h.
+            # h and its gradient leave the scale out; `collect_grads` and `_add_input_grads` apply it.
             h_grads_tR = [
                 run.multiply(y_grad_tN, Bt_SRN.transpose(1, 2))
                 for y_grad_tN, Bt_SRN in zip(y_grads_tN, lora.Bts_SRN, strict=True)
@@ -109,6 +120,7 @@ class _AdaptedProducts(torch.autograd.Function):
 
 
 def _add_input_grads(run: Run, x_grad_tK: Tensor, h_grad_tJ: Tensor, A_SJK: Tensor, name: str) -> None:
+    """Add what the LoRA branch contributes to the gradient of its inputs, through the mask that dropped them."""
     if run.kind.has_dropout:
         x_grad_tK.add_(run.drop(run.multiply(h_grad_tJ, A_SJK), name), alpha=run.kind.scale)
     else:

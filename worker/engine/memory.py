@@ -1,4 +1,4 @@
-"""What the engine will need of the device's memory, known before any job depends on it.
+"""The device's memory: what a step and a slot will need of it, known before any job depends on it.
 
 A probe counts what autograd keeps of two short forwards with an adapter on every linear; their difference is what a
 token costs. The number of recomputed layers is the smallest with which a full step fits beside the slots. On a GPU
@@ -8,7 +8,8 @@ every step's measured peak corrects the prediction: what it took beyond it is wo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +18,22 @@ import torch
 from torch import Tensor
 
 from core.domain.training import AdapterConfig, TrainingSpec
-from worker.engine.examples import EngineJob, Example
+from worker.engine.banks import BYTES_PER_PARAMETER, Bank, Layout
+from worker.engine.errors import JobTooLargeError, NoFreeSlotError
+from worker.engine.examples import DrawnExample, EngineJob, Example
+from worker.engine.fused_bases import FusedBase
+from worker.engine.heads import loss_bytes
+from worker.engine.packing import pack
+from worker.engine.runs import SlotRows, make_runs
+from worker.engine.slots import Slot
 
 _PROBE_TOKENS = 16
 # The rest is for the allocator's fragments and for everybody else on the device.
 USABLE_FRACTION = 0.92
+# Room for every slot at this rank on all linears is kept when the recomputed layers are chosen, once and for all: what
+# they leave is all that slots will ever have. It is what most jobs ask for at most; with max_rank's, a worker that
+# allows for one large job would compute layers twice for ever.
+_USUAL_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -53,12 +65,12 @@ class DeviceMemory:
         self._device = device
         self._is_measured = device.type == "cuda"
         self._before_step = 0
-        self.workspace_bytes = 0
+        self._workspace_bytes = 0
 
     @property
     def usable_bytes(self) -> float:
         """What could be allocated now, less a margin and what steps were seen to take beyond their prediction."""
-        return USABLE_FRACTION * self._free_bytes() - self.workspace_bytes
+        return USABLE_FRACTION * self._free_bytes() - self._workspace_bytes
 
     def begin_step(self) -> None:
         if self._is_measured:
@@ -66,9 +78,10 @@ class DeviceMemory:
             self._before_step = torch.cuda.memory_allocated(self._device)
 
     def end_step(self, predicted_bytes: int) -> None:
+        """Reserve what a step that succeeded took beyond its prediction. One that failed shows no peak of its own."""
         if self._is_measured:
             taken = torch.cuda.max_memory_allocated(self._device) - self._before_step
-            self.workspace_bytes = max(self.workspace_bytes, taken - predicted_bytes)
+            self._workspace_bytes = max(self._workspace_bytes, taken - predicted_bytes)
 
     def _free_bytes(self) -> int:
         if self._device.type != "cuda":
@@ -77,13 +90,65 @@ class DeviceMemory:
         return free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
 
 
-def measure_activations(run_decoder: Callable[[int], Tensor]) -> float:
-    """Return the bytes that a token adds to what autograd keeps of `run_decoder(n)`, a forward over n tokens."""
-    small, large = (_kept_bytes(run_decoder, count) for count in (_PROBE_TOKENS, 2 * _PROBE_TOKENS))
-    return (large - small) / _PROBE_TOKENS
+class MemoryBudget:
+    """Shares the device out between slots and steps: a full step always fits beside the slots that were admitted."""
+
+    def __init__(self, base: FusedBase, *, max_slots: int, max_rank: int, max_tokens: int) -> None:
+        self._device = DeviceMemory(base.device)
+        self._cost = measure_cost(base)
+        left_bytes = self._device.usable_bytes - max_slots * _usual_slot_bytes(base, max_rank)
+        self.num_recomputed = self._cost.choose_recomputed(max_tokens, usable_bytes=left_bytes)
+
+    def predict(self, num_tokens: int) -> int:
+        """Return the bytes that a step of so many tokens takes at its peak."""
+        return self._cost.predict(num_tokens, num_recomputed=self.num_recomputed)
+
+    @contextmanager
+    def measuring(self, num_tokens: int) -> Iterator[None]:
+        """Hold a step of so many tokens against its prediction, unless it raises."""
+        self._device.begin_step()
+        yield
+        self._device.end_step(self.predict(num_tokens))
+
+    def check_slot(self, layout: Layout, *, step_tokens: int, is_first: bool) -> None:
+        """Refuse a slot that would leave a step of so many tokens too little.
+
+        Raises JobTooLargeError for the first slot of an empty engine, for which nobody can make room, and
+        NoFreeSlotError for any other.
+        """
+        needed = layout.num_parameters * BYTES_PER_PARAMETER + self.predict(step_tokens)
+        usable = self._device.usable_bytes
+        if needed <= usable:
+            return
+        if not is_first:
+            raise NoFreeSlotError("The device has no memory for another slot of this rank.")
+        raise JobTooLargeError(
+            f"The job needs about {needed / 2**20:.0f} MiB beside the base, and {usable / 2**20:.0f} MiB are free; "
+            "lower the rank."
+        )
 
 
-def probe_job(target_modules: tuple[str, ...]) -> EngineJob:
+def measure_cost(base: FusedBase) -> StepCost:
+    """Count what autograd keeps of a forward with an adapter on every linear."""
+    layout = Layout.of(base.shape, rank=1, target_modules=base.shape.target_modules)
+    slot = Slot(_probe_job(base.shape.target_modules), Bank(layout, 0, base.device))
+
+    def run_decoder(num_tokens: int) -> Tensor:
+        batch = pack([[DrawnExample(_probe_example(num_tokens), 0)]], base.device)
+        with base.context.running(make_runs([SlotRows(slot, batch.groups[0])], is_grouped=False)):
+            return base.decode(batch)
+
+    # What does not grow with the tokens is in both, and so in neither.
+    few, many = (_kept_bytes(run_decoder, count) for count in (_PROBE_TOKENS, 2 * _PROBE_TOKENS))
+    return StepCost(
+        activation_bytes=(many - few) / _PROBE_TOKENS,
+        border_bytes=base.shape.hidden_size * base.head.rows_VE.element_size(),
+        loss_bytes=loss_bytes(base.shape.vocab_size, base.device),
+        num_layers=base.shape.num_layers,
+    )
+
+
+def _probe_job(target_modules: tuple[str, ...]) -> EngineJob:
     """Return a job whose adapter is on every linear and as small as can be."""
     spec = TrainingSpec(
         adapter=AdapterConfig(rank=1, alpha=1.0, target_modules=target_modules),
@@ -93,10 +158,10 @@ def probe_job(target_modules: tuple[str, ...]) -> EngineJob:
         max_seq_len=2 * _PROBE_TOKENS,
         seed=0,
     )
-    return EngineJob("probe", spec, (probe_example(_PROBE_TOKENS),), tenant="")
+    return EngineJob("probe", spec, (_probe_example(_PROBE_TOKENS),), tenant="")
 
 
-def probe_example(num_tokens: int) -> Example:
+def _probe_example(num_tokens: int) -> Example:
     return Example(np.zeros(num_tokens, dtype=np.int64), np.arange(num_tokens) > 0)
 
 
@@ -113,3 +178,8 @@ def _kept_bytes(run_decoder: Callable[[int], Tensor], num_tokens: int) -> int:
         hidden = run_decoder(num_tokens)  # it holds what it keeps, so that no address is met twice
     del hidden
     return sum(storages.values())
+
+
+def _usual_slot_bytes(base: FusedBase, max_rank: int) -> int:
+    layout = Layout.of(base.shape, rank=min(_USUAL_RANK, max_rank), target_modules=base.shape.target_modules)
+    return layout.num_parameters * BYTES_PER_PARAMETER

@@ -1,6 +1,6 @@
-"""The base's RMS norms (Zhang and Sennrich 2019), frozen, with their backward by hand: seven operations for twenty.
+"""The base's RMS norms (Zhang and Sennrich 2019), frozen, with a backward written by hand.
 
-Shapes: any number of rows of K; each is normed alone.
+It takes seven operations where autograd takes twenty. Shapes: any number of rows of K; each row is normed alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class FrozenNorm(nn.Module):
-    """Stands in the base where one of its norms was; rounds where transformers' own does."""
+    """Replaces one norm of the base. It rounds to the input's type at the same points as transformers' own norm."""
 
     def __init__(self, weight_K: Tensor, epsilon: float) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class FrozenNorm(nn.Module):
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Replace the norms of Llama's kind: weight times x over its root mean square. Others stay what they are."""
+    """Replace the norms of Llama's kind: weight times x over its root mean square. Other norms stay as they are."""
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             model.set_submodule(name, FrozenNorm(module.weight.detach(), module.variance_epsilon))
@@ -45,6 +45,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_K, weight_K, inverse_rms = ctx.saved_tensors
         scaled_K = (gradients[0] * weight_K).float()
-        # Of x / rms: what is left of the gradient once its part along x is taken out.
+        # With g = weight * dy and r = 1 / rms: dx = r g - x r^3 mean(g x). The second term takes out the gradient's
+        # part along x: a longer x gives the same output.
         along = (scaled_K * x_K).sum(dim=-1, keepdim=True).mul_(inverse_rms.pow(3).div_(x_K.shape[-1]))
         return scaled_K.mul_(inverse_rms).addcmul_(x_K.float(), along, value=-1).to(x_K.dtype), None, None

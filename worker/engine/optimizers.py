@@ -1,6 +1,6 @@
-"""AdamW (Loshchilov and Hutter 2019) on one slot's row, after clipping by the slot's own norm.
+"""AdamW (Loshchilov and Hutter 2019) on one adapter's row, after clipping by the row's own norm.
 
-torch's own fused kernel does the update: a slot is one long vector, so that it takes a single pass over it.
+torch's own fused kernel does the update: a row is one long vector, so that it takes a single pass over it.
 """
 
 from __future__ import annotations
@@ -8,31 +8,32 @@ from __future__ import annotations
 import torch
 from torch.optim.adamw import adamw
 
-from core.domain.training import learning_rate_at
-from worker.engine.slots import Slot
+from core.domain.training import TrainingSpec
+from worker.engine.rows import AdapterRow
 
 _NORM_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s own
 
 
 class AdamW:
-    """The optimizer of all slots. An update takes no memory, so that none can fail between two slots of a step."""
+    """The optimizer of all rows. An update takes no memory, so a step's updates cannot fail half-way."""
 
     def __init__(self, device: torch.device) -> None:
-        # The kernel reads these off the device. Filling them is a launch; making them would be a copy to wait for.
+        # The kernel reads these on the device. Filling them is one launch. New tensors would be copies to wait for.
         self._num_updates = torch.zeros((), device=device)
         self._divisor = torch.ones((), device=device)
 
-    def update(self, slot: Slot, *, grad_norm: float) -> float:
-        """Apply one optimizer step with the slot's gradients and return its learning rate."""
-        spec = slot.job.spec
-        learning_rate = learning_rate_at(spec, slot.step + 1, slot.total_steps)
+    def update(self, row: AdapterRow, spec: TrainingSpec, *, learning_rate: float, grad_norm: float) -> None:
+        """Apply one optimizer step with the row's gradients, whose norm is given.
+
+        The kernel divides gradients by `grad_scale`. Dividing by max(1, norm / max_grad_norm) is clipping.
+        """
         adamw(
-            [slot.weights_P],
-            [slot.grads_P],
-            [slot.exp_avg_P],
-            [slot.exp_avg_sq_P],
+            [row.weights_P],
+            [row.grads_P],
+            [row.exp_avg_P],
+            [row.exp_avg_sq_P],
             [],
-            [self._num_updates.fill_(slot.num_updates)],
+            [self._num_updates.fill_(row.num_updates)],
             fused=True,
             grad_scale=self._divisor.fill_(max(1.0, (grad_norm + _NORM_EPSILON) / spec.max_grad_norm)),
             amsgrad=False,
@@ -43,5 +44,4 @@ class AdamW:
             eps=spec.epsilon,
             maximize=False,
         )
-        slot.num_updates += 1
-        return learning_rate
+        row.num_updates += 1

@@ -1,7 +1,9 @@
-"""The packed stream of one fused step: whole sequences side by side, slot by slot, each an island.
+"""The packed stream of one fused step: whole sequences side by side, slot by slot, without padding.
 
-Shapes: T tokens of the step, M rows with a label, Q sequences. Positions restart with every sequence, and the label
-shift is per sequence: row t predicts token t+1 of its own sequence, so a sequence's last row has no label.
+Positions restart with every sequence. The label shift is per sequence: row t predicts token t+1 of its own sequence, so
+a sequence's last row has no label. Only rows with a label reach the head.
+
+Shapes: T tokens of the step, M rows with a label, Q sequences.
 """
 
 from __future__ import annotations
@@ -13,26 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.examples import Example
+from worker.engine.examples import DrawnExample
 
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """One example in the stream: its rows [start, end) and what its dropout is seeded with."""
+    """One example in the stream: its rows [start, end), what its dropout is seeded with, and how many labels it has."""
 
     start: int
     end: int
     dropout_key: int
+    num_labels: int
 
 
 @dataclass(frozen=True)
 class Group:
-    """One slot's rows [start, end) of the stream, and its label rows [label_start, label_end) of the M."""
+    """One slot's rows [start, end) of the stream. Its label rows follow those of the groups before it."""
 
     start: int
     end: int
-    label_start: int
-    label_end: int
     sequences: tuple[PackedSequence, ...]
 
     @property
@@ -42,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True)
 class EqualSequences:
-    """`count` neighbours of one length, from row `start` on."""
+    """`count` neighbouring sequences of one length, from row `start` of the stream on."""
 
     start: int
     count: int
@@ -51,7 +52,10 @@ class EqualSequences:
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """Where the stream's sequences are, as attention wants it: `offsets` [Q + 1] int32 are their borders."""
+    """Where the stream's sequences lie, in the two forms that attention needs.
+
+    `batches` are stretches of equally long neighbours; `offsets` [Q + 1] int32 are all sequences' borders.
+    """
 
     batches: tuple[EqualSequences, ...]
     offsets: Tensor
@@ -80,33 +84,29 @@ class PackedBatch:
     groups: tuple[Group, ...]
     sequences: SequenceLayout
 
-
-@dataclass(frozen=True, eq=False)
-class GroupExamples:
-    """What one slot contributes to a step; `dropout_keys` has one number an example."""
-
-    examples: Sequence[Example]
-    dropout_keys: Sequence[int]
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_1T.shape[1]
 
 
-def pack(parts: Sequence[GroupExamples], device: torch.device) -> PackedBatch:
-    """Lay the examples side by side and copy them to the device once."""
+def pack(parts: Sequence[Sequence[DrawnExample]], device: torch.device) -> PackedBatch:
+    """Lay examples side by side, a part for each slot, and copy each tensor to the device once."""
     tokens, positions, rows, labels, groups = [], [], [], [], []
-    start = label_start = 0
+    start = 0
     for part in parts:
-        sequences, end, label_end = [], start, label_start
-        for example, key in zip(part.examples, part.dropout_keys, strict=True):
+        sequences, end = [], start
+        for drawn in part:
+            example = drawn.example
             length = example.num_tokens
-            targets = np.flatnonzero(example.is_label[1:])
+            targets = np.flatnonzero(example.is_label[1:])  # rows whose next token is a label
             tokens.append(example.token_ids)
             positions.append(np.arange(length))
             rows.append(targets + end)
             labels.append(example.token_ids[1:][targets])
-            sequences.append(PackedSequence(end, end + length, key))
+            sequences.append(PackedSequence(end, end + length, drawn.dropout_key, len(targets)))
             end += length
-            label_end += len(targets)
-        groups.append(Group(start, end, label_start, label_end, tuple(sequences)))
-        start, label_start = end, label_end
+        groups.append(Group(start, end, tuple(sequences)))
+        start = end
     return PackedBatch(
         token_ids_1T=_to_device(tokens, device)[None],
         positions_1T=_to_device(positions, device)[None],

@@ -1,30 +1,36 @@
 """Which examples go into the next fused step: deficit round robin (Shreedhar and Varghese 1995) over tenants.
 
-Every tenant may spend its share of the token budget each step, and what it is behind, on its jobs' waiting examples,
-the least served job first. What that leaves goes to whoever has examples, and puts them ahead. Who is behind and who is
-ahead always adds up to nothing. A job's examples are taken in order and never beyond its own optimizer batch. An
-example longer than the budget, which want of memory may have shrunk, is a step of its own: its tenant spends nothing
-until it is the most behind of all. Planning consumes nothing: a plan that failed can be made again.
+Every tenant has a balance in tokens: above zero it is behind its share, below zero ahead of it. All balances add up to
+zero. A step is planned in this order:
+
+1. Every tenant may spend its share of the budget, plus its balance, on its jobs' waiting examples, the least served job
+   first.
+2. What is left goes to whoever has examples waiting. It puts them ahead, so they get less later.
+
+A job's examples are taken in order and never beyond its own optimizer batch. An example may be longer than the whole
+budget, when memory was short and the budget shrank: it is a step of its own, once its tenant is the most behind of all,
+and until then its tenant spends nothing. Planning changes nothing, so a plan that failed can be made again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from worker.engine.examples import DrawnExample
 from worker.engine.slots import Slot
 
 
 class SlotPlan:
-    """The examples that one slot puts into a step: the first `num_taken` of those that wait."""
+    """The examples that one slot puts into a step: the first ones of those that wait."""
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self.num_tokens = 0
-        self._waiting = slot.waiting_indices()
+        self._waiting = slot.waiting()
         self._num_taken = 0
 
     @property
-    def example_indices(self) -> list[int]:
+    def examples(self) -> list[DrawnExample]:
         return self._waiting[: self._num_taken]
 
     @property
@@ -34,7 +40,7 @@ class SlotPlan:
     @property
     def next_length(self) -> int:
         """The tokens of the example that would be taken next."""
-        return self.slot.job.examples[self._waiting[self._num_taken]].num_tokens
+        return self._waiting[self._num_taken].example.num_tokens
 
     def take(self) -> int:
         """Take the next example and return its tokens."""
@@ -45,7 +51,7 @@ class SlotPlan:
 
 
 class Planner:
-    """Remembers by how many tokens each tenant is behind its share (its credit) or ahead of it, from step to step."""
+    """Remembers each tenant's balance from step to step."""
 
     def __init__(self) -> None:
         self._balances: dict[str, float] = {}
@@ -63,8 +69,8 @@ class Planner:
             first.take()
             return [first]
         left = float(budget_tokens)
-        # Who is new does not wait until its tenant has saved up for its first example, unless the tenant owes a whole
-        # step already: one that submits short jobs all the time would live on such loans.
+        # A new job's first example is lent: it does not wait until its tenant has saved up for it. A tenant that is a
+        # whole step ahead gets no such loan, or it could live on loans by submitting short jobs all the time.
         for plan in plans:
             is_lent = plan.slot.num_fused_steps == 0 and self._balances.get(plan.slot.job.tenant, 0.0) > -budget_tokens
             if is_lent and plan.next_length <= left:
@@ -72,7 +78,7 @@ class Planner:
         for tenant in most_behind_first:
             spent = sum(plan.num_tokens for plan in tenants[tenant])
             left -= _spend(tenants[tenant], min(left, allowed[tenant] - spent), budget_tokens)
-        # Should nothing be taken yet, all is left, and `first` fits into it: no step is empty.
+        # If nothing was taken so far, the whole budget is left, and `first` fits into it. So no step is empty.
         for tenant in most_behind_first:
             left -= _spend(tenants[tenant], left, budget_tokens)
         return [plan for plan in plans if plan.num_tokens]
@@ -80,7 +86,10 @@ class Planner:
     def charge(
         self, plans: Sequence[SlotPlan], slots: Sequence[Slot], budget_tokens: int, *, scored: Mapping[str, float]
     ) -> None:
-        """Book a step that has succeeded, and what tenants' evaluations cost it. Call it before the slots move on."""
+        """Book a step that has succeeded, and what `scored` says that tenants' evaluations cost.
+
+        Call it before the slots advance: which tenants had examples waiting is part of the account.
+        """
         planned = {plan.slot: plan for plan in plans}
         all_plans = [planned.get(slot) or SlotPlan(slot) for slot in slots]
         tenants = _by_tenant(
@@ -92,8 +101,8 @@ class Planner:
             plan.slot.served_tokens += plan.num_tokens
         for tenant, cost_tokens in scored.items():
             balances[tenant] -= cost_tokens
-        # A tenant that cannot use its share saves up one step's budget; beyond that its share is the others'. One whose
-        # examples wait could use it, and is owed all of it.
+        # A tenant that had nothing left to train saves up one step's budget at most; beyond that its share belongs to
+        # the others. A tenant whose examples still wait could have used its share, and is owed all of it.
         for tenant in tenants:
             if not any(plan.has_waiting for plan in tenants[tenant]):
                 balances[tenant] = min(balances[tenant], float(budget_tokens))
@@ -103,7 +112,7 @@ class Planner:
         }
 
     def _allow(self, tenants: dict[str, list[SlotPlan]], num_tokens: float) -> dict[str, float]:
-        """Return every tenant's credit and its share of so many tokens."""
+        """Return every tenant's balance plus its share of so many tokens."""
         total_share = sum(_share(plans) for plans in tenants.values())
         return {
             tenant: self._balances.get(tenant, 0.0) + num_tokens * _share(plans) / total_share
@@ -127,9 +136,10 @@ def _least_served(plans: Sequence[SlotPlan]) -> SlotPlan:
 
 
 def _spend(plans: Sequence[SlotPlan], tokens: float, budget_tokens: int) -> int:
-    """Take examples of one tenant's jobs while they fit, always the least served one's, and return the tokens taken.
+    """Take examples of one tenant's jobs while they fit, always the least served job's, and return the tokens taken.
 
-    Nothing more is taken once the least served one's is longer than a step's whole budget.
+    Nothing more is taken once the least served job's next example is longer than a step's whole budget: the tenant has
+    to save up for it.
     """
     open_plans, taken = list(plans), 0
     while open_plans:

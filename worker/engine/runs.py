@@ -1,11 +1,15 @@
 """Runs: stretches of the packed stream whose LoRA products are taken together.
 
-A run's slots belong to one bank and scale alike. Where its products are batched (CPU), they are neighbouring rows of
-the bank with equally many rows of the stream each, so that every operand is a view; what fits no neighbour is a run of
-its own. Where they are grouped (CUDA), a run is all such slots of a bank. Either way each slot is multiplied with its
-own matrices alone: what one of them holds cannot reach another.
+A run's slots belong to one bank and have one kind: they scale alike, all drop or none does, and all begin an optimizer
+batch or none does. How products are taken together depends on the device:
 
-Shapes: S slots of the run, t rows of it, K in, N out, R rank.
+- batched (CPU): neighbouring rows of the bank with equally many rows of the stream each. Every operand is a view. A
+  slot that fits no neighbour is a run of its own.
+- grouped (CUDA): all slots of the bank that have one kind, however many rows each of them has.
+
+Either way each slot's rows are multiplied with that slot's own matrices alone, so a NaN in one cannot reach another.
+
+Shapes: S slots of the run, t rows of it, r rows of each slot where they are equally many, K in, N out, R rank.
 """
 
 from __future__ import annotations
@@ -20,11 +24,15 @@ from torch.nn.functional import grouped_mm
 
 from worker.engine.banks import Bank, LoraStack
 from worker.engine.packing import Group
-from worker.engine.slots import Slot, stable_hash
+from worker.engine.seeds import stable_hash
+from worker.engine.slots import Slot
 
 
 class _Kind(NamedTuple):
-    """What slots must share to be one run; it also orders them in the stream."""
+    """What slots must share to be one run; it also orders them in the stream.
+
+    `is_first` says that the slot begins an optimizer batch, so that its gradients replace those of the last one.
+    """
 
     bank_index: int
     is_first: bool
@@ -47,7 +55,10 @@ class SlotRows:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """`offsets` [S] (int32, where each slot's rows end) is None where every slot has equally many rows."""
+    """Slots whose products are taken together: `bank_rows` of their bank with `rows` of the stream.
+
+    `offsets` [S] (int32, where each slot's rows end) is None where every slot has equally many rows.
+    """
 
     parts: tuple[SlotRows, ...]
     kind: _Kind
@@ -57,10 +68,10 @@ class Run:
 
     @property
     def bank(self) -> Bank:
-        return self.parts[0].slot.bank
+        return self.parts[0].slot.row.bank
 
     def adapted(self, siblings: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Return the siblings that have LoRA here: together, or each alone where each drops numbers of its own."""
+        """Return those siblings that have LoRA here: together, or one by one where each drops other inputs."""
         names = tuple(name for name in siblings if name in self.bank.layout.columns)
         if self.kind.has_dropout:
             return [(name,) for name in names]
@@ -73,7 +84,7 @@ class Run:
         return LoraStack(stack.A_SJK.to(dtype), tuple(Bt_SRN.to(dtype) for Bt_SRN in stack.Bts_SRN))
 
     def collect_grads(self, names: tuple[str, ...], found: LoraStack) -> None:
-        """Start the optimizer batch's gradients with these, or add these to them."""
+        """Add these, times the scale, to the optimizer batch's gradients; its first ones replace the last batch's."""
         self.bank.collect_grads(self.bank_rows, names, found, factor=self.kind.scale, is_first=self.kind.is_first)
 
     def multiply(self, x_tK: Tensor, matrices_SKN: Tensor) -> Tensor:
@@ -101,14 +112,18 @@ class Run:
         return torch.bmm(h_SrR.transpose(1, 2), x_SrK)
 
     def drop(self, rows_tK: Tensor, name: str) -> Tensor:
-        """Apply LoRA dropout: the same mask for the same example, epoch and linear, wherever it is computed."""
+        """Apply LoRA dropout: the same mask for the same example, epoch and linear, wherever it is computed.
+
+        The backward, and a layer that is computed again, need the same mask.
+        """
         if not self.kind.has_dropout:
             return rows_tK
         factors_tK = torch.cat([self._factors(part, rows_tK, name) for part in self.parts])
+        # Not the product alone: a number that is dropped and not finite would be NaN, not zero.
         return torch.where(factors_tK > 0, rows_tK * factors_tK, 0)
 
     def _factors(self, part: SlotRows, rows_tK: Tensor, name: str) -> Tensor:
-        probability, pieces = part.slot.job.spec.adapter.dropout, []
+        probability, pieces = part.slot.row.adapter.dropout, []
         for sequence in part.group.sequences:
             generator = torch.Generator(rows_tK.device).manual_seed(stable_hash(sequence.dropout_key, name))
             shape = (sequence.end - sequence.start, rows_tK.shape[1])
@@ -118,8 +133,8 @@ class Run:
 
 
 def stream_order(slot: Slot) -> tuple[_Kind, int]:
-    """Return where a training slot stands in the stream, so that what can make a run is neighbours."""
-    return _kind_of(slot, is_training=True), slot.row
+    """Return where a training slot stands in the stream, so that slots that can be one run are neighbours."""
+    return _kind_of(slot, is_training=True), slot.row.index
 
 
 def make_runs(parts: Sequence[SlotRows], *, is_grouped: bool) -> tuple[Run, ...]:
@@ -134,27 +149,24 @@ def make_runs(parts: Sequence[SlotRows], *, is_grouped: bool) -> tuple[Run, ...]
 
 
 def _kind_of(slot: Slot, *, is_training: bool) -> _Kind:
-    adapter = slot.job.spec.adapter
-    return _Kind(slot.bank.index, slot.tally.position == 0, is_training and adapter.dropout > 0, adapter.scale)
+    adapter = slot.row.adapter
+    return _Kind(slot.row.bank.index, slot.cursor.position == 0, is_training and adapter.dropout > 0, adapter.scale)
 
 
 def _continues(last: SlotRows, part: SlotRows, *, is_grouped: bool) -> bool:
-    is_neighbour = last.slot.row + 1 == part.slot.row and last.group.num_tokens == part.group.num_tokens
+    is_neighbour = last.slot.row.index + 1 == part.slot.row.index and last.group.num_tokens == part.group.num_tokens
     return last.kind == part.kind and (is_grouped or is_neighbour)
 
 
 def _make_run(parts: list[SlotRows], *, is_grouped: bool) -> Run:
-    first, last, device = parts[0], parts[-1], parts[0].slot.weights_P.device
+    first, last, device = parts[0], parts[-1], parts[0].slot.row.weights_P.device
     offsets = torch.tensor([part.group.end - first.group.start for part in parts], dtype=torch.int32)
-    is_contiguous = last.slot.row - first.slot.row == len(parts) - 1
+    indices = [part.slot.row.index for part in parts]
+    is_contiguous = indices[-1] - indices[0] == len(parts) - 1
     return Run(
         parts=tuple(parts),
         kind=first.kind,
-        bank_rows=(
-            slice(first.slot.row, last.slot.row + 1)
-            if is_contiguous
-            else torch.tensor([part.slot.row for part in parts], device=device)
-        ),
+        bank_rows=(slice(indices[0], indices[-1] + 1) if is_contiguous else torch.tensor(indices, device=device)),
         rows=slice(first.group.start, last.group.end),
         offsets=offsets.to(device) if is_grouped else None,
     )

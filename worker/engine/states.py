@@ -1,7 +1,7 @@
 """A slot's state on disk: what training resumes from, in safetensors and JSON.
 
-A state saved in the middle of an optimizer batch resumes at that batch's beginning. When the format changes, the one
-before it is read for one more release, so that an upgrade costs no job a step.
+Gradients are not saved: a state captured in the middle of an optimizer batch resumes at that batch's beginning. When
+the format changes, the format before it is read for one more release, so that no job loses a step to an upgrade.
 """
 
 from __future__ import annotations
@@ -45,20 +45,21 @@ class SlotState:
 
 
 def capture_state(slot: Slot) -> SlotState:
-    tensors = {"weights": slot.weights_P, "exp_avg": slot.exp_avg_P, "exp_avg_sq": slot.exp_avg_sq_P}
+    row = slot.row
+    tensors = {"weights": row.weights_P, "exp_avg": row.exp_avg_P, "exp_avg_sq": row.exp_avg_sq_P}
     cursor = {
         "format": _FORMAT,
-        "step": slot.step,
-        "num_updates": slot.num_updates,
+        "step": slot.cursor.step,
+        "num_updates": row.num_updates,
         "num_skipped_in_a_row": slot.num_skipped_in_a_row,
         "spec": slot.job.spec.model_dump(mode="json"),
-        "num_examples": len(slot.job.examples),
+        "num_examples": slot.cursor.num_examples,
     }
     return SlotState({name: tensor.cpu().clone() for name, tensor in tensors.items()}, cursor)
 
 
 def read_cursor(directory: Path) -> dict[str, Any]:
-    """Return where a saved state stands. Raises UnreadableStateError when its format is none that is read here."""
+    """Return a saved state's place in its training. Raises UnreadableStateError when its format is unknown here."""
     cursor: dict[str, Any] = json.loads((directory / CURSOR_FILE).read_text(encoding="utf-8"))
     if cursor.get("format") not in (_FORMAT, _FORMAT_BEFORE):
         raise UnreadableStateError(
@@ -69,32 +70,32 @@ def read_cursor(directory: Path) -> dict[str, Any]:
 
 
 def load_state(slot: Slot, directory: Path) -> int:
-    """Go on from a saved state, and return its step.
+    """Resume the slot from a saved state, and return its step. All of it is checked before anything is changed.
 
-    Raises InvalidJobError when it is another job's, UnreadableStateError when it is of an unknown format.
+    Raises InvalidJobError when it is another job's, UnreadableStateError when its format is unknown.
     """
-    cursor = read_cursor(directory)
+    row, cursor = slot.row, read_cursor(directory)
     tensors = load_file(directory / TENSORS_FILE)
-    is_same_data = cursor["num_examples"] == len(slot.job.examples)
-    is_same_shape = all(tensors[name].shape == slot.weights_P.shape for name in _VECTORS)
+    is_same_data = cursor["num_examples"] == slot.cursor.num_examples
+    is_same_shape = all(tensors[name].shape == row.weights_P.shape for name in _VECTORS)
     if not (is_same_data and is_same_shape and _has_spec(cursor, slot.job.spec)):
         raise InvalidJobError("The saved state belongs to another job: its spec, data or base model differs.")
     if cursor["format"] == _FORMAT_BEFORE:
-        tensors = {name: _let_siblings_follow(slot.bank.layout, tensors[name]) for name in _VECTORS}
-    slot.weights_P.copy_(tensors["weights"])
-    slot.exp_avg_P.copy_(tensors["exp_avg"])
-    slot.exp_avg_sq_P.copy_(tensors["exp_avg_sq"])
-    slot.step, slot.num_updates = cursor["step"], cursor["num_updates"]
+        tensors = {name: _let_siblings_follow(row.bank.layout, tensors[name]) for name in _VECTORS}
+    row.weights_P.copy_(tensors["weights"])
+    row.exp_avg_P.copy_(tensors["exp_avg"])
+    row.exp_avg_sq_P.copy_(tensors["exp_avg_sq"])
+    slot.cursor.step, row.num_updates = cursor["step"], cursor["num_updates"]
     slot.num_skipped_in_a_row = cursor["num_skipped_in_a_row"]
     slot.restart_batch()
-    return slot.step
+    return slot.cursor.step
 
 
 def _has_spec(cursor: dict[str, Any], spec: TrainingSpec) -> bool:
     """Return whether a state is of this whole spec.
 
-    With another batch size, for one, the same step number is another place in the data. A field that came after the
-    state was written has its default there.
+    Any difference matters: with another batch size, for one, the same step is another place in the data. A field that
+    was added to specs after the state was written has its default in it.
     """
     try:
         return TrainingSpec.model_validate(cursor["spec"]) == spec
@@ -103,7 +104,7 @@ def _has_spec(cursor: dict[str, Any], spec: TrainingSpec) -> bool:
 
 
 def _let_siblings_follow(layout: Layout, numbers_P: Tensor) -> Tensor:
-    """Return a row of the format before: there, each linear's A was followed by its own B."""
+    """Return a row of the format before in today's order: there, each linear's A was followed by its own B."""
     arranged_P, start = torch.empty_like(numbers_P), 0
     for columns in layout.columns.values():
         for matrix in columns:

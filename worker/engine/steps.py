@@ -1,8 +1,8 @@
-"""The step under way: what its linears need to know of it, where it can be left, and who leaves in it.
+"""The step under way: what its linears need to know of it, where it can be left, and which slots leave during it.
 
-A step of a slow device takes a minute and more, and an order to stop a job does not wait for its end. So linears and
-loss call `pause` before their products: what siblings multiply, or a chunk of the loss, is all that is between two
-calls. No row of a bank moves while a step is under way.
+On a slow device a step takes a minute and more, and an order to stop a job does not wait for the step's end. So linears
+and head call `pause` before their products: between two calls lies at most what siblings multiply, or one chunk of the
+labels. No row of a bank moves while a step is under way.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import Tensor
 from worker.engine.runs import Run
 from worker.engine.slots import Slot
 
-# A step that others are in as well may go on for so long after a job was evicted from it.
+# For so long may a step go on after a job was evicted from it, when other jobs are in it as well.
 PATIENCE_SECONDS = 2.0
 
 
 class StepGivenUpError(Exception):
-    """What is under way is of no use to anyone in it any more, or has kept for too long one who left."""
+    """The step under way serves nobody any more, or has kept a job that was evicted for too long."""
 
 
 class StepContext:
-    """One object, shared by all of an engine's linears."""
+    """What the engine, its linears and its head share of the step under way. An engine has one."""
 
     def __init__(self, device: torch.device) -> None:
-        # Makes the products differentiable even where their input is not, as in the first layer.
+        # Autograd differentiates a function only when an input requires it. The first layer's rows do not; this does.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.runs: tuple[Run, ...] = ()
         # Whose examples are on the device now.
         self.slots: tuple[Slot, ...] = ()
-        # By its linear's name, what waits to be taken: the rows that were multiplied, and the outputs.
+        # By the name of a linear: the rows that were multiplied, and its outputs, which wait for the linear's call.
         self.waiting: dict[str, tuple[Tensor, Tensor]] = {}
         # Whether the last step took less than half of the patience.
         self.was_brisk = False
@@ -47,7 +47,7 @@ class StepContext:
 
     @contextmanager
     def under_way(self, look: Callable[[], None]) -> Iterator[None]:
-        """Be in a step, whose pauses call `look`. Who leaves meanwhile has left at its end."""
+        """Be in a step, whose pauses call `look`. The rows of jobs evicted in it are removed at its end."""
         self._look = look
         begun_at = time.monotonic()
         try:
@@ -59,7 +59,7 @@ class StepContext:
 
     @contextmanager
     def running(self, runs: tuple[Run, ...]) -> Iterator[None]:
-        """Have these runs on the device. Nothing of them stays, though they were left between two siblings."""
+        """Have these runs on the device. Nothing of them stays, even where the step is left between two siblings."""
         self.runs = runs
         self.slots = tuple(part.slot for run in runs for part in run.parts)
         try:
@@ -76,7 +76,7 @@ class StepContext:
             self._remove_rows()
 
     def pause(self) -> None:
-        """Let the step's caller look. Raises StepGivenUpError when what is under way is not to go on."""
+        """Let the step's caller look. Raises StepGivenUpError when the step under way is not to go on."""
         if self._look is None:
             return
         self._look()
@@ -89,5 +89,4 @@ class StepContext:
 
     def _remove_rows(self) -> None:
         while self._leaving:
-            slot = self._leaving.pop()
-            slot.bank.remove_row(slot.bank_row)
+            self._leaving.pop().row.remove()

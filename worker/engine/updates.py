@@ -1,4 +1,4 @@
-"""What a fused step has come to for a slot, read off the device once, and what it makes of an optimizer batch."""
+"""What a fused step has found for each slot, read off the device once, and the update that ends an optimizer batch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from core.domain.training import MAX_SKIPPED_STEPS
 from worker.engine.errors import DivergedError
 from worker.engine.examples import SlotReport, StepMetrics
-from worker.engine.losses import RowLosses
+from worker.engine.objectives import Sums
 from worker.engine.optimizers import AdamW
-from worker.engine.packing import PackedBatch
 from worker.engine.slots import Slot
 
 
@@ -25,40 +24,44 @@ class SlotSums(NamedTuple):
     grad_norm: float
 
 
-def read_sums(slots: Sequence[Slot], batch: PackedBatch, losses: RowLosses) -> list[SlotSums]:
-    """Read each slot's sums. Raises torch.OutOfMemoryError. This is the step's one read that waits for the device."""
-    sums = [
-        torch.stack(
-            [
-                losses.losses_M[group.label_start : group.label_end].sum(),
-                losses.is_right_M[group.label_start : group.label_end].sum(),
-                torch.linalg.vector_norm(slot.grads_P),
-            ]
-        )
-        for slot, group in zip(slots, batch.groups, strict=True)
+def read_sums(slots: Sequence[Slot], sums: Sequence[Sums]) -> list[SlotSums]:
+    """Read each slot's sums, and the norm of its gradients. Raises torch.OutOfMemoryError.
+
+    This is the step's one read that waits for the device.
+    """
+    found = [
+        torch.stack([each.loss, each.num_right, torch.linalg.vector_norm(slot.row.grads_P)])
+        for slot, each in zip(slots, sums, strict=True)
     ]
-    return [SlotSums(*numbers) for numbers in torch.stack(sums).tolist()]
+    return [SlotSums(*numbers) for numbers in torch.stack(found).tolist()]
 
 
 def complete_batch(slot: Slot, optimizer: AdamW, *, grad_norm: float, num_tokens: int) -> SlotReport:
-    """Update the slot's weights, unless its gradient is not finite, and go on to its next optimizer batch."""
+    """Update the slot's weights, unless its gradient is not finite, and go on to its next optimizer batch.
+
+    A skipped update still counts as a step, so that the data and the learning rate move on. Too many in a row end the
+    job: the report carries the failure.
+    """
     is_skipped = not (math.isfinite(grad_norm) and math.isfinite(slot.tally.loss_sum))
-    learning_rate = 0.0 if is_skipped else optimizer.update(slot, grad_norm=grad_norm)
+    cursor, tally = slot.cursor, slot.tally
+    learning_rate = 0.0 if is_skipped else cursor.learning_rate
+    if not is_skipped:
+        optimizer.update(slot.row, slot.job.spec, learning_rate=learning_rate, grad_norm=grad_norm)
     slot.num_skipped_in_a_row = slot.num_skipped_in_a_row + 1 if is_skipped else 0
-    num_labels, tally = sum(example.num_labels for example in slot.batch_examples()), slot.tally
+    num_units = slot.num_units
     slot.advance()
     update = StepMetrics(
-        step=slot.step,
-        total_steps=slot.total_steps,
-        epoch=slot.step / slot.steps_per_epoch,
-        loss=tally.loss_sum / num_labels,
-        token_accuracy=tally.num_right / num_labels,
+        step=cursor.step,
+        total_steps=cursor.total_steps,
+        epoch=cursor.step / cursor.steps_per_epoch,
+        loss=tally.loss_sum / num_units,
+        token_accuracy=tally.num_right / num_units,
         learning_rate=learning_rate,
         grad_norm=grad_norm,
         num_tokens=tally.num_tokens,
-        num_label_tokens=num_labels,
-        is_epoch_end=slot.step % slot.steps_per_epoch == 0,
-        is_last=slot.is_finished,
+        num_units=num_units,
+        is_epoch_end=cursor.step % cursor.steps_per_epoch == 0,
+        is_last=cursor.is_finished,
         is_skipped=is_skipped,
     )
     failure = None
@@ -66,4 +69,4 @@ def complete_batch(slot: Slot, optimizer: AdamW, *, grad_norm: float, num_tokens
         failure = DivergedError(
             f"The gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row. Lower the learning rate."
         )
-    return SlotReport(slot.job.job_id, num_tokens, update=update, failure=failure)
+    return SlotReport(slot.job.slot_name, num_tokens, update=update, failure=failure)

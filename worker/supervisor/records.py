@@ -40,8 +40,8 @@ def record_progress(session: Session, lease: Lease, report: ProgressReport) -> t
             attempts.record_step(session, lease, record=_step_record(report), total_steps=report.total_steps)
         case StepSkipped(step=step, total_steps=total_steps):
             attempts.record_skipped_step(session, lease, step=step, total_steps=total_steps)
-        case EvaluationDone(step=step, loss=loss, accuracy=accuracy):
-            attempts.record_evaluation(session, lease, step=step, loss=loss, accuracy=accuracy)
+        case EvaluationDone(step=step, loss=loss, token_accuracy=token_accuracy):
+            attempts.record_evaluation(session, lease, step=step, loss=loss, token_accuracy=token_accuracy)
         case JobWarned(message=message):
             attempts.record_message(session, lease, message=message, level="warn")
         case JobLogged(name=name, details=details):
@@ -99,7 +99,7 @@ def _step_record(report: StepDone) -> StepRecord:
     return StepRecord(
         step=report.step,
         train_loss=report.train_loss,
-        train_accuracy=report.train_accuracy,
+        train_token_accuracy=report.train_token_accuracy,
         learning_rate=report.learning_rate,
         grad_norm=report.grad_norm,
         num_tokens=report.num_tokens,

@@ -48,7 +48,10 @@ class Provenance:
 
 @dataclass
 class ResultRow:
-    """One line of the result file; validation numbers are there at the steps that were evaluated."""
+    """One line of the result file; validation numbers are there at the steps that were evaluated.
+
+    Its fields are named as the file's columns are, by OpenAI, and are stored so with every resume point.
+    """
 
     step: int
     train_loss: float

@@ -172,7 +172,7 @@ class TrainerJob:
     def as_engine_job(self, prepared: PreparedJob) -> EngineJob:
         self._validation = prepared.validation
         return EngineJob(
-            job_id=str(self.lease_token),
+            slot_name=str(self.lease_token),
             spec=self._order.spec,
             examples=prepared.training.examples,
             tenant=self._order.tenant_id,
@@ -423,7 +423,7 @@ class TrainerJob:
                 step=update.step,
                 total_steps=update.total_steps,
                 train_loss=update.loss,
-                train_accuracy=update.token_accuracy,
+                train_token_accuracy=update.token_accuracy,
                 learning_rate=update.learning_rate,
                 grad_norm=update.grad_norm,
                 num_tokens=update.num_tokens,
@@ -441,7 +441,7 @@ class TrainerJob:
                 lease_token=self.lease_token,
                 step=self._rows[-1].step,
                 loss=result.loss,
-                accuracy=result.token_accuracy,
+                token_accuracy=result.token_accuracy,
             )
         )
 

@@ -169,7 +169,7 @@ class TrainingLoop:
         self._tell_who_left()
         self._book(reports, time.monotonic() - started)
         for report in reports:
-            job = self._jobs.get(int(report.job_id))
+            job = self._jobs.get(int(report.slot_name))
             if job is not None and not job.is_ending:
                 self._take_report(job, report)
 
@@ -181,7 +181,7 @@ class TrainingLoop:
         jobs = self._jobs | self._stopped
         for report in reports:
             if cost_tokens:  # none where the step's only report is a row that did not fit
-                jobs[int(report.job_id)].use_device(seconds * report.cost_tokens / cost_tokens)
+                jobs[int(report.slot_name)].use_device(seconds * report.cost_tokens / cost_tokens)
         for job in self._stopped.values():
             job.bill()
         self._stopped.clear()
@@ -228,7 +228,7 @@ class TrainingLoop:
         job = self._jobs.get(lease_token)
         if job is None or job.is_ending:
             return
-        if str(lease_token) in self._engine.job_ids:
+        if str(lease_token) in self._engine.slot_names:
             job.save_last_resume_point(self._engine)
         self._evict(job)
         if self._is_stepping:
@@ -261,7 +261,7 @@ class TrainingLoop:
         """Take a job off the device, and from what may still get there."""
         job.is_ending = True
         job.end_training()
-        if str(job.lease_token) in self._engine.job_ids:
+        if str(job.lease_token) in self._engine.slot_names:
             self._engine.evict(str(job.lease_token))
         self._leaving.append(job.lease_token)
         self._tell_who_left()
@@ -269,9 +269,9 @@ class TrainingLoop:
     def _tell_who_left(self) -> None:
         if not self._leaving:
             return
-        running_ids = self._engine.running_ids
+        running_names = self._engine.running_names
         for lease_token in tuple(self._leaving):
-            if str(lease_token) not in running_ids:
+            if str(lease_token) not in running_names:
                 self._leaving.remove(lease_token)
                 self._channel.send(DeviceLeft(lease_token=lease_token))
 

@@ -112,7 +112,14 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
         id=new_id(), name=name, base_model_id=BASE_MODEL, object_prefix=prefix, files=FILES, size_bytes=1, **own
     )
     metric = Metric(
-        step=32, lease_token=token, train_loss=1, train_accuracy=1, learning_rate=1, grad_norm=1, num_tokens=1, **own
+        step=32,
+        lease_token=token,
+        train_loss=1,
+        train_token_accuracy=1,
+        learning_rate=1,
+        grad_norm=1,
+        num_tokens=1,
+        **own,
     )
     session.add_all([attempt, checkpoint, event, adapter, metric])
     session.flush()

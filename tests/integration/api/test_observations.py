@@ -120,7 +120,7 @@ def test_an_evaluation_is_charted_whether_its_block_ends_before_or_after_it(
         record_step(worker, lease, step, loss=1.0)
         if step in evaluated:
             with service_transaction(worker) as session:
-                record_evaluation(session, lease, step=step, loss=7.5, accuracy=0.5)
+                record_evaluation(session, lease, step=step, loss=7.5, token_accuracy=0.5)
     assert read(owner, lease, StepRange(1, 96), 9) == ([10, 32, 64, 90, 96], 96)
 
 

@@ -62,8 +62,18 @@ class Standing:
     @classmethod
     def of(cls, slot: Slot) -> Standing:
         return cls(
-            tuple(each.clone() for each in (slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P)),
-            (slot.step, slot.num_updates, slot.num_skipped_in_a_row, slot.num_fused_steps, slot.served_tokens),
+            tuple(
+                each.clone()
+                for each in (slot.row.weights_P, slot.row.grads_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)
+            ),
+            (
+                slot.cursor.step,
+                slot.cursor.position,
+                slot.row.num_updates,
+                slot.num_skipped_in_a_row,
+                slot.num_fused_steps,
+                slot.served_tokens,
+            ),
             replace(slot.tally),
             slot.evaluation,
         )
@@ -80,32 +90,31 @@ class Standing:
 
 def put_back(engine: Engine, before: dict[str, Standing]) -> None:
     """Make every slot what it was, so that one engine can try the same step again and again."""
-    for job_id, standing in before.items():
-        slot = engine._slots[job_id]
-        vectors = (slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P)
+    for slot_name, standing in before.items():
+        slot = engine._slots[slot_name]
+        vectors = (slot.row.weights_P, slot.row.grads_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)
         for vector_P, was_P in zip(vectors, standing.vectors, strict=True):
             vector_P.copy_(was_P)
-        slot.step, slot.num_updates, slot.num_skipped_in_a_row, slot.num_fused_steps, slot.served_tokens = (
-            standing.counts
-        )
+        slot.cursor.step, slot.cursor.position, slot.row.num_updates, *counts = standing.counts
+        slot.num_skipped_in_a_row, slot.num_fused_steps, slot.served_tokens = counts
         slot.tally = replace(standing.tally)
-    engine._budget_tokens = engine._max_tokens_per_step
+    engine._budget.tokens = engine._budget.cap
 
 
 def standings(engine: Engine, *, but: Sequence[str] = ()) -> dict[str, Standing]:
-    return {job_id: Standing.of(slot) for job_id, slot in engine._slots.items() if job_id not in but}
+    return {slot_name: Standing.of(slot) for slot_name, slot in engine._slots.items() if slot_name not in but}
 
 
 def assert_unmoved(engine: Engine, before: dict[str, Standing]) -> None:
-    for job_id, standing in before.items():
-        assert standing.is_that_of(engine._slots[job_id]), job_id
+    for slot_name, standing in before.items():
+        assert standing.is_that_of(engine._slots[slot_name]), slot_name
 
 
 def assert_every_row_has_one_slot(engine: Engine) -> None:
     """The rows of a bank are its slots', one each, and whatever is beyond them is zero."""
-    banks = {slot.bank for slot in engine._slots.values()}
+    banks = {slot.row.bank for slot in engine._slots.values()}
     for bank in banks:
-        rows = sorted(slot.row for slot in engine._slots.values() if slot.bank is bank)
+        rows = sorted(slot.row.index for slot in engine._slots.values() if slot.row.bank is bank)
         assert rows == list(range(bank.num_rows))
         for vectors_SP in (bank.weights_SP, bank.grads_SP, bank.exp_avg_SP, bank.exp_avg_sq_SP):
             assert not vectors_SP[bank.num_rows :].any()

@@ -16,6 +16,7 @@ from tests.unit.engine.tiny import (
     make_engine,
     make_job,
     make_spec,
+    pack_plans,
     random_examples,
     tiny_llama,
     train,
@@ -23,7 +24,6 @@ from tests.unit.engine.tiny import (
 )
 from worker.engine import (
     DivergedError,
-    Engine,
     EngineJob,
     Example,
     InvalidJobError,
@@ -33,6 +33,7 @@ from worker.engine import (
     inspect_base,
 )
 from worker.engine.banks import Layout
+from worker.engine.memory import DeviceMemory
 from worker.engine.updates import read_sums
 
 
@@ -95,7 +96,7 @@ def test_a_job_that_does_not_fit_is_refused_before_it_takes_a_slot(job: EngineJo
     engine.admit(make_job("old"))
     with pytest.raises(InvalidJobError, match=reason):
         engine.admit(job)
-    assert engine.job_ids == ("old",)
+    assert engine.slot_names == ("old",)
 
 
 def test_a_job_waits_when_every_slot_is_taken_and_enters_when_one_is_freed() -> None:
@@ -106,7 +107,7 @@ def test_a_job_waits_when_every_slot_is_taken_and_enters_when_one_is_freed() -> 
         engine.admit(make_job("b"))
     engine.evict("a")
     engine.admit(make_job("b"))
-    assert engine.job_ids == ("b",)
+    assert engine.slot_names == ("b",)
 
 
 def test_a_job_waits_when_the_device_refuses_the_memory_for_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,53 +119,53 @@ def test_a_job_waits_when_the_device_refuses_the_memory_for_its_slot(monkeypatch
     with monkeypatch.context() as full, pytest.raises(NoFreeSlotError, match="no memory"):
         full.setattr(torch.Tensor, "new_zeros", refuse)
         engine.admit(make_job("new"))
-    assert engine.job_ids == ("old",)
+    assert engine.slot_names == ("old",)
     assert engine.step()
 
 
-class FullDevice(Engine):
-    """An engine whose device has so many bytes left beside the base and the slots."""
-
-    left_bytes = 10**9
-
-    @property
-    def _usable_bytes(self) -> float:
-        held = sum(bank.num_rows * bank.layout.num_parameters * 16 for bank in self._banks)
-        return self.left_bytes - held
+def leave_bytes(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """Let every device have so many bytes left beside the base and the slots."""
+    monkeypatch.setattr(DeviceMemory, "usable_bytes", num_bytes)
 
 
-def test_a_slot_that_would_leave_a_full_step_too_little_waits_and_one_that_never_fits_is_refused() -> None:
-    engine = FullDevice(tiny_llama(), base_model_id="x", max_slots=4, max_rank=64, max_tokens_per_step=256)
-    step_bytes = engine._predict(256)
-    row_bytes = 16 * Layout.of(engine._shape, rank=16, target_modules=ALL_MODULES).num_parameters
-    engine.left_bytes = step_bytes + row_bytes - 1
+def test_a_slot_that_would_leave_a_full_step_too_little_waits_and_one_that_never_fits_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(max_rank=64)
+    step_bytes = engine._memory.predict(256)
+    row_bytes = 16 * Layout.of(engine._base.shape, rank=16, target_modules=ALL_MODULES).num_parameters
+    leave_bytes(monkeypatch, step_bytes + row_bytes - 1)
     with pytest.raises(JobTooLargeError, match="lower the rank"):
         engine.admit(make_job("mine", rank=16))
-    engine.left_bytes = step_bytes + row_bytes
+    leave_bytes(monkeypatch, step_bytes + row_bytes)
     engine.admit(make_job("mine", rank=16))
+    leave_bytes(monkeypatch, step_bytes)
     with pytest.raises(NoFreeSlotError, match="no memory"):
         engine.admit(make_job("other", seed=2, rank=16))
     engine.evict("mine")
+    leave_bytes(monkeypatch, step_bytes + row_bytes)
     engine.admit(make_job("other", seed=2, rank=16))
 
 
 def test_layers_are_recomputed_where_the_slots_would_lack_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = partial(FullDevice, base_model_id="x", max_slots=2, max_rank=64, max_tokens_per_step=256)
-    roomy = load(tiny_llama())
-    row_bytes = 16 * Layout.of(roomy._shape, rank=16, target_modules=ALL_MODULES).num_parameters
-    monkeypatch.setattr(FullDevice, "left_bytes", roomy._predict(256) + 2 * row_bytes)
-    assert load(tiny_llama())._num_recomputed == 0
-    monkeypatch.setattr(FullDevice, "left_bytes", roomy._predict(256) + row_bytes - 1)
-    engine = load(tiny_llama())
-    assert engine._num_recomputed == 2
+    load = partial(make_engine, max_slots=2, max_rank=64)
+    leave_bytes(monkeypatch, 10**9)
+    roomy = load()
+    row_bytes = 16 * Layout.of(roomy._base.shape, rank=16, target_modules=ALL_MODULES).num_parameters
+    leave_bytes(monkeypatch, roomy._memory.predict(256) + 2 * row_bytes)
+    assert load()._memory.num_recomputed == 0
+    leave_bytes(monkeypatch, roomy._memory.predict(256) + row_bytes - 1)
+    engine = load()
+    assert engine._memory.num_recomputed == 2
     engine.admit(make_job("mine", rank=16))
+    leave_bytes(monkeypatch, roomy._memory.predict(256) - 1)
     engine.admit(make_job("other", seed=2, rank=16))
 
 
-def test_the_examples_of_a_job_that_waits_for_memory_are_not_read() -> None:
-    engine = FullDevice(tiny_llama(), base_model_id="x", max_slots=4, max_rank=64, max_tokens_per_step=256)
+def test_the_examples_of_a_job_that_waits_for_memory_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(max_rank=64)
     engine.admit(make_job("mine"))
-    engine.left_bytes = 0
+    leave_bytes(monkeypatch, 0)
     with pytest.raises(NoFreeSlotError, match="no memory"):
         engine.admit(EngineJob("other", make_spec(), UnreadableExamples(), "other"))
 
@@ -191,7 +192,7 @@ def test_updates_count_steps_epochs_and_tokens() -> None:
     assert [update.is_last for update in updates] == [False] * 5 + [True]
     assert updates[2].epoch == 1.0
     assert sum(update.num_tokens for update in updates) == 2 * sum(e.num_tokens for e in job.examples)
-    assert sum(update.num_label_tokens for update in updates) == 2 * sum(e.num_labels for e in job.examples)
+    assert sum(update.num_units for update in updates) == 2 * sum(e.num_labels for e in job.examples)
     assert updates[-1].loss < updates[0].loss
     assert engine.step() == ()
 
@@ -208,7 +209,7 @@ def test_evaluation_does_not_disturb_training_and_knows_no_dropout() -> None:
     validation = random_examples(60, 9)
     first, second = (evaluate(watched, "mine", validation) for _ in range(2))
     assert first == second
-    assert first.num_label_tokens == sum(example.num_labels for example in validation)
+    assert first.num_units == sum(example.num_labels for example in validation)
     assert 0 <= first.token_accuracy <= 1
     train(plain)
     train(watched)
@@ -230,11 +231,11 @@ def test_a_large_validation_set_is_scored_between_the_others_steps_and_the_weigh
     engine.admit(make_job("other", seed=5, n_epochs=50))
     validation = random_examples(60, 40)
     train(engine, num_fused_steps=3)
-    before, position = weights_of(engine, "mine"), engine._slots["mine"].step
+    before, position = weights_of(engine, "mine"), engine._slots["mine"].cursor.step
     engine.begin_evaluation("mine", validation)
     num_scored, num_parts, evaluation = 0, 0, None
     while evaluation is None:
-        reports = {report.job_id: report for report in engine.step()}
+        reports = {report.slot_name: report for report in engine.step()}
         assert reports["other"].num_tokens > 0
         assert 0 < reports["mine"].num_scored_tokens <= 64
         assert reports["mine"].num_tokens == 0
@@ -244,9 +245,9 @@ def test_a_large_validation_set_is_scored_between_the_others_steps_and_the_weigh
     assert num_parts > 5
     assert num_scored == sum(example.num_tokens for example in validation)
     assert all(torch.equal(weights, before[name]) for name, weights in weights_of(engine, "mine").items())
-    assert evaluation.num_label_tokens == sum(example.num_labels for example in validation)
+    assert evaluation.num_units == sum(example.num_labels for example in validation)
     train(engine, num_fused_steps=5)
-    assert engine._slots["mine"].step > position
+    assert engine._slots["mine"].cursor.step > position
 
 
 def test_evaluations_of_two_jobs_take_turns() -> None:
@@ -254,14 +255,14 @@ def test_evaluations_of_two_jobs_take_turns() -> None:
     for index in range(2):
         engine.admit(make_job(str(index), seed=index))
         engine.begin_evaluation(str(index), random_examples(60, 40))
-    order = [report.job_id for _ in range(6) for report in engine.step()]
+    order = [report.slot_name for _ in range(6) for report in engine.step()]
     assert order == ["0", "1"] * 3
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_job() -> None:
     engine = make_engine()
     engine.admit(make_job("broken"))
-    engine._slots["broken"].weights_P.fill_(float("nan"))
+    engine._slots["broken"].row.weights_P.fill_(float("nan"))
     with pytest.raises(DivergedError):
         evaluate(engine, "broken", random_examples(60, 3))
 
@@ -270,7 +271,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_job_and_only_that_job(
     engine = make_engine()
     engine.admit(make_job("mine"))
     engine.admit(make_job("broken", seed=5))
-    engine._slots["broken"].weights_P.fill_(float("nan"))
+    engine._slots["broken"].row.weights_P.fill_(float("nan"))
     for num_skipped in (1, 2, 3):
         mine, broken = engine.step()
         assert mine.update is not None
@@ -286,17 +287,17 @@ def test_one_step_that_is_not_finite_is_skipped_without_touching_weights_or_mome
     engine.admit(make_job("mine"))
     train(engine, num_fused_steps=2)
     slot = engine._slots["mine"]
-    before = [tensor.clone() for tensor in (slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P)]
-    good = slot.weights_P.clone()
-    slot.weights_P.fill_(float("inf"))
+    before = [tensor.clone() for tensor in (slot.row.weights_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)]
+    good = slot.row.weights_P.clone()
+    slot.row.weights_P.fill_(float("inf"))
     plans = engine._plan()
-    batch = engine._pack(plans)
-    losses = engine._forward_backward(plans, batch)
-    slot.weights_P.copy_(good)
-    (report,) = engine._commit(plans, read_sums([slot], batch, losses), ())
+    batch = pack_plans(engine, plans)
+    sums = engine._forward_backward(plans, batch)
+    slot.row.weights_P.copy_(good)
+    (report,) = engine._commit(plans, read_sums([slot], sums), ())
     assert report.update is not None
     assert report.update.is_skipped
-    after = (slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P)
+    after = (slot.row.weights_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert slot.num_skipped_in_a_row == 1
     train(engine, num_fused_steps=1)

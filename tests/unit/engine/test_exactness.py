@@ -19,6 +19,7 @@ from tests.unit.engine.tiny import (
     fused_gradients,
     make_engine,
     make_job,
+    pack_plans,
     peft_gradients,
     randomise_weights,
     relative_difference,
@@ -28,6 +29,7 @@ from tests.unit.engine.tiny import (
     weights_of,
 )
 from worker.engine import Engine, EngineJob
+from worker.engine.runs import SlotRows, make_runs
 
 TINY_SIZES = {
     "vocab_size": VOCABULARY,
@@ -63,23 +65,23 @@ def mixed_jobs() -> list[EngineJob]:
 def admit_all(engine: Engine, jobs: list[EngineJob], directory: Path) -> None:
     for job in jobs:
         engine.admit(job)
-        (directory / job.job_id).mkdir()
+        (directory / job.slot_name).mkdir()
 
 
 def test_fused_gradients_and_losses_are_those_of_peft_alone(tmp_path: Path) -> None:
     engine, jobs = make_engine(), mixed_jobs()
     admit_all(engine, jobs, tmp_path)
     for job in jobs:
-        randomise_weights(engine, job.job_id)
-        engine.export_adapter(job.job_id, tmp_path / job.job_id)
+        randomise_weights(engine, job.slot_name)
+        engine.export_adapter(job.slot_name, tmp_path / job.slot_name)
     fused = fused_gradients(engine)
-    losses = {report.job_id: report.update.loss for report in engine.step() if report.update}
+    losses = {report.slot_name: report.update.loss for report in engine.step() if report.update}
     for job in jobs:
-        loss, gradients = peft_gradients(job, tiny_llama(), tmp_path / job.job_id)
-        assert losses[job.job_id] == pytest.approx(loss, abs=1e-5)
-        assert fused[job.job_id].keys() == gradients.keys()
+        loss, gradients = peft_gradients(job, tiny_llama(), tmp_path / job.slot_name)
+        assert losses[job.slot_name] == pytest.approx(loss, abs=1e-5)
+        assert fused[job.slot_name].keys() == gradients.keys()
         for name, gradient in gradients.items():
-            assert relative_difference(fused[job.job_id][name], gradient) < 1e-5
+            assert relative_difference(fused[job.slot_name][name], gradient) < 1e-5
 
 
 @pytest.mark.parametrize("max_tokens", [256, 40])
@@ -87,15 +89,15 @@ def test_whole_fused_training_ends_where_peft_alone_ends(tmp_path: Path, max_tok
     engine = make_engine(max_tokens=max_tokens)
     jobs = [job_of_30_steps(job) for job in mixed_jobs()]
     admit_all(engine, jobs, tmp_path)
-    initial = {job.job_id: weights_of(engine, job.job_id) for job in jobs}
+    initial = {job.slot_name: weights_of(engine, job.slot_name) for job in jobs}
     for job in jobs:
-        engine.export_adapter(job.job_id, tmp_path / job.job_id)
+        engine.export_adapter(job.slot_name, tmp_path / job.slot_name)
     updates = train(engine)
     for job in jobs:
-        losses, trained = train_with_peft(job, tmp_path / job.job_id)
+        losses, trained = train_with_peft(job, tmp_path / job.slot_name)
         assert len(losses) >= 30
-        assert [update.loss for update in updates[job.job_id]] == pytest.approx(losses, abs=1e-4)
-        weights, start = weights_of(engine, job.job_id), initial[job.job_id]
+        assert [update.loss for update in updates[job.slot_name]] == pytest.approx(losses, abs=1e-4)
+        weights, start = weights_of(engine, job.slot_name), initial[job.slot_name]
         got = torch.cat([(weights[name] - start[name]).flatten() for name in trained])
         wanted = torch.cat([(trained[name] - start[name]).flatten() for name in trained])
         assert relative_difference(got, wanted) < 1e-3
@@ -108,20 +110,20 @@ def job_of_30_steps(job: EngineJob) -> EngineJob:
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_every_supported_decoder_agrees_with_peft(tmp_path: Path, model_type: str) -> None:
     engine = make_engine(tiny_decoder(model_type))
-    target_modules = tuple(engine._shape.target_modules)
+    target_modules = tuple(engine._base.shape.target_modules)
     jobs = [make_job(name, seed=seed, rank=4, target_modules=target_modules) for seed, name in enumerate("ab")]
     admit_all(engine, jobs, tmp_path)
     for job in jobs:
-        randomise_weights(engine, job.job_id)
-        engine.export_adapter(job.job_id, tmp_path / job.job_id)
+        randomise_weights(engine, job.slot_name)
+        engine.export_adapter(job.slot_name, tmp_path / job.slot_name)
     fused = fused_gradients(engine)
     for job in jobs:
         oracle = tiny_decoder(model_type)
         oracle.eval()  # the base's own dropout is off in the engine as well
-        _, gradients = peft_gradients(job, oracle, tmp_path / job.job_id)
-        assert fused[job.job_id].keys() == gradients.keys()
+        _, gradients = peft_gradients(job, oracle, tmp_path / job.slot_name)
+        assert fused[job.slot_name].keys() == gradients.keys()
         for name, gradient in gradients.items():
-            assert relative_difference(fused[job.job_id][name], gradient) < 1e-5
+            assert relative_difference(fused[job.slot_name][name], gradient) < 1e-5
 
 
 def tiny_decoder(model_type: str) -> Any:
@@ -134,16 +136,16 @@ def test_nf4_base_trains_as_its_dequantised_twin(tmp_path: Path) -> None:
     quantised, twin = tiny_llama(), tiny_llama()
     replace_by_nf4(quantised, twin)
     engine, jobs = make_engine(quantised), mixed_jobs()
-    assert engine._shape.target_modules == ALL_MODULES
+    assert engine._base.shape.target_modules == ALL_MODULES
     admit_all(engine, jobs, tmp_path)
     for job in jobs:
-        randomise_weights(engine, job.job_id)
-        engine.export_adapter(job.job_id, tmp_path / job.job_id)
+        randomise_weights(engine, job.slot_name)
+        engine.export_adapter(job.slot_name, tmp_path / job.slot_name)
     fused = fused_gradients(engine)
     for job in jobs:
-        _, gradients = peft_gradients(job, twin, tmp_path / job.job_id)
+        _, gradients = peft_gradients(job, twin, tmp_path / job.slot_name)
         for name, gradient in gradients.items():
-            assert relative_difference(fused[job.job_id][name], gradient) < 1e-4
+            assert relative_difference(fused[job.slot_name][name], gradient) < 1e-4
         twin = tiny_llama()
         replace_by_nf4(tiny_llama(), twin)
 
@@ -190,8 +192,11 @@ def test_dropout_differs_between_examples_and_between_epochs() -> None:
 
 
 def losses_of_rows(engine: Engine) -> torch.Tensor:
-    plans = engine._plan()
-    return engine._forward_backward(plans, engine._pack(plans)).losses_M
+    (plan,) = engine._plan()
+    batch = pack_plans(engine, [plan])
+    with engine._context.running(make_runs([SlotRows(plan.slot, batch.groups[0])], is_grouped=False)):
+        (rows,) = engine._base.score_labels(batch)
+    return rows.nll_M.detach()
 
 
 def test_dropout_gradient_is_that_of_the_loss_it_gives() -> None:
@@ -202,14 +207,14 @@ def test_dropout_gradient_is_that_of_the_loss_it_gives() -> None:
     gradient_P = flat_gradient(engine)[1]
     slope = float(gradient_P.norm())
     direction_P, width = gradient_P / slope, 1e-2
-    slot.weights_P.add_(direction_P, alpha=width)
+    slot.row.weights_P.add_(direction_P, alpha=width)
     above = flat_gradient(engine)[0]
-    slot.weights_P.sub_(direction_P, alpha=2 * width)
+    slot.row.weights_P.sub_(direction_P, alpha=2 * width)
     below = flat_gradient(engine)[0]
     assert (above - below) / (2 * width) == pytest.approx(slope, rel=2e-2)
 
 
 def flat_gradient(engine: Engine) -> tuple[float, torch.Tensor]:
     plans = engine._plan()
-    losses = engine._forward_backward(plans, engine._pack(plans))
-    return float(losses.weighted_sum.detach()), plans[0].slot.grads_P.clone()
+    (sums,) = engine._forward_backward(plans, pack_plans(engine, plans))
+    return float(sums.loss.detach()) / plans[0].slot.num_units, plans[0].slot.row.grads_P.clone()

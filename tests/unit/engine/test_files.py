@@ -57,9 +57,9 @@ def test_an_imported_adapter_is_what_was_exported_and_starts_with_empty_moments(
     expected = weights_of(engine, "old")
     assert all(torch.equal(weights, expected[name]) for name, weights in weights_of(engine, "new").items())
     slot = engine._slots["new"]
-    assert not slot.exp_avg_P.any()
-    assert not slot.exp_avg_sq_P.any()
-    assert slot.num_updates == 0
+    assert not slot.row.exp_avg_P.any()
+    assert not slot.row.exp_avg_sq_P.any()
+    assert slot.row.num_updates == 0
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,11 @@ def test_a_state_of_before_a_field_of_the_spec_came_is_of_the_same_job(tmp_path:
 def write_as_before(engine: Engine, directory: Path) -> None:
     """Write a state as espalier-slot-1 was: each linear's A and then its B, one linear after the other."""
     state, slot = engine.capture_state("mine"), engine._slots["mine"]
-    columns = [slot.bank.layout.columns[name] for name in engine._shape.linears if name in slot.bank.layout.columns]
+    columns = [
+        slot.row.bank.layout.columns[name]
+        for name in engine._base.shape.linears
+        if name in slot.row.bank.layout.columns
+    ]
     places = [matrix for each in columns for matrix in each]
     assert places != sorted(places, key=lambda place: place.start), "the two formats are the same here"
     tensors = {name: torch.cat([vector[place] for place in places]) for name, vector in state.tensors.items()}

@@ -44,8 +44,8 @@ def test_my_gradients_are_bitwise_the_same_whatever_my_neighbours_hold(fill: flo
     neighbours = [make_job("before", seed=5), make_job("after", seed=6, rank=16)]
     expected = fused_gradients(with_neighbours(neighbours))["mine"]
     engine = with_neighbours([other_tokens(job) for job in neighbours])
-    for job_id in ("before", "after"):
-        engine._slots[job_id].weights_P.fill_(fill)
+    for slot_name in ("before", "after"):
+        engine._slots[slot_name].row.weights_P.fill_(fill)
     fused = fused_gradients(engine)
     assert all(torch.equal(fused["mine"][name], gradient) for name, gradient in expected.items())
     if not np.isfinite(fill):
@@ -76,7 +76,7 @@ def engine_of_one_kind(
     stranger = make_job("stranger", seed=9, alpha=16.0)
     for job in [*jobs[:2], stranger, jobs[2]] if has_stranger else [*jobs, stranger]:
         engine.admit(job)
-        randomise_weights(engine, job.job_id, seed=job.spec.seed)
+        randomise_weights(engine, job.slot_name, seed=job.spec.seed)
     return engine
 
 
@@ -99,12 +99,12 @@ def test_my_gradients_are_bitwise_the_same_whatever_is_in_the_same_product(
     engine = engine_of_one_kind(lengths, dropout=dropout, has_stranger=has_stranger)
     expected = fused_gradients(engine)
     shared = max(recorded[-1], key=lambda run: len(run.parts))
-    assert [part.slot.job.job_id for part in shared.parts] == ["before", "poisoned", "after"]
+    assert [part.slot.job.slot_name for part in shared.parts] == ["before", "poisoned", "after"]
     assert isinstance(shared.bank_rows, torch.Tensor) == has_stranger
-    engine._slots["poisoned"].weights_P.fill_(fill)
+    engine._slots["poisoned"].row.weights_P.fill_(fill)
     found = fused_gradients(engine)
-    for job_id in ("before", "after", "stranger"):
-        assert all(torch.equal(found[job_id][name], gradient) for name, gradient in expected[job_id].items())
+    for slot_name in ("before", "after", "stranger"):
+        assert all(torch.equal(found[slot_name][name], gradient) for name, gradient in expected[slot_name].items())
     assert not any(torch.equal(found["poisoned"][name], gradient) for name, gradient in expected["poisoned"].items())
 
 
@@ -115,10 +115,10 @@ def test_rows_of_a_bank_that_are_no_neighbours_train_as_views_of_them_do(monkeyp
     found = train(scattered)
     are_first = {run.kind.is_first for runs in recorded for run in runs if isinstance(run.bank_rows, torch.Tensor)}
     assert are_first == {True, False}
-    for job_id, updates in expected.items():
+    for slot_name, updates in expected.items():
         losses, norms = [update.loss for update in updates], [update.grad_norm for update in updates]
-        assert [update.loss for update in found[job_id]] == pytest.approx(losses, abs=1e-4)
-        assert [update.grad_norm for update in found[job_id]] == pytest.approx(norms, rel=1e-3)
+        assert [update.loss for update in found[slot_name]] == pytest.approx(losses, abs=1e-4)
+        assert [update.grad_norm for update in found[slot_name]] == pytest.approx(norms, rel=1e-3)
 
 
 def test_a_neighbour_that_diverges_does_not_bend_my_trajectory() -> None:
@@ -126,7 +126,7 @@ def test_a_neighbour_that_diverges_does_not_bend_my_trajectory() -> None:
     alone.admit(make_job("mine"))
     among.admit(make_job("broken", seed=5))
     among.admit(make_job("mine"))
-    among._slots["broken"].weights_P.fill_(float("nan"))
+    among._slots["broken"].row.weights_P.fill_(float("nan"))
     expected = [update.loss for update in train(alone)["mine"]]
     assert [update.loss for update in train(among)["mine"]] == pytest.approx(expected, abs=1e-4)
 
@@ -152,7 +152,7 @@ def test_a_freed_slot_is_scrubbed_and_the_next_tenant_trains_as_on_a_new_engine(
     engine.admit(make_job("first", seed=8, rank=8, weight_decay=0.5))
     train(engine, num_fused_steps=5)
     slot = engine._slots["first"]
-    tensors = [slot.weights_P, slot.exp_avg_P, slot.exp_avg_sq_P, slot.grads_P]
+    tensors = [slot.row.weights_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P, slot.row.grads_P]
     assert all(bool(tensor.any()) for tensor in tensors)
     engine.evict("first")
     assert not any(bool(tensor.any()) for tensor in tensors)
@@ -167,20 +167,22 @@ def test_a_freed_slot_is_scrubbed_and_the_next_tenant_trains_as_on_a_new_engine(
 
 def test_a_neighbour_that_leaves_the_bank_takes_nothing_of_mine_along_and_leaves_nothing_behind() -> None:
     engine, untouched = make_engine(), make_engine()
-    for job_id in ("first", "mine", "last"):
-        engine.admit(make_job(job_id, seed=len(job_id)))
-        untouched.admit(make_job(job_id, seed=len(job_id)))
+    for slot_name in ("first", "mine", "last"):
+        engine.admit(make_job(slot_name, seed=len(slot_name)))
+        untouched.admit(make_job(slot_name, seed=len(slot_name)))
     for each in (engine, untouched):
         train(each, num_fused_steps=2)
-    bank = engine._slots["mine"].bank
+    bank = engine._slots["mine"].row.bank
     before = [bank.weights_SP, bank.grads_SP, bank.exp_avg_SP, bank.exp_avg_sq_SP]
     engine.evict("first")
     assert (bank.num_rows, len(bank.weights_SP)) == (2, 2)
-    assert sorted(slot.row for slot in engine._slots.values()) == [0, 1]
+    assert sorted(slot.row.index for slot in engine._slots.values()) == [0, 1]
     assert not any(bool(tensor.any()) for tensor in before)
-    for job_id in ("mine", "last"):
+    for slot_name in ("mine", "last"):
         for name in ("weights_P", "exp_avg_P", "exp_avg_sq_P"):
-            assert torch.equal(getattr(engine._slots[job_id], name), getattr(untouched._slots[job_id], name))
+            assert torch.equal(
+                getattr(engine._slots[slot_name].row, name), getattr(untouched._slots[slot_name].row, name)
+            )
 
 
 def test_padded_ranks_have_a_gradient_of_exactly_zero_and_stay_zero() -> None:
@@ -189,11 +191,11 @@ def test_padded_ranks_have_a_gradient_of_exactly_zero_and_stay_zero() -> None:
     engine.admit(make_job("neighbour", seed=2, rank=8))
     slot = engine._slots["mine"]
     train(engine, num_fused_steps=4)
-    layout = slot.bank.layout
-    assert (layout.padded_rank, slot.bank.num_rows) == (8, 2)
+    layout = slot.row.bank.layout
+    assert (layout.padded_rank, slot.row.bank.num_rows) == (8, 2)
     for matrices in layout.columns.values():
         for columns in matrices:
-            for vector_P in (slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P):
+            for vector_P in (slot.row.weights_P, slot.row.grads_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P):
                 assert not vector_P[columns].view(8, -1)[3:].any()
                 assert vector_P[columns].view(8, -1)[:3].any()
 

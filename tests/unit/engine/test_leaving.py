@@ -23,7 +23,7 @@ from tests.unit.engine.tiny import (
 from worker.engine import Engine, SlotReport
 from worker.engine.bases import recompute_layers
 from worker.engine.frozen import FrozenWeight
-from worker.engine.losses import _CHUNK_BYTES
+from worker.engine.heads import _CHUNK_BYTES
 
 NUM_LAYERS = 2
 
@@ -98,8 +98,8 @@ def test_a_step_is_left_at_the_next_look_once_all_who_are_in_it_are_evicted(num_
     expected, num_places = train(fresh, num_fused_steps=2), 0
     for engine, place, reports in places("mine", evicted="mine", num_recomputed=num_recomputed):
         num_places += 1
-        assert (reports, place.num_after, engine.job_ids) == ((), 0, ())
-        assert (engine.running_ids, engine._context.waiting) == ([], {})
+        assert (reports, place.num_after, engine.slot_names) == ((), 0, ())
+        assert (engine.running_names, engine._context.waiting) == ([], {})
         engine.admit(make_job("next"))
         assert train(engine, num_fused_steps=2) == expected
     assert num_places > 2 * 4 * NUM_LAYERS
@@ -107,15 +107,15 @@ def test_a_step_is_left_at_the_next_look_once_all_who_are_in_it_are_evicted(num_
 
 def test_whoever_is_evicted_from_a_step_leaves_the_others_theirs_bit_for_bit() -> None:
     untroubled = make_engine_of("first", "mine", "last")
-    expected = {report.job_id: report for report in untroubled.step()}
+    expected = {report.slot_name: report for report in untroubled.step()}
     num_places = 0
     for engine, _place, reports in places("first", "mine", "last", evicted="mine"):
         num_places += 1
-        assert engine.job_ids == ("first", "last")
+        assert engine.slot_names == ("first", "last")
         assert_every_row_has_one_slot(engine)
-        found = {report.job_id: report for report in reports}
+        found = {report.slot_name: report for report in reports}
         assert found["mine"].update is None
-        for name in engine.job_ids:
+        for name in engine.slot_names:
             assert found[name] == expected[name]
             assert Standing.of(untroubled._slots[name]).has_numbers_of(engine._slots[name])
     assert num_places > 2 * 4 * NUM_LAYERS
@@ -126,12 +126,12 @@ def test_a_job_that_is_not_in_the_step_under_way_leaves_at_once_and_the_step_goe
         engine = make_engine_of("first", "mine", "last")
         untroubled = make_engine_of("first", "mine", "last")
         for each in (engine, untroubled):  # whoever has nothing left to train is in no step
-            each._slots["first"].step = each._slots["first"].total_steps
+            each._slots["first"].cursor.step = each._slots["first"].cursor.total_steps
         seen: list[str] = []
 
         def leave(engine: Engine = engine, seen: list[str] = seen) -> None:
             engine.evict("first")
-            seen.extend(engine.running_ids)
+            seen.extend(engine.running_names)
 
         place = Place(number, leave)
         assert engine.step(look=place) == untroubled.step()
@@ -150,11 +150,11 @@ def test_a_step_that_keeps_an_evicted_job_for_too_long_is_made_again_for_the_oth
     randomise_weights(alone, "last", seed=1)
     expected = {update.step: update.loss for update in train(alone)["last"]}
     settings = {"num_recomputed": num_recomputed, "batch_size": 9, "max_tokens": 70}
-    assert make_engine_of("mine", "last", **settings)._slots["last"].tally.position > 0, "it is in no batch's middle"
+    assert make_engine_of("mine", "last", **settings)._slots["last"].cursor.position > 0, "it is in no batch's middle"
     num_places = 0
     for engine, place, reports in places("mine", "last", evicted="mine", **settings):
         num_places += 1
-        assert (reports, place.num_after, engine.job_ids) == ((), 0, ("last",))
+        assert (reports, place.num_after, engine.slot_names) == ((), 0, ("last",))
         assert_every_row_has_one_slot(engine)
         if num_places % 8 == 1:
             updates = train(engine)["last"]
@@ -171,37 +171,37 @@ def test_leaving_again_and_again_costs_the_others_a_few_steps_and_no_more(monkey
         name, beside = f"fickle {number}", []
 
         def leave(name: str = name, beside: list[str] = beside) -> None:
-            beside.extend(engine.running_ids)
+            beside.extend(engine.running_names)
             engine.evict(name)
 
         engine.admit(make_job(name, seed=2, batch_size=8))
         reports = engine.step(look=Place(12, leave))
         num_lost += "mine" in beside and not reports
     assert 0 < num_lost <= 8  # halvings of 256 tokens
-    assert engine.job_ids == ("mine",)
-    assert engine._max_tokens_per_step < 256
+    assert engine.slot_names == ("mine",)
+    assert engine._budget.cap < 256
 
 
 def test_steps_that_were_shortened_grow_again_once_many_were_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.engine.engine._BRISK_STEPS", 5)
+    monkeypatch.setattr("worker.engine.token_budgets._BRISK_STEPS", 5)
     engine, alone = make_engine(max_tokens=100), make_engine(max_tokens=100)
     for each in (engine, alone):
         each.admit(make_job("mine", batch_size=8, n_epochs=50))
     engine.admit(make_job("fickle", seed=2, batch_size=8))
     monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", -1.0)
     assert engine.step(look=Place(12, partial(engine.evict, "fickle"))) == ()
-    shortened = engine._max_tokens_per_step
+    shortened = engine._budget.cap
     assert shortened < 100
     for _ in range(20):
         engine.step()
-    assert engine._max_tokens_per_step == shortened, "no step was quick enough"
+    assert engine._budget.cap == shortened, "no step was quick enough"
     monkeypatch.setattr("worker.engine.steps.PATIENCE_SECONDS", math.inf)
     lengths = [shortened]
-    while engine.job_ids and len(lengths) < 40:
+    while engine.slot_names and len(lengths) < 40:
         assert engine.step()
-        lengths.append(engine._max_tokens_per_step)
+        lengths.append(engine._budget.cap)
     assert set(lengths[:5]) == {shortened}
-    assert (max(lengths), engine._budget_tokens) == (100, 100)
+    assert (max(lengths), engine._budget.tokens) == (100, 100)
     updates, expected = train(engine)["mine"], {each.step: each.loss for each in train(alone)["mine"]}
     assert [each.loss for each in updates] == pytest.approx([expected[each.step] for each in updates], abs=1e-4)
 
@@ -215,7 +215,7 @@ def test_an_evaluation_is_left_at_the_next_look_and_the_others_train_on_bit_for_
         running = []
 
         def leave(engine: Engine = engine, running: list[str] = running) -> None:
-            running.extend(engine.running_ids)
+            running.extend(engine.running_names)
             engine.evict("mine")
 
         reports = engine.step(look=Place(number, leave))

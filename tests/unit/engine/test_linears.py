@@ -14,9 +14,9 @@ from worker.engine.slots import Slot
 PARENT = "model.layers.0.self_attn."
 SIBLINGS = ("q_proj", "k_proj", "v_proj")
 GROUPS = (
-    Group(3, 12, 0, 0, (PackedSequence(3, 7, 11), PackedSequence(7, 12, 12))),
-    Group(12, 21, 0, 0, (PackedSequence(12, 21, 13),)),
-    Group(21, 24, 0, 0, (PackedSequence(21, 24, 14),)),
+    Group(3, 12, (PackedSequence(3, 7, 11, 0), PackedSequence(7, 12, 12, 0))),
+    Group(12, 21, (PackedSequence(12, 21, 13, 0),)),
+    Group(21, 24, (PackedSequence(21, 24, 14, 0),)),
 )
 
 
@@ -51,7 +51,7 @@ def test_every_gradient_is_autograds_own(*, dropout: float, is_grouped: bool, ta
             assert bool((mask_tk == 0).any()) == (dropout > 0)
             dropped_tk, pieces = x_again_1tk[0, 3:] * mask_tk, [torch.zeros(3, len(weights[name]))]
             for slot, rows in zip(slots, GROUPS, strict=True):
-                pair = slot.pairs()[PARENT + name]
+                pair = slot.row.pairs()[PARENT + name]
                 a_rk, b_nr = leaves[slot, name] = [
                     pair.A_RK.clone().requires_grad_(),
                     pair.B_NR.clone().requires_grad_(),
@@ -69,7 +69,7 @@ def test_every_gradient_is_autograds_own(*, dropout: float, is_grouped: bool, ta
 
 
 def linear_of(engine: Engine, name: str) -> torch.nn.Module:
-    return engine._decoder.get_submodule(PARENT.removeprefix("model.") + name)
+    return engine._base.decoder.get_submodule(PARENT.removeprefix("model.") + name)
 
 
 def test_a_base_whose_siblings_do_not_read_the_same_rows_is_refused() -> None:

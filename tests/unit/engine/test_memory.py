@@ -22,8 +22,8 @@ from tests.unit.engine.tiny import (
 )
 from worker.engine import Engine, EngineJob, JobTooLargeError
 from worker.engine.errors import ExampleTooLargeError
-from worker.engine.losses import RowLosses
-from worker.engine.memory import StepCost
+from worker.engine.memory import StepCost, measure_cost
+from worker.engine.objectives import LabelRows, Sums
 from worker.engine.packing import PackedBatch
 from worker.engine.planner import SlotPlan
 
@@ -44,23 +44,27 @@ class SmallDevice(Engine):
     fits_tokens = fits_evaluating = 10**9
     fails_late = False
 
-    def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch) -> RowLosses:
+    def _forward_backward(self, plans: list[SlotPlan], batch: PackedBatch) -> list[Sums]:
         is_too_much = batch.token_ids_1T.shape[1] > self.fits_tokens
         if is_too_much and not self.fails_late:
             raise torch.OutOfMemoryError("the test's device is full")
-        losses = super()._forward_backward(plans, batch)
+        sums = super()._forward_backward(plans, batch)
         if is_too_much:
             raise torch.OutOfMemoryError("the test's device is full")
-        return losses
-
-    def _forward(self, batch: PackedBatch, weights_M: torch.Tensor) -> RowLosses:
-        if batch.token_ids_1T.shape[1] > self.fits_evaluating:
-            raise torch.OutOfMemoryError("the test's device is full")
-        return super()._forward(batch, weights_M)
+        return sums
 
 
 def small_device() -> SmallDevice:
-    return SmallDevice(tiny_llama(), base_model_id="x", max_slots=4, max_rank=16, max_tokens_per_step=256)
+    engine = SmallDevice(tiny_llama(), base_model_id="x", max_slots=4, max_rank=16, max_tokens_per_step=256)
+    score_labels = engine._base.score_labels
+
+    def score_if_it_fits(batch: PackedBatch) -> list[LabelRows]:
+        if batch.num_tokens > engine.fits_evaluating:
+            raise torch.OutOfMemoryError("the test's device is full")
+        return score_labels(batch)
+
+    engine._base.score_labels = score_if_it_fits  # type: ignore[method-assign]
+    return engine
 
 
 @pytest.mark.parametrize("fails_late", [False, True])
@@ -74,9 +78,9 @@ def test_running_out_of_memory_replays_the_same_examples_in_smaller_steps(*, fai
     cramped.fits_tokens = 40
     rest = train(cramped)
     expected = train(roomy)
-    for job_id in ("a", "b"):
-        losses = [update.loss for update in updates[job_id] + rest[job_id]]
-        assert losses == pytest.approx([update.loss for update in expected[job_id]], abs=1e-4)
+    for slot_name in ("a", "b"):
+        losses = [update.loss for update in updates[slot_name] + rest[slot_name]]
+        assert losses == pytest.approx([update.loss for update in expected[slot_name]], abs=1e-4)
 
 
 def test_one_example_that_alone_does_not_fit_fails_its_job_and_not_the_others() -> None:
@@ -88,10 +92,10 @@ def test_one_example_that_alone_does_not_fit_fails_its_job_and_not_the_others() 
     while reports := engine.step():
         for report in reports:
             if report.failure is not None:
-                failures.append((report.job_id, type(report.failure)))
-                engine.evict(report.job_id)
+                failures.append((report.slot_name, type(report.failure)))
+                engine.evict(report.slot_name)
     assert failures == [("long", ExampleTooLargeError)]
-    assert engine._slots["short"].is_finished
+    assert engine._slots["short"].cursor.is_finished
 
 
 def test_the_budget_that_a_large_job_has_shrunk_is_whole_again_once_it_leaves() -> None:
@@ -116,7 +120,7 @@ def test_an_evaluation_that_does_not_fit_is_scored_in_parts_and_one_example_too_
     engine.fits_evaluating = 30
     parts = evaluate(engine, "mine", examples)
     assert (parts.loss, parts.token_accuracy) == pytest.approx((whole.loss, whole.token_accuracy), abs=1e-5)
-    assert parts.num_label_tokens == whole.num_label_tokens
+    assert parts.num_units == whole.num_units
     with pytest.raises(JobTooLargeError):
         evaluate(engine, "mine", random_examples(1, 2, low=40, high=41))
 
@@ -125,23 +129,23 @@ def test_a_slot_holds_16_bytes_for_every_parameter_of_its_rank_rounded_up_to_8()
     engine = make_engine(max_rank=64)
     engine.admit(make_job("mine", rank=3, target_modules=("q_proj",)))
     slot = engine._slots["mine"]
-    assert slot.bank.layout.num_parameters == 2 * 8 * (64 + 64)
-    held = [slot.weights_P, slot.grads_P, slot.exp_avg_P, slot.exp_avg_sq_P]
-    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 16 * slot.bank.layout.num_parameters
+    assert slot.row.bank.layout.num_parameters == 2 * 8 * (64 + 64)
+    held = [slot.row.weights_P, slot.row.grads_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 16 * slot.row.bank.layout.num_parameters
 
 
 @pytest.mark.parametrize("num_recomputed", [1, 2])
 def test_recomputed_layers_change_nothing_but_what_is_kept(num_recomputed: int) -> None:
     plain, saving = make_engine(), make_engine()
-    saving._num_recomputed = num_recomputed
-    for layer in saving._decoder.layers[:num_recomputed]:  # type: ignore[union-attr,index]
+    saving._memory.num_recomputed = num_recomputed
+    for layer in saving._base.decoder.layers[:num_recomputed]:  # type: ignore[union-attr,index]
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for engine in (plain, saving):
         engine.admit(make_job("a", dropout=0.3))
         engine.admit(make_job("b", seed=2, rank=16))
     assert train(plain) == train(saving)
-    kept, of_saving = (engine._measure_cost().activation_bytes for engine in (plain, saving))
+    kept, of_saving = (measure_cost(engine._base).activation_bytes for engine in (plain, saving))
     assert of_saving < kept * (1 - 0.4 * num_recomputed)
 
 

@@ -58,13 +58,13 @@ def make_engine_of_five() -> Engine:
     """Three jobs and one that has ended share a bank, one has a bank of its own; all are in the middle of something."""
     engine = make_small_engine(max_tokens=128)
     engine.admit(make_job("resting", seed=5, count=1, n_epochs=1, batch_size=1))
-    for seed, job_id in enumerate(("a", "b", "c")):
-        engine.admit(make_job(job_id, seed=seed + 1, batch_size=6, n_epochs=4))
+    for seed, slot_name in enumerate(("a", "b", "c")):
+        engine.admit(make_job(slot_name, seed=seed + 1, batch_size=6, n_epochs=4))
     engine.admit(make_job("other", seed=4, rank=16, n_epochs=6))
-    for seed, job_id in enumerate(ALL):
-        randomise_weights(engine, job_id, seed=seed)
+    for seed, slot_name in enumerate(ALL):
+        randomise_weights(engine, slot_name, seed=seed)
     train(engine, num_fused_steps=3)
-    assert engine._slots["resting"].is_finished
+    assert engine._slots["resting"].cursor.is_finished
     return engine
 
 
@@ -142,41 +142,42 @@ def test_a_slot_that_was_refused_for_want_of_memory_holds_none(job: EngineJob) -
             engine.admit(job)
         if not memory.has_failed:
             break
-        for bank in engine._banks:
+        banks = {slot.row.bank for slot in engine._slots.values()}
+        for bank in banks:
             held = {len(each) for each in (bank.weights_SP, bank.grads_SP, bank.exp_avg_SP, bank.exp_avg_sq_SP)}
             assert held == {bank.num_rows}
-        assert sorted(bank.num_rows for bank in engine._banks) == [1, 4]
-    assert engine.job_ids[-1] == "next"
+        assert sorted(bank.num_rows for bank in banks) == [1, 4]
+    assert engine.slot_names[-1] == "next"
 
 
 def losses_alone(job: EngineJob, *, seed: int) -> dict[int, float]:
     """Return the job's loss at every step when nobody is beside it and memory abounds."""
     engine = make_small_engine(max_tokens=128)
     engine.admit(job)
-    randomise_weights(engine, job.job_id, seed=seed)
-    return {update.step: update.loss for update in train(engine)[job.job_id]}
+    randomise_weights(engine, job.slot_name, seed=seed)
+    return {update.step: update.loss for update in train(engine)[job.slot_name]}
 
 
 def test_a_step_that_finds_no_memory_anywhere_is_made_again_and_moves_no_slot_that_has_no_part_in_it() -> None:
     engine = make_engine_of_five()
     before, balances = standings(engine), engine._planner._balances
     assert any(standing.tally.position for standing in before.values()), "nobody is in the middle of a batch"
-    slots = {job_id: slot for job_id, slot in engine._slots.items() if job_id != "resting"}
-    alone = {job_id: losses_alone(slot.job, seed=ALL.index(job_id)) for job_id, slot in slots.items()}
+    slots = {slot_name: slot for slot_name, slot in engine._slots.items() if slot_name != "resting"}
+    alone = {slot_name: losses_alone(slot.job, seed=ALL.index(slot_name)) for slot_name, slot in slots.items()}
     for nth in count(1):
         put_back(engine, before)
         engine._planner._balances = dict(balances)
         with MemoryRunsOut(nth) as memory:
-            updates = [(report.job_id, report.update) for report in engine.step()]
+            updates = [(report.slot_name, report.update) for report in engine.step()]
         if not memory.has_failed:
             break
         assert_every_row_has_one_slot(engine)
         later = train(engine, num_fused_steps=6 if nth % 10 == 1 else 1)
-        updates += [(job_id, update) for job_id, found in later.items() for update in found]
+        updates += [(slot_name, update) for slot_name, found in later.items() for update in found]
         assert before["resting"].is_that_of(engine._slots["resting"])
-        for job_id, update in updates:
+        for slot_name, update in updates:
             if update is not None:
-                assert update.loss == pytest.approx(alone[job_id][update.step], abs=1e-4)
+                assert update.loss == pytest.approx(alone[slot_name][update.step], abs=1e-4)
     assert nth > 100
 
 
@@ -189,13 +190,13 @@ def test_an_evaluation_that_finds_no_memory_anywhere_counts_every_row_once() -> 
         engine.begin_evaluation("resting", examples)
         before = Standing.of(engine._slots["resting"])
         for slot in engine._slots.values():  # so that nothing but the evaluation is left to do
-            slot.step = slot.total_steps
+            slot.cursor.step = slot.cursor.total_steps
         with MemoryRunsOut(nth) as memory:
             reports = engine.step()
         while reports[-1].evaluation is None:
             reports = engine.step()
         assert reports[-1].failure is None
-        assert reports[-1].evaluation.num_label_tokens == expected.num_label_tokens
+        assert reports[-1].evaluation.num_units == expected.num_units
         assert reports[-1].evaluation.loss == pytest.approx(expected.loss, abs=1e-5)
         assert before.has_numbers_of(engine._slots["resting"])
         if not memory.has_failed:
@@ -220,7 +221,7 @@ def standings_alone(kind: tuple[int, int]) -> dict[tuple[int, int], Standing]:
     engine.admit(job_of(kind, "alone"))
     slot, found = engine._slots["alone"], {}
     while True:
-        found[slot.step, slot.tally.position] = Standing.of(slot)
+        found[slot.cursor.step, slot.cursor.position] = Standing.of(slot)
         if not engine.step():
             return found
 
@@ -252,15 +253,15 @@ class Tenants:
         for report in self._engine.step():
             if report.failure is not None:
                 assert isinstance(report.failure, JobTooLargeError)
-                del self._kinds[report.job_id]
-                self._engine.evict(report.job_id)
+                del self._kinds[report.slot_name]
+                self._engine.evict(report.slot_name)
 
     def check(self) -> None:
-        assert set(self._kinds) == set(self._engine.job_ids)
+        assert set(self._kinds) == set(self._engine.slot_names)
         assert_every_row_has_one_slot(self._engine)
         for name, kind in self._kinds.items():
             slot = self._engine._slots[name]
-            alone = standings_alone(kind)[slot.step, slot.tally.position]
+            alone = standings_alone(kind)[slot.cursor.step, slot.cursor.position]
             assert all(torch.equal(a, b) for a, b in zip(alone.vectors, Standing.of(slot).vectors, strict=True)), name
 
 
@@ -293,8 +294,8 @@ def test_whoever_comes_and_goes_while_memory_runs_out_every_job_is_bit_for_bit_w
     deeds: list[tuple[str, tuple[int, int], int, int | None]],
 ) -> None:
     engine = engine_of_all_examples()
-    for job_id in engine.job_ids:
-        engine.evict(job_id)
+    for slot_name in engine.slot_names:
+        engine.evict(slot_name)
     tenants = Tenants(engine)
     for verb, kind, which, nth in deeds:
         act = getattr(tenants, verb)

@@ -36,18 +36,18 @@ def run_step(
     plans = planner.plan(slots, budget)
     planner.charge(plans, slots, budget, scored=scored or {})
     for plan in plans:
-        plan.slot.count(num_examples=len(plan.example_indices), num_tokens=plan.num_tokens, loss_sum=0, num_right=0)
-        if plan.slot.is_batch_complete:
+        plan.slot.count(num_examples=len(plan.examples), num_tokens=plan.num_tokens, loss_sum=0, num_right=0)
+        if plan.slot.cursor.is_batch_complete:
             plan.slot.advance()
-    return {plan.slot.job.job_id: plan.num_tokens for plan in plans}
+    return {plan.slot.job.slot_name: plan.num_tokens for plan in plans}
 
 
 def run_steps(slots: list[Slot], budget: int, num_steps: int) -> dict[str, int]:
     """Return the tokens of every tenant."""
     planner, totals = Planner(), dict.fromkeys((slot.job.tenant for slot in slots), 0)
     for _ in range(num_steps):
-        for job_id, num_tokens in run_step(planner, slots, budget).items():
-            totals[next(slot.job.tenant for slot in slots if slot.job.job_id == job_id)] += num_tokens
+        for slot_name, num_tokens in run_step(planner, slots, budget).items():
+            totals[next(slot.job.tenant for slot in slots if slot.job.slot_name == slot_name)] += num_tokens
     return totals
 
 
@@ -74,8 +74,8 @@ def test_what_a_tenant_has_scored_counts_as_half_of_what_it_could_have_trained()
     slots = [slot_of("trains", [5, 9] * 32, tenant="mine"), slot_of("yours", [5, 9] * 32)]
     planner, totals = Planner(), {"trains": 0, "yours": 0}
     for _ in range(200):
-        for job_id, num_tokens in run_step(planner, slots, 100, scored={"mine": 20.0}).items():
-            totals[job_id] += num_tokens
+        for slot_name, num_tokens in run_step(planner, slots, 100, scored={"mine": 20.0}).items():
+            totals[slot_name] += num_tokens
     assert (totals["trains"] + 200 * 20) / totals["yours"] == pytest.approx(1.0, rel=0.05)
 
 
@@ -83,8 +83,8 @@ def test_the_jobs_of_one_tenant_get_the_same() -> None:
     slots = [slot_of(str(n), [5 + n] * 64, tenant="mine") for n in range(4)]
     planner, totals = Planner(), dict.fromkeys("0123", 0)
     for _ in range(200):
-        for job_id, num_tokens in run_step(planner, slots, 30).items():
-            totals[job_id] += num_tokens
+        for slot_name, num_tokens in run_step(planner, slots, 30).items():
+            totals[slot_name] += num_tokens
     assert max(totals.values()) / min(totals.values()) < 1.02
 
 
@@ -99,8 +99,8 @@ def test_a_newcomer_is_in_the_next_step_however_many_jobs_its_tenant_has() -> No
     assert run_step(planner, slots, 256)["newcomer"] == 200
     totals = dict.fromkeys(("one", "many"), 0)
     for _ in range(100):
-        for job_id, num_tokens in run_step(planner, slots, 256).items():
-            totals["one" if job_id == "one" else "many"] += num_tokens
+        for slot_name, num_tokens in run_step(planner, slots, 256).items():
+            totals["one" if slot_name == "one" else "many"] += num_tokens
     assert totals["one"] / sum(totals.values()) == pytest.approx(0.5, rel=0.05)
 
 
@@ -116,7 +116,7 @@ def test_a_tenant_that_submits_jobs_of_one_row_all_the_time_gets_its_share_and_n
         tokens = run_step(planner, [*waiting, steady], 512)
         totals["steady"] += tokens.pop("steady", 0)
         totals["flood"] += sum(tokens.values())
-        waiting = [slot for slot in waiting if slot.job.job_id not in tokens]
+        waiting = [slot for slot in waiting if slot.job.slot_name not in tokens]
     assert totals["flood"] / sum(totals.values()) == pytest.approx(0.5, abs=0.02)
 
 
@@ -158,8 +158,8 @@ def test_an_example_larger_than_a_shrunken_budget_takes_turns_with_a_stream_of_s
         assert sum(tokens.values()) <= 40 or tokens == {"long": length}
         if "long" in tokens:
             longest_wait, last_at = max(longest_wait, step - last_at), step
-        for job_id, num_tokens in tokens.items():
-            totals[job_id] += num_tokens
+        for slot_name, num_tokens in tokens.items():
+            totals[slot_name] += num_tokens
     assert longest_wait <= (1 + share) * length / 40 + 2
     assert totals["short"] / totals["long"] == pytest.approx(share, rel=0.05)
 
@@ -170,8 +170,8 @@ def test_a_long_example_does_not_wait_behind_short_ones_of_its_own_tenant() -> N
     slots += [slot_of("short", [20] * 64, tenant="mine"), slot_of("long", [60] * 64, tenant="mine")]
     planner, totals = Planner(), {"yours": 0, "short": 0, "long": 0}
     for _ in range(300):
-        for job_id, num_tokens in run_step(planner, slots, 40).items():
-            totals[job_id] += num_tokens
+        for slot_name, num_tokens in run_step(planner, slots, 40).items():
+            totals[slot_name] += num_tokens
     assert totals["long"] == pytest.approx(totals["short"], rel=0.05)
     assert totals["yours"] == pytest.approx(totals["short"] + totals["long"], rel=0.05)
 
@@ -184,17 +184,15 @@ def test_what_a_tenant_had_no_examples_for_is_saved_up_to_one_step_and_no_furthe
     slots.append(slot_of("more", [10] * 64, tenant="small"))
     totals = {"small": 0, "large": 0, "more": 0}
     for _ in range(20):
-        for job_id, num_tokens in run_step(planner, slots, 100).items():
-            totals[job_id] += num_tokens
+        for slot_name, num_tokens in run_step(planner, slots, 100).items():
+            totals[slot_name] += num_tokens
     assert totals["large"] >= 0.4 * 20 * 100
 
 
 def test_a_plan_can_be_made_again() -> None:
     planner, slots = Planner(), [slot_of("a", [9, 14, 5] * 20), slot_of("b", [11, 7] * 20)]
     run_step(planner, slots, 50)
-    first, second = (
-        [(plan.slot.job.job_id, plan.example_indices) for plan in planner.plan(slots, 50)] for _ in range(2)
-    )
+    first, second = ([(plan.slot.job.slot_name, plan.examples) for plan in planner.plan(slots, 50)] for _ in range(2))
     assert first == second
 
 
@@ -213,13 +211,13 @@ def test_every_step_makes_progress_within_its_budget_or_by_one_example_and_takes
     ]
     planner = Planner()
     for _ in range(20):
-        waiting = {slot.job.job_id: slot.waiting_indices() for slot in slots}
+        waiting = {slot.job.slot_name: slot.waiting() for slot in slots}
         plans = planner.plan(slots, budget)
         assert plans
-        is_alone = [len(plan.example_indices) for plan in plans] == [1]
+        is_alone = [len(plan.examples) for plan in plans] == [1]
         assert is_alone or sum(plan.num_tokens for plan in plans) <= budget
         for plan in plans:
-            assert plan.example_indices == waiting[plan.slot.job.job_id][: len(plan.example_indices)]
+            assert plan.examples == waiting[plan.slot.job.slot_name][: len(plan.examples)]
         run_step(planner, slots, budget)
 
 
@@ -263,13 +261,13 @@ def test_any_company_leaves_every_job_on_its_solo_trajectory(drawn: list[Visit],
     for moment in range(8):
         for name, visit in visits.items():
             if visit.joins_at == moment:
-                among.admit(replace(visit.job, job_id=name))
+                among.admit(replace(visit.job, slot_name=name))
             elif visit.is_short and visit.joins_at + 2 == moment:
                 among.evict(name)
         for name, updates in train(among, num_fused_steps=1 if moment < 7 else 1_000_000).items():
             found[name] += updates
     for name, visit in visits.items():
-        alone.admit(replace(visit.job, job_id=name))
+        alone.admit(replace(visit.job, slot_name=name))
         expected = train(alone)[name]
         alone.evict(name)
         if visit.is_short:

@@ -14,7 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from core.domain.training import AdapterConfig, TrainingSpec, count_steps, learning_rate_at, order_examples
 from worker.engine import Engine, EngineJob, Evaluation, Example, StepMetrics
-from worker.engine.slots import LoraPair, Slot
+from worker.engine.packing import PackedBatch, pack
+from worker.engine.planner import SlotPlan
+from worker.engine.rows import LoraPair
+from worker.engine.slots import Slot
 
 VOCABULARY = 128
 ALL_MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
@@ -83,20 +86,20 @@ def make_engine(model: Any = None, *, max_slots: int = 4, max_rank: int = 16, ma
 
 def train(engine: Engine, *, num_fused_steps: int = 1_000_000) -> dict[str, list[StepMetrics]]:
     """Step until nothing is left, or so often; return every job's updates."""
-    updates: dict[str, list[StepMetrics]] = {job_id: [] for job_id in engine.job_ids}
+    updates: dict[str, list[StepMetrics]] = {slot_name: [] for slot_name in engine.slot_names}
     for _ in range(num_fused_steps):
         reports = engine.step()
         if not reports:
             break
         for report in reports:
             if report.update is not None:
-                updates[report.job_id].append(report.update)
+                updates[report.slot_name].append(report.update)
     return updates
 
 
-def evaluate(engine: Engine, job_id: str, examples: Sequence[Example]) -> Evaluation:
+def evaluate(engine: Engine, slot_name: str, examples: Sequence[Example]) -> Evaluation:
     """Step until the job's evaluation is there. Raises the failure that ended it."""
-    engine.begin_evaluation(job_id, examples)
+    engine.begin_evaluation(slot_name, examples)
     while True:
         for report in engine.step():
             if report.failure is not None:
@@ -105,32 +108,37 @@ def evaluate(engine: Engine, job_id: str, examples: Sequence[Example]) -> Evalua
                 return report.evaluation
 
 
-def randomise_weights(engine: Engine, job_id: str, *, seed: int = 7) -> None:
+def randomise_weights(engine: Engine, slot_name: str, *, seed: int = 7) -> None:
     """Make B other than zero, so that A has gradients too."""
     generator = torch.Generator().manual_seed(seed)
-    for pair in engine._slots[job_id].pairs().values():
+    for pair in engine._slots[slot_name].row.pairs().values():
         for matrix in (pair.A_RK, pair.B_NR):
             matrix.copy_(torch.randn(matrix.shape, generator=generator) * 0.1)
+
+
+def pack_plans(engine: Engine, plans: Sequence[SlotPlan]) -> PackedBatch:
+    """Return the packed stream of a step with these plans."""
+    return pack([plan.examples for plan in plans], engine.device)
 
 
 def fused_gradients(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     """Return every job's gradients of one fused step, by PEFT's parameter names, without updating anything."""
     plans = engine._plan()
-    engine._forward_backward(plans, engine._pack(plans))
-    return {plan.slot.job.job_id: name_as_peft(gradient_pairs(plan.slot)) for plan in plans}
+    engine._forward_backward(plans, pack_plans(engine, plans))
+    return {plan.slot.job.slot_name: name_as_peft(gradient_pairs(plan.slot)) for plan in plans}
 
 
 def gradient_pairs(slot: Slot) -> dict[str, LoraPair]:
     """Return a slot's gradients as its weights are viewed."""
-    adapter, layout, pairs = slot.job.spec.adapter, slot.bank.layout, {}
+    adapter, layout, pairs = slot.job.spec.adapter, slot.row.bank.layout, {}
     for name, columns in layout.columns.items():
-        A_RK, Bt_RN = (slot.grads_P[side].clone().view(layout.padded_rank, -1) for side in columns)
+        A_RK, Bt_RN = (slot.row.grads_P[side].clone().view(layout.padded_rank, -1) for side in columns)
         pairs[name] = LoraPair(A_RK[: adapter.rank], Bt_RN[: adapter.rank].T)
     return pairs
 
 
-def weights_of(engine: Engine, job_id: str) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in name_as_peft(engine._slots[job_id].pairs()).items()}
+def weights_of(engine: Engine, slot_name: str) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in name_as_peft(engine._slots[slot_name].row.pairs()).items()}
 
 
 def name_as_peft(pairs: dict[str, LoraPair]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,9 @@
-"""Cross-entropy over the label rows only, in chunks, with the gradient taken in the same pass.
+"""The frozen language-model head: from hidden rows to the log-probability of each row's label, in chunks.
 
-The head is frozen, so the only gradient is that of the hidden rows, and it is known as soon as a chunk's logits are:
-no [M, V] tensor outlives its chunk. Shapes: M label rows, C rows of a chunk, E hidden size, V vocabulary.
+The head is frozen, so the only gradient is that of the hidden rows, and it is known as soon as a chunk's logits are: it
+is taken in the forward, and no [M, V] tensor outlives its chunk. What a row counts for in the loss is the objective's
+affair: it reaches the backward as one number a row. Shapes: M label rows, C rows of a chunk, E hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,11 +24,10 @@ _MIN_CHUNK_ROWS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class RowLosses:
-    """The weighted sum to differentiate; of each row, the plain loss and whether the best guess was right."""
+class LabelScores:
+    """Each label's negative log-probability, which can be differentiated, and whether it was the best guess."""
 
-    weighted_sum: Tensor
-    losses_M: Tensor
+    nll_M: Tensor
     is_right_M: Tensor
 
 
@@ -37,12 +38,9 @@ class Head:
         self.weight = freeze_linear(linear, scratch={})
         self.rows_VE = linear.weight.detach()
 
-
-def cross_entropy(
-    hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, head: Head, *, pause: Callable[[], None]
-) -> RowLosses:
-    """Return each row's cross-entropy against its label; the sum is weighted row by row. `pause` precedes a chunk."""
-    return RowLosses(*_CrossEntropy.apply(hidden_ME, labels_M, weights_M, head, pause))
+    def score_labels(self, hidden_ME: Tensor, labels_M: Tensor, *, pause: Callable[[], None]) -> LabelScores:
+        """Score each row's label. `pause` precedes every chunk."""
+        return LabelScores(*_LabelScores.apply(hidden_ME, labels_M, self, pause))
 
 
 def loss_bytes(vocab_size: int, device: torch.device) -> int:
@@ -50,35 +48,40 @@ def loss_bytes(vocab_size: int, device: torch.device) -> int:
     return 2 * 4 * vocab_size * _chunk_rows(vocab_size, device)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _LabelScores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ME: Tensor, labels_M: Tensor, weights_M: Tensor, head: Head, pause: Callable[[], None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        gradient_ME = torch.empty_like(hidden_ME) if ctx.needs_input_grad[0] else None
-        losses_M = torch.empty(len(labels_M), dtype=torch.float32, device=hidden_ME.device)
+        ctx: Any, hidden_ME: Tensor, labels_M: Tensor, head: Head, pause: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
+        # In fp32 until the backward has weighed it, so that on a bf16 base it is rounded once, not twice.
+        gradient_ME = torch.empty_like(hidden_ME, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        nll_M = torch.empty(len(labels_M), dtype=torch.float32, device=hidden_ME.device)
         is_right_M = torch.empty(len(labels_M), dtype=torch.bool, device=hidden_ME.device)
         for rows in _chunks(len(labels_M), _chunk_rows(len(head.rows_VE), hidden_ME.device)):
             pause()
             logits_CV = head.weight.multiply(hidden_ME[rows]).float()
             label_logits_C1 = logits_CV.gather(1, labels_M[rows, None])
+            # The largest logit is taken out before exp, which would overflow. It cancels in every quotient below.
             largest_C1 = logits_CV.amax(dim=1, keepdim=True)
             # In place, and the row's sum is divided out of the narrow side: a log-softmax takes three times as long.
             odds_CV = logits_CV.sub_(largest_C1).exp_()
             sum_C1 = odds_CV.sum(dim=1, keepdim=True)
-            losses_M[rows] = (sum_C1.log() + largest_C1 - label_logits_C1).squeeze(1)
+            nll_M[rows] = (sum_C1.log() + largest_C1 - label_logits_C1).squeeze(1)
             is_right_M[rows] = (label_logits_C1 == largest_C1).squeeze(1)
             if gradient_ME is not None:
+                # (softmax - one-hot) times the head: the head's mean row under the softmax, less the label's row.
                 mean_CE = head.weight.multiply_back(odds_CV.to(hidden_ME.dtype)) / sum_C1
-                gradient_ME[rows] = (mean_CE - head.rows_VE[labels_M[rows]]) * weights_M[rows, None]
+                gradient_ME[rows] = mean_CE - head.rows_VE[labels_M[rows]]
         ctx.save_for_backward(gradient_ME)
-        ctx.mark_non_differentiable(losses_M, is_right_M)
-        return (losses_M * weights_M).sum(), losses_M, is_right_M
+        ctx.hidden_dtype = hidden_ME.dtype
+        ctx.mark_non_differentiable(is_right_M)
+        return nll_M, is_right_M
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ME,) = ctx.saved_tensors
-        return gradient_ME * gradients[0].to(gradient_ME.dtype), None, None, None, None
+        # In place: nothing else reads it, and a second backward raises.
+        return gradient_ME.mul_(gradients[0][:, None]).to(ctx.hidden_dtype), None, None, None
 
 
 def _chunk_rows(vocab_size: int, device: torch.device) -> int:
