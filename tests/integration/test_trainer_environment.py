@@ -137,6 +137,14 @@ def test_a_trainer_has_no_credential_in_its_environment_arguments_or_files(
     assert secret.name not in files
 
 
+def test_a_trainer_that_ends_leaves_nothing_in_its_temporary_directory(tmp_path: Path) -> None:
+    environment = {**_child_environment(1, tmp_path), "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-m", "worker.trainer"]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=environment)
+    assert done.returncode == 3, "it has loaded its libraries, and nobody gives it an order"
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
 GROWS = """
 import psutil, torch
 from worker.engine.frozen import PackedWeight
