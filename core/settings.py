@@ -26,6 +26,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from core.database_urls import read_url
 from core.domain import bounds
 from core.domain.scheduling import MAX_LOADING_FRACTION, QUANTUM_SECONDS, TURN_SECONDS, FairnessTerms
+from core.redis_urls import check_files, read_redis_url
 
 _WEEK_SECONDS = 7 * 24 * 3600
 _MAX_DAYS = 36_500
@@ -151,8 +152,7 @@ def _check_database_url(url: SecretStr) -> SecretStr:
 
 
 def _check_redis_url(url: SecretStr) -> SecretStr:
-    if urlsplit(url.get_secret_value()).scheme not in ("redis", "rediss"):
-        raise ValueError("Write redis://user:password@host:port/0, or rediss:// where it speaks TLS.")
+    check_files(read_redis_url(url.get_secret_value()))
     return url
 
 

@@ -217,6 +217,14 @@ def test_what_is_no_url_is_found_and_not_shown(examine: Examine, variable: str, 
     assert "hush" not in str(found)
 
 
+@pytest.mark.parametrize("url", ["redis://:hush/ret@host:6379/0", "redis://user:hush#x@host", "redis://host/hush"])
+def test_what_is_no_url_of_a_redis_is_found_and_not_shown(examine: Examine, url: str) -> None:
+    found = examine(ESPALIER_REDIS_URL=url)["redis"]
+    assert found["state"] == "failed"
+    assert "ESPALIER_REDIS_URL (Value error, This is no URL of a Redis." in found["says"]
+    assert "hush" not in str(found)
+
+
 def test_servers_that_are_away_are_told_one_by_one_and_no_password_with_them(examine: Examine) -> None:
     found = examine(
         "--api-url",
