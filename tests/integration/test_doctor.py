@@ -312,13 +312,19 @@ def test_an_owner_that_may_not_become_an_operator_is_told_what_to_grant(
     """As on a managed PostgreSQL: who migrates is no superuser."""
     run(owner, "create role manager login password 'manager-password'")
     place = own.postgres_url.rpartition("@")[2]
-    for role in ("espalier_operator", "espalier_auditor"):
+    roles = ("espalier_operator", "espalier_auditor", "espalier_backup")
+    for role in roles:
         found = examine(ESPALIER_OWNER_DATABASE_URL=f"postgresql://manager:manager-password@{place}")["operator"]
         assert found["state"] == "failed"
         assert found["remedy"].startswith(f"Run `grant {role} to manager with set true`")
         run(owner, f"grant {role} to manager with set true")
     found = examine(ESPALIER_OWNER_DATABASE_URL=f"postgresql://manager:manager-password@{place}")["operator"]
     assert found["state"] == "ok"
+    for role in roles:
+        run(owner, f"revoke {role} from manager")
+        found = examine(ESPALIER_OWNER_DATABASE_URL=f"postgresql://manager:manager-password@{place}")["operator"]
+        assert found["remedy"].startswith(f"Run `grant {role} to manager with set true`")
+        run(owner, f"grant {role} to manager with set true")
     run(owner, "drop role manager")
 
 
