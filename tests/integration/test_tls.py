@@ -91,9 +91,9 @@ def test_a_redis_that_asks_for_a_certificate_gets_ours(servers: ServerAddresses,
     certificate, key = authority.issue("client")
     with tls_in_front_of(port_of(servers.redis_url), authority, are_clients_asked=True) as port:
         url = redis_url(servers, port, authority.ca_file)
-        assert RateLimiter(url).count(new_id(), limit=10) is None
+        assert RateLimiter(url, now=host_time).count(new_id(), limit=10) is None
         url += f"&ssl_certfile={certificate}&ssl_keyfile={key}"
-        assert RateLimiter(url).count(new_id(), limit=10) is not None
+        assert RateLimiter(url, now=host_time).count(new_id(), limit=10) is not None
         connect_as_consumer(connect_broker(url))
 
 
