@@ -253,8 +253,9 @@ class Runner:
 
     def has_claimable_work(self) -> bool:
         """Say whether there is a job to claim on a base that this worker may load. Raises the database's errors."""
-        if not self._clock.is_right():
-            return False
+        return self._clock.is_right() and self._has_waiting_work()
+
+    def _has_waiting_work(self) -> bool:
         with service_transaction(self._engine) as session:
             loadable = self._loadable_bases(session)
             return any(pool in loadable for pool in attempts.claimable_pools(session))
@@ -289,13 +290,14 @@ class Runner:
         """Serve no more if no job was held for so long and none waits. Raises the database's errors.
 
         The lock keeps the answer true: nobody claims before it is given, and nobody serves after a yes. A base that
-        took longer to load than a worker may idle is held for that time first.
+        took longer to load than a worker may idle is held for that time first. One whose clock is wrong stays too while
+        jobs wait that it cannot claim: who leaves says that there is no work, and nobody would mend the clock.
         """
         if not self._serving.acquire(blocking=False):
             return False
         try:
             idle_seconds = min(time.monotonic() - self._jobless_since, self._base.held_seconds)
-            if idle_seconds < seconds or self.has_claimable_work():
+            if idle_seconds < seconds or self._has_waiting_work():
                 return False
             self._stop_requested.set()
             return True
