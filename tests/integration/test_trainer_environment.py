@@ -317,3 +317,28 @@ def test_roots_process_stays_where_others_cannot_reach_what_it_needs(tmp_path: P
     argv = [sys.executable, "-c", code, str(closed / "own")]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stdout == "0\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "exit_code", "failed"),
+    [(b"no order\n", 1, ["orders"]), (b'{"kind": "unheard_of"}\n', 1, ["orders"]), (b"", 3, [])],
+    ids=["no json", "unknown", "the end"],
+)
+def test_a_trainer_that_cannot_read_an_order_ends_with_status_1_and_the_log_says_why(
+    line: bytes, exit_code: int, failed: list[str]
+) -> None:
+    """The end of its orders is no fault: its supervisor is gone."""
+    argv = [sys.executable, "-m", "worker.trainer"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            if not line:
+                process.stdin.close()
+            assert process.wait(PATIENCE_SECONDS) == exit_code
+        finally:
+            process.kill()
+        told = [json.loads(each) for each in process.stderr.read().splitlines() if each.startswith(b"{")]
+    assert [each["thread"] for each in told if each["event"] == "thread.failed"] == failed
