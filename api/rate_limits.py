@@ -23,6 +23,8 @@ import structlog
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from core.redis_urls import read_redis_url
+
 log = structlog.get_logger()
 
 WINDOW_SECONDS = 60
@@ -72,7 +74,7 @@ class RateLimiter:
         """`now` is the time by which all processes cut the same windows."""
         self._now = now
         self._redis = redis.Redis.from_url(
-            redis_url,
+            **read_redis_url(redis_url).arguments,
             socket_timeout=_TIMEOUT_SECONDS,
             socket_connect_timeout=_TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 0),

@@ -28,6 +28,7 @@ from core.db.models import Job
 from core.db.session import connect
 from core.domain.jobs import pool_name
 from core.queue import queue_name
+from core.redis_urls import read_redis_url
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore, StoredObject
 from worker.messages import (
@@ -245,7 +246,7 @@ class Driver:
         tokenizer_path.write_bytes(b"{}")
         self.starter = StubStarter(tokenizer_path, step_seconds=step_seconds)
         self.tally = Tally()
-        self._redis = redis.Redis.from_url(settings.redis_url.get_secret_value())
+        self._redis = redis.Redis.from_url(**read_redis_url(settings.redis_url.get_secret_value()).arguments)
         self._workers: list[StubWorker] = []
         _measure(self.beat_engine, self.tally.beats_ms)
 

@@ -125,11 +125,13 @@ insert into events (id, tenant_id, job_id, level, type, message, details, create
             'train_mean_token_accuracy', 0.5, 'learning_rate', 0.0001, 'num_tokens', 512),
         recorded_at
     from steps order by at;
+set session_replication_role = origin;  -- a trigger sums up every 32 steps
 insert into metrics (job_id, step, tenant_id, lease_token, train_loss, train_accuracy, learning_rate, grad_norm, num_tokens,
     valid_loss, valid_accuracy, created_at)
     select job_id, step, tenant_id, token, 1 + 1.0 / step + random() / 10, 0.5, 0.0001, 1, 512,
         case when step %% 100 = 0 then 1.5 end, case when step %% 100 = 0 then 0.5 end, recorded_at
     from steps order by at;
+set session_replication_role = replica;
 insert into log_lines (id, tenant_id, job_id, attempt_number, level, name, details, created_at)
     select uuidv7(), tenant_id, job_id, 1, 'info', 'step.ended', '{"seconds": 0.5}', recorded_at
     from steps where at %% 5 = 0 order by at;

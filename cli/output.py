@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import typer
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
-from rich.markup import escape
 
 from cli.tables import FULL_COLUMNS, Column, Table
 
@@ -44,18 +43,18 @@ def say(sentence: str, *, style: str = "", **facts: Any) -> None:
     if is_json():
         print_json(facts or {"message": sentence})
     else:
-        Console(soft_wrap=True, highlight=False).print(escape(sentence), style=style)
+        _plain_console().print(sentence, style=style)
 
 
 def show(picture: RenderableType) -> None:
     """Print what is for people only, such as a panel or a table of rich's."""
     if not is_json():
-        Console(width=find_width()).print(picture)
+        Console(width=find_width(), emoji=False).print(picture)
 
 
 def tell(sentence: str) -> None:
     """Say on standard error how far a command is: a line for who waits, apart from what the command has found."""
-    Console(soft_wrap=True, highlight=False, stderr=True).print(escape(" ".join(sentence.split())), style="dim")
+    _plain_console(is_error=True).print(" ".join(sentence.split()), style="dim")
 
 
 def fail(reason: str, *, exit_code: int = 1) -> NoReturn:
@@ -64,7 +63,7 @@ def fail(reason: str, *, exit_code: int = 1) -> NoReturn:
     if is_json():
         print_json({"error": {"message": line}})
     else:
-        Console(soft_wrap=True, highlight=False, stderr=True).print(escape(line), style="red")
+        _plain_console(is_error=True).print(line, style="red")
     raise typer.Exit(exit_code)
 
 
@@ -120,6 +119,11 @@ def as_duration(seconds: float | None) -> str:
         if whole >= size:
             return f"{whole // size}{unit}{whole % size // part:02}{smaller}"
     return f"{whole}s"
+
+
+def _plain_console(*, is_error: bool = False) -> Console:
+    """Return where sentences are printed letter by letter: `[x]` is no markup in them, and `:abc:` no emoji."""
+    return Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=is_error)
 
 
 def _as_json(value: Any) -> Any:

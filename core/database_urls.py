@@ -45,7 +45,8 @@ def read_url(url: str) -> DatabaseAddress:
         raise ValueError(_REFUSAL) from None
     parameters = {name: str(value) for name, value in found.items()}
     are_ports = all(port.isdecimal() or not port for port in parameters.get("port", "").split(","))
-    if not are_ports or "@" in parameters.get("host", ""):  # the end of a password, which an error would show
+    # Behind an @ that is not percent-encoded ends a password, which was taken for a port or a name, and would be shown.
+    if not are_ports or "@" in parts.place or "@" in parameters.get("host", ""):
         raise ValueError(_REFUSAL)
     if "," in parameters.get("host", ""):
         parameters.setdefault("target_session_attrs", "read-write")

@@ -6,16 +6,16 @@ tick of the schedule is the retry.
 
 from __future__ import annotations
 
-import ssl
 from types import TracebackType
-from typing import Self
-from urllib.parse import urlsplit
+from typing import Any, Self
 
 import redis
 from celery import Celery
 
+from core.redis_urls import read_redis_url
+
 TASK_NAME = "espalier.serve"
-_PRODUCER_TIMEOUTS = {"socket_timeout": 2, "socket_connect_timeout": 2}
+_PRODUCER_TIMEOUTS: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2}
 
 
 def queue_name(pool: str) -> str:
@@ -23,13 +23,11 @@ def queue_name(pool: str) -> str:
 
 
 def connect_broker(redis_url: str) -> Celery:
-    """Return a Celery application on a broker. By `rediss://` it verifies the server, as redis-py does by itself.
-
-    A private authority is named in the URL: `?ssl_ca_certs=/path/of/ca.pem`.
-    """
-    celery = Celery("espalier", broker=redis_url)
-    if urlsplit(redis_url).scheme == "rediss":
-        celery.conf.update(broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True})
+    """Return a Celery application on a broker. Raises ValueError for what is no URL of a Redis."""
+    address = read_redis_url(redis_url)
+    celery = Celery("espalier", broker=address.url)
+    if address.tls is not None:
+        celery.conf.update(broker_use_ssl=dict(address.tls))
     return celery
 
 
@@ -37,7 +35,7 @@ class WakeUpPublisher:
     """Publishes at most one waiting wake-up a pool, so that a busy pool's queue does not grow."""
 
     def __init__(self, redis_url: str) -> None:
-        self._redis = redis.Redis.from_url(redis_url, **_PRODUCER_TIMEOUTS)
+        self._redis = redis.Redis.from_url(**read_redis_url(redis_url).arguments, **_PRODUCER_TIMEOUTS)
         self._celery = connect_broker(redis_url)
         self._celery.conf.update(broker_transport_options=_PRODUCER_TIMEOUTS, task_ignore_result=True)
 

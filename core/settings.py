@@ -9,7 +9,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +25,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from core.database_urls import read_url
 from core.domain import bounds
 from core.domain.scheduling import MAX_LOADING_FRACTION, QUANTUM_SECONDS, TURN_SECONDS, FairnessTerms
+from core.redis_urls import check_files, read_redis_url
+from core.s3_endpoints import check_bucket_name, read_endpoint
 
 _WEEK_SECONDS = 7 * 24 * 3600
 _MAX_DAYS = 36_500
@@ -151,8 +152,7 @@ def _check_database_url(url: SecretStr) -> SecretStr:
 
 
 def _check_redis_url(url: SecretStr) -> SecretStr:
-    if urlsplit(url.get_secret_value()).scheme not in ("redis", "rediss"):
-        raise ValueError("Write redis://user:password@host:port/0, or rediss:// where it speaks TLS.")
+    check_files(read_redis_url(url.get_secret_value()))
     return url
 
 
@@ -193,28 +193,13 @@ class RedisSettings(_Settings):
     redis_url: RedisUrl
 
 
-@dataclass(frozen=True)
-class _Endpoint:
-    host: str
-    secure: bool | None  # where a scheme says it
-
-
-def _read_endpoint(value: str) -> _Endpoint:
-    """Read `host`, `host:port`, `http://host:port` or `https://host`. Raises ValueError."""
-    parts = urlsplit(value if "://" in value else f"//{value}")
-    if parts.scheme not in ("", "http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise ValueError("Write host:port, http://host:port or https://host.")
-    if parts.path.strip("/") or parts.query or parts.fragment:
-        raise ValueError("It names a server and nothing behind it: the bucket is a setting of its own.")
-    return _Endpoint(parts.netloc, parts.scheme == "https" if parts.scheme else None)
-
-
 def _check_endpoint(value: str) -> str:
-    _read_endpoint(value)
+    read_endpoint(value)
     return value
 
 
 EndpointUrl = Annotated[str, AfterValidator(_check_endpoint)]
+BucketName = Annotated[str, AfterValidator(check_bucket_name)]
 
 
 class S3Settings(_Settings):
@@ -229,7 +214,7 @@ class S3Settings(_Settings):
     s3_secure: bool | None = None
     s3_access_key: str | None = None
     s3_secret_key: SecretStr | None = Field(default=None, validate_default=True)
-    s3_bucket: str = "espalier"
+    s3_bucket: BucketName = "espalier"
     s3_region: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     s3_addressing: Addressing = "auto"
     s3_ca_bundle: FilePath | None = None
@@ -237,7 +222,7 @@ class S3Settings(_Settings):
     @field_validator("s3_secure")
     @classmethod
     def _check_secure(cls, value: bool | None, info: ValidationInfo) -> bool | None:  # noqa: FBT001 (pydantic's call)
-        said = _read_endpoint(info.data["s3_endpoint"]).secure if "s3_endpoint" in info.data else None
+        said = read_endpoint(info.data["s3_endpoint"]).secure if "s3_endpoint" in info.data else None
         if value is not None and said is not None and value != said:
             raise ValueError("The URL of the endpoint says otherwise: leave this out.")
         return value
@@ -252,8 +237,8 @@ class S3Settings(_Settings):
 
     @property
     def storage_config(self) -> StorageConfig:
-        endpoint = _read_endpoint(self.s3_endpoint)
-        public = _read_endpoint(self.s3_public_endpoint) if self.s3_public_endpoint else None
+        endpoint = read_endpoint(self.s3_endpoint)
+        public = read_endpoint(self.s3_public_endpoint) if self.s3_public_endpoint else None
         secure = bool(self.s3_secure if endpoint.secure is None else endpoint.secure)
         return StorageConfig(
             endpoint=endpoint.host,

@@ -104,6 +104,9 @@ class ObjectStore(Protocol):
     def abort_uploads(self, prefix: str, *, min_age: timedelta) -> int:
         """Give up multipart uploads that nobody will complete, and say how many there were."""
 
+    def renew_keys(self) -> None:
+        """Ask for keys where the last have expired: signing then waits for nobody. Raises StorageUnavailableError."""
+
     def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:
         """Return a URL on the public endpoint that downloads the object under that name."""
 
@@ -120,10 +123,11 @@ class S3ObjectStore:
     def __init__(self, config: StorageConfig, *, now: Callable[[], dt.datetime] = host_time) -> None:
         self._config, self._now = config, now
         self._bucket = config.bucket
-        self._client = self._public_client = connect_client(config, now=now)
+        self._credentials = _Credentials(config)
+        self._client = self._public_client = connect_client(config, now=now, credentials=self._credentials)
         if config.public_endpoint is not None:
             public = replace(config, endpoint=config.public_endpoint, secure=config.is_public_secure)
-            self._public_client = connect_client(public, now=now)
+            self._public_client = connect_client(public, now=now, credentials=self._credentials)
 
     def ensure_bucket(self) -> bool:
         """Make the bucket if it is not there and say whether; another process may be doing the same."""
@@ -225,6 +229,9 @@ class S3ObjectStore:
             key, upload_id = found.next_key_marker, vars(found).get("self._next_upload_id_marker")
             if not found.is_truncated or not (key or upload_id):
                 return
+
+    def renew_keys(self) -> None:
+        self._credentials.retrieve()
 
     def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:
         _check_url(object_key, expires)
@@ -336,12 +343,14 @@ class _TimedMinio(Minio):
         return headers, date
 
 
-def connect_client(config: StorageConfig, *, now: Callable[[], dt.datetime] = host_time) -> Minio:
-    """Return a client that waits seconds for the endpoint, not minutes."""
+def connect_client(
+    config: StorageConfig, *, now: Callable[[], dt.datetime] = host_time, credentials: Provider | None = None
+) -> Minio:
+    """Return a client that waits seconds for the endpoint, not minutes. Without `credentials`, the configuration's."""
     client = _TimedMinio(
         config.endpoint,
         secure=config.secure,
-        credentials=_Credentials(config),
+        credentials=credentials or _Credentials(config),
         region=config.region or _region_in(config.endpoint),  # given, so that signing a URL needs no question
         http_client=_make_pool(config.ca_bundle),
         now=now,

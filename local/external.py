@@ -10,6 +10,7 @@ import psycopg
 import redis
 
 from core.db.connections import open_connection
+from core.redis_urls import read_redis_url
 from core.settings import SETTINGS_ERRORS, OwnerSettings, RedisSettings, S3Settings, describe_faults, variable_of
 from core.storage import S3ObjectStore, StorageError
 from local.locks import DataDirLock
@@ -70,9 +71,10 @@ def _ask_all(addresses: ServerAddresses) -> None:
     """Connect to each server once, and make the bucket if need be."""
     with _naming(OWNER_URL_SETTING, psycopg.Error):
         open_connection(addresses.postgres_url).close()
+    arguments = read_redis_url(addresses.redis_url).arguments
     with (
-        _naming("ESPALIER_REDIS_URL", redis.RedisError, ValueError),
-        redis.Redis.from_url(addresses.redis_url, socket_connect_timeout=_CONNECT_SECONDS) as client,
+        _naming("ESPALIER_REDIS_URL", redis.RedisError),
+        redis.Redis.from_url(**arguments, socket_connect_timeout=_CONNECT_SECONDS) as client,
     ):
         client.ping()
     with _naming("ESPALIER_S3_ENDPOINT and its keys", StorageError, ValueError):

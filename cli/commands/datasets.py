@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cli.output import fail, is_json, print_json
@@ -24,7 +25,7 @@ _PART_ROWS = 2000
 _LIMITS = PreviewLimits(cpu_seconds=60, wall_seconds=120.0)
 _INVALID, _CANNOT_SAY = 1, 2
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, emoji=False)
 
 
 def validate(
@@ -97,7 +98,7 @@ def _show_report(report: DatasetReport) -> None:
     for problem in report.problems:
         is_command = problem.code == FOREIGN_FORMAT
         hint = "Convert the file: see below." if is_command else problem.hint
-        table.add_row(str(problem.line), problem.path, problem.code, problem.message, hint)
+        table.add_row(str(problem.line), *map(escape, (problem.path, problem.code, problem.message, hint)))
     console.print(table)
     for code, count in sorted(report.problem_counts.items()):
         console.print(f"  {count:>7}  {code}")
@@ -122,4 +123,4 @@ def _show_tokens(report: TokenReport) -> None:
         table.add_row(str(bucket.max_tokens), str(bucket.num_rows))
     console.print(table)
     for problem in report.problems:
-        console.print(f"[red]Line {problem.line}:[/] {problem.message}")
+        console.print(f"[red]Line {problem.line}:[/] {escape(problem.message)}")

@@ -22,7 +22,7 @@ def demo(
     guard_secrets()
     try:
         # What happens is told to people all the same: on standard error where standard output is a program's.
-        jobs = run_demo(data_dir, is_quick=quick, console=Console(soft_wrap=True, stderr=is_json()))
+        jobs = run_demo(data_dir, is_quick=quick, console=Console(soft_wrap=True, emoji=False, stderr=is_json()))
     except STACK_FAILURES as error:
         fail(str(error))
     if is_json():

@@ -65,7 +65,7 @@ def top(
         elif sys.stdout.isatty():
             _watch(engine, frame, interval)
         else:
-            Console(width=find_width()).print(draw(frame))
+            Console(width=find_width(), emoji=False).print(draw(frame))
 
 
 def read_frame(engine: Engine) -> Frame:

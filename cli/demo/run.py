@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 from openai import OpenAI
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
@@ -70,7 +71,7 @@ def run_demo(data_dir: Path, *, is_quick: bool, console: Console) -> tuple[DemoJ
         console.print("\nPlain transformers and PEFT now load each adapter and answer ...")
         _print_answers(jobs, _ask(jobs, stack), console)
         for job in jobs:
-            console.print(f"{job.title}: {job.directory}")
+            console.print(f"{job.title}: {escape(str(job.directory))}")
     console.print(f"\nDone in {time.monotonic() - started:.0f} s.")
     return jobs
 
@@ -201,5 +202,5 @@ def _print_answers(jobs: Sequence[DemoJob], answers: Sequence[dict[str, list[str
             job.documentation.questions, answer["before"], answer["after"], job.documentation.answers, strict=True
         )
         for question, before, after, truth in rows:
-            table.add_row(job.title, question, before, after, truth)
+            table.add_row(job.title, *map(escape, (question, before, after, truth)))
     console.print(table)

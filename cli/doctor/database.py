@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from cli.doctor.findings import Finding, failed, ok, skipped, warning
 from cli.reporting import describe_error
 from core.db.revisions import list_revisions
-from core.db.roles import AUDITOR, OPERATOR, ROLES, SERVING
+from core.db.roles import AUDITOR, BACKUP, OPERATOR, ROLES, SERVING
 from core.db.session import DATABASE_ERRORS, service_transaction
 
 Transactions = Callable[[], AbstractContextManager[Session]]
@@ -127,11 +127,11 @@ def check_grants(session: Session) -> Finding:
 
 
 def check_operator(session: Session) -> Finding:
-    """See that whoever runs commands of operators can take on the roles that those act in."""
+    """See that whoever runs commands of operators can take on the roles that those, and `pg_dump`, act in."""
     me = session.scalar(text("select current_user"))
     if me in SERVING and me != "espalier_api":
         return skipped("operator", f"{me} is no operator, and needs not be.")
-    for role in (OPERATOR,) if me in SERVING else (OPERATOR, AUDITOR):
+    for role in (OPERATOR,) if me in SERVING else (OPERATOR, AUDITOR, BACKUP):
         try:
             with session.begin_nested():
                 session.execute(text(f"set local role {role}"))

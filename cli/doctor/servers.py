@@ -16,6 +16,7 @@ from cli.doctor.findings import Finding, failed, ok, skipped, warning
 from cli.reporting import describe_error
 from core.domain.ids import new_id
 from core.domain.objects import tenant_prefix
+from core.redis_urls import read_redis_url
 from core.settings import StorageConfig
 from core.storage import S3ObjectStore, StorageError
 from core.tls import trusted_certificates
@@ -28,11 +29,9 @@ _MAX_SKEW_SECONDS = 300.0  # S3 refuses signatures that are 15 minutes off
 def check_redis(redis_url: str) -> Finding:
     """See that Redis answers, forgets no message to make room, and keeps its messages through a restart."""
     try:
-        with redis.Redis.from_url(
-            redis_url, socket_timeout=_TIMEOUT_SECONDS, socket_connect_timeout=_TIMEOUT_SECONDS
-        ) as client:
+        with _connect(redis_url) as client:
             facts: Any = client.info()
-    except (redis.RedisError, ValueError) as error:
+    except redis.RedisError as error:
         return failed("redis", describe_error(error), remedy="See that ESPALIER_REDIS_URL and the network let it in.")
     policy = facts.get("maxmemory_policy")
     named = f"{facts.get('server_name') or 'Redis'} {facts.get('valkey_version') or facts.get('redis_version')}"
@@ -47,10 +46,15 @@ def check_redis(redis_url: str) -> Finding:
     return ok("redis", f"{named} answers, evicts nothing and persists.")
 
 
+def _connect(redis_url: str) -> redis.Redis:
+    arguments = read_redis_url(redis_url).arguments
+    return redis.Redis.from_url(**arguments, socket_timeout=_TIMEOUT_SECONDS, socket_connect_timeout=_TIMEOUT_SECONDS)
+
+
 def _saves(redis_url: str) -> bool:
     """Return whether snapshots are taken. A managed server does not tell: then whoever manages it is believed."""
     try:
-        with redis.Redis.from_url(redis_url, socket_timeout=_TIMEOUT_SECONDS) as client:
+        with _connect(redis_url) as client:
             settings: Any = client.config_get("save")
             return bool(settings.get("save"))
     except redis.RedisError:

@@ -25,6 +25,14 @@ from core.database_urls import read_url
 from core.db.connections import CONNECTION_ARGUMENTS, SilentServerError
 from core.db.roles import AUDITOR, OPERATOR
 
+
+class DamagedRowError(InternalError):
+    """PostgreSQL has met data that is damaged, or a fault of its own: a row's fault where one row was asked for.
+
+    It is one of DATABASE_ERRORS too: whoever asked for no row in particular tries again, and ends no process for it.
+    """
+
+
 # What is raised when the database is away, comes back, or has ended the connection; the transaction may be tried again.
 # Whoever speaks to it directly meets psycopg's own. Nobody else names these: whoever catches one must catch all.
 DATABASE_ERRORS = (
@@ -43,6 +51,7 @@ _MOVED_STATES = ("25006", "57P01", "57P02", "57P03")
 _TOO_LONG_STATES = ("57014", "25P04")  # a statement was cancelled, most often by statement_timeout; a whole transaction
 # A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
 _IDLE_TRANSACTION_MILLISECONDS = 5000
+_INTERNAL_ERRORS = "XX"  # the class of SQLSTATEs of damaged data and indexes, and of faults of PostgreSQL's own
 _DATA_EXCEPTIONS = "22"  # the class of SQLSTATEs whose messages quote the value: "invalid input syntax for ..."
 # By its estimates PostgreSQL would rather walk everybody's newest rows, which lie side by side, than a tenant's own,
 # which do not. It takes a tenant's rows for evenly spread, and one that has been quiet has none among the newest. Where
@@ -77,6 +86,7 @@ def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: floa
     _ping_what_has_rested(engine)
     event.listen(engine, "handle_error", _leave_moved_server)
     event.listen(engine, "handle_error", _forget_values)
+    event.listen(engine, "handle_error", _tell_damage, retval=True)
     return engine
 
 
@@ -212,6 +222,18 @@ def _forget_values(context: ExceptionContext) -> None:
     refused.args = ("a value was refused" if is_about_a_value else refused.diag.message_primary,)
     kind = type(refused)
     wrapped.args = (f"({kind.__module__}.{kind.__name__}) {refused}",)
+
+
+def _tell_damage(context: ExceptionContext) -> DamagedRowError | None:
+    """Return what is to be raised instead where PostgreSQL has met damage, and goes on: it is there, and not away."""
+    refused, wrapped = context.original_exception, context.sqlalchemy_exception
+    if not isinstance(refused, psycopg.InternalError) or wrapped is None or context.is_disconnect:
+        return None
+    if not state_of(refused).startswith(_INTERNAL_ERRORS) or refused.diag.severity_nonlocalized != "ERROR":
+        return None
+    damaged = DamagedRowError(wrapped.statement, None, refused, hide_parameters=True)
+    damaged.args = wrapped.args
+    return damaged
 
 
 def _ping_what_has_rested(engine: Engine) -> None:

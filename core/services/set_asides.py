@@ -20,13 +20,23 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NoResultFound
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from core.db.models import SetAside
-from core.db.session import DATABASE_ERRORS, took_too_long
+from core.db.session import DATABASE_ERRORS, DamagedRowError, took_too_long
 from core.domain.duties import FIRST_REST_SECONDS, LONGEST_REST_SECONDS, Duty
 
 log = structlog.get_logger()
 
-# What a row raises that holds what it should not: PostgreSQL over a value, or our code over what it finds in it.
-ROW_ERRORS = (DataError, IntegrityError, NoResultFound, AssertionError, LookupError, TypeError, ValueError)
+# What a row raises that holds what it should not: PostgreSQL over a value or its bytes, or our code over what it finds
+# in it. Where one error is of these and of DATABASE_ERRORS, whoever has one row in hand takes it for the row's.
+ROW_ERRORS = (
+    DamagedRowError,
+    DataError,
+    IntegrityError,
+    NoResultFound,
+    AssertionError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 _MAX_REASON_LENGTH = 300
 _REMEMBERED_FOR = timedelta(days=1)
 
@@ -47,7 +57,7 @@ def setting_aside(session: Session, duty: Duty, *, row_id: uuid.UUID, tenant_id:
             yield trial
         trial.is_done = True
     except (*ROW_ERRORS, *DATABASE_ERRORS) as error:
-        if isinstance(error, DATABASE_ERRORS) and not took_too_long(error):
+        if not isinstance(error, ROW_ERRORS) and not took_too_long(error):
             raise
         set_aside(session, duty, row_id=row_id, tenant_id=tenant_id, error=error)
 

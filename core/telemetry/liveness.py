@@ -13,7 +13,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import structlog
 
@@ -49,17 +50,24 @@ def end_process(name: str, error: BaseException | None) -> None:
     os._exit(_FAILED_STATUS)
 
 
+@contextmanager
+def ending_process(name: str) -> Iterator[None]:
+    """Run a block whose failure, of whatever kind, ends this process at once."""
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        if not is_done:
+            end_process(name, sys.exception())
+
+
 class _VitalThread(threading.Thread):
     """A thread whose failure ends the process: at once, whatever the other threads wait for."""
 
     def run(self) -> None:
-        is_done = False
-        try:
+        with ending_process(self.name):
             super().run()
-            is_done = True
-        finally:
-            if not is_done:
-                end_process(self.name, sys.exception())
 
 
 class Liveness:

@@ -42,12 +42,13 @@ def test_a_job_that_no_worker_can_read_waits_and_says_so_while_others_train(lab:
     assert lab.attempt_count(poisonous) == 0
 
 
-def test_a_report_that_cannot_be_stored_ends_its_own_attempt_only(lab: Lab, owner: Engine) -> None:
+@pytest.mark.parametrize("errcode", ["22003", "XX001"], ids=["out of range", "damaged"])
+def test_a_report_that_cannot_be_stored_ends_its_own_attempt_only(lab: Lab, owner: Engine, errcode: str) -> None:
     lab.ensure_worker()
     with lab.claims_held():
         poisonous, sound = (lab.submit(**LONG, seed=seed) for seed in (1, 2))
         lab.limit_attempts(poisonous, 1)
-        break_row(owner, "metrics", "job_id", id_of(poisonous), verb="insert")
+        break_row(owner, "metrics", "job_id", id_of(poisonous), verb="insert", errcode=errcode)
     assert lab.wait_for_end(poisonous).error.code == "unrecordable"
     lab.succeed(sound)
     assert lab.attempt_count(sound) == 1, lab.messages(sound)

@@ -27,15 +27,17 @@ def change(owner: Engine, table: str, row_id: uuid.UUID, **values: Any) -> None:
         session.execute(text(f"alter table {table} enable trigger user"))
 
 
-def break_row(owner: Engine, table: str, column: str, value: Any, *, verb: str = "update") -> None:
-    """Make every later write to the rows with that value fail as a number that is out of range does."""
+def break_row(
+    owner: Engine, table: str, column: str, value: Any, *, verb: str = "update", errcode: str = "22003"
+) -> None:
+    """Make every later write to the rows with that value fail, as a number that is out of range does by default."""
     name = f"poison_{uuid.uuid4().hex}"
     with service_transaction(owner) as session:
         session.execute(
             text(f"""
             create function {name}() returns trigger language plpgsql as $$
             begin
-                raise exception 'value out of range: overflow' using errcode = '22003';
+                raise exception 'value out of range: overflow' using errcode = '{errcode}';
             end $$
             """)
         )

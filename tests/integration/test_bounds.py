@@ -121,7 +121,7 @@ def test_a_jobs_number_is_refused_by_its_field(field: str, value: float) -> None
 
 SETTINGS = {
     "database_url": "postgresql://",
-    "redis_url": "redis://",
+    "redis_url": "redis://cache",
     "s3_endpoint": "s3",
     "s3_access_key": "a",
     "s3_secret_key": "s",

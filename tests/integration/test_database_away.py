@@ -11,7 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from core.db.connections import Subscription
 from core.db.notifications import Listener
 from core.db.session import DATABASE_ERRORS, connect, service_transaction, state_of, took_too_long
 from core.domain.duties import Duty
-from core.services.set_asides import list_set_asides, setting_aside
+from core.services.set_asides import ROW_ERRORS, list_set_asides, setting_aside
 from core.services.workers import WorkerFacts
 from local.ports import free_ports
 from local.servers import ServerAddresses
@@ -291,6 +291,26 @@ def test_a_row_whose_statement_took_too_long_is_set_aside(owner: Engine, tenant:
         session.execute(text("select pg_sleep(3600)"))
     with service_transaction(owner) as session:
         assert row_id in {each.row_id for each in list_set_asides(session)}
+
+
+@pytest.mark.parametrize(("errcode", "is_rows"), [("25006", False), ("XX000", True), ("XX001", True), ("XX002", True)])
+def test_damage_is_its_rows_fault_and_a_server_that_cannot_write_is_nobodys(
+    owner: Engine, tenant: Tenant, errcode: str, *, is_rows: bool
+) -> None:
+    refuse = text(f"do $$ begin raise exception 'it is so' using errcode = '{errcode}'; end $$")
+    with pytest.raises(DATABASE_ERRORS) as caught, service_transaction(owner) as session:
+        session.execute(refuse)
+    assert (state_of(caught.value), isinstance(caught.value, ROW_ERRORS)) == (errcode, is_rows)
+    row_id = uuid.uuid4()
+    with (
+        nullcontext() if is_rows else pytest.raises(DATABASE_ERRORS),
+        service_transaction(owner) as session,
+        setting_aside(session, Duty.EXPIRE, row_id=row_id, tenant_id=tenant.id),
+    ):
+        session.execute(refuse)
+    with service_transaction(owner) as session:
+        reasons = {each.row_id: each.reason for each in list_set_asides(session)}
+    assert reasons.get(row_id) == ("it is so" if is_rows else None)
 
 
 def test_a_lock_that_was_not_free_in_time_may_be_tried_again(database: Database) -> None:

@@ -217,6 +217,14 @@ def test_what_is_no_url_is_found_and_not_shown(examine: Examine, variable: str, 
     assert "hush" not in str(found)
 
 
+@pytest.mark.parametrize("url", ["redis://:hush/ret@host:6379/0", "redis://user:hush#x@host", "redis://host/hush"])
+def test_what_is_no_url_of_a_redis_is_found_and_not_shown(examine: Examine, url: str) -> None:
+    found = examine(ESPALIER_REDIS_URL=url)["redis"]
+    assert found["state"] == "failed"
+    assert "ESPALIER_REDIS_URL (Value error, This is no URL of a Redis." in found["says"]
+    assert "hush" not in str(found)
+
+
 def test_servers_that_are_away_are_told_one_by_one_and_no_password_with_them(examine: Examine) -> None:
     found = examine(
         "--api-url",
@@ -304,13 +312,19 @@ def test_an_owner_that_may_not_become_an_operator_is_told_what_to_grant(
     """As on a managed PostgreSQL: who migrates is no superuser."""
     run(owner, "create role manager login password 'manager-password'")
     place = own.postgres_url.rpartition("@")[2]
-    for role in ("espalier_operator", "espalier_auditor"):
+    roles = ("espalier_operator", "espalier_auditor", "espalier_backup")
+    for role in roles:
         found = examine(ESPALIER_OWNER_DATABASE_URL=f"postgresql://manager:manager-password@{place}")["operator"]
         assert found["state"] == "failed"
         assert found["remedy"].startswith(f"Run `grant {role} to manager with set true`")
         run(owner, f"grant {role} to manager with set true")
     found = examine(ESPALIER_OWNER_DATABASE_URL=f"postgresql://manager:manager-password@{place}")["operator"]
     assert found["state"] == "ok"
+    for role in roles:
+        run(owner, f"revoke {role} from manager")
+        found = examine(ESPALIER_OWNER_DATABASE_URL=f"postgresql://manager:manager-password@{place}")["operator"]
+        assert found["remedy"].startswith(f"Run `grant {role} to manager with set true`")
+        run(owner, f"grant {role} to manager with set true")
     run(owner, "drop role manager")
 
 

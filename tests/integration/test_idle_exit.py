@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,21 @@ def runner(database: Database, servers: ServerAddresses, owner: Engine, tmp_path
 
 def test_a_worker_does_not_leave_a_job_that_waits_for_it(runner: Runner, owner: Engine, tenant: Tenant) -> None:
     queue_job(owner, tenant.id)
+    assert not runner.leave_if_idle(0)
+    postpone_jobs(owner)
+    assert runner.leave_if_idle(0)
+
+
+def test_a_worker_whose_clock_is_wrong_does_not_leave_the_jobs_that_it_cannot_claim(
+    runner: Runner, owner: Engine, tenant: Tenant
+) -> None:
+    queue_job(owner, tenant.id)
+    clock = runner._clock
+    assert clock.is_right()
+    assert clock._reading is not None
+    clock._reading = replace(clock._reading, at=clock._reading.at + dt.timedelta(hours=1))
+    assert clock.is_wrong
+    assert not runner.has_claimable_work()
     assert not runner.leave_if_idle(0)
     postpone_jobs(owner)
     assert runner.leave_if_idle(0)

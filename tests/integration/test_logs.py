@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import PATIENCE_SECONDS
+
 PROGRAM = """
 import atexit, logging, os, subprocess, sys, threading, warnings
 import structlog
@@ -97,6 +99,38 @@ def test_a_process_that_cannot_read_its_settings_says_so_in_one_line(process: st
     assert (line["event"], line["process"]) == ("process.failed", process)
     assert "s3_endpoint" in line["exception"]
     assert "hunter2" not in done.stderr
+
+
+@pytest.mark.parametrize("url", ["redis://:hunter2/x@nowhere:6379/0", "redis://user:hunter2#x@nowhere"])
+@pytest.mark.parametrize("process", ["api", "schedule", "worker"])
+def test_a_url_that_cannot_be_read_is_named_and_not_shown(process: str, url: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ESPALIER_")}
+    env["ESPALIER_DATABASE_URL"] = "postgresql://somebody@127.0.0.1:1/db"
+    env["ESPALIER_S3_ENDPOINT"] = "127.0.0.1:1"
+    env["ESPALIER_REDIS_URL"] = url
+    done = subprocess.run([sys.executable, "-m", process], env=env, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("", 1)
+    (line,) = [json.loads(each) for each in done.stderr.splitlines()]
+    assert (line["event"], line["process"]) == ("process.failed", process)
+    assert "redis_url\n  Value error, This is no URL of a Redis." in line["exception"]
+    assert "hunter2" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("s3_endpoint", "host:abc"), ("s3_endpoint", "127.0.0.1:99999"), ("s3_bucket", "my..bucket")],
+)
+def test_a_setting_of_the_store_that_cannot_be_is_named(variable: str, value: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ESPALIER_")}
+    env["ESPALIER_DATABASE_URL"] = "postgresql://somebody@127.0.0.1:1/db"
+    env["ESPALIER_REDIS_URL"] = "redis://127.0.0.1:1"
+    env["ESPALIER_S3_ENDPOINT"] = "127.0.0.1:1"
+    env[f"ESPALIER_{variable.upper()}"] = value
+    command = [sys.executable, "-m", "schedule"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 1
+    (line,) = [json.loads(each) for each in done.stderr.splitlines()]
+    assert f"{variable}\n  Value error" in line["exception"]
 
 
 def test_what_is_printed_may_be_wrapped_later_than_what_is_logged() -> None:

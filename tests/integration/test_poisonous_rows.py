@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import uuid
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, func, select, text
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -18,6 +19,7 @@ from core.domain.outlook import WaitCode
 from core.domain.scheduling import FairnessTerms
 from core.domain.training import TrainingSpec
 from core.services import attempts
+from core.services.attempts import Lease
 from core.services.explanations import explain_job
 from core.services.set_asides import list_set_asides
 from core.storage import S3ObjectStore
@@ -26,6 +28,8 @@ from schedule.sweeper import settle, sweep
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.poisoning import break_row, change, drop_checks
 from tests.integration.test_attempts import POOL, claim, queue_job, status_of
+from tests.waiting import wait_until
+from worker.supervisor.lease import LeaseKeeper
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,15 +126,41 @@ def test_a_job_that_its_worker_cannot_read_is_as_if_it_had_not_been_claimed(
     assert claim(worker) is not None
 
 
+@pytest.mark.parametrize("errcode", ["22003", "XX001"])
+def test_a_lease_that_cannot_be_prolonged_keeps_no_other_from_being_prolonged(
+    worker: Engine, owner: Engine, tenant: Tenant, errcode: str
+) -> None:
+    queue_job(owner, tenant)
+    queue_job(owner, tenant)
+    stuck, sound = claim(worker, 600), claim(worker, 600)
+    assert stuck is not None
+    assert sound is not None
+    break_row(owner, "jobs", "id", stuck.job_id, errcode=errcode)
+
+    def seconds_left(lease: Lease) -> float:
+        with service_transaction(owner) as session:
+            left = select(func.extract("epoch", Job.lease_until - func.now())).where(Job.id == lease.job_id)
+            return float(session.scalars(left).one())
+
+    keeper = LeaseKeeper(worker, lease_seconds=7200, heartbeat_seconds=0.1, is_live=lambda: True, fence=lambda: None)
+    for lease in (stuck, sound):
+        keeper.hold(lease, since=math.inf)  # never late
+    wait_until(lambda: seconds_left(sound) > 600, what="a longer lease")
+    assert seconds_left(stuck) <= 600
+    for lease in (stuck, sound):
+        keeper.let_go(lease)
+
+
+@pytest.mark.parametrize("errcode", ["22003", "XX000", "XX001", "XX002"])
 def test_a_lease_that_cannot_be_ended_keeps_no_other_from_ending(
-    worker: Engine, schedule: Engine, owner: Engine, tenant: Tenant
+    worker: Engine, schedule: Engine, owner: Engine, tenant: Tenant, errcode: str
 ) -> None:
     queue_job(owner, tenant)
     queue_job(owner, tenant)
     stuck, lost = claim(worker, -2), claim(worker, -1)
     assert stuck is not None
     assert lost is not None
-    break_row(owner, "jobs", "id", stuck.job_id)
+    break_row(owner, "jobs", "id", stuck.job_id, errcode=errcode)
     with service_transaction(schedule) as session:
         attempts.expire_leases(session, limit=1)
     with service_transaction(schedule) as session:

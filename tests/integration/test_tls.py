@@ -38,9 +38,14 @@ def stranger(tmp_path: Path) -> Authority:
 
 
 @contextmanager
-def tls_in_front_of(port: int, authority: Authority, *, host: str = HOST) -> Iterator[int]:
+def tls_in_front_of(
+    port: int, authority: Authority, *, host: str = HOST, are_clients_asked: bool = False
+) -> Iterator[int]:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(*authority.issue(host))
+    if are_clients_asked:
+        context.load_verify_locations(authority.ca_file)
+        context.verify_mode = ssl.CERT_REQUIRED
     with FaultProxy(port, ssl=context) as proxy:
         yield proxy.port
 
@@ -80,6 +85,16 @@ def test_nobody_speaks_to_a_redis_with_a_strange_certificate(
             connect_as_consumer(connect_broker(url))
         limiter = RateLimiter(url, now=host_time)
         assert limiter.count(new_id(), limit=10) is None
+
+
+def test_a_redis_that_asks_for_a_certificate_gets_ours(servers: ServerAddresses, authority: Authority) -> None:
+    certificate, key = authority.issue("client")
+    with tls_in_front_of(port_of(servers.redis_url), authority, are_clients_asked=True) as port:
+        url = redis_url(servers, port, authority.ca_file)
+        assert RateLimiter(url, now=host_time).count(new_id(), limit=10) is None
+        url += f"&ssl_certfile={certificate}&ssl_keyfile={key}"
+        assert RateLimiter(url, now=host_time).count(new_id(), limit=10) is not None
+        connect_as_consumer(connect_broker(url))
 
 
 def test_a_consumer_verifies_without_being_told_an_authority(servers: ServerAddresses, authority: Authority) -> None:

@@ -89,7 +89,8 @@ class Store(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _StoreRequest)
         self.objects: dict[str, bytes] = {}
         self.fetched: list[str] = []
-        self.refused: str | None = None  # uploads below this path
+        self.refused: str | None = None  # uploads and downloads below this path
+        self.refusal: tuple[HTTPStatus, bytes] = (HTTPStatus.FORBIDDEN, b"")
         self.num_granted = 0
         self.num_refused = 0
         self.num_to_refuse = math.inf
@@ -124,6 +125,9 @@ class _StoreRequest(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.fetched.append(self.path)
         self.server.is_open.wait()
+        if self._is_refused():
+            self._answer(*self.server.refusal)
+            return
         if self.path == f"/{ENDLESS}":
             self._drip()
             return
@@ -134,13 +138,15 @@ class _StoreRequest(BaseHTTPRequestHandler):
         self.server.watch()
         content = self.rfile.read(int(self.headers["content-length"]))
         wait_until(lambda: self.server.held is None or not self.path.startswith(self.server.held))
-        is_refused = self.server.refused is not None and self.path.startswith(self.server.refused)
-        if is_refused and self.server.num_refused < self.server.num_to_refuse:
+        if self._is_refused() and self.server.num_refused < self.server.num_to_refuse:
             self.server.num_refused += 1
-            self._answer(HTTPStatus.FORBIDDEN, b"")
+            self._answer(*self.server.refusal)
             return
         self.server.objects[self.path] = content
         self._answer(HTTPStatus.OK, b"")
+
+    def _is_refused(self) -> bool:
+        return self.server.refused is not None and self.path.startswith(self.server.refused)
 
     def _drip(self) -> None:
         self.send_response(HTTPStatus.OK)
@@ -453,6 +459,39 @@ def test_an_artifact_that_cannot_be_stored_is_named(supervisor: Supervisor, stor
     assert failed.message == "The adapter could not be stored: The object store answered 403."
     assert (failed.code, failed.param) == ("storage_url_refused", None)
     assert store.num_granted == 3, "URLs are asked for anew, twice"
+
+
+# What S3 answers to a URL that it does not take.
+EXPIRED = (HTTPStatus.BAD_REQUEST, b"<Error><Code>ExpiredToken</Code><Message>It has expired.</Message></Error>")
+DENIED = (HTTPStatus.FORBIDDEN, b"<Error><Code>AccessDenied</Code></Error>")
+
+
+@pytest.mark.parametrize("refusal", [EXPIRED, DENIED], ids=["expired token", "denied"])
+@pytest.mark.parametrize("refused", ["/rows", "/valid", "/point/", "/adapter/"])
+def test_a_url_that_the_store_refuses_ends_its_own_job_only_and_says_so(
+    supervisor: Supervisor, store: Store, refused: str, refusal: tuple[HTTPStatus, bytes]
+) -> None:
+    store.refused, store.refusal = refused, refusal
+    files = {name: store.add(f"point/{name}", b"{}") for name in RESUME_FILES}
+    order = make_order(
+        store.add_rows("rows"),
+        validation_file=store.add_rows("valid"),
+        resume_points=(RemoteResumePoint(step=1, files=files),) if refused == "/point/" else (),
+        n_epochs=1,
+    )
+    supervisor.send(order)
+    failed = supervisor.wait_for(JobFailed)
+    assert (failed.code, failed.is_job_fault) == ("storage_url_refused", False)
+    assert failed.message.endswith(f": The object store answered {refusal[0]}."), failed.message
+    store.refused = None
+    supervisor.send(make_order(store.add_rows("next"), lease_token=2, n_epochs=1))
+    supervisor.wait_for(JobSucceeded, 2)
+
+
+def test_a_400_that_says_nothing_of_the_url_is_a_refusal_of_the_request(supervisor: Supervisor, store: Store) -> None:
+    store.refused, store.refusal = "/rows", (HTTPStatus.BAD_REQUEST, b"<Error><Code>InvalidRequest</Code></Error>")
+    supervisor.send(make_order(store.add_rows("rows")))
+    assert supervisor.wait_for(JobFailed).code == "storage_refused"
 
 
 def test_an_artifact_whose_urls_have_expired_is_stored_under_new_ones(supervisor: Supervisor, store: Store) -> None:

@@ -137,6 +137,14 @@ def test_a_trainer_has_no_credential_in_its_environment_arguments_or_files(
     assert secret.name not in files
 
 
+def test_a_trainer_that_ends_leaves_nothing_in_its_temporary_directory(tmp_path: Path) -> None:
+    environment = {**_child_environment(1, tmp_path), "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-m", "worker.trainer"]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=environment)
+    assert done.returncode == 3, "it has loaded its libraries, and nobody gives it an order"
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
 GROWS = """
 import psutil, torch
 from worker.engine.frozen import PackedWeight
@@ -309,3 +317,28 @@ def test_roots_process_stays_where_others_cannot_reach_what_it_needs(tmp_path: P
     argv = [sys.executable, "-c", code, str(closed / "own")]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stdout == "0\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "exit_code", "failed"),
+    [(b"no order\n", 1, ["orders"]), (b'{"kind": "unheard_of"}\n', 1, ["orders"]), (b"", 3, [])],
+    ids=["no json", "unknown", "the end"],
+)
+def test_a_trainer_that_cannot_read_an_order_ends_with_status_1_and_the_log_says_why(
+    line: bytes, exit_code: int, failed: list[str]
+) -> None:
+    """The end of its orders is no fault: its supervisor is gone."""
+    argv = [sys.executable, "-m", "worker.trainer"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            if not line:
+                process.stdin.close()
+            assert process.wait(PATIENCE_SECONDS) == exit_code
+        finally:
+            process.kill()
+        told = [json.loads(each) for each in process.stderr.read().splitlines() if each.startswith(b"{")]
+    assert [each["thread"] for each in told if each["event"] == "thread.failed"] == failed

@@ -19,6 +19,7 @@ LOGIN = {"user": "owner", "password": "p@s/s%"}
         ("postgresql+psycopg://owner:p%40s%2Fs%25@db/name", {**LOGIN, "host": "db", "dbname": "name"}),
         ("postgresql://owner:p#s?@db/name", {"user": "owner", "password": "p#s?", "host": "db", "dbname": "name"}),
         ("postgresql://owner@[::1]:5433/name", {"user": "owner", "host": "::1", "port": "5433", "dbname": "name"}),
+        ("postgresql://owner@db/na%40me", {"user": "owner", "host": "db", "dbname": "na@me"}),
         ("postgresql:///name?host=/run/postgres", {"host": "/run/postgres", "dbname": "name"}),
         (
             "postgres://owner@db/name?sslmode=verify-full&sslrootcert=/etc/a%20b.pem&connect_timeout=3",
@@ -63,6 +64,8 @@ def test_a_pooler_is_named_in_the_url_and_not_to_the_server(pooler: str, is_pool
         "postgresql://owner:hush%@db/name",
         "postgresql://owner:hush/hush@db/name",
         "postgresql://owner:hush@hush@db:5432/name",
+        "postgresql://owner:12/hush@db/name",
+        "postgresql://owner:12/hush@db:5432/name?sslmode=require",
         "postgresql://owner:hush@db:port/name",
         "postgresql://owner:hush@db/name?sslmod=require",
         "postgresql://owner:hush@db/name?pooler=hush",

@@ -110,6 +110,13 @@ def test_functions_fit_on_a_screen(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES)
+def test_no_console_makes_emojis_of_what_users_write(path: Path) -> None:
+    """`host:abc:` is an address, or was meant to be one."""
+    made = [node for node in walk(path) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Console"]
+    assert not [call.lineno for call in made if "emoji" not in {keyword.arg for keyword in call.keywords}]
+
+
+@pytest.mark.parametrize("path", SOURCES)
 def test_no_code_or_pickle_of_others_is_ever_run(path: Path) -> None:
     calls = [node for node in walk(path) if isinstance(node, ast.Call)]
     trusting = [k for call in calls for k in call.keywords if k.arg == "trust_remote_code"]

@@ -106,6 +106,13 @@ def refusal_of(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
         ("https://s3.eu-central-1.amazonaws.com", None, "https://s3.eu-central-1.amazonaws.com"),
         ("https://s3.example", "true", "https://s3.example"),
         ("[::1]:9000", None, "http://[::1]:9000"),
+        ("HTTPS://s3.example:65535//", None, "https://s3.example:65535"),
+        ("https://s3-accelerate.amazonaws.com", None, "https://s3-accelerate.amazonaws.com"),
+        (
+            "https://bucket.vpce-1a2b.s3.eu-west-1.vpce.amazonaws.com",
+            None,
+            "https://bucket.vpce-1a2b.s3.eu-west-1.vpce.amazonaws.com",
+        ),
     ],
 )
 def test_an_endpoint_is_a_url_or_a_host(
@@ -130,6 +137,17 @@ def test_the_public_endpoint_has_a_scheme_of_its_own(monkeypatch: pytest.MonkeyP
         ({"ESPALIER_S3_ENDPOINT": "https://s3.example/bucket"}, "ESPALIER_S3_ENDPOINT"),
         ({"ESPALIER_S3_ENDPOINT": "ftp://s3.example"}, "ESPALIER_S3_ENDPOINT"),
         ({"ESPALIER_S3_ENDPOINT": "https://key:hush@s3.example"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "https://key:hush/ret@s3.example"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "https://key:hush@\u2100.example"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "host:abc"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "127.0.0.1:99999"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "http://127.0.0.1:0"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "host:"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "http://[::1"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "http://[:::]:9000"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "https://bucket.s3.eu-west-1.amazonaws.com"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "https://bucket.s3.amazonaws.com"}, "ESPALIER_S3_ENDPOINT"),
+        ({"ESPALIER_S3_ENDPOINT": "s3", "ESPALIER_S3_PUBLIC_ENDPOINT": "host:abc"}, "ESPALIER_S3_PUBLIC_ENDPOINT"),
         ({"ESPALIER_S3_ENDPOINT": "https://s3.example", "ESPALIER_S3_SECURE": "false"}, "ESPALIER_S3_SECURE"),
         ({"ESPALIER_S3_ENDPOINT": "s3", "ESPALIER_S3_ACCESS_KEY": "key"}, "ESPALIER_S3_SECRET_KEY"),
         ({"ESPALIER_S3_ENDPOINT": "s3", "ESPALIER_S3_CA_BUNDLE": "/no/such.pem"}, "ESPALIER_S3_CA_BUNDLE"),
@@ -142,6 +160,31 @@ def test_a_setting_of_the_store_that_cannot_be_is_refused_by_name(
     said = refusal_of(monkeypatch, **variables)
     assert said.startswith(f"{named} (")
     assert "hush" not in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a", "ab", "my..bucket", "my.-bucket", "my-.bucket", "-mine", "mine-", "Mine", "my_bucket", "10.0.0.1", "x" * 64],
+)
+def test_what_s3_takes_for_no_bucket_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal_of(monkeypatch, ESPALIER_S3_ENDPOINT="s3", ESPALIER_S3_BUCKET=name)
+    assert said.startswith("ESPALIER_S3_BUCKET (Value error, A bucket's name has 3 to 63")
+
+
+@pytest.mark.parametrize("name", ["abc", "my.bucket-2", "1st", "x" * 63])
+def test_what_s3_takes_for_a_bucket_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_S3_ENDPOINT", "s3")
+    monkeypatch.setenv("ESPALIER_S3_BUCKET", name)
+    assert S3Settings().storage_config.bucket == name
+
+
+@pytest.mark.parametrize("region", ["eu-west-1", "us-gov-west-1"])
+def test_the_old_spelling_of_awss_hosts_is_answered_with_the_new_one(
+    region: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client would look for s3-eu-west-1.us-east-1.amazonaws.com."""
+    said = refusal_of(monkeypatch, ESPALIER_S3_ENDPOINT=f"https://s3-{region}.amazonaws.com")
+    assert f"s3.{region}.amazonaws.com" in said
 
 
 def test_the_owners_url_and_the_roles_passwords_come_from_files_too(

@@ -19,6 +19,7 @@ from sqlalchemy import Engine
 
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.services.attempts import Lease, StaleLeaseError, heartbeat
+from core.services.set_asides import ROW_ERRORS
 from core.telemetry.liveness import PROCESS
 from worker.supervisor.metrics import SELF_FENCES
 
@@ -113,6 +114,9 @@ class LeaseKeeper:
                 must_pause = heartbeat(session, lease, lease_seconds=self._lease_seconds)
         except StaleLeaseError:
             self._news.put(LeaseNews(lease, is_lost=True))
+            return
+        except ROW_ERRORS as error:  # it runs out, and keeps no other from being prolonged
+            log.error("lease.unprolongable", lease_token=lease.token, error=type(error).__name__)  # noqa: TRY400
             return
         if must_pause:
             self._news.put(LeaseNews(lease, is_lost=False))

@@ -94,6 +94,7 @@ from worker.supervisor.turns import TurnKeeper
 log = structlog.get_logger()
 _POLL_SECONDS = 0.1
 _AWAY_SECONDS = 0.5  # between two tries to reach a database that is away
+_KEYLESS_SECONDS = 2.0  # between two tries to get keys to sign URLs with; one may take seconds
 _MAX_REPORTS = 500  # of one turn of the loop
 _OUTCOMES = {"job_succeeded": "succeeded", "job_failed": "failed", "job_yielded": "given_back"}
 
@@ -192,12 +193,13 @@ class Runner:
         self._departures = Departures(engine)
         self._next_pool: str | None = None  # while the held jobs leave for another pool's turn
         self._has_left = True
-        self._charged_at = 0.0
+        self._charged_at = self._keyless_until = 0.0
         self._loss: Loss | None = None
         self._held: dict[int, HeldJob] = {}
         self._unbooked: list[HeldJob] = []
         self._unrecorded: list[tuple[HeldJob, ProgressReport]] = []
         self._unpublished: Proof | None = None
+        self._ungranted: dict[tuple[int, str], UrlsWanted] = {}  # by lease token and artifact
         self._version = str(read_version())
         self._serving = threading.Lock()
         self._turned_at = self._idle_since = self._jobless_since = time.monotonic()
@@ -244,17 +246,19 @@ class Runner:
 
     @property
     def is_turning(self) -> bool:
-        """False when the loop serves, loads no base, and has not come round for as long as a trainer may stall."""
-        return (
-            not self._serving.locked()
-            or self._base.is_loading
-            or time.monotonic() - self._turned_at < self._settings.stall_seconds
-        )
+        """False when the loop serves, loads no base, and has not come round for as long as a trainer may stall.
+
+        False also when jobs are held and nobody serves: their leases would be prolonged for ever.
+        """
+        if not self._serving.locked():
+            return not self._held
+        return self._base.is_loading or time.monotonic() - self._turned_at < self._settings.stall_seconds
 
     def has_claimable_work(self) -> bool:
         """Say whether there is a job to claim on a base that this worker may load. Raises the database's errors."""
-        if not self._clock.is_right():
-            return False
+        return self._clock.is_right() and self._has_waiting_work()
+
+    def _has_waiting_work(self) -> bool:
         with service_transaction(self._engine) as session:
             loadable = self._loadable_bases(session)
             return any(pool in loadable for pool in attempts.claimable_pools(session))
@@ -289,13 +293,14 @@ class Runner:
         """Serve no more if no job was held for so long and none waits. Raises the database's errors.
 
         The lock keeps the answer true: nobody claims before it is given, and nobody serves after a yes. A base that
-        took longer to load than a worker may idle is held for that time first.
+        took longer to load than a worker may idle is held for that time first. One whose clock is wrong stays too while
+        jobs wait that it cannot claim: who leaves says that there is no work, and nobody would mend the clock.
         """
         if not self._serving.acquire(blocking=False):
             return False
         try:
             idle_seconds = min(time.monotonic() - self._jobless_since, self._base.held_seconds)
-            if idle_seconds < seconds or self.has_claimable_work():
+            if idle_seconds < seconds or self._has_waiting_work():
                 return False
             self._stop_requested.set()
             return True
@@ -333,6 +338,7 @@ class Runner:
             self._stop_stalled()  # with nothing left unheard, and before the database can take its time
         except TrainerGoneError as error:
             self._lose_trainer(explain_exit(error.exit_code))
+        self._grant_wanted()
         self._record_progress()
         self._publish_proofs()
         self._heed_news()
@@ -388,9 +394,19 @@ class Runner:
             self._hold(job, orders[-1], since=started)
 
     def _claim_with_order(self, orders: list[StartJob]) -> Job | None:
-        """Claim a job and append what the trainer is to be sent. One whose order cannot be made is not claimed."""
-        with service_transaction(self._engine) as session:
-            return self._claim(session, lambda job: orders.append(order_job(session, job, store=self._store)))
+        """Claim a job and append what the trainer is to be sent. One whose order cannot be made is not claimed.
+
+        An order names signed URLs. The keys to sign with are asked for here, where no transaction waits for the answer.
+        """
+        if time.monotonic() < self._keyless_until:
+            return None
+        try:
+            self._store.renew_keys()
+            with service_transaction(self._engine) as session:
+                return self._claim(session, lambda job: orders.append(order_job(session, job, store=self._store)))
+        except StorageUnavailableError as error:  # the claim is undone, and those that are held train on
+            self._note_keyless(error)
+            return None
 
     def _has_room(self) -> bool:
         return self._is_ready and not self._is_trying and len(self._held) < self._base.slots
@@ -514,9 +530,8 @@ class Runner:
             ):
                 held.note_progress(report)
                 self._unrecorded.append((held, report))
-            case UrlsWanted(artifact=artifact, names=names):
-                urls = grant_uploads(self._store, held.lease, artifact=artifact, names=names)
-                self._base.send(UrlsGranted(lease_token=held.lease.token, artifact=artifact, urls=urls))
+            case UrlsWanted():
+                self._ungranted[report.lease_token, report.artifact] = report
             case UsageCounted():
                 count_use(held.pool, held.usage, report)
                 held.usage = report
@@ -529,6 +544,24 @@ class Runner:
             case JobSucceeded() | JobFailed() | JobYielded():
                 held.is_delivered = True
                 self._prover.submit(held.lease, report)
+
+    def _grant_wanted(self) -> None:
+        """Answer who waits for URLs. While there are no keys to sign them with, the questions are kept."""
+        if time.monotonic() < self._keyless_until:
+            return
+        try:
+            for place, wanted in tuple(self._ungranted.items()):
+                if (held := self._held.get(wanted.lease_token)) is not None:
+                    artifact = wanted.artifact
+                    urls = grant_uploads(self._store, held.lease, artifact=artifact, names=wanted.names)
+                    self._base.send(UrlsGranted(lease_token=wanted.lease_token, artifact=artifact, urls=urls))
+                del self._ungranted[place]
+        except StorageUnavailableError as error:
+            self._note_keyless(error)
+
+    def _note_keyless(self, error: StorageUnavailableError) -> None:
+        log.warning("storage.unavailable", error=str(error))
+        self._keyless_until = time.monotonic() + _KEYLESS_SECONDS
 
     def _note_phase(self, held: HeldJob, done: PhaseDone) -> None:
         count_phase(done)

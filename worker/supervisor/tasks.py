@@ -18,6 +18,7 @@ from core.scratch import remove_abandoned
 from core.services.readiness import find_readiness
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
+from core.telemetry.liveness import ending_process
 from core.telemetry.logs import configure_logs
 from core.telemetry.management import ManagementServer
 from core.telemetry.tracing import configure_tracing
@@ -34,7 +35,13 @@ def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine, cl
     """Return the Celery application with its one task registered."""
     celery = create_celery(settings)
     presence = Presence(engine, clock, interval_seconds=settings.heartbeat_seconds, describe=runner.describe)
-    celery.task(name=TASK_NAME)(runner.serve)
+
+    def serve() -> None:
+        """Serve. An error that nobody expects ends the process: Celery would swallow it, and leases be prolonged."""
+        with ending_process("serving"):
+            runner.serve()
+
+    celery.task(name=TASK_NAME)(serve)
 
     @worker_ready.connect(weak=False)
     def show_presence(**_details: object) -> None:

@@ -18,6 +18,7 @@ import structlog
 
 from core.db.session import DATABASE_ERRORS
 from core.queue import queue_name
+from core.redis_urls import read_redis_url
 from core.settings import WorkerSettings
 from core.telemetry.liveness import PROCESS, Liveness
 from worker.supervisor.runner import Runner
@@ -48,7 +49,7 @@ class Watchdog:
         self._runner = runner
         self._end_process = end_process
         self._redis = redis.Redis.from_url(
-            settings.redis_url.get_secret_value(),
+            **read_redis_url(settings.redis_url.get_secret_value()).arguments,
             socket_timeout=_REDIS_TIMEOUT_SECONDS,
             socket_connect_timeout=_REDIS_TIMEOUT_SECONDS,
             retry=None,

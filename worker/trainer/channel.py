@@ -1,7 +1,8 @@
 """The trainer's end of the two pipes, and its one inbox.
 
 Orders from the supervisor and results of background work arrive in the same queue, so that the loop waits in one place.
-When the supervisor is gone, so is the trainer: the reading thread ends the process at once, whatever it was doing.
+When the supervisor is gone, so is the trainer: the reading thread ends the process at once, whatever it was doing. It
+does so too where it fails itself, at a line that is no order: a trainer that hears nothing obeys nobody.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
 from core.domain.training import Frozen
+from core.telemetry.liveness import PROCESS
 from worker.messages import ORDERS, UrlsGranted, UrlsWanted, encode_line
 from worker.trainer.failures import JobStoppedError, UrlRefusedError
 
@@ -55,7 +57,7 @@ class Channel:
         # By lease token and artifact, who waits for URLs; None tells them that there will be none.
         self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str] | None]] = {}
         self._background = start_pool(_NUM_BACKGROUND_THREADS)
-        threading.Thread(target=self._read_orders, daemon=True, name="orders").start()
+        PROCESS.start_thread(self._read_orders, name="orders")
 
     def send(self, report: Frozen) -> None:
         with self._send_lock:

@@ -64,7 +64,6 @@ def download(file: RemoteFile, destination: Path, patience: Patience) -> None:
     """Fetch a file and check its SHA-256. Raises TransferError, or IntegrityError after the last try."""
     for attempt in _tries(patience):
         with attempt, _translated(), _open("GET", file.url) as response:
-            response.raise_for_status()
             digest = hashlib.sha256()
             with destination.open("wb") as out:
                 for chunk in response.iter_bytes(CHUNK_BYTES):
@@ -84,7 +83,6 @@ def upload(url: str, path: Path, patience: Patience) -> StoredFile:
             content = _read_chunks(path, digest.update, check=patience.check)
             with _open("PUT", url, content=content, headers={"content-length": str(size_bytes)}) as response:
                 response.read()
-                response.raise_for_status()
     return StoredFile(name=path.name, size_bytes=size_bytes, sha256=digest.hexdigest())
 
 
@@ -94,8 +92,14 @@ def trust() -> ssl.SSLContext:
     return trusted_certificates(os.environ.get(CA_BUNDLE))
 
 
-def _open(method: str, url: str, **request: Any) -> AbstractContextManager[httpx.Response]:
-    return httpx.stream(method, url, timeout=_TIMEOUT, trust_env=False, verify=trust(), **request)
+@contextmanager
+def _open(method: str, url: str, **request: Any) -> Iterator[httpx.Response]:
+    """Yield a success. Raises httpx.HTTPStatusError for every other answer, with its body, which says what is wrong."""
+    with httpx.stream(method, url, timeout=_TIMEOUT, trust_env=False, verify=trust(), **request) as response:
+        if not response.is_success:
+            response.read()  # it cannot be read once this block has ended
+            response.raise_for_status()
+        yield response
 
 
 def _tries(patience: Patience) -> Iterator[AbstractContextManager[Any]]:
@@ -130,7 +134,7 @@ def _translated() -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         # None: the URL in the cause is a bearer secret.
         raise _kind_of(error.response)(f"The object store answered {error.response.status_code}.") from None
-    except httpx.TransportError as error:
+    except (httpx.RequestError, httpx.StreamError) as error:  # a body that cannot be decoded is no transport error
         raise _PassingError(f"The object store did not answer: {type(error).__name__}.") from None
 
 
@@ -138,6 +142,6 @@ def _kind_of(response: httpx.Response) -> type[TransferError]:
     status = response.status_code
     if status == HTTPStatus.NOT_FOUND:
         return ObjectMissingError
-    if status == HTTPStatus.FORBIDDEN or (status == HTTPStatus.BAD_REQUEST and _URL_FAULTS.search(response.read())):
+    if status == HTTPStatus.FORBIDDEN or (status == HTTPStatus.BAD_REQUEST and _URL_FAULTS.search(response.content)):
         return UrlRefusedError
     return TransferError if status < HTTPStatus.INTERNAL_SERVER_ERROR else _PassingError
