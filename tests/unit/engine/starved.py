@@ -56,6 +56,7 @@ class Standing:
 
     vectors: tuple[Tensor, ...]
     counts: tuple[int, ...]
+    position: int
     tally: BatchTally
     evaluation: object
 
@@ -68,12 +69,12 @@ class Standing:
             ),
             (
                 slot.cursor.step,
-                slot.cursor.position,
                 slot.row.num_updates,
                 slot.num_skipped_in_a_row,
                 slot.num_fused_steps,
                 slot.served_tokens,
             ),
+            slot.cursor.position,
             replace(slot.tally),
             slot.evaluation,
         )
@@ -84,8 +85,8 @@ class Standing:
 
     def is_that_of(self, slot: Slot) -> bool:
         now = Standing.of(slot)
-        are_counts_equal = (self.counts, self.tally, self.evaluation) == (now.counts, now.tally, now.evaluation)
-        return are_counts_equal and self.has_numbers_of(slot)
+        mine, its = ((each.counts, each.position, each.tally, each.evaluation) for each in (self, now))
+        return mine == its and self.has_numbers_of(slot)
 
 
 def put_back(engine: Engine, before: dict[str, Standing]) -> None:
@@ -95,9 +96,9 @@ def put_back(engine: Engine, before: dict[str, Standing]) -> None:
         vectors = (slot.row.weights_P, slot.row.grads_P, slot.row.exp_avg_P, slot.row.exp_avg_sq_P)
         for vector_P, was_P in zip(vectors, standing.vectors, strict=True):
             vector_P.copy_(was_P)
-        slot.cursor.step, slot.cursor.position, slot.row.num_updates, *counts = standing.counts
+        slot.cursor.step, slot.row.num_updates, *counts = standing.counts
         slot.num_skipped_in_a_row, slot.num_fused_steps, slot.served_tokens = counts
-        slot.tally = replace(standing.tally)
+        slot.cursor.position, slot.tally = standing.position, replace(standing.tally)
     engine._budget.tokens = engine._budget.cap
 
 

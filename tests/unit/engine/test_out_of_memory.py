@@ -161,7 +161,7 @@ def losses_alone(job: EngineJob, *, seed: int) -> dict[int, float]:
 def test_a_step_that_finds_no_memory_anywhere_is_made_again_and_moves_no_slot_that_has_no_part_in_it() -> None:
     engine = make_engine_of_five()
     before, balances = standings(engine), engine._planner._balances
-    assert any(standing.tally.position for standing in before.values()), "nobody is in the middle of a batch"
+    assert any(standing.position for standing in before.values()), "nobody is in the middle of a batch"
     slots = {slot_name: slot for slot_name, slot in engine._slots.items() if slot_name != "resting"}
     alone = {slot_name: losses_alone(slot.job, seed=ALL.index(slot_name)) for slot_name, slot in slots.items()}
     for nth in count(1):
