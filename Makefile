@@ -50,7 +50,7 @@ test: $(CLIENTS) test-unit
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e
 
-# The OpenAPI document as a file, so that a change of it is seen. A test compares it.
+# The contract as a file, so that a change of it is seen; a test compares it.
 openapi: $(INSTALLED)
 	$(BIN)/python -m api.openapi > openapi.json
 
