@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import SkipValidation, with_config
+from pydantic import with_config
 from typing_extensions import TypedDict
 
-from api.schemas.wire import STORED, Answer, unix_seconds
+from api.schemas.wire import STORED, Answer, AsStored, unix_seconds
 from core.db.models import Event
 from core.domain.ids import IdKind, format_id
 from core.services.streams import MissedEvent
@@ -52,7 +52,7 @@ class EventObject(Answer):
     """What happened, for people."""
     type: Literal["message", "metrics"]
     """`metrics` if `data` holds numbers, otherwise `message`."""
-    data: SkipValidation[EventData | None]
+    data: Annotated[EventData, AsStored()] | None
     """The numbers of a `metrics` event. Null for a `message`."""
 
     @classmethod

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import SkipValidation, with_config
+from pydantic import with_config
 from typing_extensions import TypedDict
 
-from api.schemas.wire import STORED, Answer, optional_seconds, unix_seconds
+from api.schemas.wire import STORED, Answer, AsStored, optional_seconds, unix_seconds
 from core.db.models import File
 from core.domain.ids import IdKind, format_id
 
@@ -69,7 +69,7 @@ class FileSummary(Answer):
     """Ours. The number of rows that can be trained on."""
     sha256: str
     """Ours. The SHA-256 of the file's bytes, in hexadecimal digits."""
-    validation: SkipValidation[FileValidation]
+    validation: Annotated[FileValidation, AsStored()]
     """Ours. What the check of the rows counted."""
 
     @classmethod
@@ -80,7 +80,7 @@ class FileSummary(Answer):
 class FileObject(FileSummary):
     """A file, with the problems of its rows."""
 
-    problems: SkipValidation[list[RowProblem]]
+    problems: list[Annotated[RowProblem, AsStored()]]
     """Ours. The first 100 problems. `validation.num_problems` counts all of them."""
 
     @classmethod

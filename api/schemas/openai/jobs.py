@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SkipValidation, ValidationError, with_config
+from pydantic import Field, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from api.schemas.adapters import UNREADABLE_CONFIG, AdapterConfigObject
-from api.schemas.wire import STORED, Answer, optional_seconds, unix_seconds
+from api.schemas.wire import STORED, Answer, AsStored, optional_seconds, unix_seconds
 from core.db.models import Job
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import JobStatus
@@ -144,7 +144,7 @@ class JobObject(Answer):
     """The seed of all that is random in the job."""
     trained_tokens: int | None
     """The number of tokens that the job was trained on. Null until the job has succeeded."""
-    error: SkipValidation[JobError | None]
+    error: Annotated[JobError, AsStored()] | None
     """Why the job has failed. Null if it has not."""
     suffix: str | None
     """Ours. The part of the model's name that the request chose. Null if it chose none."""
