@@ -22,17 +22,8 @@ from docs import error_codes
 ROOT = Path(__file__).resolve().parents[2]
 N = TypeVar("N", bound=ast.AST)
 SERVING = ("api", "core")
-# Where an error that is there already is passed on, or a sum is made of codes that stand elsewhere.
-PASSED_ON = {
-    "code",
-    "error.code",
-    "found.code",
-    "problem.code",
-    "reason.code",
-    "refusal.code",
-    "self.code",
-    "self._need.code",
-}
+# Where an error that is there already is passed on.
+PASSED_ON = {"code", "error.code", "found.code", "refusal.code", "self.code", "self._need.code"}
 
 
 @cache
@@ -99,8 +90,8 @@ def raised() -> Iterator[tuple[str, int]]:
     for kind in by_name.values():
         yield kind.default_code, status_of(kind("."))
     for call in nodes(ast.Call, *SERVING):
-        kind = by_name.get(called(call))
-        yield from ((code, status_of(kind("."))) for code in texts(keyword(call, "code")) if kind is not None)
+        if (kind := by_name.get(called(call))) is not None:
+            yield from ((code, status_of(kind("."))) for code in texts(keyword(call, "code")))
 
 
 def answered() -> Iterator[tuple[str, int]]:
