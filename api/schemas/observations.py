@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from core.db.models import LogLine, Metric
+from core.db.models import LogLine, Observation
 from core.domain.ids import IdKind, format_id
 from core.services.metrics import MetricSeries
 
@@ -22,7 +22,7 @@ class MetricObject(BaseModel):
     full_valid_mean_token_accuracy: float | None
 
     @classmethod
-    def of(cls, row: Metric) -> MetricObject:
+    def of(cls, row: Observation) -> MetricObject:
         return cls(
             step=row.step,
             train_loss=row.train_loss,

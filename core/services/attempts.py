@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
-from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Metric, Tenant
+from core.db.models import LEASE_TOKENS, Adapter, Attempt, Checkpoint, Job, Observation, Tenant
 from core.domain.dataset_counts import DatasetCounts, DatasetName, describe_loss
 from core.domain.duties import Duty
 from core.domain.errors import DomainError
@@ -219,7 +219,7 @@ def record_step(session: Session, lease: Lease, *, record: StepRecord, total_ste
     if job is None:
         return
     numbers = record.__dict__
-    session.add(Metric(job_id=job.id, tenant_id=job.tenant_id, lease_token=lease.token, **numbers))
+    session.add(Observation(job_id=job.id, tenant_id=job.tenant_id, lease_token=lease.token, **numbers))
     record_event(
         session,
         job,
@@ -268,8 +268,8 @@ def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float,
     """Store the validation result that belongs to a step."""
     job = lock_held(session, lease)
     session.execute(
-        update(Metric)
-        .where(Metric.job_id == job.id, Metric.step == step)
+        update(Observation)
+        .where(Observation.job_id == job.id, Observation.step == step)
         .values(valid_loss=loss, valid_accuracy=accuracy)
     )
     metrics = {"step": step, "full_valid_loss": loss, "full_valid_mean_token_accuracy": accuracy}

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, and_, any_, case, func, not_, or_, select,
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from core.db.models import BaseModelRow, BaseTokenizerRow, Tenant, Worker
+from core.db.models import BaseModelRow, BaseTokenizer, Tenant, Worker
 from core.domain import bounds
 from core.domain.bases import LICENSE_PATTERN, BaseState
 from core.domain.errors import ConflictError, NotFoundError
@@ -131,13 +131,13 @@ def record_tokenizer(session: Session, base_model_id: str, *, object_key: str) -
     """Say where the tokenizer of a base is, as the worker that loaded it last has stored it."""
     values = {"base_model_id": base_model_id, "object_key": object_key, "published_at": func.now()}
     session.execute(
-        insert(BaseTokenizerRow).values(values).on_conflict_do_update(index_elements=["base_model_id"], set_=values)
+        insert(BaseTokenizer).values(values).on_conflict_do_update(index_elements=["base_model_id"], set_=values)
     )
 
 
 def find_tokenizer(session: Session, base_model_id: str) -> str:
     """Return the object key of a base's tokenizer. Raises ConflictError before any worker has loaded the base."""
-    query = select(BaseTokenizerRow.object_key).where(BaseTokenizerRow.base_model_id == base_model_id)
+    query = select(BaseTokenizer.object_key).where(BaseTokenizer.base_model_id == base_model_id)
     object_key = session.scalar(query)
     if object_key is None:
         raise ConflictError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy.orm import Session
 
-from core.db.models import Metric
+from core.db.models import Observation
 
 _ROWS_A_STRETCH = 3
 _STEPS_A_BLOCK = 32
@@ -67,7 +67,7 @@ class StepRange:
 class MetricSeries:
     """`rows` stand for the `num_steps` that there are in the range; `is_thinned` where they are fewer."""
 
-    rows: tuple[Metric, ...]
+    rows: tuple[Observation, ...]
     num_steps: int
 
     @property
@@ -79,8 +79,8 @@ def read_metrics(
     session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, steps: StepRange, points: int
 ) -> MetricSeries:
     """Return at most `points` (3 at least) steps of a job within a range, in order."""
-    in_range = Metric.step.between(steps.first, steps.last)
-    own: tuple[ColumnElement[bool], ...] = (Metric.tenant_id == tenant_id, Metric.job_id == job_id, in_range)
+    in_range = Observation.step.between(steps.first, steps.last)
+    own: tuple[ColumnElement[bool], ...] = (Observation.tenant_id == tenant_id, Observation.job_id == job_id, in_range)
     found = _find_range(session, own)
     if found is None:
         return MetricSeries(rows=(), num_steps=0)
@@ -89,7 +89,7 @@ def read_metrics(
         session.execute(_PLAN_ANEW)
         num_steps, kept = session.execute(_KEPT, {"tenant_id": tenant_id, "job_id": job_id, **cut}).one()
         if num_steps > points:
-            own = (*own, Metric.step == func.any(kept))
+            own = (*own, Observation.step == func.any(kept))
             return MetricSeries(_read_rows(session, own), num_steps)
     rows = _read_rows(session, own)
     return MetricSeries(rows, len(rows))
@@ -98,8 +98,8 @@ def read_metrics(
 def _find_range(session: Session, own: tuple[ColumnElement[bool], ...]) -> StepRange | None:
     """Return the first and the last step that there are. Each is one look into the index; `min` would count on more."""
     ends = [
-        session.scalar(select(Metric.step).where(*own).order_by(order).limit(1))
-        for order in (Metric.step, Metric.step.desc())
+        session.scalar(select(Observation.step).where(*own).order_by(order).limit(1))
+        for order in (Observation.step, Observation.step.desc())
     ]
     first, last = ends
     return None if first is None or last is None else StepRange(first, last)
@@ -123,6 +123,6 @@ def _end_of_block(step: int) -> int:
     return -(-step // _STEPS_A_BLOCK) * _STEPS_A_BLOCK
 
 
-def _read_rows(session: Session, own: tuple[ColumnElement[bool], ...]) -> tuple[Metric, ...]:
-    rows: Sequence[Metric] = session.scalars(select(Metric).where(*own).order_by(Metric.step)).all()
+def _read_rows(session: Session, own: tuple[ColumnElement[bool], ...]) -> tuple[Observation, ...]:
+    rows: Sequence[Observation] = session.scalars(select(Observation).where(*own).order_by(Observation.step)).all()
     return tuple(rows)

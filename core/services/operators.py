@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import OperatorKeyRow
+from core.db.models import OperatorKey
 from core.domain.api_keys import OPERATOR_PREFIX, ApiKey, generate_api_key
 from core.domain.errors import NotFoundError, UnauthenticatedError
 from core.domain.ids import new_id
@@ -35,7 +35,7 @@ def issue_operator_key(
 ) -> ApiKey:
     """Add an operator key and return it whole: its secret cannot be had again."""
     api_key = generate_api_key(OPERATOR_PREFIX)
-    row = OperatorKeyRow(
+    row = OperatorKey(
         id=new_id(),
         key_id=api_key.key_id,
         secret_hash=api_key.secret_hash,
@@ -48,16 +48,16 @@ def issue_operator_key(
     return api_key
 
 
-def list_operator_keys(session: Session) -> Sequence[OperatorKeyRow]:
-    return session.scalars(select(OperatorKeyRow).where(*_is_live()).order_by(OperatorKeyRow.id)).all()
+def list_operator_keys(session: Session) -> Sequence[OperatorKey]:
+    return session.scalars(select(OperatorKey).where(*_is_live()).order_by(OperatorKey.id)).all()
 
 
 def revoke_operator_key(session: Session, key_id: str) -> None:
     revoked = session.scalar(
-        update(OperatorKeyRow)
-        .where(OperatorKeyRow.key_id == key_id, OperatorKeyRow.revoked_at.is_(None))
+        update(OperatorKey)
+        .where(OperatorKey.key_id == key_id, OperatorKey.revoked_at.is_(None))
         .values(revoked_at=func.now())
-        .returning(OperatorKeyRow.id)
+        .returning(OperatorKey.id)
     )
     if revoked is None:
         raise NotFoundError(f"There is no operator key {key_id!r}.", param="key_id")
@@ -65,13 +65,13 @@ def revoke_operator_key(session: Session, key_id: str) -> None:
 
 def authenticate_operator(session: Session, api_key: ApiKey) -> OperatorIdentity:
     """Return whose live operator key this is. Unknown, wrong, revoked and expired ones are answered alike."""
-    row = session.scalar(select(OperatorKeyRow).where(OperatorKeyRow.key_id == api_key.key_id, *_is_live()))
+    row = session.scalar(select(OperatorKey).where(OperatorKey.key_id == api_key.key_id, *_is_live()))
     if not hmac.compare_digest(row.secret_hash if row else bytes(32), api_key.secret_hash) or row is None:
         raise UnauthenticatedError("Incorrect operator key provided: it is unknown, expired or revoked.")
     if row.last_used_at is None or dt.datetime.now(dt.UTC) - row.last_used_at >= LAST_USED_INTERVAL:
-        session.execute(update(OperatorKeyRow).where(OperatorKeyRow.id == row.id).values(last_used_at=func.now()))
+        session.execute(update(OperatorKey).where(OperatorKey.id == row.id).values(last_used_at=func.now()))
     return OperatorIdentity(name=row.name, key_id=row.key_id, is_read_only=row.is_read_only)
 
 
 def _is_live() -> tuple[ColumnElement[bool], ...]:
-    return (OperatorKeyRow.revoked_at.is_(None), func.coalesce(OperatorKeyRow.expires_at > func.now(), True))
+    return (OperatorKey.revoked_at.is_(None), func.coalesce(OperatorKey.expires_at > func.now(), True))

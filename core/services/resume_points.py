@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Attempt, Job, Metric, ResumePoint
+from core.db.models import Attempt, Job, Observation, ResumePoint
 from core.domain.ids import new_id
 from core.services.attempts import Lease, StoredArtifact, lock_held
 from core.services.events import record_event
@@ -59,7 +59,7 @@ def begin_steps(session: Session, lease: Lease, *, step: int, total_steps: int) 
     job.trained_steps, job.total_steps = step, total_steps
     job.skipped_steps = step - _count_metrics(session, job, until=step)
     session.execute(update(Attempt).where(Attempt.lease_token == lease.token).values(stepping_at=func.now()))
-    session.execute(delete(Metric).where(Metric.job_id == job.id, Metric.step > step))
+    session.execute(delete(Observation).where(Observation.job_id == job.id, Observation.step > step))
     lost = session.scalars(
         delete(ResumePoint)
         .where(ResumePoint.job_id == job.id, ResumePoint.step > step)
@@ -75,7 +75,9 @@ def _count_metrics(session: Session, job: Job, *, until: int) -> int:
 
     The reports of all steps before a resume point are stored before the point itself, so none is missing.
     """
-    counted = select(func.count()).select_from(Metric).where(Metric.job_id == job.id, Metric.step <= until)
+    counted = (
+        select(func.count()).select_from(Observation).where(Observation.job_id == job.id, Observation.step <= until)
+    )
     return session.scalars(counted).one()
 
 

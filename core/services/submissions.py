@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, aliased
 
 from core.crashpoints import CrashPoint, reach
 from core.db.locks import lock_for_tenant, shared_lock_call
-from core.db.models import BaseModelRow, BaseTokenizerRow, File, Job, Tenant
+from core.db.models import BaseModelRow, BaseTokenizer, File, Job, Tenant
 from core.db.session import notify_after_commit
 from core.domain import bounds
 from core.domain.dataset_counts import DatasetName
@@ -255,7 +255,7 @@ def _means_query() -> Select[BaseModelRow, str | None, File, File, int | None, b
     return (
         select(
             BaseModelRow,
-            BaseTokenizerRow.object_key,
+            BaseTokenizer.object_key,
             training,
             validation,
             Tenant.max_tokens_per_job,
@@ -263,7 +263,7 @@ def _means_query() -> Select[BaseModelRow, str | None, File, File, int | None, b
         )
         .select_from(Tenant)
         .outerjoin(BaseModelRow, and_(BaseModelRow.id == base_model_id, is_usable_by(tenant_id)))
-        .outerjoin(BaseTokenizerRow, BaseTokenizerRow.base_model_id == BaseModelRow.id)
+        .outerjoin(BaseTokenizer, BaseTokenizer.base_model_id == BaseModelRow.id)
         .outerjoin(training, is_live_file(training, tenant_id, bindparam("training_file_id", type_=Uuid)))
         .outerjoin(validation, is_live_file(validation, tenant_id, bindparam("validation_file_id", type_=Uuid)))
         .where(Tenant.id == tenant_id)

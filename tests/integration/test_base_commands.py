@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cli.base_files import BaseDescription, BaseFilesError, describe_base, find_license
 from cli.main import app
-from core.db.models import BaseModelRow, BaseTokenizerRow
+from core.db.models import BaseModelRow, BaseTokenizer
 from core.db.session import service_transaction
 from core.services.base_models import (
     BaseModelEntry,
@@ -92,7 +92,7 @@ def test_a_base_is_added_from_its_own_files_loaded_once_and_its_tokenizer_kept(
     assert set(row.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert str(row.checked_by).startswith("cli:")
     with service_transaction(owner) as session:
-        assert session.get(BaseTokenizerRow, ADDED) is not None
+        assert session.get(BaseTokenizer, ADDED) is not None
 
 
 def test_a_bases_licence_is_its_cards_unless_the_operator_names_one(

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, func, select, update
 from structlog.testing import capture_logs
 
 from core.db.clock import DatabaseClock
-from core.db.models import Attempt, BaseModelRow, BaseTokenizerRow, Event, Job, Pool
+from core.db.models import Attempt, BaseModelRow, BaseTokenizer, Event, Job, Pool
 from core.db.session import connect, service_transaction
 from core.domain.bases import BaseState
 from core.domain.errors import ConflictError
@@ -183,7 +183,7 @@ def test_an_idle_worker_has_its_first_base_and_the_tokenizer_before_a_job_which_
     assert (facts.state, facts.pool, facts.slots, facts.slots_in_use) == ("idle", POOL, 8, 0)
     assert row_of(owner).state == BaseState.USABLE
     with service_transaction(owner) as session:
-        assert session.get(BaseTokenizerRow, BASE_MODEL) is not None
+        assert session.get(BaseTokenizer, BASE_MODEL) is not None
     warm = trainers()
     assert len(warm) == 1
     runner.warm()

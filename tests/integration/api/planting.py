@@ -19,7 +19,7 @@ from core.db.models import (
     IdempotencyKey,
     Job,
     LogLine,
-    Metric,
+    Observation,
     ResumePoint,
     SetAside,
     Upload,
@@ -111,7 +111,7 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
     adapter = Adapter(
         id=new_id(), name=name, base_model_id=BASE_MODEL, object_prefix=prefix, files=FILES, size_bytes=1, **own
     )
-    metric = Metric(
+    metric = Observation(
         step=32, lease_token=token, train_loss=1, train_accuracy=1, learning_rate=1, grad_norm=1, num_tokens=1, **own
     )
     session.add_all([attempt, checkpoint, event, adapter, metric])
