@@ -49,8 +49,6 @@ _FIELDS = (
     "checked_by",
     "quantizations",
     "max_seq_len",
-    "is_enabled",
-    "disabled_at",
 )
 Quantized = Annotated[str | None, typer.Option(help="Load it in this quantization.")]
 Licensed = Annotated[str | None, typer.Option("--license", help="The weights' licence; what its files say by default.")]
@@ -73,7 +71,8 @@ def list_bases(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
 
 def _describe(row: BaseModelRow, refusals: tuple[Refusal, ...]) -> dict[str, Any]:
     of_base = [asdict(each) for each in refusals if each.pool.partition("@")[0] == row.id]
-    return {**fields_of(row, _FIELDS), "refusals": of_base}
+    switches = {"is_enabled": row.is_in_registry, "disabled_at": row.disabled_at}
+    return {**fields_of(row, _FIELDS), **switches, "refusals": of_base}
 
 
 @base_models.command("add")

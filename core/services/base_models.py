@@ -64,7 +64,7 @@ def sync_base_models(session: Session, registry: Registry) -> None:
     """
     ids = [entry.id for entry in registry.base_models]
     is_left = and_(BaseModelRow.id.not_in(ids), BaseModelRow.is_registered_by_hand.is_(False))
-    session.execute(update(BaseModelRow).where(is_left).values(is_enabled=False))
+    session.execute(update(BaseModelRow).where(is_left).values(is_in_registry=False))
     for entry in registry.base_models:
         register_base_model(session, entry, is_by_hand=False)
 
@@ -86,9 +86,9 @@ def unregister_base_model(session: Session, base_model_id: str) -> None:
     Raises NotFoundError, and ConflictError for one that stands in the registry's file.
     """
     row = get_known_base_model(session, base_model_id)
-    if row.is_enabled and not row.is_registered_by_hand:
+    if row.is_in_registry and not row.is_registered_by_hand:
         raise ConflictError(f"{row.id} stands in the registry's file: take it out there and run `espalier migrate`.")
-    session.execute(update(BaseModelRow).where(BaseModelRow.id == row.id).values(is_enabled=False))
+    session.execute(update(BaseModelRow).where(BaseModelRow.id == row.id).values(is_in_registry=False))
 
 
 def record_state(
@@ -206,4 +206,4 @@ def is_usable_by(tenant_id: uuid.UUID | ColumnElement[uuid.UUID]) -> ColumnEleme
 
 
 def _is_served() -> ColumnElement[bool]:
-    return and_(BaseModelRow.is_enabled, BaseModelRow.disabled_at.is_(None))
+    return and_(BaseModelRow.is_in_registry, BaseModelRow.disabled_at.is_(None))

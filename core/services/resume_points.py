@@ -57,7 +57,7 @@ def begin_steps(session: Session, lease: Lease, *, step: int, total_steps: int) 
     """
     job = lock_held(session, lease)
     job.trained_steps, job.total_steps = step, total_steps
-    job.skipped_steps = step - _count_metrics(session, job, until=step)
+    job.skipped_steps = step - _count_observations(session, job, until=step)
     session.execute(update(Attempt).where(Attempt.lease_token == lease.token).values(stepping_at=func.now()))
     session.execute(delete(Observation).where(Observation.job_id == job.id, Observation.step > step))
     lost = session.scalars(
@@ -70,7 +70,7 @@ def begin_steps(session: Session, lease: Lease, *, step: int, total_steps: int) 
     return tuple(lost)
 
 
-def _count_metrics(session: Session, job: Job, *, until: int) -> int:
+def _count_observations(session: Session, job: Job, *, until: int) -> int:
     """Return how many steps up to `until` have numbers: a step has none if it was skipped.
 
     The reports of all steps before a resume point are stored before the point itself, so none is missing.

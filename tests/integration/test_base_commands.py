@@ -185,12 +185,12 @@ def test_a_base_added_by_hand_is_removed_by_hand_and_one_of_the_registrys_is_not
         register_base_model(session, entry, is_by_hand=True)
         register_base_model(session, make_entry(tmp_path), is_by_hand=False)
         sync_base_models(session, Registry(base_models=(make_entry(tmp_path),)))
-    assert row_of(owner, "acme-labs/brief").is_enabled
+    assert row_of(owner, "acme-labs/brief").is_in_registry
     assert espalier("remove", "acme-labs/brief").exit_code == 0
-    assert not row_of(owner, "acme-labs/brief").is_enabled
+    assert not row_of(owner, "acme-labs/brief").is_in_registry
     refused = espalier("remove", BASE_MODEL)
     assert (refused.exit_code, "stands in the registry's file" in refused.output) == (1, True)
-    assert row_of(owner, BASE_MODEL).is_enabled
+    assert row_of(owner, BASE_MODEL).is_in_registry
 
 
 def test_what_was_found_of_a_base_stands_until_its_entry_changes(owner: Engine, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_what_a_lost_worker_has_charged_is_booked(
 def usage_of(owner: Engine, tenant: Tenant) -> tuple[list[float], float]:
     with service_transaction(owner) as session:
         booked = session.scalars(select(Usage.gpu_seconds).where(Usage.tenant_id == tenant.id)).all()
-        return list(booked), session.get_one(TenantRow, tenant.id).usage
+        return list(booked), session.get_one(TenantRow, tenant.id).usage_seconds
 
 
 def test_every_job_of_many_is_swept_once(

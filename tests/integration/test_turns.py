@@ -71,7 +71,7 @@ def hold_slots(owner: Engine, worker: Engine, tenant: Tenant, *, count: int, sec
 def set_usage(owner: Engine, tenant: Tenant, usage: float, **values: float) -> None:
     with service_transaction(owner) as session:
         row = session.get_one(TenantRow, tenant.id)
-        row.usage, row.lift = usage, 0.0
+        row.usage_seconds, row.lift_seconds = usage, 0.0
         for name, value in values.items():
             setattr(row, name, value)
 
@@ -412,7 +412,7 @@ def level(schedule: Engine) -> None:
 def account(owner: Engine, tenant: Tenant) -> float:
     with service_transaction(owner) as session:
         row = session.get_one(TenantRow, tenant.id)
-        return (row.usage + row.lift) / row.weight
+        return (row.usage_seconds + row.lift_seconds) / row.weight
 
 
 def test_a_newcomer_starts_a_quantum_of_a_slot_before_the_level_and_its_usage_stays_true(
@@ -425,7 +425,7 @@ def test_a_newcomer_starts_a_quantum_of_a_slot_before_the_level_and_its_usage_st
     level(schedule)
     assert account(owner, other_tenant) == pytest.approx(30_000 - 75, rel=1e-3)
     with service_transaction(owner) as session:
-        assert session.get_one(TenantRow, other_tenant.id).usage == 0
+        assert session.get_one(TenantRow, other_tenant.id).usage_seconds == 0
     assert claim(worker).tenant_id == other_tenant.id
 
 
@@ -540,7 +540,7 @@ def test_nobody_is_moved_where_nobody_else_trains(
 
 def usage(owner: Engine, tenant: Tenant) -> float:
     with service_transaction(owner) as session:
-        return session.get_one(TenantRow, tenant.id).usage
+        return session.get_one(TenantRow, tenant.id).usage_seconds
 
 
 def test_a_claim_is_charged_what_its_steps_are_known_to_use_up_to_a_slots_quantum(

@@ -43,8 +43,8 @@ class BaseModelRow(Row):
     chat_template: Mapped[str | None]
     # What its weights are licensed under; null where nobody has said.
     license: Mapped[str | None]
-    # In the registry or not; `disabled_at` is the operator's own switch, which the registry does not move.
-    is_enabled: Mapped[bool] = mapped_column(server_default=text("true"))
+    # `disabled_at` is the operator's own switch, which the registry does not move.
+    is_in_registry: Mapped[bool] = mapped_column("is_enabled", server_default=text("true"))
     # By `base-models add`: a registry file that does not name it leaves it alone.
     is_registered_by_hand: Mapped[bool] = mapped_column(server_default=text("false"))
     disabled_at: Mapped[dt.datetime | None]

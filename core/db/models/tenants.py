@@ -38,9 +38,9 @@ class Tenant(Row):
     slug: Mapped[str] = mapped_column(unique=True)
     name: Mapped[str]
     weight: Mapped[float] = mapped_column(server_default="1")
-    # GPU-seconds, decayed up to `usage_at`. `lift` decays with it; the sum is the tenant's account in fair share.
-    usage: Mapped[float] = mapped_column(server_default="0")
-    lift: Mapped[float] = mapped_column(server_default="0")
+    # GPU-seconds, decayed up to `usage_at`. The lift decays with them; the sum is the tenant's account in fair share.
+    usage_seconds: Mapped[float] = mapped_column("usage", server_default="0")
+    lift_seconds: Mapped[float] = mapped_column("lift", server_default="0")
     usage_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     max_running: Mapped[int] = mapped_column(server_default="8")
     max_queued: Mapped[int] = mapped_column(server_default="1000")
