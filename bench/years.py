@@ -31,7 +31,7 @@ from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import pool_name
 from core.domain.scheduling import FairnessTerms
-from core.services import attempts, census, charges, contract, files, garbage, idempotency, operators, purges
+from core.services import attempts, census, charges, files, garbage, idempotency, operators, promises, purges
 from core.services.oversight import find_pool_demand
 from local.servers import LocalServers
 from local.stack import LocalStack
@@ -337,7 +337,7 @@ def report(stack: LocalStack, servers: LocalServers, clients: Clients, marks: Ma
 def report_contract(owner: Engine) -> None:
     begun = time.perf_counter()
     with service_transaction(owner) as session:
-        findings = contract.check_rows(session, FairnessTerms())
+        findings = promises.check_rows(session, FairnessTerms())
     broken = sum(finding.num_broken for finding in findings)
     print(f"\ncheck-contract, of rows: {time.perf_counter() - begun:.2f} s, {broken} broken.", flush=True)
 

@@ -23,8 +23,8 @@ from api.schemas.objects import (
 from api.schemas.sharing import CreatePermissions, PermissionObject
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, format_id, parse_id
+from core.domain.values import Page
 from core.services import checkpoints
-from core.services.pages import Page
 
 router = APIRouter(prefix="/v1/fine_tuning/checkpoints", tags=["checkpoints"], route_class=OneThreadRoute)
 

@@ -14,8 +14,8 @@ from core.domain.dataset_counts import DatasetCounts
 from core.domain.ids import IdKind, format_id
 from core.domain.progress import Estimate, measure_progress
 from core.domain.training import AdapterConfig, TrainingSpec
+from core.domain.values import Page
 from core.services.adapters import TrainedAdapter
-from core.services.pages import Page
 from core.services.streams import MissedEvent
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from core.db.models import LogLine, Observation
 from core.domain.ids import IdKind, format_id
-from core.services.metrics import MetricSeries
+from core.services.observations import ObservationSeries
 
 
 class MetricObject(BaseModel):
@@ -44,7 +44,7 @@ class MetricSeriesObject(BaseModel):
     is_thinned: bool
 
     @classmethod
-    def of(cls, series: MetricSeries) -> MetricSeriesObject:
+    def of(cls, series: ObservationSeries) -> MetricSeriesObject:
         rows = [MetricObject.of(row) for row in series.rows]
         return cls(data=rows, num_steps=series.num_steps, is_thinned=series.is_thinned)
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from core.db.models import Adapter, Checkpoint, Job
 from core.domain.errors import NotFoundError
 from core.domain.ids import IdKind, not_found
-from core.services.pages import Page
+from core.domain.values import Page
 
 
 @dataclass(frozen=True)

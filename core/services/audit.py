@@ -9,7 +9,7 @@ from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Session
 
 from core.db.models import AuditEntry
-from core.services.pages import Page
+from core.domain.values import Page
 
 _LAST_NUMBER = 2**63 - 1
 

@@ -18,7 +18,7 @@ from core.db.models import Checkpoint, CheckpointPermission, Job, Tenant
 from core.domain.errors import ConflictError, NotFoundError
 from core.domain.ids import IdKind, format_id, new_id, not_found
 from core.domain.jobs import UNFINISHED_STATUSES
-from core.services.pages import Page
+from core.domain.values import Page
 
 
 def find_checkpoint(session: Session, tenant_id: uuid.UUID, *, name: str) -> Checkpoint:

@@ -14,7 +14,7 @@ from core.db.models import File, Job
 from core.domain.errors import ConflictError
 from core.domain.ids import IdKind, format_id, not_found
 from core.domain.jobs import UNFINISHED_STATUSES
-from core.services.pages import Page
+from core.domain.values import Page
 
 Id = uuid.UUID | ColumnElement[uuid.UUID]
 

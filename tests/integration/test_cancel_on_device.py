@@ -16,9 +16,9 @@ from core.db.session import connect, service_transaction
 from core.domain.ids import new_id
 from core.domain.objects import file_key
 from core.domain.scheduling import FairnessTerms
-from core.services.contract import check_rows
 from core.services.files import NewFile, create_file
 from core.services.jobs import cancel_job
+from core.services.promises import check_rows
 from core.services.submissions import JobRequest, submit_job
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore

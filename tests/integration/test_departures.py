@@ -12,8 +12,8 @@ from core.db.session import DATABASE_ERRORS, connect, service_transaction
 from core.domain.scheduling import FairnessTerms
 from core.services import attempts
 from core.services.attempts import Lease
-from core.services.contract import Finding, check_rows
 from core.services.jobs import cancel_job
+from core.services.promises import Finding, check_rows
 from core.services.workers import WorkerFacts, record_worker
 from tests.integration.conftest import Database, Tenant
 from tests.integration.test_attempts import POOL, queue_job

@@ -34,9 +34,9 @@ from core.domain.objects import attempt_prefix
 from core.domain.scheduling import FairnessTerms
 from core.services import attempts, charges
 from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
-from core.services.contract import check_rows
 from core.services.files import NewFile
 from core.services.jobs import cancel_job, pause_job, resume_job
+from core.services.promises import check_rows
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL, queue_job
 

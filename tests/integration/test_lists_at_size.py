@@ -13,10 +13,21 @@ from sqlalchemy.orm import Session
 
 from core.db.session import connect, operator_transaction, service_transaction, tenant_transaction
 from core.domain.scheduling import FairnessTerms
-from core.services import adapters, audit, checkpoints, events, files, jobs, logs, metrics, streams, tenants
+from core.services import (
+    adapters,
+    audit,
+    checkpoints,
+    events,
+    files,
+    jobs,
+    logs,
+    observations,
+    streams,
+    tenants,
+)
 from core.services.explanations import explain_job
 from core.services.logs import LogFilter
-from core.services.metrics import StepRange
+from core.services.observations import StepRange
 from core.services.streams import Watch
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.test_oversight_at_size import statements_of
@@ -175,7 +186,7 @@ LISTS: dict[str, Ask] = {
 
 
 def chart(session: Session, crowd: Crowd, steps: StepRange) -> object:
-    return metrics.read_metrics(session, crowd.tenant.id, job_id=crowd.job_id, steps=steps, points=60)
+    return observations.read_observations(session, crowd.tenant.id, job_id=crowd.job_id, steps=steps, points=60)
 
 
 @pytest.mark.parametrize("name", LISTS)

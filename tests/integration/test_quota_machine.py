@@ -28,9 +28,9 @@ from core.services import attempts, resume_points, uploads
 from core.services.adapters import delete_adapter
 from core.services.attempts import Lease, StoredArtifact
 from core.services.checkpoints import delete_checkpoint
-from core.services.contract import check_rows
 from core.services.files import NewFile, create_file, delete_file
 from core.services.jobs import cancel_job, pause_job, resume_job
+from core.services.promises import check_rows
 from core.services.purges import find_purges, mark_purged
 from core.services.quotas import reserve_storage
 from core.services.submissions import JobRequest, submit_job

@@ -20,9 +20,9 @@ from core.domain.jobs import pool_name
 from core.domain.scheduling import FairnessTerms
 from core.services import attempts, charges
 from core.services.attempts import Lease
-from core.services.contract import check_rows
 from core.services.events import list_events
 from core.services.job_rows import BATCH_ROWS
+from core.services.promises import check_rows
 from core.services.retention import Kind, forget_some
 from core.services.usage import UsageGroup, UsagePeriod, UsageTotal, sum_usage
 from core.storage import S3ObjectStore

@@ -15,8 +15,8 @@ from core.domain.ids import new_id
 from core.domain.objects import attempt_prefix, file_key
 from core.services import attempts, charges
 from core.services.attempts import Lease, StoredArtifact
-from core.services.contract import check_objects
 from core.services.files import NewFile, create_file
+from core.services.promises import check_objects
 from core.storage import S3ObjectStore
 from schedule.sweeper import settle, sweep
 from tests.integration.conftest import Tenant

@@ -15,8 +15,8 @@ from core.domain.jobs import pool_name
 from core.domain.scheduling import ENTRY_CHARGE_SECONDS, FairnessTerms
 from core.services import attempts, charges, turns
 from core.services.attempts import Lease
-from core.services.contract import check_rows
 from core.services.jobs import pause_job, resume_job
+from core.services.promises import check_rows
 from core.services.resume_points import begin_steps
 from core.services.turns import Loan, PoolChoice, SlotTerms
 from core.services.workers import WorkerFacts, record_worker

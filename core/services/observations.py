@@ -64,7 +64,7 @@ class StepRange:
 
 
 @dataclass(frozen=True)
-class MetricSeries:
+class ObservationSeries:
     """`rows` stand for the `num_steps` that there are in the range; `is_thinned` where they are fewer."""
 
     rows: tuple[Observation, ...]
@@ -75,24 +75,24 @@ class MetricSeries:
         return len(self.rows) < self.num_steps
 
 
-def read_metrics(
+def read_observations(
     session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, steps: StepRange, points: int
-) -> MetricSeries:
+) -> ObservationSeries:
     """Return at most `points` (3 at least) steps of a job within a range, in order."""
     in_range = Observation.step.between(steps.first, steps.last)
     own: tuple[ColumnElement[bool], ...] = (Observation.tenant_id == tenant_id, Observation.job_id == job_id, in_range)
     found = _find_range(session, own)
     if found is None:
-        return MetricSeries(rows=(), num_steps=0)
+        return ObservationSeries(rows=(), num_steps=0)
     if found.num_steps > points:
         cut = _cut(found, num_stretches=points // _ROWS_A_STRETCH)
         session.execute(_PLAN_ANEW)
         num_steps, kept = session.execute(_KEPT, {"tenant_id": tenant_id, "job_id": job_id, **cut}).one()
         if num_steps > points:
             own = (*own, Observation.step == func.any(kept))
-            return MetricSeries(_read_rows(session, own), num_steps)
+            return ObservationSeries(_read_rows(session, own), num_steps)
     rows = _read_rows(session, own)
-    return MetricSeries(rows, len(rows))
+    return ObservationSeries(rows, len(rows))
 
 
 def _find_range(session: Session, own: tuple[ColumnElement[bool], ...]) -> StepRange | None:
