@@ -17,12 +17,12 @@ from sqlalchemy.orm import Session
 from api.metrics import UPLOAD_BYTES, UPLOADS
 from core.db.models import File, Upload
 from core.db.session import DATABASE_ERRORS, tenant_transaction
+from core.domain.api_keys import Identity
 from core.domain.datasets import DatasetChecker
 from core.domain.ids import new_id
 from core.domain.objects import file_key
 from core.services import uploads
 from core.services.files import NewFile
-from core.services.tenants import Identity
 from core.services.uploads import COMPLETION_LEASE, Completion
 from core.storage import ObjectStore
 

@@ -22,9 +22,9 @@ from sqlalchemy import Engine
 
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.jobs import pool_name
 from core.services import attempts
-from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
 from local.servers import LocalServers
 from local.stack import prepare_database
 

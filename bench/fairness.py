@@ -26,11 +26,11 @@ from sqlalchemy import Engine, text
 
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.jobs import pool_name
 from core.domain.scheduling import QUANTUM_SECONDS, FairnessTerms, slot_seconds
 from core.services import attempts, charges, turns
 from core.services.attempts import Lease
-from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
 from core.services.turns import PoolChoice, SlotTerms
 from core.services.workers import WorkerFacts, record_worker
 from local.servers import LocalServers

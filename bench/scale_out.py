@@ -38,9 +38,9 @@ from bench.stub_workers import BASES, LOAD_SECONDS, STEPS_AN_EPOCH, Tally
 from bench.workload import command, machine
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.ids import new_id
 from core.domain.objects import file_key
-from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
 from core.services.files import NewFile, create_file
 from core.services.submissions import JobRequest, submit_job
 from local.processes import ChildProcess, ProcessSpec

@@ -10,7 +10,7 @@ from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
 from api.schemas.objects import DeletedObject, ListObject
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope, parse_key_id
-from core.services import tenants
+from core.services import api_keys
 
 router = APIRouter(prefix="/v1/api_keys", tags=["api-keys"], route_class=OneThreadRoute)
 
@@ -22,7 +22,7 @@ def create_api_key(database: Database, caller: Caller, body: CreateApiKey) -> Is
     The transaction ends here: others may wait for its lock in every thread that there is.
     """
     with tenant_transaction(database, caller.tenant_id, actor=caller.actor) as session:
-        issued = tenants.issue_api_key(
+        issued = api_keys.issue_api_key(
             session,
             caller.tenant_id,
             name=body.name,
@@ -36,17 +36,17 @@ def create_api_key(database: Database, caller: Caller, body: CreateApiKey) -> Is
 @router.get("", dependencies=[needs(Scope.ADMIN)])
 def list_api_keys(session: Transaction, caller: Caller) -> ListObject[ApiKeyObject]:
     """List the live keys, oldest first: there are never more than fit into one answer."""
-    rows = [ApiKeyObject.of(row) for row in tenants.list_api_keys(session, caller.tenant_id)]
+    rows = [ApiKeyObject.of(row) for row in api_keys.list_api_keys(session, caller.tenant_id)]
     return ListObject(data=rows)
 
 
 @router.get("/{key_id}", dependencies=[needs(Scope.ADMIN)])
 def get_api_key(session: Transaction, caller: Caller, key_id: str) -> ApiKeyObject:
-    return ApiKeyObject.of(tenants.get_api_key(session, caller.tenant_id, key_id=parse_key_id(key_id)))
+    return ApiKeyObject.of(api_keys.get_api_key(session, caller.tenant_id, key_id=parse_key_id(key_id)))
 
 
 @router.delete("/{key_id}", dependencies=[needs(Scope.ADMIN)])
 def revoke_api_key(session: Transaction, caller: Caller, key_id: str, *, with_children: bool = False) -> DeletedObject:
     """End a key, and with it all keys that came of it if `with_children`."""
-    tenants.revoke_api_key(session, caller.tenant_id, key_id=parse_key_id(key_id), with_children=with_children)
+    api_keys.revoke_api_key(session, caller.tenant_id, key_id=parse_key_id(key_id), with_children=with_children)
     return DeletedObject(id=key_id, object="organization.api_key")

@@ -29,12 +29,11 @@ from api.errors import error_body
 from api.feeds import Batch, EventFeed
 from api.routing import OneThreadRoute, share_of
 from core.db.session import tenant_transaction
-from core.domain.api_keys import Scope
+from core.domain.api_keys import Identity, Scope
 from core.domain.errors import InvalidRequestError
 from core.domain.ids import IdKind, parse_id
 from core.services import jobs
 from core.services.streams import Watch
-from core.services.tenants import Identity
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=OneThreadRoute)
 _RETRY_MILLISECONDS = 1000

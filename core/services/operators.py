@@ -5,29 +5,14 @@ from __future__ import annotations
 import datetime as dt
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import OperatorKey
-from core.domain.api_keys import OPERATOR_PREFIX, ApiKey, generate_api_key
+from core.domain.api_keys import LAST_USED_INTERVAL, OPERATOR_PREFIX, ApiKey, OperatorIdentity, generate_api_key
 from core.domain.errors import NotFoundError, UnauthenticatedError
 from core.domain.ids import new_id
-from core.services.tenants import LAST_USED_INTERVAL
-
-
-@dataclass(frozen=True)
-class OperatorIdentity:
-    """Who is asking: the owner of a live operator key."""
-
-    name: str
-    key_id: str
-    is_read_only: bool
-
-    @property
-    def actor(self) -> str:
-        return f"operator:{self.name}:{self.key_id}"
 
 
 def issue_operator_key(

@@ -16,13 +16,8 @@ from cli.base_files import BaseDescription, BaseFilesError, describe_base, find_
 from cli.main import app
 from core.db.models import BaseModelRow, BaseTokenizer
 from core.db.session import service_transaction
-from core.services.base_models import (
-    BaseModelEntry,
-    BaseModelSource,
-    Registry,
-    register_base_model,
-    sync_base_models,
-)
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
+from core.services.registry import register_base_model, sync_base_models
 from core.services.workers import WorkerFacts, record_worker
 from local.binaries import find_smollm2
 from local.servers import ServerAddresses

@@ -25,6 +25,7 @@ from core.domain.ids import IdKind, new_id, parse_id
 from core.domain.objects import attempt_prefix, tenant_prefix
 from core.domain.scheduling import FairnessTerms
 from core.services import attempts, charges, resume_points
+from core.services.api_keys import issue_api_key
 from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
 from core.services.checkpoints import revoke_permission, share_checkpoint
 from core.services.erasure import BEGINNING, Place, erase_some_jobs, erase_some_of_tenant
@@ -33,7 +34,7 @@ from core.services.job_rows import BATCH_ROWS
 from core.services.logs import record_log_line
 from core.services.promises import check_objects, check_rows
 from core.services.set_asides import set_aside
-from core.services.tenants import TenantChange, change_tenant, create_tenant, delete_tenant, find_tenant, issue_api_key
+from core.services.tenants import TenantChange, change_tenant, create_tenant, delete_tenant, find_tenant
 from core.services.usage import UsageGroup, UsagePeriod, UsageTotal, sum_usage
 from core.storage import S3ObjectStore
 from schedule.eraser import erase

@@ -15,6 +15,7 @@ from core.db.session import connect, operator_transaction, service_transaction, 
 from core.domain.scheduling import FairnessTerms
 from core.services import (
     adapters,
+    api_keys,
     audit,
     checkpoints,
     events,
@@ -23,7 +24,6 @@ from core.services import (
     logs,
     observations,
     streams,
-    tenants,
 )
 from core.services.explanations import explain_job
 from core.services.logs import LogFilter
@@ -179,7 +179,7 @@ LISTS: dict[str, Ask] = {
     "files, oldest first": lambda s, c: ask_files(s, c, order="asc"),
     "adapters": lambda s, c: adapters.list_adapters(s, c.tenant.id, after=None, limit=100),
     "adapters, deep": lambda s, c: adapters.list_adapters(s, c.tenant.id, after=c.middle["adapters"], limit=100),
-    "API keys": lambda s, c: tenants.list_api_keys(s, c.tenant.id),
+    "API keys": lambda s, c: api_keys.list_api_keys(s, c.tenant.id),
     "a chart of all steps": lambda s, c: chart(s, c, StepRange(1, 2**40)),
     "a chart of some steps": lambda s, c: chart(s, c, StepRange(1001, 9000)),
 }
