@@ -21,8 +21,8 @@ from core.domain.api_keys import Identity
 from core.domain.datasets import DatasetChecker
 from core.domain.ids import new_id
 from core.domain.objects import file_key
+from core.domain.values import NewFile
 from core.services import uploads
-from core.services.files import NewFile
 from core.services.uploads import COMPLETION_LEASE, Completion
 from core.storage import ObjectStore
 

@@ -41,7 +41,8 @@ from core.db.session import connect, service_transaction
 from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.ids import new_id
 from core.domain.objects import file_key
-from core.services.files import NewFile, create_file
+from core.domain.values import NewFile
+from core.services.files import create_file
 from core.services.submissions import JobRequest, submit_job
 from local.processes import ChildProcess, ProcessSpec
 from local.servers import LocalServers, ServerAddresses

@@ -27,6 +27,7 @@ from core.db.clock import DatabaseClock
 from core.db.models import Job
 from core.db.session import connect
 from core.domain.jobs import pool_name
+from core.domain.values import StoredFile
 from core.queue import queue_name
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore, StoredObject
@@ -41,7 +42,6 @@ from worker.messages import (
     StartJob,
     StepDone,
     StopJob,
-    StoredFile,
     UsageCounted,
     YieldJob,
 )

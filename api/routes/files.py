@@ -21,9 +21,9 @@ from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import DomainError
 from core.domain.ids import IdKind, parse_id
+from core.domain.values import NewFile
 from core.services import files as file_service
 from core.services import quotas
-from core.services.files import NewFile
 
 router = APIRouter(prefix="/v1/files", tags=["files"], route_class=OneThreadRoute)
 _MAX_LISTED = 1000

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from core.domain import bounds
-from core.domain.training import Frozen, Quantization
+from core.domain.training import Quantization
+from core.domain.values import Frozen
 
 
 class BaseState(StrEnum):

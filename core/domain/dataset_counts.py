@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 
 DatasetName = Literal["training", "validation"]
 FILE_FIELDS: dict[DatasetName, str] = {"training": "training_file", "validation": "validation_file"}

@@ -1,4 +1,4 @@
-"""API keys of tenants, from making to revoking. A secret is returned once, when it is made, and only its hash is kept."""
+"""API keys of tenants, from making to revoking. A secret is returned once, when it is made; only its hash is kept."""
 
 from __future__ import annotations
 

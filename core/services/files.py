@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session, defer
@@ -14,26 +12,9 @@ from core.db.models import File, Job
 from core.domain.errors import ConflictError
 from core.domain.ids import IdKind, format_id, not_found
 from core.domain.jobs import UNFINISHED_STATUSES
-from core.domain.values import Page
+from core.domain.values import NewFile, Page
 
 Id = uuid.UUID | ColumnElement[uuid.UUID]
-
-
-@dataclass(frozen=True)
-class NewFile:
-    """What is known of a file once its bytes are stored. `problems` are JSON-ready."""
-
-    id: uuid.UUID
-    filename: str
-    purpose: Literal["fine-tune", "fine-tune-results"]
-    object_key: str
-    size_bytes: int
-    sha256: str
-    num_examples: int = 0
-    status_details: str | None = None
-    problems: tuple[dict[str, Any], ...] = ()
-    report: dict[str, Any] = field(default_factory=dict)
-    lifetime: timedelta | None = None
 
 
 def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File:

@@ -1,7 +1,8 @@
-"""Metrics of a job, thinned out so that a chart of any job has a bounded number of points.
+"""Observations of a job: the numbers of its steps, as attempts record them and as a chart shows them.
 
-The range of steps is cut into stretches. Each keeps the step with the least training loss, the one with the greatest
-(so that no spike is lost, as an average would lose it) and the last one that was evaluated, or else its last.
+A chart of any job has a bounded number of points. The range of steps is cut into stretches. Each keeps the step with
+the least training loss, the one with the greatest (so that no spike is lost, as an average would lose it) and the last
+one that was evaluated, or else its last.
 
 A long range is cut between blocks of 32 steps, whose least and greatest losses are summed up as steps are recorded
 (migration 0031): a chart of 300,000 steps reads some 9,400 rows. What is not summed up is read step by step.
@@ -13,10 +14,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, func, select, text
+from sqlalchemy import ColumnElement, func, select, text, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Observation
+from core.db.models import Job, Observation
+from core.domain.leases import Lease
+from core.services.events import record_event
+from core.services.leases import lock_held
 
 _ROWS_A_STRETCH = 3
 _STEPS_A_BLOCK = 32
@@ -52,6 +56,18 @@ select (select sum(num_steps)::bigint from looked), array(select step from kept)
 
 
 @dataclass(frozen=True)
+class StepRecord:
+    """The numbers of one optimizer step, as they are stored and shown."""
+
+    step: int
+    train_loss: float
+    train_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class StepRange:
     """Steps `first` to `last`, both included."""
 
@@ -75,6 +91,66 @@ class ObservationSeries:
         return len(self.rows) < self.num_steps
 
 
+def record_step(session: Session, lease: Lease, *, record: StepRecord, total_steps: int) -> None:
+    """Store one step's metrics and show them as an event. A step that is stored already stays as it is."""
+    job = _pass_step(session, lease, record.step)
+    if job is None:
+        return
+    session.add(
+        Observation(
+            job_id=job.id,
+            tenant_id=job.tenant_id,
+            lease_token=lease.token,
+            step=record.step,
+            train_loss=record.train_loss,
+            train_accuracy=record.train_accuracy,
+            learning_rate=record.learning_rate,
+            grad_norm=record.grad_norm,
+            num_tokens=record.num_tokens,
+        )
+    )
+    record_event(
+        session,
+        job,
+        message=f"Step {record.step}/{total_steps}: training loss={record.train_loss:.4f}",
+        metrics={
+            "step": record.step,
+            "total_steps": total_steps,
+            "train_loss": record.train_loss,
+            "train_mean_token_accuracy": record.train_accuracy,
+            "learning_rate": record.learning_rate,
+            "num_tokens": record.num_tokens,
+        },
+    )
+
+
+def record_skipped_step(session: Session, lease: Lease, *, step: int, total_steps: int) -> None:
+    """Count a step that has changed nothing, and say so in an event. A step that is counted already is not again."""
+    job = _pass_step(session, lease, step)
+    if job is None:
+        return
+    job.skipped_steps += 1
+    record_event(
+        session,
+        job,
+        level="warn",
+        message=f"Step {step}/{total_steps} was skipped: its gradient was not finite.",
+        metrics={"step": step, "total_steps": total_steps, "is_skipped": True},
+    )
+
+
+def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float, accuracy: float) -> None:
+    """Store the validation result that belongs to a step."""
+    job = lock_held(session, lease)
+    session.execute(
+        update(Observation)
+        .where(Observation.job_id == job.id, Observation.step == step)
+        .values(valid_loss=loss, valid_accuracy=accuracy)
+    )
+    metrics = {"step": step, "full_valid_loss": loss, "full_valid_mean_token_accuracy": accuracy}
+    record_event(session, job, message=f"Step {step}: validation loss={loss:.4f}", metrics=metrics)
+
+
 def read_observations(
     session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, steps: StepRange, points: int
 ) -> ObservationSeries:
@@ -93,6 +169,17 @@ def read_observations(
             return ObservationSeries(_read_rows(session, own), num_steps)
     rows = _read_rows(session, own)
     return ObservationSeries(rows, len(rows))
+
+
+def _pass_step(session: Session, lease: Lease, step: int) -> Job | None:
+    """Move the job to a step that is over. None where it is there, or beyond, already."""
+    job = lock_held(session, lease)
+    if step <= job.trained_steps:
+        return None
+    job.trained_steps = step
+    if step > job.furthest_step:
+        job.furthest_step, job.num_uncounted = step, 0
+    return job
 
 
 def _find_range(session: Session, own: tuple[ColumnElement[bool], ...]) -> StepRange | None:

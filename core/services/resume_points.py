@@ -13,8 +13,10 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, Job, Observation, ResumePoint
 from core.domain.ids import new_id
-from core.services.attempts import Lease, StoredArtifact, lock_held
+from core.domain.leases import Lease
+from core.domain.values import StoredArtifact
 from core.services.events import record_event
+from core.services.leases import lock_held
 
 KEPT_RESUME_POINTS = 2
 
@@ -39,7 +41,7 @@ def record_resume_point(session: Session, lease: Lease, *, step: int, artifact: 
             lease_token=lease.token,
             step=step,
             object_prefix=artifact.object_prefix,
-            files=list(artifact.files),
+            files=artifact.dump_files(),
             size_bytes=artifact.size_bytes,
         )
     )

@@ -33,7 +33,6 @@ from core.domain.training import (
     ALL_LINEAR,
     BASE_LEARNING_RATE,
     AdapterConfig,
-    Frozen,
     LearningRateSchedule,
     Quantization,
     TrainingSpec,
@@ -43,6 +42,7 @@ from core.domain.training import (
     resolve_epochs,
     resolve_learning_rate,
 )
+from core.domain.values import Frozen
 from core.services.adapters import find_adapter, get_adapter
 from core.services.base_models import check_is_usable, get_base_model, is_usable_by
 from core.services.checkpoints import find_checkpoint

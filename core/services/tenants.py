@@ -15,8 +15,7 @@ from core.db.models import ApiKeyRow, BaseModelRow, Tenant
 from core.domain import bounds
 from core.domain.errors import ConflictError, InvalidRequestError, NotFoundError
 from core.domain.ids import new_id
-from core.domain.training import Frozen
-from core.domain.values import Page
+from core.domain.values import Frozen, Page
 
 SLUG_PATTERN = r"[a-z0-9][a-z0-9-]{0,31}"
 TenantName = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]

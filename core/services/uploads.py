@@ -21,7 +21,8 @@ from sqlalchemy.orm import Session
 from core.db.models import File, Upload, UploadPart
 from core.domain.errors import BusyError, ConflictError, InvalidRequestError, PayloadTooLargeError
 from core.domain.ids import IdKind, new_id, not_found
-from core.services.files import NewFile, create_file
+from core.domain.values import NewFile
+from core.services.files import create_file
 
 UPLOAD_LIFETIME = timedelta(hours=1)
 COMPLETION_LEASE = timedelta(minutes=2)

@@ -21,9 +21,10 @@ from core.db.session import connect, service_transaction
 from core.domain.bases import BaseState
 from core.domain.errors import ConflictError
 from core.domain.ids import new_id
-from core.services import attempts
+from core.domain.values import NewFile
+from core.services import claims
 from core.services.base_models import record_state
-from core.services.files import NewFile, create_file
+from core.services.files import create_file
 from core.services.submissions import JobRequest, submit_job
 from core.services.workers import WorkerFacts, record_worker
 from core.settings import WorkerSettings
@@ -123,7 +124,7 @@ def show_presence(owner: Engine, facts: WorkerFacts) -> None:
 
 def claimable(owner: Engine) -> set[str]:
     with service_transaction(owner) as session:
-        return set(attempts.claimable_pools(session))
+        return set(claims.claimable_pools(session))
 
 
 def test_a_base_that_is_not_there_costs_its_job_no_attempt_and_its_row_says_why(
@@ -399,7 +400,7 @@ def test_a_trainer_is_told_the_licence_of_its_jobs_base(
     queue_real_job(owner, tenant, store, base_model_id=base)
     worker = connect(database.worker_url)
     with service_transaction(worker) as session:
-        job = attempts.claim_job(session, f"{base}@none", worker_name="w", lease_seconds=3600)
+        job = claims.claim_job(session, f"{base}@none", worker_name="w", lease_seconds=3600)
         assert job is not None
         assert order_job(session, job, store=store).facts.base_license == "mit"
     worker.dispose()

@@ -16,7 +16,8 @@ from core.db.session import connect, service_transaction
 from core.domain.ids import new_id
 from core.domain.objects import file_key
 from core.domain.scheduling import FairnessTerms
-from core.services.files import NewFile, create_file
+from core.domain.values import NewFile
+from core.services.files import create_file
 from core.services.jobs import cancel_job
 from core.services.promises import check_rows
 from core.services.submissions import JobRequest, submit_job

@@ -13,18 +13,7 @@ from sqlalchemy.orm import Session
 
 from core.db.session import connect, operator_transaction, service_transaction, tenant_transaction
 from core.domain.scheduling import FairnessTerms
-from core.services import (
-    adapters,
-    api_keys,
-    audit,
-    checkpoints,
-    events,
-    files,
-    jobs,
-    logs,
-    observations,
-    streams,
-)
+from core.services import adapters, api_keys, audit, checkpoints, events, files, jobs, logs, observations, streams
 from core.services.explanations import explain_job
 from core.services.logs import LogFilter
 from core.services.observations import StepRange

@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import Engine, text
 
 from core.db.session import service_transaction
+from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
-from core.services.attempts import Lease
 from core.services.promises import check_rows
 from tests.integration.conftest import Tenant
 from tests.integration.training import fail_job, record_step, start_job

@@ -12,9 +12,9 @@ from core.db.models import Attempt, Job, Pool
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
 from core.domain.jobs import pool_name
+from core.domain.leases import Lease
 from core.domain.scheduling import ENTRY_CHARGE_SECONDS, FairnessTerms
-from core.services import attempts, charges, turns
-from core.services.attempts import Lease
+from core.services import attempts, charges, claims, turns
 from core.services.jobs import pause_job, resume_job
 from core.services.promises import check_rows
 from core.services.resume_points import begin_steps
@@ -42,7 +42,7 @@ def worker(database: Database, owner: Engine) -> Iterator[Engine]:
 
 def claim(engine: Engine, pool: str = POOL, **how: object) -> Lease:
     with service_transaction(engine) as session:
-        job = attempts.claim_job(session, pool, worker_name="w", lease_seconds=3600, **how)  # type: ignore[arg-type]
+        job = claims.claim_job(session, pool, worker_name="w", lease_seconds=3600, **how)  # type: ignore[arg-type]
     assert job is not None
     assert job.lease_token is not None
     return Lease(job.id, job.tenant_id, job.lease_token)
@@ -596,7 +596,7 @@ def test_a_months_quota_counts_what_running_attempts_have_used(worker: Engine, o
     lease = claim(worker)
     with service_transaction(worker) as session:
         charges.charge_use(session, {lease.token: 101.0})
-        assert attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60) is None
+        assert claims.claim_job(session, POOL, worker_name="w", lease_seconds=60) is None
 
 
 # What check-contract sees of it

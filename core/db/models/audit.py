@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import uuid
 
-from sqlalchemy import (
-    Identity,
-    Index,
-    text,
-)
+from sqlalchemy import Identity, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db.base import CreatedAt, Json, Row

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 
-from sqlalchemy import (
-    ARRAY,
-    CheckConstraint,
-    ForeignKey,
-    Text,
-    func,
-    text,
-)
+from sqlalchemy import ARRAY, CheckConstraint, ForeignKey, Text, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db.base import CreatedAt, Json, Row, check_bounds, check_known

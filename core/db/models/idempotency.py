@@ -5,11 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 
-from sqlalchemy import (
-    CheckConstraint,
-    ForeignKeyConstraint,
-    func,
-)
+from sqlalchemy import CheckConstraint, ForeignKeyConstraint, func
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db.base import Row

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import uuid
 
-from sqlalchemy import (
-    ForeignKeyConstraint,
-)
+from sqlalchemy import ForeignKeyConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db.base import CreatedAt, Row

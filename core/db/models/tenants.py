@@ -5,13 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 
-from sqlalchemy import (
-    ARRAY,
-    CheckConstraint,
-    ForeignKey,
-    Text,
-    func,
-)
+from sqlalchemy import ARRAY, CheckConstraint, ForeignKey, Text, func
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db.base import CreatedAt, Row, check_bounds

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 
-from sqlalchemy import (
-    ARRAY,
-    CheckConstraint,
-    Text,
-    func,
-    text,
-)
+from sqlalchemy import ARRAY, CheckConstraint, Text, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db.base import Json, Row

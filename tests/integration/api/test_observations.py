@@ -11,9 +11,9 @@ from sqlalchemy.exc import IntegrityError
 
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, format_id
-from core.services.attempts import Lease, record_evaluation
+from core.domain.leases import Lease
 from core.services.logs import record_log_line
-from core.services.observations import StepRange, read_observations
+from core.services.observations import StepRange, read_observations, record_evaluation
 from core.services.resume_points import begin_steps
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import record_step, start_job

@@ -20,9 +20,10 @@ from core.db.migrate import login_url
 from core.db.session import connect, service_transaction
 from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.ids import IdKind, format_id
+from core.domain.leases import Lease
 from core.services import announcements
 from core.services.api_keys import revoke_api_key
-from core.services.attempts import Lease, requeue_attempt
+from core.services.attempts import requeue_attempt
 from core.services.jobs import cancel_job
 from core.services.streams import Watch
 from local.ports import free_ports
