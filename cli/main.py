@@ -15,9 +15,9 @@ from cli.commands.database import migrate
 from cli.commands.datasets import validate
 from cli.commands.demo import demo
 from cli.commands.doctor import doctor
+from cli.commands.jobs import jobs, pools, usage, workers
 from cli.commands.keys import keys
 from cli.commands.operators import operators
-from cli.commands.oversight import jobs, pools, usage, workers
 from cli.commands.promises import check_contract
 from cli.commands.s3_check import s3_check
 from cli.commands.set_asides import set_asides

@@ -15,7 +15,7 @@ from rich.text import Text
 from sqlalchemy import Engine
 
 from api.schemas.oversight import JobOverviewObject, PoolObject, WorkerObject
-from cli.commands.oversight import (
+from cli.commands.jobs import (
     JOB_COLUMNS,
     POOL_COLUMNS,
     WORKER_COLUMNS,
