@@ -102,7 +102,7 @@ def busy(worker: Engine, owner: Engine) -> Tenant:
 def test_use_as_csv_is_whole_or_says_where_it_was_cut(
     espalier: Espalier, worker: Engine, owner: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.commands.jobs._PAGE_ROWS", 2)
+    monkeypatch.setattr("cli.commands.usage._PAGE_ROWS", 2)
     queue_job(owner, add_tenant(owner), priority=100)
     days = [f"2026-03-0{day}" for day in range(1, 6)]
     book = text("""
