@@ -39,9 +39,9 @@ from bench.workload import command, machine
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
 from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.objects import file_key
-from core.domain.values import NewFile
 from core.services.files import create_file
 from core.services.submissions import JobRequest, submit_job
 from local.processes import ChildProcess, ProcessSpec

@@ -20,8 +20,8 @@ from api.uploads import MultipartUpload, describe_form
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import DomainError
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, parse_id
-from core.domain.values import NewFile
 from core.services import files as file_service
 from core.services import quotas
 

@@ -1,12 +1,10 @@
-"""Values that rooms hand to each other: what is frozen, a page of a listing, and files once they are stored."""
+"""Values that rooms hand to each other: what is frozen, a page of a listing, and artifacts once they are stored."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, Generic, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -54,20 +52,3 @@ class StoredArtifact:
     def dump_files(self) -> list[dict[str, Any]]:
         """Return the files as a row keeps them."""
         return [file.model_dump() for file in self.files]
-
-
-@dataclass(frozen=True)
-class NewFile:
-    """What is known of a file once its bytes are stored. `problems` are JSON-ready."""
-
-    id: uuid.UUID
-    filename: str
-    purpose: Literal["fine-tune", "fine-tune-results"]
-    object_key: str
-    size_bytes: int
-    sha256: str
-    num_examples: int = 0
-    status_details: str | None = None
-    problems: tuple[dict[str, Any], ...] = ()
-    report: dict[str, Any] = field(default_factory=dict)
-    lifetime: timedelta | None = None

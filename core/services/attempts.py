@@ -18,10 +18,11 @@ from core.db.models import Adapter, Attempt, Job
 from core.domain.dataset_counts import DatasetCounts, DatasetName, describe_loss
 from core.domain.duties import Duty
 from core.domain.failures import LEASE_LOST, NO_PROGRESS, WORKER_LOST, Failure
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.jobs import MAX_UNCOUNTED, TERMINAL_STATUSES, AttemptOutcome, JobStatus, retry_delay_seconds
 from core.domain.leases import Lease, StaleLeaseError
-from core.domain.values import NewFile, StoredArtifact
+from core.domain.values import StoredArtifact
 from core.services.adapters import name_adapter
 from core.services.events import record_event
 from core.services.files import create_file

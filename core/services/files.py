@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import asdict
 from typing import Literal
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
@@ -10,9 +11,10 @@ from sqlalchemy.orm import Session, defer
 
 from core.db.models import File, Job
 from core.domain.errors import ConflictError
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, format_id, not_found
 from core.domain.jobs import UNFINISHED_STATUSES
-from core.domain.values import NewFile, Page
+from core.domain.values import Page
 
 Id = uuid.UUID | ColumnElement[uuid.UUID]
 
@@ -30,8 +32,8 @@ def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File
         num_examples=new.num_examples,
         status="error" if new.status_details else "processed",
         status_details=new.status_details,
-        problems=list(new.problems),
-        report=new.report,
+        problems=[asdict(problem) for problem in new.problems],
+        report=new.counts,
         expires_at=None if new.lifetime is None else func.now() + new.lifetime,
     )
     session.add(row)

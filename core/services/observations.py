@@ -92,7 +92,7 @@ class ObservationSeries:
 
 
 def record_step(session: Session, lease: Lease, *, record: StepRecord, total_steps: int) -> None:
-    """Store one step's metrics and show them as an event. A step that is stored already stays as it is."""
+    """Store the numbers of one step and show them as an event. A step that is stored already stays as it is."""
     job = _pass_step(session, lease, record.step)
     if job is None:
         return

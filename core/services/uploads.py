@@ -20,8 +20,8 @@ from sqlalchemy.orm import Session
 
 from core.db.models import File, Upload, UploadPart
 from core.domain.errors import BusyError, ConflictError, InvalidRequestError, PayloadTooLargeError
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, new_id, not_found
-from core.domain.values import NewFile
 from core.services.files import create_file
 
 UPLOAD_LIFETIME = timedelta(hours=1)

@@ -1,4 +1,4 @@
-"""The soak: the real service with two workers under a seeded nemesis, and then the audit of the contract.
+"""The soak: the real service with two workers under a seeded nemesis, and then the audit of the promises.
 
     python -m tests.e2e.chaos --minutes 5 --seed 1
 

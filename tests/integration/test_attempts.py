@@ -13,12 +13,13 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, Job, Usage
 from core.db.session import connect, service_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.jobs import MAX_UNCOUNTED, pool_name
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.objects import attempt_prefix, file_key
 from core.domain.training import Quantization
-from core.domain.values import NewFile, StoredArtifact
+from core.domain.values import StoredArtifact
 from core.services import attempts, charges, claims, leases, observations
 from core.services.files import create_file
 from core.services.jobs import cancel_job

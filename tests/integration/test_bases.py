@@ -20,8 +20,8 @@ from core.db.models import Attempt, BaseModelRow, BaseTokenizer, Event, Job, Poo
 from core.db.session import connect, service_transaction
 from core.domain.bases import BaseState
 from core.domain.errors import ConflictError
+from core.domain.files import NewFile
 from core.domain.ids import new_id
-from core.domain.values import NewFile
 from core.services import claims
 from core.services.base_models import record_state
 from core.services.files import create_file

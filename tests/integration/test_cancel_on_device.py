@@ -13,10 +13,10 @@ from sqlalchemy import Engine, text
 
 from core.db.clock import DatabaseClock
 from core.db.session import connect, service_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.objects import file_key
 from core.domain.scheduling import FairnessTerms
-from core.domain.values import NewFile
 from core.services.files import create_file
 from core.services.jobs import cancel_job
 from core.services.promises import check_rows

@@ -21,11 +21,12 @@ from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.duties import Duty
 from core.domain.errors import ConflictError, NotFoundError
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, new_id, parse_id
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.objects import attempt_prefix, tenant_prefix
 from core.domain.scheduling import FairnessTerms
-from core.domain.values import NewFile, StoredArtifact, StoredFile
+from core.domain.values import StoredArtifact, StoredFile
 from core.services import attempts, charges, checkpoints, leases, observations, resume_points
 from core.services.api_keys import issue_api_key
 from core.services.checkpoints import revoke_permission, share_checkpoint

@@ -1,4 +1,4 @@
-"""A job's life as a state machine on real PostgreSQL: any order of verbs, stale fences among them, keeps the contract.
+"""A job's life as a state machine on real PostgreSQL: any order of verbs, stale fences among them, keeps the promises.
 
 Time passes where the machine says so: instants in the rows are moved into the past of the database's clock.
 """
@@ -28,12 +28,13 @@ from sqlalchemy.exc import IntegrityError
 from core.db.models import Job
 from core.db.session import connect, service_transaction
 from core.domain.errors import ConflictError
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.jobs import MAX_ATTEMPTS
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.objects import attempt_prefix
 from core.domain.scheduling import FairnessTerms
-from core.domain.values import NewFile, StoredArtifact
+from core.domain.values import StoredArtifact
 from core.services import attempts, charges, claims, observations
 from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.leases import heartbeat

@@ -9,9 +9,10 @@ from sqlalchemy import Engine, func, select, text
 
 from core.db.models import File
 from core.db.session import service_transaction, tenant_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.objects import attempt_prefix, file_key
-from core.domain.values import NewFile, StoredArtifact, StoredFile
+from core.domain.values import StoredArtifact, StoredFile
 from core.services import checkpoints, resume_points
 from core.services.files import create_file
 from core.services.jobs import cancel_job

@@ -21,11 +21,12 @@ from sqlalchemy.orm import Session
 from core.db.models import Job
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError, DomainError
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.leases import Lease
 from core.domain.objects import attempt_prefix, file_key
 from core.domain.scheduling import FairnessTerms
-from core.domain.values import NewFile, StoredArtifact, StoredFile
+from core.domain.values import StoredArtifact, StoredFile
 from core.services import attempts, checkpoints, claims, resume_points, uploads
 from core.services.adapters import delete_adapter
 from core.services.checkpoints import delete_checkpoint

@@ -14,13 +14,14 @@ from sqlalchemy import Engine, event, func, select, text
 from core.db.models import Attempt, File, Job, Usage
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import DomainError, RateLimitedError
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.objects import attempt_prefix
 from core.domain.outlook import WaitCode
 from core.domain.scheduling import FairnessTerms
-from core.domain.values import NewFile, StoredArtifact, StoredFile
+from core.domain.values import StoredArtifact, StoredFile
 from core.services import attempts, checkpoints, claims, resume_points
 from core.services.adapters import delete_adapter
 from core.services.checkpoints import delete_checkpoint

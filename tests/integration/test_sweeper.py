@@ -11,10 +11,11 @@ from sqlalchemy import Engine, select, text
 from core.db.models import Job, Usage
 from core.db.models import Tenant as TenantRow
 from core.db.session import service_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.leases import Lease
 from core.domain.objects import attempt_prefix, file_key
-from core.domain.values import NewFile, StoredArtifact, StoredFile
+from core.domain.values import StoredArtifact, StoredFile
 from core.services import attempts, charges, checkpoints
 from core.services.files import create_file
 from core.services.promises import check_objects

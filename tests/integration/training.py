@@ -9,10 +9,10 @@ from sqlalchemy import Engine
 
 from core.db.models import Job
 from core.db.session import service_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.jobs import pool_name
 from core.domain.leases import Lease
-from core.domain.values import NewFile
 from core.services import attempts, claims, observations
 from core.services.files import create_file
 from core.services.observations import StepRecord

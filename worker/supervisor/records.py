@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.leases import Lease
-from core.domain.values import NewFile
 from core.services import attempts, checkpoints, observations, resume_points
 from core.services.logs import record_log_line
 from core.services.observations import StepRecord

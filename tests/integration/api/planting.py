@@ -28,10 +28,10 @@ from core.db.models import (
 )
 from core.db.session import service_transaction, tenant_transaction
 from core.domain.api_keys import format_key_id
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, format_id, new_id
 from core.domain.jobs import checkpoint_model_name, fine_tuned_model_name, pool_name
 from core.domain.objects import attempt_prefix, file_key
-from core.domain.values import NewFile
 from core.services.files import create_file
 from core.storage import ObjectStore
 from tests.integration.conftest import BASE_MODEL, Tenant
