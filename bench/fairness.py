@@ -30,9 +30,10 @@ from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.scheduling import QUANTUM_SECONDS, FairnessTerms, slot_seconds
+from core.domain.workers import WorkerFacts
 from core.services import attempts, charges, claims, turns
 from core.services.turns import PoolChoice, SlotTerms
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from local.servers import LocalServers
 from local.stack import prepare_database
 

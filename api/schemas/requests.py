@@ -12,8 +12,8 @@ from api.schemas.misplaced import find_misplaced
 from core.domain import bounds
 from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, parse_id
+from core.domain.job_requests import JobRequest
 from core.domain.training import LearningRateSchedule, resolve_alpha
-from core.services.submissions import JobRequest
 
 Auto = Literal["auto"]
 # PostgreSQL stores no NUL; half surrogate pairs are refused by pydantic itself.

@@ -22,7 +22,7 @@ class DatasetCounts(Frozen):
     num_left_out_turns: int
 
 
-def describe_loss(counts: DatasetCounts, *, file: DatasetName, max_seq_len: int) -> str | None:
+def describe_omissions(counts: DatasetCounts, *, file: DatasetName, max_seq_len: int) -> str | None:
     """Return the warning about a file of which something is not trained on, or None."""
     told = []
     if counts.num_truncated:

@@ -15,7 +15,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Attempt, Job
-from core.domain.dataset_counts import DatasetCounts, DatasetName, describe_loss
+from core.domain.dataset_counts import DatasetCounts, DatasetName, describe_omissions
 from core.domain.duties import Duty
 from core.domain.failures import LEASE_LOST, NO_PROGRESS, WORKER_LOST, Failure
 from core.domain.files import NewFile
@@ -41,9 +41,9 @@ def record_datasets(session: Session, lease: Lease, *, datasets: Mapping[Dataset
     before = job.datasets or {}
     job.datasets = {name: counts.model_dump() if counts else None for name, counts in datasets.items()}
     for name, counts in datasets.items():
-        loss = describe_loss(counts, file=name, max_seq_len=job.spec["max_seq_len"]) if counts else None
-        if loss is not None and job.datasets[name] != before.get(name):
-            record_event(session, job, level="warn", message=loss)
+        warning = describe_omissions(counts, file=name, max_seq_len=job.spec["max_seq_len"]) if counts else None
+        if warning is not None and job.datasets[name] != before.get(name):
+            record_event(session, job, level="warn", message=warning)
 
 
 def record_message(session: Session, lease: Lease, *, message: str, level: str) -> None:
@@ -162,7 +162,7 @@ def acquit_job(session: Session, lease: Lease) -> bool:
     return session.scalar(waiting.limit(1)) is not None
 
 
-def forgive_loss(session: Session, lease: Lease) -> bool:
+def uncount_lost_attempt(session: Session, lease: Lease) -> bool:
     """Take back the count of an attempt that was ended as lost, and return whether there was anything to take back.
 
     Its worker lives and says so itself. It was cut off from the database, or stood still: it did not die of the job.

@@ -15,6 +15,7 @@ from core.db.models import Attempt, Job, Usage
 from core.db.session import connect, service_transaction
 from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
 from core.domain.jobs import MAX_UNCOUNTED, pool_name
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.objects import attempt_prefix, file_key
@@ -25,7 +26,7 @@ from core.services.files import create_file
 from core.services.jobs import cancel_job
 from core.services.observations import StepRecord
 from core.services.resume_points import begin_steps
-from core.services.submissions import JobRequest, submit_job
+from core.services.submissions import submit_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 
 POOL = pool_name(BASE_MODEL, None)
@@ -236,9 +237,9 @@ def test_a_worker_that_was_cut_off_and_says_so_costs_no_attempt_and_one_that_is_
         assert read_job(owner, job).attempt_count == 1
         newer = claim_at_once(worker, owner, job)
         with service_transaction(worker) as session:
-            assert attempts.forgive_loss(session, cut_off)
-            assert not attempts.forgive_loss(session, cut_off), "once"
-            assert not attempts.forgive_loss(session, newer), "it is not lost"
+            assert attempts.uncount_lost_attempt(session, cut_off)
+            assert not attempts.uncount_lost_attempt(session, cut_off), "once"
+            assert not attempts.uncount_lost_attempt(session, newer), "it is not lost"
         running = read_job(owner, job)
         assert (running.status, running.attempt_count) == ("running", 1)
         with service_transaction(worker) as session:
@@ -250,7 +251,7 @@ def test_a_worker_that_was_cut_off_and_says_so_costs_no_attempt_and_one_that_is_
     assert failed.error is not None
     assert (failed.status, failed.error["code"]) == ("failed", "worker_lost")
     with service_transaction(worker) as session:
-        assert not attempts.forgive_loss(session, dead), "what has ended stays as it ended"
+        assert not attempts.uncount_lost_attempt(session, dead), "what has ended stays as it ended"
 
 
 def test_a_worker_that_is_cut_off_again_and_again_without_a_step_is_charged_in_the_end(
@@ -260,7 +261,7 @@ def test_a_worker_that_is_cut_off_again_and_again_without_a_step_is_charged_in_t
     cut_off = lose(worker, owner, job)
     set_uncounted(owner, MAX_UNCOUNTED)
     with service_transaction(worker) as session:
-        assert not attempts.forgive_loss(session, cut_off)
+        assert not attempts.uncount_lost_attempt(session, cut_off)
     assert read_job(owner, job).attempt_count == 1
 
 

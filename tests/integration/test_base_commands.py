@@ -17,8 +17,9 @@ from cli.main import app
 from core.db.models import BaseModelRow, BaseTokenizer
 from core.db.session import service_transaction
 from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
+from core.domain.workers import WorkerFacts
 from core.services.registry import register_base_model, sync_base_models
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from local.binaries import find_smollm2
 from local.servers import ServerAddresses
 from tests.e2e.lab import write_tiny_base

@@ -22,11 +22,13 @@ from core.domain.bases import BaseState
 from core.domain.errors import ConflictError
 from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
+from core.domain.workers import WorkerFacts
 from core.services import claims
 from core.services.base_models import record_state
 from core.services.files import create_file
-from core.services.submissions import JobRequest, submit_job
-from core.services.workers import WorkerFacts, record_worker
+from core.services.submissions import submit_job
+from core.services.workers import record_worker
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses

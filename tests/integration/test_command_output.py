@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 
 from cli.main import app, walk_commands
 from core.db.session import operator_transaction, service_transaction
+from core.domain.workers import WorkerFacts
 from core.services import attempts
 from core.services.operators import issue_operator_key
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from local.servers import ServerAddresses
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL, claim, queue_job

@@ -11,10 +11,11 @@ from sqlalchemy import Engine, text
 from core.db.session import DATABASE_ERRORS, connect, service_transaction
 from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
+from core.domain.workers import WorkerFacts
 from core.services import attempts, claims
 from core.services.jobs import cancel_job
 from core.services.promises import Finding, check_rows
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from tests.integration.conftest import Database, Tenant
 from tests.integration.test_attempts import POOL, queue_job
 from worker.supervisor.departures import Departures

@@ -23,6 +23,7 @@ from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError, DomainError
 from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
 from core.domain.leases import Lease
 from core.domain.objects import attempt_prefix, file_key
 from core.domain.scheduling import FairnessTerms
@@ -35,7 +36,7 @@ from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.promises import check_rows
 from core.services.purges import find_purges, mark_purged
 from core.services.quotas import reserve_storage
-from core.services.submissions import JobRequest, submit_job
+from core.services.submissions import submit_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL
 

@@ -16,6 +16,7 @@ from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import DomainError, RateLimitedError
 from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
 from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.objects import attempt_prefix
@@ -29,7 +30,7 @@ from core.services.explanations import explain_job
 from core.services.files import create_file, delete_file
 from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.quotas import check_storage, reserve_storage
-from core.services.submissions import JobRequest, submit_job
+from core.services.submissions import submit_job
 from core.services.uploads import (
     NewPart,
     NewUpload,

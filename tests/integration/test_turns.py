@@ -14,12 +14,13 @@ from core.db.session import connect, service_transaction
 from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.scheduling import ENTRY_CHARGE_SECONDS, FairnessTerms
+from core.domain.workers import WorkerFacts
 from core.services import attempts, charges, claims, turns
 from core.services.jobs import pause_job, resume_job
 from core.services.promises import check_rows
 from core.services.resume_points import begin_steps
 from core.services.turns import Loan, PoolChoice, SlotTerms
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL
 from tests.integration.training import queue_job, record_step

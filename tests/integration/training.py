@@ -11,12 +11,13 @@ from core.db.models import Job
 from core.db.session import service_transaction
 from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
 from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.services import attempts, claims, observations
 from core.services.files import create_file
 from core.services.observations import StepRecord
-from core.services.submissions import JobRequest, submit_job
+from core.services.submissions import submit_job
 
 BASE_MODEL = "acme-labs/tiny-base"
 POOL = pool_name(BASE_MODEL, None)

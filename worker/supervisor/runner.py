@@ -36,10 +36,10 @@ from core.domain.ids import IdKind, format_id
 from core.domain.jobs import is_acquitted
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.scheduling import slot_seconds
+from core.domain.workers import WorkerFacts, WorkerState
 from core.services import announcements, attempts, charges, claims
 from core.services.base_models import list_known_base_models
 from core.services.set_asides import ROW_ERRORS
-from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
 from core.storage import ObjectStore, StorageUnavailableError
 from core.telemetry.tracing import AttemptTrace
@@ -671,7 +671,7 @@ class Runner:
         if held is None:
             return
         with service_transaction(self._engine) as session:
-            is_forgiven = attempts.forgive_loss(session, held.lease)
+            is_forgiven = attempts.uncount_lost_attempt(session, held.lease)
         log.info("lease.lost", **held.ids, is_forgiven=is_forgiven)
         self._drop(held, outcome="lease_lost")
 

@@ -16,11 +16,12 @@ from sqlalchemy.exc import ProgrammingError
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.bases import BaseState
 from core.domain.ids import IdKind, format_id
+from core.domain.workers import WorkerFacts
 from core.services import attempts, claims, observations, turns
 from core.services.base_models import record_state
 from core.services.jobs import pause_job
 from core.services.resume_points import begin_steps
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.training import BASE_MODEL, POOL, fail_job, queue_job, record_step, start_job
 from tests.waiting import PATIENCE_SECONDS
