@@ -1,4 +1,4 @@
-"""What a tenant asks of a job, before every "auto" is a number (core.services.submissions makes a TrainingSpec of it)."""
+"""What a tenant asks of a job, before every "auto" is a number: core.services.submissions resolves it."""
 
 from __future__ import annotations
 
