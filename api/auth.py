@@ -18,10 +18,10 @@ from anyio import CapacityLimiter, to_thread
 from sqlalchemy import Engine
 
 from core.db.session import key_transaction, operator_transaction
-from core.domain.api_keys import OPERATOR_PREFIX, ApiKey, parse_api_key
+from core.domain.api_keys import OPERATOR_PREFIX, ApiKey, Identity, OperatorIdentity, parse_api_key
 from core.domain.errors import UnauthenticatedError
-from core.services.operators import OperatorIdentity, authenticate_operator
-from core.services.tenants import Identity, authenticate, reauthenticate
+from core.services.api_keys import authenticate, reauthenticate
+from core.services.operators import authenticate_operator
 
 TTL_SECONDS = 2.0
 _MAX_KEYS = 10_000

@@ -28,10 +28,8 @@ from api.resources import resources_of
 from api.routing import Deferred, Door, share_of
 from api.row_checks import RowChecker
 from core.db.session import operator_transaction, tenant_transaction
-from core.domain.api_keys import Scope
+from core.domain.api_keys import Identity, OperatorIdentity, Scope
 from core.domain.errors import PermissionDeniedError, RateLimitedError
-from core.services.operators import OperatorIdentity
-from core.services.tenants import Identity
 from core.settings import ApiSettings
 from core.storage import ObjectStore
 

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 from uuid import UUID
@@ -17,12 +16,12 @@ from sqlalchemy.orm import Session
 from api.metrics import STORED_BYTES, STORED_DATASETS
 from core.db.models import File, Upload
 from core.db.session import DATABASE_ERRORS, tenant_transaction
+from core.domain.api_keys import Identity
 from core.domain.datasets import DatasetChecker
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.objects import file_key
 from core.services import uploads
-from core.services.files import NewFile
-from core.services.tenants import Identity
 from core.services.uploads import COMPLETION_LEASE, Completion
 from core.storage import ObjectStore
 
@@ -56,8 +55,8 @@ def store_dataset(chunks: Iterable[bytes], *, store: ObjectStore, tenant_id: UUI
         sha256=stored.sha256,
         num_examples=report.num_examples,
         status_details=report.summarize(),
-        problems=tuple(asdict(problem) for problem in report.problems),
-        report=report.counts,
+        problems=report.problems,
+        counts=report.counts,
     )
 
 

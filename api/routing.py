@@ -34,7 +34,7 @@ from pydantic import BaseModel
 
 from api.admission import Gate
 from core.db.session import DATABASE_ERRORS, state_of
-from core.services.tenants import Identity
+from core.domain.api_keys import Identity
 
 log = structlog.get_logger()
 

@@ -22,9 +22,10 @@ from sqlalchemy import Engine
 
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.jobs import pool_name
-from core.services import attempts
-from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
+from core.domain.leases import Lease
+from core.services import attempts, claims
 from local.servers import LocalServers
 from local.stack import prepare_database
 
@@ -63,11 +64,11 @@ class Queue:
         """Claim one job and return how long that took, in milliseconds."""
         begun = time.perf_counter()
         with service_transaction(self.engine) as session:
-            job = attempts.claim_job(session, POOL, worker_name="bench", lease_seconds=60)
+            job = claims.claim_job(session, POOL, worker_name="bench", lease_seconds=60)
         taken = (time.perf_counter() - begun) * 1000
         assert job is not None
         assert job.lease_token is not None
-        lease = attempts.Lease(job.id, job.tenant_id, job.lease_token)
+        lease = Lease(job.id, job.tenant_id, job.lease_token)
         with service_transaction(self.engine) as session:
             attempts.fail_attempt(session, lease, code="bench", message="Over.", is_job_fault=True)
         return taken

@@ -26,13 +26,14 @@ from sqlalchemy import Engine, text
 
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.jobs import pool_name
+from core.domain.leases import Lease
 from core.domain.scheduling import QUANTUM_SECONDS, FairnessTerms, slot_seconds
-from core.services import attempts, charges, turns
-from core.services.attempts import Lease
-from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
+from core.domain.workers import WorkerFacts
+from core.services import attempts, charges, claims, turns
 from core.services.turns import PoolChoice, SlotTerms
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from local.servers import LocalServers
 from local.stack import prepare_database
 
@@ -286,7 +287,7 @@ class SimulatedWorker:
         assert self._pool is not None
         while len(self._slots) < SLOTS and self._next_pool is None and not self._ends_turn():
             with service_transaction(self._engine) as session:
-                job = attempts.claim_job(
+                job = claims.claim_job(
                     session, self._pool, worker_name=self._name, lease_seconds=1e6, is_idle=not self._slots
                 )
             if job is None or job.lease_token is None:

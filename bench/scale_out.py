@@ -38,11 +38,13 @@ from bench.stub_workers import BASES, LOAD_SECONDS, STEPS_AN_EPOCH, Tally
 from bench.workload import command, machine
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
+from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
 from core.domain.objects import file_key
-from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
-from core.services.files import NewFile, create_file
-from core.services.submissions import JobRequest, submit_job
+from core.services.files import create_file
+from core.services.submissions import submit_job
 from local.processes import ChildProcess, ProcessSpec
 from local.servers import LocalServers, ServerAddresses
 from local.stack import prepare_database

@@ -27,6 +27,7 @@ from core.db.clock import DatabaseClock
 from core.db.models import Job
 from core.db.session import connect
 from core.domain.jobs import pool_name
+from core.domain.values import StoredFile
 from core.queue import queue_name
 from core.redis_urls import read_redis_url
 from core.settings import WorkerSettings
@@ -42,7 +43,6 @@ from worker.messages import (
     StartJob,
     StepDone,
     StopJob,
-    StoredFile,
     UsageCounted,
     YieldJob,
 )

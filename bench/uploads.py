@@ -24,7 +24,8 @@ import psutil
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
 from core.domain.datasets import DatasetChecker
-from core.services.tenants import create_tenant, issue_api_key
+from core.services.api_keys import issue_api_key
+from core.services.tenants import create_tenant
 from local.ports import free_ports
 from local.processes import ChildProcess, ProcessSpec
 from local.servers import LocalServers

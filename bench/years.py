@@ -30,8 +30,9 @@ from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import pool_name
+from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
-from core.services import attempts, census, charges, contract, files, garbage, idempotency, operators, purges
+from core.services import attempts, census, charges, claims, files, garbage, idempotency, operators, promises, purges
 from core.services.oversight import find_pool_demand
 from local.servers import LocalServers
 from local.stack import LocalStack
@@ -267,7 +268,7 @@ def duties(schedule: Engine, worker: Engine, owner: Engine) -> dict[str, Callabl
         return do
 
     asked: dict[str, Callable[[Session], object]] = {
-        "schedule: which pools to wake": attempts.claimable_pools,
+        "schedule: which pools to wake": claims.claimable_pools,
         "schedule: newcomers": charges.list_newcomers,
         "schedule: expired leases": attempts.expire_leases,
         "schedule: expired files": files.expire_files,
@@ -286,11 +287,11 @@ def duties(schedule: Engine, worker: Engine, owner: Engine) -> dict[str, Callabl
 def claim_and_fail(worker: Engine) -> None:
     """Claim a job and give it back, so that the next claim finds one too."""
     with service_transaction(worker) as session:
-        job = attempts.claim_job(session, POOL, worker_name="bench", lease_seconds=60)
+        job = claims.claim_job(session, POOL, worker_name="bench", lease_seconds=60)
     assert job is not None
     assert job.lease_token is not None
     with service_transaction(worker) as session:
-        attempts.requeue_attempt(session, attempts.Lease(job.id, job.tenant_id, job.lease_token))
+        attempts.requeue_attempt(session, Lease(job.id, job.tenant_id, job.lease_token))
 
 
 def measure(what: str, ask: Callable[[], object], *, num_rounds: int, bound: float | None = None) -> Measured:
@@ -337,7 +338,7 @@ def report(stack: LocalStack, servers: LocalServers, clients: Clients, marks: Ma
 def report_contract(owner: Engine) -> None:
     begun = time.perf_counter()
     with service_transaction(owner) as session:
-        findings = contract.check_rows(session, FairnessTerms())
+        findings = promises.check_rows(session, FairnessTerms())
     broken = sum(finding.num_broken for finding in findings)
     print(f"\ncheck-contract, of rows: {time.perf_counter() - begun:.2f} s, {broken} broken.", flush=True)
 

@@ -16,8 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 import yaml
 
-from core.domain.bases import LICENSE_PATTERN, LINEARS_BY_MODEL_TYPE
-from core.services.base_models import BaseModelSource
+from core.domain.bases import LICENSE_PATTERN, LINEARS_BY_MODEL_TYPE, BaseModelSource
 
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9

@@ -11,19 +11,22 @@ from typer.models import CommandInfo
 from cli.commands.audit import audit
 from cli.commands.base_models import base_models
 from cli.commands.bucket import bucket
-from cli.commands.contract import check_contract
 from cli.commands.database import migrate
 from cli.commands.datasets import validate
 from cli.commands.demo import demo
 from cli.commands.doctor import doctor
+from cli.commands.jobs import jobs
 from cli.commands.keys import keys
 from cli.commands.operators import operators
-from cli.commands.oversight import jobs, pools, usage, workers
+from cli.commands.pools import pools
+from cli.commands.promises import check_contract
 from cli.commands.s3_check import s3_check
 from cli.commands.set_asides import set_asides
 from cli.commands.stack import down, status, up
 from cli.commands.tenants import tenants
 from cli.commands.top import top
+from cli.commands.usage import usage
+from cli.commands.workers import workers
 from cli.reporting import OneLineGroup, reporting
 from core.version import read_version
 

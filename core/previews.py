@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from core.domain.datasets.statistics import NumberedLine, TokenReport, report_tokens
 from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 from core.sandbox import die_with_parent, hide_secret_files, leave_root, plain_environment, shed_capabilities
 
 _OUT_OF_MEMORY = 3

@@ -20,17 +20,13 @@ import httpx
 from core.db.migrate import RoleLogin, login_url, migrate_database
 from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.api_keys import ALL_SCOPES
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.errors import NotFoundError
 from core.domain.jobs import pool_name
-from core.services.base_models import (
-    BaseModelEntry,
-    BaseModelSource,
-    Registry,
-    list_base_models,
-    read_registry,
-    sync_base_models,
-)
-from core.services.tenants import create_tenant, find_tenant, issue_api_key, rotate_api_key
+from core.services.api_keys import issue_api_key, rotate_api_key
+from core.services.base_models import list_base_models
+from core.services.registry import read_registry, sync_base_models
+from core.services.tenants import create_tenant, find_tenant
 from core.settings import FILE_SUFFIX, StorageConfig
 from local.binaries import find_smollm2
 from local.external import OWNER_URL_SETTING

@@ -30,8 +30,9 @@ from core.db.connections import Subscription
 from core.db.session import DATABASE_ERRORS, connect, service_transaction, state_of, took_too_long
 from core.queue import WakeUpPublisher
 from core.sandbox import hide_memory
-from core.services.attempts import claimable_pools, expire_leases
+from core.services.attempts import expire_leases
 from core.services.charges import level_newcomer, list_newcomers
+from core.services.claims import claimable_pools
 from core.services.files import expire_files
 from core.services.idempotency import forget_expired_keys
 from core.services.jobs import WAKE_CHANNEL

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from core.db.session import connect
-from core.services.base_models import Registry
+from core.domain.bases import Registry
 from local.ports import free_ports
 from local.servers import LocalServers, ServerAddresses
 from local.stack import prepare_database

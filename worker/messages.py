@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from core.domain.dataset_counts import DatasetCounts
-from core.domain.training import Frozen, TrainingSpec
+from core.domain.training import TrainingSpec
+from core.domain.values import Frozen, StoredFile
 
 # What the trainer exits with when the host has no memory left for it.
 OUT_OF_MEMORY_EXIT_CODE = 71
@@ -27,14 +28,6 @@ class RemoteFile(Frozen):
     url: str = Field(repr=False)
     sha256: str
     size_bytes: int
-
-
-class StoredFile(Frozen):
-    """A file that the trainer has uploaded."""
-
-    name: str
-    size_bytes: int
-    sha256: str
 
 
 class RemoteResumePoint(Frozen):

@@ -21,7 +21,7 @@ from api.schemas.api_keys import ApiKeyObject, CreateApiKey, IssuedApiKeyObject
 from api.schemas.openai.lists import DeletedObject, ListObject, as_list
 from core.db.session import operator_transaction
 from core.domain.api_keys import parse_key_id
-from core.services import audit, base_models, tenants
+from core.services import api_keys, audit, base_models, tenants
 
 router = OperatorRouter("/admin", tag="admin")
 Limit = Annotated[int, page_limit(1000)]
@@ -64,7 +64,7 @@ def create_api_key(database: Database, operator: Operator, slug: TenantSlug, bod
     # The transaction ends here: others may wait for its lock in every thread that there is.
     with operator_transaction(database, actor=operator.actor) as session:
         tenant = tenants.find_tenant(session, slug)
-        issued = tenants.issue_api_key(
+        issued = api_keys.issue_api_key(
             session, tenant.id, name=body.name, scopes=body.asked_scopes, lifetime=body.lifetime
         )
     return IssuedApiKeyObject.of_issued(issued)
@@ -73,7 +73,7 @@ def create_api_key(database: Database, operator: Operator, slug: TenantSlug, bod
 @router.get("/tenants/{slug}/api_keys", summary="List a tenant's API keys")
 def list_api_keys(session: OperatorTransaction, slug: TenantSlug) -> ListObject[ApiKeyObject]:
     """List the live keys of a tenant, oldest first, in one answer."""
-    rows = tenants.list_api_keys(session, tenants.find_tenant(session, slug).id)
+    rows = api_keys.list_api_keys(session, tenants.find_tenant(session, slug).id)
     return ListObject(data=[ApiKeyObject.of(row) for row in rows])
 
 
@@ -83,7 +83,7 @@ def revoke_api_key(
 ) -> DeletedObject:
     """End a key. With `with_children`, end the keys too that were made with it."""
     tenant = tenants.find_tenant(session, slug)
-    tenants.revoke_api_key(session, tenant.id, key_id=parse_key_id(key_id), with_children=with_children)
+    api_keys.revoke_api_key(session, tenant.id, key_id=parse_key_id(key_id), with_children=with_children)
     return DeletedObject(id=key_id, object="organization.api_key")
 
 

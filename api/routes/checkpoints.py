@@ -19,8 +19,8 @@ from api.schemas.openai.lists import DeletedObject, ListObject, as_list
 from api.schemas.openai.permissions import CreatePermissions, PermissionObject
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, format_id, parse_id
+from core.domain.values import Page
 from core.services import checkpoints
-from core.services.pages import Page
 
 router = TenantRouter("/v1/fine_tuning/checkpoints", tag="checkpoints")
 

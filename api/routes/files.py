@@ -22,10 +22,10 @@ from api.schemas.openai.uploads import MAX_SECONDS, MIN_SECONDS, read_lifetime, 
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import DomainError
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, parse_id
 from core.services import files as file_service
 from core.services import quotas
-from core.services.files import NewFile
 
 router = TenantRouter("/v1/files", tag="files")
 _MAX_LISTED = 1000

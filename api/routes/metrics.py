@@ -15,7 +15,7 @@ from core.domain.api_keys import Scope
 from core.domain.errors import InvalidRequestError
 from core.domain.ids import IdKind, parse_id
 from core.services import jobs
-from core.services.metrics import StepRange, read_metrics
+from core.services.observations import StepRange, read_observations
 
 router = TenantRouter("/v1/fine_tuning/jobs", tag="fine-tuning")
 _MAX_STEP = 2**40
@@ -35,4 +35,6 @@ def get_metrics(
         raise InvalidRequestError(f"from_step is {from_step}, behind to_step {to_step}.", param="from_step")
     job = jobs.get_job(session, caller.tenant_id, job_id=parse_id(IdKind.JOB, job_id))
     steps = StepRange(from_step, to_step)
-    return MetricSeriesObject.of(read_metrics(session, caller.tenant_id, job_id=job.id, steps=steps, points=points))
+    return MetricSeriesObject.of(
+        read_observations(session, caller.tenant_id, job_id=job.id, steps=steps, points=points)
+    )

@@ -31,12 +31,11 @@ from api.parameters import JobId
 from api.routers import TenantRouter
 from api.routing import share_of
 from core.db.session import tenant_transaction
-from core.domain.api_keys import Scope
+from core.domain.api_keys import Identity, Scope
 from core.domain.errors import InvalidRequestError
 from core.domain.ids import IdKind, parse_id
 from core.services import jobs
 from core.services.streams import Watch
-from core.services.tenants import Identity
 
 router = TenantRouter("/v1/fine_tuning/jobs", tag="fine-tuning")
 _RETRY_MILLISECONDS = 1000

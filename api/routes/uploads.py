@@ -28,10 +28,10 @@ from core.db.models import Upload
 from core.db.session import tenant_transaction
 from core.domain.api_keys import Scope
 from core.domain.errors import DomainError, InvalidRequestError, NotFoundError
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, new_id, parse_id
 from core.domain.objects import upload_prefix
 from core.services import quotas, uploads
-from core.services.files import NewFile
 from core.services.uploads import NewPart, NewUpload
 from core.storage import ObjectStore
 

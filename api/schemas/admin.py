@@ -141,7 +141,7 @@ class KnownBaseModelObject(Answer):
     def of(cls, row: BaseModelRow) -> KnownBaseModelObject:
         return cls(
             id=row.id,
-            is_in_registry=row.is_enabled,
+            is_in_registry=row.is_in_registry,
             is_disabled=row.disabled_at is not None,
             quantizations=row.quantizations,
             max_seq_len=row.max_seq_len,

@@ -11,7 +11,7 @@ from api.schemas.wire import Answer, RequestBody, optional_seconds, unix_seconds
 from core.db.models import ApiKeyRow
 from core.domain.api_keys import DEFAULT_SCOPES, PREFIX, Scope, format_key_id
 from core.domain.bounds import KEY_SECONDS
-from core.services.tenants import IssuedKey
+from core.services.api_keys import IssuedKey
 
 KeyName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from api.schemas.wire import Answer
-from core.db.models import LogLine, Metric
+from core.db.models import LogLine, Observation
 from core.domain.ids import IdKind, format_id
-from core.services.metrics import MetricSeries
+from core.services.observations import ObservationSeries
 
 
 class MetricObject(Answer):
@@ -31,7 +31,7 @@ class MetricObject(Answer):
     """The part of the validation file's tokens that the model predicted. Null if the step was not evaluated."""
 
     @classmethod
-    def of(cls, row: Metric) -> MetricObject:
+    def of(cls, row: Observation) -> MetricObject:
         return cls(
             step=row.step,
             train_loss=row.train_loss,
@@ -57,7 +57,7 @@ class MetricSeriesObject(Answer):
     """Whether `data` holds fewer steps than were recorded."""
 
     @classmethod
-    def of(cls, series: MetricSeries) -> MetricSeriesObject:
+    def of(cls, series: ObservationSeries) -> MetricSeriesObject:
         rows = [MetricObject.of(row) for row in series.rows]
         return cls(data=rows, num_steps=series.num_steps, is_thinned=series.is_thinned)
 

@@ -19,10 +19,10 @@ from cli.stores import find_storage
 from cli.tables import Column
 from core.db.models import BaseModelRow
 from core.db.session import owner_transaction
-from core.domain.bases import BaseState
+from core.domain.bases import BaseModelEntry, BaseModelSource, BaseState
 from core.domain.jobs import pool_name
 from core.services import base_models as bases
-from core.services.base_models import BaseModelEntry, BaseModelSource
+from core.services import registry
 from core.services.workers import Refusal, is_served, list_refusals
 from core.settings import TrainerSettings
 from core.storage import S3ObjectStore
@@ -49,8 +49,6 @@ _FIELDS = (
     "checked_by",
     "quantizations",
     "max_seq_len",
-    "is_enabled",
-    "disabled_at",
 )
 Quantized = Annotated[str | None, typer.Option(help="Load it in this quantization.")]
 Licensed = Annotated[str | None, typer.Option("--license", help="The weights' licence; what its files say by default.")]
@@ -73,7 +71,8 @@ def list_bases(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
 
 def _describe(row: BaseModelRow, refusals: tuple[Refusal, ...]) -> dict[str, Any]:
     of_base = [asdict(each) for each in refusals if each.pool.partition("@")[0] == row.id]
-    return {**fields_of(row, _FIELDS), "refusals": of_base}
+    switches = {"is_enabled": row.is_in_registry, "disabled_at": row.disabled_at}
+    return {**fields_of(row, _FIELDS), **switches, "refusals": of_base}
 
 
 @base_models.command("add")
@@ -111,7 +110,7 @@ def add_base(
     entry = _complete(registered)
     with owner_engine(data_dir) as engine:
         with owner_transaction(engine, actor=actor()) as session:
-            bases.register_base_model(session, entry, is_by_hand=True)
+            registry.register_base_model(session, entry, is_by_hand=True)
         _announce(entry)
         _check(engine, entry.id, quantization=None, data_dir=data_dir)
 
@@ -127,7 +126,7 @@ def check_base(base_model_id: str, quantization: Quantized = None, data_dir: Dat
 def remove_base(base_model_id: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Take a base model that was added by hand out of the registry. Jobs that have been submitted go on."""
     with owner_engine(data_dir) as engine, owner_transaction(engine, actor=actor()) as session:
-        bases.unregister_base_model(session, base_model_id)
+        registry.unregister_base_model(session, base_model_id)
     say(f"Removed {base_model_id}.", removed=base_model_id)
 
 

@@ -11,7 +11,7 @@ from cli.environment import reading_settings
 from cli.output import say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, owner_url
 from core.db.migrate import RoleLogin
-from core.services import base_models as bases
+from core.services.registry import read_registry
 from core.settings import LoginSettings
 from local.stack import prepare_database
 
@@ -29,7 +29,7 @@ def migrate(
     """
     with reading_settings():
         logins = tuple(RoleLogin(role, password) for role, password in LoginSettings().passwords.items())
-    loaded = bases.read_registry(registry)
+    loaded = read_registry(registry)
     prepare_database(owner_url(data_dir), loaded, logins=logins)
     models, roles = [each.id for each in loaded.base_models], [each.role for each in logins]
     said = f"The schema is the newest; the registry has {len(models)} base models; "

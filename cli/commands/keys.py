@@ -11,7 +11,7 @@ from cli.output import fields_of, print_rows, say
 from cli.owner import DEFAULT_DATA_DIR, DataDir, operator_session
 from core.domain.api_keys import Scope
 from core.domain.bounds import MAX_KEY_DAYS
-from core.services import tenants as services
+from core.services import api_keys, tenants
 
 keys = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
 
@@ -30,8 +30,8 @@ def create_key(
     scopes = frozenset(scope) if scope else None
     lifetime = timedelta(days=days) if days else None
     with operator_session(data_dir) as session:
-        tenant = services.find_tenant(session, slug)
-        issued = services.issue_api_key(session, tenant.id, name=name, scopes=scopes, lifetime=lifetime)
+        tenant = tenants.find_tenant(session, slug)
+        issued = api_keys.issue_api_key(session, tenant.id, name=name, scopes=scopes, lifetime=lifetime)
     say(str(issued.api_key), api_key=str(issued.api_key), name=name, tenant=slug)
 
 
@@ -39,7 +39,7 @@ def create_key(
 def list_keys(slug: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Show a tenant's live API keys."""
     with operator_session(data_dir) as session:
-        rows = services.list_api_keys(session, services.find_tenant(session, slug).id)
+        rows = api_keys.list_api_keys(session, tenants.find_tenant(session, slug).id)
     columns = ("key_id", "name", "scopes", "created_by", "created_at", "expires_at", "last_used_at")
     print_rows(columns, (fields_of(row, columns) for row in rows))
 
@@ -56,8 +56,8 @@ def rotate_key(
     """Print a new key of this name with all that the newest has; the newest goes on working, an older one ends."""
     lifetime = timedelta(days=days) if days else None
     with operator_session(data_dir) as session:
-        tenant = services.find_tenant(session, slug)
-        issued = services.rotate_api_key(session, tenant.id, name=name, lifetime=lifetime)
+        tenant = tenants.find_tenant(session, slug)
+        issued = api_keys.rotate_api_key(session, tenant.id, name=name, lifetime=lifetime)
     say(str(issued.api_key), api_key=str(issued.api_key), name=name, tenant=slug)
 
 
@@ -70,6 +70,6 @@ def revoke_key(
 ) -> None:
     """Revoke an API key by its id, the third part of the key."""
     with operator_session(data_dir) as session:
-        owner = services.find_key_owner(session, key_id)
-        services.revoke_api_key(session, owner, key_id=key_id, with_children=with_children)
+        owner = api_keys.find_key_owner(session, key_id)
+        api_keys.revoke_api_key(session, owner, key_id=key_id, with_children=with_children)
     say(f"Revoked {key_id}.", revoked=key_id)

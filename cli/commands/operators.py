@@ -13,14 +13,13 @@ from core.domain.bounds import MAX_KEY_DAYS
 from core.services import operators as operator_keys
 
 operators = typer.Typer(no_args_is_help=True, help="Keys of operators, which open /admin.")
+Days = Annotated[int | None, typer.Option(min=1, max=MAX_KEY_DAYS, help="How long it lives; for ever by default.")]
 
 
 @operators.command("create")
 def create_operator(
     name: str,
-    days: Annotated[
-        int | None, typer.Option(min=1, max=MAX_KEY_DAYS, help="How long it lives; for ever by default.")
-    ] = None,
+    days: Days = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     *,
     is_read_only: Annotated[

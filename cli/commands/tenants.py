@@ -16,6 +16,7 @@ from cli.tables import Column
 from core.db.models import Tenant
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.errors import InvalidRequestError
+from core.services import api_keys
 from core.services import tenants as services
 from core.services.tenants import TenantChange
 
@@ -43,7 +44,7 @@ def create(slug: str, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Add a tenant and print its first API key, which may do everything in that tenant."""
     with operator_session(data_dir) as session:
         tenant = services.create_tenant(session, slug)
-        api_key = str(services.issue_api_key(session, tenant.id, name="first", scopes=ALL_SCOPES).api_key)
+        api_key = str(api_keys.issue_api_key(session, tenant.id, name="first", scopes=ALL_SCOPES).api_key)
     say(api_key, api_key=api_key, tenant=slug)
 
 

@@ -15,14 +15,9 @@ from rich.text import Text
 from sqlalchemy import Engine
 
 from api.schemas.oversight import JobOverviewObject, PoolObject, WorkerObject
-from cli.commands.oversight import (
-    JOB_COLUMNS,
-    POOL_COLUMNS,
-    WORKER_COLUMNS,
-    job_cells,
-    pool_cells,
-    worker_cells,
-)
+from cli.commands.jobs import JOB_COLUMNS, job_cells
+from cli.commands.pools import POOL_COLUMNS, pool_cells
+from cli.commands.workers import WORKER_COLUMNS, worker_cells
 from cli.output import find_width, is_json, make_table, print_json
 from cli.owner import DEFAULT_DATA_DIR, DataDir, actor, owner_engine
 from cli.pool_names import PoolNames

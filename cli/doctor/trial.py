@@ -23,8 +23,9 @@ from core.db.session import operator_transaction
 from core.domain.api_keys import ALL_SCOPES, ApiKey
 from core.domain.errors import NotFoundError
 from core.domain.jobs import pool_name
+from core.services.api_keys import issue_api_key, revoke_api_key
 from core.services.oversight import WorkerOverview, list_worker_overviews
-from core.services.tenants import create_tenant, find_tenant, issue_api_key, revoke_api_key
+from core.services.tenants import create_tenant, find_tenant
 
 TENANT = "espalier-doctor"
 _KEY_LIFETIME = timedelta(days=1)

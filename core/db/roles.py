@@ -7,7 +7,7 @@
 | `espalier_scaler` | logs in for an autoscaler | `pool_demand` |
 | `espalier_operator` | the owner and the API become it | settings of tenants, keys, the audit log |
 | `espalier_outlook` | owns functions and views | the columns that those sum up |
-| `espalier_auditor` | the owner becomes it to check the contract | every row, to read |
+| `espalier_auditor` | the owner becomes it to check the promises | every row, to read |
 | `espalier_backup` | `pg_dump` becomes it | every row and every sequence, to read |
 """
 

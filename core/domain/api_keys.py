@@ -10,6 +10,7 @@ import datetime as dt
 import hashlib
 import secrets
 import string
+import uuid
 import zlib
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -25,6 +26,8 @@ CHECKSUM_LENGTH = 6
 # Two secrets of one name, so that a new one can be rolled out while the old one still works.
 MAX_LIVE_KEYS_PER_NAME = 2
 MAX_LIVE_KEYS = 100
+# How exact `last_used_at` is, and so how seldom using a key writes.
+LAST_USED_INTERVAL = dt.timedelta(minutes=1)
 
 _WIRE_PREFIX = "key_"
 
@@ -69,6 +72,41 @@ class Power:
                 param="expires_after",
             )
         return Power(given, expires_at or self.expires_at)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who is asking: the owner of a live API key of a tenant."""
+
+    tenant_id: uuid.UUID
+    key_id: str
+    scopes: frozenset[Scope]
+    requests_per_minute: int | None = None
+    expires_at: dt.datetime | None = None
+
+    @property
+    def actor(self) -> str:
+        """Return the name under which the audit log knows this key."""
+        return f"key:{self.key_id}"
+
+    def limit_lifetime(self, lifetime: dt.timedelta, *, now: dt.datetime) -> dt.timedelta:
+        """Return how long what is handed out now may open doors by itself: no longer than the key does."""
+        if self.expires_at is None:
+            return lifetime
+        return max(min(lifetime, self.expires_at - now), dt.timedelta(seconds=1))
+
+
+@dataclass(frozen=True)
+class OperatorIdentity:
+    """Who is asking: the owner of a live operator key."""
+
+    name: str
+    key_id: str
+    is_read_only: bool
+
+    @property
+    def actor(self) -> str:
+        return f"operator:{self.name}:{self.key_id}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 
 DatasetName = Literal["training", "validation"]
 FILE_FIELDS: dict[DatasetName, str] = {"training": "training_file", "validation": "validation_file"}
@@ -22,7 +22,7 @@ class DatasetCounts(Frozen):
     num_left_out_turns: int
 
 
-def describe_loss(counts: DatasetCounts, *, file: DatasetName, max_seq_len: int) -> str | None:
+def describe_omissions(counts: DatasetCounts, *, file: DatasetName, max_seq_len: int) -> str | None:
     """Return the warning about a file of which something is not trained on, or None."""
     told = []
     if counts.num_truncated:

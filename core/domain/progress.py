@@ -36,11 +36,11 @@ class StepMark:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds a step takes: on average, and in the fastest and the slowest stretch that was measured."""
+    """What a step takes: on average, and in the fastest and the slowest stretch that was measured."""
 
-    mean: float
-    fast: float
-    slow: float
+    mean_seconds: float
+    fast_seconds: float
+    slow_seconds: float
     num_measured: int
 
 
@@ -88,5 +88,5 @@ def estimate_finish(times: StepTimes, *, remaining_steps: int, last_step_at: dt.
     def finish(seconds_a_step: float) -> dt.datetime:
         return max(now, last_step_at + dt.timedelta(seconds=seconds_a_step * remaining_steps))
 
-    interval = Interval(finish(times.fast), finish(times.slow))
-    return Estimate(finish(times.mean), interval, times.num_measured)
+    interval = Interval(finish(times.fast_seconds), finish(times.slow_seconds))
+    return Estimate(finish(times.mean_seconds), interval, times.num_measured)

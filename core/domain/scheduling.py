@@ -45,9 +45,9 @@ class FairnessTerms:
         return max(self.turn_seconds, load_seconds / self.max_loading_fraction)
 
 
-def decay_usage(usage: float, elapsed_seconds: float) -> float:
-    """Return what is left of `usage` GPU-seconds after `elapsed_seconds`."""
-    return float(usage * 0.5 ** (elapsed_seconds / USAGE_HALF_LIFE_SECONDS))
+def decay_usage(usage_seconds: float, elapsed_seconds: float) -> float:
+    """Return what is left of so many GPU-seconds after `elapsed_seconds`."""
+    return float(usage_seconds * 0.5 ** (elapsed_seconds / USAGE_HALF_LIFE_SECONDS))
 
 
 def slot_seconds(quantum_seconds: float, *, slots: int = _USUAL_SLOTS) -> float:

@@ -10,9 +10,10 @@ import math
 import random
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from core.domain import bounds
+from core.domain.values import Frozen
 
 LearningRateSchedule = Literal["linear", "cosine", "constant"]
 Quantization = Literal["nf4"]
@@ -22,12 +23,6 @@ BASE_LEARNING_RATE = 2e-4
 # A job ends after so many steps in a row whose gradient is not finite.
 MAX_SKIPPED_STEPS = 3
 _SMALL_DATASET, _MEDIUM_DATASET = 10_000, 50_000
-
-
-class Frozen(BaseModel):
-    """A value: immutable, and closed to fields nobody declared."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AdapterConfig(Frozen):

@@ -10,10 +10,11 @@ from typing import Any
 from sqlalchemy import Select, and_, func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Adapter, Checkpoint, Job
+from core.db.models import Adapter, Checkpoint, Job, Tenant
 from core.domain.errors import NotFoundError
 from core.domain.ids import IdKind, not_found
-from core.services.pages import Page
+from core.domain.jobs import fine_tuned_model_name
+from core.domain.values import Page
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class TrainedAdapter:
     def model(self) -> TrainedModel:
         row = self.row
         return TrainedModel(row.name, row.tenant_id, row.created_at, row.base_model_id, self.config)
+
+
+def name_adapter(session: Session, job: Job) -> str:
+    """Return what the adapter of a job is called, or will be."""
+    slug = session.scalars(select(Tenant.slug).where(Tenant.id == job.tenant_id)).one()
+    return fine_tuned_model_name(job.base_model_id, tenant_slug=slug, suffix=job.suffix, digits=job.name_digits)
 
 
 def get_adapter(session: Session, tenant_id: uuid.UUID, *, adapter_id: uuid.UUID) -> TrainedAdapter:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 
 from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Session
 
 from core.db.models import AuditEntry
-from core.services.pages import Page
+from core.domain.values import Page
 
 _LAST_NUMBER = 2**63 - 1
 
@@ -29,5 +28,4 @@ def list_audit_entries(
         whole = tuple_(AuditEntry.tenant_id, AuditEntry.number)
         query = select(AuditEntry).where(AuditEntry.tenant_id >= tenant_id, whole <= tuple_(tenant_id, last))
         query = query.order_by(AuditEntry.tenant_id.desc())
-    rows: Sequence[AuditEntry] = session.scalars(query.order_by(AuditEntry.number.desc()).limit(limit + 1)).all()
-    return Page.cut(rows, limit)
+    return Page.cut(session.scalars(query.order_by(AuditEntry.number.desc()).limit(limit + 1)).all(), limit)

@@ -1,94 +1,18 @@
-"""The operator's base models: a YAML registry, loaded into the table when the database is migrated."""
+"""Base models: which a tenant may train against, and what was found of each by those who loaded it."""
 
 from __future__ import annotations
 
 import datetime as dt
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field
-from sqlalchemy import ColumnElement, and_, any_, case, func, not_, or_, select, true, update
+from sqlalchemy import ColumnElement, and_, any_, func, not_, or_, select, true, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from core.db.models import BaseModelRow, BaseTokenizerRow, Tenant, Worker
-from core.domain import bounds
-from core.domain.bases import LICENSE_PATTERN, BaseState
+from core.db.models import BaseModelRow, BaseTokenizer, Tenant, Worker
+from core.domain.bases import BaseState
 from core.domain.errors import ConflictError, NotFoundError
-from core.domain.training import Frozen, Quantization
-
-# The columns of a base's entry that decide whether it can be loaded.
-_WHAT_IS_LOADED = ("source", "dtype", "target_modules", "chat_template")
-
-
-class BaseModelSource(Frozen):
-    """Where the weights are: a local directory, a GGUF file, or a Hugging Face repository at a pinned commit."""
-
-    kind: Literal["path", "gguf", "hub"]
-    location: str
-    revision: str = ""
-
-
-class BaseModelEntry(Frozen):
-    """One entry of the registry. `target_modules` are all the linears an adapter may be put on."""
-
-    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
-    source: BaseModelSource
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    quantizations: tuple[Quantization, ...] = ()
-    target_modules: tuple[str, ...] = Field(min_length=1)
-    max_seq_len: Annotated[int, bounds.SEQ_LEN.field]
-    max_rank: Annotated[int, bounds.RANK.field] = 64
-    slots: Annotated[int, bounds.SLOTS.field] = 8
-    max_tokens_per_step: Annotated[int, bounds.TOKENS_PER_STEP.field] = 4096
-    chat_template: str | None = None
-    license: str | None = Field(default=None, pattern=LICENSE_PATTERN)
-
-
-class Registry(Frozen):
-    base_models: tuple[BaseModelEntry, ...]
-
-
-def read_registry(path: Path) -> Registry:
-    """Read a registry file. Raises ValueError that names the entry and the field at fault."""
-    return Registry.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-def sync_base_models(session: Session, registry: Registry) -> None:
-    """Make the table say what the registry says; a base that left the registry is disabled, never deleted.
-
-    What was registered by hand stays, unless the registry names it.
-    """
-    ids = [entry.id for entry in registry.base_models]
-    is_left = and_(BaseModelRow.id.not_in(ids), BaseModelRow.is_registered_by_hand.is_(False))
-    session.execute(update(BaseModelRow).where(is_left).values(is_enabled=False))
-    for entry in registry.base_models:
-        register_base_model(session, entry, is_by_hand=False)
-
-
-def register_base_model(session: Session, entry: BaseModelEntry, *, is_by_hand: bool) -> None:
-    """Add a base, or make its row say what the entry says. What was found of one that has changed counts no more."""
-    values = entry.model_dump(mode="json") | {"is_enabled": True, "is_registered_by_hand": is_by_hand}
-    statement = insert(BaseModelRow).values(values)
-    row, given = BaseModelRow.__table__.c, statement.excluded
-    is_changed = or_(*(row[name].is_distinct_from(given[name]) for name in _WHAT_IS_LOADED))
-    forgotten = {"state": BaseState.UNCHECKED, "state_reason": None, "state_since": func.now(), "checked_by": None}
-    reset = {name: case((is_changed, value), else_=row[name]) for name, value in forgotten.items()}
-    session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=values | reset))
-
-
-def unregister_base_model(session: Session, base_model_id: str) -> None:
-    """Take a base that was registered by hand out again. Jobs that have been submitted go on.
-
-    Raises NotFoundError, and ConflictError for one that stands in the registry's file.
-    """
-    row = get_known_base_model(session, base_model_id)
-    if row.is_enabled and not row.is_registered_by_hand:
-        raise ConflictError(f"{row.id} stands in the registry's file: take it out there and run `espalier migrate`.")
-    session.execute(update(BaseModelRow).where(BaseModelRow.id == row.id).values(is_enabled=False))
 
 
 def record_state(
@@ -131,13 +55,13 @@ def record_tokenizer(session: Session, base_model_id: str, *, object_key: str) -
     """Say where the tokenizer of a base is, as the worker that loaded it last has stored it."""
     values = {"base_model_id": base_model_id, "object_key": object_key, "published_at": func.now()}
     session.execute(
-        insert(BaseTokenizerRow).values(values).on_conflict_do_update(index_elements=["base_model_id"], set_=values)
+        insert(BaseTokenizer).values(values).on_conflict_do_update(index_elements=["base_model_id"], set_=values)
     )
 
 
 def find_tokenizer(session: Session, base_model_id: str) -> str:
     """Return the object key of a base's tokenizer. Raises ConflictError before any worker has loaded the base."""
-    query = select(BaseTokenizerRow.object_key).where(BaseTokenizerRow.base_model_id == base_model_id)
+    query = select(BaseTokenizer.object_key).where(BaseTokenizer.base_model_id == base_model_id)
     object_key = session.scalar(query)
     if object_key is None:
         raise ConflictError(
@@ -206,4 +130,4 @@ def is_usable_by(tenant_id: uuid.UUID | ColumnElement[uuid.UUID]) -> ColumnEleme
 
 
 def _is_served() -> ColumnElement[bool]:
-    return and_(BaseModelRow.is_enabled, BaseModelRow.disabled_at.is_(None))
+    return and_(BaseModelRow.is_in_registry, BaseModelRow.disabled_at.is_(None))

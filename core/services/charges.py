@@ -124,9 +124,13 @@ def record_usage(session: Session, lease_token: int, *, gpu_seconds: float, trai
 
 def charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) -> None:
     when = (Tenant.usage_at, USAGE_HALF_LIFE_SECONDS)
-    usage = func.greatest(0, func.decayed_usage(Tenant.usage, *when) + gpu_seconds)
-    lift = func.decayed_usage(Tenant.lift, *when) - func.decayed_usage(-Tenant.lift, *when)  # of either sign
-    session.execute(update(Tenant).where(Tenant.id == tenant_id).values(usage=usage, lift=lift, usage_at=func.now()))
+    lift = Tenant.lift_seconds
+    values = {
+        "usage_seconds": func.greatest(0, func.decayed_usage(Tenant.usage_seconds, *when) + gpu_seconds),
+        "lift_seconds": func.decayed_usage(lift, *when) - func.decayed_usage(-lift, *when),  # of either sign
+        "usage_at": func.now(),
+    }
+    session.execute(update(Tenant).where(Tenant.id == tenant_id).values(values))
 
 
 def list_newcomers(session: Session) -> Sequence[uuid.UUID]:

@@ -1,4 +1,4 @@
-"""Published checkpoints, and who else may read them.
+"""Published checkpoints: how they come to be, and who else may read them.
 
 A permission names another tenant by its wire id or its slug. Whether there is such a tenant is not checked, since the
 answer would tell. Row-level security lets exactly the named read exactly that checkpoint.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Select, delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
@@ -17,8 +17,41 @@ from sqlalchemy.orm import Session
 from core.db.models import Checkpoint, CheckpointPermission, Job, Tenant
 from core.domain.errors import ConflictError, NotFoundError
 from core.domain.ids import IdKind, format_id, new_id, not_found
-from core.domain.jobs import UNFINISHED_STATUSES
-from core.services.pages import Page
+from core.domain.jobs import UNFINISHED_STATUSES, checkpoint_model_name
+from core.domain.leases import Lease
+from core.domain.values import Page, StoredArtifact
+from core.services.adapters import name_adapter
+from core.services.events import record_event
+from core.services.leases import lock_held
+
+
+def record_checkpoint(
+    session: Session, lease: Lease, *, step: int, artifact: StoredArtifact, metrics: dict[str, Any]
+) -> tuple[str, ...]:
+    """Publish a checkpoint whose objects are stored and verified, and return the object prefixes that no row names.
+
+    What is published stays: the checkpoint of a step that an earlier attempt has shown already is not shown again.
+    """
+    job = lock_held(session, lease)
+    shown = select(Checkpoint.object_prefix).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
+    if prefix := session.scalar(shown):
+        return () if prefix == artifact.object_prefix else (artifact.object_prefix,)
+    session.add(
+        Checkpoint(
+            id=new_id(),
+            tenant_id=job.tenant_id,
+            job_id=job.id,
+            lease_token=lease.token,
+            step=step,
+            model_name=checkpoint_model_name(name_adapter(session, job), step),
+            object_prefix=artifact.object_prefix,
+            files=artifact.dump_files(),
+            size_bytes=artifact.size_bytes,
+            metrics=metrics,
+        )
+    )
+    record_event(session, job, message=f"Checkpoint created at step {step}.")
+    return ()
 
 
 def find_checkpoint(session: Session, tenant_id: uuid.UUID, *, name: str) -> Checkpoint:

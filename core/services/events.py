@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Event, Job
 from core.domain.ids import IdKind, new_id, not_found
-from core.services.pages import Page
+from core.domain.values import Page
 
 EVENT_CHANNEL = "espalier_events"
 

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Literal
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session, defer
 
 from core.db.models import File, Job
 from core.domain.errors import ConflictError
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, format_id, not_found
 from core.domain.jobs import UNFINISHED_STATUSES
-from core.services.pages import Page
+from core.domain.values import Page
 
 Id = uuid.UUID | ColumnElement[uuid.UUID]
-
-
-@dataclass(frozen=True)
-class NewFile:
-    """What is known of a file once its bytes are stored. `problems` are JSON-ready."""
-
-    id: uuid.UUID
-    filename: str
-    purpose: Literal["fine-tune", "fine-tune-results"]
-    object_key: str
-    size_bytes: int
-    sha256: str
-    num_examples: int = 0
-    status_details: str | None = None
-    problems: tuple[dict[str, Any], ...] = ()
-    report: dict[str, Any] = field(default_factory=dict)
-    lifetime: timedelta | None = None
 
 
 def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File:
@@ -49,8 +32,8 @@ def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File
         num_examples=new.num_examples,
         status="error" if new.status_details else "processed",
         status_details=new.status_details,
-        problems=list(new.problems),
-        report=new.report,
+        problems=[asdict(problem) for problem in new.problems],
+        report=new.counts,
         expires_at=None if new.lifetime is None else func.now() + new.lifetime,
     )
     session.add(row)

@@ -25,8 +25,9 @@ from core.db.locks import lock
 from core.db.models import IdempotencyKey, Job
 from core.domain.errors import IdempotencyKeyReusedError
 from core.domain.ids import first_id_at
+from core.domain.job_requests import JobRequest
 from core.services.jobs import get_job
-from core.services.submissions import DatasetRows, JobRequest, submit_job
+from core.services.submissions import DatasetRows, submit_job
 
 KEY_LIFETIME = timedelta(hours=24)
 # The longest that the client waits between two tries.

@@ -42,7 +42,7 @@ _LET_GO = (
     where a.job_id = :job and u.attempt_id = a.id
     """),
 )
-# These stand and fall together, or the check of the contract would see a success without its adapter.
+# These stand and fall together, or the check of the promises would see a success without its adapter.
 _DELETE_JOB = {
     "checkpoints": text("delete from checkpoints where job_id = :job"),
     "adapters": text("delete from adapters where job_id = :job"),
@@ -52,7 +52,7 @@ _DELETE_JOB = {
 
 
 def delete_history(session: Session, job_id: uuid.UUID, tenant_id: uuid.UUID, *, most: int) -> Counter[str]:
-    """Delete so many of a job's events, log lines and metrics, and return how many of each."""
+    """Delete so many of a job's events, log lines and observations, and return how many of each."""
     num_rows: Counter[str] = Counter()
     for table, statement in HISTORY.items():
         left = most - num_rows.total()

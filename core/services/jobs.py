@@ -13,8 +13,8 @@ from core.db.models import Adapter, Attempt, Checkpoint, File, IdempotencyKey, J
 from core.domain.errors import ConflictError
 from core.domain.ids import IdKind, not_found
 from core.domain.jobs import UNFINISHED_STATUSES, AttemptOutcome, JobStatus
+from core.domain.values import Page
 from core.services.events import record_event
-from core.services.pages import Page
 from core.services.quotas import check_queue, has_queue_place
 
 _PAUSING = "The job pauses at its next resume point."

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, LogLine
 from core.domain.ids import IdKind, new_id, not_found
-from core.services.pages import Page
+from core.domain.values import Page
 
 LogLevel = Literal["info", "warn", "error"]
 Scalar = str | int | float | bool | None

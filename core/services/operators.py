@@ -5,31 +5,16 @@ from __future__ import annotations
 import datetime as dt
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import OperatorKeyRow
-from core.domain.api_keys import OPERATOR_PREFIX, ApiKey, generate_api_key
+from core.db.models import OperatorKey
+from core.domain.api_keys import LAST_USED_INTERVAL, OPERATOR_PREFIX, ApiKey, OperatorIdentity, generate_api_key
 from core.domain.errors import NotFoundError, UnauthenticatedError
 from core.domain.ids import new_id
-from core.services.tenants import LAST_USED_INTERVAL
 
-_IS_STALE = func.coalesce(OperatorKeyRow.last_used_at < func.now() - LAST_USED_INTERVAL, True)
-
-
-@dataclass(frozen=True)
-class OperatorIdentity:
-    """Who is asking: the owner of a live operator key."""
-
-    name: str
-    key_id: str
-    is_read_only: bool
-
-    @property
-    def actor(self) -> str:
-        return f"operator:{self.name}:{self.key_id}"
+_IS_STALE = func.coalesce(OperatorKey.last_used_at < func.now() - LAST_USED_INTERVAL, True)
 
 
 def issue_operator_key(
@@ -37,7 +22,7 @@ def issue_operator_key(
 ) -> ApiKey:
     """Add an operator key and return it whole: its secret cannot be had again."""
     api_key = generate_api_key(OPERATOR_PREFIX)
-    row = OperatorKeyRow(
+    row = OperatorKey(
         id=new_id(),
         key_id=api_key.key_id,
         secret_hash=api_key.secret_hash,
@@ -50,16 +35,16 @@ def issue_operator_key(
     return api_key
 
 
-def list_operator_keys(session: Session) -> Sequence[OperatorKeyRow]:
-    return session.scalars(select(OperatorKeyRow).where(*_is_live()).order_by(OperatorKeyRow.id)).all()
+def list_operator_keys(session: Session) -> Sequence[OperatorKey]:
+    return session.scalars(select(OperatorKey).where(*_is_live()).order_by(OperatorKey.id)).all()
 
 
 def revoke_operator_key(session: Session, key_id: str) -> None:
     revoked = session.scalar(
-        update(OperatorKeyRow)
-        .where(OperatorKeyRow.key_id == key_id, OperatorKeyRow.revoked_at.is_(None))
+        update(OperatorKey)
+        .where(OperatorKey.key_id == key_id, OperatorKey.revoked_at.is_(None))
         .values(revoked_at=func.now())
-        .returning(OperatorKeyRow.id)
+        .returning(OperatorKey.id)
     )
     if revoked is None:
         raise NotFoundError(f"There is no operator key {key_id!r}.", param="key_id")
@@ -67,15 +52,15 @@ def revoke_operator_key(session: Session, key_id: str) -> None:
 
 def authenticate_operator(session: Session, api_key: ApiKey) -> OperatorIdentity:
     """Return whose live operator key this is. Unknown, wrong, revoked and expired ones are answered alike."""
-    query = select(OperatorKeyRow, _IS_STALE).where(OperatorKeyRow.key_id == api_key.key_id, *_is_live())
+    query = select(OperatorKey, _IS_STALE).where(OperatorKey.key_id == api_key.key_id, *_is_live())
     row, is_stale = session.execute(query).one_or_none() or (None, False)
     if not hmac.compare_digest(row.secret_hash if row else bytes(32), api_key.secret_hash) or row is None:
         raise UnauthenticatedError("Incorrect operator key provided: it is unknown, expired or revoked.")
     if is_stale:
-        is_this = (OperatorKeyRow.id == row.id, _IS_STALE)
-        session.execute(update(OperatorKeyRow).where(*is_this).values(last_used_at=func.now()))
+        is_this = (OperatorKey.id == row.id, _IS_STALE)
+        session.execute(update(OperatorKey).where(*is_this).values(last_used_at=func.now()))
     return OperatorIdentity(name=row.name, key_id=row.key_id, is_read_only=row.is_read_only)
 
 
 def _is_live() -> tuple[ColumnElement[bool], ...]:
-    return (OperatorKeyRow.revoked_at.is_(None), func.coalesce(OperatorKeyRow.expires_at > func.now(), True))
+    return (OperatorKey.revoked_at.is_(None), func.coalesce(OperatorKey.expires_at > func.now(), True))

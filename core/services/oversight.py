@@ -18,7 +18,7 @@ from core.db.models import Worker
 from core.domain.bases import BaseState
 from core.domain.errors import NotFoundError
 from core.domain.jobs import JobStatus
-from core.services.pages import Page
+from core.domain.values import Page
 from core.services.tenants import find_tenant
 
 # Ids of the newest jobs before the cursor. Each compares and sorts by whole rows of one index: if it sorted by the id

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from sqlalchemy import select, true
 from sqlalchemy.orm import Session
 
-from core.db.models import Job, Metric
+from core.db.models import Job, Observation
 from core.domain.jobs import JobStatus
 from core.domain.progress import MEASURED_STEPS, Estimate, StepMark, estimate_finish, measure_steps
 
@@ -35,9 +35,11 @@ def _last_steps(session: Session, tenant_id: uuid.UUID, job_ids: list[uuid.UUID]
     if not job_ids:
         return marks
     last = (
-        select(Metric.step, Metric.created_at)
-        .where(Metric.tenant_id == tenant_id, Metric.job_id == Job.id, Metric.lease_token == Job.lease_token)
-        .order_by(Metric.step.desc())
+        select(Observation.step, Observation.created_at)
+        .where(
+            Observation.tenant_id == tenant_id, Observation.job_id == Job.id, Observation.lease_token == Job.lease_token
+        )
+        .order_by(Observation.step.desc())
         .limit(MEASURED_STEPS)
         .lateral("last")
     )

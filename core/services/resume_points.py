@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Attempt, Job, Metric, ResumePoint
+from core.db.models import Attempt, Job, Observation, ResumePoint
 from core.domain.ids import new_id
-from core.services.attempts import Lease, StoredArtifact, lock_held
+from core.domain.leases import Lease
+from core.domain.values import StoredArtifact
 from core.services.events import record_event
+from core.services.leases import lock_held
 
 KEPT_RESUME_POINTS = 2
 
@@ -39,7 +41,7 @@ def record_resume_point(session: Session, lease: Lease, *, step: int, artifact: 
             lease_token=lease.token,
             step=step,
             object_prefix=artifact.object_prefix,
-            files=list(artifact.files),
+            files=artifact.dump_files(),
             size_bytes=artifact.size_bytes,
         )
     )
@@ -57,9 +59,9 @@ def begin_steps(session: Session, lease: Lease, *, step: int, total_steps: int) 
     """
     job = lock_held(session, lease)
     job.trained_steps, job.total_steps = step, total_steps
-    job.skipped_steps = step - _count_metrics(session, job, until=step)
+    job.skipped_steps = step - _count_observations(session, job, until=step)
     session.execute(update(Attempt).where(Attempt.lease_token == lease.token).values(stepping_at=func.now()))
-    session.execute(delete(Metric).where(Metric.job_id == job.id, Metric.step > step))
+    session.execute(delete(Observation).where(Observation.job_id == job.id, Observation.step > step))
     lost = session.scalars(
         delete(ResumePoint)
         .where(ResumePoint.job_id == job.id, ResumePoint.step > step)
@@ -70,12 +72,14 @@ def begin_steps(session: Session, lease: Lease, *, step: int, total_steps: int) 
     return tuple(lost)
 
 
-def _count_metrics(session: Session, job: Job, *, until: int) -> int:
+def _count_observations(session: Session, job: Job, *, until: int) -> int:
     """Return how many steps up to `until` have numbers: a step has none if it was skipped.
 
     The reports of all steps before a resume point are stored before the point itself, so none is missing.
     """
-    counted = select(func.count()).select_from(Metric).where(Metric.job_id == job.id, Metric.step <= until)
+    counted = (
+        select(func.count()).select_from(Observation).where(Observation.job_id == job.id, Observation.step <= until)
+    )
     return session.scalars(counted).one()
 
 

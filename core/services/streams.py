@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Event, Job
 from core.domain.jobs import TERMINAL_STATUSES
-from core.services.tenants import find_reading_keys
+from core.services.api_keys import find_reading_keys
 
 # So many events are read at once for all watches together, and so many at least for each. One that has much to catch up
 # with takes few trips, and many that come back at once fill no memory.

@@ -13,29 +13,25 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
 from sqlalchemy import BindParameter, Select, Text, Uuid, and_, bindparam, event, literal, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
 from core.crashpoints import CrashPoint, reach
 from core.db.locks import lock_for_tenant, shared_lock_call
-from core.db.models import BaseModelRow, BaseTokenizerRow, File, Job, Tenant
+from core.db.models import BaseModelRow, BaseTokenizer, File, Job, Tenant
 from core.db.session import notify_after_commit
-from core.domain import bounds
 from core.domain.dataset_counts import DatasetName
 from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, new_id, parse_id
+from core.domain.job_requests import JobRequest
 from core.domain.jobs import JobStatus, is_checkpoint_model, is_fine_tuned_model, pool_name
 from core.domain.training import (
     ALL_LINEAR,
     BASE_LEARNING_RATE,
     AdapterConfig,
-    Frozen,
-    LearningRateSchedule,
-    Quantization,
     TrainingSpec,
     count_steps,
     resolve_alpha,
@@ -43,6 +39,7 @@ from core.domain.training import (
     resolve_epochs,
     resolve_learning_rate,
 )
+from core.domain.values import Frozen
 from core.services.adapters import find_adapter, get_adapter
 from core.services.base_models import check_is_usable, get_base_model, is_usable_by
 from core.services.checkpoints import find_checkpoint
@@ -69,33 +66,6 @@ _NEW_COLUMNS = (
     "priority",
     "traceparent",
 )
-
-
-class JobRequest(Frozen):
-    """A request to train one adapter, its form checked; None stands for "auto" or a default."""
-
-    base_model_id: str
-    training_file_id: uuid.UUID
-    validation_file_id: uuid.UUID | None = None
-    suffix: str | None = None
-    seed: Annotated[int, bounds.SEED.field] | None = None
-    metadata: dict[str, str] = Field(default_factory=dict)
-    priority: Annotated[int, bounds.PRIORITY.field] = 0
-    quantization: Quantization | None = None
-    n_epochs: Annotated[int, bounds.EPOCHS.field] | None = None
-    batch_size: Annotated[int, bounds.BATCH_SIZE.field] | None = None
-    learning_rate_multiplier: Annotated[float, bounds.LEARNING_RATE_MULTIPLIER.field] | None = None
-    learning_rate: Annotated[float, bounds.LEARNING_RATE.field] | None = None
-    learning_rate_schedule: LearningRateSchedule = "cosine"
-    warmup_ratio: Annotated[float, bounds.WARMUP_RATIO.field] = 0.05
-    weight_decay: Annotated[float, bounds.WEIGHT_DECAY.field] = 0.0
-    max_grad_norm: Annotated[float, bounds.GRAD_NORM.field] = 1.0
-    max_seq_len: Annotated[int, bounds.SEQ_LEN.field] | None = None
-    rank: int = 16  # its bounds are the base's
-    alpha: Annotated[float, bounds.ALPHA.field] | None = None
-    dropout: Annotated[float, bounds.DROPOUT.field] = 0.0
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    use_rslora: bool = False
 
 
 class DatasetRows(Frozen):
@@ -255,7 +225,7 @@ def _means_query() -> Select[BaseModelRow, str | None, File, File, int | None, b
     return (
         select(
             BaseModelRow,
-            BaseTokenizerRow.object_key,
+            BaseTokenizer.object_key,
             training,
             validation,
             Tenant.max_tokens_per_job,
@@ -263,7 +233,7 @@ def _means_query() -> Select[BaseModelRow, str | None, File, File, int | None, b
         )
         .select_from(Tenant)
         .outerjoin(BaseModelRow, and_(BaseModelRow.id == base_model_id, is_usable_by(tenant_id)))
-        .outerjoin(BaseTokenizerRow, BaseTokenizerRow.base_model_id == BaseModelRow.id)
+        .outerjoin(BaseTokenizer, BaseTokenizer.base_model_id == BaseModelRow.id)
         .outerjoin(training, is_live_file(training, tenant_id, bindparam("training_file_id", type_=Uuid)))
         .outerjoin(validation, is_live_file(validation, tenant_id, bindparam("validation_file_id", type_=Uuid)))
         .where(Tenant.id == tenant_id)

@@ -20,8 +20,9 @@ from sqlalchemy.orm import Session
 
 from core.db.models import File, Upload, UploadPart
 from core.domain.errors import BusyError, ConflictError, InvalidRequestError, PayloadTooLargeError
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, new_id, not_found
-from core.services.files import NewFile, create_file
+from core.services.files import create_file
 
 UPLOAD_LIFETIME = timedelta(hours=1)
 COMPLETION_LEASE = timedelta(minutes=2)

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from core.domain.errors import InvalidRequestError
-from core.services.pages import Page
+from core.domain.values import Page
 
 MAX_DAYS = 366
 # The label of a row, and what joins it.

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from core.services.base_models import Registry
+from core.domain.bases import Registry
 from core.settings import ApiSettings, WorkerSettings
 from tests.deploy.k8s_render import K8S, Object, Pod, list_pods, of_kind, template_of
 from tests.unit.test_deployments import KNOWN, KNOWN_TOO

@@ -1,4 +1,4 @@
-"""The soak: the real service with two workers under a seeded nemesis, and then the audit of the contract.
+"""The soak: the real service with two workers under a seeded nemesis, and then the audit of the promises.
 
     python -m tests.e2e.chaos --minutes 5 --seed 1
 
@@ -28,8 +28,8 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from cli.commands.contract import as_table, run_checks
-from core.services.contract import Finding
+from cli.commands.promises import as_table, run_checks
+from core.services.promises import Finding
 from tests.e2e.lab import BASE_MODEL, ENDED, Lab, running_lab, write_tiny_base
 from tests.e2e.nemesis import LEASE_SECONDS, Fleet, Nemesis
 

@@ -14,7 +14,7 @@ import yaml
 from minio import Minio
 from openai import OpenAI
 
-from cli.commands.contract import run_checks
+from cli.commands.promises import run_checks
 from local.binaries import find_postgres
 from local.servers import LocalServers, ServerAddresses
 from local.stack import LocalStack, prepare_database, read_registry

@@ -10,7 +10,8 @@ import pytest
 from core.db.models import Tenant
 from core.db.session import connect, service_transaction
 from core.domain.api_keys import ALL_SCOPES
-from core.services.tenants import create_tenant, issue_api_key
+from core.services.api_keys import issue_api_key
+from core.services.tenants import create_tenant
 from local.stack import LocalStack
 from tests.e2e.lab import BASE_MODEL
 from tests.environments import OPENAI_VERSIONS, find_client_python

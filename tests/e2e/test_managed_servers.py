@@ -13,7 +13,7 @@ import pytest
 import yaml
 from openai import OpenAI
 
-from cli.commands.contract import run_checks
+from cli.commands.promises import run_checks
 from local.external import ExternalServers
 from local.stack import LocalStack
 from tests.e2e.lab import BASE_MODEL, base_entry

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from openai import OpenAI
 
-from cli.commands.contract import run_checks
+from cli.commands.promises import run_checks
 from tests.e2e.rollout import Load, Rollout
 from tests.history import HERE, unpack
 from tests.waiting import wait_until

@@ -9,7 +9,7 @@ import pytest
 
 from core.db.session import connect, service_transaction
 from core.domain.scheduling import FairnessTerms
-from core.services.contract import check_rows
+from core.services.promises import check_rows
 from tests.e2e.lab import Lab, running_lab, wait_until, write_tiny_base
 
 # About 70 million parameters, at 4,000 tokens a step: more than ten seconds on any CPU, half a minute on most.

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from openai import OpenAI
 
-from cli.commands.contract import run_checks
+from cli.commands.promises import run_checks
 from tests.e2e.lab import BASE_MODEL
 from tests.e2e.rollout import ROWS, Member, Rollout
 from tests.history import HERE, unpack

@@ -20,8 +20,9 @@ from sqlalchemy import Engine, text
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
 from core.domain.api_keys import ALL_SCOPES
-from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
-from core.services.tenants import create_tenant, issue_api_key
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
+from core.services.api_keys import issue_api_key
+from core.services.tenants import create_tenant
 from core.settings import StorageConfig
 from core.storage import S3ObjectStore
 from local.ports import free_ports

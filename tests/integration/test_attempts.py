@@ -13,16 +13,20 @@ from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, Job, Usage
 from core.db.session import connect, service_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
 from core.domain.jobs import MAX_UNCOUNTED, pool_name
+from core.domain.leases import Lease, StaleLeaseError
 from core.domain.objects import attempt_prefix, file_key
 from core.domain.training import Quantization
-from core.services import attempts, charges
-from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
-from core.services.files import NewFile, create_file
+from core.domain.values import StoredArtifact
+from core.services import attempts, charges, claims, leases, observations
+from core.services.files import create_file
 from core.services.jobs import cancel_job
+from core.services.observations import StepRecord
 from core.services.resume_points import begin_steps
-from core.services.submissions import JobRequest, submit_job
+from core.services.submissions import submit_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 
 POOL = pool_name(BASE_MODEL, None)
@@ -52,7 +56,7 @@ def queue_job(owner: Engine, tenant: Tenant, *, priority: int = 0, quantization:
 
 def claim(worker: Engine, lease_seconds: float = 60) -> Lease | None:
     with service_transaction(worker) as session:
-        job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=lease_seconds)
+        job = claims.claim_job(session, POOL, worker_name="w", lease_seconds=lease_seconds)
     if job is None:
         return None
     assert job.lease_token is not None
@@ -81,7 +85,7 @@ def test_a_stale_attempt_cannot_end_the_job_of_a_newer_one(worker: Engine, owner
     assert newer.job_id == stale.job_id
     for act in (
         lambda session: attempts.fail_attempt(session, stale, code="x", message="x", is_job_fault=True),
-        lambda session: attempts.heartbeat(session, stale, lease_seconds=60),
+        lambda session: leases.heartbeat(session, stale, lease_seconds=60),
         lambda session: attempts.requeue_attempt(session, stale),
         lambda session: attempts.record_message(session, stale, message="x", level="info"),
     ):
@@ -89,7 +93,7 @@ def test_a_stale_attempt_cannot_end_the_job_of_a_newer_one(worker: Engine, owner
             act(session)
     assert status_of(owner, newer) == "running"
     with service_transaction(worker) as session:
-        attempts.heartbeat(session, newer, lease_seconds=60)
+        leases.heartbeat(session, newer, lease_seconds=60)
 
 
 def test_a_live_lease_does_not_expire(worker: Engine, owner: Engine, tenant: Tenant) -> None:
@@ -149,7 +153,7 @@ def claim_at_once(worker: Engine, owner: Engine, job: Job, *, lease_seconds: flo
     """Claim a job as an idle worker does, without a pause after its last attempt."""
     make_claimable(owner, Lease(job.id, job.tenant_id, 0))
     with service_transaction(worker) as session:
-        claimed = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=lease_seconds, is_idle=True)
+        claimed = claims.claim_job(session, POOL, worker_name="w", lease_seconds=lease_seconds, is_idle=True)
     assert claimed is not None
     assert claimed.lease_token is not None
     return Lease(job.id, job.tenant_id, claimed.lease_token)
@@ -197,7 +201,7 @@ def test_a_step_that_no_attempt_has_come_to_yet_begins_a_new_row_of_attempts_tha
         set_uncounted(owner, MAX_UNCOUNTED)
         with service_transaction(worker) as session:
             begin_steps(session, lease, step=0, total_steps=4)
-            attempts.record_step(session, lease, record=step, total_steps=4)
+            observations.record_step(session, lease, record=step, total_steps=4)
         with service_transaction(worker) as session:
             attempts.requeue_attempt(session, lease)
         counted.append(read_job(owner, job).attempt_count)
@@ -233,9 +237,9 @@ def test_a_worker_that_was_cut_off_and_says_so_costs_no_attempt_and_one_that_is_
         assert read_job(owner, job).attempt_count == 1
         newer = claim_at_once(worker, owner, job)
         with service_transaction(worker) as session:
-            assert attempts.forgive_loss(session, cut_off)
-            assert not attempts.forgive_loss(session, cut_off), "once"
-            assert not attempts.forgive_loss(session, newer), "it is not lost"
+            assert attempts.uncount_lost_attempt(session, cut_off)
+            assert not attempts.uncount_lost_attempt(session, cut_off), "once"
+            assert not attempts.uncount_lost_attempt(session, newer), "it is not lost"
         running = read_job(owner, job)
         assert (running.status, running.attempt_count) == ("running", 1)
         with service_transaction(worker) as session:
@@ -247,7 +251,7 @@ def test_a_worker_that_was_cut_off_and_says_so_costs_no_attempt_and_one_that_is_
     assert failed.error is not None
     assert (failed.status, failed.error["code"]) == ("failed", "worker_lost")
     with service_transaction(worker) as session:
-        assert not attempts.forgive_loss(session, dead), "what has ended stays as it ended"
+        assert not attempts.uncount_lost_attempt(session, dead), "what has ended stays as it ended"
 
 
 def test_a_worker_that_is_cut_off_again_and_again_without_a_step_is_charged_in_the_end(
@@ -257,7 +261,7 @@ def test_a_worker_that_is_cut_off_again_and_again_without_a_step_is_charged_in_t
     cut_off = lose(worker, owner, job)
     set_uncounted(owner, MAX_UNCOUNTED)
     with service_transaction(worker) as session:
-        assert not attempts.forgive_loss(session, cut_off)
+        assert not attempts.uncount_lost_attempt(session, cut_off)
     assert read_job(owner, job).attempt_count == 1
 
 
@@ -268,7 +272,7 @@ def test_a_cancelled_job_is_stale_for_its_worker(worker: Engine, owner: Engine, 
     with service_transaction(owner) as session:
         assert cancel_job(session, tenant.id, job_id=job.id).status == "cancelled"
     with pytest.raises(StaleLeaseError), service_transaction(worker) as session:
-        attempts.heartbeat(session, lease, lease_seconds=60)
+        leases.heartbeat(session, lease, lease_seconds=60)
 
 
 ENDINGS: dict[str, Callable[[Session, Lease], object]] = {
@@ -297,7 +301,7 @@ def test_a_job_ends_after_all_that_was_written_of_it_however_early_its_transacti
             step=1, train_loss=1.0, train_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=1
         )
         with service_transaction(worker) as session:
-            attempts.record_step(session, lease, record=step, total_steps=2)
+            observations.record_step(session, lease, record=step, total_steps=2)
         end(ending, lease)
     query = """select min(j.finished_at - m.created_at), min(a.ended_at - a.started_at)
         from jobs j join metrics m on m.job_id = j.id join attempts a on a.job_id = j.id where j.id = :id"""
@@ -318,8 +322,8 @@ def test_a_quota_of_one_holds_under_concurrent_claims(worker: Engine, owner: Eng
         return claim(worker)
 
     with ThreadPoolExecutor(8) as pool:
-        claims = list(pool.map(lambda _: claim_together(), range(8)))
-    assert sum(lease is not None for lease in claims) == 1
+        taken = list(pool.map(lambda _: claim_together(), range(8)))
+    assert sum(lease is not None for lease in taken) == 1
 
 
 def test_tenants_take_turns_however_many_jobs_one_has(worker: Engine, owner: Engine) -> None:

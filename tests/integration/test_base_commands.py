@@ -14,16 +14,12 @@ from typer.testing import CliRunner
 
 from cli.base_files import BaseDescription, BaseFilesError, describe_base, find_license
 from cli.main import app
-from core.db.models import BaseModelRow, BaseTokenizerRow
+from core.db.models import BaseModelRow, BaseTokenizer
 from core.db.session import service_transaction
-from core.services.base_models import (
-    BaseModelEntry,
-    BaseModelSource,
-    Registry,
-    register_base_model,
-    sync_base_models,
-)
-from core.services.workers import WorkerFacts, record_worker
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
+from core.domain.workers import WorkerFacts
+from core.services.registry import register_base_model, sync_base_models
+from core.services.workers import record_worker
 from local.binaries import find_smollm2
 from local.servers import ServerAddresses
 from tests.e2e.lab import write_tiny_base
@@ -92,7 +88,7 @@ def test_a_base_is_added_from_its_own_files_loaded_once_and_its_tokenizer_kept(
     assert set(row.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert str(row.checked_by).startswith("cli:")
     with service_transaction(owner) as session:
-        assert session.get(BaseTokenizerRow, ADDED) is not None
+        assert session.get(BaseTokenizer, ADDED) is not None
 
 
 def test_a_bases_licence_is_its_cards_unless_the_operator_names_one(
@@ -185,12 +181,12 @@ def test_a_base_added_by_hand_is_removed_by_hand_and_one_of_the_registrys_is_not
         register_base_model(session, entry, is_by_hand=True)
         register_base_model(session, make_entry(tmp_path), is_by_hand=False)
         sync_base_models(session, Registry(base_models=(make_entry(tmp_path),)))
-    assert row_of(owner, "acme-labs/brief").is_enabled
+    assert row_of(owner, "acme-labs/brief").is_in_registry
     assert espalier("remove", "acme-labs/brief").exit_code == 0
-    assert not row_of(owner, "acme-labs/brief").is_enabled
+    assert not row_of(owner, "acme-labs/brief").is_in_registry
     refused = espalier("remove", BASE_MODEL)
     assert (refused.exit_code, "stands in the registry's file" in refused.output) == (1, True)
-    assert row_of(owner, BASE_MODEL).is_enabled
+    assert row_of(owner, BASE_MODEL).is_in_registry
 
 
 def test_what_was_found_of_a_base_stands_until_its_entry_changes(owner: Engine, tmp_path: Path) -> None:

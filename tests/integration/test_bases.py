@@ -16,16 +16,19 @@ from sqlalchemy import Engine, func, select, update
 from structlog.testing import capture_logs
 
 from core.db.clock import DatabaseClock
-from core.db.models import Attempt, BaseModelRow, BaseTokenizerRow, Event, Job, Pool
+from core.db.models import Attempt, BaseModelRow, BaseTokenizer, Event, Job, Pool
 from core.db.session import connect, service_transaction
 from core.domain.bases import BaseState
 from core.domain.errors import ConflictError
+from core.domain.files import NewFile
 from core.domain.ids import new_id
-from core.services import attempts
+from core.domain.job_requests import JobRequest
+from core.domain.workers import WorkerFacts
+from core.services import claims
 from core.services.base_models import record_state
-from core.services.files import NewFile, create_file
-from core.services.submissions import JobRequest, submit_job
-from core.services.workers import WorkerFacts, record_worker
+from core.services.files import create_file
+from core.services.submissions import submit_job
+from core.services.workers import record_worker
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
@@ -123,7 +126,7 @@ def show_presence(owner: Engine, facts: WorkerFacts) -> None:
 
 def claimable(owner: Engine) -> set[str]:
     with service_transaction(owner) as session:
-        return set(attempts.claimable_pools(session))
+        return set(claims.claimable_pools(session))
 
 
 def test_a_base_that_is_not_there_costs_its_job_no_attempt_and_its_row_says_why(
@@ -183,7 +186,7 @@ def test_an_idle_worker_has_its_first_base_and_the_tokenizer_before_a_job_which_
     assert (facts.state, facts.pool, facts.slots, facts.slots_in_use) == ("idle", POOL, 8, 0)
     assert row_of(owner).state == BaseState.USABLE
     with service_transaction(owner) as session:
-        assert session.get(BaseTokenizerRow, BASE_MODEL) is not None
+        assert session.get(BaseTokenizer, BASE_MODEL) is not None
     warm = trainers()
     assert len(warm) == 1
     runner.warm()
@@ -399,7 +402,7 @@ def test_a_trainer_is_told_the_licence_of_its_jobs_base(
     queue_real_job(owner, tenant, store, base_model_id=base)
     worker = connect(database.worker_url)
     with service_transaction(worker) as session:
-        job = attempts.claim_job(session, f"{base}@none", worker_name="w", lease_seconds=3600)
+        job = claims.claim_job(session, f"{base}@none", worker_name="w", lease_seconds=3600)
         assert job is not None
         assert order_job(session, job, store=store).facts.base_license == "mit"
     worker.dispose()

@@ -14,9 +14,9 @@ from sqlalchemy.exc import IntegrityError
 from core.db.base import Row
 from core.db.session import service_transaction
 from core.domain import bounds
+from core.domain.bases import BaseModelEntry
 from core.domain.bounds import Bounds
-from core.services.base_models import BaseModelEntry
-from core.services.submissions import JobRequest
+from core.domain.job_requests import JobRequest
 from core.services.tenants import TenantChange
 from core.settings import ApiSettings, ScheduleSettings, WorkerSettings
 from tests.integration.conftest import Tenant

@@ -13,13 +13,15 @@ from sqlalchemy import Engine, text
 
 from core.db.clock import DatabaseClock
 from core.db.session import connect, service_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
 from core.domain.objects import file_key
 from core.domain.scheduling import FairnessTerms
-from core.services.contract import check_rows
-from core.services.files import NewFile, create_file
+from core.services.files import create_file
 from core.services.jobs import cancel_job
-from core.services.submissions import JobRequest, submit_job
+from core.services.promises import check_rows
+from core.services.submissions import submit_job
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses

@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 
 from cli.main import app, walk_commands
 from core.db.session import operator_transaction, service_transaction
+from core.domain.workers import WorkerFacts
 from core.services import attempts
 from core.services.operators import issue_operator_key
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from local.servers import ServerAddresses
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL, claim, queue_job
@@ -102,7 +103,7 @@ def busy(worker: Engine, owner: Engine) -> Tenant:
 def test_use_as_csv_is_whole_or_says_where_it_was_cut(
     espalier: Espalier, worker: Engine, owner: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.commands.oversight._PAGE_ROWS", 2)
+    monkeypatch.setattr("cli.commands.usage._PAGE_ROWS", 2)
     queue_job(owner, add_tenant(owner), priority=100)
     days = [f"2026-03-0{day}" for day in range(1, 6)]
     book = text("""

@@ -27,8 +27,8 @@ from core.db.connections import Subscription
 from core.db.notifications import Listener
 from core.db.session import DATABASE_ERRORS, connect, service_transaction, state_of, took_too_long
 from core.domain.duties import Duty
+from core.domain.workers import WorkerFacts
 from core.services.set_asides import ROW_ERRORS, list_set_asides, setting_aside
-from core.services.workers import WorkerFacts
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.black_hole import find_namespace

@@ -13,7 +13,7 @@ from core.db.models import Tenant as TenantRow
 from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.errors import NotFoundError
 from core.domain.jobs import pool_name
-from core.services import attempts
+from core.services import claims
 from core.services.census import take_census
 from core.services.oversight import PoolDemand, find_pool_demand
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
@@ -157,4 +157,4 @@ def test_the_demand_is_what_the_claim_hands_out_and_what_the_schedule_counts(
     assert demand_of(owner) == PoolDemand(POOL, 0, handed_out, 8, -(-handed_out // 8))
     assert figures_of(database) == (0, -(-handed_out // 8))
     with service_transaction(worker) as session:
-        assert attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60) is None
+        assert claims.claim_job(session, POOL, worker_name="w", lease_seconds=60) is None

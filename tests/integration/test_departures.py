@@ -9,12 +9,13 @@ import pytest
 from sqlalchemy import Engine, text
 
 from core.db.session import DATABASE_ERRORS, connect, service_transaction
+from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
-from core.services import attempts
-from core.services.attempts import Lease
-from core.services.contract import Finding, check_rows
+from core.domain.workers import WorkerFacts
+from core.services import attempts, claims
 from core.services.jobs import cancel_job
-from core.services.workers import WorkerFacts, record_worker
+from core.services.promises import Finding, check_rows
+from core.services.workers import record_worker
 from tests.integration.conftest import Database, Tenant
 from tests.integration.test_attempts import POOL, queue_job
 from worker.supervisor.departures import Departures
@@ -39,7 +40,7 @@ def cancelled(owner: Engine, worker: Engine, tenant: Tenant, *, seconds_ago: flo
     """Return the lease of a job that the worker claimed, and that was cancelled so long ago."""
     job = queue_job(owner, tenant)
     with service_transaction(worker) as session:
-        claimed = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60)
+        claimed = claims.claim_job(session, POOL, worker_name="w", lease_seconds=60)
     assert claimed is not None
     assert claimed.lease_token is not None
     with service_transaction(owner) as session:

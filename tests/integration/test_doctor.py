@@ -25,9 +25,10 @@ from cli.doctor.servers import check_storage
 from cli.main import app
 from core.db.migrate import login_url
 from core.db.session import connect, service_transaction
-from core.services.base_models import Registry
+from core.domain.bases import Registry
+from core.domain.workers import WorkerFacts
 from core.services.leadership import lead, resign
-from core.services.workers import WorkerFacts, forget_worker, record_worker
+from core.services.workers import forget_worker, record_worker
 from core.storage import S3ObjectStore
 from core.version import read_version
 from local.ports import free_ports

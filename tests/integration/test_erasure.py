@@ -21,19 +21,22 @@ from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.duties import Duty
 from core.domain.errors import ConflictError, NotFoundError
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, new_id, parse_id
+from core.domain.leases import Lease, StaleLeaseError
 from core.domain.objects import attempt_prefix, tenant_prefix
 from core.domain.scheduling import FairnessTerms
-from core.services import attempts, charges, resume_points
-from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
+from core.domain.values import StoredArtifact, StoredFile
+from core.services import attempts, charges, checkpoints, leases, observations, resume_points
+from core.services.api_keys import issue_api_key
 from core.services.checkpoints import revoke_permission, share_checkpoint
-from core.services.contract import check_objects, check_rows
 from core.services.erasure import BEGINNING, Place, erase_some_jobs, erase_some_of_tenant
-from core.services.files import NewFile
 from core.services.job_rows import BATCH_ROWS
 from core.services.logs import record_log_line
+from core.services.observations import StepRecord
+from core.services.promises import check_objects, check_rows
 from core.services.set_asides import set_aside
-from core.services.tenants import TenantChange, change_tenant, create_tenant, delete_tenant, find_tenant, issue_api_key
+from core.services.tenants import TenantChange, change_tenant, create_tenant, delete_tenant, find_tenant
 from core.services.usage import UsageGroup, UsagePeriod, UsageTotal, sum_usage
 from core.storage import S3ObjectStore
 from schedule.eraser import erase
@@ -153,9 +156,9 @@ def start(world: World, job_id: str) -> Lease:
     return lease
 
 
-def put(world: World, key: str, word: str) -> tuple[dict[str, object], ...]:
+def put(world: World, key: str, word: str) -> tuple[StoredFile, ...]:
     stored = world.store.put_bytes(key, word.encode(), content_type="text/plain")
-    return ({"name": key.rpartition("/")[2], "size_bytes": stored.size_bytes, "sha256": stored.sha256},)
+    return (StoredFile(name=key.rpartition("/")[2], size_bytes=stored.size_bytes, sha256=stored.sha256),)
 
 
 def tell(world: World, lease: Lease, word: str) -> None:
@@ -169,7 +172,7 @@ def tell(world: World, lease: Lease, word: str) -> None:
         checkpoint = StoredArtifact(
             prefix + "checkpoints/step-1/", put(world, f"{prefix}checkpoints/step-1/{word}", word)
         )
-        attempts.record_checkpoint(session, lease, step=1, artifact=checkpoint, metrics={word: 1})
+        checkpoints.record_checkpoint(session, lease, step=1, artifact=checkpoint, metrics={word: 1})
     put(world, f"{prefix}left/{word}", word)
     run_statement(world.owner, f"update jobs set datasets = '{{\"{word}\": 1}}', traceparent = '{word}'", lease)
 
@@ -185,8 +188,7 @@ def succeed(world: World, lease: Lease, word: str) -> None:
     adapter = StoredArtifact(prefix + "adapter/", put(world, f"{prefix}adapter/{word}", word))
     key = f"{prefix}result/result.csv"
     (stored,) = put(world, key, word)
-    size, sha256 = int(str(stored["size_bytes"])), str(stored["sha256"])
-    result = NewFile(new_id(), f"{word}.csv", "fine-tune-results", key, size, sha256)
+    result = NewFile(new_id(), f"{word}.csv", "fine-tune-results", key, stored.size_bytes, stored.sha256)
     with service_transaction(world.worker) as session:
         attempts.succeed_attempt(session, lease, adapter=adapter, result_file=result, trained_tokens=1)
         charges.record_usage(session, lease.token, gpu_seconds=5, trained_tokens=7)
@@ -439,9 +441,9 @@ def test_the_keys_of_a_deleted_tenant_are_refused_and_its_worker_writes_nothing_
     record = StepRecord(2, 1.0, train_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
     with service_transaction(world.worker) as session:
         with pytest.raises(StaleLeaseError):
-            attempts.heartbeat(session, doomed.leased, lease_seconds=60)
+            leases.heartbeat(session, doomed.leased, lease_seconds=60)
         with pytest.raises(StaleLeaseError):
-            attempts.record_step(session, doomed.leased, record=record, total_steps=5)
+            observations.record_step(session, doomed.leased, record=record, total_steps=5)
         with pytest.raises(StaleLeaseError):
             attempts.fail_attempt(session, doomed.leased, code="x", message=doomed.word, is_job_fault=True)
     assert claim(world.worker) is None

@@ -16,9 +16,9 @@ from core.db.models import Attempt, Job, Queue
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
 from core.domain.jobs import pool_name
+from core.domain.leases import Lease
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, decay_usage
-from core.services import attempts, charges
-from core.services.attempts import Lease
+from core.services import attempts, charges, claims
 from core.services.jobs import cancel_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL, claim, queue_job
@@ -80,10 +80,10 @@ def test_row_26_one_wake_delivered_twenty_times_to_four_workers_is_one_claim_a_j
                     too_many.set()
         return claimed
 
-    claims = [job_id for claimed in together(4, deliver) for job_id in claimed]
+    taken = [job_id for claimed in together(4, deliver) for job_id in claimed]
     # Who meets another's claim under way passes it by; what is left then is the next wake-up's.
-    claims += deliver(4)
-    assert len(claims) == len(set(claims)) == 7
+    taken += deliver(4)
+    assert len(taken) == len(set(taken)) == 7
     assert not too_many.is_set()
     with service_transaction(owner) as session:
         assert session.scalar(select(func.count()).select_from(Attempt)) == 7
@@ -104,7 +104,7 @@ def move_half_to_another_pool(owner: Engine) -> None:
 
 def claim_from(engine: Engine, pool: str) -> Lease | None:
     with service_transaction(engine) as session:
-        job = attempts.claim_job(session, pool, worker_name="w", lease_seconds=60)
+        job = claims.claim_job(session, pool, worker_name="w", lease_seconds=60)
     return Lease(job.id, job.tenant_id, job.lease_token) if job and job.lease_token else None
 
 
@@ -115,7 +115,7 @@ def test_row_50_a_quota_is_one_for_all_pools_while_a_claim_is_not_committed(
     move_half_to_another_pool(owner)
     set_quota(owner, tenant, max_running=1)
     with service_transaction(worker) as session:
-        assert attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60) is not None
+        assert claims.claim_job(session, POOL, worker_name="w", lease_seconds=60) is not None
         assert claim_from(worker, NF4_POOL) is None
     assert claim_from(worker, NF4_POOL) is None
 
@@ -127,10 +127,10 @@ def test_row_50_four_claimers_of_two_pools_never_pass_a_quota_of_one(
     move_half_to_another_pool(owner)
     set_quota(owner, tenant, max_running=1)
     for _ in range(60):
-        claims = [lease for lease in together(4, lambda n: claim_from(worker, (POOL, NF4_POOL)[n % 2])) if lease]
-        assert len(claims) == 1
+        taken = [lease for lease in together(4, lambda n: claim_from(worker, (POOL, NF4_POOL)[n % 2])) if lease]
+        assert len(taken) == 1
         with service_transaction(worker) as session:
-            attempts.requeue_attempt(session, claims[0])
+            attempts.requeue_attempt(session, taken[0])
 
 
 def count_running(owner: Engine, tenant: Tenant) -> int:
@@ -166,7 +166,7 @@ def test_a_pool_whose_jobs_may_not_start_keeps_no_worker_from_another_pool(
     schedule = connect(database.schedule_url)
     for engine in (worker, schedule):
         with service_transaction(engine) as session:
-            assert attempts.claimable_pools(session) == [NF4_POOL]
+            assert claims.claimable_pools(session) == [NF4_POOL]
     schedule.dispose()
 
 
@@ -176,10 +176,10 @@ def test_a_job_whose_retry_is_not_due_holds_nobody_up_and_wakes_nobody(worker: E
     with service_transaction(owner) as session:
         session.get_one(Job, later.id).run_after = func.now() + text("interval '1 hour'")
         session.flush()
-        assert attempts.claimable_pools(session) == []
+        assert claims.claimable_pools(session) == []
     add_jobs(owner, other, 1)
     with service_transaction(worker) as session:
-        assert attempts.claimable_pools(session) == [POOL]
+        assert claims.claimable_pools(session) == [POOL]
     lease = claim(worker)
     assert lease is not None
     assert lease.tenant_id == other.id

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 
 from core.db.clock import DatabaseClock
 from core.db.session import connect, service_transaction
-from core.services import attempts
+from core.services import claims
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
@@ -83,7 +83,7 @@ def test_a_worker_that_has_said_it_leaves_claims_nothing_any_more(
     runner.serve()  # what the wake-up for it does
     assert runner.describe().state == "stopping"
     with service_transaction(owner) as session:
-        assert POOL in attempts.claimable_pools(session), "the schedule wakes another worker for it"
+        assert POOL in claims.claimable_pools(session), "the schedule wakes another worker for it"
 
 
 def test_a_worker_that_serves_is_not_idle(runner: Runner) -> None:

@@ -1,4 +1,4 @@
-"""A job's life as a state machine on real PostgreSQL: any order of verbs, stale fences among them, keeps the contract.
+"""A job's life as a state machine on real PostgreSQL: any order of verbs, stale fences among them, keeps the promises.
 
 Time passes where the machine says so: instants in the rows are moved into the past of the database's clock.
 """
@@ -28,15 +28,18 @@ from sqlalchemy.exc import IntegrityError
 from core.db.models import Job
 from core.db.session import connect, service_transaction
 from core.domain.errors import ConflictError
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.jobs import MAX_ATTEMPTS
+from core.domain.leases import Lease, StaleLeaseError
 from core.domain.objects import attempt_prefix
 from core.domain.scheduling import FairnessTerms
-from core.services import attempts, charges
-from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
-from core.services.contract import check_rows
-from core.services.files import NewFile
+from core.domain.values import StoredArtifact
+from core.services import attempts, charges, claims, observations
 from core.services.jobs import cancel_job, pause_job, resume_job
+from core.services.leases import heartbeat
+from core.services.observations import StepRecord
+from core.services.promises import check_rows
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL, queue_job
 
@@ -86,7 +89,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule(target=leases, is_idle=st.booleans())
     def claim(self, is_idle: bool):  # type: ignore[no-untyped-def]
         with service_transaction(self.worker) as session:
-            job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60, is_idle=is_idle)
+            job = claims.claim_job(session, POOL, worker_name="w", lease_seconds=60, is_idle=is_idle)
         claimable = [each for each in self.expected.values() if self._may_be_claimed(each, is_idle=is_idle)]
         if job is None:
             assert not claimable
@@ -108,7 +111,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule(lease=leases)
     def beat(self, lease: Lease) -> None:
         told = []
-        if self._try(lease, lambda session: told.append(attempts.heartbeat(session, lease, lease_seconds=60))):
+        if self._try(lease, lambda session: told.append(heartbeat(session, lease, lease_seconds=60))):
             assert told == [self.expected[lease.job_id].must_pause]
             self.expected[lease.job_id].is_expired = False
 
@@ -116,7 +119,7 @@ class JobMachine(RuleBasedStateMachine):
     def report(self, lease: Lease, step: int) -> None:
         record = StepRecord(step, 1.0, 0.5, 1e-4, 1.0, 8)
         with contextlib.suppress(IntegrityError):  # a step that was reported already
-            self._try(lease, lambda session: attempts.record_step(session, lease, record=record, total_steps=10))
+            self._try(lease, lambda session: observations.record_step(session, lease, record=record, total_steps=10))
 
     @rule(lease=leases)
     def succeed(self, lease: Lease) -> None:

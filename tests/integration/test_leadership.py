@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from core.db.models import Job, Leader
 from core.db.session import connect, service_transaction
-from core.services import attempts
+from core.services import attempts, leases
 from core.services.leadership import lead, resign
 from core.settings import ScheduleSettings
 from local.servers import ServerAddresses
@@ -208,7 +208,7 @@ def test_row_53_a_reaper_that_goes_on_with_a_stale_view_expires_nobodys_live_lea
         assert not lead(stale, "stopped", lease_seconds=60)
         assert attempts.expire_leases(stale) == 0, "even a reaper that does not ask whether it leads"
     with service_transaction(worker) as session:
-        attempts.heartbeat(session, newer, lease_seconds=60)
+        leases.heartbeat(session, newer, lease_seconds=60)
 
 
 def test_row_53_a_heartbeat_that_comes_before_the_reapers_lock_saves_the_lease(
@@ -220,6 +220,6 @@ def test_row_53_a_heartbeat_that_comes_before_the_reapers_lock_saves_the_lease(
     with service_transaction(schedule) as stale:
         assert stale.scalar(select(Job.lease_until < func.now()).where(Job.id == lease.job_id))
         with service_transaction(worker) as session:
-            attempts.heartbeat(session, lease, lease_seconds=60)
+            leases.heartbeat(session, lease, lease_seconds=60)
         assert attempts.expire_leases(stale) == 0
     assert status_of(owner, lease) == "running"

@@ -13,10 +13,10 @@ from sqlalchemy.orm import Session
 
 from core.db.session import connect, operator_transaction, service_transaction, tenant_transaction
 from core.domain.scheduling import FairnessTerms
-from core.services import adapters, audit, checkpoints, events, files, jobs, logs, metrics, streams, tenants
+from core.services import adapters, api_keys, audit, checkpoints, events, files, jobs, logs, observations, streams
 from core.services.explanations import explain_job
 from core.services.logs import LogFilter
-from core.services.metrics import StepRange
+from core.services.observations import StepRange
 from core.services.streams import Watch
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.test_oversight_at_size import statements_of
@@ -181,14 +181,14 @@ LISTS: dict[str, Ask] = {
     "adapters": lambda s, c: adapters.list_adapters(s, c.tenant.id, after=None, limit=100),
     "adapters, deep": lambda s, c: adapters.list_adapters(s, c.tenant.id, after=c.middle["adapters"], limit=100),
     "models": lambda s, c: adapters.list_models(s, c.tenant.id, limit=100),
-    "API keys": lambda s, c: tenants.list_api_keys(s, c.tenant.id),
+    "API keys": lambda s, c: api_keys.list_api_keys(s, c.tenant.id),
     "a chart of all steps": lambda s, c: chart(s, c, StepRange(1, 2**40)),
     "a chart of some steps": lambda s, c: chart(s, c, StepRange(1001, 9000)),
 }
 
 
 def chart(session: Session, crowd: Crowd, steps: StepRange) -> object:
-    return metrics.read_metrics(session, crowd.tenant.id, job_id=crowd.job_id, steps=steps, points=60)
+    return observations.read_observations(session, crowd.tenant.id, job_id=crowd.job_id, steps=steps, points=60)
 
 
 @pytest.mark.parametrize("name", LISTS)

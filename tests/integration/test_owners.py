@@ -20,7 +20,7 @@ from cli.main import app
 from core.db.migrate import RoleLogin, login_url, migrate_database
 from core.db.roles import ROLES
 from core.db.session import auditor_transaction, connect, service_transaction
-from core.services.contract import check_rows
+from core.services.promises import check_rows
 from core.services.tenants import find_tenant
 from core.services.visibility import require_sight
 from core.settings import FairnessSettings

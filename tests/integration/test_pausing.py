@@ -12,9 +12,11 @@ from sqlalchemy.orm import Session
 from core.db.models import Job
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError
-from core.services import attempts, resume_points
-from core.services.attempts import Lease, StaleLeaseError, StepRecord, StoredArtifact
+from core.domain.leases import Lease, StaleLeaseError
+from core.domain.values import StoredArtifact, StoredFile
+from core.services import attempts, checkpoints, claims, leases, observations, resume_points
 from core.services.jobs import cancel_job, pause_job, resume_job
+from core.services.observations import StepRecord
 from tests.integration.conftest import Database, Tenant
 from tests.integration.test_attempts import POOL, claim, make_claimable, queue_job, status_of, worker
 
@@ -46,7 +48,7 @@ def must_claim(worker: Engine, *, lease_seconds: float = 60) -> Lease:
 
 def beat(worker: Engine, lease: Lease) -> bool:
     with service_transaction(worker) as session:
-        return attempts.heartbeat(session, lease, lease_seconds=60)
+        return leases.heartbeat(session, lease, lease_seconds=60)
 
 
 def requeue(worker: Engine, lease: Lease) -> None:
@@ -164,7 +166,7 @@ def test_however_an_attempt_ends_its_job_pauses_if_that_was_asked(
 
 def claim_idle(worker: Engine, *, is_idle: bool) -> Lease | None:
     with service_transaction(worker) as session:
-        job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60, is_idle=is_idle)
+        job = claims.claim_job(session, POOL, worker_name="w", lease_seconds=60, is_idle=is_idle)
     return None if job is None or job.lease_token is None else Lease(job.id, job.tenant_id, job.lease_token)
 
 
@@ -172,8 +174,8 @@ def test_a_suspect_is_not_charged_and_only_an_idle_worker_takes_it_and_first(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
     first, second = queue_job(owner, tenant), queue_job(owner, tenant)
-    leases = [must_claim(worker), must_claim(worker)]
-    for lease in leases:
+    held = [must_claim(worker), must_claim(worker)]
+    for lease in held:
         suspect(worker, lease)
     other = queue_job(owner, tenant, priority=9)
     busy = claim_idle(worker, is_idle=False)
@@ -225,7 +227,7 @@ def test_a_checkpoint_stays_published_when_another_attempt_comes_to_its_step_aga
     def record(lease: Lease) -> tuple[str, ...]:
         artifact = StoredArtifact(f"p/{lease.token}/", ())
         with service_transaction(worker) as session:
-            return attempts.record_checkpoint(session, lease, step=4, artifact=artifact, metrics={})
+            return checkpoints.record_checkpoint(session, lease, step=4, artifact=artifact, metrics={})
 
     queue_job(owner, tenant)
     first = must_claim(worker)
@@ -242,12 +244,12 @@ def test_a_checkpoint_stays_published_when_another_attempt_comes_to_its_step_aga
 def record_step(worker: Engine, lease: Lease, step: int) -> None:
     record = StepRecord(step, 1.0, train_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
     with service_transaction(worker) as session:
-        attempts.record_step(session, lease, record=record, total_steps=100)
+        observations.record_step(session, lease, record=record, total_steps=100)
 
 
 def record_point(worker: Engine, lease: Lease, step: int) -> tuple[str, ...]:
     with service_transaction(worker) as session:
-        artifact = StoredArtifact(f"p/{lease.token}/{step}/", ({"name": "a", "size_bytes": 1, "sha256": "0" * 64},))
+        artifact = StoredArtifact(f"p/{lease.token}/{step}/", (StoredFile(name="a", size_bytes=1, sha256="0" * 64),))
         return resume_points.record_resume_point(session, lease, step=step, artifact=artifact)
 
 

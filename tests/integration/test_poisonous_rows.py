@@ -15,11 +15,11 @@ from cli.main import app
 from core.db.models import Attempt, Job, Usage
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.duties import Duty
+from core.domain.leases import Lease
 from core.domain.outlook import WaitCode
 from core.domain.scheduling import FairnessTerms
 from core.domain.training import TrainingSpec
-from core.services import attempts
-from core.services.attempts import Lease
+from core.services import attempts, claims
 from core.services.explanations import explain_job
 from core.services.set_asides import list_set_asides
 from core.storage import S3ObjectStore
@@ -99,7 +99,7 @@ def test_a_job_that_cannot_be_claimed_waits_aside_and_the_next_is_claimed(
     assert told.reason is not None
     assert (told.reason.code, told.eta) == (WaitCode.UNCLAIMABLE, None)
     with service_transaction(worker) as session:
-        assert attempts.claimable_pools(session) == []
+        assert claims.claimable_pools(session) == []
 
 
 def test_a_job_that_its_worker_cannot_read_is_as_if_it_had_not_been_claimed(
@@ -113,7 +113,7 @@ def test_a_job_that_its_worker_cannot_read_is_as_if_it_had_not_been_claimed(
 
     for num_failures in (1, 2):
         with service_transaction(worker) as session:
-            none = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60, prepare=read)
+            none = claims.claim_job(session, POOL, worker_name="w", lease_seconds=60, prepare=read)
         assert none is None
         with service_transaction(owner) as session:
             (aside,) = list_set_asides(session)

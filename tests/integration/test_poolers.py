@@ -16,7 +16,8 @@ from sqlalchemy import Engine, text
 
 from core.database_urls import with_login
 from core.db.session import connect, service_transaction, tenant_transaction
-from core.services import attempts
+from core.domain.leases import Lease
+from core.services import claims, leases
 from local.ports import free_ports
 from local.privileges import drop_root
 from local.processes import ChildProcess, ProcessSpec
@@ -108,14 +109,14 @@ def test_a_job_is_submitted_trained_and_ended_through_a_pooler(
         file = client.files.create(file=("rows.jsonl", row * 12), purpose="fine-tune")
         job = client.fine_tuning.jobs.create(model=BASE_MODEL, training_file=file.id)
         with service_transaction(worker) as session:
-            claimed = attempts.claim_job(session, f"{BASE_MODEL}@none", worker_name="w", lease_seconds=60)
+            claimed = claims.claim_job(session, f"{BASE_MODEL}@none", worker_name="w", lease_seconds=60)
         assert claimed is not None
         assert claimed.lease_token is not None
-        lease = attempts.Lease(claimed.id, claimed.tenant_id, claimed.lease_token)
+        lease = Lease(claimed.id, claimed.tenant_id, claimed.lease_token)
         for step in range(1, 12):  # often enough for a statement to be prepared, where any is
             record_step(worker, lease, step)
             with service_transaction(worker) as session:
-                attempts.heartbeat(session, lease, lease_seconds=60)
+                leases.heartbeat(session, lease, lease_seconds=60)
         assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
         fail_job(worker, lease)
         assert client.fine_tuning.jobs.retrieve(job.id).status in ("failed", "queued")

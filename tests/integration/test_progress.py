@@ -12,8 +12,8 @@ from sqlalchemy import Engine, select, text
 from core.db.models import Event, Job
 from core.db.session import connect, service_transaction
 from core.domain.dataset_counts import DatasetCounts
-from core.services import attempts, resume_points
-from core.services.attempts import Lease
+from core.domain.leases import Lease
+from core.services import attempts, claims, observations, resume_points
 from core.services.turns import SlotTerms, lend_slot
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import POOL, queue_job, record_step, start_job
@@ -43,7 +43,7 @@ def begin(worker: Engine, lease: Lease, step: int, *, total_steps: int = TOTAL_S
 
 def skip(worker: Engine, lease: Lease, step: int) -> None:
     with service_transaction(worker) as session:
-        attempts.record_skipped_step(session, lease, step=step, total_steps=TOTAL_STEPS)
+        observations.record_skipped_step(session, lease, step=step, total_steps=TOTAL_STEPS)
 
 
 def requeue(worker: Engine, lease: Lease) -> Lease:
@@ -51,7 +51,7 @@ def requeue(worker: Engine, lease: Lease) -> Lease:
     with service_transaction(worker) as session:
         attempts.requeue_attempt(session, lease)
     with service_transaction(worker) as session:
-        job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=3600)
+        job = claims.claim_job(session, POOL, worker_name="w", lease_seconds=3600)
     assert job is not None
     assert job.lease_token is not None
     return Lease(job.id, job.tenant_id, job.lease_token)

@@ -9,11 +9,12 @@ from sqlalchemy import Engine, func, select, text
 
 from core.db.models import File
 from core.db.session import service_transaction, tenant_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.objects import attempt_prefix, file_key
-from core.services import attempts, resume_points
-from core.services.attempts import StoredArtifact
-from core.services.files import NewFile, create_file
+from core.domain.values import StoredArtifact, StoredFile
+from core.services import checkpoints, resume_points
+from core.services.files import create_file
 from core.services.jobs import cancel_job
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
@@ -64,9 +65,9 @@ def plant_model(owner: Engine, store: S3ObjectStore, tenant: Tenant) -> str:
     assert lease is not None
     prefix = attempt_prefix(lease.tenant_id, lease.job_id, lease.token) + "checkpoints/step-1/"
     store.put_bytes(prefix + "a", b"a", content_type="text/plain")
-    file = {"name": "a", "size_bytes": 1, "sha256": "0" * 64}
+    file = StoredFile(name="a", size_bytes=1, sha256="0" * 64)
     with service_transaction(owner) as session:
-        attempts.record_checkpoint(session, lease, step=1, artifact=StoredArtifact(prefix, (file,)), metrics={})
+        checkpoints.record_checkpoint(session, lease, step=1, artifact=StoredArtifact(prefix, (file,)), metrics={})
         session.execute(text("update checkpoints set deleted_at = now() where job_id = :id"), {"id": lease.job_id})
     return prefix + "a"
 
@@ -108,7 +109,7 @@ def test_what_a_job_could_resume_from_goes_when_the_job_is_over_and_counts_no_lo
     assert lease is not None
     prefix = attempt_prefix(lease.tenant_id, lease.job_id, lease.token) + "resume/1/"
     store.put_bytes(prefix + "a", b"state", content_type="text/plain")
-    file = {"name": "a", "size_bytes": 5, "sha256": "0" * 64}
+    file = StoredFile(name="a", size_bytes=5, sha256="0" * 64)
     with service_transaction(owner) as session:
         resume_points.record_resume_point(session, lease, step=1, artifact=StoredArtifact(prefix, (file,)))
     with schedule_process(database, servers, clean_interval_seconds="0.1"):

@@ -21,19 +21,22 @@ from sqlalchemy.orm import Session
 from core.db.models import Job
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError, DomainError
+from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
+from core.domain.leases import Lease
 from core.domain.objects import attempt_prefix, file_key
 from core.domain.scheduling import FairnessTerms
-from core.services import attempts, resume_points, uploads
+from core.domain.values import StoredArtifact, StoredFile
+from core.services import attempts, checkpoints, claims, resume_points, uploads
 from core.services.adapters import delete_adapter
-from core.services.attempts import Lease, StoredArtifact
 from core.services.checkpoints import delete_checkpoint
-from core.services.contract import check_rows
-from core.services.files import NewFile, create_file, delete_file
+from core.services.files import create_file, delete_file
 from core.services.jobs import cancel_job, pause_job, resume_job
+from core.services.promises import check_rows
 from core.services.purges import find_purges, mark_purged
 from core.services.quotas import reserve_storage
-from core.services.submissions import JobRequest, submit_job
+from core.services.submissions import submit_job
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL
 
@@ -206,7 +209,7 @@ class QuotaMachine(RuleBasedStateMachine):
     def claim(self, _drawn: Drawn) -> None:
         before = {tenant.id: self._count(tenant) for tenant in self.tenants}
         with service_transaction(self.worker) as session:
-            job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60)
+            job = claims.claim_job(session, POOL, worker_name="w", lease_seconds=60)
         may_start = {tenant_id for tenant_id, counts in before.items() if counts.may_start}
         assert job.tenant_id in may_start if job is not None else not may_start
 
@@ -222,7 +225,7 @@ class QuotaMachine(RuleBasedStateMachine):
         for lease in self._leases(drawn):
             step = drawn.pick % 3 + 1
             artifact = self._artifact(lease, f"c{step}", drawn.size)
-            self._work(attempts.record_checkpoint, lease, step=step, artifact=artifact, metrics={})
+            self._work(checkpoints.record_checkpoint, lease, step=step, artifact=artifact, metrics={})
 
     def store_resume_point(self, drawn: Drawn) -> None:
         for lease in self._leases(drawn):
@@ -336,7 +339,7 @@ class QuotaMachine(RuleBasedStateMachine):
     @staticmethod
     def _artifact(lease: Lease, name: str, size: int) -> StoredArtifact:
         prefix = f"{attempt_prefix(lease.tenant_id, lease.job_id, lease.token)}{name}/"
-        return StoredArtifact(prefix, ({"name": "a", "size_bytes": size, "sha256": "0" * 64},))
+        return StoredArtifact(prefix, (StoredFile(name="a", size_bytes=size, sha256="0" * 64),))
 
 
 def test_no_order_of_verbs_passes_a_quota(owner: Engine, database: Database) -> None:

@@ -14,20 +14,23 @@ from sqlalchemy import Engine, event, func, select, text
 from core.db.models import Attempt, File, Job, Usage
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import DomainError, RateLimitedError
+from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
 from core.domain.jobs import pool_name
+from core.domain.leases import Lease
 from core.domain.objects import attempt_prefix
 from core.domain.outlook import WaitCode
 from core.domain.scheduling import FairnessTerms
-from core.services import attempts, resume_points
+from core.domain.values import StoredArtifact, StoredFile
+from core.services import attempts, checkpoints, claims, resume_points
 from core.services.adapters import delete_adapter
-from core.services.attempts import Lease, StoredArtifact
 from core.services.checkpoints import delete_checkpoint
 from core.services.explanations import explain_job
-from core.services.files import NewFile, create_file, delete_file
+from core.services.files import create_file, delete_file
 from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.quotas import check_storage, reserve_storage
-from core.services.submissions import JobRequest, submit_job
+from core.services.submissions import submit_job
 from core.services.uploads import (
     NewPart,
     NewUpload,
@@ -99,7 +102,7 @@ def codes_at_once(attempt: Callable[[], None]) -> list[str]:
 
 def claim(worker: Engine) -> Job | None:
     with service_transaction(worker) as session:
-        return attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60)
+        return claims.claim_job(session, POOL, worker_name="w", lease_seconds=60)
 
 
 def test_twenty_submits_at_once_take_the_one_place_that_is_left(api: Engine, owner: Engine, tenant: Tenant) -> None:
@@ -323,7 +326,7 @@ def store_completed_upload(api: Engine, _worker: Engine, tenant: Tenant) -> None
 
 def artifact(lease: Lease, name: str, size_bytes: int) -> StoredArtifact:
     prefix = f"{attempt_prefix(lease.tenant_id, lease.job_id, lease.token)}{name}/"
-    return StoredArtifact(prefix, ({"name": "a", "size_bytes": size_bytes, "sha256": "0" * 64},))
+    return StoredArtifact(prefix, (StoredFile(name="a", size_bytes=size_bytes, sha256="0" * 64),))
 
 
 def run_job(api: Engine, worker: Engine, tenant: Tenant) -> Lease:
@@ -334,13 +337,13 @@ def run_job(api: Engine, worker: Engine, tenant: Tenant) -> Lease:
 def store_checkpoint(api: Engine, worker: Engine, tenant: Tenant) -> None:
     lease = run_job(api, worker, tenant)
     with service_transaction(worker) as session:
-        attempts.record_checkpoint(session, lease, step=1, artifact=artifact(lease, "c", 1000), metrics={})
+        checkpoints.record_checkpoint(session, lease, step=1, artifact=artifact(lease, "c", 1000), metrics={})
 
 
 def store_deleted_checkpoint(api: Engine, worker: Engine, tenant: Tenant) -> None:
     lease = run_job(api, worker, tenant)
     with service_transaction(worker) as session:
-        attempts.record_checkpoint(session, lease, step=1, artifact=artifact(lease, "c", 1000), metrics={})
+        checkpoints.record_checkpoint(session, lease, step=1, artifact=artifact(lease, "c", 1000), metrics={})
     act(api, tenant, cancel_job, job_id=lease.job_id)
     with tenant_transaction(api, tenant.id) as session:
         name = session.scalars(text("select model_name from checkpoints")).one()
@@ -411,7 +414,7 @@ def test_a_job_waits_while_more_is_stored_than_may_be_and_says_so(
     limit(owner, tenant, max_storage_bytes=99)
     assert claim(worker) is None
     with service_transaction(worker) as session:
-        assert attempts.claimable_pools(session) == []
+        assert claims.claimable_pools(session) == []
     with tenant_transaction(api, tenant.id) as session:
         told = explain_job(session, tenant.id, job_id=job.id, now=dt.datetime.now(dt.UTC), terms=FairnessTerms())
     assert told.reason is not None

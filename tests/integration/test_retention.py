@@ -17,12 +17,12 @@ from core.db.session import owner_transaction, service_transaction
 from core.domain.errors import NotFoundError
 from core.domain.ids import first_id_at, new_id
 from core.domain.jobs import pool_name
+from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
 from core.services import attempts, charges
-from core.services.attempts import Lease
-from core.services.contract import check_rows
 from core.services.events import list_events
 from core.services.job_rows import BATCH_ROWS
+from core.services.promises import check_rows
 from core.services.retention import Kind, forget_some
 from core.services.usage import UsageGroup, UsagePeriod, UsageTotal, sum_usage
 from core.storage import S3ObjectStore

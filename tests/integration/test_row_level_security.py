@@ -11,8 +11,9 @@ from sqlalchemy.exc import ProgrammingError
 from core.db.base import Row
 from core.db.models import File
 from core.db.session import auditor_transaction, connect, service_transaction, tenant_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
-from core.services.files import NewFile, create_file
+from core.services.files import create_file
 from core.services.visibility import HiddenRowsError, require_sight
 from tests.clusters import OWNER
 from tests.integration.conftest import Database, Tenant

@@ -11,12 +11,14 @@ from sqlalchemy import Engine, select, text
 from core.db.models import Job, Usage
 from core.db.models import Tenant as TenantRow
 from core.db.session import service_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.leases import Lease
 from core.domain.objects import attempt_prefix, file_key
-from core.services import attempts, charges
-from core.services.attempts import Lease, StoredArtifact
-from core.services.contract import check_objects
-from core.services.files import NewFile, create_file
+from core.domain.values import StoredArtifact, StoredFile
+from core.services import attempts, charges, checkpoints
+from core.services.files import create_file
+from core.services.promises import check_objects
 from core.storage import S3ObjectStore
 from schedule.sweeper import settle, sweep
 from tests.integration.conftest import Tenant
@@ -26,9 +28,9 @@ from tests.waiting import wait_until
 DAY = dt.timedelta(days=1)
 
 
-def put(store: S3ObjectStore, key: str) -> tuple[dict[str, object], ...]:
+def put(store: S3ObjectStore, key: str) -> tuple[StoredFile, ...]:
     stored = store.put_bytes(key, key.encode(), content_type="text/plain")
-    return ({"name": key.rpartition("/")[2], "size_bytes": stored.size_bytes, "sha256": stored.sha256},)
+    return (StoredFile(name=key.rpartition("/")[2], size_bytes=stored.size_bytes, sha256=stored.sha256),)
 
 
 def finish(worker: Engine, store: S3ObjectStore, lease: Lease) -> None:
@@ -39,7 +41,7 @@ def finish(worker: Engine, store: S3ObjectStore, lease: Lease) -> None:
     stored = store.put_bytes(prefix + "result/r.csv", b"r", content_type="text/csv")
     result = NewFile(new_id(), "r.csv", "fine-tune-results", prefix + "result/r.csv", stored.size_bytes, stored.sha256)
     with service_transaction(worker) as session:
-        attempts.record_checkpoint(session, lease, step=1, artifact=checkpoint, metrics={})
+        checkpoints.record_checkpoint(session, lease, step=1, artifact=checkpoint, metrics={})
     with service_transaction(worker) as session:
         attempts.succeed_attempt(session, lease, adapter=adapter, result_file=result, trained_tokens=1)
 
@@ -199,7 +201,7 @@ def test_what_was_charged_while_no_schedule_ran_for_a_month_is_booked(
 def usage_of(owner: Engine, tenant: Tenant) -> tuple[list[float], float]:
     with service_transaction(owner) as session:
         booked = session.scalars(select(Usage.gpu_seconds).where(Usage.tenant_id == tenant.id)).all()
-        return list(booked), session.get_one(TenantRow, tenant.id).usage
+        return list(booked), session.get_one(TenantRow, tenant.id).usage_seconds
 
 
 def test_every_job_of_many_is_swept_once(

@@ -22,7 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from core.domain.datasets.tokenizers import BaseTokenizer, TokenizerBundle
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 from tests.unit.engine.tiny import ALL_MODULES, make_spec, tiny_llama
 from tests.waiting import PATIENCE_SECONDS, repeat_until, wait_until
 from worker.engine import CURSOR_FILE, TENSORS_FILE, Engine, Example, SlotReport

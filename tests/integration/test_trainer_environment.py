@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from core import sandbox
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 from local.locks import is_running
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from worker.supervisor.children import _PRODUCT_CACHES, TrainerChild, TrainerGoneError, _child_environment

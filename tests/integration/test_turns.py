@@ -12,14 +12,15 @@ from core.db.models import Attempt, Job, Pool
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
 from core.domain.jobs import pool_name
+from core.domain.leases import Lease
 from core.domain.scheduling import ENTRY_CHARGE_SECONDS, FairnessTerms
-from core.services import attempts, charges, turns
-from core.services.attempts import Lease
-from core.services.contract import check_rows
+from core.domain.workers import WorkerFacts
+from core.services import attempts, charges, claims, turns
 from core.services.jobs import pause_job, resume_job
+from core.services.promises import check_rows
 from core.services.resume_points import begin_steps
 from core.services.turns import Loan, PoolChoice, SlotTerms
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL
 from tests.integration.training import queue_job, record_step
@@ -42,7 +43,7 @@ def worker(database: Database, owner: Engine) -> Iterator[Engine]:
 
 def claim(engine: Engine, pool: str = POOL, **how: object) -> Lease:
     with service_transaction(engine) as session:
-        job = attempts.claim_job(session, pool, worker_name="w", lease_seconds=3600, **how)  # type: ignore[arg-type]
+        job = claims.claim_job(session, pool, worker_name="w", lease_seconds=3600, **how)  # type: ignore[arg-type]
     assert job is not None
     assert job.lease_token is not None
     return Lease(job.id, job.tenant_id, job.lease_token)
@@ -71,7 +72,7 @@ def hold_slots(owner: Engine, worker: Engine, tenant: Tenant, *, count: int, sec
 def set_usage(owner: Engine, tenant: Tenant, usage: float, **values: float) -> None:
     with service_transaction(owner) as session:
         row = session.get_one(TenantRow, tenant.id)
-        row.usage, row.lift = usage, 0.0
+        row.usage_seconds, row.lift_seconds = usage, 0.0
         for name, value in values.items():
             setattr(row, name, value)
 
@@ -412,7 +413,7 @@ def level(schedule: Engine) -> None:
 def account(owner: Engine, tenant: Tenant) -> float:
     with service_transaction(owner) as session:
         row = session.get_one(TenantRow, tenant.id)
-        return (row.usage + row.lift) / row.weight
+        return (row.usage_seconds + row.lift_seconds) / row.weight
 
 
 def test_a_newcomer_starts_a_quantum_of_a_slot_before_the_level_and_its_usage_stays_true(
@@ -425,7 +426,7 @@ def test_a_newcomer_starts_a_quantum_of_a_slot_before_the_level_and_its_usage_st
     level(schedule)
     assert account(owner, other_tenant) == pytest.approx(30_000 - 75, rel=1e-3)
     with service_transaction(owner) as session:
-        assert session.get_one(TenantRow, other_tenant.id).usage == 0
+        assert session.get_one(TenantRow, other_tenant.id).usage_seconds == 0
     assert claim(worker).tenant_id == other_tenant.id
 
 
@@ -540,7 +541,7 @@ def test_nobody_is_moved_where_nobody_else_trains(
 
 def usage(owner: Engine, tenant: Tenant) -> float:
     with service_transaction(owner) as session:
-        return session.get_one(TenantRow, tenant.id).usage
+        return session.get_one(TenantRow, tenant.id).usage_seconds
 
 
 def test_a_claim_is_charged_what_its_steps_are_known_to_use_up_to_a_slots_quantum(
@@ -596,7 +597,7 @@ def test_a_months_quota_counts_what_running_attempts_have_used(worker: Engine, o
     lease = claim(worker)
     with service_transaction(worker) as session:
         charges.charge_use(session, {lease.token: 101.0})
-        assert attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60) is None
+        assert claims.claim_job(session, POOL, worker_name="w", lease_seconds=60) is None
 
 
 # What check-contract sees of it

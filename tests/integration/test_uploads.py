@@ -10,9 +10,9 @@ from sqlalchemy import Engine, text
 
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.errors import BusyError, PermissionDeniedError
+from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.services import quotas, uploads
-from core.services.files import NewFile
 from core.services.purges import find_purges
 from core.services.uploads import Completion, NewPart, NewUpload
 from tests.integration.conftest import Database, Tenant

@@ -12,8 +12,9 @@ from sqlalchemy import Engine, func, select, text
 from core.db.clock import DatabaseClock
 from core.db.models import Worker
 from core.db.session import connect, service_transaction
+from core.domain.workers import WorkerFacts
 from core.services import oversight
-from core.services.workers import WorkerFacts, forget_worker, record_worker
+from core.services.workers import forget_worker, record_worker
 from tests.integration.conftest import Database
 from tests.waiting import wait_until
 from worker.supervisor.identity import WorkerIdentity

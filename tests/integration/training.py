@@ -9,12 +9,15 @@ from sqlalchemy import Engine
 
 from core.db.models import Job
 from core.db.session import service_transaction
+from core.domain.files import NewFile
 from core.domain.ids import new_id
+from core.domain.job_requests import JobRequest
 from core.domain.jobs import pool_name
-from core.services import attempts
-from core.services.attempts import Lease, StepRecord
-from core.services.files import NewFile, create_file
-from core.services.submissions import JobRequest, submit_job
+from core.domain.leases import Lease
+from core.services import attempts, claims, observations
+from core.services.files import create_file
+from core.services.observations import StepRecord
+from core.services.submissions import submit_job
 
 BASE_MODEL = "acme-labs/tiny-base"
 POOL = pool_name(BASE_MODEL, None)
@@ -38,7 +41,7 @@ def start_job(owner: Engine, tenant_id: uuid.UUID) -> Lease:
     with service_transaction(owner) as session:
         session.connection().exec_driver_sql("update jobs set run_after = 'infinity' where status = 'queued'")
         session.connection().exec_driver_sql("update jobs set run_after = now() where id = %s", (job.id,))
-        claimed = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=3600)
+        claimed = claims.claim_job(session, POOL, worker_name="w", lease_seconds=3600)
     assert claimed is not None
     assert claimed.id == job.id
     assert claimed.lease_token is not None
@@ -48,7 +51,7 @@ def start_job(owner: Engine, tenant_id: uuid.UUID) -> Lease:
 def record_step(engine: Engine, lease: Lease, step: int, *, loss: float = 1.0) -> None:
     record = StepRecord(step, loss, train_token_accuracy=0.5, learning_rate=1e-4, grad_norm=1.0, num_tokens=10)
     with service_transaction(engine) as session:
-        attempts.record_step(session, lease, record=record, total_steps=1000)
+        observations.record_step(session, lease, record=record, total_steps=1000)
 
 
 def fail_job(engine: Engine, lease: Lease) -> None:

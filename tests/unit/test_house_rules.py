@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from core.db import models
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("api", "core", "worker", "schedule", "local", "cli")
@@ -195,3 +198,12 @@ def test_every_module_but_the_trainers_and_the_engines_is_kept_from_torch() -> N
         "worker",  # says what it is, and holds nothing
         "worker.__main__",  # runs worker.supervisor.tasks
     }
+
+
+def test_every_row_is_loaded_with_its_package_and_called_by_its_noun_alone() -> None:
+    rooms = {path.stem for path in (ROOT / "core/db/models").glob("*.py")} - {"__init__"}
+    assert {f"core.db.models.{room}" for room in rooms} <= set(sys.modules), "the package loads all of its files"
+    rows = {mapper.class_.__name__ for mapper in models.Job.registry.mappers}
+    assert rows <= set(models.__all__)
+    # The nouns of the key in its owner's hand, and of pydantic.
+    assert {name for name in rows if name.endswith("Row")} == {"ApiKeyRow", "BaseModelRow"}

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from core.db.models import BaseModelRow
 from core.domain import bounds
 from core.domain.errors import InvalidRequestError
+from core.domain.job_requests import JobRequest
 from core.domain.training import TrainingSpec
-from core.services.submissions import JobRequest, resolve_spec
+from core.services.submissions import resolve_spec
 
 MOST = int(bounds.RANK.greatest)
 BASE = BaseModelRow(id="b", max_rank=MOST, max_seq_len=256, target_modules=["q_proj"])

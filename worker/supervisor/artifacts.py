@@ -20,8 +20,9 @@ from sqlalchemy import Engine
 
 from core.db.models import File, Job, ResumePoint
 from core.db.session import DATABASE_ERRORS, service_transaction
+from core.domain.leases import Lease
 from core.domain.objects import attempt_prefix, is_location, tokenizer_key
-from core.services.attempts import Lease, StoredArtifact
+from core.domain.values import StoredArtifact, StoredFile
 from core.services.base_models import record_tokenizer
 from core.storage import ObjectNotFoundError, ObjectStore, StorageError, StorageUnavailableError, StoredObject
 from core.telemetry.liveness import PROCESS
@@ -33,7 +34,6 @@ from worker.messages import (
     RemoteFile,
     RemoteResumePoint,
     ResumePointSaved,
-    StoredFile,
 )
 
 ArtifactReport = CheckpointSaved | ResumePointSaved | JobSucceeded | JobYielded | JobFailed
@@ -85,7 +85,7 @@ def verify_artifact(
             raise ArtifactMismatchError(f"{file.name} is not in the object store.") from error
         if stored != StoredObject(size_bytes=file.size_bytes, sha256=file.sha256):
             raise ArtifactMismatchError(f"{file.name} in the object store is not what the trainer wrote.")
-    return StoredArtifact(object_prefix=prefix, files=tuple(file.model_dump() for file in files))
+    return StoredArtifact(object_prefix=prefix, files=files)
 
 
 @dataclass(frozen=True)

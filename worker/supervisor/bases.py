@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 from core.db.models import BaseModelRow
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.domain.bases import BaseState
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 from core.services.base_models import list_base_models, record_state
 from core.services.turns import record_load
 from core.settings import WorkerSettings

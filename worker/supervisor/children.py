@@ -17,7 +17,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 from core.sandbox import plain_environment
 from core.telemetry.logs import find_log_file
 from worker.messages import REPORTS, Alive, BaseLoaded, LoadBase, Report, encode_line

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from sqlalchemy import Engine
 
 from core.db.session import service_transaction
+from core.domain.leases import Lease
 from core.services import attempts
-from core.services.attempts import Lease
 
 
 @dataclass(frozen=True)

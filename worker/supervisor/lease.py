@@ -18,7 +18,8 @@ import structlog
 from sqlalchemy import Engine
 
 from core.db.session import DATABASE_ERRORS, service_transaction
-from core.services.attempts import Lease, StaleLeaseError, heartbeat
+from core.domain.leases import Lease, StaleLeaseError
+from core.services.leases import heartbeat
 from core.services.set_asides import ROW_ERRORS
 from core.telemetry.liveness import PROCESS
 from worker.supervisor.metrics import SELF_FENCES

@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from core.db.models import Job
-from core.services.workers import WorkerFacts
+from core.domain.workers import WorkerFacts
 from worker.messages import DeviceFigures, PhaseDone, UsageCounted
 from worker.supervisor.failures import TRAINER_LOSS_CODES
 

@@ -7,8 +7,8 @@ from sqlalchemy.orm import Session
 from core.db.models import BaseModelRow, File, Job, Tenant
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import fine_tuned_model_name, pool_name
+from core.domain.leases import Lease
 from core.domain.training import TrainingSpec
-from core.services.attempts import Lease
 from core.services.resume_points import list_resume_points
 from core.settings import TrainerSettings
 from core.storage import ObjectStore

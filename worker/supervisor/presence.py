@@ -14,7 +14,8 @@ from sqlalchemy import Engine
 
 from core.db.clock import DatabaseClock
 from core.db.session import DATABASE_ERRORS, service_transaction
-from core.services.workers import WorkerFacts, forget_worker, record_worker
+from core.domain.workers import WorkerFacts
+from core.services.workers import forget_worker, record_worker
 from core.telemetry.liveness import PROCESS
 
 log = structlog.get_logger()

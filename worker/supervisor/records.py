@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
+from core.domain.files import NewFile
 from core.domain.ids import new_id
-from core.services import attempts, resume_points
-from core.services.attempts import Lease, StepRecord
-from core.services.files import NewFile
+from core.domain.leases import Lease
+from core.services import attempts, checkpoints, observations, resume_points
 from core.services.logs import record_log_line
+from core.services.observations import StepRecord
 from worker.messages import (
     UNCOUNTED_CODES,
     CheckpointSaved,
@@ -37,11 +38,11 @@ def record_progress(session: Session, lease: Lease, report: ProgressReport) -> t
         case JobStarted(step=step, total_steps=total_steps):
             return resume_points.begin_steps(session, lease, step=step, total_steps=total_steps)
         case StepDone():
-            attempts.record_step(session, lease, record=_step_record(report), total_steps=report.total_steps)
+            observations.record_step(session, lease, record=_step_record(report), total_steps=report.total_steps)
         case StepSkipped(step=step, total_steps=total_steps):
-            attempts.record_skipped_step(session, lease, step=step, total_steps=total_steps)
+            observations.record_skipped_step(session, lease, step=step, total_steps=total_steps)
         case EvaluationDone(step=step, loss=loss, token_accuracy=token_accuracy):
-            attempts.record_evaluation(session, lease, step=step, loss=loss, token_accuracy=token_accuracy)
+            observations.record_evaluation(session, lease, step=step, loss=loss, token_accuracy=token_accuracy)
         case JobWarned(message=message):
             attempts.record_message(session, lease, message=message, level="warn")
         case JobLogged(name=name, details=details):
@@ -55,7 +56,7 @@ def record_proof(session: Session, proof: Proof, *, result_filename: str) -> tup
     match report:
         case CheckpointSaved():
             (artifact,) = proof.artifacts
-            return attempts.record_checkpoint(
+            return checkpoints.record_checkpoint(
                 session, lease, step=report.step, artifact=artifact, metrics=report.metrics
             )
         case ResumePointSaved():

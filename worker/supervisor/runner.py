@@ -34,12 +34,12 @@ from core.db.models import BaseModelRow, Job
 from core.db.session import DATABASE_ERRORS, service_transaction
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import is_acquitted
+from core.domain.leases import Lease, StaleLeaseError
 from core.domain.scheduling import slot_seconds
-from core.services import announcements, attempts, charges
-from core.services.attempts import Lease, StaleLeaseError
+from core.domain.workers import WorkerFacts, WorkerState
+from core.services import announcements, attempts, charges, claims
 from core.services.base_models import list_known_base_models
 from core.services.set_asides import ROW_ERRORS
-from core.services.workers import WorkerFacts, WorkerState
 from core.settings import WorkerSettings
 from core.storage import ObjectStore, StorageUnavailableError
 from core.telemetry.tracing import AttemptTrace
@@ -261,7 +261,7 @@ class Runner:
     def _has_waiting_work(self) -> bool:
         with service_transaction(self._engine) as session:
             loadable = self._loadable_bases(session)
-            return any(pool in loadable for pool in attempts.claimable_pools(session))
+            return any(pool in loadable for pool in claims.claimable_pools(session))
 
     def serve(self) -> None:
         """Work until none of this worker's pools has a claimable job and none is held. One caller at a time serves."""
@@ -462,7 +462,7 @@ class Runner:
 
     def _claim(self, session: Session, prepare: Callable[[Job], None] = lambda _job: None) -> Job | None:
         assert self._base.pool is not None
-        return attempts.claim_job(
+        return claims.claim_job(
             session,
             self._base.pool,
             worker_name=str(self._identity),
@@ -704,7 +704,7 @@ class Runner:
         if held is None:
             return
         with service_transaction(self._engine) as session:
-            is_forgiven = attempts.forgive_loss(session, held.lease)
+            is_forgiven = attempts.uncount_lost_attempt(session, held.lease)
         log.info("lease.lost", **held.ids, is_forgiven=is_forgiven)
         self._drop(held, outcome="lease_lost")
 

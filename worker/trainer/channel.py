@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 from core.telemetry.liveness import PROCESS
 from worker.messages import ORDERS, UrlsGranted, UrlsWanted, encode_line
 from worker.trainer.failures import JobStoppedError, UrlRefusedError

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from core.domain.dataset_counts import DatasetName
 from core.domain.training import count_steps
+from core.domain.values import StoredFile
 from worker.engine import (
     DivergedError,
     Engine,
@@ -45,7 +46,6 @@ from worker.messages import (
     StartJob,
     StepDone,
     StepSkipped,
-    StoredFile,
     UrlsWanted,
     UsageCounted,
 )

@@ -18,7 +18,7 @@ import structlog
 from safetensors import SafetensorError
 
 from core.domain.dataset_counts import FILE_FIELDS, DatasetName
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 from worker.engine import Engine, EngineError, NoFreeSlotError, SlotReport
 from worker.messages import Alive, DeviceLeft, JobFailed, LoadBase, SlotRefused, StartJob, StopJob, YieldJob
 from worker.trainer.bases import LoadedBase

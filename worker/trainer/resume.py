@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 from worker.engine import CURSOR_FILE, TENSORS_FILE, SlotState, UnreadableStateError, read_cursor
 from worker.messages import RemoteResumePoint
 from worker.trainer.exports import MANIFEST, ResultRow, describe_file

@@ -23,8 +23,9 @@ import httpx
 import stamina
 
 from core.crashpoints import CrashPoint, reach
+from core.domain.values import StoredFile
 from core.tls import trusted_certificates
-from worker.messages import STORAGE_AWAY, RemoteFile, StoredFile
+from worker.messages import STORAGE_AWAY, RemoteFile
 from worker.trainer.failures import TransferError, UrlRefusedError
 
 CHUNK_BYTES = 2**20

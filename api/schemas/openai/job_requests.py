@@ -13,8 +13,8 @@ from api.schemas.wire import RequestBody
 from core.domain import bounds
 from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, parse_id
+from core.domain.job_requests import JobRequest
 from core.domain.training import LearningRateSchedule, resolve_alpha
-from core.services.submissions import JobRequest
 
 Auto = Literal["auto"]
 # PostgreSQL stores no NUL. pydantic itself refuses half surrogate pairs.

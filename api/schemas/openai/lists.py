@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import ConfigDict
 
 from api.schemas.wire import Answer
-from core.services.pages import Page
+from core.domain.values import Page
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -11,7 +11,7 @@ from core.domain.datasets.rows import parse_example
 from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
 from core.domain.datasets.tokens import ConversationTokenizer, TokenizedConversation
 from core.domain.datasets.values import Problem, ProblemError
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 
 MAX_PROBLEMS = 100
 TEMPLATE_REFUSED = "template_refused"

@@ -21,7 +21,7 @@ import jinja2
 from tokenizers import Tokenizer
 
 from core.domain.datasets.templates import compile_template, find_texts
-from core.domain.training import Frozen
+from core.domain.values import Frozen
 
 _PHRASE = re.compile(r"\w.*[^\w\s]|[^\w\s].*\w", re.DOTALL)
 

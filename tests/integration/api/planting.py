@@ -19,7 +19,7 @@ from core.db.models import (
     IdempotencyKey,
     Job,
     LogLine,
-    Metric,
+    Observation,
     ResumePoint,
     SetAside,
     Upload,
@@ -28,10 +28,11 @@ from core.db.models import (
 )
 from core.db.session import service_transaction, tenant_transaction
 from core.domain.api_keys import format_key_id
+from core.domain.files import NewFile
 from core.domain.ids import IdKind, format_id, new_id
 from core.domain.jobs import checkpoint_model_name, fine_tuned_model_name, pool_name
 from core.domain.objects import attempt_prefix, file_key
-from core.services.files import NewFile, create_file
+from core.services.files import create_file
 from core.storage import ObjectStore
 from tests.integration.conftest import BASE_MODEL, Tenant
 
@@ -111,7 +112,7 @@ def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uu
     adapter = Adapter(
         id=new_id(), name=name, base_model_id=BASE_MODEL, object_prefix=prefix, files=FILES, size_bytes=1, **own
     )
-    metric = Metric(
+    metric = Observation(
         step=32,
         lease_token=token,
         train_loss=1,

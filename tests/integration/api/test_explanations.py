@@ -16,11 +16,12 @@ from sqlalchemy.exc import ProgrammingError
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.bases import BaseState
 from core.domain.ids import IdKind, format_id
-from core.services import attempts, turns
+from core.domain.workers import WorkerFacts
+from core.services import attempts, claims, observations, turns
 from core.services.base_models import record_state
 from core.services.jobs import pause_job
 from core.services.resume_points import begin_steps
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from tests.integration.conftest import Database, Tenant, add_tenant
 from tests.integration.training import BASE_MODEL, POOL, fail_job, queue_job, record_step, start_job
 from tests.waiting import PATIENCE_SECONDS
@@ -160,7 +161,7 @@ def test_the_place_told_is_the_place_at_which_the_job_is_claimed(api_url: str, o
     claimed = []
     while True:
         with service_transaction(owner) as session:
-            job = attempts.claim_job(session, POOL, worker_name="w", lease_seconds=60)
+            job = claims.claim_job(session, POOL, worker_name="w", lease_seconds=60)
         if job is None:
             break
         claimed.append(job.id)
@@ -226,7 +227,7 @@ def test_skipped_steps_are_shown_and_count_in_progress_and_in_the_pace(
     for step in range(1, 21):
         if step % 2:
             with service_transaction(owner) as session:
-                attempts.record_skipped_step(session, lease, step=step, total_steps=120)
+                observations.record_skipped_step(session, lease, step=step, total_steps=120)
         else:
             record_step(owner, lease, step)
     spread = "update metrics set created_at = now() - (20 - step) * interval '10 s' where job_id = :id"

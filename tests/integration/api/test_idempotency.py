@@ -17,8 +17,8 @@ from sqlalchemy import Engine, func, select, text
 from core.db.models import IdempotencyKey, Job
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, parse_id
+from core.domain.job_requests import JobRequest
 from core.services.idempotency import Submission, forget_expired_keys, submit_once
-from core.services.submissions import JobRequest
 from tests.integration.api.test_bad_input import GOOD, submit, upload
 from tests.integration.conftest import BASE_MODEL, Database, Tenant
 from tests.waiting import PATIENCE_SECONDS, wait_until

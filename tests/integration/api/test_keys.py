@@ -19,9 +19,9 @@ from api import auth
 from api.auth import Authenticator
 from core.db.models import ApiKeyRow
 from core.db.session import connect, service_transaction, tenant_transaction
-from core.domain.api_keys import ALL_SCOPES, Scope
+from core.domain.api_keys import ALL_SCOPES, Identity, Scope
 from core.domain.errors import ConflictError, DomainError, NotFoundError, UnauthenticatedError
-from core.services.tenants import Identity, issue_api_key, list_api_keys, revoke_api_key, rotate_api_key
+from core.services.api_keys import issue_api_key, list_api_keys, revoke_api_key, rotate_api_key
 from tests.integration.conftest import Database, Tenant
 from tests.waiting import PATIENCE_SECONDS, ask_until
 

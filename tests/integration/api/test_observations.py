@@ -11,9 +11,9 @@ from sqlalchemy.exc import IntegrityError
 
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, format_id
-from core.services.attempts import Lease, record_evaluation
+from core.domain.leases import Lease
 from core.services.logs import record_log_line
-from core.services.metrics import StepRange, read_metrics
+from core.services.observations import StepRange, read_observations, record_evaluation
 from core.services.resume_points import begin_steps
 from tests.integration.conftest import Database, Tenant
 from tests.integration.training import record_step, start_job
@@ -81,7 +81,7 @@ def test_no_more_points_are_answered_than_were_asked_for(
 
 def read(owner: Engine, lease: Lease, steps: StepRange, points: int) -> tuple[list[int], int]:
     with service_transaction(owner) as session:
-        series = read_metrics(session, lease.tenant_id, job_id=lease.job_id, steps=steps, points=points)
+        series = read_observations(session, lease.tenant_id, job_id=lease.job_id, steps=steps, points=points)
         return [row.step for row in series.rows], series.num_steps
 
 
@@ -187,7 +187,7 @@ def test_a_chart_is_planned_for_its_own_range_where_postgresql_would_plan_once_f
     for _ in range(20):  # on one connection, which prepares a statement after five
         with tenant_transaction(api, tenant.id) as session:
             session.execute(text("set local plan_cache_mode = force_generic_plan"))
-            read_metrics(session, tenant.id, job_id=lease.job_id, steps=StepRange(1, 1000), points=60)
+            read_observations(session, tenant.id, job_id=lease.job_id, steps=StepRange(1, 1000), points=60)
             told = session.execute(text(PREPARED)).all()
     api.dispose()
     ((num_custom, num_generic),) = told
@@ -206,6 +206,6 @@ def test_a_chart_shows_what_was_trained_last_after_a_job_went_back(
     for step in range(33, 65):
         record_step(worker, lease, step, loss=5.0 if step == 50 else 1.0)
     with service_transaction(worker) as session:
-        series = read_metrics(session, tenant.id, job_id=lease.job_id, steps=StepRange(1, 64), points=6)
+        series = read_observations(session, tenant.id, job_id=lease.job_id, steps=StepRange(1, 64), points=6)
     assert series.num_steps == 64
     assert [(row.step, row.train_loss) for row in series.rows if row.train_loss > 1] == [(50, 5.0)]

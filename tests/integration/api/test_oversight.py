@@ -13,9 +13,10 @@ import pytest
 from sqlalchemy import Engine, text
 
 from core.db.session import connect, operator_transaction, service_transaction
+from core.domain.workers import WorkerFacts
 from core.services import attempts
 from core.services.operators import issue_operator_key
-from core.services.workers import WorkerFacts, record_worker
+from core.services.workers import record_worker
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.integration.api.planting import plant

@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 
 from core.db.session import service_transaction
 from core.domain.ids import IdKind, format_id
-from core.services.tenants import revoke_api_key
+from core.services.api_keys import revoke_api_key
 from local.ports import free_ports, is_free
 from local.servers import ServerAddresses
 from tests.integration.api.events import open_stream

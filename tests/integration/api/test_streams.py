@@ -18,13 +18,14 @@ from api.feeds import EventFeed
 from api.routes.streams import TenantWatch, follow_stream
 from core.db.migrate import login_url
 from core.db.session import connect, service_transaction
+from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.ids import IdKind, format_id
+from core.domain.leases import Lease
 from core.services import announcements
-from core.services.attempts import Lease, requeue_attempt
-from core.services.base_models import BaseModelEntry, BaseModelSource, Registry
+from core.services.api_keys import revoke_api_key
+from core.services.attempts import requeue_attempt
 from core.services.jobs import cancel_job
 from core.services.streams import Watch
-from core.services.tenants import revoke_api_key
 from local.ports import free_ports
 from local.servers import LocalServers, ServerAddresses
 from local.stack import prepare_database

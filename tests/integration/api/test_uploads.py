@@ -18,10 +18,10 @@ from sqlalchemy.exc import OperationalError
 from api.intake import HeldUpload
 from core.db.models import File
 from core.db.session import connect, service_transaction, tenant_transaction
+from core.domain.api_keys import Identity
 from core.domain.ids import IdKind, parse_id
 from core.services.files import expire_files
 from core.services.purges import find_purges
-from core.services.tenants import Identity
 from core.services.uploads import begin_completion
 from core.storage import S3ObjectStore
 from tests.integration.api.test_bad_input import GOOD, submit, upload

@@ -6,7 +6,7 @@ import dataclasses
 import datetime as dt
 import uuid
 
-from cli.commands.oversight import job_cells
+from cli.commands.jobs import job_cells
 from cli.pool_names import PoolNames
 from core.domain.jobs import JobStatus
 from core.services.oversight import JobOverview

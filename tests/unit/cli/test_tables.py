@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from cli.commands.oversight import JOB_COLUMNS
+from cli.commands.jobs import JOB_COLUMNS
 from cli.output import make_table
 from cli.pool_names import PoolNames
 from cli.tables import Column

@@ -39,15 +39,20 @@ def test_the_interval_is_of_the_fastest_and_the_slowest_stretch() -> None:
     instants = [at(sum(seconds[:count])) for count in range(len(seconds) + 1)]
     times = measure_steps(marks(instants))
     assert times is not None
-    assert (times.mean, times.fast, times.slow, times.num_measured) == (pytest.approx(2.0), 1.0, 3.0, 24)
+    assert (times.mean_seconds, times.fast_seconds, times.slow_seconds, times.num_measured) == (
+        pytest.approx(2.0),
+        1.0,
+        3.0,
+        24,
+    )
 
 
 def test_steps_that_were_recorded_in_bursts_are_measured_by_their_stretches() -> None:
     instants = [at(8 * (index // 8) + 0.001 * (index % 8)) for index in range(33)]
     times = measure_steps(marks(instants))
     assert times is not None
-    assert times.mean == pytest.approx(1.0, rel=0.01)
-    assert (times.fast, times.slow) == (pytest.approx(1.0, rel=0.01), pytest.approx(1.0, rel=0.01))
+    assert times.mean_seconds == pytest.approx(1.0, rel=0.01)
+    assert (times.fast_seconds, times.slow_seconds) == (pytest.approx(1.0, rel=0.01), pytest.approx(1.0, rel=0.01))
 
 
 def test_a_late_job_is_never_said_to_have_ended_already() -> None:
@@ -62,7 +67,7 @@ def test_a_step_that_was_skipped_takes_its_time_although_it_has_no_mark() -> Non
     seen = [StepMark(step, at(2.0 * step)) for step in range(60) if step % 3]
     times = measure_steps(seen)
     assert times is not None
-    assert (times.mean, times.fast, times.slow, times.num_measured) == (2.0, 2.0, 2.0, 58)
+    assert (times.mean_seconds, times.fast_seconds, times.slow_seconds, times.num_measured) == (2.0, 2.0, 2.0, 58)
 
 
 def test_a_job_that_has_succeeded_is_done_whatever_was_counted() -> None:

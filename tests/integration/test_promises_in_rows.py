@@ -1,4 +1,4 @@
-"""The contract's checks of rows name what breaks a promise, and nothing else."""
+"""The checks of promises in rows name what breaks a promise, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 from sqlalchemy import Engine, text
 
 from core.db.session import service_transaction
+from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
-from core.services.attempts import Lease
-from core.services.contract import check_rows
+from core.services.promises import check_rows
 from tests.integration.conftest import Tenant
 from tests.integration.training import fail_job, record_step, start_job
 

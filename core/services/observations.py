@@ -1,7 +1,8 @@
-"""Metrics of a job, thinned out so that a chart of any job has a bounded number of points.
+"""Observations of a job: the numbers of its steps, as attempts record them and as a chart shows them.
 
-The range of steps is cut into stretches. Each keeps the step with the least training loss, the one with the greatest
-(so that no spike is lost, as an average would lose it) and the last one that was evaluated, or else its last.
+A chart of any job has a bounded number of points. The range of steps is cut into stretches. Each keeps the step with
+the least training loss, the one with the greatest (so that no spike is lost, as an average would lose it) and the last
+one that was evaluated, or else its last.
 
 A long range is cut between blocks of 32 steps, whose least and greatest losses are summed up as steps are recorded
 (migration 0031): a chart of 300,000 steps reads some 9,400 rows. What is not summed up is read step by step.
@@ -13,10 +14,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, func, select, text
+from sqlalchemy import ColumnElement, func, select, text, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Metric
+from core.db.models import Job, Observation
+from core.domain.leases import Lease
+from core.services.events import record_event
+from core.services.leases import lock_held
 
 _ROWS_A_STRETCH = 3
 _STEPS_A_BLOCK = 32
@@ -52,6 +56,18 @@ select (select sum(num_steps)::bigint from looked), array(select step from kept)
 
 
 @dataclass(frozen=True)
+class StepRecord:
+    """The numbers of one optimizer step, as they are stored and shown."""
+
+    step: int
+    train_loss: float
+    train_token_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class StepRange:
     """Steps `first` to `last`, both included."""
 
@@ -64,10 +80,10 @@ class StepRange:
 
 
 @dataclass(frozen=True)
-class MetricSeries:
+class ObservationSeries:
     """`rows` stand for the `num_steps` that there are in the range; `is_thinned` where they are fewer."""
 
-    rows: tuple[Metric, ...]
+    rows: tuple[Observation, ...]
     num_steps: int
 
     @property
@@ -75,31 +91,102 @@ class MetricSeries:
         return len(self.rows) < self.num_steps
 
 
-def read_metrics(
+def record_step(session: Session, lease: Lease, *, record: StepRecord, total_steps: int) -> None:
+    """Store the numbers of one step and show them as an event. A step that is stored already stays as it is."""
+    job = _pass_step(session, lease, record.step)
+    if job is None:
+        return
+    session.add(
+        Observation(
+            job_id=job.id,
+            tenant_id=job.tenant_id,
+            lease_token=lease.token,
+            step=record.step,
+            train_loss=record.train_loss,
+            train_token_accuracy=record.train_token_accuracy,
+            learning_rate=record.learning_rate,
+            grad_norm=record.grad_norm,
+            num_tokens=record.num_tokens,
+        )
+    )
+    record_event(
+        session,
+        job,
+        message=f"Step {record.step}/{total_steps}: training loss={record.train_loss:.4f}",
+        metrics={
+            "step": record.step,
+            "total_steps": total_steps,
+            "train_loss": record.train_loss,
+            "train_mean_token_accuracy": record.train_token_accuracy,
+            "learning_rate": record.learning_rate,
+            "num_tokens": record.num_tokens,
+        },
+    )
+
+
+def record_skipped_step(session: Session, lease: Lease, *, step: int, total_steps: int) -> None:
+    """Count a step that has changed nothing, and say so in an event. A step that is counted already is not again."""
+    job = _pass_step(session, lease, step)
+    if job is None:
+        return
+    job.skipped_steps += 1
+    record_event(
+        session,
+        job,
+        level="warn",
+        message=f"Step {step}/{total_steps} was skipped: its gradient was not finite.",
+        metrics={"step": step, "total_steps": total_steps, "is_skipped": True},
+    )
+
+
+def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float, token_accuracy: float) -> None:
+    """Store the validation result that belongs to a step."""
+    job = lock_held(session, lease)
+    session.execute(
+        update(Observation)
+        .where(Observation.job_id == job.id, Observation.step == step)
+        .values(valid_loss=loss, valid_token_accuracy=token_accuracy)
+    )
+    metrics = {"step": step, "full_valid_loss": loss, "full_valid_mean_token_accuracy": token_accuracy}
+    record_event(session, job, message=f"Step {step}: validation loss={loss:.4f}", metrics=metrics)
+
+
+def read_observations(
     session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, steps: StepRange, points: int
-) -> MetricSeries:
+) -> ObservationSeries:
     """Return at most `points` (3 at least) steps of a job within a range, in order."""
-    in_range = Metric.step.between(steps.first, steps.last)
-    own: tuple[ColumnElement[bool], ...] = (Metric.tenant_id == tenant_id, Metric.job_id == job_id, in_range)
+    in_range = Observation.step.between(steps.first, steps.last)
+    own: tuple[ColumnElement[bool], ...] = (Observation.tenant_id == tenant_id, Observation.job_id == job_id, in_range)
     found = _find_range(session, own)
     if found is None:
-        return MetricSeries(rows=(), num_steps=0)
+        return ObservationSeries(rows=(), num_steps=0)
     if found.num_steps > points:
         cut = _cut(found, num_stretches=points // _ROWS_A_STRETCH)
         session.execute(_PLAN_ANEW)
         num_steps, kept = session.execute(_KEPT, {"tenant_id": tenant_id, "job_id": job_id, **cut}).one()
         if num_steps > points:
-            own = (*own, Metric.step == func.any(kept))
-            return MetricSeries(_read_rows(session, own), num_steps)
+            own = (*own, Observation.step == func.any(kept))
+            return ObservationSeries(_read_rows(session, own), num_steps)
     rows = _read_rows(session, own)
-    return MetricSeries(rows, len(rows))
+    return ObservationSeries(rows, len(rows))
+
+
+def _pass_step(session: Session, lease: Lease, step: int) -> Job | None:
+    """Move the job to a step that is over. None where it is there, or beyond, already."""
+    job = lock_held(session, lease)
+    if step <= job.trained_steps:
+        return None
+    job.trained_steps = step
+    if step > job.furthest_step:
+        job.furthest_step, job.num_uncounted = step, 0
+    return job
 
 
 def _find_range(session: Session, own: tuple[ColumnElement[bool], ...]) -> StepRange | None:
     """Return the first and the last step that there are. Each is one look into the index; `min` would count on more."""
     ends = [
-        session.scalar(select(Metric.step).where(*own).order_by(order).limit(1))
-        for order in (Metric.step, Metric.step.desc())
+        session.scalar(select(Observation.step).where(*own).order_by(order).limit(1))
+        for order in (Observation.step, Observation.step.desc())
     ]
     first, last = ends
     return None if first is None or last is None else StepRange(first, last)
@@ -123,6 +210,6 @@ def _end_of_block(step: int) -> int:
     return -(-step // _STEPS_A_BLOCK) * _STEPS_A_BLOCK
 
 
-def _read_rows(session: Session, own: tuple[ColumnElement[bool], ...]) -> tuple[Metric, ...]:
-    rows: Sequence[Metric] = session.scalars(select(Metric).where(*own).order_by(Metric.step)).all()
+def _read_rows(session: Session, own: tuple[ColumnElement[bool], ...]) -> tuple[Observation, ...]:
+    rows: Sequence[Observation] = session.scalars(select(Observation).where(*own).order_by(Observation.step)).all()
     return tuple(rows)

@@ -1,4 +1,4 @@
-"""The contract I1-I10 as questions to a live system: each counts what it looked at and names what breaks the promise.
+"""The promises I1-I10 as questions to a live system: each counts what it looked at and names what breaks the promise.
 
 Nothing is changed or locked. One statement sees one moment, so that work in progress is no finding. What rows cannot
 know, they are asked for as far as they go: docs/contract.md says which tests prove the rest.

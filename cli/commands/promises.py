@@ -16,7 +16,7 @@ from cli.owner import DEFAULT_DATA_DIR, DataDir, owner_url
 from cli.reporting import describe_error
 from cli.stores import find_storage
 from core.db.session import DATABASE_ERRORS, auditor_transaction, connect
-from core.services.contract import Finding, check_objects, check_rows
+from core.services.promises import Finding, check_objects, check_rows
 from core.services.visibility import HiddenRowsError, require_sight
 from core.settings import FairnessSettings, OwnerSettings, S3Settings, StorageConfig
 from core.storage import S3ObjectStore, StorageError

@@ -1,0 +1,45 @@
+"""Attempts, each under a lease token of its own: tokens are drawn from a sequence, so a later attempt has a greater."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+
+from sqlalchemy import CheckConstraint, ForeignKeyConstraint, Index, Sequence, UniqueConstraint, func, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from core.db.base import Json, Row, check_known
+from core.domain.jobs import AttemptOutcome
+
+LEASE_TOKENS = Sequence("lease_tokens", metadata=Row.metadata)
+
+
+class Attempt(Row):
+    __tablename__ = "attempts"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "id"),
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),
+        check_known("outcome", AttemptOutcome),
+        CheckConstraint("(outcome is null) = (ended_at is null)", name="outcome_when_ended"),
+        Index("ix_attempts_job_id", "job_id"),
+        Index("ix_attempts_ended_at", "ended_at"),
+        Index("ix_attempts_open", "tenant_id", postgresql_where=text("outcome is null")),
+        Index("ix_attempts_succeeded", "ended_at", postgresql_where=text("outcome = 'succeeded'")),
+    )
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID]
+    job_id: Mapped[uuid.UUID]
+    number: Mapped[int]
+    lease_token: Mapped[int] = mapped_column(unique=True)
+    worker_name: Mapped[str]
+    # Charged at the claim. What the attempt has used since counts instead, once it is more.
+    entry_charge_seconds: Mapped[float]
+    used_seconds: Mapped[float] = mapped_column(server_default="0")
+    # Since when it steps in its slot, and since when it is giving that slot to another tenant.
+    stepping_at: Mapped[dt.datetime | None]
+    lending_at: Mapped[dt.datetime | None]
+    outcome: Mapped[str | None]
+    error: Mapped[Json | None]
+    started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[dt.datetime | None]
+    left_device_at: Mapped[dt.datetime | None]

@@ -1,0 +1,42 @@
+"""Pools: what waits in each by tenant, and what was measured of each."""
+
+from __future__ import annotations
+
+import uuid
+
+from sqlalchemy import CheckConstraint, ForeignKey, Index, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from core.db.base import Row
+
+
+class Queue(Row):
+    """What of a tenant waits in a pool, and its place in the order of fair share. Triggers keep all three.
+
+    `num_paused` counts jobs that are paused, and running ones that are about to be.
+    """
+
+    __tablename__ = "queues"
+    __table_args__ = (
+        CheckConstraint("num_queued >= 0", name="num_queued_not_negative"),
+        CheckConstraint("num_paused >= 0", name="num_paused_not_negative"),
+        Index("ix_queues_waiting", "pool", "rank", "tenant_id", postgresql_where=text("num_queued > 0")),
+        Index("ix_queues_new", "tenant_id", postgresql_where=text("is_new")),
+    )
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    num_queued: Mapped[int]
+    num_paused: Mapped[int] = mapped_column(server_default="0")
+    rank: Mapped[float]
+    # A submission found it empty, and the tenant's account is still to be made level.
+    is_new: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class Pool(Row):
+    """What was measured of a pool: the GPU-seconds that a step of one job uses, the seconds that its base loads."""
+
+    __tablename__ = "pools"
+    __table_args__ = (CheckConstraint("step_seconds >= 0 and load_seconds >= 0", name="seconds_not_negative"),)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    step_seconds: Mapped[float | None]
+    load_seconds: Mapped[float | None]

@@ -1,0 +1,54 @@
+"""Values that rooms hand to each other: what is frozen, a page of a listing, and artifacts once they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+T = TypeVar("T")
+
+
+class Frozen(BaseModel):
+    """A value: immutable, and closed to fields nobody declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """One page of a listing by keyset pagination, where the cursor is the last item's own id."""
+
+    items: tuple[T, ...]
+    has_more: bool
+
+    @classmethod
+    def cut(cls, rows: Sequence[T], limit: int) -> Page[T]:
+        """Make a page of `limit` from rows that were asked for with one more, to see whether there is more."""
+        return cls(items=tuple(rows[:limit]), has_more=len(rows) > limit)
+
+
+class StoredFile(Frozen):
+    """An object of an artifact, by its name behind the artifact's prefix."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoredArtifact:
+    """Files under one object prefix, verified by reading them back."""
+
+    object_prefix: str
+    files: tuple[StoredFile, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    def dump_files(self) -> list[dict[str, Any]]:
+        """Return the files as a row keeps them."""
+        return [file.model_dump() for file in self.files]

@@ -1,0 +1,46 @@
+"""Leases as rows keep them: held, prolonged, and the fence of every write of an attempt.
+
+Only the newest attempt of a running job may change the job, its events, observations and artifacts. StaleLeaseError
+means that an attempt is over and must stop at once.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.orm import Session
+
+from core.db.models import Job
+from core.domain.jobs import JobStatus
+from core.domain.leases import Lease, StaleLeaseError
+
+
+def lock_held(session: Session, lease: Lease) -> Job:
+    """Return the lease's job, locked until the transaction ends. Raises StaleLeaseError.
+
+    What ends under this lock ends at `clock_timestamp()`: `now()` is when the transaction began, which may be before
+    the last rows that others wrote until they gave the lock up.
+    """
+    job = session.scalar(select(Job).where(*is_held(lease)).with_for_update())
+    if job is None:
+        raise StaleLeaseError("The lease is not held any more.")
+    return job
+
+
+def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
+    """Prolong a lease by the database's clock, and return whether its job is to pause."""
+    held = session.execute(
+        update(Job)
+        .where(*is_held(lease))
+        .values(lease_until=func.now() + timedelta(seconds=lease_seconds))
+        .returning(Job.pause_requested_at)
+    ).one_or_none()
+    if held is None:
+        raise StaleLeaseError("The lease is not held any more.")
+    return held.pause_requested_at is not None
+
+
+def is_held(lease: Lease) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions that a job runs under this lease."""
+    return (Job.id == lease.job_id, Job.lease_token == lease.token, Job.status == JobStatus.RUNNING)
