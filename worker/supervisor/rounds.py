@@ -73,16 +73,12 @@ class Round:
         self._stop_requested = stop_requested
         self._departures = Departures(engine)
         keeper = _start_keeper(settings, heartbeat_engine, base)
+        charge_seconds = settings.heartbeat_seconds
         self.jobs = HeldJobs(
-            engine,
-            base=base,
-            keeper=keeper,
-            departures=self._departures,
-            charge_seconds=settings.heartbeat_seconds,
+            engine, base=base, keeper=keeper, departures=self._departures, charge_seconds=charge_seconds
         )
         self._deaths = DeathSettler(engine, jobs=self.jobs, keeper=keeper)
-        patience_seconds = settings.storage_patience_seconds
-        prover = ArtifactProver(store, patience_seconds=patience_seconds)
+        prover = ArtifactProver(store, patience_seconds=settings.storage_patience_seconds)
         self._reports = ReportKeeper(
             engine, store=store, prover=prover, base=base, jobs=self.jobs, departures=self._departures
         )
