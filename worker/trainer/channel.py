@@ -68,12 +68,9 @@ class Channel:
         except queue.Empty:
             return None
 
-    def run_in_background(self, work: Callable[[], T], *, then: Callable[[Future[T]], None] | None = None) -> Future[T]:
-        """Run `work`, which is short or stores something, on a thread; `then` is as in `deliver`."""
-        future = self._background.submit(work)
-        if then is not None:
-            self.deliver(future, then)
-        return future
+    def run_in_background(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work`, which is short or stores something, on a thread."""
+        return self._background.submit(work)
 
     def deliver(self, future: Future[T], then: Callable[[Future[T]], None]) -> None:
         """Let the loop call `then` with the future when it is done, between two steps."""

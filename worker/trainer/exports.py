@@ -46,7 +46,7 @@ class Provenance:
     metrics: dict[str, float]
 
 
-@dataclass
+@dataclass(frozen=True)
 class ResultRow:
     """One line of the result file; validation numbers are there at the steps that were evaluated."""
 
@@ -100,6 +100,14 @@ def verify_adapter(
         raise AdapterInvalidError("adapter_config.json does not say what was trained.")
     _verify_weights(load_file(directory / WEIGHTS), adapter)
     _load_with_peft(directory, config, base_config)
+
+
+def metrics_of(row: ResultRow) -> dict[str, float]:
+    """Return a step's numbers as a checkpoint shows them."""
+    metrics = {"step": float(row.step), "train_loss": row.train_loss, "train_accuracy": row.train_accuracy}
+    if row.valid_loss is not None and row.valid_mean_token_accuracy is not None:
+        metrics |= {"valid_loss": row.valid_loss, "valid_mean_token_accuracy": row.valid_mean_token_accuracy}
+    return metrics
 
 
 def write_result_csv(path: Path, rows: Iterable[ResultRow]) -> None:

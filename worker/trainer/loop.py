@@ -25,7 +25,8 @@ from worker.trainer.bases import LoadedBase
 from worker.trainer.channel import Channel, start_pool
 from worker.trainer.device_figures import DeviceMeter
 from worker.trainer.failures import TrainerError
-from worker.trainer.jobs import PreparedJob, TrainerJob
+from worker.trainer.jobs import TrainerJob
+from worker.trainer.preparing import PreparedJob, prepare_job
 
 log = structlog.get_logger()
 _LIFE_SECONDS = 1.0
@@ -132,7 +133,7 @@ class TrainingLoop:
             order, channel=self._channel, base=self._base, base_order=self._order, scratch_dir=self._scratch_dir
         )
         self._jobs[order.lease_token] = job
-        self._channel.deliver(self._preparing.submit(job.prepare), self._guarded(job, self._admit))
+        self._channel.deliver(self._preparing.submit(prepare_job, job.attempt), self._guarded(job, self._admit))
 
     def _admit(self, job: TrainerJob, prepared: PreparedJob) -> None:
         job.is_preparing = False
@@ -147,8 +148,8 @@ class TrainingLoop:
             self._waiting.append((job, prepared))
             return
         is_trained = job.begin(self._engine, prepared)
-        log.info("job.admitted", **job.ids, num_examples=len(prepared.training.examples))
-        job.log("job.admitted", num_examples=len(prepared.training.examples))
+        log.info("job.admitted", **job.attempt.ids, num_examples=len(prepared.training.examples))
+        job.attempt.log("job.admitted", num_examples=len(prepared.training.examples))
         if is_trained:
             self._publish(job)
 
@@ -200,14 +201,14 @@ class TrainingLoop:
         elif job.awaited_upload is not None:
             self._channel.deliver(job.awaited_upload, self._guarded(job, self._go_on))
 
-    def _go_on(self, job: TrainerJob, _result: None) -> None:
+    def _go_on(self, job: TrainerJob, _is_stored: object) -> None:
         """Let a job train on whose upload was waited for."""
         if not job.is_ending and job.go_on(self._engine):
             self._publish(job)
 
     def _publish(self, job: TrainerJob) -> None:
         self._evict(job)
-        self._channel.run_in_background(job.publish, then=self._guarded(job, self._finish))
+        self._channel.deliver(job.publish(), self._guarded(job, self._finish))
 
     def _finish(self, job: TrainerJob, _result: None) -> None:
         del self._jobs[job.lease_token]
@@ -238,14 +239,14 @@ class TrainingLoop:
 
     def _give_back(self, job: TrainerJob) -> None:
         if self._jobs.get(job.lease_token) is job:  # and was not stopped since
-            self._channel.run_in_background(job.give_back, then=self._guarded(job, self._finish))
+            self._channel.deliver(job.give_back(), self._guarded(job, self._finish))
 
     def _fail(self, job: TrainerJob, error: Exception) -> None:
-        log.warning("job.failed", **job.ids, error=type(error).__name__)
+        log.warning("job.failed", **job.attempt.ids, error=type(error).__name__)
         code, is_job_fault = _classify(error)
         place = _locate(job, error)
         job.bill()
-        job.log("job.failed", code=code, **place.details)
+        job.attempt.log("job.failed", code=code, **place.details)
         self._channel.send(
             JobFailed(
                 lease_token=job.lease_token,

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,32 +41,6 @@ class Progress(Frozen):
 class FetchedPoint:
     directory: Path
     progress: Progress
-
-
-class Pace:
-    """Says when a slot's state is due: after so many steps or seconds, and never while the last is on its way."""
-
-    def __init__(self, *, num_steps: int, seconds: float) -> None:
-        self._num_steps = num_steps
-        self._seconds = seconds
-        self._on_its_way: Future[None] | None = None
-        self.begin(0)
-
-    def begin(self, step: int) -> None:
-        """Count from here: this step's state is stored, or about to be."""
-        self.step, self._begun_at = step, time.monotonic()
-
-    def send(self, step: int, upload: Future[None]) -> None:
-        self.begin(step)
-        self._on_its_way = upload
-
-    @property
-    def is_free(self) -> bool:
-        return self._on_its_way is None or self._on_its_way.done()
-
-    def is_due(self, step: int) -> bool:
-        is_time = step - self.step >= self._num_steps or time.monotonic() - self._begun_at >= self._seconds
-        return is_time and self.is_free
 
 
 def write_resume_point(directory: Path, state: SlotState, progress: Progress) -> None:
