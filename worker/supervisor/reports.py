@@ -20,7 +20,6 @@ from core.services.attempts import StaleLeaseError
 from core.services.set_asides import ROW_ERRORS
 from core.storage import ObjectStore, StorageUnavailableError
 from worker.messages import (
-    STORAGE_AWAY,
     CheckpointSaved,
     DatasetsRead,
     DeviceLeft,
@@ -229,7 +228,7 @@ class ReportKeeper:
                 attempts.record_message(session, held.lease, message=message, level="warn")
                 return
             if isinstance(proof.error, StorageUnavailableError):
-                attempts.postpone_attempt(session, held.lease, code=STORAGE_AWAY, message=UNCONFIRMED)
+                attempts.postpone_attempt(session, held.lease, code=UNCONFIRMED.code, message=UNCONFIRMED.message)
             else:
                 attempts.fail_attempt(
                     session, held.lease, code=DAMAGED.code, message=DAMAGED.message, is_job_fault=False

@@ -104,7 +104,7 @@ class Round:
         self._lend_slot()
         self._fill_slots()
         self.jobs.start_waiting()
-        if not self.jobs:  # the jobs that wait are not to be had now: by quota, or because others were quicker
+        if not self.jobs:  # the jobs that wait cannot be claimed now: a quota is full, or others were quicker
             self._stop_requested.wait(AWAY_SECONDS)
         self._advance()
         return True
@@ -127,7 +127,7 @@ class Round:
                 self._departures.record()
 
     def close(self) -> None:
-        """End the trainer; whoever was on the device is off it."""
+        """End the trainer. No attempt is on the device any more."""
         self._base.close()
         self._departures.note_all()
 
@@ -180,7 +180,7 @@ class Round:
             self._reports.take()
             self._stop_stalled()  # with nothing left unheard, and before the database can take its time
         except TrainerGoneError as error:
-            self._lose_trainer(explain_exit(error.exit_code))
+            self._note_death(explain_exit(error.exit_code))
         self._reports.record_progress()
         self._reports.publish_proofs()
         self.jobs.heed_news()
@@ -188,9 +188,9 @@ class Round:
     def _stop_stalled(self) -> None:
         if (self.jobs or self._departures.are_due) and self._base.is_stalled:
             self._base.kill()
-            self._lose_trainer(STALLED)
+            self._note_death(STALLED)
 
-    def _lose_trainer(self, failure: Failure) -> None:
+    def _note_death(self, failure: Failure) -> None:
         self._deaths.note(failure)
         self.close()
 

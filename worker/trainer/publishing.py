@@ -40,7 +40,7 @@ from worker.trainer.phases import Phase
 from worker.trainer.resume import RESUME_FILES, Progress, write_resume_point
 from worker.trainer.transfers import upload
 
-# So often are an artifact's URLs asked for anew.
+# How often new URLs are asked for, for one artifact.
 _MAX_URL_REFUSALS = 2
 # The future of an artifact that is being stored: True once it is, False where the store did not take it.
 Storing = Future[bool]
@@ -168,7 +168,7 @@ def _inspect_adapter(attempt: Attempt, work: CheckpointWork) -> None:
         training_sha256=order.training_file.sha256,
         validation_sha256=order.validation_file.sha256 if order.validation_file else None,
         step=work.row.step,
-        metrics=metrics_of(work.row),
+        metrics=metrics_of(work.row).by_name(),
     )
     describe_adapter(work.directory, provenance)
     verify_adapter(
@@ -197,7 +197,7 @@ def _upload(attempt: Attempt, artifact: str, directory: Path, names: tuple[str, 
 
 
 def _upload_files(attempt: Attempt, wanted: UrlsWanted, directory: Path) -> tuple[StoredFile, ...]:
-    """Store files one after another. URLs that are refused, as after a long upload, are asked for anew."""
+    """Store files one after another. Where URLs are refused, as after a long upload, new ones are asked for."""
     urls = attempt.channel.request_urls(wanted, check=attempt.check_wanted)
     stored: list[StoredFile] = []
     num_refusals = 0

@@ -1,8 +1,8 @@
-"""Resume points inside the trainer: what a job goes on from after a break, when to store it, how to fetch it again.
+"""Resume points as files: what a job resumes from after a break, how it is written, and how it is fetched again.
 
-One is a slot's state, what the job has shown so far, and a manifest, which is written last and sent last: where it is,
-the rest is. A point whose bytes are not the stored ones, or that another version wrote in a format that is not read
-here, is passed over for the one before it.
+A point is a slot's state, what the job has shown so far, and a manifest. The manifest is written and uploaded last, so
+where it is, the rest is. A point is passed over for the one before it when its bytes are not the stored ones, or when
+another version wrote it in a format that is not read here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def write_resume_point(directory: Path, state: SlotState, progress: Progress) ->
     directory.mkdir()
     state.write(directory)
     (directory / PROGRESS_FILE).write_text(progress.model_dump_json(), encoding="utf-8")
-    files = [describe_file(directory / name) for name in _STATE_FILES]
+    files = [describe_file(directory / name).model_dump() for name in _STATE_FILES]
     manifest = {"format": "espalier-resume-1", "step": state.step, "files": files}
     (directory / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
