@@ -1,4 +1,4 @@
-"""What becomes of the jobs whose trainer died: who is charged the attempt, who is tried alone, who goes on.
+"""What becomes of the jobs whose trainer died: which is charged the attempt, which is tried alone, which goes on.
 
 A death is settled once for each attempt that was in the trainer, however long the database was away in between. Where
 several jobs were in it, nobody can say which of them killed it. So nobody is charged, and each is tried alone: the
@@ -70,7 +70,7 @@ class DeathSettler:
         self._death = TrainerDeath(failure, is_shared=num_jobs > 1)
 
     def settle(self) -> None:
-        """End the attempts that a dead trainer took with it. Raises the database's errors; a later call goes on."""
+        """End the attempts that a dead trainer took with it. Raises the database's errors; a later call continues."""
         if self._death is None:
             return
         for held in self._jobs:

@@ -2,6 +2,14 @@
 
 What holds for every worker is written into the base's row. Where only this worker is at fault, the reason stays among
 its own refusals. No job is claimed, and no attempt is made, for a base that may not be loaded.
+
+| what a look or a load shows | the base's row | this worker's refusals |
+|---|---|---|
+| its files are well | `unusable` becomes `unchecked` | those for the base's fault are forgotten |
+| it is loaded | `usable` | those of its pool are forgotten |
+| it is refused for a fault of its own | `unusable`, with the reason | each of its pools |
+| its files are well, but this worker cannot load it | `unusable` becomes `unchecked` | this pool |
+| this worker cannot even look at it | stays | this pool |
 """
 
 from __future__ import annotations

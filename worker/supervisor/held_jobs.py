@@ -45,7 +45,7 @@ class Claim:
 
 @dataclass
 class HeldJob:
-    """A claimed job; `usage` is what the trainer last counted, `is_delivered` when only the proof of its end lacks.
+    """A claimed job. `usage` is the trainer's last count; `is_delivered` when only the proof of its end is missing.
 
     `order` is what the trainer is to be sent, and None once it is sent: a job that must be alone waits until the others
     have left. `claimed_at` is by the monotonic clock.

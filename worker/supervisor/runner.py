@@ -162,7 +162,7 @@ class Runner:
             self._inspector.inspect_others()
 
     def leave_if_idle(self, seconds: float) -> bool:
-        """Serve no more if no job was held for so long and none waits. Raises the database's errors.
+        """Stop serving if no job was held for so long and none waits. Raises the database's errors.
 
         The lock keeps the answer true: nobody claims before it is given, and nobody serves after a yes. A base that
         took longer to load than a worker may idle is held for that time first.

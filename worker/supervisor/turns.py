@@ -130,7 +130,7 @@ class TurnKeeper:
             return turns.choose_pool(session, choice)
 
     def _load(self, pool: str, base: BaseModelRow) -> None:
-        """Load a base that jobs wait for, and tell the first of them. What failed before is tried again in silence."""
+        """Load a base that jobs wait for, and announce it to the first of them, unless the last try has failed."""
         waiting: Sequence[uuid.UUID] = ()
         if not self._findings.was_refused(pool):
             with contextlib.suppress(*DATABASE_ERRORS), service_transaction(self._engine) as session:

@@ -1,7 +1,7 @@
 """One attempt at a job, as the training loop and the background threads share it.
 
-Nothing in it changes, but that it is called off once, when its job is stopped. Whoever works for it in the background
-looks at that before each step of his work, and ends.
+Nothing in it changes, with one exception: it is called off once, when its job is stopped. Background work looks at that
+before each chunk, row and wait, and ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The trainer's end of the two pipes, and its one inbox.
 
 Orders from the supervisor and results of background work arrive in the same queue, so that the loop waits in one place.
-When the supervisor is gone, so is the trainer: the reading thread ends the process at once, whatever it was doing.
+When the supervisor is gone, the thread that reads orders ends this process at once, whatever it was doing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Channel:
         self._orders, self._reports = orders, reports
         self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # By lease token and artifact, who waits for URLs; None tells them that there will be none.
+        # By lease token and artifact, the queues of the threads that wait for URLs; None says that none will come.
         self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str] | None]] = {}
         self._background = start_pool(_NUM_BACKGROUND_THREADS)
         threading.Thread(target=self._read_orders, daemon=True, name="orders").start()

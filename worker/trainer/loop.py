@@ -1,7 +1,16 @@
 """The training loop: orders and finished background work, then one fused step, again and again.
 
-Nothing here waits while a job can step. Downloads, tokenising and uploads run on threads; what they bring is applied
+Nothing here waits while a job can step. Downloads, tokenising and uploads run on threads, and their results are applied
 between steps. Orders do not wait for a step's end: the engine lets the loop look at them between two products.
+
+What an order or a result does depends on when it comes:
+
+| what comes | between steps | within a step |
+|---|---|---|
+| StartJob | it is prepared on a thread | the same |
+| StopJob | it leaves its slot, and its files go | the same; its part of the step is booked at the step's end |
+| YieldJob | its state is copied, it leaves its slot, and is given back | the same, but given back at the step's end |
+| a result of background work | applied: a job is admitted, goes on, or is finished | applied at the step's end |
 """
 
 from __future__ import annotations
@@ -65,16 +74,16 @@ class TrainingLoop:
         self._channel = channel
         self._engine = engine
         self._base = base
-        # Apart from the channel's own threads: what must be stored does not wait for long downloads and tokenising.
+        # Not the channel's own threads: an upload does not wait there behind long downloads and tokenising.
         self._preparing = start_pool(order.slots)
         self._jobs: dict[int, TrainerJob] = {}
         # Prepared, and waiting until another job leaves the memory that they need.
         self._waiting: deque[tuple[TrainerJob, PreparedJob]] = deque()
-        # Came within a step, and is applied at its end.
+        # What came within a step, and is applied at its end.
         self._postponed: deque[Callable[[], None]] = deque()
-        # Evicted, and not yet reported: a step under way may still have their examples in it.
+        # The jobs evicted and not yet reported as off the device: the step under way may still have their examples.
         self._leaving: list[int] = []
-        # Stopped within the step under way, whose part of it is booked at its end.
+        # The jobs stopped within the step under way. Their part of it is booked at its end.
         self._stopped: dict[int, TrainerJob] = {}
         self._is_stepping = False
         self._meter = DeviceMeter(engine.device, flops_per_token=engine.flops_per_token)
@@ -94,19 +103,19 @@ class TrainingLoop:
         return self._engine.is_idle and not self._waiting
 
     def _look(self) -> None:
-        """Take the orders that have come within a step, and show that it goes on."""
+        """Take the orders that have come within a step, and report that the step goes on."""
         self._show_life()
         while (item := self._channel.receive(wait_seconds=0)) is not None:
             if isinstance(item, Frozen):
                 self._apply(item)
             else:
                 self._postponed.append(item)  # it may admit a job
-        self._tell_who_left()
+        self._report_who_left()
 
     def _show_life(self) -> None:
-        """Say that this loop turns, and what its jobs have used: a thread that lives on must not hide a hung step.
+        """Report that this loop turns, and what its jobs have used. No other thread may: it would hide a hung step.
 
-        Called between products as well, so that a step that takes minutes, and goes on, is no hung one.
+        It is called between products too, so that a step of minutes does not pass for a hung one.
         """
         if time.monotonic() - self._shown_at < _LIFE_SECONDS:
             return
@@ -167,7 +176,7 @@ class TrainingLoop:
         self._is_stepping = True
         reports = self._engine.step(look=self._look)
         self._is_stepping = False
-        self._tell_who_left()
+        self._report_who_left()
         self._book(reports, time.monotonic() - started)
         for report in reports:
             job = self._jobs.get(int(report.job_id))
@@ -265,9 +274,9 @@ class TrainingLoop:
         if str(job.lease_token) in self._engine.job_ids:
             self._engine.evict(str(job.lease_token))
         self._leaving.append(job.lease_token)
-        self._tell_who_left()
+        self._report_who_left()
 
-    def _tell_who_left(self) -> None:
+    def _report_who_left(self) -> None:
         if not self._leaving:
             return
         running_ids = self._engine.running_ids

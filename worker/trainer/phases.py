@@ -1,4 +1,4 @@
-"""How long each phase of an attempt takes, as the supervisor is told: it keeps the traces and the figures."""
+"""How long each phase of an attempt takes. The supervisor is told, and keeps the traces and the metrics."""
 
 from __future__ import annotations
 
