@@ -167,6 +167,7 @@ class BaseHolder:
     def _switch(self, pool: str, base: BaseModelRow, inspected: InspectedBase, *, began_at: float) -> None:
         """Give up the base that is held for one that was inspected. There is memory for one of them only."""
         self.close()
+        # From here on it is shown as held, so that `kill` and `close` reach the trainer while it loads.
         self._trainer, self._pool, self._base = inspected.trainer, pool, base
         log.info("trainer.started", pool=pool, trainer_pid=inspected.trainer.pid)
         loaded = None

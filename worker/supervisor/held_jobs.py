@@ -232,6 +232,7 @@ class HeldJobs:
         held.trace.end(outcome)
         self._has_one_left = True
         self._jobless_since = time.monotonic()
+        # From here on nobody here prolongs its lease or trains for it, whether or not the database could be told.
         self._keeper.let_go(held.lease)
         self._base.send(StopJob(lease_token=held.lease.token))
         if held.order is not None:
@@ -254,7 +255,7 @@ class HeldJobs:
     def book_usage(self) -> None:
         """Book what the jobs that have left used. Raises the database's errors, and then nothing is forgotten."""
         while self._unbooked:
-            held = self._unbooked[0]
+            held = self._unbooked[0]  # it stays the first until it is booked, however often the database is away
             try:
                 self._book(held)
             except ROW_ERRORS as error:  # the schedule settles what was not booked

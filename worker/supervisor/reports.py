@@ -108,7 +108,7 @@ class ReportKeeper:
     def _take(self, report: Report) -> None:
         if isinstance(report, DeviceLeft):
             self._departures.note(report.lease_token)
-        held = self._jobs.find(getattr(report, "lease_token", -1))
+        held = self._jobs.find(getattr(report, "lease_token", -1))  # some reports are of no job
         if held is None:
             return
         match report:
@@ -193,6 +193,7 @@ class ReportKeeper:
             if proof.error is not None:
                 self._report_unproven(held, proof)
                 return
+            # A worker that dies before this commit has published nothing, and one that dies after it everything.
             if isinstance(proof.report, JobSucceeded):
                 reach(CrashPoint.PRE_FINISH)
             with service_transaction(self._engine) as session:

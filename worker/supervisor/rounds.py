@@ -95,6 +95,7 @@ class Round:
 
     def run(self) -> bool:
         """Do what is due now. False when there is nothing left to do. Raises the database's errors."""
+        # What the database is owed comes first: while it is away, an error ends the round here and nothing is claimed.
         self._deaths.settle()
         self.jobs.book_usage()
         self.jobs.charge_use()

@@ -127,7 +127,7 @@ class JobArtifacts:
         work = ResultWork(directory, rows, trained_tokens, usage, earlier=tuple(self._under_way))
         return self._attempt.channel.run_in_background(partial(publish_result, self._attempt, work))
 
-    def give_back_job(self, *, usage: UsageCounted) -> Future[None]:
+    def give_back(self, *, usage: UsageCounted) -> Future[None]:
         """Let what is under way end, and report that the job has left."""
         work = GiveBackWork(tuple(self._under_way), usage, last_point=self._last_point, last_try=self.pace.last_try)
         return self._attempt.channel.run_in_background(partial(give_back_job, self._attempt, work))

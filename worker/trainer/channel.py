@@ -82,6 +82,7 @@ class Channel:
         `check` raises when the job was stopped; after that `refuse_urls` ends the wait.
         """
         key = wanted.lease_token, wanted.artifact
+        # First the queue, then the look at whether the job was stopped: a stop after the look finds the queue.
         grants = self._grants[key] = queue.SimpleQueue()
         try:
             check()

@@ -160,7 +160,7 @@ class TrainerJob:
 
     def give_back(self) -> Future[None]:
         """Report, after all that is on its way, that the job has left."""
-        return self._artifacts.give_back_job(usage=self._usage.count(self.lease_token))
+        return self._artifacts.give_back(usage=self._usage.count(self.lease_token))
 
     def publish(self) -> Future[None]:
         """Store the last checkpoint's files as the adapter, and the result file, and report success."""

@@ -164,6 +164,7 @@ class TrainingLoop:
 
     def _admit_waiting(self) -> None:
         """Try those again that wait for memory, in their order; the engine may have room since the last step."""
+        # Taken out first: `_admit` appends again those for which there is still no memory, so their order stays.
         for job, prepared in [self._waiting.popleft() for _ in range(len(self._waiting))]:
             if self._jobs.get(job.lease_token) is job:
                 try:
@@ -174,7 +175,7 @@ class TrainingLoop:
     def _step(self) -> None:
         started = time.monotonic()
         self._is_stepping = True
-        reports = self._engine.step(look=self._look)
+        reports = self._engine.step(look=self._look)  # orders are taken within it, by `_look`
         self._is_stepping = False
         self._report_who_left()
         self._book(reports, time.monotonic() - started)
