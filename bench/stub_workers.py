@@ -24,7 +24,6 @@ import structlog
 from sqlalchemy import Engine, event
 
 from core.db.clock import DatabaseClock
-from core.db.models import Job
 from core.db.session import connect
 from core.domain.jobs import pool_name
 from core.domain.values import StoredFile
@@ -46,8 +45,11 @@ from worker.messages import (
     UsageCounted,
     YieldJob,
 )
+from worker.supervisor.held_jobs import Claim
 from worker.supervisor.loading import InspectedBase
 from worker.supervisor.presence import Presence
+from worker.supervisor.reports import ReportKeeper
+from worker.supervisor.rounds import Round
 from worker.supervisor.runner import Runner
 
 BASES = tuple(f"acme-labs/base-{number}" for number in range(4))
@@ -214,23 +216,35 @@ class MeasuredRunner(Runner):
             store=driver.store,
             clock=driver.clock,
         )
-        self._tally = driver.tally
         # The simulation's one hand on the supervisor.
         self._base._starter = driver.starter  # type: ignore[assignment]  # noqa: SLF001
+        self._tally = driver.tally
+        self._measure_claims(self._round)
+        self._measure_records(self._round._reports)  # noqa: SLF001
 
-    def _claim_with_order(self, orders: list[StartJob]) -> Job | None:
-        started = time.perf_counter()
-        job = super()._claim_with_order(orders)
-        self._tally.claims_ms.append((time.perf_counter() - started) * 1000)
-        self._tally.num_claimed += job is not None
-        return job
+    def _measure_claims(self, served: Round) -> None:
+        claim = served._claim  # noqa: SLF001
 
-    def _record_progress(self) -> None:
-        has_any = bool(self._unrecorded)
-        started = time.perf_counter()
-        super()._record_progress()
-        if has_any:
-            self._tally.records_ms.append((time.perf_counter() - started) * 1000)
+        def measured() -> Claim | None:
+            started = time.perf_counter()
+            claimed = claim()
+            self._tally.claims_ms.append((time.perf_counter() - started) * 1000)
+            self._tally.num_claimed += claimed is not None
+            return claimed
+
+        served._claim = measured  # type: ignore[method-assign]  # noqa: SLF001
+
+    def _measure_records(self, reports: ReportKeeper) -> None:
+        record = reports.record_progress
+
+        def measured() -> None:
+            has_any = bool(reports._unrecorded)  # noqa: SLF001
+            started = time.perf_counter()
+            record()
+            if has_any:
+                self._tally.records_ms.append((time.perf_counter() - started) * 1000)
+
+        reports.record_progress = measured  # type: ignore[method-assign]
 
 
 class Driver:

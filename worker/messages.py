@@ -1,7 +1,16 @@
 """The seam between the supervisor and its trainer: small typed messages, one JSON object a line, over two pipes.
 
-The supervisor speaks to PostgreSQL and signs URLs; the trainer holds the base model and the tenants' data. A job is
-known to the trainer by its lease token alone. Nothing here carries a credential other than presigned URLs.
+The supervisor speaks to PostgreSQL and signs URLs. The trainer holds the base model and the tenants' data, and knows a
+job by its lease token alone. Nothing here carries a credential other than presigned URLs.
+
+An `Order` goes to the trainer, a `Report` comes from it. One attempt, in order:
+
+    StartJob    -> DatasetsRead, [SlotRefused], JobStarted
+                   StepDone or StepSkipped, [EvaluationDone], UsageCounted ...
+                   UrlsWanted -> UrlsGranted, then CheckpointSaved or ResumePointSaved ...
+                   DeviceLeft, and JobSucceeded or JobFailed
+    YieldJob    -> DeviceLeft, JobYielded
+    StopJob     -> DeviceLeft
 """
 
 from __future__ import annotations
@@ -31,7 +40,7 @@ class RemoteFile(Frozen):
 
 
 class RemoteResumePoint(Frozen):
-    """A stored slot state to go on from; its files by name."""
+    """A stored slot state to resume from; its files by name."""
 
     step: int
     files: dict[str, RemoteFile]
@@ -117,7 +126,7 @@ class UrlsGranted(Frozen):
 
 
 class BaseInspected(Frozen):
-    """The base's files are such as can be loaded, as far as can be seen without its weights."""
+    """The base's files can be loaded, as far as can be seen without its weights."""
 
     kind: Literal["base_inspected"] = "base_inspected"
     tokenizer_path: str
@@ -252,13 +261,27 @@ class UrlsWanted(Frozen):
     names: tuple[str, ...]
 
 
+class CheckpointMetrics(Frozen):
+    """A step's numbers as a checkpoint shows them; validation numbers only where the step was evaluated."""
+
+    step: float
+    train_loss: float
+    train_accuracy: float
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+
+    def by_name(self) -> dict[str, float]:
+        """Return the numbers that there are, as rows, cards and manifests have them."""
+        return self.model_dump(exclude_none=True)
+
+
 class CheckpointSaved(Frozen):
     kind: Literal["checkpoint_saved"] = "checkpoint_saved"
     lease_token: int
     step: int
     artifact: str
     files: tuple[StoredFile, ...]
-    metrics: dict[str, float]
+    metrics: CheckpointMetrics
 
 
 class ResumePointSaved(Frozen):
@@ -277,7 +300,7 @@ class JobYielded(Frozen):
 
 
 class DeviceLeft(Frozen):
-    """The job is out of its slot and of every step, or will never get there; of its files some may be on their way."""
+    """The job is out of its slot and of every step, or will never get there. Some of its files may be on their way."""
 
     kind: Literal["device_left"] = "device_left"
     lease_token: int

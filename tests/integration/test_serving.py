@@ -147,7 +147,7 @@ def test_a_worker_whose_role_has_no_keys_for_a_while_keeps_its_jobs_and_charges_
         wait_until(lambda: has_stepped(owner, held))
         role.is_away = True
         waiting = submit(owner, servers, tenant)
-        wait_until(lambda: role.num_refused > 0 and bool(runner._ungranted), what="a question for URLs")
+        wait_until(lambda: role.num_refused > 0 and bool(runner._round._reports._ungranted), what="a question for URLs")
         step = ask(owner, "select max(step) from metrics where job_id = :id", held)
         newer = f"select 1 from metrics where job_id = :id and step > {step} limit 1"
         wait_until(lambda: bool(ask(owner, newer, held)), what="a step that is recorded meanwhile")

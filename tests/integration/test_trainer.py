@@ -223,7 +223,7 @@ class Supervisor:
             self.loop.run()
 
     def stop_loop(self) -> None:
-        self._channel.run_in_background(_end_loop, then=lambda done: done.result())
+        self._channel.deliver(self._channel.run_in_background(_end_loop), lambda done: done.result())
         self._thread.join(PATIENCE_SECONDS)
         assert not self._thread.is_alive(), "the loop goes on"
         self._lines.close()

@@ -1,7 +1,7 @@
 """The Celery application of a worker: one task, one queue a pool, wake-ups only (see core.queue).
 
-The settings are those of a worker whose jobs run for hours: a wake-up is acknowledged when it arrives, nothing is
-retried or kept by Celery, and no socket timeout can leave the consumer deaf.
+Jobs run for hours, and PostgreSQL alone knows of them. So a wake-up is acknowledged when it arrives, Celery retries and
+keeps nothing, and no socket timeout can leave the consumer deaf.
 """
 
 from __future__ import annotations

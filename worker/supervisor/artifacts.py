@@ -1,7 +1,7 @@
-"""What a trainer may read and write: presigned URLs under its own fence, and proof of what it says it has stored.
+"""What a trainer may read and write, by presigned URLs, and whether it has stored what it reports.
 
-Reading back goes on on a thread of its own, in the order of the trainer's reports, so that an object store that is slow
-holds up neither leases nor steps.
+An attempt writes below a prefix of its own. What it reports as stored is read back before a row names it, in the order
+of the reports. That happens on a thread of its own, so that a slow object store holds up neither leases nor steps.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from worker.messages import (
 ArtifactReport = CheckpointSaved | ResumePointSaved | JobSucceeded | JobYielded | JobFailed
 log = structlog.get_logger()
 _URL_LIFETIME = timedelta(minutes=15)
-_READING_SECONDS = 1800.0  # what reading back one report's artifacts may take, beside the patience with the store
+_READING_SECONDS = 1800.0  # to read back the artifacts of one report, besides the patience with the store
 
 
 class ArtifactMismatchError(StorageError):
@@ -57,12 +57,12 @@ def artifact_prefix(lease: Lease, artifact: str) -> str:
 
 def grant_resume_point(store: ObjectStore, point: ResumePoint) -> RemoteResumePoint:
     files = {
-        file["name"]: RemoteFile(
-            url=store.presign_internal_get(point.object_prefix + file["name"], expires=_URL_LIFETIME),
-            sha256=file["sha256"],
-            size_bytes=file["size_bytes"],
+        file.name: RemoteFile(
+            url=store.presign_internal_get(point.object_prefix + file.name, expires=_URL_LIFETIME),
+            sha256=file.sha256,
+            size_bytes=file.size_bytes,
         )
-        for file in point.files
+        for file in map(StoredFile.model_validate, point.files)
     }
     return RemoteResumePoint(step=point.step, files=files)
 
@@ -113,7 +113,7 @@ class ArtifactProver:
         self._work.put(lambda: self._proofs.put(self._prove(lease, report)))
 
     def delete_prefixes(self, prefixes: tuple[str, ...]) -> None:
-        """Delete what no row names any more; what fails is left to garbage collection."""
+        """Delete what no row names any more. Garbage collection does it later where this fails."""
         for prefix in prefixes:
             self._work.put(lambda prefix=prefix: self._delete(prefix))  # type: ignore[misc]
 
@@ -146,7 +146,7 @@ class ArtifactProver:
         return Proof(lease, report, artifacts)
 
     def _delete(self, prefix: str) -> None:
-        if not is_location(prefix):  # of a row at fault: it could mean everybody's objects
+        if not is_location(prefix):  # a row at fault has it: it could match everybody's objects
             log.error("prefix.refused", prefix=prefix)
             return
         with contextlib.suppress(StorageError):

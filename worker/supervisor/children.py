@@ -1,7 +1,7 @@
 """The supervisor's end of its trainer: starts the child process, sends orders, collects reports, ends it.
 
-The child gets a few names of the environment, none of them a credential. It ends by itself when this process is gone,
-because its standard input closes; one that is frozen, or busy, is killed by the kernel.
+The child gets a few variables of the environment, none of them a credential. When this process is gone, the child's
+standard input closes and it ends by itself. The kernel kills a child that is frozen or busy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from core.sandbox import plain_environment
 from core.telemetry.logs import find_log_file
 from worker.messages import REPORTS, Alive, BaseLoaded, LoadBase, Report, encode_line
 
-# What torch, the hub's cache and TLS are told by. No family of names is among them that holds somebody's keys too.
+# The variables that set up torch, the hub's cache and TLS. No family of names is here that also holds somebody's keys.
 _FAMILIES = ("CUDA_", "KMP_", "MALLOC_", "MKL_", "OMP_", "PYTORCH_", "TORCH_")
 _NAMES = frozenset(
     {"BNB_CUDA_VERSION", "CRASHPOINT", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_VISIBLE_DEVICES", "TRITON_CACHE_DIR"}
@@ -32,9 +32,10 @@ _NAMES = frozenset(
 # How a hub is reached, for a trainer that may reach one: a token and proxies, which may carry a password.
 _HUB_NAMES = frozenset({"ALL_PROXY", "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"})
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads it
-# A CPU's product is compiled for each number of rows that it meets. oneDNN keeps 1,024 of them, torch's bridge to it as
-# many, of 0.4 MB each; steps have ever other numbers of rows, so a trainer grew by most of a gigabyte. A step needs
-# about ten, each of them in all of the base's layers; compiling one takes no longer than getting memory to keep it.
+# On a CPU a matrix product is compiled for each number of rows. oneDNN keeps 1,024 compiled products, and torch's
+# bridge to it as many, of 0.4 MB each. Every step has other numbers of rows, so a trainer grew by most of a gigabyte.
+# One step needs about ten, each in all of the base's layers. To compile one takes no longer than to get the memory to
+# keep it.
 _PRODUCT_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 _KEPT_PRODUCTS = "32"
 _STOP_SECONDS = 5.0

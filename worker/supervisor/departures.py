@@ -1,6 +1,6 @@
-"""When the device was rid of an attempt: because its trainer says so, or because the trainer is gone itself.
+"""When each attempt was off the device: its trainer has reported it, or the trainer itself is gone.
 
-An attempt is expected to leave from the moment it is claimed, and its leaving is recorded once, with its own time,
+From its claim on, an attempt is expected to leave. Its leaving is recorded once, with the time at which it left,
 however long the database was away in between.
 """
 
@@ -38,13 +38,13 @@ class Departures:
         self._expected[lease.token] = lease
 
     def note(self, lease_token: int) -> None:
-        """Take it that an attempt is off the device, as of now."""
+        """Note that an attempt is off the device now."""
         lease = self._expected.pop(lease_token, None)
         if lease is not None:
             self._unrecorded.append(_Departure(lease, time.monotonic()))
 
     def note_all(self) -> None:
-        """Take it that nobody is on the device: its trainer is gone."""
+        """Note that no attempt is on the device: the trainer is gone."""
         for lease_token in tuple(self._expected):
             self.note(lease_token)
 

@@ -1,18 +1,18 @@
-"""Why an attempt ended that the trainer could not explain itself: how its process died, in words."""
+"""Why an attempt ended, where its trainer cannot say it: how the process died, in words that a tenant understands."""
 
 from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
 
-from worker.messages import OUT_OF_MEMORY_EXIT_CODE
+from worker.messages import OUT_OF_MEMORY_EXIT_CODE, STORAGE_AWAY
 
 
 @dataclass(frozen=True)
 class Failure:
-    """`code` is public; `message` is a sentence a tenant understands.
+    """`code` is public; `message` is a sentence that a tenant understands.
 
-    `is_final_alone`: a job that was alone in its trainer would meet this again, so another attempt is no use.
+    `is_final_alone`: a job that was alone in its trainer would end the same again, so another attempt is no use.
     """
 
     code: str
@@ -21,12 +21,14 @@ class Failure:
 
 
 STALLED = Failure("stalled", "The training made no progress for too long and was stopped.", is_final_alone=True)
-UNCONFIRMED = "What the trainer wrote could not be confirmed in the object store, which does not answer."
+UNCONFIRMED = Failure(
+    STORAGE_AWAY, "What the trainer wrote could not be confirmed in the object store, which does not answer."
+)
 DAMAGED = Failure("integrity", "What the trainer wrote is not what the object store has.")
 UNRECORDABLE = Failure("unrecordable", "What the trainer reported could not be recorded.")
 LEASE_LOST = Failure("lease_lost", "The worker lost touch with the database and stopped itself.")
-# Why a trainer may be lost: those above and below.
-TRAINER_LOSS_CODES = ("lease_lost", "oom_host", "stalled", "trainer_crashed", "trainer_killed")
+# Why a trainer may die: those above and below.
+TRAINER_DEATH_CODES = ("lease_lost", "oom_host", "stalled", "trainer_crashed", "trainer_killed")
 _OOM_HOST = Failure(
     "oom_host",
     "The worker's memory did not suffice for this job. Lower max_seq_len, the rank or the size of the dataset.",

@@ -1,4 +1,4 @@
-"""Who a worker is: `name:pid:boot`, so that two on one host, or of one name, are two and their slots add up."""
+"""Who a worker is: `name:pid:boot`. Two workers on one host, or of one name, have two identities, and both count."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _BOOT_BYTES = 4
 
 
 def _draw_boot() -> str:
-    """Tell this process from one before it with the same pid: in a container, that is every one."""
+    """Draw what tells this process from an earlier one with the same pid: in a container every process has it."""
     return secrets.token_hex(_BOOT_BYTES)
 
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """`given_name` is what operators call it, `boot` is drawn anew by every process."""
+    """`given_name` is what operators call it, every process draws a `boot` of its own."""
 
     given_name: str
     pid: int = field(default_factory=os.getpid)

@@ -1,8 +1,8 @@
 """Ends a worker that has held no job for long, so that its GPU can be given back.
 
-The runner decides, under the lock that whoever serves holds: a worker leaves either before a claim or after the end of
-its last job, never in between. A wake-up that comes after the decision is taken and forgotten; its job is still queued,
-and the schedule wakes another worker for it.
+The runner decides, under the lock that is held while it serves: a worker leaves before a claim or after the end of its
+last job, never in between. A wake-up that comes after the decision is lost. Its job is still queued, and the schedule
+wakes another worker for it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _PATIENCE_SECONDS = 60.0  # beyond the longest wait for the database
 
 
 def ask_own_process_to_stop() -> None:
-    """Take the way of every stop: Celery's warm shutdown, exit status 0. Its handler must be there already."""
+    """Stop as by a signal: Celery's warm shutdown, exit status 0. Celery's handler must be installed already."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 class IdleExit:
-    """Looks several times within `idle_seconds`; `end_process` is called once, when the runner serves no more."""
+    """Looks several times within `idle_seconds`; `end_process` is called once, when the runner has stopped serving."""
 
     def __init__(
         self,

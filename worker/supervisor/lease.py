@@ -1,9 +1,14 @@
 """The leases a supervisor holds: prolonged while its trainer lives, given up when the database cannot be reached.
 
-Two threads, so that nothing else can starve a lease: one prolongs, over a connection of its own; the other only looks
-at the clock, so that a database that hangs cannot keep it from stopping the trainer. Deadlines are the database's
-clock. This process measures only how long ago its last good heartbeat was sent, by its monotonic clock, and stops
-itself well before somebody else may start the same job.
+Two threads do this, so that nothing else can starve a lease. One prolongs, over a connection of its own. The other only
+looks at the clock, so that a database that hangs cannot keep it from stopping the trainer.
+
+Deadlines are by the database's clock. This process measures by its monotonic clock how long ago its last good heartbeat
+was sent. It stops its trainer at two thirds of a lease, before another worker may start the same job:
+
+    0 s    heartbeat sent, answered: the lease ends a lease later, by the database's clock
+    2/3    no heartbeat was answered since: `fence` kills the trainer
+    3/3    the lease is over, and the job may be claimed elsewhere
 """
 
 from __future__ import annotations
@@ -106,6 +111,8 @@ class LeaseKeeper:
             leases = tuple(self._leases.values())
         for lease in leases:
             self._prolong(lease)
+        # Counted from before the first was sent: the database may have prolonged it at once, and answered late. `hold`
+        # may have set a later time meanwhile.
         with self._lock:
             self._beat_at = max(self._beat_at, started)
 
@@ -126,7 +133,7 @@ class LeaseKeeper:
         while True:
             time.sleep(self._lease_seconds / _LOOKS_PER_LEASE)
             self._watching.beat()
-            with self._lock:
+            with self._lock:  # a lease that is taken now must not be fenced for the silence before it
                 silent_seconds = time.monotonic() - self._beat_at
                 is_late = bool(self._leases) and silent_seconds > self._lease_seconds * _SELF_FENCE_FRACTION
                 must_fence = is_late and not self._is_fenced

@@ -1,7 +1,7 @@
-"""From no trainer to one that holds a base, in two steps, or the reason why not.
+"""Starts a trainer and lets it load a base, in two steps, or says why that is not possible.
 
-The first step looks at the base's files and costs seconds and no memory; only the second reads its weights. A trainer
-that does not get through a step is ended here.
+The first step looks at the base's files, which takes seconds and no memory. Only the second reads its weights. A
+trainer that fails a step, or takes too long for it, is ended here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _POLL_SECONDS = 0.1
 
 
 class BaseUnusableError(Exception):
-    """Why a base cannot be loaded, in words for its operator. Where `is_worker_fault`, another worker may be able."""
+    """Why a base cannot be loaded, in words for its operator. Where `is_worker_fault`, another worker may load it."""
 
     def __init__(self, reason: str, *, is_worker_fault: bool) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""The worker's figures. Those of its trainer come over the pipe: it has no port, and nobody may ask it.
+"""The worker's Prometheus metrics. The trainer has no port to ask at, so its figures come over the pipe.
 
 Labels are pools, phases and codes of the service's own, never a tenant or a job.
 """
@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from core.db.models import Job
 from core.domain.workers import WorkerFacts
 from worker.messages import DeviceFigures, PhaseDone, UsageCounted
-from worker.supervisor.failures import TRAINER_LOSS_CODES
+from worker.supervisor.failures import TRAINER_DEATH_CODES
 
 _WAIT_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -47,7 +47,7 @@ BASE_LOAD_SECONDS = Histogram(
     ("pool",),
     buckets=_PHASE_BUCKETS,
 )
-for _code in TRAINER_LOSS_CODES:  # at zero from the start, so that the first loss is an increase
+for _code in TRAINER_DEATH_CODES:  # at zero from the start, so that the first death is an increase
     TRAINERS_LOST.labels(_code)
 SELF_FENCES = Counter(
     "espalier_self_fences", "Times that the worker stopped its trainer, out of touch with the database."

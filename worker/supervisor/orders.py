@@ -1,4 +1,4 @@
-"""Rows as the orders that a trainer understands. Nothing here waits for anything but the database."""
+"""Makes orders for the trainer from rows. URLs are signed without asking the object store: it is not waited for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tells the database that this worker is alive and what it holds, whether it trains or idles, and compares clocks.
 
-A thread of its own, because an idle worker's only task has returned and a busy one waits for its trainer. It vouches
-for the supervisor process alone: whether the trainer makes progress is the leases' matter.
+It has a thread of its own, because the task of an idle worker has returned, and that of a busy one waits for its
+trainer. It vouches for the supervisor process alone. Whether the trainer makes progress decides about leases.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Presence:
             alive_seconds = self._interval_seconds * _MISSED_BEATS
             record_worker(session, self._describe(), alive_seconds=alive_seconds, is_start=self._is_start)
         self._is_start = False
-        self._tell_of_clock()
+        self._log_clock()
 
-    def _tell_of_clock(self) -> None:
+    def _log_clock(self) -> None:
         was_wrong, self._is_clock_wrong = self._is_clock_wrong, self._clock.is_wrong
         if self._is_clock_wrong != was_wrong:
             event = "worker.clock_wrong" if self._is_clock_wrong else "worker.clock_right"

@@ -1,4 +1,4 @@
-"""Reports as rows: what the trainer's words become in the database. The caller's transaction holds them all."""
+"""Writes reports into the database: for each kind, the one call that records it, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def record_proof(session: Session, proof: Proof, *, result_filename: str) -> tup
         case CheckpointSaved():
             (artifact,) = proof.artifacts
             return checkpoints.record_checkpoint(
-                session, lease, step=report.step, artifact=artifact, metrics=report.metrics
+                session, lease, step=report.step, artifact=artifact, metrics=report.metrics.by_name()
             )
         case ResumePointSaved():
             (artifact,) = proof.artifacts

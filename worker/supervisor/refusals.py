@@ -1,7 +1,7 @@
 """The pools whose base this worker could not load, each with the reason and the time of the next try.
 
-Tries are further and further apart, because what a person must mend is seldom mended within seconds; what a person has
-changed in the base's row since is tried at once. Any thread may ask; each change replaces the whole table.
+The waits between tries double, because a person must mend the base, and seldom does so within seconds. When the base's
+row has changed since, it is tried at once. Any thread may ask, because each change replaces the whole table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Refusals:
         self._by_pool = {name: refusal for name, refusal in self._by_pool.items() if name != pool}
 
     def forget_base_fault(self, pool: str) -> None:
-        """Forget a refusal that a look at the base's files disproves; what the worker lacks, it lacks still."""
+        """Forget a refusal that a look at the base's files disproves. What the worker itself lacks, it still lacks."""
         refusal = self._by_pool.get(pool)
         if refusal is not None and not refusal.is_worker_fault:
             self.forget(pool)

@@ -91,7 +91,7 @@ def main() -> None:
     finally:
         runner.request_stop()
         warmer.close()
-        runner.wait_until_idle()  # the watchdog may be the one who serves, and Celery does not know it
-        runner.close()  # the trainer, which would outlive this line and leave its scratch directory
+        runner.wait_until_idle()  # the watchdog may be serving, which Celery does not know
+        runner.close()  # ends the trainer, which would otherwise leave its scratch directory
         management.close()
         remove_abandoned(settings.scratch_dir or Path(tempfile.gettempdir()))

@@ -1,7 +1,7 @@
 """Keeps a base warm while there is no work, and looks again and again at those that could not be used.
 
-A thread of its own from the worker's start to its end, so that a first job waits for no load, and a base that comes to
-be usable is used without anybody's doing.
+It has a thread of its own from the worker's start to its end. A first job waits for no load, and a base that becomes
+usable is used without anybody's doing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _STOP_SECONDS = 5.0
 
 
 class Warmer:
-    """Looks at every interval, until it is closed; the runner's own stop ends a load that is under way.
+    """Looks at every interval, until it is closed. The runner's own stop ends a load that is under way.
 
-    A look that takes longer than `patience_seconds` hangs: it loads one base, or looks at each, in bounded time.
+    A look loads one base, or inspects each, in bounded time. One that takes longer than `patience_seconds` hangs.
     """
 
     def __init__(self, runner: Runner, *, interval_seconds: float, patience_seconds: float) -> None:

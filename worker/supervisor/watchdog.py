@@ -1,10 +1,13 @@
-"""Watches over the supervisor from a thread of its own: does anybody wake it?
+"""Looks from a thread of its own whether anybody still wakes this worker.
 
-Two ways in which wake-ups stop are known. Redis is away: then this worker claims by itself whatever may be claimed.
-Redis is there and wake-ups wait in it for long, but the consumer does not take them (a timed-out acknowledgement can
-leave it deaf for ever, while it answers every ping): then the process ends, holding no job, to be started afresh. One
-look is no proof: a wake-up may have come just now, and the consumer of a worker that starts is not there yet. Whether
-the loop that serves still turns is part of the process's liveness, which never asks the consumer.
+Wake-ups can stop in two ways:
+
+- Redis is away. Then this worker claims by itself what may be claimed.
+- Redis is there and wake-ups wait in it, but the consumer does not take them. A timed-out acknowledgement can leave it
+  deaf for ever, while it answers every ping. Then the process ends, holding no job, and is started again.
+
+One look is no proof: a wake-up may have come just now, and the consumer of a worker that starts is not there yet.
+Whether the loop that serves still turns is part of the process's liveness, which never asks the consumer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whose fault it is that a base cannot be loaded, in words for its operator.
 
-The base's own fault meets every worker: its files, its type, what the registry says of it. A worker's fault is its own:
-no memory, no disk, a package or a device that it lacks. What nobody has foreseen is the base's, with the error's words.
+Every worker meets a fault of the base: its files, its type, its entry in the registry. A worker's fault is its own: no
+memory, no disk, a package or a device that it lacks. An error that nobody has foreseen is taken as the base's.
 """
 
 from __future__ import annotations

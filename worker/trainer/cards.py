@@ -1,7 +1,7 @@
 """The model card of an adapter: what it is, and how each reader loads it, as Hugging Face's README.md.
 
-Names that a tenant or an operator chose stand in it only as YAML, a code span, a Python or a shell literal, all on one
-line: none can end its block or become markup.
+A name that a tenant or an operator chose is written only as YAML, a code span, a Python or a shell literal, on one
+line. So no name can end its block or become markup.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The trainer's end of the two pipes, and its one inbox.
 
 Orders from the supervisor and results of background work arrive in the same queue, so that the loop waits in one place.
-When the supervisor is gone, so is the trainer: the reading thread ends the process at once, whatever it was doing. It
-does so too where it fails itself, at a line that is no order: a trainer that hears nothing obeys nobody.
+When the supervisor is gone, the thread that reads orders ends this process at once, whatever it was doing. It does the
+same where it fails itself, at a line that is no order: a trainer that hears nothing obeys nobody.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Channel:
         self._orders, self._reports = orders, reports
         self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # By lease token and artifact, who waits for URLs; None tells them that there will be none.
+        # By lease token and artifact, the queues of the threads that wait for URLs; None says that none will come.
         self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str] | None]] = {}
         self._background = start_pool(_NUM_BACKGROUND_THREADS)
         PROCESS.start_thread(self._read_orders, name="orders")
@@ -70,12 +70,9 @@ class Channel:
         except queue.Empty:
             return None
 
-    def run_in_background(self, work: Callable[[], T], *, then: Callable[[Future[T]], None] | None = None) -> Future[T]:
-        """Run `work`, which is short or stores something, on a thread; `then` is as in `deliver`."""
-        future = self._background.submit(work)
-        if then is not None:
-            self.deliver(future, then)
-        return future
+    def run_in_background(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work`, which is short or stores something, on a thread."""
+        return self._background.submit(work)
 
     def deliver(self, future: Future[T], then: Callable[[Future[T]], None]) -> None:
         """Let the loop call `then` with the future when it is done, between two steps."""
@@ -87,6 +84,7 @@ class Channel:
         `check` raises when the job was stopped; after that `refuse_urls` ends the wait.
         """
         key = wanted.lease_token, wanted.artifact
+        # First the queue, then the look at whether the job was stopped: a stop after the look finds the queue.
         grants = self._grants[key] = queue.SimpleQueue()
         try:
             check()

@@ -1,7 +1,7 @@
-"""What the device does, in figures for the operator: gathered by the loop, taken once a second by whoever reports them.
+"""What the device does, in figures for the operator. The loop gathers them, and reports them once a second.
 
-Peaks are the makers' dense bfloat16 figures by a part of the device's name. Of a device that is not listed, a CPU among
-them, the peak is not known, and its utilization is not shown.
+Peaks are the makers' dense bfloat16 figures, found by a part of the device's name. The peak of a device that is not
+listed, such as a CPU, is not known, and its utilization is not shown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PEAK_FLOPS = {
     "L4": 121e12,
     "A10": 125e12,
 }
-_UNLIKE = {"L4": ("L40",), "A10": ("A100", "A10G")}  # names in which the shorter one stands too
+_UNLIKE = {"L4": ("L40",), "A10": ("A100", "A10G")}  # other devices whose names contain this one
 
 
 class DeviceMeter:

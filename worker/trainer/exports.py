@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -19,8 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from core.domain.training import AdapterConfig, TrainingSpec
+from core.domain.values import StoredFile
 from worker.engine.errors import DivergedError
-from worker.messages import JobFacts
+from worker.messages import CheckpointMetrics, JobFacts
 from worker.trainer.cards import write_card
 from worker.trainer.failures import AdapterInvalidError, NothingLearnedError
 
@@ -28,8 +28,8 @@ WEIGHTS, CONFIG, CARD, MANIFEST = "adapter_model.safetensors", "adapter_config.j
 ADAPTER_FILES = (WEIGHTS, CONFIG, CARD, MANIFEST)
 RESULT_FILE = "step_metrics.csv"
 _VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "espalier")
-# PEFT patches nn.Module for the whole process while it builds empty modules: two threads would undo it in the wrong
-# order, and every module made later would have no weights.
+# PEFT patches nn.Module for the whole process while it builds empty modules. Two threads would undo the patch in the
+# wrong order, and every module made later would have no weights.
 _patching = threading.Lock()
 _RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
@@ -46,7 +46,7 @@ class Provenance:
     metrics: dict[str, float]
 
 
-@dataclass
+@dataclass(frozen=True)
 class ResultRow:
     """One line of the result file; validation numbers are there at the steps that were evaluated.
 
@@ -65,7 +65,7 @@ def describe_adapter(directory: Path, provenance: Provenance) -> None:
     facts = provenance.facts
     card = write_card(facts, provenance.spec, step=provenance.step, metrics=provenance.metrics)
     (directory / CARD).write_text(card, encoding="utf-8")
-    files = [describe_file(directory / name) for name in (WEIGHTS, CONFIG, CARD)]
+    files = [describe_file(directory / name).model_dump() for name in (WEIGHTS, CONFIG, CARD)]
     manifest = {
         "format": "espalier-adapter-1",
         "job_id": facts.job_id,
@@ -94,15 +94,26 @@ def verify_adapter(
     Raises DivergedError or NothingLearnedError for what every attempt would end in: training is deterministic.
     """
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    for described in manifest["files"]:
-        if describe_file(directory / described["name"]) != described:
-            raise AdapterInvalidError(f"{described['name']} is not what the manifest says.")
+    for described in map(StoredFile.model_validate, manifest["files"]):
+        if describe_file(directory / described.name) != described:
+            raise AdapterInvalidError(f"{described.name} is not what the manifest says.")
     config = PeftConfig.from_pretrained(str(directory))
     expected = (base_model_id, adapter.rank, adapter.alpha, adapter.use_rslora)
     if (config.base_model_name_or_path, config.r, config.lora_alpha, config.use_rslora) != expected:
         raise AdapterInvalidError("adapter_config.json does not say what was trained.")
     _verify_weights(load_file(directory / WEIGHTS), adapter)
     _load_with_peft(directory, config, base_config)
+
+
+def metrics_of(row: ResultRow) -> CheckpointMetrics:
+    """Return a row's numbers as a checkpoint shows them."""
+    return CheckpointMetrics(
+        step=row.step,
+        train_loss=row.train_loss,
+        train_accuracy=row.train_accuracy,
+        valid_loss=row.valid_loss,
+        valid_mean_token_accuracy=row.valid_mean_token_accuracy,
+    )
 
 
 def write_result_csv(path: Path, rows: Iterable[ResultRow]) -> None:
@@ -115,10 +126,10 @@ def write_result_csv(path: Path, rows: Iterable[ResultRow]) -> None:
             writer.writerow("" if value is None else value for value in values)
 
 
-def describe_file(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> StoredFile:
     """Return a file's name, size and hash, as manifests have them."""
     content = path.read_bytes()
-    return {"name": path.name, "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return StoredFile(name=path.name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _verify_weights(tensors: dict[str, torch.Tensor], adapter: AdapterConfig) -> None:

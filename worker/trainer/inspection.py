@@ -1,6 +1,6 @@
-"""A look at a base's files before its weights are read: what would be refused after minutes is refused in seconds.
+"""Looks at a base's files before its weights are read: what would be refused after minutes is refused in seconds.
 
-The model is built of shapes alone, so a look takes no memory to speak of, and no device.
+The model is built of shapes alone, so a look takes hardly any memory, and no device.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check_weights(directory: Path) -> None:
     if not names:
         raise BaseRefusedError("The base model has no safetensors files; convert it first.")
     for name in sorted(names):
-        # The first says why a file cannot be read, which the second calls missing.
+        # The plain open says why a file cannot be read; safe_open would call it missing.
         with (directory / name).open("rb"), safe_open(directory / name, framework="pt"):
             pass
 
@@ -108,7 +108,7 @@ def read_tokenizer(files: BaseFiles, order: LoadBase) -> Any:
 
 
 def _check_chat_template(tokenizer: Any) -> None:
-    """Refuse a base whose answers cannot be learnt with their end: its adapters would never stop."""
+    """Refuse a base whose template leaves the end of an answer unlearnt: its adapters would never stop writing."""
     try:
         ConversationTokenizer(BaseTokenizer(describe_tokenizer(tokenizer))).check_template()
     except RenderingError as error:

@@ -1,7 +1,16 @@
 """The training loop: orders and finished background work, then one fused step, again and again.
 
-Nothing here waits while a job can step. Downloads, tokenising and uploads run on threads; what they bring is applied
+Nothing here waits while a job can step. Downloads, tokenising and uploads run on threads, and their results are applied
 between steps. Orders do not wait for a step's end: the engine lets the loop look at them between two products.
+
+What an order or a result does depends on when it comes:
+
+| what comes | between steps | within a step |
+|---|---|---|
+| StartJob | it is prepared on a thread | the same |
+| StopJob | it leaves its slot, and its files go | the same; its part of the step is booked at the step's end |
+| YieldJob | its state is copied, it leaves its slot, and is given back | the same, but given back at the step's end |
+| a result of background work | applied: a job is admitted, goes on, or is finished | applied at the step's end |
 """
 
 from __future__ import annotations
@@ -25,7 +34,8 @@ from worker.trainer.bases import LoadedBase
 from worker.trainer.channel import Channel, start_pool
 from worker.trainer.device_figures import DeviceMeter
 from worker.trainer.failures import TrainerError
-from worker.trainer.jobs import PreparedJob, TrainerJob
+from worker.trainer.jobs import TrainerJob
+from worker.trainer.preparing import PreparedJob, prepare_job
 
 log = structlog.get_logger()
 _LIFE_SECONDS = 1.0
@@ -64,16 +74,16 @@ class TrainingLoop:
         self._channel = channel
         self._engine = engine
         self._base = base
-        # Apart from the channel's own threads: what must be stored does not wait for long downloads and tokenising.
+        # Not the channel's own threads: an upload does not wait there behind long downloads and tokenising.
         self._preparing = start_pool(order.slots)
         self._jobs: dict[int, TrainerJob] = {}
         # Prepared, and waiting until another job leaves the memory that they need.
         self._waiting: deque[tuple[TrainerJob, PreparedJob]] = deque()
-        # Came within a step, and is applied at its end.
+        # What came within a step, and is applied at its end.
         self._postponed: deque[Callable[[], None]] = deque()
-        # Evicted, and not yet reported: a step under way may still have their examples in it.
+        # The jobs evicted and not yet reported as off the device: the step under way may still have their examples.
         self._leaving: list[int] = []
-        # Stopped within the step under way, whose part of it is booked at its end.
+        # The jobs stopped within the step under way. Their part of it is booked at its end.
         self._stopped: dict[int, TrainerJob] = {}
         self._is_stepping = False
         self._meter = DeviceMeter(engine.device, flops_per_token=engine.flops_per_token)
@@ -93,19 +103,19 @@ class TrainingLoop:
         return self._engine.is_idle and not self._waiting
 
     def _look(self) -> None:
-        """Take the orders that have come within a step, and show that it goes on."""
+        """Take the orders that have come within a step, and report that the step goes on."""
         self._show_life()
         while (item := self._channel.receive(wait_seconds=0)) is not None:
             if isinstance(item, Frozen):
                 self._apply(item)
             else:
                 self._postponed.append(item)  # it may admit a job
-        self._tell_who_left()
+        self._report_who_left()
 
     def _show_life(self) -> None:
-        """Say that this loop turns, and what its jobs have used: a thread that lives on must not hide a hung step.
+        """Report that this loop turns, and what its jobs have used. No other thread may: it would hide a hung step.
 
-        Called between products as well, so that a step that takes minutes, and goes on, is no hung one.
+        It is called between products too, so that a step of minutes does not pass for a hung one.
         """
         if time.monotonic() - self._shown_at < _LIFE_SECONDS:
             return
@@ -132,7 +142,7 @@ class TrainingLoop:
             order, channel=self._channel, base=self._base, base_order=self._order, scratch_dir=self._scratch_dir
         )
         self._jobs[order.lease_token] = job
-        self._channel.deliver(self._preparing.submit(job.prepare), self._guarded(job, self._admit))
+        self._channel.deliver(self._preparing.submit(prepare_job, job.attempt), self._guarded(job, self._admit))
 
     def _admit(self, job: TrainerJob, prepared: PreparedJob) -> None:
         job.is_preparing = False
@@ -147,13 +157,14 @@ class TrainingLoop:
             self._waiting.append((job, prepared))
             return
         is_trained = job.begin(self._engine, prepared)
-        log.info("job.admitted", **job.ids, num_examples=len(prepared.training.examples))
-        job.log("job.admitted", num_examples=len(prepared.training.examples))
+        log.info("job.admitted", **job.attempt.ids, num_examples=len(prepared.training.examples))
+        job.attempt.log("job.admitted", num_examples=len(prepared.training.examples))
         if is_trained:
             self._publish(job)
 
     def _admit_waiting(self) -> None:
         """Try those again that wait for memory, in their order; the engine may have room since the last step."""
+        # Taken out first: `_admit` appends again those for which there is still no memory, so their order stays.
         for job, prepared in [self._waiting.popleft() for _ in range(len(self._waiting))]:
             if self._jobs.get(job.lease_token) is job:
                 try:
@@ -164,9 +175,9 @@ class TrainingLoop:
     def _step(self) -> None:
         started = time.monotonic()
         self._is_stepping = True
-        reports = self._engine.step(look=self._look)
+        reports = self._engine.step(look=self._look)  # orders are taken within it, by `_look`
         self._is_stepping = False
-        self._tell_who_left()
+        self._report_who_left()
         self._book(reports, time.monotonic() - started)
         for report in reports:
             job = self._jobs.get(int(report.slot_name))
@@ -200,14 +211,14 @@ class TrainingLoop:
         elif job.awaited_upload is not None:
             self._channel.deliver(job.awaited_upload, self._guarded(job, self._go_on))
 
-    def _go_on(self, job: TrainerJob, _result: None) -> None:
+    def _go_on(self, job: TrainerJob, _is_stored: object) -> None:
         """Let a job train on whose upload was waited for."""
         if not job.is_ending and job.go_on(self._engine):
             self._publish(job)
 
     def _publish(self, job: TrainerJob) -> None:
         self._evict(job)
-        self._channel.run_in_background(job.publish, then=self._guarded(job, self._finish))
+        self._channel.deliver(job.publish(), self._guarded(job, self._finish))
 
     def _finish(self, job: TrainerJob, _result: None) -> None:
         del self._jobs[job.lease_token]
@@ -238,14 +249,14 @@ class TrainingLoop:
 
     def _give_back(self, job: TrainerJob) -> None:
         if self._jobs.get(job.lease_token) is job:  # and was not stopped since
-            self._channel.run_in_background(job.give_back, then=self._guarded(job, self._finish))
+            self._channel.deliver(job.give_back(), self._guarded(job, self._finish))
 
     def _fail(self, job: TrainerJob, error: Exception) -> None:
-        log.warning("job.failed", **job.ids, error=type(error).__name__)
+        log.warning("job.failed", **job.attempt.ids, error=type(error).__name__)
         code, is_job_fault = _classify(error)
         place = _locate(job, error)
         job.bill()
-        job.log("job.failed", code=code, **place.details)
+        job.attempt.log("job.failed", code=code, **place.details)
         self._channel.send(
             JobFailed(
                 lease_token=job.lease_token,
@@ -264,9 +275,9 @@ class TrainingLoop:
         if str(job.lease_token) in self._engine.slot_names:
             self._engine.evict(str(job.lease_token))
         self._leaving.append(job.lease_token)
-        self._tell_who_left()
+        self._report_who_left()
 
-    def _tell_who_left(self) -> None:
+    def _report_who_left(self) -> None:
         if not self._leaving:
             return
         running_names = self._engine.running_names

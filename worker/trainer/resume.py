@@ -1,17 +1,15 @@
-"""Resume points inside the trainer: what a job goes on from after a break, when to store it, how to fetch it again.
+"""Resume points as files: what a job resumes from after a break, how it is written, and how it is fetched again.
 
-One is a slot's state, what the job has shown so far, and a manifest, which is written last and sent last: where it is,
-the rest is. A point whose bytes are not the stored ones, or that another version wrote in a format that is not read
-here, is passed over for the one before it.
+A point is a slot's state, what the job has shown so far, and a manifest. The manifest is written and uploaded last, so
+where it is, the rest is. A point is passed over for the one before it when its bytes are not the stored ones, or when
+another version wrote it in a format that is not read here.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,37 +43,11 @@ class FetchedPoint:
     progress: Progress
 
 
-class Pace:
-    """Says when a slot's state is due: after so many steps or seconds, and never while the last is on its way."""
-
-    def __init__(self, *, num_steps: int, seconds: float) -> None:
-        self._num_steps = num_steps
-        self._seconds = seconds
-        self._on_its_way: Future[None] | None = None
-        self.begin(0)
-
-    def begin(self, step: int) -> None:
-        """Count from here: this step's state is stored, or about to be."""
-        self.step, self._begun_at = step, time.monotonic()
-
-    def send(self, step: int, upload: Future[None]) -> None:
-        self.begin(step)
-        self._on_its_way = upload
-
-    @property
-    def is_free(self) -> bool:
-        return self._on_its_way is None or self._on_its_way.done()
-
-    def is_due(self, step: int) -> bool:
-        is_time = step - self.step >= self._num_steps or time.monotonic() - self._begun_at >= self._seconds
-        return is_time and self.is_free
-
-
 def write_resume_point(directory: Path, state: SlotState, progress: Progress) -> None:
     directory.mkdir()
     state.write(directory)
     (directory / PROGRESS_FILE).write_text(progress.model_dump_json(), encoding="utf-8")
-    files = [describe_file(directory / name) for name in _STATE_FILES]
+    files = [describe_file(directory / name).model_dump() for name in _STATE_FILES]
     manifest = {"format": "espalier-resume-1", "step": state.step, "files": files}
     (directory / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 

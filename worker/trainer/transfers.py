@@ -1,7 +1,14 @@
 """Moves files between the scratch directory and the object store, through presigned URLs only.
 
-A download counts only if its bytes hash to what the row says; a transfer is tried again on transport and server errors,
-never on a refusal. A refusal of the URL is told apart from one of the request: another URL may do.
+A download counts only if its bytes hash to what the row says.
+
+| what the store does | the transfer |
+|---|---|
+| it does not answer, or answers 5xx | is tried again while patience lasts, with growing pauses |
+| it sends other bytes than were stored | is tried again, twice |
+| it refuses the URL: 403, or 400 because of the signature | ends with UrlRefusedError: another URL may do |
+| it has no such object: 404 | ends with ObjectMissingError |
+| it refuses otherwise: another 4xx | ends with TransferError |
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ CA_BUNDLE = "ESPALIER_S3_CA_BUNDLE"
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 _LONGEST_PAUSE_SECONDS = 5.0
 _MAX_MISMATCHES = 3
-# AWS answers a signature whose token has expired with a 400, everything else that is wrong with a URL with a 403.
+# AWS answers 400 to a signature whose token has expired, and 403 to everything else that is wrong with a URL.
 _URL_FAULTS = re.compile(rb"<Code>(ExpiredToken|InvalidToken|RequestTimeTooSkewed)</Code>")
 
 
@@ -89,7 +96,7 @@ def upload(url: str, path: Path, patience: Patience) -> StoredFile:
 
 @cache
 def trust() -> ssl.SSLContext:
-    """Read, once a process, whom transfers trust. A trainer that has given up its rights may read it no more."""
+    """Read whom transfers trust, once for the process: after the trainer has given up its rights it may not read it."""
     return trusted_certificates(os.environ.get(CA_BUNDLE))
 
 
@@ -104,7 +111,7 @@ def _open(method: str, url: str, **request: Any) -> Iterator[httpx.Response]:
 
 
 def _tries(patience: Patience) -> Iterator[AbstractContextManager[Any]]:
-    """Try until patience ends, with growing pauses and jitter; bytes that differ again and again are not waited for."""
+    """Try until patience ends, with growing pauses and jitter. Bytes that differ are tried a few times only."""
     mismatches = itertools.count(1)
 
     def is_passing(error: Exception) -> bool:
