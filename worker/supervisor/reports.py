@@ -62,7 +62,6 @@ class ReportKeeper:
         self,
         engine: Engine,
         *,
-        store: ObjectStore,
         signing: Signing,
         prover: ArtifactProver,
         base: BaseHolder,
@@ -70,7 +69,6 @@ class ReportKeeper:
         departures: Departures,
     ) -> None:
         self._engine = engine
-        self._store = store
         self._signing = signing
         self._base = base
         self._jobs = jobs
@@ -93,14 +91,8 @@ class ReportKeeper:
 
     def grant_wanted(self) -> None:
         """Answer the uploads that wait for URLs. While there are no keys to sign them with, the questions are kept."""
-        if not self._signing.may_be_tried:
-            return
-        try:
-            for place, wanted in tuple(self._ungranted.items()):
-                self._grant(wanted)
-                del self._ungranted[place]
-        except StorageUnavailableError as error:
-            self._signing.note_failure(error)
+        if self._ungranted:
+            self._signing.attempt(self._grant_all)
 
     def record_progress(self) -> None:
         """Record what the jobs have done, all in one transaction: a step of many jobs costs one commit.
@@ -153,11 +145,13 @@ class ReportKeeper:
                 held.is_delivered = True
                 self._prover.submit(held.lease, report)
 
-    def _grant(self, wanted: UrlsWanted) -> None:
-        held = self._jobs.find(wanted.lease_token)
-        if held is not None:
-            urls = grant_uploads(self._store, held.lease, artifact=wanted.artifact, names=wanted.names)
-            self._base.send(UrlsGranted(lease_token=wanted.lease_token, artifact=wanted.artifact, urls=urls))
+    def _grant_all(self, store: ObjectStore) -> None:
+        for place, wanted in tuple(self._ungranted.items()):
+            held = self._jobs.find(wanted.lease_token)
+            if held is not None:
+                urls = grant_uploads(store, held.lease, artifact=wanted.artifact, names=wanted.names)
+                self._base.send(UrlsGranted(lease_token=wanted.lease_token, artifact=wanted.artifact, urls=urls))
+            del self._ungranted[place]
 
     def _note_phase(self, held: HeldJob, done: PhaseDone) -> None:
         count_phase(done)

@@ -29,7 +29,7 @@ from core.db.session import DATABASE_ERRORS, service_transaction
 from core.domain.scheduling import slot_seconds
 from core.services import claims
 from core.settings import WorkerSettings
-from core.storage import ObjectStore, StorageUnavailableError
+from core.storage import ObjectStore
 from worker.messages import StartJob
 from worker.supervisor.artifacts import ArtifactProver
 from worker.supervisor.bases import BaseHolder
@@ -68,12 +68,11 @@ class Round:
     ) -> None:
         self._settings, self._name = settings, name
         self._engine = engine
-        self._store = store
         self._clock = clock
         self._base = base
         self._stop_requested = stop_requested
         self._departures = Departures(engine)
-        self._signing = Signing()
+        self._signing = Signing(store)
         keeper = _start_keeper(settings, heartbeat_engine, base)
         charge_seconds = settings.heartbeat_seconds
         self.jobs = HeldJobs(
@@ -82,13 +81,7 @@ class Round:
         self._deaths = DeathSettler(engine, jobs=self.jobs, keeper=keeper)
         prover = ArtifactProver(store, patience_seconds=settings.storage_patience_seconds)
         self._reports = ReportKeeper(
-            engine,
-            store=store,
-            signing=self._signing,
-            prover=prover,
-            base=base,
-            jobs=self.jobs,
-            departures=self._departures,
+            engine, signing=self._signing, prover=prover, base=base, jobs=self.jobs, departures=self._departures
         )
         self.turns = TurnKeeper(
             settings,
@@ -151,28 +144,15 @@ class Round:
         if self._has_room() and self.turns.end_if_due():
             return
         while self._has_room():
-            claim = self._claim()
+            claim = self._signing.attempt(self._claim)
             if claim is None:
                 return
             reach(CrashPoint.POST_CLAIM)
             observe_wait(claim.job, lease_seconds=self._settings.lease_seconds)
             self.jobs.hold(claim)
 
-    def _claim(self) -> Claim | None:
-        """Claim a job together with its order. One whose order cannot be made is not claimed.
-
-        An order names signed URLs. The keys to sign with are asked for here, where no transaction waits for the answer.
-        """
-        if not self._signing.may_be_tried:
-            return None
-        try:
-            self._store.renew_keys()
-            return self._claim_with_order()
-        except StorageUnavailableError as error:  # the claim is undone, and the jobs that are held train on
-            self._signing.note_failure(error)
-            return None
-
-    def _claim_with_order(self) -> Claim | None:
+    def _claim(self, store: ObjectStore) -> Claim | None:
+        """Claim a job and its order, which names signed URLs. A job whose order cannot be made is not claimed."""
         assert self._base.pool is not None
         began_at = time.monotonic()
         orders: list[StartJob] = []
@@ -184,7 +164,7 @@ class Round:
                 lease_seconds=self._settings.lease_seconds,
                 is_idle=not self.jobs,
                 slot_seconds=slot_seconds(self._settings.quantum_seconds, slots=self._base.slots),
-                prepare=lambda job: orders.append(order_job(session, job, store=self._store)),
+                prepare=lambda job: orders.append(order_job(session, job, store=store)),
             )
         return None if job is None else Claim(job, orders[-1], began_at)
 

@@ -1,4 +1,4 @@
-"""Whether URLs can be signed now. A role may have no keys for a while, and each question for them may take seconds.
+"""URLs are signed with keys that a role may not have for a while, and each question for them may take seconds.
 
 What needs no URL goes on meanwhile: jobs that are held train, and their progress is recorded.
 """
@@ -6,25 +6,37 @@ What needs no URL goes on meanwhile: jobs that are held train, and their progres
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import structlog
 
-from core.storage import StorageUnavailableError
+from core.storage import ObjectStore, StorageUnavailableError
 
 log = structlog.get_logger()
 _KEYLESS_SECONDS = 2.0  # between two tries to get keys
 
+T = TypeVar("T")
+
 
 class Signing:
-    """Remembers that there were no keys, so that claims and grants do not ask for them in every round."""
+    """Lets others sign URLs while there are keys, and remembers when there were none."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
         self._keyless_until = 0.0
 
-    @property
-    def may_be_tried(self) -> bool:
-        return time.monotonic() >= self._keyless_until
+    def attempt(self, sign: Callable[[ObjectStore], T]) -> T | None:
+        """Return what `sign` does with the store, or None while there are no keys. What it did by then is its own.
 
-    def note_failure(self, error: StorageUnavailableError) -> None:
-        log.warning("storage.unavailable", error=str(error))
-        self._keyless_until = time.monotonic() + _KEYLESS_SECONDS
+        The keys are asked for before it begins, so that no transaction of its own waits for them.
+        """
+        if time.monotonic() < self._keyless_until:
+            return None
+        try:
+            self._store.renew_keys()
+            return sign(self._store)
+        except StorageUnavailableError as error:
+            log.warning("storage.unavailable", error=str(error))
+            self._keyless_until = time.monotonic() + _KEYLESS_SECONDS
+            return None
