@@ -195,8 +195,8 @@ def test_a_worker_that_holds_jobs_which_nobody_serves_is_not_sound(
             serving.join(PATIENCE_SECONDS)
         assert len(errors) == 1
         assert not runner.is_turning
-        for held in runner._held.values():
-            runner._keeper.let_go(held.lease)  # the process that would end goes on
+        for held in runner._round.jobs:
+            runner._round.jobs._keeper.let_go(held.lease)  # the process that would end goes on
 
 
 def test_a_worker_whose_task_meets_an_error_that_nobody_expects_ends_with_status_1(
