@@ -91,6 +91,13 @@ def start_trainer() -> TrainerChild:
     return TrainerChild(Nothing(), threads=1, scratch_dir=None)  # type: ignore[arg-type]
 
 
+def environment_of(pid: int) -> str:
+    """Return what a process was told. The kernel shows nothing of it for a moment after the process has started."""
+    shown = Path(f"/proc/{pid}/environ")
+    wait_until(lambda: bool(shown.read_bytes()), what="the environment of a process")
+    return shown.read_bytes().decode()
+
+
 def end_trainer(child: TrainerChild) -> None:
     child.close()
     with pytest.raises(TrainerGoneError):
@@ -124,7 +131,7 @@ def test_a_trainer_has_no_credential_in_its_environment_arguments_or_files(
         os.set_inheritable(secret.fileno(), True)
         child = start_trainer()
         try:
-            environment = Path(f"/proc/{child.pid}/environ").read_bytes().decode()
+            environment = environment_of(child.pid)
             arguments = Path(f"/proc/{child.pid}/cmdline").read_bytes().decode()
             sockets = psutil.Process(child.pid).net_connections()
             files = [file.path for file in psutil.Process(child.pid).open_files()]
@@ -178,7 +185,7 @@ def test_only_a_trainer_that_may_reach_a_hub_is_told_the_token_and_the_proxies(
         monkeypatch.setenv(name, value)
     child = start_trainer()
     try:
-        environment = Path(f"/proc/{child.pid}/environ").read_bytes().decode().split("\0")
+        environment = environment_of(child.pid).split("\0")
     finally:
         end_trainer(child)
     assert {f"{name}={value}" in environment for name, value in HUB.items()} == {is_told}
