@@ -71,9 +71,14 @@ def _try(
 
 
 def settle(engine: Engine) -> int:
-    """Book what lost workers never will, and return for how many attempts."""
-    with service_transaction(engine) as session:
-        return settle_usage(session, min_age=_SETTLE_AGE)
+    """Book what lost workers never will, some in each transaction, and return for how many attempts."""
+    num_settled = 0
+    while True:
+        with service_transaction(engine) as session:
+            num_booked = settle_usage(session, min_age=_SETTLE_AGE)
+        if not num_booked:
+            return num_settled
+        num_settled += num_booked
 
 
 def _unswept_jobs(engine: Engine, min_age: dt.timedelta) -> Iterator[EndedJob]:

@@ -85,7 +85,7 @@ def find_orphaned_files(session: Session, object_keys: Iterable[str], *, min_age
 
 
 def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
-    """Book what was charged so far for attempts whose workers were lost with their counts; return for how many.
+    """Book what was charged so far for some attempts whose workers were lost with their counts; return for how many.
 
     However long nobody has done this, it begins where it was left.
     """

@@ -153,46 +153,42 @@ def test_an_attempt_whose_worker_was_lost_is_booked_as_nothing_once_and_its_char
     assert usage_of(owner, tenant)[0] == [0.0]
 
 
-def test_what_a_lost_worker_has_charged_is_booked(
-    schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
-) -> None:
+def lose_after_charge(schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant, *, ago: str) -> None:
+    """Claim a job, charge 100 seconds for it, and lose its worker so long ago."""
     queue_job(owner, tenant)
     lost = claim(worker, lease_seconds=60)
     assert lost is not None
     with service_transaction(worker) as session:
         charges.charge_use(session, {lost.token: 100.0})
     with service_transaction(owner) as session:
-        session.execute(
-            text("update jobs set lease_until = now() - interval '1 s', trained_steps = 1 where id = :id"),
-            {"id": lost.job_id},
-        )
+        expire = text("update jobs set lease_until = now() - interval '1 s', trained_steps = 1 where id = :id")
+        session.execute(expire, {"id": lost.job_id})
     with service_transaction(schedule) as session:
         attempts.expire_leases(session)
     with service_transaction(owner) as session:
-        session.execute(text("update attempts set ended_at = ended_at - interval '11 minutes'"))
+        age = text("update attempts set ended_at = ended_at - cast(:ago as interval) where job_id = :id")
+        session.execute(age, {"id": lost.job_id, "ago": ago})
+
+
+def test_what_a_lost_worker_has_charged_is_booked(
+    schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
+) -> None:
+    lose_after_charge(schedule, worker, owner, tenant, ago="11 minutes")
     assert settle(schedule) >= 1
     assert usage_of(owner, tenant) == ([100.0], pytest.approx(100, rel=1e-3))
 
 
-def test_what_was_charged_while_no_schedule_ran_for_a_month_is_booked(
-    schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
+def test_what_was_charged_while_no_schedule_ran_for_a_month_is_booked_however_much_it_is(
+    schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("core.services.garbage._LIMIT", 2)
     settle(schedule)
     with service_transaction(owner) as session:
         session.execute(text("update retention_marks set finished_at = finished_at - interval '30 days'"))
-    queue_job(owner, tenant)
-    lost = claim(worker, lease_seconds=60)
-    assert lost is not None
-    with service_transaction(worker) as session:
-        charges.charge_use(session, {lost.token: 100.0})
-    with service_transaction(owner) as session:
-        session.execute(text("update jobs set lease_until = now() - interval '1 s', trained_steps = 1"))
-    with service_transaction(schedule) as session:
-        attempts.expire_leases(session)
-    with service_transaction(owner) as session:
-        session.execute(text("update attempts set ended_at = ended_at - interval '29 days'"))
-    assert settle(schedule) == 1
-    assert usage_of(owner, tenant)[0] == [100.0]
+    for _ in range(5):
+        lose_after_charge(schedule, worker, owner, tenant, ago="29 days")
+    assert settle(schedule) == 5
+    assert usage_of(owner, tenant)[0] == [100.0] * 5
     with service_transaction(owner) as session:
         session.execute(text("delete from usage"))
     assert settle(schedule) == 0, "it has looked at that time"

@@ -11,7 +11,6 @@ import os
 import queue
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -150,8 +149,8 @@ def _child_environment(threads: int | None, scratch_dir: Path | None) -> dict[st
     environment["TOKENIZERS_PARALLELISM"] = "false"
     # Nothing here is compiled, and importing bitsandbytes would load the compiler: a quarter of a trainer's start.
     environment["TORCHDYNAMO_DISABLE"] = "1"
-    # Its cache is made as it is imported, for nothing: a directory that is there already, and so is not left behind.
-    environment["TORCHINDUCTOR_CACHE_DIR"] = tempfile.gettempdir()
+    # Importing torch makes the compiler's cache, for nothing. This directory is there already, and may be read-only.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = sys.prefix
     environment |= dict.fromkeys(_PRODUCT_CACHES, _KEPT_PRODUCTS)
     if scratch_dir is not None:
         environment["TMPDIR"] = str(scratch_dir)
