@@ -19,7 +19,7 @@ from core.domain.values import Page
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a fine-tuned model is called and was made of. `config` is an AdapterConfig as it stands in the job's row."""
+    """A fine-tuned model's name and origin. `config` is the AdapterConfig stored in the job's row."""
 
     name: str
     tenant_id: uuid.UUID
@@ -30,7 +30,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """An adapter, and how its job had it trained: `config` is as in TrainedModel."""
+    """An adapter and the settings it was trained with. `config` is as in TrainedModel."""
 
     row: Adapter
     config: Any

@@ -1,7 +1,7 @@
-"""What jobs that wait are told while nobody holds them: that a worker loads their base, and what came of it.
+"""Events for waiting jobs: a worker is loading their base, and whether the load succeeded.
 
-Nobody has a lease on them, so each row is locked as it is written to, and one that somebody else is about to change is
-passed over.
+No worker holds a lease on these jobs. So each row is locked before its event is written, and a row that another
+transaction has locked is skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from core.db.models import Pool
 from core.services.events import EVENT_CHANNEL
 from core.services.turns import IS_IN_REACH, MAY_START
 
-# The first jobs of every tenant that may start, in turns: about the order in which they are claimed.
+# Picks up to `num_jobs` jobs, in about the order in which they will be claimed. The lateral query numbers each tenant's
+# first jobs, and the outer order takes every tenant's first job before any tenant's second.
 _FIRST = f"""
     select c.id from (select cast(:pool as text) as name) p join queues q on q.pool = p.name
     join tenants t on t.id = q.tenant_id
@@ -29,6 +30,7 @@ _FIRST = f"""
     where q.num_queued > 0 and {MAY_START}
     order by c.place, q.rank, q.tenant_id limit :num_jobs
 """  # noqa: S608 (of constants)
+# `skip locked` keeps this statement from waiting for a claim. A job that is being claimed needs no announcement.
 _TELL = """
 with waiting as (
     select j.id, j.tenant_id from jobs j where j.id in ({ids}) and j.status = 'queued'

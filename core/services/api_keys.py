@@ -1,4 +1,7 @@
-"""API keys of tenants, from making to revoking. A secret is returned once, when it is made; only its hash is kept."""
+"""API keys of tenants: issue, rotate, list, revoke and authenticate.
+
+A secret is returned once, when its key is made. Only its hash is stored.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ _IS_STALE = func.coalesce(ApiKeyRow.last_used_at < func.now() - LAST_USED_INTERV
 
 @dataclass(frozen=True)
 class IssuedKey:
-    """A fresh API key, whole, and its row. Nobody gets to see the secret again."""
+    """A new API key with its secret, and its row. The secret cannot be read again later."""
 
     api_key: ApiKey
     row: ApiKeyRow
@@ -108,7 +111,7 @@ def revoke_api_key(session: Session, tenant_id: uuid.UUID, *, key_id: str, with_
     row = get_api_key(session, tenant_id, key_id=key_id)
     ended = ApiKeyRow.id == row.id
     if with_children:
-        lock_for_tenant(session, tenant_id, purpose="api_keys")  # none of them makes another meanwhile
+        lock_for_tenant(session, tenant_id, purpose="api_keys")  # no key of this tree makes another meanwhile
         ended = ApiKeyRow.id.in_(select(_descent(tenant_id, row.id).c.id))
     session.execute(
         update(ApiKeyRow)

@@ -1,8 +1,25 @@
-"""Attempts, and how each ends: with a success, a failure, a pause or a return to the queue, or lost with its worker.
+"""Attempts, and how each one ends.
 
-Every end is guarded by the lease token (core.services.leases), so an attempt ends once, and only a job's newest attempt
-ends the job. An attempt that ends by nobody's fault is not counted: `_take_back_count` says so in each case, and bounds
-them all.
+Every end is guarded by the lease token (core.services.leases). So an attempt ends once, and only a job's newest attempt
+can end the job. A job has `MAX_ATTEMPTS` attempts. An end that is not the job's fault takes its attempt back
+(`_take_back_count`), but at most `MAX_UNCOUNTED` times in a row without a new step, so that every job ends.
+
+| end | function | counted? | next |
+|---|---|---|---|
+| success | `succeed_attempt` | yes | the job has succeeded |
+| failure by the job's own fault | `fail_attempt` | yes | the job has failed |
+| another failure | `fail_attempt` | yes | queued again after a pause; failed when no attempt is left |
+| the trainer died with this job alone in it | `fail_attempt` | yes | the same, and the job is tried alone |
+| the trainer died with several jobs in it | `suspect_attempt` | no | queued again, and the job is tried alone |
+| a server was away | `postpone_attempt` | no | queued again after a pause |
+| the worker gives the job back, or lends its slot | `requeue_attempt` | no | queued again at once |
+| the tenant asked for a pause | `requeue_attempt` | no, without a limit | paused |
+| the lease expired | `expire_leases` | yes | queued again after a pause; failed when no attempt is left |
+| the same, and its worker is alive after all | `uncount_lost_attempt` | no longer | as it is by then |
+
+Beyond the limit of `MAX_UNCOUNTED`, a "no" becomes a "yes", and the job fails when no attempt is left. Where a pause
+was asked for, a job that would be queued is paused instead. When a worker calls which function after its trainer's
+death is in worker.supervisor.deaths.
 """
 
 from __future__ import annotations
@@ -110,7 +127,7 @@ def requeue_attempt(session: Session, lease: Lease) -> None:
     """Give a job back before its end: paused if that was asked, else queued again. The attempt does not count."""
     job = lock_held(session, lease)
     if job.pause_requested_at is not None:
-        job.attempt_count -= 1  # as often as its tenant asks for it
+        job.attempt_count -= 1  # without a limit, because its tenant asks for it
         _end_attempt(session, lease, outcome=AttemptOutcome.PAUSED)
         _leave_running(session, lease, status=JobStatus.PAUSED, run_after=func.now())
         record_event(session, job, message="The job is paused.")

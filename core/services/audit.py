@@ -1,4 +1,4 @@
-"""The audit log, as it is read. It is written by triggers, in the transactions of the changes themselves."""
+"""Reads the audit log. Triggers write it, in the transactions of the changes themselves."""
 
 from __future__ import annotations
 

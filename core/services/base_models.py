@@ -1,4 +1,4 @@
-"""Base models: which a tenant may train against, and what was found of each by those who loaded it."""
+"""Base models: which of them a tenant may train on, and what workers and operators found when they loaded them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,13 @@
-"""What tenants are charged in the order of fair share, and what they used: at the claim, as jobs run, and at their end.
+"""What tenants are charged in fair share, and the bookings of what they used.
 
-While an attempt runs, its tenant is charged the entry charge or what the attempt has used, whichever is more. At its
-end the tenant is charged what was used. The tenant's row keeps the decayed sum. Its account in the order of fair share
-is that sum and a lift, which places a tenant that comes with work beside those who train.
+| while | the charge is |
+|---|---|
+| an attempt begins | its entry charge, an estimate of the work to come |
+| it runs | the entry charge or what it has used, whichever is more |
+| it has ended | what it used: the rest of an entry charge is returned |
+
+The tenant's row stores the decayed sum of its charges. Its account in fair share is this sum plus a lift. The lift
+places a tenant that arrives with new work beside the tenants that are training.
 """
 
 from __future__ import annotations
@@ -21,13 +26,14 @@ from core.domain.scheduling import ENTRY_CHARGE_SECONDS, SLOT_SECONDS, USAGE_HAL
 from core.services.set_asides import ROW_ERRORS
 
 log = structlog.get_logger()
-# Who has not trained for so long was away; and so many attempts that ended meanwhile are looked at.
+# A tenant without an attempt for this long counts as away. `_MAX_ENDED` bounds the ended attempts that the level reads.
 _AWAY_SECONDS = 3600.0
 _MAX_ENDED = 200
-# How much the newest attempt of a pool moves the pool's mean.
+# The weight of the newest attempt in the pool's moving average.
 _NEWEST_PART = 0.2
-# The attempts whose use has grown, and by how much more their tenants are to be charged. Ordered, so that two workers
-# that charge the same tenants lock them in the same order.
+# Stores each attempt's new use, and returns by how much each tenant's charge grows. The rows are locked in the order of
+# their ids, so that two workers that charge the same tenants cannot deadlock. `having` leaves out the tenants whose use
+# is still below the entry charges.
 _NOTE_USE = text("""
 with grown as (
     select a.id, a.tenant_id, a.entry_charge_seconds as entry, a.used_seconds as used, told.seconds
@@ -43,14 +49,15 @@ from grown group by tenant_id having sum(greatest(entry, seconds) - greatest(ent
 """)
 
 _NEWCOMERS = text("select distinct tenant_id from queues where is_new order by tenant_id limit 1000")
-# The tenant's row first, then its queues: claims and charges lock in this order.
+# The tenant's row is locked before its queues, as in claims and charges. The same order everywhere prevents deadlocks.
 _TAKE = text("""
 with own as (select id from tenants where id = :tenant for no key update skip locked)
 update queues q set is_new = false from own where q.tenant_id = own.id and q.is_new returning q.pool
 """)
 _SCORE = "share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life)"
-# The level is the median over the attempts of others that run, or have run within the hour. A tenant with other waiting
-# jobs keeps its place, for it asks already. One that was away for the hour does not start behind the level.
+# The level is the median score over the attempts of other tenants that run or ended within the hour. A tenant that
+# already has waiting jobs in another pool keeps its account, because it did not come anew. A tenant that was away for
+# the hour does not start behind the level.
 _LEVEL = text(f"""
 with others as (
     select tenant_id from attempts where outcome is null and tenant_id <> :tenant
@@ -96,7 +103,7 @@ def charge_use(session: Session, used_seconds: Mapping[int, float]) -> None:
         try:
             with session.begin_nested():
                 charge_tenant(session, due.tenant_id, due.seconds)
-        except ROW_ERRORS as error:  # a tenant that cannot be charged keeps no other from being charged
+        except ROW_ERRORS as error:  # one tenant's broken row must not stop the charges of the others
             log.error("use.uncharged", tenant_id=str(due.tenant_id), error=type(error).__name__)  # noqa: TRY400
 
 
@@ -127,7 +134,7 @@ def charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) ->
     lift = Tenant.lift_seconds
     values = {
         "usage_seconds": func.greatest(0, func.decayed_usage(Tenant.usage_seconds, *when) + gpu_seconds),
-        "lift_seconds": func.decayed_usage(lift, *when) - func.decayed_usage(-lift, *when),  # of either sign
+        "lift_seconds": func.decayed_usage(lift, *when) - func.decayed_usage(-lift, *when),  # it may be below 0
         "usage_at": func.now(),
     }
     session.execute(update(Tenant).where(Tenant.id == tenant_id).values(values))

@@ -1,7 +1,7 @@
-"""Published checkpoints: how they come to be, and who else may read them.
+"""Published checkpoints: how they are recorded, and which other tenants may read them.
 
-A permission names another tenant by its wire id or its slug. Whether there is such a tenant is not checked, since the
-answer would tell. Row-level security lets exactly the named read exactly that checkpoint.
+A permission names another tenant by its wire id or its slug. The service does not check whether this tenant exists,
+because the answer would reveal it. Row-level security lets exactly that tenant read exactly that checkpoint.
 """
 
 from __future__ import annotations

@@ -20,10 +20,11 @@ from core.services.events import record_event
 from core.services.set_asides import setting_aside
 from core.services.turns import IS_IN_REACH, IS_USABLE, MAY_START
 
-# The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` has the
-# tenants that have queued jobs in that order, so that mostly its first row is the answer, however many tenants and jobs
-# there are. The tenant's row is locked so that two workers never both pass its quota; whoever submits jobs
-# of the tenant meanwhile is not in the way.
+# The fairest tenant with a claimable job in the pool: the one with the least decayed usage per weight that is below its
+# quotas. The partial index on `queues` (pool, rank, tenant) has the tenants with queued jobs in this order, so the
+# first row is usually the answer, however many tenants and jobs there are. The lateral query finds that tenant's first
+# job in the partial index of queued jobs. The tenant's row is locked so that two workers cannot pass its quota
+# together. The lock is "no key update", so submissions of the same tenant do not wait for it.
 _PICK = text(f"""
 select t.id as tenant_id, c.id as job_id
 from queues q
@@ -40,9 +41,10 @@ limit 1
 for no key update of t skip locked
 """)  # noqa: S608 (of constants)
 
-# A job that may have killed its trainer runs alone: an idle worker takes it at once and before any other job. Where no
-# worker is ever idle, a busy one takes it after a while, and gives back what it holds. It does so in the order of fair
-# share: no tenant with a lower score waits for a slot there or holds one.
+# A job that may have killed its trainer is tried alone. An idle worker takes it at once, before any other job. Where no
+# worker is idle, a busy one takes it after `SUSPECT_PATIENCE_SECONDS` and gives back the jobs that it holds. A busy
+# worker follows fair share here: no tenant with a lower score may wait for a slot there or hold one (the last
+# condition). So does an idle worker if the job's last attempt lent its slot.
 _PICK_SUSPECT = text(f"""
 select t.id as tenant_id, j.id as job_id
 from jobs j join tenants t on t.id = j.tenant_id
@@ -62,14 +64,15 @@ limit 1
 for no key update of t skip locked
 """)  # noqa: S608 (of constants)
 
-# Nobody is woken for a base that cannot be used, or that each worker alive has just failed to load: they try again by
-# themselves.
+# No worker is woken for an unusable base, or for one that every worker alive has just failed to load: workers try such
+# bases again by themselves.
 _MAY_BE_LOADED = f"""
 {IS_USABLE} and (not exists (select from workers w where p.name = any (w.pools) and w.alive_until > now())
     or exists (select from workers w where p.name = any (w.pools) and w.alive_until > now()
       and not jsonb_exists(w.refusals, p.name)))
 """  # noqa: S608 (of constants)
 
+# Each `exists` stops at the first row, so a pool costs a few index reads, however many jobs wait in it.
 _CLAIMABLE_POOLS = text(f"""
 select p.name from (select distinct pool as name from queues where num_queued > 0) p
 where {_MAY_BE_LOADED} and exists (
@@ -83,7 +86,8 @@ where {_MAY_BE_LOADED} and exists (
 order by p.name
 """)  # noqa: S608 (of constants)
 
-# So many jobs that cannot be claimed may one claim come upon; the next goes on from there.
+# One claim skips at most this many jobs that cannot be claimed. Each is set aside, so the next claim continues behind
+# them.
 _MAX_CLAIM_TRIES = 10
 
 

@@ -1,8 +1,8 @@
 """The append-only history of a job.
 
-Events of one job are committed in the order of their numbers: whoever records one holds the lock on the job's row until
-the end of its transaction. A reader that has seen number n of a job therefore never meets a lower one later, though
-numbers are drawn at the insert and not at the commit. Between jobs there is no such order.
+The events of one job are committed in the order of their numbers, because a writer holds the lock on the job's row
+until its transaction ends. So a reader that has seen number n of a job never meets a lower number later, although
+numbers are drawn at the insert and not at the commit. There is no such order between the events of different jobs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Objects that no row names: what attempts left that did not win, and uploads whose process died before their row.
+"""Finds objects that no row names: of attempts that did not win, and of uploads whose process died before the commit.
 
-Only what has been over for long is looked at, so that no late write and no row to come can be meant. A row's claim goes
-before its objects do; what any row still names is never garbage.
+Only jobs and files of a certain age are looked at, so that no late write and no row still to be committed is taken for
+garbage. A row that has to go is deleted before its objects. An object that any row still names is never garbage.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from core.services.marks import find_mark, move_mark
 from core.services.set_asides import is_in_reach, setting_aside
 
 _LIMIT = 100
-_SETTLEMENT = "settlement"  # the mark up to whose instant every attempt was looked at
-# Before the mark, so that what was set aside is tried again.
+_SETTLEMENT = "settlement"  # the mark: all attempts that ended before it were looked at
+# Attempts that ended this long before the mark are looked at again, because some may have been set aside.
 _LOOKED_AT_AGAIN = dt.timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class EndedJob:
-    """A job that is over, where its attempts wrote, and the keys and prefixes there that rows name."""
+    """A job that is over: the prefix of its attempts, and the keys and prefixes below it that rows still name."""
 
     id: uuid.UUID
     tenant_id: uuid.UUID

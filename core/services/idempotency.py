@@ -1,11 +1,11 @@
-"""One job for one submission, however often the client sends it.
+"""Makes one job for one submission, however often the client sends it.
 
-OpenAI's client sends a POST again after a lost answer, and says so in `x-stainless-retry-count`; careful callers send
-an `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header-07). What a submission was is stored in the transaction
-of the job itself, so there is never one without the other.
+OpenAI's client repeats a POST when the answer was lost, and marks the retry with `x-stainless-retry-count`. Other
+clients send an `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header-07). The identity of a submission is stored
+in the transaction that adds its job, so one never exists without the other.
 
-Locks make a request wait for the like of it that is under way: those with one key exclude each other; without a key,
-first tries share the lock of their body and only a retry takes it alone, so that equal bodies do not queue up.
+A request waits for a similar one that is under way. Requests with the same key exclude each other. Without a key, first
+tries share the lock of their body, so that equal bodies do not queue up, and a retry takes this lock alone.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from core.services.jobs import get_job
 from core.services.submissions import DatasetRows, submit_job
 
 KEY_LIFETIME = timedelta(hours=24)
-# The longest that the client waits between two tries.
+# The longest pause of OpenAI's client between two tries.
 RETRY_WINDOW = timedelta(seconds=120)
-# Ids are looked up by their time, which is that of the host that made them: its clock may be wrong.
+# Jobs are looked up by the time in their ids, which is the time of the API's host. Its clock may be wrong.
 _ID_WINDOW = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """The job of a request. `is_replayed` when an earlier request had made it."""
+    """The job of a request. `is_replayed` says that an earlier request made it."""
 
     job: Job
     is_replayed: bool

@@ -1,4 +1,4 @@
-"""Jobs as their tenants see them: look, cancel, pause, resume, delete."""
+"""Jobs as their tenants use them: get, list, cancel, pause, resume, delete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from core.services.quotas import check_queue, has_queue_place
 
 _PAUSING = "The job pauses at its next resume point."
 WAKE_CHANNEL = "espalier_wake"
-# Made once: making it takes longer than running it.
+# Built once, because building the query takes longer than running it.
 _ONE_JOB = select(Job).where(
     Job.tenant_id == bindparam("tenant_id"), Job.id == bindparam("job_id"), Job.deleted_at.is_(None)
 )
@@ -66,7 +66,7 @@ def cancel_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
         return job
     if job.status not in UNFINISHED_STATUSES:
         raise ConflictError(f"The job has already {job.status}; only an unfinished job can be cancelled.")
-    # Not now(): the transaction may have begun before the last row that the job's worker wrote until the lock was free.
+    # Not now(): while this transaction waited for the lock, the job's worker may have written rows with a later time.
     ended_at = session.scalar(
         update(Job)
         .where(Job.tenant_id == tenant_id, Job.id == job_id)
@@ -117,7 +117,7 @@ def pause_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> J
         raise ConflictError(f"The job is {job.status}; only a queued or running job can be paused.")
     elif job.status == JobStatus.RUNNING and job.pause_requested_at is None:
         check_queue(session, tenant_id)
-        return pause_job(session, tenant_id, job_id=job_id)  # a place has come free meanwhile
+        return pause_job(session, tenant_id, job_id=job_id)  # the job's place in the queue is free again
     return job
 
 

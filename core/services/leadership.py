@@ -1,7 +1,7 @@
-"""Which schedule process leads: one row for the whole cluster, taken and prolonged by the database's clock.
+"""Chooses the leading schedule process: one row for the whole cluster, with a lease by the database's clock.
 
-A leader says so again in the transaction of every duty that changes rows. One that was stopped, and whose lease another
-has taken meanwhile, finds that out in its first statement and changes nothing.
+The leader prolongs its lease in the transaction of every duty that changes rows. A process that was suspended, and
+whose lease another has taken meanwhile, learns this from its first statement and changes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def lead(session: Session, holder: str, *, lease_seconds: float) -> bool:
     taken = taken.on_conflict_do_update(
         index_elements=[Leader.name],
         set_={"holder": taken.excluded.holder, "lease_until": taken.excluded.lease_until},
-        # The transaction began before it waited for the row, so its now() can only judge a lease too young.
+        # now() is the begin of the transaction, before it waited for the row. So it can only judge a lease too young,
+        # never too old.
         where=or_(Leader.holder == taken.excluded.holder, Leader.lease_until < func.now()),
     )
     return session.scalar(taken.returning(Leader.holder)) is not None

@@ -1,7 +1,7 @@
-"""Leases as rows keep them: held, prolonged, and the fence of every write of an attempt.
+"""Leases in the database: hold, prolong and check them. A lease is the fence of every write of an attempt.
 
-Only the newest attempt of a running job may change the job, its events, observations and artifacts. StaleLeaseError
-means that an attempt is over and must stop at once.
+Only the newest attempt of a running job may change the job, its events, its observations and its artifacts.
+StaleLeaseError means that the attempt is over and must stop at once.
 """
 
 from __future__ import annotations

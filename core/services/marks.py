@@ -1,6 +1,6 @@
-"""How far the schedule has come with a duty that walks rows in the order in which they ended.
+"""Marks: how far a duty of the schedule has come in walking rows in the order in which they ended.
 
-Whoever walks moves the mark in the transaction that does the work, so that neither is there without the other.
+The mark moves in the transaction that does the work, so the two never differ.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""Observations of a job: the numbers of its steps, as attempts record them and as a chart shows them.
+"""Observations of a job: the numbers of its steps, as attempts record them and as charts show them.
 
-A chart of any job has a bounded number of points. The range of steps is cut into stretches. Each keeps the step with
-the least training loss, the one with the greatest (so that no spike is lost, as an average would lose it) and the last
-one that was evaluated, or else its last.
+A chart has a bounded number of points. The range of steps is cut into stretches, and each stretch keeps three steps:
 
-A long range is cut between blocks of 32 steps, whose least and greatest losses are summed up as steps are recorded
-(migration 0031): a chart of 300,000 steps reads some 9,400 rows. What is not summed up is read step by step.
+- the one with the least training loss
+- the one with the greatest training loss, so that no spike is lost, as it would be in an average
+- the last one that was evaluated, or else the last one
+
+A long range is cut at the borders of blocks of 32 steps. A trigger sums up the least and greatest loss of each block
+(migration 0031), so a chart of 300,000 steps reads about 9,400 rows. Parts of the range without such a summary are read
+step by step.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ from core.services.leases import lock_held
 
 _ROWS_A_STRETCH = 3
 _STEPS_A_BLOCK = 32
-# After ten times a connection would plan for any range at all. That plan has read every step for every block, for more
-# than a minute, as long as PostgreSQL had not counted the blocks.
+# PostgreSQL would switch to a generic plan after ten executions on a connection. Before the statistics of the blocks
+# were gathered, this plan read every step for every block, which took more than a minute.
 _PLAN_ANEW = text("set local plan_cache_mode = force_custom_plan")
-# `spans` is materialized: in a condition on `metrics`, arithmetic would not pass row-level security into the index.
+# One block of 32 steps is one row of `spans`, with its summary if it lies wholly inside the range. `looked` has one row
+# for each summary, and one for each single step where there is none; `stretch` numbers the stretches from 0. `kept`
+# picks the steps of each stretch. `spans` is materialized because a condition on `metrics` that contains arithmetic
+# cannot be pushed through row-level security into the index.
 _KEPT = text("""
 with spans as materialized (
     select s.last_step, greatest(s.last_step - 31, :first) as low, least(s.last_step, :last) as high, b.num_steps,
@@ -57,7 +63,7 @@ select (select sum(num_steps)::bigint from looked), array(select step from kept)
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The numbers of one optimizer step, as they are stored and shown."""
+    """The numbers of one optimizer step."""
 
     step: int
     train_loss: float
@@ -69,7 +75,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class StepRange:
-    """Steps `first` to `last`, both included."""
+    """The steps from `first` to `last`, both included."""
 
     first: int
     last: int
@@ -81,7 +87,7 @@ class StepRange:
 
 @dataclass(frozen=True)
 class ObservationSeries:
-    """`rows` stand for the `num_steps` that there are in the range; `is_thinned` where they are fewer."""
+    """Rows that represent the `num_steps` steps of a range. `is_thinned` says that there are fewer rows than steps."""
 
     rows: tuple[Observation, ...]
     num_steps: int
@@ -201,7 +207,7 @@ def _cut(steps: StepRange, *, num_stretches: int) -> dict[str, int]:
         whole = {"first_whole": steps.first + _STEPS_A_BLOCK - 1, "last_whole": steps.last}
         units = {"origin": first_end, "unit": _STEPS_A_BLOCK, "num_units": num_blocks}
     else:
-        whole = {"first_whole": 1, "last_whole": 0}  # none
+        whole = {"first_whole": 1, "last_whole": 0}  # no summary is used
         units = {"origin": steps.first, "unit": 1, "num_units": steps.num_steps}
     return {**cut, **whole, **units, "num_stretches": num_stretches}
 

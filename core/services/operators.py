@@ -1,4 +1,4 @@
-"""Operators and their keys. A key of an operator opens /admin and nothing of a tenant's; it may be read-only."""
+"""Operators and their keys. An operator's key opens /admin and no tenant's routes. It may be read-only."""
 
 from __future__ import annotations
 

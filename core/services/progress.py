@@ -1,4 +1,4 @@
-"""Progress of running jobs, measured on their own steps: one statement for however many jobs are shown."""
+"""Progress of running jobs, measured from their own steps. One statement serves any number of jobs."""
 
 from __future__ import annotations
 

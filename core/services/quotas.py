@@ -1,12 +1,21 @@
-"""What a tenant may have at once. What passes a quota later waits (running jobs, GPU-seconds); the rest is refused.
+"""What a tenant may have at once.
 
-A quota bounds a state, however it is come by. `max_queued` bounds the jobs that wait, queued, paused or about to be
-paused; `max_storage_bytes` all that is stored under rows of the tenant until its objects are gone. Triggers keep both
-counts, so no verb can forget to. What happens without the tenant's doing is never refused, and counts: a job that comes
-back to its queue, what a running job stores.
+A quota bounds a state, whichever request leads to it:
 
-Counting and adding are done under a lock of the tenant, so that requests at once cannot pass a quota together. The
-locks are taken as late as can be, because a tenant's other requests of the kind wait for them.
+| quota | what counts | checked at | when full |
+|---|---|---|---|
+| `max_running` | running jobs | the claim | the job waits |
+| `max_gpu_seconds_per_month` | GPU-seconds used | the claim | the job waits |
+| `max_queued` | jobs queued, paused or about to pause | submission, pause | `queue_quota_exceeded` |
+| `max_storage_bytes` | bytes of rows whose objects exist | upload, submission | `storage_quota_exceeded` |
+| `max_storage_bytes` | the same | the claim | the job waits |
+| `max_tokens_per_job` | tokens that the job may train | submission | `token_quota_exceeded` |
+
+Triggers keep the counts of `max_queued` and `max_storage_bytes`, so no code path can forget to. What happens without
+the tenant's request is never refused, but it counts: a job that returns to its queue, and what a running job stores.
+
+A check and the insert after it run under a lock of the tenant, so that simultaneous requests cannot pass a quota
+together. The locks are taken as late as possible, because other requests of the tenant wait for them.
 """
 
 from __future__ import annotations
@@ -21,7 +30,7 @@ from core.db.models import File, Queue, StorageTotal, Tenant
 from core.domain.errors import InvalidRequestError, PermissionDeniedError, RateLimitedError
 from core.domain.training import TrainingSpec
 
-# What a chat template may add to a row beyond the row's own bytes.
+# The tokens that a chat template may add to a row, beyond the bytes of the row itself.
 _TEMPLATE_TOKENS = 64
 
 

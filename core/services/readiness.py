@@ -1,4 +1,4 @@
-"""What the processes of the service need to be ready: a database that takes writes, and the object store."""
+"""What a process needs to be ready: a database that takes writes, and the object store (core.telemetry.readiness)."""
 
 from __future__ import annotations
 

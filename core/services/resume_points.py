@@ -1,7 +1,7 @@
-"""Resume points: stored slot states from which a job's next attempt goes on, on any worker.
+"""Resume points: stored slot states from which a job's next attempt resumes, on any worker.
 
-A row is published by the fence only when its objects are there. The newest two are kept, so that one that turns out to
-be damaged has another behind it; what an attempt does not build on goes with everything beyond it.
+A row is published under the fence, after its objects are stored. The newest two points are kept, so that a damaged one
+has another behind it. When an attempt starts from a point, all points of later steps are deleted.
 """
 
 from __future__ import annotations

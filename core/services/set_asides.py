@@ -1,7 +1,16 @@
-"""Rows that a duty could not do: it leaves each alone for a while, with the reason, and does the others.
+"""Rows set aside: when a duty fails on one row, it leaves this row alone for a while and continues with the others.
 
-What one row raises is undone to a savepoint, and so is a statement over one row that ran into a time limit. What the
-database raises because it is away is no row's fault and passes.
+The row's changes are rolled back to a savepoint, and the reason is stored.
+
+| what the work on a row raises | the row |
+|---|---|
+| an error over the row's data: one of `ROW_ERRORS` | is set aside |
+| a time limit of a statement or transaction (`took_too_long`) | is set aside |
+| another of `DATABASE_ERRORS`: the database is away | is not at fault; the error is raised |
+| any other error | the error is raised: the code is at fault |
+
+A row set aside is tried again after `FIRST_REST_SECONDS`. The pause doubles with each failure, up to
+`LONGEST_REST_SECONDS`.
 """
 
 from __future__ import annotations
@@ -25,8 +34,9 @@ from core.domain.duties import FIRST_REST_SECONDS, LONGEST_REST_SECONDS, Duty
 
 log = structlog.get_logger()
 
-# What a row raises that holds what it should not: PostgreSQL over a value or its bytes, or our code over what it finds
-# in it. Where one error is of these and of DATABASE_ERRORS, whoever has one row in hand takes it for the row's.
+# The errors that invalid data in a row causes: PostgreSQL refuses a value or its bytes, or our code finds something
+# that it does not expect. DamagedRowError is also one of DATABASE_ERRORS. During the work on one row it counts as the
+# row's.
 ROW_ERRORS = (
     DamagedRowError,
     DataError,
@@ -43,7 +53,7 @@ _REMEMBERED_FOR = timedelta(days=1)
 
 @dataclass
 class Trial:
-    """`is_done` once a row has been done."""
+    """The work on one row. `is_done` is True once it has succeeded."""
 
     is_done: bool = False
 

@@ -1,6 +1,6 @@
-"""Following jobs: what has happened behind each watch's last event, and which watches are over.
+"""Reads what followers of jobs have missed, and whether their jobs are over.
 
-One statement reads the events and the job's status in one snapshot, so that a job seen as ended has no event to come.
+One statement reads the events and the job's status in one snapshot. So a job that is seen as ended has no later event.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from core.db.models import Event, Job
 from core.domain.jobs import TERMINAL_STATUSES
 from core.services.api_keys import find_reading_keys
 
-# So many events are read at once for all watches together, and so many at least for each. One that has much to catch up
-# with takes few trips, and many that come back at once fill no memory.
+# `_NUM_EVENTS` is divided among all watches of one read, with `_MIN_EVENTS` for each at least. A watch that is far
+# behind needs few reads, and many watches that return at once do not fill the memory.
 _NUM_EVENTS = 1000
 _MIN_EVENTS = 50
 
 
 @dataclass(frozen=True)
 class Watch:
-    """One follower of one job: by which API key, and behind which event number."""
+    """One follower of one job: its API key, and the last event number that it has."""
 
     job_id: uuid.UUID
     key_id: str
@@ -35,7 +35,7 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class MissedEvent:
-    """An event's own columns, in the order in which they are read."""
+    """The columns of one event, in the order of the query."""
 
     number: int
     id: uuid.UUID
@@ -48,9 +48,9 @@ class MissedEvent:
 
 @dataclass(frozen=True)
 class WatchState:
-    """What a watch has missed, oldest first and a bounded number, and whether there can be more.
+    """The next events of a watch, oldest first and bounded in number. `has_more` says that there may be more.
 
-    `final_status` is set once the job has ended and `events` are its last; `is_key_live` is False for a key that was
+    `final_status` is set once the job has ended and `events` are its last. `is_key_live` is False for a key that was
     revoked or has expired.
     """
 

@@ -1,7 +1,7 @@
-"""Submitting a job.
+"""Submits a job.
 
-Everything that can be checked without a GPU is checked, every "auto" is resolved, and the work is announced once it is
-committed: the queued row is the outbox, NOTIFY only makes it quicker.
+Everything that can be checked without a GPU is checked, and every "auto" becomes a number. The queued row itself is the
+outbox: a notification after the commit only makes the start quicker.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _NEW_COLUMNS = (
 
 
 class DatasetRows(Frozen):
-    """The rows of a tenant's file, and how one base would see them."""
+    """The rows of a tenant's file, and how one base would tokenise them."""
 
     file: DatasetName
     tenant_id: uuid.UUID
@@ -80,7 +80,7 @@ class DatasetRows(Frozen):
 
 
 class UncheckedRowsError(Exception):
-    """Nobody has seen yet whether the base's chat template takes these rows, which needs no transaction."""
+    """The rows were not yet rendered with the base's chat template. Rendering them needs no transaction."""
 
     def __init__(self, rows: DatasetRows) -> None:
         super().__init__(rows)
@@ -178,7 +178,7 @@ def _get_trainable(session: Session, tenant_id: uuid.UUID, *, model: str) -> Bas
         raise _refuse_warm_start(checkpoint.model_name.split(":")[1])  # a base's id has no colon
     if is_fine_tuned_model(model):
         raise _refuse_warm_start(find_adapter(session, tenant_id, name=model).row.base_model_id)
-    with suppress(NotFoundError):  # then it is a base's name, or nothing's
+    with suppress(NotFoundError):  # so it is the name of a base, or of nothing
         adapter = get_adapter(session, tenant_id, adapter_id=parse_id(IdKind.ADAPTER, model))
         raise _refuse_warm_start(adapter.row.base_model_id)
     return get_base_model(session, tenant_id, base_model_id=model)
@@ -271,7 +271,7 @@ def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -
     """
     lock_for_tenant(session, tenant_id, purpose="queue")
     while (added := _add_job(session, new)) is None:
-        check_queue(session, tenant_id)  # or the digits were another job's, and are drawn again
+        check_queue(session, tenant_id)  # or the digits belong to another job; new ones are drawn
     notify_after_commit(session, WAKE_CHANNEL, added.pool)
     event.listen(session, "after_commit", lambda _session: reach(CrashPoint.POST_INSERT), once=True)
     return added

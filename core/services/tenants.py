@@ -22,7 +22,7 @@ TenantName = Annotated[str, StringConstraints(min_length=1, max_length=200, patt
 
 
 class TenantChange(Frozen):
-    """What an operator may set of a tenant. A field that is not given stays; None is no limit, or every base."""
+    """What an operator may set for a tenant. A field that is not given stays. None means no limit, or every base."""
 
     LIMITS: ClassVar = (
         "weight",
@@ -110,7 +110,7 @@ def delete_tenant(session: Session, slug: str) -> Tenant:
     """
     tenant = find_tenant(session, slug, lock=True)
     require_not_deleted(tenant.deleted_at)
-    lock_for_tenant(session, tenant.id, purpose="api_keys")  # none of its keys makes another meanwhile
+    lock_for_tenant(session, tenant.id, purpose="api_keys")  # no key of the tenant makes another meanwhile
     live = (ApiKeyRow.tenant_id == tenant.id, ApiKeyRow.revoked_at.is_(None))
     session.execute(update(ApiKeyRow).where(*live).values(revoked_at=func.now()))
     session.execute(

@@ -1,10 +1,11 @@
 """Uploads: files that arrive in parts, in any order, and become one file when they are completed.
 
-A part is an object of its own from its first byte on, so nothing is ever held in memory; a row is added only when its
-object is whole. Every change locks the upload's row, so a part never slips into an upload that has ended.
+A part is stored as an object of its own while it arrives, so it is never held in memory. Its row is added once the
+object is whole. Every change locks the upload's row, so no part is added to an upload that has ended.
 
-Completing takes as long as a copy of the file. Whoever does it holds the upload in the status `completing`, and says
-again and again that it still does; the upload of one that has died can be changed again after COMPLETION_LEASE.
+A completion takes as long as a copy of the file. The process that completes an upload holds it in the status
+`completing` and extends its hold again and again. If this process dies, the upload can be changed again after
+COMPLETION_LEASE.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MAX_PARTS = 10_000
 
 @dataclass(frozen=True)
 class NewUpload:
-    """What a client says of a file before it sends it. `size_bytes` is a promise that completion keeps it to."""
+    """What a client says about a file before sending it. Completion refuses another size than `size_bytes`."""
 
     filename: str
     purpose: str
@@ -50,7 +51,7 @@ class NewPart:
 
 @dataclass(frozen=True)
 class Completion:
-    """An upload that is held for completion. `until` is the fence: whoever holds it later has a later one."""
+    """A hold on an upload for its completion. `until` is the fence: a later holder has a later one."""
 
     upload_id: uuid.UUID
     until: dt.datetime
@@ -102,7 +103,7 @@ def require_pending(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.U
     )
     if row is None:
         upload = get_upload(session, tenant_id, upload_id=upload_id)
-        session.refresh(upload)  # another may have changed it since it was read, and while its lock was waited for
+        session.refresh(upload)  # the row may have changed while this waited for the lock
         status = upload.status
         if status == "completing":
             raise BusyError("The upload is being completed; ask again.", code="upload_completing")

@@ -1,11 +1,11 @@
-"""What a role cannot see: an answer about everybody's rows is worth nothing where policies hide some of them."""
+"""Finds what a role cannot see. A count over all rows is worthless where row-level security hides some of them."""
 
 from __future__ import annotations
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-# A policy shows all rows where it asks for nothing. One that restricts may hide any of them.
+# A permissive policy without a condition shows all rows. Any restrictive policy may hide some.
 _HIDDEN = text("""
 with of_reading as (
     select * from pg_policy p where p.polcmd in ('r', '*')
@@ -22,7 +22,7 @@ order by c.relname
 
 
 class HiddenRowsError(Exception):
-    """There are tables of which the role that asks may not see every row; the message names them."""
+    """The present role may not see every row of some tables. The message names them."""
 
 
 def require_sight(session: Session) -> None:

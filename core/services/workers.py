@@ -1,4 +1,4 @@
-"""The workers that are alive: each upserts a row about itself, which counts until a time that the row itself names."""
+"""The workers alive. Each upserts a row about itself, which counts until the time `alive_until` in that row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from core.db.models import Worker
 from core.domain.workers import WorkerFacts
 
-# A worker that is killed leaves its row, and nobody takes up its identity again.
+# A killed worker leaves its row, and no later worker takes up its identity. Such rows are shown for this long.
 _SHOWN_AFTER_DEATH = timedelta(days=1)
 
 
