@@ -1,7 +1,7 @@
-"""The database's time, as a process knows it between two looks at it.
+"""The database's time, as a process estimates it between two readings.
 
-Every deadline is the database's, and so is the time that URLs and requests are signed with. A host's own clock may be
-wrong and may jump. This one starts from what the database said last, and goes on by the monotonic clock.
+Deadlines, presigned URLs and signed requests all use the database's time, because a host's own clock may be wrong and
+may jump. This clock starts from the database's last answer and advances by the monotonic clock.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from sqlalchemy.orm import Session
 from core.db.session import DATABASE_ERRORS, service_transaction
 
 log = structlog.get_logger()
-# S3 refuses what is signed 15 minutes off, and URLs live for as long. Clocks that NTP keeps differ by milliseconds.
+# S3 refuses a signature that is 15 minutes off, and presigned URLs live for as long. Clocks under NTP differ by
+# milliseconds.
 MAX_OFFSET_SECONDS = 30.0
-_REREAD_SECONDS = 60.0  # in which no clock that goes drifts by a second
+_REREAD_SECONDS = 60.0  # in this time no working clock drifts by a second
 _RETRY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """It was `at` by the database when the monotonic clock said `monotonic`, give or take `error_seconds`."""
+    """The database's time was `at` when the monotonic clock was `monotonic`, to within `error_seconds`."""
 
     at: dt.datetime
     monotonic: float
@@ -34,7 +35,7 @@ class _Reading:
 
 
 class DatabaseClock:
-    """Shared by the threads of a process. Until the database has been asked, it is the host's clock."""
+    """A clock shared by the threads of a process. Until its first reading of the database it shows the host's time."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -60,7 +61,7 @@ class DatabaseClock:
 
     def read(self, session: Session) -> None:
         """Ask the database, in a transaction of the caller's: half of the round trip is taken for the way there."""
-        session.connection()  # to connect may take seconds, which are no part of the way
+        session.connection()  # a connection may take seconds to open, which must not count as part of the round trip
         sent_at = time.monotonic()
         at = session.scalars(select(func.clock_timestamp())).one()
         seconds = time.monotonic() - sent_at

@@ -1,4 +1,4 @@
-"""Locks that last as long as a transaction: what counts rows before it adds one is done by one at a time a tenant."""
+"""Locks that last until the end of a transaction. Under such a lock a tenant's rows are counted before one is added."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Transactions: the only place that commits, and the place that tells PostgreSQL whose transaction it is.
+"""Transactions: the only module that commits, and the one that tells PostgreSQL for whom a transaction is.
 
-Row-level security reads the settings `app.tenant_id` and `app.key_id`, the audit log reads `app.actor`. They are set
-locally at the begin of every transaction and vanish with it, so a pooled connection never carries one tenant's identity
-to the next borrower, whoever keeps the pool. They travel with the BEGIN in one round trip: what every request pays is
-kept small.
+Row-level security reads the settings `app.tenant_id` and `app.key_id`, and the audit log reads `app.actor`. They are
+set locally at the begin of every transaction and vanish at its end. So a pooled connection never carries one tenant's
+identity to its next user, whether the pool is ours or a pooler's. They travel with the BEGIN in one round trip, because
+every request pays for this.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from core.db.roles import AUDITOR, OPERATOR
 
 
 class DamagedRowError(InternalError):
-    """PostgreSQL has met data that is damaged, or a fault of its own: a row's fault where one row was asked for.
+    """PostgreSQL has met damaged data or an internal fault. Where one row was asked for, it is this row's fault.
 
-    It is one of DATABASE_ERRORS too: whoever asked for no row in particular tries again, and ends no process for it.
+    It is also one of DATABASE_ERRORS: code that asked for no particular row tries again, and ends no process for it.
     """
 
 
-# What is raised when the database is away, comes back, or has ended the connection; the transaction may be tried again.
-# Whoever speaks to it directly meets psycopg's own. Nobody else names these: whoever catches one must catch all.
+# Raised when the database is away, comes back or has ended the connection. The transaction may be tried again. Code
+# that uses psycopg directly meets psycopg's own errors. No other module lists these: code that catches one must catch
+# all.
 DATABASE_ERRORS = (
     OperationalError,
     InterfaceError,
@@ -45,19 +46,20 @@ DATABASE_ERRORS = (
     psycopg.InternalError,
     SilentServerError,
 )
-# SQLSTATEs: a read-only transaction, and a server that stops, crashes or starts. After a failover every connection of
-# the pool leads to such a server, and only a new one finds the next.
+# SQLSTATEs: a read-only transaction, and a server that stops, crashes or starts. After a failover every pooled
+# connection leads to such a server, and only a new connection finds the new one.
 _MOVED_STATES = ("25006", "57P01", "57P02", "57P03")
-_TOO_LONG_STATES = ("57014", "25P04")  # a statement was cancelled, most often by statement_timeout; a whole transaction
-# A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
+_TOO_LONG_STATES = ("57014", "25P04")  # a statement was cancelled, mostly by statement_timeout; a whole transaction
+# PostgreSQL ends the transaction of a suspended process after this time, so that its row locks no longer block others.
 _IDLE_TRANSACTION_MILLISECONDS = 5000
-_INTERNAL_ERRORS = "XX"  # the class of SQLSTATEs of damaged data and indexes, and of faults of PostgreSQL's own
+_INTERNAL_ERRORS = "XX"  # the class of SQLSTATEs of damaged data and indexes, and of PostgreSQL's internal faults
 _DATA_EXCEPTIONS = "22"  # the class of SQLSTATEs whose messages quote the value: "invalid input syntax for ..."
-# By its estimates PostgreSQL would rather walk everybody's newest rows, which lie side by side, than a tenant's own,
-# which do not. It takes a tenant's rows for evenly spread, and one that has been quiet has none among the newest. Where
-# pages cost nothing, the plan that looks at the fewest rows wins: that of an index that begins with the tenant or job.
+# By its estimates PostgreSQL would rather scan the newest rows of all tenants, which lie side by side, than one
+# tenant's rows, which do not. It assumes that a tenant's rows are evenly spread, but a quiet tenant has none among the
+# newest. When pages cost nothing, the plan that reads the fewest rows wins: an index that begins with the tenant or the
+# job.
 _FEWEST_ROWS = {"seq_page_cost": "0", "random_page_cost": "0"}
-# A connection that has rested for longer is asked for a sign of life before it is used.
+# A connection that was idle for longer is pinged before its next use.
 _REST_SECONDS = 0.5
 _BOUNDS = "espalier_bounds"  # the name among an engine's execution options
 
@@ -74,8 +76,8 @@ def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: floa
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=5,
-        hide_parameters=True,  # in the texts of errors, which are logged
-        pool_use_lifo=True,  # few connections do the work, and seldom need to be asked whether they live
+        hide_parameters=True,  # parameters would appear in the texts of errors, which are logged
+        pool_use_lifo=True,  # the connection used last is used first, so few connections are in use and pings are rare
         connect_args={
             **CONNECTION_ARGUMENTS,
             **address.parameters,
