@@ -39,7 +39,7 @@ _JOINS = {"tenant": "join tenants t on t.id = u.tenant_id"}
 
 
 class UsageGroup(StrEnum):
-    """By what usage is summed."""
+    """What usage is summed by."""
 
     TENANT = "tenant"
     POOL = "pool"

@@ -1,4 +1,4 @@
-"""`python -m core.telemetry.health`: ask the process on the management port whether it lives; 0 means that it does."""
+"""`python -m core.telemetry.health` asks the process on the management port whether it is alive: 0 means yes."""
 
 from __future__ import annotations
 
