@@ -1,8 +1,15 @@
-"""The clock beside the workers: wakes pools that have work, expires leases, deletes what is deleted or too old.
+"""The schedule's loop: wakes pools that have work, expires leases, deletes what was deleted or is too old.
 
-Several may run; the one that holds the leader's row does the duties, the others stand by. Every duty may still be done
-twice or by two schedules at once: wake-ups are hints, and expiry re-checks the lease in the statement that locks it. A
-notification from PostgreSQL makes a wake-up quicker; the tick makes it certain.
+| thread | what it does |
+|---|---|
+| clock | takes the lead; while it leads, levels new tenants in fair share, wakes pools and expires leases |
+| clean | deletes expired files and idempotency keys, purges objects, erases deleted jobs and tenants |
+| sweep | deletes objects that no row names, and books the usage of lost workers |
+| forget | deletes rows that are older than the settings keep |
+
+Several schedules may run. The one that holds the leader's row does the duties, the others stand by. A duty may still be
+done twice, or by two schedules at once: wake-ups are hints, and expiry checks the lease again in the statement that
+locks it. A notification from PostgreSQL speeds a wake-up up; the tick guarantees it.
 """
 
 from __future__ import annotations
@@ -51,24 +58,24 @@ from schedule.purger import purge
 from schedule.sweeper import settle, sweep
 
 log = structlog.get_logger()
-# A process that was stopped while one of its transactions waited for another must not be handed the leadership when the
-# other is ended for it: the wait is over before that.
+# A suspended process whose transaction waits for the leader's row must not get the leadership when the blocking
+# transaction is ended. Because of this timeout its wait has ended before that.
 _LOCK_TIMEOUT_SECONDS = 2.0
-# After a wake-up, what is notified within this time is answered by one more: hundreds of submissions a second would
-# otherwise be as many looks at all queues.
+# Notifications within this time after a wake-up are answered by one further wake-up. Otherwise hundreds of submissions
+# a second would cause as many queries over all queues.
 _GATHER_SECONDS = 0.05
-# A thread that has shown no sign of life for so long hangs. All wait in bounded steps, for the database and the object
-# store too; the sweep's longest is the listing of one tenant's objects.
+# A thread that has shown no life for this long hangs. All threads wait in bounded steps, also for the database and the
+# object store. The longest step of the sweep is listing one tenant's objects.
 _CLOCK_PATIENCE_SECONDS = 120.0
 _CLEAN_PATIENCE_SECONDS = 900.0
 _SWEEP_PATIENCE_SECONDS = 3600.0
 _FORGET_PATIENCE_SECONDS = 900.0
-# Whoever stops containers kills them after 10 s. Every duty may be cut off anywhere.
+# Container runtimes kill a process 10 s after asking it to stop. Every duty may be interrupted anywhere.
 _STOP_SECONDS = 7.0
 
 
 class Schedule:
-    """Runs each duty at its interval, while it leads, until it is stopped."""
+    """Runs each duty at its interval while it leads, until it is stopped."""
 
     def __init__(
         self, settings: ScheduleSettings, *, engine: Engine, store: ObjectStore, publisher: WakeUpPublisher
