@@ -1,4 +1,4 @@
-"""`espalier check-contract`: the contract, checked on the live system, read only."""
+"""`espalier check-contract`: checks the promises on the live system, read only."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_contract(
 
 
 def run_checks(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tuple[Finding, ...]:
-    """Return one finding a promise, in their order.
+    """Return one finding for each promise, in their order.
 
     Raises SQLAlchemyError, DATABASE_ERRORS, HiddenRowsError and StorageError.
     """

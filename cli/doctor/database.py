@@ -1,4 +1,4 @@
-"""PostgreSQL as the service needs it: the server, the schema, the roles and their rights, and its clock."""
+"""Checks PostgreSQL: the server, the schema, the roles and their rights, and the clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIGRATE = "Run `espalier migrate` with this version of the code."
 _OLDEST_MAJOR, _RECOMMENDED_MAJOR = 14, 16
 _BUSY_PART = 0.8
 _ODD_SECONDS, _WRONG_SECONDS = 1.0, 10.0
-# A right without which each role cannot do its work: the full list is the migrations'.
+# A right that each role needs for its first statement. The migrations have the full list.
 _NEEDED = (
     ("espalier_api", "jobs", "select"),
     ("espalier_api", "jobs", "insert"),

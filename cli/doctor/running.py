@@ -1,4 +1,4 @@
-"""What runs: the schedule that leads, the workers alive, and whether the bases can be used. Asked as an operator."""
+"""Checks what runs: the leading schedule, the workers alive, and whether the bases can be used. Runs as an operator."""
 
 from __future__ import annotations
 
