@@ -1,4 +1,13 @@
-"""Why an attempt ended, where its trainer cannot say it: how the process died, in words that a tenant understands."""
+"""Why an attempt ended when its trainer cannot say it: how the process ended, in words that a tenant understands.
+
+| how it ended | code | would a job alone in it end the same again? |
+|---|---|---|
+| it found no more memory on the host (`OUT_OF_MEMORY_EXIT_CODE`) | `oom_host` | yes |
+| killed by SIGKILL | `trainer_killed` | no |
+| another signal or exit code | `trainer_crashed` | no |
+| this worker stopped it, because it made no progress | `stalled` | yes |
+| this worker stopped it, because its leases were about to end | `lease_lost` | no |
+"""
 
 from __future__ import annotations
 
@@ -12,7 +21,7 @@ from worker.messages import OUT_OF_MEMORY_EXIT_CODE, STORAGE_AWAY
 class Failure:
     """`code` is public; `message` is a sentence that a tenant understands.
 
-    `is_final_alone`: a job that was alone in its trainer would end the same again, so another attempt is no use.
+    `is_final_alone` says that a job that was alone in its trainer would end the same again, so it is not retried.
     """
 
     code: str
@@ -27,7 +36,7 @@ UNCONFIRMED = Failure(
 DAMAGED = Failure("integrity", "What the trainer wrote is not what the object store has.")
 UNRECORDABLE = Failure("unrecordable", "What the trainer reported could not be recorded.")
 LEASE_LOST = Failure("lease_lost", "The worker lost touch with the database and stopped itself.")
-# Why a trainer may die: those above and below.
+# The codes of a trainer's death, of the failures above and below.
 TRAINER_DEATH_CODES = ("lease_lost", "oom_host", "stalled", "trainer_crashed", "trainer_killed")
 _OOM_HOST = Failure(
     "oom_host",

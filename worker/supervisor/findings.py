@@ -1,14 +1,14 @@
 """What this worker has found out about the bases of its pools: which it may try to load, and why not the others.
 
-What holds for every worker is written into the base's row. Where only this worker is at fault, the reason stays among
-its own refusals. No job is claimed, and no attempt is made, for a base that may not be loaded.
+A finding that holds for every worker is written into the base's row. If only this worker is at fault, the reason stays
+among its own refusals. While a base may not be loaded, no job is claimed for it and no attempt is made.
 
 | what a look or a load shows | the base's row | this worker's refusals |
 |---|---|---|
-| its files are well | `unusable` becomes `unchecked` | those for the base's fault are forgotten |
+| its files can be read | `unusable` becomes `unchecked` | those for the base's fault are forgotten |
 | it is loaded | `usable` | those of its pool are forgotten |
 | it is refused for a fault of its own | `unusable`, with the reason | each of its pools |
-| its files are well, but this worker cannot load it | `unusable` becomes `unchecked` | this pool |
+| its files can be read, but this worker cannot load it | `unusable` becomes `unchecked` | this pool |
 | this worker cannot even look at it | stays | this pool |
 """
 
@@ -37,9 +37,9 @@ log = structlog.get_logger()
 
 
 class BaseFindings:
-    """Knows of each base what the last look or load has shown. Any thread may ask, and any may add a finding.
+    """What the last look or load has shown of each base. Any thread may ask, and any may add a finding.
 
-    `refusals` has why this worker does not try to load the bases of some pools just now.
+    `refusals` has the reasons why this worker does not try to load the bases of some pools at present.
     """
 
     def __init__(self, settings: WorkerSettings, *, name: str, engine: Engine, store: ObjectStore) -> None:

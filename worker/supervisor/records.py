@@ -1,4 +1,4 @@
-"""Writes reports into the database: for each kind, the one call that records it, in the caller's transaction."""
+"""Writes reports into the database. Each kind of report has one call that records it, in the caller's transaction."""
 
 from __future__ import annotations
 
