@@ -1,4 +1,4 @@
-"""What routes ask for: who calls and what the caller may, a transaction, the store, the settings, the body.
+"""What routes declare that they need: the caller and its rights, a transaction, the store, the settings, the body.
 
 Every dependency is `async def` and runs on the event loop, because FastAPI takes a thread for each `def`.
 """
@@ -71,7 +71,7 @@ async def get_identity(request: Request) -> Identity:
 
 
 class RateGate(Door):
-    """Counts a tenant's request, once, and lets it pass within the tenant's limit. Every route of a tenant has it."""
+    """Counts a tenant's request once, and passes it within the tenant's limit. Every route of a tenant has it."""
 
     async def __call__(self, request: Request) -> None:
         if not getattr(request.state, "is_counted", False):
