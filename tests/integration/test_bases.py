@@ -1,4 +1,4 @@
-"""A base that cannot be used costs no tenant anything: a real runner and real trainers, on bases that are broken."""
+"""An unusable base costs no tenant anything: a real runner and real trainers, on broken bases."""
 
 from __future__ import annotations
 

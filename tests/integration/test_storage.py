@@ -1,4 +1,4 @@
-"""What an ObjectStore promises, against a real S3 server."""
+"""The guarantees of an ObjectStore, against a real S3 server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs that are submitted, claimed and reported on as a worker does it, without training anything."""
+"""Submits, claims and reports jobs as a worker does, without training."""
 
 from __future__ import annotations
 
