@@ -34,6 +34,8 @@ def _last_steps(session: Session, tenant_id: uuid.UUID, job_ids: list[uuid.UUID]
     marks: dict[uuid.UUID, list[StepMark]] = defaultdict(list)
     if not job_ids:
         return marks
+    # For each job the lateral query reads the primary key (job_id, step) backwards, and stops after MEASURED_STEPS
+    # rows.
     last = (
         select(Observation.step, Observation.created_at)
         .where(

@@ -72,6 +72,9 @@ _CHECKS = (
               or (select count(*) from adapters d where d.job_id = j.id) <> (j.status = 'succeeded')::int""",
     ),
     _Check(
+        # For steps: `f` has the last step of each attempt, and the first step of any newer attempt of the same job.
+        # When a newer attempt begins, the numbers from its first step on are deleted. So an older attempt's step at or
+        # beyond it was written too late. `offset 0` keeps the lateral query from being merged into the join.
         "I3",
         "Only the newest fence has written: leases, steps and artifacts are those of the attempt that held the job.",
         "select (select count(*) from attempts) + (select count(*) from metrics) + (select count(*) from checkpoints)",

@@ -99,6 +99,8 @@ def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch], limit: int) -
     watched = positions.table_valued(
         column("position", Integer), column("job_id", Uuid), column("after", BigInteger)
     ).render_derived(name="watched")
+    # For each watch the lateral query reads the index on (job_id, number) from `after` on, and stops after `limit`
+    # rows.
     missed = (
         select(*(getattr(Event, name) for name in MissedEvent.__dataclass_fields__))
         .where(Event.tenant_id == tenant_id, Event.job_id == watched.c.job_id, Event.number > watched.c.after)

@@ -219,6 +219,8 @@ def _find_means(session: Session, tenant_id: uuid.UUID, request: JobRequest, *, 
 @cache
 def _means_query() -> Select[BaseModelRow, str | None, File, File, int | None, bool]:
     """Made once: making it takes longer than running it."""
+    # One row by outer joins on primary keys. What does not exist for the tenant is null, so one round trip finds every
+    # fault.
     tenant_id: BindParameter[uuid.UUID] = bindparam("tenant_id", type_=Uuid)
     base_model_id: BindParameter[str] = bindparam("base_model_id", type_=Text)
     training, validation = aliased(File), aliased(File)

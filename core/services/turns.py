@@ -115,10 +115,11 @@ limit 1
 """)  # noqa: S608 (of constants)
 
 _SCORE = "share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life)"
-# The slots among `held` whose quantum is over and which have done a step of late. Skipped steps have no numbers, but a
-# job ends before `MAX_SKIPPED_STEPS` of them come in a row, so a window of that many steps contains one with numbers. A
-# mark of lending lasts for `_MARK_LASTS`: a worker that did not learn that its mark was stored marks a slot again.
+# A mark of lending lasts this long. A worker that did not learn that its mark was stored marks a slot again.
 _MARK_LASTS = "interval '2 minutes'"
+# The slots among `held` whose quantum is over and which have done a step of late. Skipped steps have no numbers, but a
+# job ends before `MAX_SKIPPED_STEPS` of them come in a row, so a window of that many steps contains one with numbers.
+# The primary key (job_id, step) of `metrics` bounds the search to this window.
 _LENDABLE = f"""
 select a.lease_token, a.stepping_at, j.priority, j.tenant_id, {_SCORE} as score, :slot_seconds / t.weight as slot_score
 from jobs j join attempts a on a.lease_token = j.lease_token join tenants t on t.id = j.tenant_id
