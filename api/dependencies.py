@@ -61,7 +61,7 @@ async def get_settings(request: Request) -> ApiSettings:
 
 
 async def get_identity(request: Request) -> Identity:
-    """Return who calls. Asked several times a request, it looks once. Raises UnauthenticatedError."""
+    """Return the caller, who is looked up once a request. Raises UnauthenticatedError."""
     identity: Identity | None = getattr(request.state, "identity", None)
     if identity is None:
         identity = await resources_of(request).authenticator.find(request.headers.get("authorization"))
@@ -121,7 +121,7 @@ def needs(scope: Scope) -> Dependency:
 
 
 async def get_operator(request: Request) -> OperatorIdentity:
-    """Return the calling operator. Everybody else gets the answer of an unknown URL.
+    """Return the calling operator. Other callers get the answer of an unknown URL.
 
     Every route of /admin depends on this, so it also refuses the changes of a read-only key. Raises
     PermissionDeniedError.

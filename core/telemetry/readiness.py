@@ -39,7 +39,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What keeps a process from being ready, or what it works without. Each is told in one line."""
+    """What keeps a process from being ready, or what it works without, in one line each."""
 
     obstacle: UnavailableError | None = None
     trouble: UnavailableError | None = None
@@ -84,7 +84,7 @@ class _Probe:
         return self._need.is_vital or not self._has_answered
 
     def ask(self) -> Future[None]:
-        """Ask in a thread, unless that was done a moment ago or goes on. What is returned is done with the answer."""
+        """Start a check in a thread, unless one runs or has just ended. Return a future of the answer."""
         with self._lock:
             if self._ended is None or (self._ended.done() and time.monotonic() - self._ended_at >= _TTL_SECONDS):
                 self._ended, self._asked_at = Future(), time.monotonic()

@@ -101,7 +101,7 @@ class MemoryBudget:
         self.num_recomputed = self._cost.choose_recomputed(max_tokens, usable_bytes=left_bytes)
 
     def predict(self, num_tokens: int) -> int:
-        """Return the bytes that a step of so many tokens takes at its peak."""
+        """Return the bytes that a step of this many tokens takes at its peak."""
         return self._cost.predict(num_tokens, num_recomputed=self.num_recomputed)
 
     @contextmanager

@@ -112,7 +112,7 @@ class Planner:
         }
 
     def _allow(self, tenants: dict[str, list[SlotPlan]], num_tokens: float) -> dict[str, float]:
-        """Return every tenant's balance plus its share of so many tokens."""
+        """Return every tenant's balance plus its share of this many tokens."""
         total_share = sum(_share(plans) for plans in tenants.values())
         return {
             tenant: self._balances.get(tenant, 0.0) + num_tokens * _share(plans) / total_share
