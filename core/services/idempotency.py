@@ -4,6 +4,15 @@ OpenAI's client repeats a POST when the answer was lost, and marks the retry wit
 clients send an `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header-07). The identity of a submission is stored
 in the transaction that adds its job, so one never exists without the other.
 
+| request | earlier submission | answer |
+|---|---|---|
+| with a key | none with this key, or older than `KEY_LIFETIME` | a new job |
+| with a key | the same body | the earlier job |
+| with a key | another body | IdempotencyKeyReusedError |
+| without a key, a first try | any | a new job |
+| without a key, a retry | the same body within `RETRY_WINDOW` | the earlier job |
+| without a key, a retry | none | a new job |
+
 A request waits for a similar one that is under way. Requests with the same key exclude each other. Without a key, first
 tries share the lock of their body, so that equal bodies do not queue up, and a retry takes this lock alone.
 """

@@ -1,4 +1,19 @@
-"""Jobs as their tenants use them: get, list, cancel, pause, resume, delete."""
+"""Jobs as their tenants use them: get, list, cancel, pause, resume, delete.
+
+What each verb makes of a job, by its status:
+
+| status | cancel | pause | resume | delete |
+|---|---|---|---|---|
+| queued | cancelled | paused | nothing changes | ConflictError |
+| running | cancelled | about to pause, if the queue has a place | nothing changes | ConflictError |
+| running, about to pause | cancelled | nothing changes | keeps running | ConflictError |
+| paused | cancelled | nothing changes | queued, at its old place | ConflictError |
+| succeeded, failed | ConflictError | ConflictError | ConflictError | deleted |
+| cancelled | nothing changes | ConflictError | ConflictError | deleted |
+
+A worker learns at its next heartbeat that its job is cancelled or about to pause. It stores the job's state before the
+job is paused.
+"""
 
 from __future__ import annotations
 

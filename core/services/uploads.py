@@ -3,9 +3,16 @@
 A part is stored as an object of its own while it arrives, so it is never held in memory. Its row is added once the
 object is whole. Every change locks the upload's row, so no part is added to an upload that has ended.
 
+| status | a part, a completion or a cancellation |
+|---|---|
+| `pending` | is accepted |
+| `pending`, but past `expires_at` | ConflictError |
+| `completing` | BusyError |
+| `completing`, but past `completing_until` | is accepted: the process that completed it has died |
+| `completed`, `cancelled` | ConflictError |
+
 A completion takes as long as a copy of the file. The process that completes an upload holds it in the status
-`completing` and extends its hold again and again. If this process dies, the upload can be changed again after
-COMPLETION_LEASE.
+`completing`, and extends `completing_until` by COMPLETION_LEASE again and again.
 """
 
 from __future__ import annotations
