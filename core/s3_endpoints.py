@@ -30,7 +30,7 @@ class Endpoint:
     """`host` includes the port, if one was written."""
 
     host: str
-    secure: bool | None  # False only for http://; without a scheme https is assumed elsewhere
+    secure: bool | None  # None without a scheme; a setting decides then
 
 
 def read_endpoint(value: str) -> Endpoint:

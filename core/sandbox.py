@@ -22,7 +22,7 @@ _CAP_CHOWN, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SETGID, _CAP_SETUID = 
 # From <linux/landlock.h>; the numbers of its calls are the same on every architecture.
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT, _LANDLOCK_VERSION, _PATH_BENEATH = 444, 445, 446, 1, 1
 _READ_FILE, _REFER = 1 << 2, 1 << 13
-_MOVES_SINCE = 2  # an earlier version could not leave files movable between directories
+_MOVES_SINCE = 2  # Landlock's version 1 cannot leave files movable between directories
 # Names the files of secrets that this process was given, so that its children can give up the right to read them.
 _HIDDEN_FILES = "ESPALIER_HIDDEN_FILES"
 _KEPT = sum(1 << each for each in (_CAP_CHOWN, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SETGID, _CAP_SETUID))

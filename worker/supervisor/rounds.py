@@ -181,7 +181,7 @@ class Round:
         """Read the trainer's reports, record them, and act on what the heartbeats found."""
         try:
             self._reports.take()
-            self._stop_stalled()  # with no report left unread, and before the database can take its time
+            self._stop_stalled()  # after all reports are read, and before the database may be slow
         except TrainerGoneError as error:
             self._note_death(explain_exit(error.exit_code))
         self._reports.grant_wanted()
