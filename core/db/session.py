@@ -67,7 +67,7 @@ class TenantSession(Session):
 
 
 class OperatorSession(Session):
-    """Sees every tenant's settings, keys and queues, the workers and the audit log; writes settings and keys."""
+    """Sees every tenant's settings and keys, and of jobs what views show; writes settings and keys."""
 
 
 class AuditorSession(Session):
@@ -75,7 +75,7 @@ class AuditorSession(Session):
 
 
 class OwnerSession(Session):
-    """Sees what policies show to the owner of the schema, no tenant's rows; writes the registry of base models."""
+    """Sees what belongs to no tenant, and the audit log; writes the registry of base models."""
 
 
 class KeySession(Session):
@@ -83,7 +83,7 @@ class KeySession(Session):
 
 
 class ServiceSession(Session):
-    """Sees and writes what the role that logs in is granted: to a worker or the schedule, every tenant's work."""
+    """Sees and writes what the role that logged in is granted: in a worker or the schedule, every tenant's jobs."""
 
 
 # Who writes files, jobs and what becomes of jobs: a tenant its own, a service everybody's.
@@ -174,7 +174,10 @@ def key_transaction(engine: Engine, key_id: str) -> Iterator[KeySession]:
 
 
 def enter_tenant(session: KeySession, tenant_id: uuid.UUID) -> None:
-    """Let a transaction that has found out whose key it holds see that tenant's rows too."""
+    """Let a transaction that has found out whose key it holds see that tenant's rows too.
+
+    It is no TenantSession then: it names no actor, so it may change nothing of the tenant's.
+    """
     session.info["identity"]["app.tenant_id"] = str(tenant_id)
     _set_locally(session.connection(), {"app.tenant_id": str(tenant_id)})
 
