@@ -83,6 +83,20 @@ def test_only_two_modules_connect_to_the_database(path: Path) -> None:
     assert not [f"line {line}: {name}" for line, name in taken]
 
 
+BARE_SESSIONS = {"Session", "sessionmaker", "scoped_session"}
+TAKING_ANY_SESSION = {
+    "core/db/session.py",  # makes the kinds of sessions, and sends what any of them has to tell
+    "core/db/locks.py",  # a lock is a name: it needs no right to any row
+}
+
+
+@pytest.mark.parametrize("path", [each for each in SOURCES if each.id not in TAKING_ANY_SESSION])
+def test_the_type_of_a_session_says_which_role_it_has(path: Path) -> None:
+    """The kinds are in core/db/session.py. SQLAlchemy's own Session does not say whose rows it sees."""
+    taken = [(line, name) for line, name in taken_from_database_libraries(path) if name in BARE_SESSIONS]
+    assert not [f"line {line}: {name}" for line, name in taken]
+
+
 def taken_from_database_libraries(path: Path) -> Iterator[tuple[int, str]]:
     """Yield what a module imports from these libraries, and what it names behind a dot of what it imported."""
     tree = list(walk(path))
