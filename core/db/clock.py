@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import structlog
 from sqlalchemy import Engine, func, select
-from sqlalchemy.orm import Session
 
-from core.db.session import DATABASE_ERRORS, service_transaction
+from core.db.session import DATABASE_ERRORS, ServiceSession, service_transaction
 
 log = structlog.get_logger()
 # S3 refuses a signature that is 15 minutes off, and presigned URLs live for as long. Clocks under NTP differ by
@@ -59,7 +58,7 @@ class DatabaseClock:
             self._refresh()
             stop_requested.wait(_RETRY_SECONDS)
 
-    def read(self, session: Session) -> None:
+    def read(self, session: ServiceSession) -> None:
         """Ask the database, in a transaction of the caller's: half of the round trip is taken for the way there."""
         session.connection()  # a connection may take seconds to open, which must not count as part of the round trip
         sent_at = time.monotonic()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sqlalchemy import text
-from sqlalchemy.orm import Session
+
+from core.db.session import AuditorSession
 
 # A permissive policy without a condition shows all rows. Any restrictive policy may hide some.
 _HIDDEN = text("""
@@ -25,7 +26,7 @@ class HiddenRowsError(Exception):
     """The present role may not see every row of some tables. The message names them."""
 
 
-def require_sight(session: Session) -> None:
+def require_sight(session: AuditorSession) -> None:
     """Raise HiddenRowsError unless this transaction's role sees every row of every table."""
     hidden = session.scalars(_HIDDEN).all()
     if hidden:
