@@ -1,12 +1,11 @@
-"""Is device time shared by weight, and are waits bounded? Simulates days of a service on its own SQL.
+"""Is device time shared by weight, and does nobody wait for long? Days of a service, simulated on its own SQL.
 
     python -m bench.fairness [--hours 48] > bench/fairness.md
 
-The statements are those of the service: claims, charges, lent slots, turns of pools, and levelled newcomers, in the
-roles of worker and schedule. Time is simulated, because the database's `now()` is read from a table. Training is
-simulated too: each job has a number of seconds of work, and n jobs together run at 1 / (1 + 0.4 (n - 1)) of the speed
-of a single one, about like the fused engine. Loading a base takes 40 s, and a slot that is given back is free 5 s
-later.
+The statements are those of the service: claims, charges, lent slots, turns of pools, and newcomers made level, in the
+roles of worker and schedule. What is simulated is time, because the database's `now()` is read from a table, and
+training: each job has so many seconds of work, and n jobs together go at 1 / (1 + 0.4 (n - 1)) of a lonely one's speed,
+about what the fused engine does. A load of a base takes 40 s, a slot that is given back is free 5 s later.
 """
 
 from __future__ import annotations

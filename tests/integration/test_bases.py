@@ -1,4 +1,4 @@
-"""An unusable base costs no tenant anything: a real runner and real trainers, on broken bases."""
+"""A base that cannot be used costs no tenant anything: a real runner and real trainers, on bases that are broken."""
 
 from __future__ import annotations
 

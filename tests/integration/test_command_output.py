@@ -1,4 +1,4 @@
-"""Every command of `espalier`: JSON on request, tables within 100 columns, one line for an error."""
+"""Every command of `espalier`: JSON where it is asked for, tables within 100 columns, one line for an error."""
 
 from __future__ import annotations
 

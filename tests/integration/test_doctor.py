@@ -1,4 +1,4 @@
-"""`espalier doctor` on its own servers: all checks pass, and each check is made to fail once."""
+"""`espalier doctor` on servers of its own: all is well, and each check is seen to fail once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deleted data is gone: the tests search every column of every table, and every object, for its words."""
+"""What was deleted is gone: proven by a search of every column of every table and of every object, for its words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quotas hold exactly for any number of simultaneous requests: some requests wait, the rest are refused with a code."""
+"""Quotas hold exactly, however many ask at once: what can wait waits, the rest is refused with a code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Old rows are deleted in small transactions, but none that is still needed."""
+"""Rows do not pile up for ever: what is old goes in small transactions, and nothing that somebody still needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded servers answer, keep their data, refuse other users, and never outlive their launcher."""
+"""The embedded servers: they answer, keep what they are given, refuse strangers, and never outlive their launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`espalier up` and its companions: real servers, real processes, commands as an operator types them."""
+"""`espalier up` and what stands beside it: real servers, real processes, commands as an operator types them."""
 
 from __future__ import annotations
 

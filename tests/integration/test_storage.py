@@ -1,4 +1,4 @@
-"""The guarantees of an ObjectStore, against a real S3 server."""
+"""What an ObjectStore promises, against a real S3 server."""
 
 from __future__ import annotations
 

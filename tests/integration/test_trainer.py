@@ -1,4 +1,4 @@
-"""A trainer's loop with a real engine on a tiny base. The test replaces its supervisor and its object store."""
+"""A trainer's loop with a real engine on a tiny base; the test is its supervisor, and its object store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fair sharing over time: lent slots, turns of pools, levelled newcomers, and charges that follow the use."""
+"""Fair in time: slots that are lent, pools that have turns, newcomers that start level, charges that follow the use."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Tenants cannot reach each other: every route, verb and kind of id is crossed, as the application's routes give them.
+"""Two tenants who cannot meet: every route, verb and kind of id crossed, generated from the application's own routes.
 
-The answer about another tenant's thing equals the answer about a thing that does not exist: the same status, words,
-headers and queries. Then the two protections are removed one at a time. Without the tenant filter in every statement,
-row-level security still hides everything. Without both, the same requests do leak, so the test can detect a leak.
+An answer about another tenant's thing is the answer about a thing that never was: the same status, words, headers and the
+same questions to the database. Then the wall is taken down one half at a time: with the tenant filter stripped from every
+statement, row-level security still answers nothing; with both gone the same requests do leak, so the test has eyes.
 """
 
 from __future__ import annotations
