@@ -1,4 +1,4 @@
-"""Operators' lists on a hundred thousand jobs: none reads more than a few of them."""
+"""Operators' lists on a hundred thousand jobs: none looks at more than a few of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pause, resume, suspicion and resume points in SQL: no race with claims, ends or each other."""
+"""Pause, resume, suspicion and resume points in SQL: race-free against claim, end and each other."""
 
 from __future__ import annotations
 
