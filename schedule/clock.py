@@ -94,17 +94,17 @@ class Schedule:
 
     @property
     def is_leader(self) -> bool:
-        """Whether it led when it last looked."""
+        """Whether it led when it last checked."""
         return self._is_leader
 
     def request_stop(self, _signal: int, _frame: FrameType | None) -> None:
         self._stop_requested.set()
 
     def run(self) -> None:
-        """Do the duties until told to stop. One that is under way then is cut off after a while: it may be done twice.
+        """Do the duties until told to stop. A duty still running is soon interrupted: it may be done twice.
 
-        Each thread stands alone, because an object store that hangs must not keep pools asleep, and cleaning and
-        sweeping may each take long.
+        The threads are independent, because a hanging object store must not stop wake-ups, and cleaning and sweeping
+        may each take long.
         """
         threads = [
             PROCESS.start_thread(self._keep_time, name=self._clock.name),
@@ -161,7 +161,7 @@ class Schedule:
             self._due_at[duty] = time.monotonic() + interval_seconds
 
     def _run(self, duty: Callable[[], None]) -> None:
-        """Do a duty. One that took too long is at fault itself: the database is there, and the others go on."""
+        """Do a duty. If it takes too long, it is itself at fault: the database is there. Others continue."""
         try:
             duty()
         except DATABASE_ERRORS as error:
@@ -223,7 +223,7 @@ class Schedule:
         return not self._stop_requested.is_set() and self._leads(session)
 
     def forget(self) -> None:
-        """Delete what is older than the settings keep it."""
+        """Delete rows that are older than the settings allow."""
         forget(
             self._engine,
             days_kept(self._settings),
@@ -231,7 +231,7 @@ class Schedule:
         )
 
     def sweep(self) -> None:
-        """Delete what no row names, and settle what lost workers have not reported."""
+        """Delete objects that no row names, and book the usage that lost workers have not reported."""
         with service_transaction(self._engine) as session:
             if not self._leads(session):
                 return

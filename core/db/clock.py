@@ -43,23 +43,23 @@ class DatabaseClock:
         self._reading: _Reading | None = None
 
     def now(self) -> dt.datetime:
-        """Return the database's time. Asks for it where it was last read long ago; goes on without where it is away."""
+        """Return the database's time. Asks for it if the last reading is old, unless the database is away."""
         self._refresh()
         return self.recall()
 
     def recall(self) -> dt.datetime:
-        """Return the database's time as it is known, for whoever may not wait. Somebody else has to `keep` it."""
+        """Return the database's time from the last reading, without waiting. Another thread has to `keep` it."""
         reading = self._reading
         return dt.datetime.now(dt.UTC) if reading is None else _extrapolate(reading)
 
     def keep(self, stop_requested: threading.Event) -> None:
-        """Ask the database whenever it is time to, until told to stop."""
+        """Read the database's time whenever it is due, until told to stop."""
         while not stop_requested.is_set():
             self._refresh()
             stop_requested.wait(_RETRY_SECONDS)
 
     def read(self, session: ServiceSession) -> None:
-        """Ask the database, in a transaction of the caller's: half of the round trip is taken for the way there."""
+        """Read the database's time in the caller's transaction. Half of the round trip counts as the way there."""
         session.connection()  # a connection may take seconds to open, which must not count as part of the round trip
         sent_at = time.monotonic()
         at = session.scalars(select(func.clock_timestamp())).one()
@@ -68,7 +68,7 @@ class DatabaseClock:
 
     @property
     def offset_seconds(self) -> float | None:
-        """How far the host's clock is ahead of the database's, as it is now; None while that is unknown."""
+        """How far the host's clock is ahead of the database's now, or None if that is unknown."""
         reading = self._reading
         return None if reading is None else (dt.datetime.now(dt.UTC) - _extrapolate(reading)).total_seconds()
 
@@ -79,7 +79,7 @@ class DatabaseClock:
         return reading is not None and offset is not None and abs(offset) - reading.error_seconds > MAX_OFFSET_SECONDS
 
     def is_right(self) -> bool:
-        """Say whether the host's clock is known to be right. Asks the database where it never has been asked."""
+        """Say whether the host's clock is known to be right. Asks the database if it was never asked."""
         if self._reading is None:
             self._refresh()
         return self._reading is not None and not self.is_wrong

@@ -46,7 +46,7 @@ _TELL_THESE = text(_TELL.format(ids="select unnest(cast(:job_ids as uuid[]))"))
 
 
 def announce_load(session: ServiceSession, pool: str, *, base_model_id: str, num_jobs: int) -> Sequence[uuid.UUID]:
-    """Tell the jobs that a worker will claim first that it loads their base now. Returns their ids."""
+    """Tell the jobs that a worker will claim first that it is loading their base. Returns their ids."""
     known = session.get(Pool, pool)
     last_time = ""
     if known is not None and known.load_seconds is not None:
@@ -57,12 +57,12 @@ def announce_load(session: ServiceSession, pool: str, *, base_model_id: str, num
 
 
 def announce_loaded(session: ServiceSession, job_ids: Sequence[uuid.UUID], *, seconds: float) -> None:
-    """Tell those of the jobs that still wait that their base is loaded, and how long it took."""
+    """Tell those of the jobs that still wait how long the load of their base took."""
     _tell(session, job_ids, level="info", message=f"The base model was loaded in {seconds:.1f} s.")
 
 
 def announce_unloaded(session: ServiceSession, job_ids: Sequence[uuid.UUID], *, base_model_id: str) -> None:
-    """Tell those of the jobs that still wait that the worker could not load their base: why is the operator's."""
+    """Tell those of the jobs that still wait that the load has failed. Only operators see the reason."""
     told = f"The worker could not load the base model {base_model_id}; the job waits for another, and loses no attempt."
     _tell(session, job_ids, level="warn", message=told)
 

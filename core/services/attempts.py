@@ -52,9 +52,9 @@ from core.services.turns import is_lending
 def record_datasets(
     session: ServiceSession, lease: Lease, *, datasets: Mapping[DatasetName, DatasetCounts | None]
 ) -> None:
-    """Store what became of the job's rows, and warn of what is not trained on; of what was warned of before, not again.
+    """Store what became of the job's rows, and warn of rows that are not trained on, unless an attempt warned before.
 
-    Every attempt reads the same files, and finds the same.
+    Every attempt reads the same files with the same result.
     """
     job = lock_held(session, lease)
     before = job.datasets or {}
@@ -112,10 +112,10 @@ def fail_attempt(
     is_suspect: bool = False,
     param: str | None = None,
 ) -> None:
-    """End an attempt that failed. The job's own fault is final; ours is another attempt, until there are too many.
+    """End a failed attempt. The job's own fault is final. After another one it is tried again while attempts are left.
 
-    `param` is the field of the submission that names the file at fault, if one is. A job that `is_suspect`, because its
-    trainer died with it alone, is tried alone next.
+    `param` is the field of the submission that names the file at fault, if there is one. `is_suspect`: the trainer died
+    with this job alone, so it is tried alone next.
     """
     job = lock_held(session, lease)
     if is_suspect:
@@ -126,7 +126,7 @@ def fail_attempt(
 
 
 def requeue_attempt(session: ServiceSession, lease: Lease) -> None:
-    """Give a job back before its end: paused if that was asked, else queued again. The attempt does not count."""
+    """Give a job back before its end: paused if its tenant asked for that, else queued. The attempt does not count."""
     job = lock_held(session, lease)
     if job.pause_requested_at is not None:
         job.attempt_count -= 1  # without a limit, because its tenant asks for it
@@ -148,7 +148,7 @@ def requeue_attempt(session: ServiceSession, lease: Lease) -> None:
 def postpone_attempt(
     session: ServiceSession, lease: Lease, *, code: str, message: str, param: str | None = None
 ) -> None:
-    """End an attempt that a server's absence has ended: it does not count, and the job is tried again soon."""
+    """End an attempt because a server is away. It does not count, and the job is tried again soon."""
     job = lock_held(session, lease)
     _take_back_count(job)
     failure = Failure(code=code, message=message, param=param)
@@ -174,7 +174,7 @@ def suspect_attempt(session: ServiceSession, lease: Lease, *, code: str, message
 
 
 def acquit_job(session: ServiceSession, lease: Lease) -> bool:
-    """Let a job train beside others again, and return whether another of its pool waits to be tried alone."""
+    """Let a job train beside others again. Return whether another job of its pool waits to be tried alone."""
     job = lock_held(session, lease)
     job.suspect_step = None
     waiting = select(Job.id).where(
@@ -184,9 +184,10 @@ def acquit_job(session: ServiceSession, lease: Lease) -> bool:
 
 
 def uncount_lost_attempt(session: ServiceSession, lease: Lease) -> bool:
-    """Take back the count of an attempt that was ended as lost, and return whether there was anything to take back.
+    """Take back the count of an attempt that was ended as lost. Return whether that was possible.
 
-    Its worker lives and says so itself. It was cut off from the database, or stood still: it did not die of the job.
+    Its worker is alive and says so itself: it was cut off from the database, or was suspended, but the job did not kill
+    it.
     """
     job = session.scalar(select(Job).where(Job.id == lease.job_id).with_for_update())
     if job is None or job.status in TERMINAL_STATUSES:
@@ -201,7 +202,7 @@ def uncount_lost_attempt(session: ServiceSession, lease: Lease) -> bool:
 
 
 def record_departure(session: ServiceSession, lease: Lease, *, seconds_ago: float) -> None:
-    """Say when the device was rid of an attempt, whether or not it has ended. What was said first stays."""
+    """Record when an attempt left the device, whether or not it has ended. The first record stays."""
     session.execute(
         update(Attempt)
         .where(Attempt.lease_token == lease.token, Attempt.left_device_at.is_(None))
@@ -210,7 +211,7 @@ def record_departure(session: ServiceSession, lease: Lease, *, seconds_ago: floa
 
 
 def expire_leases(session: ServiceSession, *, limit: int = 100) -> int:
-    """Queue again, or fail, the jobs whose workers have not been heard of within their leases; return how many."""
+    """Queue or fail the jobs whose workers did not prolong their leases in time. Return how many."""
     is_expired = func.coalesce(Job.lease_until, func.to_timestamp(0)) < func.now()
     expired = session.scalars(
         select(Job)
@@ -261,7 +262,7 @@ def _end_attempt(
 
 
 def _take_back_count(job: Job) -> bool:
-    """Do not count the attempt that ends, unless too many in a row have ended so without a new step; return whether."""
+    """Do not count the attempt that ends, unless too many in a row ended so without a new step. Return whether."""
     if job.num_uncounted >= MAX_UNCOUNTED:
         return False
     job.num_uncounted += 1

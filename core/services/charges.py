@@ -88,7 +88,7 @@ from wanted w where t.id = w.id
 
 
 def estimate_charge(job_id: uuid.UUID, *, pool: str, num_steps: int, max_seconds: float) -> ColumnElement[float]:
-    """Return the entry charge of a job with `num_steps` to go: by its own steps so far, or else by the pool's."""
+    """Return the entry charge of a job with `num_steps` to go, from its own steps so far, or from the pool's mean."""
     used = select(func.sum(Attempt.used_seconds)).where(Attempt.job_id == job_id).scalar_subquery()
     trained = select(func.nullif(Job.trained_steps, 0)).where(Job.id == job_id).scalar_subquery()
     of_pool = select(Pool.step_seconds).where(Pool.name == pool).scalar_subquery()
@@ -97,7 +97,7 @@ def estimate_charge(job_id: uuid.UUID, *, pool: str, num_steps: int, max_seconds
 
 
 def charge_use(session: ServiceSession, used_seconds: Mapping[int, float]) -> None:
-    """Note the GPU-seconds that running attempts have used so far, by lease token, and charge what they grew by."""
+    """Store the GPU-seconds that running attempts have used, by lease token, and charge the increase."""
     tokens, seconds = list(used_seconds), list(used_seconds.values())
     for due in session.execute(_NOTE_USE, {"tokens": tokens, "seconds": seconds}).all():
         try:
@@ -108,7 +108,7 @@ def charge_use(session: ServiceSession, used_seconds: Mapping[int, float]) -> No
 
 
 def record_usage(session: ServiceSession, lease_token: int, *, gpu_seconds: float, trained_tokens: int) -> None:
-    """Book what an attempt used, once, and correct its tenant's charge. Allowed after the attempt has ended."""
+    """Book an attempt's use once, and correct its tenant's charge. Allowed after the attempt has ended."""
     attempt = session.scalars(select(Attempt).where(Attempt.lease_token == lease_token).with_for_update()).one()
     if session.scalar(select(Usage.id).where(Usage.attempt_id == attempt.id)):
         return
@@ -141,16 +141,16 @@ def charge_tenant(session: ServiceSession, tenant_id: uuid.UUID, gpu_seconds: fl
 
 
 def list_newcomers(session: ServiceSession) -> Sequence[uuid.UUID]:
-    """Return tenants that have come with work since they were made level."""
+    """Return tenants that arrived with work and are not levelled yet."""
     return session.scalars(_NEWCOMERS).all()
 
 
 def level_newcomer(session: ServiceSession, tenant_id: uuid.UUID) -> None:
-    """Give a tenant that has come with work a place beside those who train, unless it is busy: then it is tried again.
+    """Level the account of a tenant that arrived with work, unless its row is locked; then it is tried again.
 
-    As in start-time fair queuing (Goyal, Vin and Cheng 1996), a tenant gets no credit for the time in which it asked
-    for nothing: it starts a slot's quantum before the level. One that was away starts no later than the level, whatever
-    it once used of an idle device.
+    As in start-time fair queuing (Goyal, Vin and Cheng 1996), a tenant gets no credit for the time without requests: it
+    starts a slot's quantum before the level. A tenant that was away starts no later than the level, however much it
+    once used an idle device.
     """
     pools = session.scalars(_TAKE, {"tenant": tenant_id}).all()
     if not pools:
@@ -160,7 +160,7 @@ def level_newcomer(session: ServiceSession, tenant_id: uuid.UUID) -> None:
 
 
 def _measure_pool(session: ServiceSession, job_id: uuid.UUID) -> None:
-    """Let the pool's mean follow what a step of this job has used."""
+    """Update the pool's mean with the cost of a step of this job."""
     used = select(func.sum(Attempt.used_seconds)).where(Attempt.job_id == job_id).scalar_subquery()
     measured = session.execute(
         select(Job.pool, used / Job.trained_steps).where(Job.id == job_id, Job.trained_steps > 0)

@@ -101,13 +101,13 @@ def claim_job(
     slot_seconds: float = SLOT_SECONDS,
     prepare: Callable[[Job], None] = lambda _job: None,
 ) -> Job | None:
-    """Claim the fairest job of a pool, or None. The job's `lease_token` is the fence of everything that follows.
+    """Claim the fairest job of a pool, or return None. The job's `lease_token` is the fence of all later writes.
 
     `slot_seconds` bounds the entry charge: the GPU-seconds that a slot of the worker uses in a quantum.
 
-    A worker that `is_idle`, holding no job, takes one that must be tried alone first. One that is not may be given
-    such a job too (its `suspect_step` is set) once it has waited long, and must give back the others before it starts.
-    A job that cannot be claimed, or that `prepare` cannot read, stays queued and is set aside; the next is claimed.
+    A worker with `is_idle`, which holds no job, first takes a job that must be tried alone. A busy worker may get such
+    a job (its `suspect_step` is set) after it has waited long, and must give back its other jobs before starting it. A
+    job that cannot be claimed, or that `prepare` cannot read, stays queued and is set aside, and the next is claimed.
     """
     for _ in range(_MAX_CLAIM_TRIES):
         picked = _pick_job(session, pool, worker_name=worker_name, is_idle=is_idle)
@@ -124,7 +124,7 @@ def claim_job(
 
 
 def claimable_pools(session: ServiceSession) -> Sequence[str]:
-    """Return the pools that have at least one job to claim now."""
+    """Return the pools with at least one job that can be claimed now."""
     return session.scalars(_CLAIMABLE_POOLS).all()
 
 
@@ -139,7 +139,7 @@ def _pick_job(session: ServiceSession, pool: str, *, worker_name: str, is_idle: 
 def _take_job(session: ServiceSession, job_id: uuid.UUID, *, tenant_id: uuid.UUID, lease_seconds: float) -> Job | None:
     """Give a queued job a lease, unless its tenant's quota is full by now.
 
-    A second statement sees what committed before the tenant's row was locked, so the quota is counted exactly.
+    This second statement sees what was committed before the tenant's row was locked, so the quota is exact.
     """
     max_running = select(Tenant.max_running).where(Tenant.id == tenant_id).scalar_subquery()
     num_running = (

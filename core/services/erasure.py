@@ -85,7 +85,7 @@ _DELETE_RESULT = text("delete from files where id = :file")
 
 
 def erase_some_jobs(session: ServiceSession, *, after: Place) -> tuple[Counter[str], Place | None]:
-    """Erase some deleted jobs behind a place. Return the rows that went, and the last place, or None at the end."""
+    """Erase some deleted jobs behind a place. Return how many rows went, and the last place, or None at the end."""
     values = {"deleted_at": after.deleted_at, "job": after.job_id, "num": _BATCH_JOBS}
     jobs = session.execute(_NEXT_JOBS, values).all()
     num_rows: Counter[str] = Counter()
@@ -183,7 +183,7 @@ def list_deleted_tenants(session: ServiceSession) -> Sequence[uuid.UUID]:
 
 
 def erase_some_of_tenant(session: ServiceSession, tenant_id: uuid.UUID) -> Counter[str]:
-    """Erase some rows of a deleted tenant, and return how many of each table: none where there is nothing to do now."""
+    """Erase some rows of a deleted tenant. Return how many of each table, or nothing if nothing can be done now."""
     num_rows: Counter[str] = Counter()
     with setting_aside(session, Duty.ERASE, row_id=tenant_id, tenant_id=tenant_id) as trial:
         num_rows["jobs"] = _cancel_some(session, tenant_id)
@@ -198,7 +198,7 @@ def erase_some_of_tenant(session: ServiceSession, tenant_id: uuid.UUID) -> Count
 
 
 def mark_erased(session: ServiceSession, tenant_id: uuid.UUID, *, min_age: dt.timedelta) -> bool:
-    """Say that nothing is left of a tenant, if so, and if it was deleted longer ago than anything can be late."""
+    """Mark a tenant as erased if nothing is left of it and no late write is possible any more."""
     if _find_left(session, tenant_id):
         return False
     is_due = (Tenant.id == tenant_id, Tenant.erased_at.is_(None), Tenant.deleted_at < func.now() - min_age)
@@ -215,7 +215,7 @@ def _find_left(session: ServiceSession, tenant_id: uuid.UUID) -> set[str]:
 
 
 def _cancel_some(session: ServiceSession, tenant_id: uuid.UUID) -> int:
-    """Cancel some jobs of a tenant; the workers that hold them learn so at their next heartbeats."""
+    """Cancel some jobs of a tenant. Their workers learn so at their next heartbeats."""
     unfinished = select(Job.id).where(Job.tenant_id == tenant_id, Job.status.in_(UNFINISHED_STATUSES))
     job_ids = session.scalars(unfinished.limit(_BATCH_JOBS)).all()
     for job_id in job_ids:

@@ -135,7 +135,7 @@ def _last_outcome(session: TenantSession, tenant_id: uuid.UUID, job_id: uuid.UUI
 
 
 def _read_rest(session: TenantSession, tenant_id: uuid.UUID, job_id: uuid.UUID) -> dt.datetime | None:
-    """Return until when a job is set aside, if it is."""
+    """Return until when a job is set aside, or None."""
     resting = (SetAside.duty == Duty.CLAIM, SetAside.row_id == job_id, SetAside.retry_at > func.now())
     return session.scalar(select(SetAside.retry_at).where(SetAside.tenant_id == tenant_id, *resting))
 
@@ -210,6 +210,6 @@ def _read_workers(session: TenantSession, pool: str, terms: FairnessTerms) -> Po
 
 
 def _turn_left(terms: FairnessTerms) -> ColumnElement[float]:
-    """Return for how many seconds a worker still keeps the base that it holds."""
+    """Return for how many more seconds a worker keeps its base."""
     turn = func.greatest(terms.turn_seconds, func.coalesce(Pool.load_seconds, 0.0) / terms.max_loading_fraction)
     return func.greatest(0.0, turn - func.extract("epoch", func.now() - Worker.pool_since))

@@ -47,7 +47,7 @@ class EndedJob:
 def find_unswept_jobs(session: ServiceSession, *, min_age: dt.timedelta) -> tuple[EndedJob, ...]:
     """Return some jobs that ended longer ago than `min_age` and whose prefixes have not been swept.
 
-    Nobody goes on from their resume points, so these are let go first, in the same transaction.
+    No attempt resumes from their resume points, so these are deleted first, in the same transaction.
     """
     is_over = (Job.finished_at < func.now() - min_age, Job.swept_at.is_(None), is_in_reach(Duty.SWEEP, Job.id))
     jobs = session.execute(
@@ -70,7 +70,7 @@ def mark_swept(session: ServiceSession, job_id: uuid.UUID) -> None:
 
 
 def list_tenant_ids(session: ServiceSession) -> Sequence[uuid.UUID]:
-    """Return the tenants whose files are to be swept: all but those of whom nothing is left."""
+    """Return the tenants whose files are to be swept: all except erased ones."""
     swept = (Tenant.erased_at.is_(None), is_in_reach(Duty.SWEEP, Tenant.id))
     return session.scalars(select(Tenant.id).where(*swept).order_by(Tenant.id)).all()
 
@@ -78,7 +78,7 @@ def list_tenant_ids(session: ServiceSession) -> Sequence[uuid.UUID]:
 def find_orphaned_files(
     session: ServiceSession, object_keys: Iterable[str], *, min_age: dt.timedelta
 ) -> tuple[str, ...]:
-    """Return those keys of files that are older than `min_age` and have no row."""
+    """Return those of these keys that belong to files older than `min_age` without a row."""
     now = session.scalars(select(func.now())).one()
     too_young = first_id_at(now - min_age)
     old = {key: id_ for key in object_keys if (id_ := file_id_of(key)) and id_ < too_young}
@@ -87,9 +87,9 @@ def find_orphaned_files(
 
 
 def settle_usage(session: ServiceSession, *, min_age: dt.timedelta) -> int:
-    """Book what was charged so far for some attempts whose workers were lost with their counts; return for how many.
+    """Book the charges of some attempts whose workers were lost before they reported. Return for how many.
 
-    However long nobody has done this, it begins where it was left.
+    It continues where the last call ended, however long ago that was.
     """
     mark = find_mark(session, _SETTLEMENT)
     last = session.scalars(select(func.now() - min_age)).one()

@@ -62,9 +62,9 @@ def submit_once(
     is_retry: bool,
     is_checked: Callable[[DatasetRows], bool] = lambda _rows: True,
 ) -> Submission:
-    """Submit a job, or return the one that this submission made before.
+    """Submit a job, or return the job that this submission has made before.
 
-    Raises IdempotencyKeyReusedError, and as `submit_job` does.
+    Raises IdempotencyKeyReusedError, and the errors of `submit_job`.
     """
     submit = partial(submit_job, session, tenant_id, request=request, is_checked=is_checked)
     request_hash = _hash_request(request)
@@ -81,7 +81,7 @@ def submit_once(
 
 
 def forget_expired_keys(session: ServiceSession) -> None:
-    """Delete the keys of all tenants that are past their lifetime."""
+    """Delete expired keys of all tenants."""
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - KEY_LIFETIME))
 
 
@@ -103,13 +103,13 @@ def _submit_with_key(
 
 
 def _hash_request(request: JobRequest) -> bytes:
-    """Return a hash of what is asked for: neither spelling, order of fields nor spelled-out defaults matter."""
+    """Return a hash of the request's meaning: spelling, order of fields and explicit defaults do not matter."""
     asked = request.model_dump(mode="json", exclude_defaults=True)
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
 
 
 def _find_recent(session: TenantSession, tenant_id: uuid.UUID, request_hash: bytes) -> Job | None:
-    """Return the newest job of the window that was asked for in these words."""
+    """Return the newest job in the window that was requested with this body."""
     earliest = first_id_at(session.scalars(select(func.now() - _ID_WINDOW)).one())
     is_recent = (Job.id >= earliest, Job.created_at >= func.now() - RETRY_WINDOW)
     query = select(Job).where(Job.tenant_id == tenant_id, *is_recent, Job.request_hash == request_hash)

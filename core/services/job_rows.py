@@ -55,7 +55,7 @@ _DELETE_JOB = {
 
 
 def delete_history(session: ServiceSession, job_id: uuid.UUID, tenant_id: uuid.UUID, *, most: int) -> Counter[str]:
-    """Delete so many of a job's events, log lines and observations, and return how many of each."""
+    """Delete at most this many of a job's events, log lines and observations. Return how many of each."""
     num_rows: Counter[str] = Counter()
     for table, statement in HISTORY.items():
         left = most - num_rows.total()
@@ -64,7 +64,7 @@ def delete_history(session: ServiceSession, job_id: uuid.UUID, tenant_id: uuid.U
 
 
 def delete_job_row(session: ServiceSession, job_id: uuid.UUID) -> Counter[str]:
-    """Delete a job that is spent and has no history, and return how many rows of each table that were."""
+    """Delete a spent job without history. Return how many rows of each table that were."""
     for statement in _LET_GO:
         session.execute(statement, {"job": job_id})
     return Counter({table: run(session, statement, job=job_id) for table, statement in _DELETE_JOB.items()})

@@ -42,7 +42,7 @@ _ONE_JOB_LOCKED = _ONE_JOB.with_for_update(key_share=True).execution_options(pop
 
 
 def get_job(session: WorkWriter, tenant_id: uuid.UUID, *, job_id: uuid.UUID, lock: bool = False) -> Job:
-    """Return a tenant's job; with `lock`, as it stands once nobody else changes it, until the transaction ends.
+    """Return a tenant's job. With `lock` it is locked until the transaction ends.
 
     Raises NotFoundError.
     """
@@ -61,7 +61,7 @@ def list_jobs(
     limit: int,
     metadata: dict[str, str] | None = None,
 ) -> Page[Job]:
-    """Return the tenant's jobs, newest first. `metadata` keeps those that carry all the pairs; {} those with none."""
+    """Return the tenant's jobs, newest first. `metadata` selects jobs with all of these pairs; {} those without any."""
     query = select(Job).where(Job.tenant_id == tenant_id, Job.deleted_at.is_(None))
     if after is not None:
         query = query.where(Job.id < after)
@@ -72,7 +72,7 @@ def list_jobs(
 
 
 def cancel_job(session: WorkWriter, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
-    """End a job as cancelled, whatever it is doing; its worker learns so at its next heartbeat.
+    """End a job as cancelled in any unfinished status. Its worker learns so at its next heartbeat.
 
     Cancelling a cancelled job changes nothing. Raises ConflictError when it has succeeded or failed.
     """
@@ -105,10 +105,10 @@ def cancel_job(session: WorkWriter, tenant_id: uuid.UUID, *, job_id: uuid.UUID) 
 
 
 def pause_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
-    """Pause a queued job at once, and a running one as soon as its worker has stored where it stands.
+    """Pause a queued job at once, and a running one as soon as its worker has stored its state.
 
-    A running job takes its place among those that wait now, and needs one that is free. Pausing a paused job changes
-    nothing. Raises ConflictError when the job has ended, RateLimitedError by quota.
+    A running job needs a free place in the queue, and takes it now. Pausing a paused job changes nothing. Raises
+    ConflictError when the job has ended, RateLimitedError by quota.
     """
     lock_for_tenant(session, tenant_id, purpose="queue")
     job = get_job(session, tenant_id, job_id=job_id)
@@ -137,10 +137,10 @@ def pause_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID
 
 
 def resume_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
-    """Queue a paused job again, at its old place; a running one that was about to pause goes on.
+    """Queue a paused job again at its old place. A running job that was about to pause keeps running.
 
-    Its wait is counted from now, without the time that it was paused; a delay that has not passed yet stays.
-    Resuming a job that is queued or running changes nothing. Raises ConflictError when the job has ended.
+    Its wait counts from now, without the time of the pause. A retry delay that has not passed yet stays. Resuming a
+    queued or running job changes nothing. Raises ConflictError when the job has ended.
     """
     job = get_job(session, tenant_id, job_id=job_id)
     is_paused = Job.status == JobStatus.PAUSED
@@ -165,7 +165,7 @@ def resume_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUI
 
 
 def delete_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> None:
-    """Delete a job that has ended, with all that it has made. Nobody sees it again; the schedule erases it.
+    """Delete an ended job with all that it has made. It is invisible from now on, and the schedule erases it.
 
     Raises ConflictError while it has not ended.
     """
@@ -184,5 +184,5 @@ def delete_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUI
 
 
 def announce_work(session: WorkWriter, pool: str) -> None:
-    """Tell the schedule process, once this transaction is committed, that a pool has work."""
+    """Tell the schedule, once this transaction is committed, that a pool has work."""
     session.execute(text("select pg_notify(:channel, :pool)"), {"channel": WAKE_CHANNEL, "pool": pool})

@@ -18,7 +18,7 @@ _SCHEDULE = "schedule"
 
 
 def lead(session: ServiceSession, holder: str, *, lease_seconds: float) -> bool:
-    """Take or prolong the leadership; False while another holds it. Holds its row until the transaction ends."""
+    """Take or prolong the leadership. False while another holds it. Holds its row until the transaction ends."""
     lease_until = func.now() + timedelta(seconds=lease_seconds)
     taken = insert(Leader).values(name=_SCHEDULE, holder=holder, lease_until=lease_until)
     taken = taken.on_conflict_do_update(
@@ -32,7 +32,7 @@ def lead(session: ServiceSession, holder: str, *, lease_seconds: float) -> bool:
 
 
 def resign(session: ServiceSession, holder: str) -> None:
-    """Let another lead at once. Nothing happens when this holder does not lead."""
+    """Let another process lead at once. Does nothing if this holder does not lead."""
     session.execute(
         update(Leader).where(Leader.name == _SCHEDULE, Leader.holder == holder).values(lease_until=func.to_timestamp(0))
     )

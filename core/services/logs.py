@@ -35,7 +35,7 @@ class LogFilter:
 def record_log_line(
     session: ServiceSession, lease_token: int, *, name: str, level: LogLevel, details: Mapping[str, Scalar]
 ) -> None:
-    """Append a line to the log of the attempt that the lease token names; without such an attempt nothing is kept."""
+    """Append a line to the log of the attempt with this lease token. Without such an attempt nothing is stored."""
     attempt = select(
         literal(new_id()),
         Attempt.tenant_id,

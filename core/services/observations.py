@@ -98,7 +98,7 @@ class ObservationSeries:
 
 
 def record_step(session: ServiceSession, lease: Lease, *, record: StepRecord, total_steps: int) -> None:
-    """Store the numbers of one step and show them as an event. A step that is stored already stays as it is."""
+    """Store the numbers of one step and show them as an event. A step that is already stored is not changed."""
     job = _pass_step(session, lease, record.step)
     if job is None:
         return
@@ -131,7 +131,7 @@ def record_step(session: ServiceSession, lease: Lease, *, record: StepRecord, to
 
 
 def record_skipped_step(session: ServiceSession, lease: Lease, *, step: int, total_steps: int) -> None:
-    """Count a step that has changed nothing, and say so in an event. A step that is counted already is not again."""
+    """Count a step that changed nothing, and record an event. A step that is already counted is not counted again."""
     job = _pass_step(session, lease, step)
     if job is None:
         return
@@ -160,7 +160,7 @@ def record_evaluation(session: ServiceSession, lease: Lease, *, step: int, loss:
 def read_observations(
     session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID, steps: StepRange, points: int
 ) -> ObservationSeries:
-    """Return at most `points` (3 at least) steps of a job within a range, in order."""
+    """Return at most `points` (at least 3) steps of a job within a range, in order."""
     in_range = Observation.step.between(steps.first, steps.last)
     own: tuple[ColumnElement[bool], ...] = (Observation.tenant_id == tenant_id, Observation.job_id == job_id, in_range)
     found = _find_range(session, own)
@@ -178,7 +178,7 @@ def read_observations(
 
 
 def _pass_step(session: ServiceSession, lease: Lease, step: int) -> Job | None:
-    """Move the job to a step that is over. None where it is there, or beyond, already."""
+    """Move the job to a completed step. Return None if it is already there or beyond."""
     job = lock_held(session, lease)
     if step <= job.trained_steps:
         return None
@@ -189,7 +189,7 @@ def _pass_step(session: ServiceSession, lease: Lease, step: int) -> Job | None:
 
 
 def _find_range(session: TenantSession, own: tuple[ColumnElement[bool], ...]) -> StepRange | None:
-    """Return the first and the last step that there are. Each is one look into the index; `min` would count on more."""
+    """Return the first and the last existing step. Each is one index look-up, where `min` might read more."""
     ends = [
         session.scalar(select(Observation.step).where(*own).order_by(order).limit(1))
         for order in (Observation.step, Observation.step.desc())
@@ -199,7 +199,7 @@ def _find_range(session: TenantSession, own: tuple[ColumnElement[bool], ...]) ->
 
 
 def _cut(steps: StepRange, *, num_stretches: int) -> dict[str, int]:
-    """Return how `_KEPT` cuts a range: between blocks where there are enough of them, else between any two steps."""
+    """Return how `_KEPT` cuts a range: between blocks if there are enough of them, else between any two steps."""
     first_end, last_end = _end_of_block(steps.first), _end_of_block(steps.last)
     cut = {"first": steps.first, "last": steps.last, "first_end": first_end, "last_end": last_end}
     num_blocks = (last_end - first_end) // _STEPS_A_BLOCK + 1

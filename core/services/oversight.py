@@ -139,7 +139,7 @@ class WorkerOverview:
 
     @property
     def shown_state(self) -> str:
-        """What matters most of it: one that stops does so whatever its clock says."""
+        """The most important state: "stopping" comes before a wrong clock."""
         return "clock_wrong" if self.is_clock_wrong and not self.is_draining else self.state
 
 
@@ -175,7 +175,7 @@ class PoolOverview:
 def list_job_overviews(
     session: OperatorSession, wanted: JobFilter, *, after: uuid.UUID | None = None, limit: int
 ) -> Page[JobOverview]:
-    """Return jobs of everybody, newest first. Raises NotFoundError for a tenant that is not there."""
+    """Return jobs of all tenants, newest first. Raises NotFoundError for an unknown tenant."""
     values: dict[str, Any] = {"num": limit + 1, "after": after or _AFTER_ALL, "pools": [wanted.pool]}
     if wanted.tenant is not None:
         values["tenant_id"] = find_tenant(session, wanted.tenant).id
@@ -197,7 +197,7 @@ def _job_overview(row: RowMapping) -> JobOverview:
 
 
 def list_worker_overviews(session: OperatorSession, *, after: str | None = None, limit: int) -> Page[WorkerOverview]:
-    """Return the workers that have a row, alive or not, by identity. One that stops in good order has none."""
+    """Return the workers that have a row, alive or not, by identity. A worker that stopped properly has none."""
     silent = func.extract("epoch", func.now() - Worker.heartbeat_at)
     query = select(Worker, Worker.alive_until > func.now(), silent)
     if after is not None:
@@ -229,7 +229,7 @@ def _worker_overview(row: Worker, *, is_alive: bool, silent_seconds: float) -> W
 
 
 def list_pool_overviews(session: OperatorSession, *, after: str | None = None, limit: int) -> Page[PoolOverview]:
-    """Return every pool of the bases that are known, by name."""
+    """Return every pool of the known bases, by name."""
     rows = session.execute(_POOLS, {"after": after or "", "num": limit + 1}).mappings().all()
     return Page.cut([_pool_overview(row) for row in rows], limit)
 
@@ -257,7 +257,7 @@ def list_pool_names(session: OperatorSession) -> tuple[str, ...]:
 
 
 def find_pool_demand(session: OperatorSession, pool: str) -> PoolDemand:
-    """Return a pool's demand. Raises NotFoundError where no base that is known has such a pool."""
+    """Return a pool's demand. Raises NotFoundError if no known base has such a pool."""
     row = session.execute(_DEMAND, {"pool": pool}).mappings().one_or_none()
     if row is None:
         raise NotFoundError(f"There is no pool {pool[:200]!r}.", code="pool_not_found")

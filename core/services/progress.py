@@ -18,7 +18,7 @@ from core.domain.progress import MEASURED_STEPS, Estimate, StepMark, estimate_fi
 def estimate_jobs(
     session: TenantSession, tenant_id: uuid.UUID, *, jobs: Sequence[Job], now: dt.datetime
 ) -> Mapping[uuid.UUID, Estimate]:
-    """Return an estimate for those of a tenant's jobs that run on and have done two steps in this attempt."""
+    """Return an estimate for those of a tenant's jobs that keep running and have done two steps in this attempt."""
     running = {job.id: job for job in jobs if job.status == JobStatus.RUNNING and job.pause_requested_at is None}
     estimates = {}
     for job_id, marks in _last_steps(session, tenant_id, list(running)).items():

@@ -193,14 +193,14 @@ _CHECKS = (
 
 
 def check_rows(session: AuditorSession, terms: FairnessTerms) -> tuple[Finding, ...]:
-    """Check what rows can tell: every promise but I7. `terms` are those of the workers."""
+    """Check every promise that rows can show: all but I7. `terms` are those of the workers."""
     return tuple(_ask(session, check, terms) for check in _CHECKS)
 
 
 def check_objects(session: AuditorSession, store: ObjectStore, *, is_deep: bool) -> Finding:
-    """Check I7: what rows name is in the object store, at its size, and with `is_deep` byte for byte.
+    """Check I7: the objects that rows name are stored, with their size, and with `is_deep` byte for byte.
 
-    The rows are read first; one whose object is missing is asked for again, in case it was deleted meanwhile.
+    The rows are read first. If an object is missing, its row is read again, because it may have been deleted meanwhile.
     """
     named = list(_named_objects(session))
     session.rollback()  # no transaction is open during requests to the object store

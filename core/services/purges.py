@@ -58,14 +58,14 @@ class Purge:
 
 
 def find_purges(session: ServiceSession) -> tuple[Purge, ...]:
-    """Return some of what is due of every tenant, one tenant's after another's."""
+    """Return some of the due rows of every tenant, tenant by tenant."""
     return tuple(
         Purge(row.kind, row.id, row.tenant_id, _location_of(row)) for row in session.execute(_DUE, {"turn": _TURN})
     )
 
 
 def mark_purged(session: ServiceSession, purge: Purge) -> None:
-    """Say that the objects are gone; they count no longer."""
+    """Record that the objects are deleted. They no longer count as stored."""
     if purge.kind == "resume_point":
         session.execute(delete(ResumePoint).where(ResumePoint.id == purge.row_id))
         return

@@ -106,7 +106,7 @@ _FORGET_AUDIT_ENTRIES = text("select forget_audit_entries(make_interval(days => 
 
 
 def forget_some(session: ServiceSession, kind: Kind, *, days: int) -> Batch:
-    """Delete some of what is older than so many days."""
+    """Delete some rows that are older than this many days."""
     match kind:
         case Kind.JOBS:
             return _forget_jobs(session, days)
@@ -133,7 +133,7 @@ def _forget_of_jobs(session: ServiceSession, kind: Kind, days: int) -> Batch:
 
 
 def _forget_jobs(session: ServiceSession, days: int) -> Batch:
-    """Delete spent jobs. Those that were passed over may be spent later, so behind the last it begins anew."""
+    """Delete spent jobs. At the end the walk starts again, because jobs that were skipped may be spent later."""
     jobs, last = _next_rows(session, Kind.JOBS, _NEXT_SPENT, days), None
     num_rows: Counter[str] = Counter()
     for job in jobs:
@@ -163,7 +163,7 @@ def _forget_uploads(session: ServiceSession, days: int) -> Batch:
 
 
 def _forget_files(session: ServiceSession, days: int) -> Batch:
-    """Delete deleted files that nobody names. What is named now may not be later, so behind the last it begins anew."""
+    """Delete deleted files that no row names. At the end the walk starts again, because others may be free later."""
     files = _next_rows(session, Kind.FILES, _NEXT_FILES, days)
     num_rows = sum(run(session, _DELETE_FILE, file=file.id) for file in files if file.is_spent)
     has_more = len(files) == _BATCH_WALKED

@@ -60,7 +60,7 @@ class Trial:
 
 @contextmanager
 def setting_aside(session: ServiceSession, duty: Duty, *, row_id: uuid.UUID, tenant_id: uuid.UUID) -> Iterator[Trial]:
-    """Undo what the block did where its row is at fault, set the row aside, and go on behind the block."""
+    """Run a block for one row. If the row is at fault, undo the block's changes, set the row aside and continue."""
     trial = Trial()
     try:
         with session.begin_nested():
@@ -75,7 +75,7 @@ def setting_aside(session: ServiceSession, duty: Duty, *, row_id: uuid.UUID, ten
 def set_aside(
     session: ServiceSession, duty: Duty, *, row_id: uuid.UUID, tenant_id: uuid.UUID, error: Exception
 ) -> None:
-    """Let a duty leave a row alone for a while, each time it fails for twice as long."""
+    """Let a duty leave a row alone for a while, and for twice as long after each further failure."""
     reason = _describe(error)
     log.error("row.set_aside", duty=duty, row_id=str(row_id), tenant_id=str(tenant_id), reason=reason)
     first = insert(SetAside).values(
@@ -102,17 +102,17 @@ def is_in_reach(duty: Duty, row_id: ColumnElement[uuid.UUID] | InstrumentedAttri
 
 
 def list_set_asides(session: OperatorSession) -> Sequence[SetAside]:
-    """Return what is set aside, of all tenants, the oldest first. For operators."""
+    """Return the rows set aside, of all tenants, the oldest first. For operators."""
     return session.scalars(select(SetAside).order_by(SetAside.created_at)).all()
 
 
 def forget_set_asides(session: ServiceSession) -> None:
-    """Forget what has not failed for a day since it was to be tried again: it was done, or is gone."""
+    """Forget rows that have not failed for a day since their last retry was due: they were done, or are gone."""
     session.execute(delete(SetAside).where(SetAside.retry_at < func.now() - _REMEMBERED_FOR))
 
 
 def _describe(error: Exception) -> str:
-    """Say what is wrong, in a line without the row's values."""
+    """Describe an error in one line, without the row's values."""
     match error:
         case DBAPIError():
             told = getattr(getattr(error.orig, "diag", None), "message_primary", None) or type(error.orig).__name__

@@ -61,7 +61,7 @@ class WatchState:
 
 
 def read_watches(session: TenantSession, tenant_id: uuid.UUID, *, watches: Sequence[Watch]) -> list[WatchState]:
-    """Return the state of each of one tenant's watches, in their order. An unknown job reads as one without events."""
+    """Return the state of each of one tenant's watches, in their order. An unknown job looks like one without any."""
     live_keys = find_reading_keys(session, tenant_id, {watch.key_id for watch in watches})
     limit = max(_MIN_EVENTS, _NUM_EVENTS // max(1, len(watches)))
     events: list[list[MissedEvent]] = [[] for _ in watches]
@@ -87,9 +87,9 @@ def _conclude(missed: list[MissedEvent], *, status: str | None, is_key_live: boo
 
 
 def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch], limit: int) -> Any:
-    """Rows of (position of the watch from 1, the job's status, an event's columns or None), in order.
+    """Return rows of (position of the watch from 1, the job's status, an event's columns or None), in order.
 
-    A deleted job has its last status, so that its followers learn that it is over, and no event.
+    A deleted job has its last status and no events, so that its followers learn that it is over.
     """
     positions = func.unnest(
         literal(list(range(1, len(watches) + 1)), ARRAY(Integer)),

@@ -98,8 +98,8 @@ def submit_job(
 ) -> Job:
     """Check a request and queue it. Raises InvalidRequestError naming the field, or the error of a quota.
 
-    The advisory lock `shared_lock` is taken with the first look at the rows: round trips are most of what this costs.
-    Where the base's tokenizer is known, rows that are not checked raise UncheckedRowsError.
+    The advisory lock `shared_lock` is taken by the first query, because round trips are most of the cost. If the base's
+    tokenizer is known, rows that are not checked raise UncheckedRowsError.
     """
     found = _find_means(session, tenant_id, request, shared_lock=shared_lock)
     if not found.is_within_storage:
@@ -161,7 +161,7 @@ def resolve_spec(request: JobRequest, *, base: BaseModelRow, num_examples: int) 
 
 
 def _check_files(session: TenantSession, tenant_id: uuid.UUID, request: JobRequest, found: _Means) -> File:
-    """Return the training file. Raises InvalidRequestError for a file that is not there or cannot be trained on."""
+    """Return the training file. Raises InvalidRequestError for a file that does not exist or cannot be trained on."""
     training_file = found.training_file or _get_dataset(session, tenant_id, request.training_file_id, "training_file")
     _check_dataset(training_file, param="training_file")
     if request.validation_file_id is not None:
@@ -172,7 +172,7 @@ def _check_files(session: TenantSession, tenant_id: uuid.UUID, request: JobReque
 
 
 def _get_trainable(session: TenantSession, tenant_id: uuid.UUID, *, model: str) -> BaseModelRow:
-    """Return a base. Raises InvalidRequestError for what was trained, by each name that the tenant may know it by."""
+    """Return a base. Raises InvalidRequestError for a fine-tuned model, by each name that the tenant may use for it."""
     if is_checkpoint_model(model):
         checkpoint = find_checkpoint(session, tenant_id, name=model)
         raise _refuse_warm_start(checkpoint.model_name.split(":")[1])  # a base's id has no colon
@@ -220,7 +220,7 @@ def _find_means(
 
 @cache
 def _means_query() -> Select[BaseModelRow, str | None, File, File, int | None, bool]:
-    """Made once: making it takes longer than running it."""
+    """Built once, because building the query takes longer than running it."""
     # One row by outer joins on primary keys. What does not exist for the tenant is null, so one round trip finds every
     # fault.
     tenant_id: BindParameter[uuid.UUID] = bindparam("tenant_id", type_=Uuid)
@@ -252,7 +252,7 @@ def _locking_means_query() -> Select[BaseModelRow, str | None, File, File, int |
 def _require_checked(
     found: _Means, training_file: File, *, max_seq_len: int, is_checked: Callable[[DatasetRows], bool]
 ) -> None:
-    """Raise UncheckedRowsError for a file whose rows may be checked and are not. No worker may have loaded the base."""
+    """Raise UncheckedRowsError for a file whose rows can be checked and are not. Passes before a load of the base."""
     files: dict[DatasetName, File | None] = {"training": training_file, "validation": found.validation_file}
     for name, file in files.items():
         if file is not None and (key := found.tokenizer_key) is not None:
@@ -271,7 +271,7 @@ def _require_checked(
 def _queue_job(session: TenantSession, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:
     """Add a job and its first event in one statement, and announce the work. Raises RateLimitedError by quota.
 
-    The event is announced to nobody: who knows of the job, knows of it after the commit, and finds the event there.
+    The event needs no notification: followers learn of the job only after the commit, and find the event then.
     """
     lock_for_tenant(session, tenant_id, purpose="queue")
     while (added := _add_job(session, new)) is None:
@@ -282,7 +282,7 @@ def _queue_job(session: TenantSession, tenant_id: uuid.UUID, *, new: dict[str, A
 
 
 def _add_job(session: TenantSession, new: dict[str, Any]) -> Job | None:
-    """Add a job under a fresh id, or None where there is no place, or its model's name is taken."""
+    """Add a job under a new id. Return None if the queue is full, or the name of its model is taken."""
     job_id = new_id()
     drawn = {"id": job_id, "name_digits": job_id.hex[-8:], "event_id": new_id()}
     added: Job | None = session.scalar(_addition(), new | drawn)
@@ -291,7 +291,7 @@ def _add_job(session: TenantSession, new: dict[str, Any]) -> Job | None:
 
 @cache
 def _addition() -> Select[Any]:
-    """Made once, too."""
+    """Built once, too."""
     table = Job.__table__.c
     new = {name: bindparam(name, type_=table[name].type) for name in _NEW_COLUMNS}
     row = select(*new.values(), literal(JobStatus.QUEUED, Text)).where(has_queue_place(new["tenant_id"]))

@@ -215,7 +215,7 @@ class SlotTerms:
 
 
 def find_fairest_job(session: ServiceSession, choice: PoolChoice) -> FairestJob | None:
-    """Return the next job over a worker's pools, or None where none of them has work for it."""
+    """Return the next job over a worker's pools, or None if none of them has work for it."""
     values = {
         "pools": list(choice.pools),
         "pool": choice.pool,
@@ -232,10 +232,10 @@ def find_fairest_job(session: ServiceSession, choice: PoolChoice) -> FairestJob 
 
 
 def choose_pool(session: ServiceSession, choice: PoolChoice) -> str | None:
-    """Return the pool a worker serves next, and tell the other workers if it is about to load another base.
+    """Return the pool that a worker serves next. If it will load another base, tell the other workers.
 
-    None where no pool has work for it. A worker that holds jobs keeps its pool while all their tenants have used less
-    than the one that is next.
+    None if no pool has work for it. A worker that holds jobs keeps its pool while all of their tenants have used less
+    than the tenant that is next.
     """
     lock(session, "turns")  # two workers that choose at once would both switch for one job
     fairest = find_fairest_job(session, choice)
@@ -248,7 +248,7 @@ def choose_pool(session: ServiceSession, choice: PoolChoice) -> str | None:
 
 
 def record_load(session: ServiceSession, pool: str, *, seconds: float) -> None:
-    """Note how long it took to load the base of a pool."""
+    """Record how long the load of a pool's base took."""
     statement = insert(Pool).values(name=pool, load_seconds=seconds)
     session.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"load_seconds": seconds}))
 
@@ -262,10 +262,11 @@ def lend_slot(
     terms: SlotTerms,
     wanting: Sequence[int] = (),
 ) -> Loan | None:
-    """Choose a slot among `held` (lease tokens) to lend, and note that it is being lent.
+    """Choose a slot among `held` (lease tokens) to lend, and mark it as being lent.
 
-    It goes to one of the jobs `wanting`, which this worker holds and has no memory for, or else to a tenant whose job
-    waits in the pool: always to one with a lower score. None where there is none, or no slot has had its quantum.
+    It is lent to one of the jobs `wanting`, which this worker holds without memory for them, or else to a tenant with a
+    waiting job in the pool. The borrower always has a lower score. Returns None if there is no borrower, or if no slot
+    has had its quantum.
     """
     lock(session, f"lend:{pool}")  # so that each slot that is being lent is counted once
     values = {
@@ -289,7 +290,7 @@ def lend_slot(
 
 
 def mark_lending(session: ServiceSession, lease_tokens: Sequence[int]) -> None:
-    """Note that these attempts give their slots to others: they will end as lent."""
+    """Mark these attempts as lending their slots, so that they end as lent."""
     session.execute(update(Attempt).where(Attempt.lease_token.in_(lease_tokens)).values(lending_at=func.now()))
 
 

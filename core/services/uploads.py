@@ -90,13 +90,13 @@ def get_upload(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.
 
 
 def find_file(session: TenantSession, upload: Upload) -> File | None:
-    """Return the file that an upload has become, deleted since or not."""
+    """Return the file that an upload has become, even if it was deleted since."""
     query = select(File).where(File.tenant_id == upload.tenant_id, File.id == upload.file_id)
     return session.scalar(query) if upload.file_id else None
 
 
 def require_pending(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
-    """Return an upload that may be changed, its row locked. Raises NotFoundError, ConflictError or BusyError."""
+    """Return an upload that may be changed, with its row locked. Raises NotFoundError, ConflictError or BusyError."""
     is_abandoned = and_(Upload.status == "completing", Upload.completing_until < func.now())
     row = session.scalar(
         select(Upload)
@@ -120,7 +120,7 @@ def require_pending(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: 
 
 
 def add_part(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, new: NewPart) -> UploadPart:
-    """Add a part whose object is stored. Raises PayloadTooLargeError where there is more than was promised."""
+    """Add a part whose object is stored. Raises PayloadTooLargeError for more bytes or parts than allowed."""
     upload = require_pending(session, tenant_id, upload_id=upload_id)
     parts = select(func.count(), func.coalesce(func.sum(UploadPart.size_bytes), 0)).where(
         UploadPart.tenant_id == tenant_id, UploadPart.upload_id == upload_id
@@ -144,7 +144,7 @@ def add_part(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UU
 def begin_completion(
     session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, part_ids: Sequence[uuid.UUID]
 ) -> Completion:
-    """Hold an upload for completion. Raises InvalidRequestError unless the parts are what was promised."""
+    """Hold an upload for completion. Raises InvalidRequestError if the parts do not have the promised size."""
     upload = require_pending(session, tenant_id, upload_id=upload_id)
     parts = _order_parts(session, upload, part_ids)
     until = session.scalars(select(func.now() + COMPLETION_LEASE)).one()
@@ -155,7 +155,7 @@ def begin_completion(
 
 
 def extend_completion(session: TenantSession, tenant_id: uuid.UUID, completion: Completion) -> Completion:
-    """Hold an upload for longer. Raises BusyError where another has taken it."""
+    """Extend the hold on an upload. Raises BusyError if another holder has taken it."""
     until = func.now() + COMPLETION_LEASE
     values = {"completing_until": until, "expires_at": func.greatest(Upload.expires_at, until)}
     extended = session.scalar(_held(tenant_id, completion).values(values).returning(Upload.completing_until))
@@ -165,12 +165,12 @@ def extend_completion(session: TenantSession, tenant_id: uuid.UUID, completion: 
 
 
 def abandon_completion(session: TenantSession, tenant_id: uuid.UUID, completion: Completion) -> None:
-    """Let an upload go as it was before, unless another has taken it."""
+    """Make an upload pending again, unless another holder has taken it."""
     session.execute(_held(tenant_id, completion).values(status="pending", completing_until=None))
 
 
 def complete_upload(session: TenantSession, tenant_id: uuid.UUID, completion: Completion, *, file: NewFile) -> Upload:
-    """Turn an upload into the file that its parts were composed to. Raises BusyError where another has taken it."""
+    """Turn an upload into the file composed of its parts. Raises BusyError if another holder has taken it."""
     row = create_file(session, tenant_id, new=file)
     values = {"status": "completed", "completing_until": None, "file_id": row.id}
     upload: Upload | None = session.scalar(_held(tenant_id, completion).values(values).returning(Upload))
@@ -204,7 +204,7 @@ def _order_parts(session: TenantSession, upload: Upload, part_ids: Sequence[uuid
 
 
 def _held(tenant_id: uuid.UUID, completion: Completion) -> Update:
-    """Return the beginning of an update of an upload that is still this completion's."""
+    """Return the start of an update of an upload that this completion still holds."""
     return (
         update(Upload)
         .where(

@@ -61,7 +61,7 @@ class UsagePeriod:
 
     @classmethod
     def of(cls, first: dt.date | None, last: dt.date | None, *, now: dt.datetime) -> UsagePeriod:
-        """Return the period of what is given: to today, and from the first of the last day's month, by default."""
+        """Return the given period. By default it ends today, and starts on the first of its last day's month."""
         last = last or now.astimezone(dt.UTC).date()
         return cls(first or last.replace(day=1), last)
 

@@ -1,4 +1,4 @@
-"""Submits, claims and reports jobs as a worker does, without training."""
+"""Jobs that are submitted, claimed and reported on as a worker does it, without training anything."""
 
 from __future__ import annotations
 

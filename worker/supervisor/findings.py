@@ -54,7 +54,7 @@ class BaseFindings:
         return [(pool, bases[pool]) for pool in self._pools if pool in bases]
 
     def find_loadable(self, session: ServiceSession) -> dict[str, BaseModelRow]:
-        """Return the bases, by pool, that this worker may try to load. Those that are no longer served are included."""
+        """Return the bases, by pool, that this worker may try to load. Bases no longer served are included."""
         bases = {pool: base for base in list_known_base_models(session) for pool in pools_of(base)}
         return {pool: bases[pool] for pool in self._pools if pool in bases and self.may_load(pool, bases[pool])}
 
@@ -63,7 +63,7 @@ class BaseFindings:
         return self.refusals.find(pool) is not None
 
     def may_load(self, pool: str, base: BaseModelRow) -> bool:
-        """Say whether a try may succeed: none has failed lately, or the base has changed since."""
+        """Say whether a load may succeed: none has failed recently, or the base has changed since."""
         return self.refusals.is_due(pool, state_since=base.state_since)
 
     def accept(self, base: BaseModelRow, inspected: InspectedBase) -> None:
@@ -93,7 +93,7 @@ class BaseFindings:
         return is_recorded
 
     def record(self, base: BaseModelRow, state: BaseState, *, reason: str | None = None) -> dt.datetime | None:
-        """Write a state into a base's row, and return since when it is there; None where the database is away."""
+        """Write a state into a base's row. Return since when it has this state, or None if the database is away."""
         try:
             with service_transaction(self._engine) as session:
                 return record_state(session, base.id, state=state, reason=reason, by=self._name)
