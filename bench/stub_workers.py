@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=5.0)
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    settings = WorkerSettings()  # read from the environment
+    settings = WorkerSettings()
     with tempfile.TemporaryDirectory() as name:
         driver = Driver(settings, step_seconds=options.step_seconds, directory=Path(name))
         driver.start(range(options.first, options.end), settings)

@@ -15,4 +15,4 @@ def find_storage(data_dir: Path) -> StorageConfig:
     if addresses is not None:
         return addresses.storage
     with reading_settings():
-        return S3Settings().storage_config  # of the environment
+        return S3Settings().storage_config

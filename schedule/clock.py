@@ -252,7 +252,7 @@ class Schedule:
 def main() -> None:
     hide_memory()
     configure_logs("schedule")
-    settings = ScheduleSettings()  # read from the environment
+    settings = ScheduleSettings()
     engine = connect(settings.database_url.get_secret_value(), lock_timeout_seconds=_LOCK_TIMEOUT_SECONDS)
     with WakeUpPublisher(settings.redis_url.get_secret_value()) as publisher:
         store = S3ObjectStore(settings.storage_config, now=DatabaseClock(engine).now)

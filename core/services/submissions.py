@@ -178,7 +178,7 @@ def _get_trainable(session: TenantSession, tenant_id: uuid.UUID, *, model: str) 
         raise _refuse_warm_start(checkpoint.model_name.split(":")[1])  # a base's id has no colon
     if is_fine_tuned_model(model):
         raise _refuse_warm_start(find_adapter(session, tenant_id, name=model).row.base_model_id)
-    with suppress(NotFoundError):  # so it is the name of a base, or of nothing
+    with suppress(NotFoundError):  # no adapter: then it is the name of a base, or of nothing
         adapter = get_adapter(session, tenant_id, adapter_id=parse_id(IdKind.ADAPTER, model))
         raise _refuse_warm_start(adapter.row.base_model_id)
     return get_base_model(session, tenant_id, base_model_id=model)

@@ -103,7 +103,7 @@ def change_tenant(session: OperatorSession, slug: str, *, change: TenantChange) 
 
 
 def delete_tenant(session: OperatorSession, slug: str) -> Tenant:
-    """Delete a tenant for ever. Its keys end, its names and its slug are free, and the schedule erases its data.
+    """Delete a tenant for ever. Its keys end, its slug is free, and the schedule erases its names and data.
 
     Raises NotFoundError, and ConflictError for a deleted tenant.
     """

@@ -13,7 +13,7 @@ _TIMEOUT_SECONDS = 5.0
 
 def main() -> int:
     try:
-        settings = TelemetrySettings()  # read from the environment
+        settings = TelemetrySettings()
     except SETTINGS_ERRORS as error:
         return _say(describe_faults(error), status=1)
     if settings.management_port is None:

@@ -174,7 +174,9 @@ class BaseHolder:
         try:
             loaded = self._starter.load_weights(inspected.trainer)
         except BaseUnusableError as error:
-            if error.is_worker_fault and base.state == BaseState.UNUSABLE:  # its files can be read now
+            if (
+                error.is_worker_fault and base.state == BaseState.UNUSABLE
+            ):  # the look has shown that its files can be read
                 self._findings.record(base, BaseState.UNCHECKED)
             raise
         finally:

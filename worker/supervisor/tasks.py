@@ -63,7 +63,7 @@ def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine, cl
 def main() -> None:
     hide_memory()
     configure_logs("worker")
-    settings = WorkerSettings()  # read from the environment
+    settings = WorkerSettings()
     configure_tracing("worker", settings)
     database_url = settings.database_url.get_secret_value()
     engine = connect(database_url, pool_size=2)

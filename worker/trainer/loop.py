@@ -110,7 +110,7 @@ class TrainingLoop:
             if isinstance(item, Frozen):
                 self._apply(item)
             else:
-                self._postponed.append(item)  # it may admit a job
+                self._postponed.append(item)  # not now: it may admit a job
         self._report_who_left()
 
     def _show_life(self) -> None:
