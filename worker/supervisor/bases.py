@@ -174,14 +174,12 @@ class BaseHolder:
         try:
             loaded = self._starter.load_weights(inspected.trainer)
         except BaseUnusableError as error:
-            if (
-                error.is_worker_fault and base.state == BaseState.UNUSABLE
-            ):  # the look has shown that its files can be read
+            if error.is_worker_fault and base.state == BaseState.UNUSABLE:  # its files can be read
                 self._findings.record(base, BaseState.UNCHECKED)
             raise
         finally:
             if loaded is None:
-                self._trainer = None  # the starter has ended it
+                self._trainer = None  # the starter has already ended it
         if loaded is not None:
             log.info("base_model.loaded", pool=pool, seconds=round(loaded.seconds, 2))
             self._held_since = time.monotonic()

@@ -30,7 +30,7 @@ _NAMES = frozenset(
 )
 # For a trainer that may use a hub: a token, and proxies, which may contain a password.
 _HUB_NAMES = frozenset({"ALL_PROXY", "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"})
-_TRUE = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads it
+_TRUE = frozenset({"1", "ON", "YES", "TRUE"})  # what huggingface_hub takes for true
 # On a CPU oneDNN compiles a matrix product for each number of rows. It keeps 1,024 compiled products of 0.4 MB each,
 # and torch's bridge to it keeps as many. Every step has other numbers of rows, so a trainer grew by most of a gigabyte.
 # One step needs about ten of them, each in all layers of the base. Compiling one takes no longer than getting the
