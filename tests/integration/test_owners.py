@@ -35,10 +35,10 @@ from tests.clusters import (
     starting_postgres,
     superuser_url_of,
 )
+from tests.integration.commands.test_tables import REGISTRY
 from tests.integration.conftest import Tenant
 from tests.integration.histories import TENANTS, move, upgrade_with_rows
 from tests.integration.test_attempts import queue_job
-from tests.integration.test_command_output import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 

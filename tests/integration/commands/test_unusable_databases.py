@@ -17,9 +17,9 @@ from core.db.migrate import RoleLogin, login_url
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.clusters import OWNER, make_database
+from tests.integration.commands.test_tables import env, invocations, names_of_commands
 from tests.integration.conftest import Database, Tenant
 from tests.integration.histories import move
-from tests.integration.test_command_output import env, invocations, names_of_commands
 
 __all__ = ["env"]  # a fixture
 SECRET = "hush-78"
@@ -78,7 +78,7 @@ def refusals(
 ) -> Callable[[str], dict[str, tuple[int, str]]]:
     """What runs every command on a database, and returns its exit code and what it said where it failed."""
     called = invocations(tmp_path, owner, tenant)
-    assert set(called) == names_of_commands(), "call the new command in test_command_output"
+    assert set(called) == names_of_commands(), "call the new command in invocations"
 
     def run(url: str) -> dict[str, tuple[int, str]]:
         found = {}

@@ -32,7 +32,7 @@ from local.servers import LocalServers, ServerAddresses
 from local.stack import LocalStack, PortTakenError, StackState
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ESPALIER = (sys.executable, "-c", "from cli.main import app; app()")
 BASE_MODEL = "acme-labs/tiny-base"
 SETTINGS = "ESPALIER_"

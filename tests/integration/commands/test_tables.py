@@ -32,7 +32,7 @@ from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
 from tests.integration.test_attempts import POOL, claim, queue_job
 from tests.integration.test_demand import worker
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MAX_COLUMNS = 100
 LONG = "SomeOrganisation/A-Model-With-A-Rather-Long-Name-70B-Instruct-2026@none"
 REGISTRY = {
@@ -201,7 +201,7 @@ def test_every_command_prints_json_and_nothing_else_where_it_is_asked_to(
     impossible = {"status", "demo", "base-models add", "base-models check", "base-models remove", "s3-check"}
     for name, words in called.items():
         if name == "up":
-            continue  # its file is refused by typer itself; it is started for real in test_stack
+            continue  # its file is refused by typer itself; it is started for real in tests/integration/stack
         done = espalier(*name.split(), *words, "--json")
         told = documents_of(done.stdout)
         assert done.exit_code in ({1, 2} if name in impossible else {0, 1} if name in judging else {0}), (

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.test_trainer import Store, Supervisor, make_order
+from tests.integration.trainer.test_epochs import Store, Supervisor, make_order
 from tests.waiting import wait_until
 from worker.messages import JobFailed, JobSucceeded, JobYielded, ResumePointSaved, StopJob, YieldJob
 

@@ -31,7 +31,7 @@ from local.processes import ProcessFailedError
 from local.servers import LocalServers, ServerAddresses
 from tests.waiting import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LAUNCHER = """
 import json, sys
 from pathlib import Path
