@@ -35,7 +35,7 @@ from tests.clusters import (
     starting_postgres,
     superuser_url_of,
 )
-from tests.integration.commands.test_tables import REGISTRY
+from tests.integration.commands.invocations import REGISTRY
 from tests.integration.conftest import Tenant
 from tests.integration.histories import TENANTS, move, upgrade_with_rows
 from tests.integration.test_attempts import queue_job

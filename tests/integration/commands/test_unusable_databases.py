@@ -17,11 +17,10 @@ from core.db.migrate import RoleLogin, login_url
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.clusters import OWNER, make_database
-from tests.integration.commands.test_tables import env, invocations, names_of_commands
+from tests.integration.commands.invocations import invocations, names_of_commands
 from tests.integration.conftest import Database, Tenant
 from tests.integration.histories import move
 
-__all__ = ["env"]  # a fixture
 SECRET = "hush-78"
 STRANGER = RoleLogin("tests_stranger", SECRET)
 # These ask no database.

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections import Counter, deque
-from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.integration.trainer.test_epochs import Store, Supervisor, make_order
+from tests.integration.trainer.object_store import Store
+from tests.integration.trainer.supervision import Supervisor, make_order
 from tests.waiting import wait_until
 from worker.messages import JobFailed, JobSucceeded, JobYielded, ResumePointSaved, StopJob, YieldJob
 
@@ -20,21 +17,6 @@ RANKS = (4, 8, 16)
 NUM_ROUNDS = 5
 NUM_MORE_ROUNDS = 10
 SETTLING_SECONDS = 30.0
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with Store() as made:
-        yield made
-        made.shutdown()
-
-
-@pytest.fixture
-def supervisor(store: Store, tmp_path: Path) -> Iterator[Supervisor]:
-    made = Supervisor(store, tmp_path)
-    made.start_loop()
-    yield made
-    made.stop_loop()
 
 
 class Days:
