@@ -1,7 +1,7 @@
 """Objects: one protocol, one implementation on the minio client for MinIO or any S3-compatible server."""
 
-from core.storage.s3 import connect_client, host_time
-from core.storage.s3 import (
+from core.storage.clients import connect_client, host_time
+from core.storage.objects import (
     ObjectNotFoundError,
     ObjectStore,
     StorageError,

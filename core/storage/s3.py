@@ -1,120 +1,35 @@
-"""Objects: one protocol, one implementation on the minio client for MinIO or any S3-compatible server.
+"""The one ObjectStore, on an S3-compatible server.
 
-The client never waits for ever: every request has our own timeouts and few retries. A server refuses what is signed
-many minutes off: services sign with the database's time, not with their host's. Presigned URLs are signed for the
-endpoint that clients see, which may differ from the one that this process uses.
-
-    StorageError
-    |- ObjectNotFoundError
-    '- StorageUnavailableError     the server is away, slow or refuses; later may work
+Presigned URLs are signed for the endpoint that clients see, which may differ from the one that this process uses.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import os
-import re
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 from xml.etree.ElementTree import ParseError
 
 import urllib3
-from minio import Minio
-from minio.credentials.credentials import Credentials
-from minio.credentials.providers import ChainedProvider, EnvAWSProvider, IamAwsProvider, Provider, StaticProvider
 from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
-from minio.time import to_amz_date
 from urllib3 import BaseHTTPResponse
 
 from core.domain.objects import OBJECTS_PREFIX
 from core.settings import StorageConfig
+from core.storage.clients import StoreCredentials, connect_client, host_time
+from core.storage.objects import ObjectNotFoundError, StorageError, StorageUnavailableError, StoredObject
 
 PART_BYTES = 8 * 2**20
 CHUNK_BYTES = 256 * 2**10
 MAX_URL_LIFETIME = timedelta(minutes=15)
-_AWS_REGION = re.compile(r"\.([a-z]{2}(?:-[a-z]+)+-\d)\.amazonaws\.com")
 _NOT_FOUND_CODES = {"NoSuchKey", "NoSuchObject", "NotFound"}
 _BUCKET_EXISTS_CODES = {"BucketAlreadyExists", "BucketAlreadyOwnedByYou"}
-# A hung server holds a caller for two read timeouts, 30 s, at most; its Retry-After is not obeyed, it could say hours.
-_RETRIES = urllib3.Retry(
-    total=3,
-    read=1,
-    backoff_factor=0.2,
-    backoff_jitter=0.2,
-    status_forcelist=(500, 502, 503, 504),
-    respect_retry_after_header=False,
-)
-
-
-def host_time() -> dt.datetime:
-    return dt.datetime.now(dt.UTC)
-
-
-class StorageError(Exception):
-    """Something went wrong with an object."""
-
-
-class ObjectNotFoundError(StorageError):
-    """There is no object at that key."""
-
-
-class StorageUnavailableError(StorageError):
-    """The object store did not answer, or refused."""
-
-
-@dataclass(frozen=True)
-class StoredObject:
-    size_bytes: int
-    sha256: str
-
-
-class ObjectStore(Protocol):
-    """What the service needs of an object store. Keys are made by `core.domain.objects`."""
-
-    def put_stream(self, object_key: str, chunks: Iterable[bytes], *, content_type: str) -> StoredObject:
-        """Store a stream of unknown length in constant memory; nothing is stored when `chunks` raises."""
-
-    def put_bytes(self, object_key: str, body: bytes, *, content_type: str) -> StoredObject:
-        """Store a small object."""
-
-    def get_stream(self, object_key: str, *, offset: int = 0) -> Generator[bytes]:
-        """Return an object's bytes in chunks. Raises ObjectNotFoundError at the call, before the first chunk."""
-
-    def stat(self, object_key: str) -> int | None:
-        """Return the size in bytes, or None where there is no object."""
-
-    def hash_object(self, object_key: str) -> StoredObject:
-        """Read an object back and say what it is."""
-
-    def delete(self, object_key: str) -> None:
-        """Delete an object; deleting what is not there is no error."""
-
-    def delete_prefix(self, prefix: str) -> int:
-        """Delete every object behind a prefix that ends in a slash, and say how many there were."""
-
-    def list_keys(self, prefix: str) -> Iterator[str]: ...
-
-    def abort_uploads(self, prefix: str, *, min_age: timedelta) -> int:
-        """Give up multipart uploads that nobody will complete, and say how many there were."""
-
-    def renew_keys(self) -> None:
-        """Ask for keys where the last have expired: signing then waits for nobody. Raises StorageUnavailableError."""
-
-    def presign_get(self, object_key: str, *, expires: timedelta, filename: str) -> str:
-        """Return a URL on the public endpoint that downloads the object under that name."""
-
-    def presign_put(self, object_key: str, *, expires: timedelta) -> str:
-        """Return a URL on the internal endpoint, for the trainer."""
-
-    def presign_internal_get(self, object_key: str, *, expires: timedelta) -> str:
-        """Return a URL on the internal endpoint, for the trainer."""
 
 
 class S3ObjectStore:
@@ -123,7 +38,7 @@ class S3ObjectStore:
     def __init__(self, config: StorageConfig, *, now: Callable[[], dt.datetime] = host_time) -> None:
         self._config, self._now = config, now
         self._bucket = config.bucket
-        self._credentials = _Credentials(config)
+        self._credentials = StoreCredentials(config)
         self._client = self._public_client = connect_client(config, now=now, credentials=self._credentials)
         if config.public_endpoint is not None:
             public = replace(config, endpoint=config.public_endpoint, secure=config.is_public_secure)
@@ -327,83 +242,3 @@ def _translated_errors() -> Iterator[None]:
     # A body that is no XML was cut or changed on its way.
     except (MinioException, urllib3.exceptions.HTTPError, ParseError) as error:
         raise StorageUnavailableError(f"The object store did not answer: {type(error).__name__}.") from error
-
-
-class _TimedMinio(Minio):
-    """Signs its requests with a time that it is given; minio itself takes the host's."""
-
-    def __init__(self, *args: Any, now: Callable[[], dt.datetime], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._now = now
-
-    def _build_headers(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dt.datetime]:
-        headers, _host_time = super()._build_headers(*args, **kwargs)
-        date = self._now()
-        headers["x-amz-date"] = to_amz_date(date)
-        return headers, date
-
-
-def connect_client(
-    config: StorageConfig, *, now: Callable[[], dt.datetime] = host_time, credentials: Provider | None = None
-) -> Minio:
-    """Return a client that waits seconds for the endpoint, not minutes. Without `credentials`, the configuration's."""
-    client = _TimedMinio(
-        config.endpoint,
-        secure=config.secure,
-        credentials=credentials or _Credentials(config),
-        region=config.region or _region_in(config.endpoint),  # given, so that signing a URL needs no question
-        http_client=_make_pool(config.ca_bundle),
-        now=now,
-    )
-    if config.addressing == "virtual":
-        client.enable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
-    elif config.addressing == "path":
-        client.disable_virtual_style_endpoint()  # type: ignore[no-untyped-call]
-    return client
-
-
-def _region_in(endpoint: str) -> str:
-    named = _AWS_REGION.search(endpoint)
-    return named[1] if named else "us-east-1"
-
-
-def _make_pool(ca_bundle: str | None) -> urllib3.PoolManager:
-    return urllib3.PoolManager(
-        timeout=urllib3.Timeout(connect=2, read=15),
-        retries=_RETRIES,
-        maxsize=16,
-        cert_reqs="CERT_REQUIRED",
-        ca_certs=ca_bundle,
-    )
-
-
-def _find_role_endpoint() -> str | None:
-    """Return where AWS's own clients would be told to ask for a role's keys; None for where AWS answers."""
-    if "AWS_WEB_IDENTITY_TOKEN_FILE" in os.environ:
-        return os.environ.get("AWS_ENDPOINT_URL_STS")
-    if any(name.startswith("AWS_CONTAINER_CREDENTIALS_") for name in os.environ):
-        return None
-    return os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
-
-
-class _Credentials(Provider):
-    """The keys of a configuration, or else those that the environment or the machine has, renewed as they expire."""
-
-    def __init__(self, config: StorageConfig) -> None:
-        if config.access_key is not None and config.secret_key is not None:
-            self._source: Provider = StaticProvider(config.access_key, config.secret_key)
-        else:
-            role = IamAwsProvider(custom_endpoint=_find_role_endpoint(), http_client=_make_pool(config.ca_bundle))
-            self._source = ChainedProvider([EnvAWSProvider(), role])
-        self._asking = threading.Lock()
-
-    def retrieve(self) -> Credentials:
-        """Raises StorageUnavailableError where nobody has any."""
-        with self._asking:
-            try:
-                return self._source.retrieve()
-            except (ValueError, LookupError, OSError, MinioException, urllib3.exceptions.HTTPError) as error:
-                raise StorageUnavailableError(
-                    "There are no credentials for the object store: set its access key and secret key, or give this "
-                    f"machine a role ({type(error).__name__})."
-                ) from error
