@@ -16,7 +16,6 @@ import structlog
 from fastapi import Depends, Request
 from fastapi.params import Depends as Dependency
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -27,7 +26,7 @@ from api.previews import Previewer
 from api.resources import resources_of
 from api.routing import Deferred, Door, share_of
 from api.row_checks import RowChecker
-from core.db.session import operator_transaction, tenant_transaction
+from core.db.session import OperatorSession, TenantSession, operator_transaction, tenant_transaction
 from core.domain.api_keys import Identity, OperatorIdentity, Scope
 from core.domain.errors import PermissionDeniedError, RateLimitedError
 from core.settings import ApiSettings
@@ -196,9 +195,9 @@ async def get_now(request: Request) -> dt.datetime:
 
 Caller = Annotated[Identity, Depends(get_identity)]
 # Committed before the answer starts, so that no client holds an id that was not committed. Only routes can use it.
-Transaction = Annotated[Session, Depends(get_session)]
+Transaction = Annotated[TenantSession, Depends(get_session)]
 Operator = Annotated[OperatorIdentity, Depends(get_operator)]
-OperatorTransaction = Annotated[Session, Depends(get_operator_session)]
+OperatorTransaction = Annotated[OperatorSession, Depends(get_operator_session)]
 Store = Annotated[ObjectStore, Depends(get_store)]
 Feed = Annotated[EventFeed, Depends(get_feed)]
 Previews = Annotated[Previewer, Depends(get_previewer)]

@@ -11,11 +11,10 @@ from typing import Self
 from uuid import UUID
 
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
 from api.metrics import STORED_BYTES, STORED_DATASETS
 from core.db.models import File, Upload
-from core.db.session import DATABASE_ERRORS, tenant_transaction
+from core.db.session import DATABASE_ERRORS, TenantSession, tenant_transaction
 from core.domain.api_keys import Identity
 from core.domain.datasets import DatasetChecker
 from core.domain.files import NewFile
@@ -107,5 +106,5 @@ class HeldUpload:
             extended = uploads.extend_completion(session, self._caller.tenant_id, self._completion)
         self._completion = extended
 
-    def _transaction(self) -> AbstractContextManager[Session]:
+    def _transaction(self) -> AbstractContextManager[TenantSession]:
         return tenant_transaction(self._database, self._caller.tenant_id, actor=self._caller.actor)

@@ -32,12 +32,11 @@ import psycopg
 import redis
 from psycopg import sql
 from sqlalchemy import text
-from sqlalchemy.orm import Session
 
 from bench.stub_workers import BASES, LOAD_SECONDS, STEPS_AN_EPOCH, Tally
 from bench.workload import command, machine
 from core.db.migrate import RoleLogin, login_url
-from core.db.session import connect, service_transaction
+from core.db.session import TenantSession, connect, service_transaction, tenant_transaction
 from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.files import NewFile
 from core.domain.ids import new_id
@@ -189,8 +188,10 @@ def prepare(owner_url: str) -> None:
     )
     prepare_database(owner_url, Registry(base_models=entries), logins=tuple(LOGINS.values()))
     engine = connect(owner_url)
+    tenant_id = uuid.uuid4()
+    with tenant_transaction(engine, tenant_id, actor="bench") as session:
+        templates = submit_templates(session, tenant_id)
     with service_transaction(engine) as session:
-        templates = submit_templates(session)
         session.execute(text(TENANTS), {"count": NUM_TENANTS})
         session.execute(text(FILES), {"examples": STEPS_AN_EPOCH})
         count = NUM_JOBS - len(templates)
@@ -200,9 +201,9 @@ def prepare(owner_url: str) -> None:
     engine.dispose()
 
 
-def submit_templates(session: Session) -> list[uuid.UUID]:
+def submit_templates(session: TenantSession, tenant_id: uuid.UUID) -> list[uuid.UUID]:
     """Submit one job of each base and length, by the service's own way, and return their ids."""
-    tenant_id, file_id = uuid.uuid4(), new_id()
+    file_id = new_id()
     first = "insert into tenants (id, slug, name, max_running, max_queued) values (:id, 't1', 't1', 64, 10000)"
     session.execute(text(first), {"id": tenant_id})
     key = file_key(tenant_id, file_id)

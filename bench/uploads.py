@@ -22,7 +22,7 @@ import httpx
 import psutil
 
 from core.db.migrate import RoleLogin, login_url
-from core.db.session import connect, service_transaction
+from core.db.session import connect, operator_transaction
 from core.domain.datasets import DatasetChecker
 from core.services.api_keys import issue_api_key
 from core.services.tenants import create_tenant
@@ -138,7 +138,7 @@ def _running_api(directory: Path) -> Iterator[tuple[str, str, psutil.Process]]:
         login = RoleLogin("espalier_api", servers.secrets.api)
         prepare_database(servers.addresses.postgres_url, default_registry(), logins=(login,))
         engine = connect(servers.addresses.postgres_url)
-        with service_transaction(engine) as session:
+        with operator_transaction(engine, actor="bench") as session:
             api_key = str(issue_api_key(session, create_tenant(session, "bench").id, name="bench").api_key)
         engine.dispose()
         (port,) = free_ports(1)

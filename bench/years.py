@@ -24,16 +24,15 @@ import httpx
 import psycopg
 import yaml
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
 from core.db.migrate import RoleLogin, login_url
-from core.db.session import connect, operator_transaction, service_transaction
+from core.db.session import ServiceSession, auditor_transaction, connect, operator_transaction, service_transaction
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
 from core.services import attempts, census, charges, claims, files, garbage, idempotency, operators, promises, purges
-from core.services.oversight import find_pool_demand
+from core.services.oversight import PoolDemand, find_pool_demand
 from local.servers import LocalServers
 from local.stack import LocalStack
 
@@ -260,14 +259,14 @@ def operator_looks(marks: Marks) -> dict[str, str]:
 
 
 def duties(schedule: Engine, worker: Engine, owner: Engine) -> dict[str, Callable[[], object]]:
-    def in_transaction(engine: Engine, ask: Callable[[Session], object]) -> Callable[[], object]:
+    def in_transaction(engine: Engine, ask: Callable[[ServiceSession], object]) -> Callable[[], object]:
         def do() -> object:
             with service_transaction(engine) as session:
                 return ask(session)
 
         return do
 
-    asked: dict[str, Callable[[Session], object]] = {
+    asked: dict[str, Callable[[ServiceSession], object]] = {
         "schedule: which pools to wake": claims.claimable_pools,
         "schedule: newcomers": charges.list_newcomers,
         "schedule: expired leases": attempts.expire_leases,
@@ -280,8 +279,13 @@ def duties(schedule: Engine, worker: Engine, owner: Engine) -> dict[str, Callabl
     }
     return {name: in_transaction(schedule, ask) for name, ask in asked.items()} | {
         "worker: a claim": lambda: claim_and_fail(worker),
-        "scaler: a pool's demand": in_transaction(owner, lambda session: find_pool_demand(session, POOL)),
+        "scaler: a pool's demand": lambda: ask_demand(owner),
     }
+
+
+def ask_demand(owner: Engine) -> PoolDemand:
+    with operator_transaction(owner, actor="bench") as session:
+        return find_pool_demand(session, POOL)
 
 
 def claim_and_fail(worker: Engine) -> None:
@@ -337,7 +341,7 @@ def report(stack: LocalStack, servers: LocalServers, clients: Clients, marks: Ma
 
 def report_contract(owner: Engine) -> None:
     begun = time.perf_counter()
-    with service_transaction(owner) as session:
+    with auditor_transaction(owner) as session:
         findings = promises.check_rows(session, FairnessTerms())
     broken = sum(finding.num_broken for finding in findings)
     print(f"\ncheck-contract, of rows: {time.perf_counter() - begun:.2f} s, {broken} broken.", flush=True)

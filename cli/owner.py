@@ -14,11 +14,10 @@ from typing import Annotated
 
 import typer
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
 from cli.environment import reading_settings
 from cli.output import fail
-from core.db.session import connect, operator_transaction
+from core.db.session import OperatorSession, connect, operator_transaction
 from core.settings import OwnerSettings
 from local.external import OWNER_URL_SETTING
 from local.servers import find_addresses
@@ -28,7 +27,7 @@ DataDir = Annotated[Path, typer.Option(help="Where the local servers keep their 
 
 
 @contextmanager
-def operator_session(data_dir: Path) -> Iterator[Session]:
+def operator_session(data_dir: Path) -> Iterator[OperatorSession]:
     """Open an operator's transaction. Errors end the command with one line (cli.reporting)."""
     with owner_engine(data_dir) as engine, operator_transaction(engine, actor=actor()) as session:
         yield session

@@ -18,7 +18,7 @@ from typing import Protocol, Self
 import httpx
 
 from core.db.migrate import RoleLogin, login_url, migrate_database
-from core.db.session import connect, operator_transaction, service_transaction
+from core.db.session import connect, operator_transaction, owner_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
 from core.domain.errors import NotFoundError
@@ -174,7 +174,7 @@ class LocalStack:
     def find_unusable_bases(self) -> dict[str, str]:
         """Return why bases cannot be used, by their ids, as far as a worker has found out."""
         engine = connect(self.owner_url)
-        with service_transaction(engine) as session:
+        with owner_transaction(engine) as session:
             found = {row.id: row.state_reason for row in list_base_models(session) if row.state_reason is not None}
         engine.dispose()
         return found
@@ -229,7 +229,7 @@ class LocalStack:
     def _list_pools(self) -> list[str]:
         """Return the pools of all bases that are served: the registry's in its order, then those added by hand."""
         engine = connect(self.owner_url)
-        with service_transaction(engine) as session:
+        with owner_transaction(engine) as session:
             rows = {row.id: row for row in list_base_models(session)}
         engine.dispose()
         named = [base.id for base in self._registry.base_models if base.id in rows]
@@ -279,7 +279,7 @@ def prepare_database(owner_url: str, registry: Registry, *, logins: tuple[RoleLo
     migrate_database(owner_url, logins=logins)
     engine = connect(owner_url)
     try:
-        with service_transaction(engine) as session:
+        with owner_transaction(engine) as session:
             sync_base_models(session, registry)
     finally:
         engine.dispose()

@@ -23,11 +23,10 @@ import structlog
 from kombu.exceptions import OperationalError as BrokerError
 from prometheus_client import REGISTRY
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
 from core.db.clock import DatabaseClock
 from core.db.connections import Subscription
-from core.db.session import DATABASE_ERRORS, connect, service_transaction, state_of, took_too_long
+from core.db.session import DATABASE_ERRORS, ServiceSession, connect, service_transaction, state_of, took_too_long
 from core.queue import WakeUpPublisher
 from core.sandbox import hide_memory
 from core.services.attempts import expire_leases
@@ -163,7 +162,7 @@ class Schedule:
                 raise
             log.exception("duty.timed_out", duty=duty.__name__, sqlstate=state_of(error))
 
-    def _leads(self, session: Session) -> bool:
+    def _leads(self, session: ServiceSession) -> bool:
         is_leader = lead(session, self._holder, lease_seconds=self._settings.leader_lease_seconds)
         if is_leader != self._is_leader:
             log.info("schedule.leads" if is_leader else "schedule.stands_by", holder=self._holder)
@@ -209,10 +208,10 @@ class Schedule:
         except StorageError as error:
             log.warning("storage.unavailable", error=str(error))
 
-    def _may_clean(self, session: Session) -> bool:
+    def _may_clean(self, session: ServiceSession) -> bool:
         return self._may_go_on(session, self._cleaning)
 
-    def _may_go_on(self, session: Session, life: Duty) -> bool:
+    def _may_go_on(self, session: ServiceSession, life: Duty) -> bool:
         life.beat()
         return not self._stop_requested.is_set() and self._leads(session)
 

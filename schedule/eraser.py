@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
-from core.db.session import service_transaction
+from core.db.session import ServiceSession, service_transaction
 from core.domain.objects import tenant_prefix
 from core.services.erasure import (
     BEGINNING,
@@ -33,7 +32,9 @@ log = structlog.get_logger()
 _NOW = dt.timedelta(0)
 
 
-def erase(engine: Engine, store: ObjectStore, *, min_age: dt.timedelta, may_go_on: Callable[[Session], bool]) -> None:
+def erase(
+    engine: Engine, store: ObjectStore, *, min_age: dt.timedelta, may_go_on: Callable[[ServiceSession], bool]
+) -> None:
     """Erase what is due. `may_go_on` is asked before each transaction. `min_age` is after how long nothing is late.
 
     Raises OperationalError, and StorageError when the object store seems to be away.
@@ -49,7 +50,7 @@ def erase(engine: Engine, store: ObjectStore, *, min_age: dt.timedelta, may_go_o
             patience.heed(_finish_tenant(engine, store, tenant_id, min_age))
 
 
-def _erase_rows_of_tenant(engine: Engine, tenant_id: uuid.UUID, may_go_on: Callable[[Session], bool]) -> None:
+def _erase_rows_of_tenant(engine: Engine, tenant_id: uuid.UUID, may_go_on: Callable[[ServiceSession], bool]) -> None:
     erased: Counter[str] = Counter()
     while _is_allowed(engine, may_go_on):
         with service_transaction(engine) as session:
@@ -61,7 +62,7 @@ def _erase_rows_of_tenant(engine: Engine, tenant_id: uuid.UUID, may_go_on: Calla
         log.info("tenant.rows_erased", tenant_id=str(tenant_id), **erased)
 
 
-def _erase_jobs(engine: Engine, may_go_on: Callable[[Session], bool]) -> None:
+def _erase_jobs(engine: Engine, may_go_on: Callable[[ServiceSession], bool]) -> None:
     place: Place | None = BEGINNING
     erased: Counter[str] = Counter()
     while place is not None and _is_allowed(engine, may_go_on):
@@ -94,6 +95,6 @@ def _finish_tenant(
     return None
 
 
-def _is_allowed(engine: Engine, may_go_on: Callable[[Session], bool]) -> bool:
+def _is_allowed(engine: Engine, may_go_on: Callable[[ServiceSession], bool]) -> bool:
     with service_transaction(engine) as session:
         return may_go_on(session)

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
-from core.db.session import service_transaction
+from core.db.session import ServiceSession, service_transaction
 from core.services.retention import Kind, forget_some
 from core.settings import ScheduleSettings
 from schedule.metrics import ROWS_DELETED
@@ -34,14 +33,14 @@ def days_kept(settings: ScheduleSettings) -> dict[Kind, int]:
     }
 
 
-def forget(engine: Engine, days_by_kind: Mapping[Kind, int], *, may_go_on: Callable[[Session], bool]) -> None:
+def forget(engine: Engine, days_by_kind: Mapping[Kind, int], *, may_go_on: Callable[[ServiceSession], bool]) -> None:
     """Delete what is due. `may_go_on` is asked before each transaction. Raises OperationalError."""
     for kind, days in days_by_kind.items():
         if days and (num_rows := _forget_kind(engine, kind, days, may_go_on)):
             log.info("rows.forgotten", kind=kind, days=days, **num_rows)
 
 
-def _forget_kind(engine: Engine, kind: Kind, days: int, may_go_on: Callable[[Session], bool]) -> Counter[str]:
+def _forget_kind(engine: Engine, kind: Kind, days: int, may_go_on: Callable[[ServiceSession], bool]) -> Counter[str]:
     forgotten: Counter[str] = Counter()
     for _ in range(_MAX_BATCHES):
         with service_transaction(engine) as session:

@@ -10,9 +10,8 @@ from itertools import groupby
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
-from core.db.session import service_transaction
+from core.db.session import ServiceSession, service_transaction
 from core.domain.duties import Duty
 from core.domain.objects import is_location_of
 from core.services.purges import Purge, find_purges, mark_purged
@@ -23,7 +22,7 @@ from schedule.patience import Patience
 log = structlog.get_logger()
 
 
-def purge(engine: Engine, store: ObjectStore, *, may_go_on: Callable[[Session], bool]) -> int:
+def purge(engine: Engine, store: ObjectStore, *, may_go_on: Callable[[ServiceSession], bool]) -> int:
     """Purge what is due and return how many rows that were. `may_go_on` is asked before each tenant's turn.
 
     Raises DATABASE_ERRORS, and StorageError when the object store seems to be away.
@@ -38,7 +37,7 @@ def purge(engine: Engine, store: ObjectStore, *, may_go_on: Callable[[Session], 
     return num_purged
 
 
-def _find_due(engine: Engine, may_go_on: Callable[[Session], bool]) -> tuple[Purge, ...]:
+def _find_due(engine: Engine, may_go_on: Callable[[ServiceSession], bool]) -> tuple[Purge, ...]:
     with service_transaction(engine) as session:
         return find_purges(session) if may_go_on(session) else ()
 

@@ -8,15 +8,13 @@ from contextlib import AbstractContextManager
 
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
 
 from cli.doctor.findings import Finding, failed, ok, skipped, warning
 from cli.reporting import describe_error
 from core.db.revisions import list_revisions
 from core.db.roles import AUDITOR, BACKUP, OPERATOR, ROLES, SERVING
-from core.db.session import DATABASE_ERRORS, service_transaction
+from core.db.session import DATABASE_ERRORS, ServiceSession, SessionKind, service_transaction
 
-Transactions = Callable[[], AbstractContextManager[Session]]
 MIGRATE = "Run `espalier migrate` with this version of the code."
 _OLDEST_MAJOR, _RECOMMENDED_MAJOR = 14, 16
 _BUSY_PART = 0.8
@@ -72,7 +70,7 @@ def check_database(engine: Engine) -> Finding:
     return ok("database", says)
 
 
-def check_schema(session: Session) -> Finding:
+def check_schema(session: ServiceSession) -> Finding:
     """Compare the database's schema with the newest that this code knows."""
     known = list_revisions()
     if session.scalar(text("select to_regclass('public.alembic_version')")) is None:
@@ -87,7 +85,7 @@ def check_schema(session: Session) -> Finding:
     )
 
 
-def check_roles(session: Session) -> Finding:
+def check_roles(session: ServiceSession) -> Finding:
     """See that the runtime roles are there, can log in, and can do no more than they should."""
     query = text("select rolname, rolcanlogin, rolsuper or rolbypassrls from pg_roles where rolname = any(:roles)")
     found = {
@@ -112,7 +110,7 @@ def check_roles(session: Session) -> Finding:
     )
 
 
-def check_grants(session: Session) -> Finding:
+def check_grants(session: ServiceSession) -> Finding:
     """See that no table of tenants is open, and that each role has the rights its work begins with."""
     open_tables = session.scalars(_OPEN_TABLES).all()
     if open_tables:
@@ -126,7 +124,7 @@ def check_grants(session: Session) -> Finding:
     return ok("grants", "Row-level security is forced on every table of tenants; each role has what it needs.")
 
 
-def check_operator(session: Session) -> Finding:
+def check_operator(session: ServiceSession) -> Finding:
     """See that whoever runs commands of operators can take on the roles that those, and `pg_dump`, act in."""
     me = session.scalar(text("select current_user"))
     if me in SERVING and me != "espalier_api":
@@ -143,7 +141,9 @@ def check_operator(session: Session) -> Finding:
     return ok("operator", f"{me} can act as an operator.")
 
 
-def check_clock(session: Session, *, now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)) -> Finding:
+def check_clock(
+    session: ServiceSession, *, now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)
+) -> Finding:
     """Compare this host's clock with the database's, within the time that the question takes."""
     before = now()
     theirs = session.scalars(text("select clock_timestamp()")).one()
@@ -158,7 +158,7 @@ def check_clock(session: Session, *, now: Callable[[], dt.datetime] = lambda: dt
     return ok("clock", "This host and the database have the same time.")
 
 
-CHECKS: tuple[tuple[str, Callable[[Session], Finding]], ...] = (
+CHECKS: tuple[tuple[str, Callable[[ServiceSession], Finding]], ...] = (
     ("schema", check_schema),
     ("roles", check_roles),
     ("grants", check_grants),
@@ -168,7 +168,8 @@ CHECKS: tuple[tuple[str, Callable[[Session], Finding]], ...] = (
 
 
 def run_each(
-    checks: tuple[tuple[str, Callable[[Session], Finding]], ...], open_transaction: Transactions
+    checks: tuple[tuple[str, Callable[[SessionKind], Finding]], ...],
+    open_transaction: Callable[[], AbstractContextManager[SessionKind]],
 ) -> Iterator[Finding]:
     """Yield what each check finds, in a transaction of its own. One that may not look is skipped."""
     for name, check in checks:

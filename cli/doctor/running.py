@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sqlalchemy import text
-from sqlalchemy.orm import Session
 
 from cli.doctor.findings import Finding, failed, ok, warning
+from core.db.session import OperatorSession
 from core.services.workers import list_refusals
 from core.version import read_version
 
@@ -22,7 +22,7 @@ where b.is_enabled and b.disabled_at is null order by 1
 """)
 
 
-def check_schedule(session: Session) -> Finding:
+def check_schedule(session: OperatorSession) -> Finding:
     """See that a schedule leads: without one nobody wakes workers, expires leases or deletes objects."""
     query = text("select holder, lease_until > now() from leaders where name = 'schedule'")
     row = session.execute(query).one_or_none()
@@ -35,7 +35,7 @@ def check_schedule(session: Session) -> Finding:
     return ok("schedule", f"{holder} leads.")
 
 
-def check_workers(session: Session) -> Finding:
+def check_workers(session: OperatorSession) -> Finding:
     """See that the pools on offer are served, by workers of this version that can load their bases."""
     alive = text("select name, version from workers where alive_until > now() and state <> 'stopping' order by name")
     workers = session.execute(alive).all()
@@ -65,7 +65,7 @@ def check_workers(session: Session) -> Finding:
     return ok("workers", f"{len(workers)} are alive and serve every pool on offer.")
 
 
-def check_bases(session: Session) -> Finding:
+def check_bases(session: OperatorSession) -> Finding:
     """See that there is a base model on offer, and that none of them is known not to load."""
     query = text("""
         select id, state, state_reason from base_models where is_enabled and disabled_at is null order by id
@@ -91,7 +91,7 @@ def _name_some(names: list[str]) -> str:
     return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-CHECKS: tuple[tuple[str, Callable[[Session], Finding]], ...] = (
+CHECKS: tuple[tuple[str, Callable[[OperatorSession], Finding]], ...] = (
     ("schedule", check_schedule),
     ("workers", check_workers),
     ("bases", check_bases),

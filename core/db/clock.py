@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import structlog
 from sqlalchemy import Engine, func, select
-from sqlalchemy.orm import Session
 
-from core.db.session import DATABASE_ERRORS, service_transaction
+from core.db.session import DATABASE_ERRORS, ServiceSession, service_transaction
 
 log = structlog.get_logger()
 # S3 refuses what is signed 15 minutes off, and URLs live for as long. Clocks that NTP keeps differ by milliseconds.
@@ -58,7 +57,7 @@ class DatabaseClock:
             self._refresh()
             stop_requested.wait(_RETRY_SECONDS)
 
-    def read(self, session: Session) -> None:
+    def read(self, session: ServiceSession) -> None:
         """Ask the database, in a transaction of the caller's: half of the round trip is taken for the way there."""
         session.connection()  # to connect may take seconds, which are no part of the way
         sent_at = time.monotonic()

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import psycopg
 from psycopg.pq import Escaping, ExecStatus, TransactionStatus
@@ -62,6 +62,35 @@ _REST_SECONDS = 0.5
 _BOUNDS = "espalier_bounds"  # the name among an engine's execution options
 
 
+class TenantSession(Session):
+    """Sees one tenant's rows, and what others share with it; writes what the API may, in the name of its actor."""
+
+
+class OperatorSession(Session):
+    """Sees every tenant's settings and keys, and of jobs what views show; writes settings and keys."""
+
+
+class AuditorSession(Session):
+    """Sees every row; writes none."""
+
+
+class OwnerSession(Session):
+    """Sees what belongs to no tenant, and the audit log; writes the registry of base models."""
+
+
+class KeySession(Session):
+    """Sees one API key's row, and once `enter_tenant` has told whose, its tenant; writes when the key was used."""
+
+
+class ServiceSession(Session):
+    """Sees and writes what the role that logged in is granted: in a worker or the schedule, every tenant's jobs."""
+
+
+# Who writes files, jobs and what becomes of jobs: a tenant its own, a service everybody's.
+WorkWriter: TypeAlias = TenantSession | ServiceSession
+SessionKind = TypeVar("SessionKind", bound=Session)
+
+
 def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: float = 0) -> Engine:
     """Return an engine for a database's URL (core.database_urls). A dead server is noticed within seconds, not minutes.
 
@@ -109,57 +138,60 @@ def took_too_long(error: BaseException) -> bool:
 
 
 @contextmanager
-def tenant_transaction(engine: Engine, tenant_id: uuid.UUID, *, actor: str = "") -> Iterator[Session]:
+def tenant_transaction(engine: Engine, tenant_id: uuid.UUID, *, actor: str = "") -> Iterator[TenantSession]:
     """Open a transaction that sees and writes this tenant's rows only. `actor` is who the audit log will name."""
     identity = {"app.tenant_id": str(tenant_id), "app.actor": actor}
-    with _transaction(engine, identity | _FEWEST_ROWS) as session:
+    with _transaction(TenantSession, engine, identity | _FEWEST_ROWS) as session:
         yield session
 
 
 @contextmanager
-def operator_transaction(engine: Engine, *, actor: str) -> Iterator[Session]:
+def operator_transaction(engine: Engine, *, actor: str) -> Iterator[OperatorSession]:
     """Open a transaction in the operator's role, which sees every tenant's settings and nobody's files or jobs."""
-    with _transaction(engine, {"role": OPERATOR, "app.actor": actor}) as session:
+    with _transaction(OperatorSession, engine, {"role": OPERATOR, "app.actor": actor}) as session:
         yield session
 
 
 @contextmanager
-def auditor_transaction(engine: Engine) -> Iterator[Session]:
+def auditor_transaction(engine: Engine) -> Iterator[AuditorSession]:
     """Open a transaction in the auditor's role, which reads every tenant's rows and changes none."""
-    with _transaction(engine, {"role": AUDITOR}) as session:
+    with _transaction(AuditorSession, engine, {"role": AUDITOR}) as session:
         yield session
 
 
 @contextmanager
-def owner_transaction(engine: Engine, *, actor: str) -> Iterator[Session]:
-    """Open a transaction in the role that the engine logs in with, the owner's; `actor` is as with operators."""
-    with _transaction(engine, {"app.actor": actor}) as session:
+def owner_transaction(engine: Engine, *, actor: str = "") -> Iterator[OwnerSession]:
+    """Open a transaction in the role that the engine logs in with, the owner's. Without `actor` the log names it."""
+    with _transaction(OwnerSession, engine, {"app.actor": actor}) as session:
         yield session
 
 
 @contextmanager
-def key_transaction(engine: Engine, key_id: str) -> Iterator[Session]:
+def key_transaction(engine: Engine, key_id: str) -> Iterator[KeySession]:
     """Open a transaction that sees one API key's row only: whose tenant it is is not yet known."""
-    with _transaction(engine, {"app.key_id": key_id}) as session:
+    with _transaction(KeySession, engine, {"app.key_id": key_id}) as session:
         yield session
 
 
-def enter_tenant(session: Session, tenant_id: uuid.UUID) -> None:
-    """Let a transaction that has found out whose key it holds see that tenant's rows too."""
+def enter_tenant(session: KeySession, tenant_id: uuid.UUID) -> None:
+    """Let a transaction that has found out whose key it holds see that tenant's rows too.
+
+    It is no TenantSession then: it names no actor, so it may change nothing of the tenant's.
+    """
     session.info["identity"]["app.tenant_id"] = str(tenant_id)
     _set_locally(session.connection(), {"app.tenant_id": str(tenant_id)})
 
 
 @contextmanager
-def service_transaction(engine: Engine) -> Iterator[Session]:
+def service_transaction(engine: Engine) -> Iterator[ServiceSession]:
     """Open a transaction with no tenant: what it sees is what its database role is granted."""
-    with _transaction(engine, {}) as session:
+    with _transaction(ServiceSession, engine, {}) as session:
         yield session
 
 
 @contextmanager
-def _transaction(engine: Engine, identity: dict[str, str]) -> Iterator[Session]:
-    with Session(engine, info={"identity": dict(identity)}, expire_on_commit=False) as session:
+def _transaction(kind: type[SessionKind], engine: Engine, identity: dict[str, str]) -> Iterator[SessionKind]:
+    with kind(engine, info={"identity": dict(identity)}, expire_on_commit=False) as session:
         yield session
         session.commit()
     if told := session.info.get("notifications"):

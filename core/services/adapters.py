@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Select, and_, func, select, update
-from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Checkpoint, Job, Tenant
+from core.db.session import ServiceSession, TenantSession
 from core.domain.errors import NotFoundError
 from core.domain.ids import IdKind, not_found
 from core.domain.jobs import fine_tuned_model_name
@@ -42,20 +42,20 @@ class TrainedAdapter:
         return TrainedModel(row.name, row.tenant_id, row.created_at, row.base_model_id, self.config)
 
 
-def name_adapter(session: Session, job: Job) -> str:
+def name_adapter(session: ServiceSession, job: Job) -> str:
     """Return what the adapter of a job is called, or will be."""
     slug = session.scalars(select(Tenant.slug).where(Tenant.id == job.tenant_id)).one()
     return fine_tuned_model_name(job.base_model_id, tenant_slug=slug, suffix=job.suffix, digits=job.name_digits)
 
 
-def get_adapter(session: Session, tenant_id: uuid.UUID, *, adapter_id: uuid.UUID) -> TrainedAdapter:
+def get_adapter(session: TenantSession, tenant_id: uuid.UUID, *, adapter_id: uuid.UUID) -> TrainedAdapter:
     found = session.execute(_live(tenant_id).where(Adapter.id == adapter_id)).one_or_none()
     if found is None:
         raise not_found(IdKind.ADAPTER, adapter_id)
     return TrainedAdapter(*found)
 
 
-def find_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> TrainedAdapter:
+def find_adapter(session: TenantSession, tenant_id: uuid.UUID, *, name: str) -> TrainedAdapter:
     found = session.execute(_live(tenant_id).where(Adapter.name == name)).one_or_none()
     if found is None:
         raise NotFoundError(f"The model {name[:200]!r} does not exist.", code="model_not_found", param="model")
@@ -63,7 +63,7 @@ def find_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> Traine
 
 
 def list_adapters(
-    session: Session, tenant_id: uuid.UUID, *, after: uuid.UUID | None, limit: int
+    session: TenantSession, tenant_id: uuid.UUID, *, after: uuid.UUID | None, limit: int
 ) -> Page[TrainedAdapter]:
     query = _live(tenant_id)
     if after is not None:
@@ -72,14 +72,14 @@ def list_adapters(
     return Page.cut([TrainedAdapter(*each) for each in found], limit)
 
 
-def list_models(session: Session, tenant_id: uuid.UUID, *, limit: int) -> Page[TrainedModel]:
+def list_models(session: TenantSession, tenant_id: uuid.UUID, *, limit: int) -> Page[TrainedModel]:
     """Return a tenant's newest models: what adapters are listed with takes three times as long to read."""
     columns = (Adapter.name, Adapter.tenant_id, Adapter.created_at, Adapter.base_model_id, Job.spec["adapter"])
     found = session.execute(_live(tenant_id).with_only_columns(*columns).order_by(Adapter.id.desc()).limit(limit + 1))
     return Page.cut([TrainedModel(*each) for each in found], limit)
 
 
-def delete_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> None:
+def delete_adapter(session: TenantSession, tenant_id: uuid.UUID, *, name: str) -> None:
     """Delete a fine-tuned model: its objects go soon after, its job stays."""
     adapter = find_adapter(session, tenant_id, name=name).row
     session.execute(
@@ -88,7 +88,7 @@ def delete_adapter(session: Session, tenant_id: uuid.UUID, *, name: str) -> None
 
 
 def list_checkpoints(
-    session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, after: uuid.UUID | None, limit: int
+    session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID, after: uuid.UUID | None, limit: int
 ) -> Page[Checkpoint]:
     query = select(Checkpoint).where(
         Checkpoint.tenant_id == tenant_id, Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None)

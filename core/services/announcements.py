@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Sequence
 
 from sqlalchemy import text
-from sqlalchemy.orm import Session
 
 from core.db.models import Pool
+from core.db.session import ServiceSession
 from core.services.events import EVENT_CHANNEL
 from core.services.turns import IS_IN_REACH, MAY_START
 
@@ -43,7 +43,7 @@ _TELL_FIRST = text(_TELL.format(ids=_FIRST))
 _TELL_THESE = text(_TELL.format(ids="select unnest(cast(:job_ids as uuid[]))"))
 
 
-def announce_load(session: Session, pool: str, *, base_model_id: str, num_jobs: int) -> Sequence[uuid.UUID]:
+def announce_load(session: ServiceSession, pool: str, *, base_model_id: str, num_jobs: int) -> Sequence[uuid.UUID]:
     """Tell the jobs that a worker will claim first that it loads their base now. Returns their ids."""
     known = session.get(Pool, pool)
     last_time = ""
@@ -54,17 +54,17 @@ def announce_load(session: Session, pool: str, *, base_model_id: str, num_jobs: 
     return session.scalars(_TELL_FIRST, values).all()
 
 
-def announce_loaded(session: Session, job_ids: Sequence[uuid.UUID], *, seconds: float) -> None:
+def announce_loaded(session: ServiceSession, job_ids: Sequence[uuid.UUID], *, seconds: float) -> None:
     """Tell those of the jobs that still wait that their base is loaded, and how long it took."""
     _tell(session, job_ids, level="info", message=f"The base model was loaded in {seconds:.1f} s.")
 
 
-def announce_unloaded(session: Session, job_ids: Sequence[uuid.UUID], *, base_model_id: str) -> None:
+def announce_unloaded(session: ServiceSession, job_ids: Sequence[uuid.UUID], *, base_model_id: str) -> None:
     """Tell those of the jobs that still wait that the worker could not load their base: why is the operator's."""
     told = f"The worker could not load the base model {base_model_id}; the job waits for another, and loses no attempt."
     _tell(session, job_ids, level="warn", message=told)
 
 
-def _tell(session: Session, job_ids: Sequence[uuid.UUID], *, level: str, message: str) -> None:
+def _tell(session: ServiceSession, job_ids: Sequence[uuid.UUID], *, level: str, message: str) -> None:
     values = {"job_ids": list(job_ids), "level": level, "message": message, "channel": EVENT_CHANNEL}
     session.execute(_TELL_THESE, values)

@@ -7,13 +7,13 @@ import hmac
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from sqlalchemy import CTE, ColumnElement, any_, func, literal, select, update
-from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
 from core.db.models import ApiKeyRow, Tenant
-from core.db.session import enter_tenant
+from core.db.session import KeySession, OperatorSession, TenantSession, enter_tenant
 from core.domain.api_keys import (
     DEFAULT_SCOPES,
     LAST_USED_INTERVAL,
@@ -30,6 +30,8 @@ from core.domain.errors import ConflictError, NotFoundError, PermissionDeniedErr
 from core.domain.ids import new_id
 from core.services.tenants import require_not_deleted
 
+# Who makes, lists and ends a tenant's keys: the tenant with a key that may, and operators.
+KeyIssuer: TypeAlias = TenantSession | OperatorSession
 _IS_STALE = func.coalesce(ApiKeyRow.last_used_at < func.now() - LAST_USED_INTERVAL, True)
 
 
@@ -42,7 +44,7 @@ class IssuedKey:
 
 
 def issue_api_key(
-    session: Session,
+    session: KeyIssuer,
     tenant_id: uuid.UUID,
     *,
     name: str,
@@ -67,7 +69,7 @@ def issue_api_key(
 
 
 def rotate_api_key(
-    session: Session, tenant_id: uuid.UUID, *, name: str, lifetime: dt.timedelta | None = None
+    session: OperatorSession, tenant_id: uuid.UUID, *, name: str, lifetime: dt.timedelta | None = None
 ) -> IssuedKey:
     """Add a key that is what the newest of this name is, to the day of its expiry unless a new lifetime is given.
 
@@ -86,13 +88,13 @@ def rotate_api_key(
     return _add_key(session, tenant_id, name=name, power=power, maker_id=newest.created_by)
 
 
-def list_api_keys(session: Session, tenant_id: uuid.UUID) -> Sequence[ApiKeyRow]:
+def list_api_keys(session: KeyIssuer, tenant_id: uuid.UUID) -> Sequence[ApiKeyRow]:
     """Return the tenant's live keys, oldest first. They are few by `MAX_LIVE_KEYS`."""
     query = select(ApiKeyRow).where(ApiKeyRow.tenant_id == tenant_id, *_is_live())
     return session.scalars(query.order_by(ApiKeyRow.id)).all()
 
 
-def get_api_key(session: Session, tenant_id: uuid.UUID, *, key_id: str) -> ApiKeyRow:
+def get_api_key(session: KeyIssuer, tenant_id: uuid.UUID, *, key_id: str) -> ApiKeyRow:
     query = select(ApiKeyRow).where(ApiKeyRow.tenant_id == tenant_id, ApiKeyRow.key_id == key_id, *_is_live())
     row = session.scalar(query)
     if row is None:
@@ -100,7 +102,7 @@ def get_api_key(session: Session, tenant_id: uuid.UUID, *, key_id: str) -> ApiKe
     return row
 
 
-def revoke_api_key(session: Session, tenant_id: uuid.UUID, *, key_id: str, with_children: bool = False) -> None:
+def revoke_api_key(session: KeyIssuer, tenant_id: uuid.UUID, *, key_id: str, with_children: bool = False) -> None:
     """End a key, and with it those that it made, and theirs, if asked: for a key that has leaked.
 
     What is ended is refused everywhere within seconds, also on streams that it has opened.
@@ -118,7 +120,7 @@ def revoke_api_key(session: Session, tenant_id: uuid.UUID, *, key_id: str, with_
     )
 
 
-def find_key_owner(session: Session, key_id: str) -> uuid.UUID:
+def find_key_owner(session: OperatorSession, key_id: str) -> uuid.UUID:
     """Return the tenant of a key. For operators, who may know any tenant."""
     tenant_id = session.scalar(select(ApiKeyRow.tenant_id).where(ApiKeyRow.key_id == key_id))
     if tenant_id is None:
@@ -126,7 +128,7 @@ def find_key_owner(session: Session, key_id: str) -> uuid.UUID:
     return tenant_id
 
 
-def authenticate(session: Session, api_key: ApiKey) -> Identity:
+def authenticate(session: KeySession, api_key: ApiKey) -> Identity:
     """Return whose live key this is. Needs a transaction opened for `api_key.key_id`.
 
     Unknown, wrong, revoked and expired keys are all answered alike, so that nothing can be learned by asking.
@@ -140,7 +142,7 @@ def authenticate(session: Session, api_key: ApiKey) -> Identity:
     return _identity_of(session, row)
 
 
-def reauthenticate(session: Session, key_id: str) -> Identity:
+def reauthenticate(session: KeySession, key_id: str) -> Identity:
     """Return what a key that was good may do now: for a request that lasts. Raises as `authenticate` does."""
     row = _find_live_key(session, key_id)
     if row is None:
@@ -148,7 +150,7 @@ def reauthenticate(session: Session, key_id: str) -> Identity:
     return _identity_of(session, row)
 
 
-def find_reading_keys(session: Session, tenant_id: uuid.UUID, key_ids: Iterable[str]) -> set[str]:
+def find_reading_keys(session: TenantSession, tenant_id: uuid.UUID, key_ids: Iterable[str]) -> set[str]:
     """Return those of a tenant's keys that are alive and may read; none where the tenant is disabled."""
     query = (
         select(ApiKeyRow.key_id)
@@ -159,7 +161,7 @@ def find_reading_keys(session: Session, tenant_id: uuid.UUID, key_ids: Iterable[
     return set(session.scalars(query))
 
 
-def _add_key(session: Session, tenant_id: uuid.UUID, *, name: str, power: Power, maker_id: str | None) -> IssuedKey:
+def _add_key(session: KeyIssuer, tenant_id: uuid.UUID, *, name: str, power: Power, maker_id: str | None) -> IssuedKey:
     require_not_deleted(session.scalars(select(Tenant.deleted_at).where(Tenant.id == tenant_id)).one())
     live = list_api_keys(session, tenant_id)
     if sum(row.name == name for row in live) >= MAX_LIVE_KEYS_PER_NAME or len(live) >= MAX_LIVE_KEYS:
@@ -190,7 +192,7 @@ def _power_of(row: ApiKeyRow) -> Power:
     return Power(frozenset(map(Scope, row.scopes)), row.expires_at)
 
 
-def _instant_after(session: Session, lifetime: dt.timedelta | None) -> dt.datetime | None:
+def _instant_after(session: KeyIssuer, lifetime: dt.timedelta | None) -> dt.datetime | None:
     """Return when what is made now is over, by the database's clock."""
     return None if lifetime is None else session.scalar(select(func.now() + lifetime))
 
@@ -207,16 +209,16 @@ def _is_live() -> tuple[ColumnElement[bool], ...]:
     return (ApiKeyRow.revoked_at.is_(None), func.coalesce(ApiKeyRow.expires_at > func.now(), True))
 
 
-def _find_live_key(session: Session, key_id: str) -> ApiKeyRow | None:
+def _find_live_key(session: KeySession | KeyIssuer, key_id: str) -> ApiKeyRow | None:
     return session.scalar(select(ApiKeyRow).where(ApiKeyRow.key_id == key_id, *_is_live()))
 
 
-def _note_use(session: Session, row: ApiKeyRow) -> None:
+def _note_use(session: KeySession, row: ApiKeyRow) -> None:
     """Write down that a key is in use, at most once in LAST_USED_INTERVAL however many processes see it."""
     session.execute(update(ApiKeyRow).where(ApiKeyRow.id == row.id, _IS_STALE).values(last_used_at=func.now()))
 
 
-def _identity_of(session: Session, row: ApiKeyRow) -> Identity:
+def _identity_of(session: KeySession, row: ApiKeyRow) -> Identity:
     enter_tenant(session, row.tenant_id)
     tenant = session.scalars(select(Tenant).where(Tenant.id == row.tenant_id)).one()
     if tenant.disabled_at is not None:

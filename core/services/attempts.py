@@ -12,9 +12,9 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import func, select, update
-from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Attempt, Job
+from core.db.session import ServiceSession
 from core.domain.dataset_counts import DatasetCounts, DatasetName, describe_omissions
 from core.domain.duties import Duty
 from core.domain.failures import LEASE_LOST, NO_PROGRESS, WORKER_LOST, Failure
@@ -32,7 +32,9 @@ from core.services.set_asides import is_in_reach, setting_aside
 from core.services.turns import is_lending
 
 
-def record_datasets(session: Session, lease: Lease, *, datasets: Mapping[DatasetName, DatasetCounts | None]) -> None:
+def record_datasets(
+    session: ServiceSession, lease: Lease, *, datasets: Mapping[DatasetName, DatasetCounts | None]
+) -> None:
     """Store what became of the job's rows, and warn of what is not trained on; of what was warned of before, not again.
 
     Every attempt reads the same files, and finds the same.
@@ -46,12 +48,12 @@ def record_datasets(session: Session, lease: Lease, *, datasets: Mapping[Dataset
             record_event(session, job, level="warn", message=warning)
 
 
-def record_message(session: Session, lease: Lease, *, message: str, level: str) -> None:
+def record_message(session: ServiceSession, lease: Lease, *, message: str, level: str) -> None:
     record_event(session, lock_held(session, lease), message=message, level="warn" if level == "warn" else "info")
 
 
 def succeed_attempt(
-    session: Session, lease: Lease, *, adapter: StoredArtifact, result_file: NewFile, trained_tokens: int
+    session: ServiceSession, lease: Lease, *, adapter: StoredArtifact, result_file: NewFile, trained_tokens: int
 ) -> None:
     """Publish the adapter and end the job: the one guarded UPDATE that makes the result real."""
     job = lock_held(session, lease)
@@ -84,7 +86,7 @@ def succeed_attempt(
 
 
 def fail_attempt(
-    session: Session,
+    session: ServiceSession,
     lease: Lease,
     *,
     code: str,
@@ -106,7 +108,7 @@ def fail_attempt(
     _retry_or_fail(session, job, lease, failure=failure, is_final=is_job_fault)
 
 
-def requeue_attempt(session: Session, lease: Lease) -> None:
+def requeue_attempt(session: ServiceSession, lease: Lease) -> None:
     """Give a job back before its end: paused if that was asked, else queued again. The attempt does not count."""
     job = lock_held(session, lease)
     if job.pause_requested_at is not None:
@@ -126,7 +128,9 @@ def requeue_attempt(session: Session, lease: Lease) -> None:
     announce_work(session, job.pool)
 
 
-def postpone_attempt(session: Session, lease: Lease, *, code: str, message: str, param: str | None = None) -> None:
+def postpone_attempt(
+    session: ServiceSession, lease: Lease, *, code: str, message: str, param: str | None = None
+) -> None:
     """End an attempt that a server's absence has ended: it does not count, and the job is tried again soon."""
     job = lock_held(session, lease)
     _take_back_count(job)
@@ -135,7 +139,7 @@ def postpone_attempt(session: Session, lease: Lease, *, code: str, message: str,
     _retry_or_fail(session, job, lease, failure=failure, is_final=False)
 
 
-def suspect_attempt(session: Session, lease: Lease, *, code: str, message: str) -> None:
+def suspect_attempt(session: ServiceSession, lease: Lease, *, code: str, message: str) -> None:
     """End an attempt whose trainer died with several jobs in it: not charged, and tried alone next."""
     job = lock_held(session, lease)
     job.suspect_step = job.trained_steps
@@ -152,7 +156,7 @@ def suspect_attempt(session: Session, lease: Lease, *, code: str, message: str) 
     announce_work(session, job.pool)
 
 
-def acquit_job(session: Session, lease: Lease) -> bool:
+def acquit_job(session: ServiceSession, lease: Lease) -> bool:
     """Let a job train beside others again, and return whether another of its pool waits to be tried alone."""
     job = lock_held(session, lease)
     job.suspect_step = None
@@ -162,7 +166,7 @@ def acquit_job(session: Session, lease: Lease) -> bool:
     return session.scalar(waiting.limit(1)) is not None
 
 
-def uncount_lost_attempt(session: Session, lease: Lease) -> bool:
+def uncount_lost_attempt(session: ServiceSession, lease: Lease) -> bool:
     """Take back the count of an attempt that was ended as lost, and return whether there was anything to take back.
 
     Its worker lives and says so itself. It was cut off from the database, or stood still: it did not die of the job.
@@ -179,7 +183,7 @@ def uncount_lost_attempt(session: Session, lease: Lease) -> bool:
     return True
 
 
-def record_departure(session: Session, lease: Lease, *, seconds_ago: float) -> None:
+def record_departure(session: ServiceSession, lease: Lease, *, seconds_ago: float) -> None:
     """Say when the device was rid of an attempt, whether or not it has ended. What was said first stays."""
     session.execute(
         update(Attempt)
@@ -188,7 +192,7 @@ def record_departure(session: Session, lease: Lease, *, seconds_ago: float) -> N
     )
 
 
-def expire_leases(session: Session, *, limit: int = 100) -> int:
+def expire_leases(session: ServiceSession, *, limit: int = 100) -> int:
     """Queue again, or fail, the jobs whose workers have not been heard of within their leases; return how many."""
     is_expired = func.coalesce(Job.lease_until, func.to_timestamp(0)) < func.now()
     expired = session.scalars(
@@ -206,14 +210,14 @@ def expire_leases(session: Session, *, limit: int = 100) -> int:
     return num_expired
 
 
-def _expire_lease(session: Session, job: Job) -> None:
+def _expire_lease(session: ServiceSession, job: Job) -> None:
     assert job.lease_token is not None
     lease = Lease(job_id=job.id, tenant_id=job.tenant_id, token=job.lease_token)
     _end_attempt(session, lease, outcome=AttemptOutcome.LOST, failure=WORKER_LOST)
     _retry_or_fail(session, job, lease, failure=WORKER_LOST, is_final=False)
 
 
-def _leave_running(session: Session, lease: Lease, **values: Any) -> None:
+def _leave_running(session: ServiceSession, lease: Lease, **values: Any) -> None:
     left = session.scalar(
         update(Job)
         .where(*is_held(lease))
@@ -225,7 +229,9 @@ def _leave_running(session: Session, lease: Lease, **values: Any) -> None:
         raise StaleLeaseError("The lease is not held any more.")
 
 
-def _end_attempt(session: Session, lease: Lease, *, outcome: AttemptOutcome, failure: Failure | None = None) -> None:
+def _end_attempt(
+    session: ServiceSession, lease: Lease, *, outcome: AttemptOutcome, failure: Failure | None = None
+) -> None:
     session.execute(
         update(Attempt)
         .where(Attempt.lease_token == lease.token)
@@ -246,7 +252,7 @@ def _take_back_count(job: Job) -> bool:
     return True
 
 
-def _retry_or_fail(session: Session, job: Job, lease: Lease, *, failure: Failure, is_final: bool) -> None:
+def _retry_or_fail(session: ServiceSession, job: Job, lease: Lease, *, failure: Failure, is_final: bool) -> None:
     if is_final or job.attempt_count >= job.max_attempts:
         _leave_running(
             session, lease, status=JobStatus.FAILED, error=failure.model_dump(), finished_at=func.clock_timestamp()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import uuid
 
 from sqlalchemy import select, tuple_
-from sqlalchemy.orm import Session
 
 from core.db.models import AuditEntry
+from core.db.session import OperatorSession
 from core.domain.values import Page
 
 _LAST_NUMBER = 2**63 - 1
 
 
 def list_audit_entries(
-    session: Session, tenant_id: uuid.UUID | None, *, before: int | None, limit: int
+    session: OperatorSession, tenant_id: uuid.UUID | None, *, before: int | None, limit: int
 ) -> Page[AuditEntry]:
     """Return changes, newest first, of one tenant or (for operators) of all.
 

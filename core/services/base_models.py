@@ -5,18 +5,24 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from sqlalchemy import ColumnElement, and_, any_, func, not_, or_, select, true, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
 
 from core.db.models import BaseModelRow, BaseTokenizer, Tenant, Worker
+from core.db.session import OperatorSession, OwnerSession, ServiceSession, TenantSession
 from core.domain.bases import BaseState
 from core.domain.errors import ConflictError, NotFoundError
 
+# Who sees every base model. A tenant sees those that it may use.
+BaseReader: TypeAlias = OperatorSession | OwnerSession | ServiceSession
+# Who loads a base and says what it found: a worker, and the owner's `espalier base-models check`.
+BaseLoader: TypeAlias = OwnerSession | ServiceSession
+
 
 def record_state(
-    session: Session, base_model_id: str, *, state: BaseState, reason: str | None, by: str
+    session: BaseLoader, base_model_id: str, *, state: BaseState, reason: str | None, by: str
 ) -> dt.datetime | None:
     """Say what whoever has tried to load a base has found, and return since when its row says what it says now.
 
@@ -51,7 +57,7 @@ def check_is_usable(row: BaseModelRow) -> None:
         )
 
 
-def record_tokenizer(session: Session, base_model_id: str, *, object_key: str) -> None:
+def record_tokenizer(session: ServiceSession, base_model_id: str, *, object_key: str) -> None:
     """Say where the tokenizer of a base is, as the worker that loaded it last has stored it."""
     values = {"base_model_id": base_model_id, "object_key": object_key, "published_at": func.now()}
     session.execute(
@@ -59,7 +65,7 @@ def record_tokenizer(session: Session, base_model_id: str, *, object_key: str) -
     )
 
 
-def find_tokenizer(session: Session, base_model_id: str) -> str:
+def find_tokenizer(session: TenantSession, base_model_id: str) -> str:
     """Return the object key of a base's tokenizer. Raises ConflictError before any worker has loaded the base."""
     query = select(BaseTokenizer.object_key).where(BaseTokenizer.base_model_id == base_model_id)
     object_key = session.scalar(query)
@@ -72,17 +78,17 @@ def find_tokenizer(session: Session, base_model_id: str) -> str:
     return object_key
 
 
-def list_base_models(session: Session) -> Sequence[BaseModelRow]:
+def list_base_models(session: BaseReader) -> Sequence[BaseModelRow]:
     """Return every base that is served, whoever may use it."""
     return session.scalars(select(BaseModelRow).where(_is_served()).order_by(BaseModelRow.id)).all()
 
 
-def list_known_base_models(session: Session) -> Sequence[BaseModelRow]:
+def list_known_base_models(session: BaseReader) -> Sequence[BaseModelRow]:
     """Return every base that ever stood in the registry. For operators."""
     return session.scalars(select(BaseModelRow).order_by(BaseModelRow.id)).all()
 
 
-def get_known_base_model(session: Session, base_model_id: str) -> BaseModelRow:
+def get_known_base_model(session: BaseReader, base_model_id: str) -> BaseModelRow:
     """Return a base that ever stood in the registry. For operators."""
     row = session.get(BaseModelRow, base_model_id)
     if row is None:
@@ -90,7 +96,7 @@ def get_known_base_model(session: Session, base_model_id: str) -> BaseModelRow:
     return row
 
 
-def switch_base_model(session: Session, base_model_id: str, *, is_disabled: bool) -> BaseModelRow:
+def switch_base_model(session: OperatorSession, base_model_id: str, *, is_disabled: bool) -> BaseModelRow:
     """Let tenants use a base or not, whatever the registry says. Jobs that have been submitted go on."""
     row = get_known_base_model(session, base_model_id)
     session.execute(
@@ -102,13 +108,13 @@ def switch_base_model(session: Session, base_model_id: str, *, is_disabled: bool
     return row
 
 
-def list_allowed_base_models(session: Session, tenant_id: uuid.UUID) -> Sequence[BaseModelRow]:
+def list_allowed_base_models(session: TenantSession, tenant_id: uuid.UUID) -> Sequence[BaseModelRow]:
     """Return the bases that the tenant may train against."""
     query = select(BaseModelRow).where(is_usable_by(tenant_id))
     return session.scalars(query.order_by(BaseModelRow.id)).all()
 
 
-def get_base_model(session: Session, tenant_id: uuid.UUID, *, base_model_id: str) -> BaseModelRow:
+def get_base_model(session: TenantSession, tenant_id: uuid.UUID, *, base_model_id: str) -> BaseModelRow:
     """Return a base that the tenant may use. One that it may not use does not exist for it."""
     query = select(BaseModelRow).where(BaseModelRow.id == base_model_id, is_usable_by(tenant_id))
     row = session.scalar(query)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sqlalchemy import text
-from sqlalchemy.orm import Session
 
+from core.db.session import ServiceSession
 from core.domain.duties import Duty
 from core.services.turns import IS_IN_REACH, IS_USABLE, MAY_START
 
@@ -91,5 +91,5 @@ class Count:
     oldest_seconds: float
 
 
-def take_census(session: Session) -> Sequence[Count]:
+def take_census(session: ServiceSession) -> Sequence[Count]:
     return [Count(*row) for row in session.execute(_CENSUS, {"duties": list(Duty)})]

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import structlog
 from sqlalchemy import ColumnElement, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, Job, Pool, Tenant, Usage
+from core.db.session import ServiceSession
 from core.domain.ids import new_id
 from core.domain.scheduling import ENTRY_CHARGE_SECONDS, SLOT_SECONDS, USAGE_HALF_LIFE_SECONDS
 from core.services.set_asides import ROW_ERRORS
@@ -89,7 +89,7 @@ def estimate_charge(job_id: uuid.UUID, *, pool: str, num_steps: int, max_seconds
     return func.least(max_seconds, func.coalesce(num_steps * func.coalesce(of_job, of_pool), ENTRY_CHARGE_SECONDS))
 
 
-def charge_use(session: Session, used_seconds: Mapping[int, float]) -> None:
+def charge_use(session: ServiceSession, used_seconds: Mapping[int, float]) -> None:
     """Note the GPU-seconds that running attempts have used so far, by lease token, and charge what they grew by."""
     tokens, seconds = list(used_seconds), list(used_seconds.values())
     for due in session.execute(_NOTE_USE, {"tokens": tokens, "seconds": seconds}).all():
@@ -100,7 +100,7 @@ def charge_use(session: Session, used_seconds: Mapping[int, float]) -> None:
             log.error("use.uncharged", tenant_id=str(due.tenant_id), error=type(error).__name__)  # noqa: TRY400
 
 
-def record_usage(session: Session, lease_token: int, *, gpu_seconds: float, trained_tokens: int) -> None:
+def record_usage(session: ServiceSession, lease_token: int, *, gpu_seconds: float, trained_tokens: int) -> None:
     """Book what an attempt used, once, and correct its tenant's charge. Allowed after the attempt has ended."""
     attempt = session.scalars(select(Attempt).where(Attempt.lease_token == lease_token).with_for_update()).one()
     if session.scalar(select(Usage.id).where(Usage.attempt_id == attempt.id)):
@@ -122,7 +122,7 @@ def record_usage(session: Session, lease_token: int, *, gpu_seconds: float, trai
         _measure_pool(session, attempt.job_id)
 
 
-def charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) -> None:
+def charge_tenant(session: ServiceSession, tenant_id: uuid.UUID, gpu_seconds: float) -> None:
     when = (Tenant.usage_at, USAGE_HALF_LIFE_SECONDS)
     lift = Tenant.lift_seconds
     values = {
@@ -133,12 +133,12 @@ def charge_tenant(session: Session, tenant_id: uuid.UUID, gpu_seconds: float) ->
     session.execute(update(Tenant).where(Tenant.id == tenant_id).values(values))
 
 
-def list_newcomers(session: Session) -> Sequence[uuid.UUID]:
+def list_newcomers(session: ServiceSession) -> Sequence[uuid.UUID]:
     """Return tenants that have come with work since they were made level."""
     return session.scalars(_NEWCOMERS).all()
 
 
-def level_newcomer(session: Session, tenant_id: uuid.UUID) -> None:
+def level_newcomer(session: ServiceSession, tenant_id: uuid.UUID) -> None:
     """Give a tenant that has come with work a place beside those who train, unless it is busy: then it is tried again.
 
     As in start-time fair queuing (Goyal, Vin and Cheng 1996), a tenant gets no credit for the time in which it asked
@@ -152,7 +152,7 @@ def level_newcomer(session: Session, tenant_id: uuid.UUID) -> None:
     session.execute(_LEVEL, values | {"half_life": USAGE_HALF_LIFE_SECONDS})
 
 
-def _measure_pool(session: Session, job_id: uuid.UUID) -> None:
+def _measure_pool(session: ServiceSession, job_id: uuid.UUID) -> None:
     """Let the pool's mean follow what a step of this job has used."""
     used = select(func.sum(Attempt.used_seconds)).where(Attempt.job_id == job_id).scalar_subquery()
     measured = session.execute(

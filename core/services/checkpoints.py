@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Select, delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
 
 from core.db.models import Checkpoint, CheckpointPermission, Job, Tenant
+from core.db.session import ServiceSession, TenantSession
 from core.domain.errors import ConflictError, NotFoundError
 from core.domain.ids import IdKind, format_id, new_id, not_found
 from core.domain.jobs import UNFINISHED_STATUSES, checkpoint_model_name
@@ -26,7 +26,7 @@ from core.services.leases import lock_held
 
 
 def record_checkpoint(
-    session: Session, lease: Lease, *, step: int, artifact: StoredArtifact, metrics: dict[str, Any]
+    session: ServiceSession, lease: Lease, *, step: int, artifact: StoredArtifact, metrics: dict[str, Any]
 ) -> tuple[str, ...]:
     """Publish a checkpoint whose objects are stored and verified, and return the object prefixes that no row names.
 
@@ -54,7 +54,7 @@ def record_checkpoint(
     return ()
 
 
-def find_checkpoint(session: Session, tenant_id: uuid.UUID, *, name: str) -> Checkpoint:
+def find_checkpoint(session: TenantSession, tenant_id: uuid.UUID, *, name: str) -> Checkpoint:
     """Return the checkpoint of that model name, the tenant's own or one shared with it."""
     slug = select(Tenant.slug).where(Tenant.id == tenant_id).scalar_subquery()
     names_tenant = CheckpointPermission.project_id.in_((format_id(IdKind.TENANT, tenant_id), slug))
@@ -62,11 +62,11 @@ def find_checkpoint(session: Session, tenant_id: uuid.UUID, *, name: str) -> Che
     return _find(session, name, or_(Checkpoint.tenant_id == tenant_id, Checkpoint.id.in_(shared)))
 
 
-def find_own_checkpoint(session: Session, tenant_id: uuid.UUID, *, name: str) -> Checkpoint:
+def find_own_checkpoint(session: TenantSession, tenant_id: uuid.UUID, *, name: str) -> Checkpoint:
     return _find(session, name, Checkpoint.tenant_id == tenant_id)
 
 
-def delete_checkpoint(session: Session, tenant_id: uuid.UUID, *, name: str) -> None:
+def delete_checkpoint(session: TenantSession, tenant_id: uuid.UUID, *, name: str) -> None:
     """Delete a checkpoint. Raises ConflictError while its job may still go on from it."""
     checkpoint = find_own_checkpoint(session, tenant_id, name=name)
     job = select(Job.id).where(
@@ -82,7 +82,7 @@ def delete_checkpoint(session: Session, tenant_id: uuid.UUID, *, name: str) -> N
 
 
 def share_checkpoint(
-    session: Session, tenant_id: uuid.UUID, *, name: str, project_ids: Sequence[str]
+    session: TenantSession, tenant_id: uuid.UUID, *, name: str, project_ids: Sequence[str]
 ) -> Sequence[CheckpointPermission]:
     """Let others read a checkpoint; those who may already keep the permission that they have."""
     checkpoint = find_own_checkpoint(session, tenant_id, name=name)
@@ -96,7 +96,7 @@ def share_checkpoint(
 
 
 def list_permissions(
-    session: Session,
+    session: TenantSession,
     tenant_id: uuid.UUID,
     *,
     name: str,
@@ -115,7 +115,7 @@ def list_permissions(
     return Page.cut(session.scalars(query.limit(limit + 1)).all(), limit)
 
 
-def revoke_permission(session: Session, tenant_id: uuid.UUID, *, name: str, permission_id: uuid.UUID) -> None:
+def revoke_permission(session: TenantSession, tenant_id: uuid.UUID, *, name: str, permission_id: uuid.UUID) -> None:
     checkpoint = find_own_checkpoint(session, tenant_id, name=name)
     revoked = session.scalar(
         delete(CheckpointPermission)
@@ -130,7 +130,7 @@ def revoke_permission(session: Session, tenant_id: uuid.UUID, *, name: str, perm
         raise not_found(IdKind.PERMISSION, permission_id)
 
 
-def _find(session: Session, name: str, is_readable: ColumnElement[bool]) -> Checkpoint:
+def _find(session: TenantSession, name: str, is_readable: ColumnElement[bool]) -> Checkpoint:
     query = select(Checkpoint).where(Checkpoint.model_name == name, Checkpoint.deleted_at.is_(None), is_readable)
     row = session.scalar(query.order_by(Checkpoint.id.desc()).limit(1))
     if row is None:

@@ -8,9 +8,9 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import func, select, text, update
-from sqlalchemy.orm import Session
 
 from core.db.models import LEASE_TOKENS, Attempt, Job, Tenant
+from core.db.session import ServiceSession
 from core.domain.duties import Duty
 from core.domain.ids import new_id
 from core.domain.jobs import SUSPECT_PATIENCE_SECONDS, JobStatus
@@ -88,7 +88,7 @@ _MAX_CLAIM_TRIES = 10
 
 
 def claim_job(
-    session: Session,
+    session: ServiceSession,
     pool: str,
     *,
     worker_name: str,
@@ -119,12 +119,12 @@ def claim_job(
     return None
 
 
-def claimable_pools(session: Session) -> Sequence[str]:
+def claimable_pools(session: ServiceSession) -> Sequence[str]:
     """Return the pools that have at least one job to claim now."""
     return session.scalars(_CLAIMABLE_POOLS).all()
 
 
-def _pick_job(session: Session, pool: str, *, worker_name: str, is_idle: bool) -> Any:
+def _pick_job(session: ServiceSession, pool: str, *, worker_name: str, is_idle: bool) -> Any:
     """Return the job to claim, with its tenant, or None. The tenant's row is locked."""
     patience = 0.0 if is_idle else SUSPECT_PATIENCE_SECONDS
     suspects = {"pool": pool, "patience": patience, "is_idle": is_idle, "worker": worker_name}
@@ -132,7 +132,7 @@ def _pick_job(session: Session, pool: str, *, worker_name: str, is_idle: bool) -
     return suspect or session.execute(_PICK, {"pool": pool}).one_or_none()
 
 
-def _take_job(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, lease_seconds: float) -> Job | None:
+def _take_job(session: ServiceSession, job_id: uuid.UUID, *, tenant_id: uuid.UUID, lease_seconds: float) -> Job | None:
     """Give a queued job a lease, unless its tenant's quota is full by now.
 
     A second statement sees what committed before the tenant's row was locked, so the quota is counted exactly.
@@ -161,7 +161,7 @@ def _take_job(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, leas
     return taken
 
 
-def _begin_attempt(session: Session, job: Job, worker_name: str, *, slot_seconds: float) -> None:
+def _begin_attempt(session: ServiceSession, job: Job, worker_name: str, *, slot_seconds: float) -> None:
     num_steps = job.total_steps - job.trained_steps
     attempt = Attempt(
         id=new_id(),

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Row, TextClause, func, select, text, update
-from sqlalchemy.orm import Session
 
 from core.db.base import Row as TableRow
 from core.db.models import Job, Tenant
+from core.db.session import ServiceSession
 from core.domain.duties import Duty
 from core.domain.jobs import UNFINISHED_STATUSES
 from core.services.job_rows import BATCH_ROWS, IS_IN_REACH, IS_SPENT, delete_history, delete_job_row, run
@@ -77,7 +77,7 @@ _BLANK_JOB = tuple(
 _DELETE_RESULT = text("delete from files where id = :file")
 
 
-def erase_some_jobs(session: Session, *, after: Place) -> tuple[Counter[str], Place | None]:
+def erase_some_jobs(session: ServiceSession, *, after: Place) -> tuple[Counter[str], Place | None]:
     """Erase some deleted jobs behind a place. Return the rows that went, and the last place, or None at the end."""
     values = {"deleted_at": after.deleted_at, "job": after.job_id, "num": _BATCH_JOBS}
     jobs = session.execute(_NEXT_JOBS, values).all()
@@ -93,7 +93,7 @@ def erase_some_jobs(session: Session, *, after: Place) -> tuple[Counter[str], Pl
     return num_rows, after if jobs else None
 
 
-def _erase_job(session: Session, job: Row[Any]) -> Counter[str]:
+def _erase_job(session: ServiceSession, job: Row[Any]) -> Counter[str]:
     if job.blanked_at is None:
         for statement in _BLANK_JOB:
             session.execute(statement, {"job": job.id})
@@ -166,13 +166,13 @@ _HAS_ROWS = "(select '{table}' from {table} where tenant_id = :tenant limit 1)"
 _LEFT = text(" union all ".join(_HAS_ROWS.format(table=table) for table in (*_ROOTS, "upload_parts")))
 
 
-def list_deleted_tenants(session: Session) -> Sequence[uuid.UUID]:
+def list_deleted_tenants(session: ServiceSession) -> Sequence[uuid.UUID]:
     """Return the tenants that are being erased."""
     being_erased = (Tenant.deleted_at.is_not(None), Tenant.erased_at.is_(None), is_in_reach(Duty.ERASE, Tenant.id))
     return session.scalars(select(Tenant.id).where(*being_erased).order_by(Tenant.deleted_at)).all()
 
 
-def erase_some_of_tenant(session: Session, tenant_id: uuid.UUID) -> Counter[str]:
+def erase_some_of_tenant(session: ServiceSession, tenant_id: uuid.UUID) -> Counter[str]:
     """Erase some rows of a deleted tenant, and return how many of each table: none where there is nothing to do now."""
     num_rows: Counter[str] = Counter()
     with setting_aside(session, Duty.ERASE, row_id=tenant_id, tenant_id=tenant_id) as trial:
@@ -187,7 +187,7 @@ def erase_some_of_tenant(session: Session, tenant_id: uuid.UUID) -> Counter[str]
     return +num_rows if trial.is_done else Counter()
 
 
-def mark_erased(session: Session, tenant_id: uuid.UUID, *, min_age: dt.timedelta) -> bool:
+def mark_erased(session: ServiceSession, tenant_id: uuid.UUID, *, min_age: dt.timedelta) -> bool:
     """Say that nothing is left of a tenant, if so, and if it was deleted longer ago than anything can be late."""
     if _find_left(session, tenant_id):
         return False
@@ -196,15 +196,15 @@ def mark_erased(session: Session, tenant_id: uuid.UUID, *, min_age: dt.timedelta
     return session.scalar(marked) is not None
 
 
-def has_rows(session: Session, tenant_id: uuid.UUID) -> bool:
+def has_rows(session: ServiceSession, tenant_id: uuid.UUID) -> bool:
     return bool(_find_left(session, tenant_id))
 
 
-def _find_left(session: Session, tenant_id: uuid.UUID) -> set[str]:
+def _find_left(session: ServiceSession, tenant_id: uuid.UUID) -> set[str]:
     return set(session.scalars(_LEFT, {"tenant": tenant_id}))
 
 
-def _cancel_some(session: Session, tenant_id: uuid.UUID) -> int:
+def _cancel_some(session: ServiceSession, tenant_id: uuid.UUID) -> int:
     """Cancel some jobs of a tenant; the workers that hold them learn so at their next heartbeats."""
     unfinished = select(Job.id).where(Job.tenant_id == tenant_id, Job.status.in_(UNFINISHED_STATUSES))
     job_ids = session.scalars(unfinished.limit(_BATCH_JOBS)).all()

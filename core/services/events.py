@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from sqlalchemy import CTE, Uuid, bindparam, insert, literal, select, text
-from sqlalchemy.orm import Session
 
 from core.db.models import Event, Job
+from core.db.session import TenantSession, WorkWriter
 from core.domain.ids import IdKind, new_id, not_found
 from core.domain.values import Page
 
@@ -22,7 +22,7 @@ EVENT_CHANNEL = "espalier_events"
 
 
 def record_event(
-    session: Session,
+    session: WorkWriter,
     job: Job,
     *,
     message: str,
@@ -61,7 +61,7 @@ def insert_first_event(jobs: CTE, *, message: str) -> CTE:
 
 
 def list_events(
-    session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, after: uuid.UUID | None, limit: int
+    session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID, after: uuid.UUID | None, limit: int
 ) -> Page[Event]:
     """Return a job's events, newest first, from behind the event `after`."""
     query = select(Event).where(Event.tenant_id == tenant_id, Event.job_id == job_id)

@@ -26,9 +26,10 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import InstrumentedAttribute
 
 from core.db.models import Attempt, BaseModelRow, Job, Pool, SetAside, Tenant, Worker
+from core.db.session import TenantSession
 from core.domain.bases import BaseState
 from core.domain.duties import Duty
 from core.domain.jobs import JobStatus
@@ -84,7 +85,7 @@ class Explanation:
 
 
 def explain_job(
-    session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, now: dt.datetime, terms: FairnessTerms
+    session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID, now: dt.datetime, terms: FairnessTerms
 ) -> Explanation:
     """Explain a job's state. Raises NotFoundError."""
     job = get_job(session, tenant_id, job_id=job_id)
@@ -115,7 +116,7 @@ def _measured_eta(estimate: Estimate) -> Eta:
     return Eta(estimate.interval, "measured_steps", estimate.num_measured)
 
 
-def _read_tenant(session: Session, tenant_id: uuid.UUID) -> TenantState:
+def _read_tenant(session: TenantSession, tenant_id: uuid.UUID) -> TenantState:
     num_running = (
         select(func.count()).where(Job.tenant_id == tenant_id, Job.status == JobStatus.RUNNING).scalar_subquery()
     )
@@ -125,23 +126,23 @@ def _read_tenant(session: Session, tenant_id: uuid.UUID) -> TenantState:
     return TenantState(*session.execute(query).one())
 
 
-def _last_outcome(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> str | None:
+def _last_outcome(session: TenantSession, tenant_id: uuid.UUID, job_id: uuid.UUID) -> str | None:
     own = (Attempt.tenant_id == tenant_id, Attempt.job_id == job_id)
     return session.scalar(select(Attempt.outcome).where(*own).order_by(Attempt.lease_token.desc()).limit(1))
 
 
-def _read_rest(session: Session, tenant_id: uuid.UUID, job_id: uuid.UUID) -> dt.datetime | None:
+def _read_rest(session: TenantSession, tenant_id: uuid.UUID, job_id: uuid.UUID) -> dt.datetime | None:
     """Return until when a job is set aside, if it is."""
     resting = (SetAside.duty == Duty.CLAIM, SetAside.row_id == job_id, SetAside.retry_at > func.now())
     return session.scalar(select(SetAside.retry_at).where(SetAside.tenant_id == tenant_id, *resting))
 
 
-def _is_base_unusable(session: Session, job: Job) -> bool:
+def _is_base_unusable(session: TenantSession, job: Job) -> bool:
     query = select(BaseModelRow.state).where(BaseModelRow.id == job.base_model_id)
     return session.scalar(query) == BaseState.UNUSABLE
 
 
-def _read_queue(session: Session, job: Job, workers: PoolWorkers, terms: FairnessTerms) -> PoolQueue:
+def _read_queue(session: TenantSession, job: Job, workers: PoolWorkers, terms: FairnessTerms) -> PoolQueue:
     pool = session.get(Pool, job.pool)
     step_seconds = pool.step_seconds if pool is not None else None
     num_steps = job.total_steps - job.trained_steps
@@ -173,7 +174,7 @@ def _read_queue(session: Session, job: Job, workers: PoolWorkers, terms: Fairnes
     )
 
 
-def _read_workers(session: Session, pool: str, terms: FairnessTerms) -> PoolWorkers:
+def _read_workers(session: TenantSession, pool: str, terms: FairnessTerms) -> PoolWorkers:
     is_staying = and_(Worker.alive_until > func.now(), Worker.state != "stopping")
     is_present = and_(is_staying, not_(Worker.is_clock_wrong))
     is_alive = and_(is_present, not_(Worker.refusals.has_key(pool)))

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from typing import Literal
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
-from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm import defer
 
 from core.db.models import File, Job
+from core.db.session import ServiceSession, TenantSession, WorkWriter
 from core.domain.errors import ConflictError
 from core.domain.files import NewFile
 from core.domain.ids import IdKind, format_id, not_found
@@ -19,7 +20,7 @@ from core.domain.values import Page
 Id = uuid.UUID | ColumnElement[uuid.UUID]
 
 
-def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File:
+def create_file(session: WorkWriter, tenant_id: uuid.UUID, *, new: NewFile) -> File:
     """Add a stored file; one with `status_details` is in error."""
     row = File(
         id=new.id,
@@ -41,7 +42,7 @@ def create_file(session: Session, tenant_id: uuid.UUID, *, new: NewFile) -> File
     return row
 
 
-def get_file(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID, param: str | None = None) -> File:
+def get_file(session: TenantSession, tenant_id: uuid.UUID, *, file_id: uuid.UUID, param: str | None = None) -> File:
     row = session.scalar(select(File).where(is_live_file(File, tenant_id, file_id)))
     if row is None:
         raise not_found(IdKind.FILE, file_id, param=param)
@@ -54,7 +55,7 @@ def is_live_file(files: type[File], tenant_id: Id, file_id: Id) -> ColumnElement
 
 
 def list_files(
-    session: Session,
+    session: TenantSession,
     tenant_id: uuid.UUID,
     *,
     purpose: str | None,
@@ -76,7 +77,7 @@ def list_files(
     return Page.cut(session.scalars(query.limit(limit + 1)).all(), limit)
 
 
-def delete_file(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID) -> None:
+def delete_file(session: TenantSession, tenant_id: uuid.UUID, *, file_id: uuid.UUID) -> None:
     """Delete a file. Raises ConflictError while an unfinished job still needs it."""
     get_file(session, tenant_id, file_id=file_id)
     uses_file = or_(Job.training_file_id == file_id, Job.validation_file_id == file_id)
@@ -91,7 +92,7 @@ def delete_file(session: Session, tenant_id: uuid.UUID, *, file_id: uuid.UUID) -
     session.execute(update(File).where(File.tenant_id == tenant_id, File.id == file_id).values(deleted_at=func.now()))
 
 
-def expire_files(session: Session) -> None:
+def expire_files(session: ServiceSession) -> None:
     """Delete the files of all tenants whose time has come, but none that an unfinished job still needs."""
     uses_file = and_(
         Job.tenant_id == File.tenant_id,

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Attempt, Checkpoint, File, Job, ResumePoint, Tenant, Usage
+from core.db.session import ServiceSession
 from core.domain.duties import Duty
 from core.domain.ids import first_id_at
 from core.domain.objects import file_id_of, job_prefix
@@ -44,7 +44,7 @@ class EndedJob:
         )
 
 
-def find_unswept_jobs(session: Session, *, min_age: dt.timedelta) -> tuple[EndedJob, ...]:
+def find_unswept_jobs(session: ServiceSession, *, min_age: dt.timedelta) -> tuple[EndedJob, ...]:
     """Return some jobs that ended longer ago than `min_age` and whose prefixes have not been swept.
 
     Nobody goes on from their resume points, so these are let go first, in the same transaction.
@@ -65,17 +65,19 @@ def find_unswept_jobs(session: Session, *, min_age: dt.timedelta) -> tuple[Ended
     )
 
 
-def mark_swept(session: Session, job_id: uuid.UUID) -> None:
+def mark_swept(session: ServiceSession, job_id: uuid.UUID) -> None:
     session.execute(update(Job).where(Job.id == job_id).values(swept_at=func.now()))
 
 
-def list_tenant_ids(session: Session) -> Sequence[uuid.UUID]:
+def list_tenant_ids(session: ServiceSession) -> Sequence[uuid.UUID]:
     """Return the tenants whose files are to be swept: all but those of whom nothing is left."""
     swept = (Tenant.erased_at.is_(None), is_in_reach(Duty.SWEEP, Tenant.id))
     return session.scalars(select(Tenant.id).where(*swept).order_by(Tenant.id)).all()
 
 
-def find_orphaned_files(session: Session, object_keys: Iterable[str], *, min_age: dt.timedelta) -> tuple[str, ...]:
+def find_orphaned_files(
+    session: ServiceSession, object_keys: Iterable[str], *, min_age: dt.timedelta
+) -> tuple[str, ...]:
     """Return those keys of files that are older than `min_age` and have no row."""
     now = session.scalars(select(func.now())).one()
     too_young = first_id_at(now - min_age)
@@ -84,7 +86,7 @@ def find_orphaned_files(session: Session, object_keys: Iterable[str], *, min_age
     return tuple(key for key, file_id in old.items() if file_id not in known)
 
 
-def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
+def settle_usage(session: ServiceSession, *, min_age: dt.timedelta) -> int:
     """Book what was charged so far for some attempts whose workers were lost with their counts; return for how many.
 
     However long nobody has done this, it begins where it was left.
@@ -105,7 +107,7 @@ def settle_usage(session: Session, *, min_age: dt.timedelta) -> int:
     return num_settled
 
 
-def _named_by_rows(session: Session, job_id: uuid.UUID, result_file_id: uuid.UUID | None) -> tuple[str, ...]:
+def _named_by_rows(session: ServiceSession, job_id: uuid.UUID, result_file_id: uuid.UUID | None) -> tuple[str, ...]:
     prefixes = [
         *session.scalars(select(Adapter.object_prefix).where(Adapter.job_id == job_id, Adapter.purged_at.is_(None))),
         *session.scalars(

@@ -19,10 +19,10 @@ from datetime import timedelta
 from functools import partial
 
 from sqlalchemy import delete, func, select
-from sqlalchemy.orm import Session
 
 from core.db.locks import lock
 from core.db.models import IdempotencyKey, Job
+from core.db.session import ServiceSession, TenantSession
 from core.domain.errors import IdempotencyKeyReusedError
 from core.domain.ids import first_id_at
 from core.domain.job_requests import JobRequest
@@ -45,7 +45,7 @@ class Submission:
 
 
 def submit_once(
-    session: Session,
+    session: TenantSession,
     tenant_id: uuid.UUID,
     *,
     request: JobRequest,
@@ -71,13 +71,13 @@ def submit_once(
     return Submission(job, is_replayed=False)
 
 
-def forget_expired_keys(session: Session) -> None:
+def forget_expired_keys(session: ServiceSession) -> None:
     """Delete the keys of all tenants that are past their lifetime."""
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - KEY_LIFETIME))
 
 
 def _submit_with_key(
-    session: Session, tenant_id: uuid.UUID, submit: Callable[..., Job], *, request_hash: bytes, key: str
+    session: TenantSession, tenant_id: uuid.UUID, submit: Callable[..., Job], *, request_hash: bytes, key: str
 ) -> Submission:
     lock(session, f"{tenant_id} key {key}")
     expired = IdempotencyKey.created_at < func.now() - KEY_LIFETIME
@@ -99,7 +99,7 @@ def _hash_request(request: JobRequest) -> bytes:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
 
 
-def _find_recent(session: Session, tenant_id: uuid.UUID, request_hash: bytes) -> Job | None:
+def _find_recent(session: TenantSession, tenant_id: uuid.UUID, request_hash: bytes) -> Job | None:
     """Return the newest job of the window that was asked for in these words."""
     earliest = first_id_at(session.scalars(select(func.now() - _ID_WINDOW)).one())
     is_recent = (Job.id >= earliest, Job.created_at >= func.now() - RETRY_WINDOW)

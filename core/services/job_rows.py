@@ -7,7 +7,8 @@ from collections import Counter
 from typing import Any
 
 from sqlalchemy import CursorResult, TextClause, text
-from sqlalchemy.orm import Session
+
+from core.db.session import ServiceSession
 
 # How many rows a transaction deletes, about.
 BATCH_ROWS = 1000
@@ -51,7 +52,7 @@ _DELETE_JOB = {
 }
 
 
-def delete_history(session: Session, job_id: uuid.UUID, tenant_id: uuid.UUID, *, most: int) -> Counter[str]:
+def delete_history(session: ServiceSession, job_id: uuid.UUID, tenant_id: uuid.UUID, *, most: int) -> Counter[str]:
     """Delete so many of a job's events, log lines and observations, and return how many of each."""
     num_rows: Counter[str] = Counter()
     for table, statement in HISTORY.items():
@@ -60,14 +61,14 @@ def delete_history(session: Session, job_id: uuid.UUID, tenant_id: uuid.UUID, *,
     return num_rows
 
 
-def delete_job_row(session: Session, job_id: uuid.UUID) -> Counter[str]:
+def delete_job_row(session: ServiceSession, job_id: uuid.UUID) -> Counter[str]:
     """Delete a job that is spent and has no history, and return how many rows of each table that were."""
     for statement in _LET_GO:
         session.execute(statement, {"job": job_id})
     return Counter({table: run(session, statement, job=job_id) for table, statement in _DELETE_JOB.items()})
 
 
-def run(session: Session, statement: TextClause, **values: Any) -> int:
+def run(session: ServiceSession, statement: TextClause, **values: Any) -> int:
     """Run a statement and return how many rows it changed."""
     changed: CursorResult[Any] = session.connection().execute(statement, values)
     return changed.rowcount

@@ -6,10 +6,10 @@ import uuid
 from collections.abc import Sequence
 
 from sqlalchemy import and_, bindparam, case, delete, func, literal, or_, select, text, update
-from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
 from core.db.models import Adapter, Attempt, Checkpoint, File, IdempotencyKey, Job
+from core.db.session import TenantSession, WorkWriter
 from core.domain.errors import ConflictError
 from core.domain.ids import IdKind, not_found
 from core.domain.jobs import UNFINISHED_STATUSES, AttemptOutcome, JobStatus
@@ -26,7 +26,7 @@ _ONE_JOB = select(Job).where(
 _ONE_JOB_LOCKED = _ONE_JOB.with_for_update(key_share=True).execution_options(populate_existing=True)
 
 
-def get_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, lock: bool = False) -> Job:
+def get_job(session: WorkWriter, tenant_id: uuid.UUID, *, job_id: uuid.UUID, lock: bool = False) -> Job:
     """Return a tenant's job; with `lock`, as it stands once nobody else changes it, until the transaction ends.
 
     Raises NotFoundError.
@@ -39,7 +39,7 @@ def get_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, lock: 
 
 
 def list_jobs(
-    session: Session,
+    session: TenantSession,
     tenant_id: uuid.UUID,
     *,
     after: uuid.UUID | None,
@@ -56,7 +56,7 @@ def list_jobs(
     return Page.cut(rows, limit)
 
 
-def cancel_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
+def cancel_job(session: WorkWriter, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
     """End a job as cancelled, whatever it is doing; its worker learns so at its next heartbeat.
 
     Cancelling a cancelled job changes nothing. Raises ConflictError when it has succeeded or failed.
@@ -89,7 +89,7 @@ def cancel_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
     return job
 
 
-def pause_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
+def pause_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
     """Pause a queued job at once, and a running one as soon as its worker has stored where it stands.
 
     A running job takes its place among those that wait now, and needs one that is free. Pausing a paused job changes
@@ -121,7 +121,7 @@ def pause_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> J
     return job
 
 
-def resume_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
+def resume_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
     """Queue a paused job again, at its old place; a running one that was about to pause goes on.
 
     Its wait is counted from now, without the time that it was paused; a delay that has not passed yet stays.
@@ -149,7 +149,7 @@ def resume_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
     return job
 
 
-def delete_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> None:
+def delete_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> None:
     """Delete a job that has ended, with all that it has made. Nobody sees it again; the schedule erases it.
 
     Raises ConflictError while it has not ended.
@@ -168,6 +168,6 @@ def delete_job(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> 
     session.execute(update(Job).where(Job.tenant_id == tenant_id, Job.id == job_id).values(deleted_at=func.now()))
 
 
-def announce_work(session: Session, pool: str) -> None:
+def announce_work(session: WorkWriter, pool: str) -> None:
     """Tell the schedule process, once this transaction is committed, that a pool has work."""
     session.execute(text("select pg_notify(:channel, :pool)"), {"channel": WAKE_CHANNEL, "pool": pool})

@@ -10,14 +10,14 @@ from datetime import timedelta
 
 from sqlalchemy import func, or_, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
 
 from core.db.models import Leader
+from core.db.session import ServiceSession
 
 _SCHEDULE = "schedule"
 
 
-def lead(session: Session, holder: str, *, lease_seconds: float) -> bool:
+def lead(session: ServiceSession, holder: str, *, lease_seconds: float) -> bool:
     """Take or prolong the leadership; False while another holds it. Holds its row until the transaction ends."""
     lease_until = func.now() + timedelta(seconds=lease_seconds)
     taken = insert(Leader).values(name=_SCHEDULE, holder=holder, lease_until=lease_until)
@@ -30,7 +30,7 @@ def lead(session: Session, holder: str, *, lease_seconds: float) -> bool:
     return session.scalar(taken.returning(Leader.holder)) is not None
 
 
-def resign(session: Session, holder: str) -> None:
+def resign(session: ServiceSession, holder: str) -> None:
     """Let another lead at once. Nothing happens when this holder does not lead."""
     session.execute(
         update(Leader).where(Leader.name == _SCHEDULE, Leader.holder == holder).values(lease_until=func.to_timestamp(0))

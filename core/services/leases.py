@@ -9,14 +9,14 @@ from __future__ import annotations
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, func, select, update
-from sqlalchemy.orm import Session
 
 from core.db.models import Job
+from core.db.session import ServiceSession
 from core.domain.jobs import JobStatus
 from core.domain.leases import Lease, StaleLeaseError
 
 
-def lock_held(session: Session, lease: Lease) -> Job:
+def lock_held(session: ServiceSession, lease: Lease) -> Job:
     """Return the lease's job, locked until the transaction ends. Raises StaleLeaseError.
 
     What ends under this lock ends at `clock_timestamp()`: `now()` is when the transaction began, which may be before
@@ -28,7 +28,7 @@ def lock_held(session: Session, lease: Lease) -> Job:
     return job
 
 
-def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
+def heartbeat(session: ServiceSession, lease: Lease, *, lease_seconds: float) -> bool:
     """Prolong a lease by the database's clock, and return whether its job is to pause."""
     held = session.execute(
         update(Job)

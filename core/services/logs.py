@@ -13,9 +13,9 @@ from typing import Literal
 
 from sqlalchemy import insert, literal, select
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, LogLine
+from core.db.session import ServiceSession, TenantSession
 from core.domain.ids import IdKind, new_id, not_found
 from core.domain.values import Page
 
@@ -33,7 +33,7 @@ class LogFilter:
 
 
 def record_log_line(
-    session: Session, lease_token: int, *, name: str, level: LogLevel, details: Mapping[str, Scalar]
+    session: ServiceSession, lease_token: int, *, name: str, level: LogLevel, details: Mapping[str, Scalar]
 ) -> None:
     """Append a line to the log of the attempt that the lease token names; without such an attempt nothing is kept."""
     attempt = select(
@@ -49,7 +49,9 @@ def record_log_line(
     session.execute(insert(LogLine).from_select(columns, attempt))
 
 
-def list_log_lines(session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, wanted: LogFilter) -> Page[LogLine]:
+def list_log_lines(
+    session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID, wanted: LogFilter
+) -> Page[LogLine]:
     """Return a job's lines, oldest first."""
     own = (LogLine.tenant_id == tenant_id, LogLine.job_id == job_id)
     query = select(LogLine).where(*own)

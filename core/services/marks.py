@@ -9,20 +9,20 @@ import datetime as dt
 import uuid
 
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
 
 from core.db.models import RetentionMark
+from core.db.session import ServiceSession
 
 BEGINNING = dt.datetime.fromtimestamp(0, dt.UTC)
 _NO_ROW = uuid.UUID(int=0)
 
 
-def find_mark(session: Session, kind: str) -> RetentionMark:
+def find_mark(session: ServiceSession, kind: str) -> RetentionMark:
     """Return how far a duty has come: nowhere, where it never was done."""
     return session.get(RetentionMark, kind) or RetentionMark(finished_at=BEGINNING, job_id=_NO_ROW)
 
 
-def move_mark(session: Session, kind: str, *, to: dt.datetime, row_id: uuid.UUID = _NO_ROW) -> None:
+def move_mark(session: ServiceSession, kind: str, *, to: dt.datetime, row_id: uuid.UUID = _NO_ROW) -> None:
     """Say that everything up to an instant, and up to this row of the instant itself, was walked."""
     values = {"finished_at": to, "job_id": row_id}
     statement = insert(RetentionMark).values(kind=kind, **values)

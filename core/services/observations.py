@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, func, select, text, update
-from sqlalchemy.orm import Session
 
 from core.db.models import Job, Observation
+from core.db.session import ServiceSession, TenantSession
 from core.domain.leases import Lease
 from core.services.events import record_event
 from core.services.leases import lock_held
@@ -91,7 +91,7 @@ class ObservationSeries:
         return len(self.rows) < self.num_steps
 
 
-def record_step(session: Session, lease: Lease, *, record: StepRecord, total_steps: int) -> None:
+def record_step(session: ServiceSession, lease: Lease, *, record: StepRecord, total_steps: int) -> None:
     """Store the numbers of one step and show them as an event. A step that is stored already stays as it is."""
     job = _pass_step(session, lease, record.step)
     if job is None:
@@ -124,7 +124,7 @@ def record_step(session: Session, lease: Lease, *, record: StepRecord, total_ste
     )
 
 
-def record_skipped_step(session: Session, lease: Lease, *, step: int, total_steps: int) -> None:
+def record_skipped_step(session: ServiceSession, lease: Lease, *, step: int, total_steps: int) -> None:
     """Count a step that has changed nothing, and say so in an event. A step that is counted already is not again."""
     job = _pass_step(session, lease, step)
     if job is None:
@@ -139,7 +139,7 @@ def record_skipped_step(session: Session, lease: Lease, *, step: int, total_step
     )
 
 
-def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float, token_accuracy: float) -> None:
+def record_evaluation(session: ServiceSession, lease: Lease, *, step: int, loss: float, token_accuracy: float) -> None:
     """Store the validation result that belongs to a step."""
     job = lock_held(session, lease)
     session.execute(
@@ -152,7 +152,7 @@ def record_evaluation(session: Session, lease: Lease, *, step: int, loss: float,
 
 
 def read_observations(
-    session: Session, tenant_id: uuid.UUID, *, job_id: uuid.UUID, steps: StepRange, points: int
+    session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID, steps: StepRange, points: int
 ) -> ObservationSeries:
     """Return at most `points` (3 at least) steps of a job within a range, in order."""
     in_range = Observation.step.between(steps.first, steps.last)
@@ -171,7 +171,7 @@ def read_observations(
     return ObservationSeries(rows, len(rows))
 
 
-def _pass_step(session: Session, lease: Lease, step: int) -> Job | None:
+def _pass_step(session: ServiceSession, lease: Lease, step: int) -> Job | None:
     """Move the job to a step that is over. None where it is there, or beyond, already."""
     job = lock_held(session, lease)
     if step <= job.trained_steps:
@@ -182,7 +182,7 @@ def _pass_step(session: Session, lease: Lease, step: int) -> Job | None:
     return job
 
 
-def _find_range(session: Session, own: tuple[ColumnElement[bool], ...]) -> StepRange | None:
+def _find_range(session: TenantSession, own: tuple[ColumnElement[bool], ...]) -> StepRange | None:
     """Return the first and the last step that there are. Each is one look into the index; `min` would count on more."""
     ends = [
         session.scalar(select(Observation.step).where(*own).order_by(order).limit(1))
@@ -210,6 +210,6 @@ def _end_of_block(step: int) -> int:
     return -(-step // _STEPS_A_BLOCK) * _STEPS_A_BLOCK
 
 
-def _read_rows(session: Session, own: tuple[ColumnElement[bool], ...]) -> tuple[Observation, ...]:
+def _read_rows(session: TenantSession, own: tuple[ColumnElement[bool], ...]) -> tuple[Observation, ...]:
     rows: Sequence[Observation] = session.scalars(select(Observation).where(*own).order_by(Observation.step)).all()
     return tuple(rows)

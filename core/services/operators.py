@@ -7,9 +7,9 @@ import hmac
 from collections.abc import Sequence
 
 from sqlalchemy import ColumnElement, func, select, update
-from sqlalchemy.orm import Session
 
 from core.db.models import OperatorKey
+from core.db.session import OperatorSession
 from core.domain.api_keys import LAST_USED_INTERVAL, OPERATOR_PREFIX, ApiKey, OperatorIdentity, generate_api_key
 from core.domain.errors import NotFoundError, UnauthenticatedError
 from core.domain.ids import new_id
@@ -18,7 +18,7 @@ _IS_STALE = func.coalesce(OperatorKey.last_used_at < func.now() - LAST_USED_INTE
 
 
 def issue_operator_key(
-    session: Session, *, name: str, lifetime: dt.timedelta | None = None, is_read_only: bool = False
+    session: OperatorSession, *, name: str, lifetime: dt.timedelta | None = None, is_read_only: bool = False
 ) -> ApiKey:
     """Add an operator key and return it whole: its secret cannot be had again."""
     api_key = generate_api_key(OPERATOR_PREFIX)
@@ -35,11 +35,11 @@ def issue_operator_key(
     return api_key
 
 
-def list_operator_keys(session: Session) -> Sequence[OperatorKey]:
+def list_operator_keys(session: OperatorSession) -> Sequence[OperatorKey]:
     return session.scalars(select(OperatorKey).where(*_is_live()).order_by(OperatorKey.id)).all()
 
 
-def revoke_operator_key(session: Session, key_id: str) -> None:
+def revoke_operator_key(session: OperatorSession, key_id: str) -> None:
     revoked = session.scalar(
         update(OperatorKey)
         .where(OperatorKey.key_id == key_id, OperatorKey.revoked_at.is_(None))
@@ -50,7 +50,7 @@ def revoke_operator_key(session: Session, key_id: str) -> None:
         raise NotFoundError(f"There is no operator key {key_id!r}.", param="key_id")
 
 
-def authenticate_operator(session: Session, api_key: ApiKey) -> OperatorIdentity:
+def authenticate_operator(session: OperatorSession, api_key: ApiKey) -> OperatorIdentity:
     """Return whose live operator key this is. Unknown, wrong, revoked and expired ones are answered alike."""
     query = select(OperatorKey, _IS_STALE).where(OperatorKey.key_id == api_key.key_id, *_is_live())
     row, is_stale = session.execute(query).one_or_none() or (None, False)

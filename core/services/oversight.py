@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import RowMapping, func, select, text
-from sqlalchemy.orm import Session
 
 from core.db.models import Worker
+from core.db.session import OperatorSession
 from core.domain.bases import BaseState
 from core.domain.errors import NotFoundError
 from core.domain.jobs import JobStatus
@@ -170,7 +170,7 @@ class PoolOverview:
 
 
 def list_job_overviews(
-    session: Session, wanted: JobFilter, *, after: uuid.UUID | None = None, limit: int
+    session: OperatorSession, wanted: JobFilter, *, after: uuid.UUID | None = None, limit: int
 ) -> Page[JobOverview]:
     """Return jobs of everybody, newest first. Raises NotFoundError for a tenant that is not there."""
     values: dict[str, Any] = {"num": limit + 1, "after": after or _AFTER_ALL, "pools": [wanted.pool]}
@@ -193,7 +193,7 @@ def _job_overview(row: RowMapping) -> JobOverview:
     return JobOverview(tenant=row["slug"], status=JobStatus(row["status"]), **same)
 
 
-def list_worker_overviews(session: Session, *, after: str | None = None, limit: int) -> Page[WorkerOverview]:
+def list_worker_overviews(session: OperatorSession, *, after: str | None = None, limit: int) -> Page[WorkerOverview]:
     """Return the workers that have a row, alive or not, by identity. One that stops in good order has none."""
     silent = func.extract("epoch", func.now() - Worker.heartbeat_at)
     query = select(Worker, Worker.alive_until > func.now(), silent)
@@ -225,7 +225,7 @@ def _worker_overview(row: Worker, *, is_alive: bool, silent_seconds: float) -> W
     )
 
 
-def list_pool_overviews(session: Session, *, after: str | None = None, limit: int) -> Page[PoolOverview]:
+def list_pool_overviews(session: OperatorSession, *, after: str | None = None, limit: int) -> Page[PoolOverview]:
     """Return every pool of the bases that are known, by name."""
     rows = session.execute(_POOLS, {"after": after or "", "num": limit + 1}).mappings().all()
     return Page.cut([_pool_overview(row) for row in rows], limit)
@@ -248,12 +248,12 @@ def _pool_overview(row: RowMapping) -> PoolOverview:
     )
 
 
-def list_pool_names(session: Session) -> tuple[str, ...]:
+def list_pool_names(session: OperatorSession) -> tuple[str, ...]:
     """Return the name of every pool that has had a job, or whose base is known."""
     return tuple(session.scalars(_KNOWN_POOLS))
 
 
-def find_pool_demand(session: Session, pool: str) -> PoolDemand:
+def find_pool_demand(session: OperatorSession, pool: str) -> PoolDemand:
     """Return a pool's demand. Raises NotFoundError where no base that is known has such a pool."""
     row = session.execute(_DEMAND, {"pool": pool}).mappings().one_or_none()
     if row is None:

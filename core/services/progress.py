@@ -8,15 +8,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from sqlalchemy import select, true
-from sqlalchemy.orm import Session
 
 from core.db.models import Job, Observation
+from core.db.session import TenantSession
 from core.domain.jobs import JobStatus
 from core.domain.progress import MEASURED_STEPS, Estimate, StepMark, estimate_finish, measure_steps
 
 
 def estimate_jobs(
-    session: Session, tenant_id: uuid.UUID, *, jobs: Sequence[Job], now: dt.datetime
+    session: TenantSession, tenant_id: uuid.UUID, *, jobs: Sequence[Job], now: dt.datetime
 ) -> Mapping[uuid.UUID, Estimate]:
     """Return an estimate for those of a tenant's jobs that run on and have done two steps in this attempt."""
     running = {job.id: job for job in jobs if job.status == JobStatus.RUNNING and job.pause_requested_at is None}
@@ -29,7 +29,9 @@ def estimate_jobs(
     return estimates
 
 
-def _last_steps(session: Session, tenant_id: uuid.UUID, job_ids: list[uuid.UUID]) -> Mapping[uuid.UUID, list[StepMark]]:
+def _last_steps(
+    session: TenantSession, tenant_id: uuid.UUID, job_ids: list[uuid.UUID]
+) -> Mapping[uuid.UUID, list[StepMark]]:
     """Return when each job's last steps under its present lease were recorded, in order."""
     marks: dict[uuid.UUID, list[StepMark]] = defaultdict(list)
     if not job_ids:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select, text
-from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Checkpoint, File, ResumePoint
+from core.db.session import AuditorSession
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, FairnessTerms, slot_seconds
 from core.storage import ObjectNotFoundError, ObjectStore, StoredObject
 
@@ -188,12 +188,12 @@ _CHECKS = (
 )
 
 
-def check_rows(session: Session, terms: FairnessTerms) -> tuple[Finding, ...]:
+def check_rows(session: AuditorSession, terms: FairnessTerms) -> tuple[Finding, ...]:
     """Check what rows can tell: every promise but I7. `terms` are those of the workers."""
     return tuple(_ask(session, check, terms) for check in _CHECKS)
 
 
-def check_objects(session: Session, store: ObjectStore, *, is_deep: bool) -> Finding:
+def check_objects(session: AuditorSession, store: ObjectStore, *, is_deep: bool) -> Finding:
     """Check I7: what rows name is in the object store, at its size, and with `is_deep` byte for byte.
 
     The rows are read first; one whose object is missing is asked for again, in case it was deleted meanwhile.
@@ -213,7 +213,7 @@ class _NamedObject:
     stored: StoredObject
 
 
-def _ask(session: Session, check: _Check, terms: FairnessTerms) -> Finding:
+def _ask(session: AuditorSession, check: _Check, terms: FairnessTerms) -> Finding:
     num_checked = session.scalars(text(check.seen)).one()
     values = {
         "bound": terms.turn_seconds + terms.quantum_seconds + _LOAD_SECONDS,
@@ -225,7 +225,7 @@ def _ask(session: Session, check: _Check, terms: FairnessTerms) -> Finding:
     return Finding(check.promise, check.says, num_checked, len(broken), tuple(broken[:_MAX_SHOWN]))
 
 
-def _named_objects(session: Session) -> Iterator[_NamedObject]:
+def _named_objects(session: AuditorSession) -> Iterator[_NamedObject]:
     files = select(File.object_key, File.size_bytes, File.sha256).where(File.deleted_at.is_(None))
     for object_key, size_bytes, sha256 in session.execute(files):
         yield _NamedObject(object_key, StoredObject(size_bytes, sha256))

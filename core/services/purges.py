@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Row, delete, func, text, update
-from sqlalchemy.orm import Session
 
 from core.db.models import Adapter, Checkpoint, File, ResumePoint, Upload
+from core.db.session import ServiceSession
 from core.domain.objects import upload_prefix
 
 # So many rows of each tenant are due at a time: whoever deleted a million lets the others wait for so many.
@@ -55,14 +55,14 @@ class Purge:
     location: str
 
 
-def find_purges(session: Session) -> tuple[Purge, ...]:
+def find_purges(session: ServiceSession) -> tuple[Purge, ...]:
     """Return some of what is due of every tenant, one tenant's after another's."""
     return tuple(
         Purge(row.kind, row.id, row.tenant_id, _location_of(row)) for row in session.execute(_DUE, {"turn": _TURN})
     )
 
 
-def mark_purged(session: Session, purge: Purge) -> None:
+def mark_purged(session: ServiceSession, purge: Purge) -> None:
     """Say that the objects are gone; they count no longer."""
     if purge.kind == "resume_point":
         session.execute(delete(ResumePoint).where(ResumePoint.id == purge.row_id))

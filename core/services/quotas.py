@@ -14,10 +14,10 @@ from __future__ import annotations
 import uuid
 
 from sqlalchemy import BigInteger, Boolean, ColumnElement, Select, cast, func, select
-from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
 from core.db.models import File, Queue, StorageTotal, Tenant
+from core.db.session import TenantSession
 from core.domain.errors import InvalidRequestError, PermissionDeniedError, RateLimitedError
 from core.domain.training import TrainingSpec
 
@@ -31,7 +31,7 @@ def has_queue_place(tenant_id: ColumnElement[uuid.UUID]) -> ColumnElement[bool]:
     return _num_waiting(tenant_id).scalar_subquery() < quota
 
 
-def check_queue(session: Session, tenant_id: uuid.UUID) -> None:
+def check_queue(session: TenantSession, tenant_id: uuid.UUID) -> None:
     """Raise RateLimitedError when as many jobs wait as may."""
     num_waiting = session.scalars(_num_waiting(tenant_id)).one()
     quota = session.scalars(select(Tenant.max_queued).where(Tenant.id == tenant_id)).one()
@@ -54,19 +54,19 @@ def is_within_storage() -> ColumnElement[bool]:
     return func.within_storage_quota(Tenant.id, Tenant.max_storage_bytes, type_=Boolean)
 
 
-def check_storage(session: Session, tenant_id: uuid.UUID, *, num_bytes: int = 0) -> None:
+def check_storage(session: TenantSession, tenant_id: uuid.UUID, *, num_bytes: int = 0) -> None:
     """Raise PermissionDeniedError when what is stored and `num_bytes` more are over the quota."""
     stored, quota = _read_storage(session, tenant_id)
     if quota is not None and stored + num_bytes > quota:
         raise _over_storage(stored, quota)
 
 
-def refuse_storage(session: Session, tenant_id: uuid.UUID) -> PermissionDeniedError:
+def refuse_storage(session: TenantSession, tenant_id: uuid.UUID) -> PermissionDeniedError:
     """Return the error of a tenant that stores more than it may."""
     return _over_storage(*_read_storage(session, tenant_id))
 
 
-def _read_storage(session: Session, tenant_id: uuid.UUID) -> tuple[int, int | None]:
+def _read_storage(session: TenantSession, tenant_id: uuid.UUID) -> tuple[int, int | None]:
     query = select(func.coalesce(StorageTotal.num_bytes, 0), Tenant.max_storage_bytes).select_from(Tenant)
     query = query.outerjoin(StorageTotal, StorageTotal.tenant_id == Tenant.id).where(Tenant.id == tenant_id)
     stored, quota = session.execute(query).one()
@@ -81,7 +81,7 @@ def _over_storage(stored: int, quota: int | None) -> PermissionDeniedError:
     )
 
 
-def reserve_storage(session: Session, tenant_id: uuid.UUID, *, num_bytes: int) -> None:
+def reserve_storage(session: TenantSession, tenant_id: uuid.UUID, *, num_bytes: int) -> None:
     """As `check_storage`, and nobody else of the tenant can reserve until the transaction ends."""
     lock_for_tenant(session, tenant_id, purpose="storage")
     check_storage(session, tenant_id, num_bytes=num_bytes)

@@ -7,9 +7,9 @@ from pathlib import Path
 import yaml
 from sqlalchemy import and_, case, func, or_, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
 
 from core.db.models import BaseModelRow
+from core.db.session import OwnerSession
 from core.domain.bases import BaseModelEntry, BaseState, Registry
 from core.domain.errors import ConflictError
 from core.services.base_models import get_known_base_model
@@ -23,7 +23,7 @@ def read_registry(path: Path) -> Registry:
     return Registry.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def sync_base_models(session: Session, registry: Registry) -> None:
+def sync_base_models(session: OwnerSession, registry: Registry) -> None:
     """Make the table say what the registry says; a base that left the registry is said to be out of it, never deleted.
 
     What was registered by hand stays, unless the registry names it.
@@ -35,7 +35,7 @@ def sync_base_models(session: Session, registry: Registry) -> None:
         register_base_model(session, entry, is_by_hand=False)
 
 
-def register_base_model(session: Session, entry: BaseModelEntry, *, is_by_hand: bool) -> None:
+def register_base_model(session: OwnerSession, entry: BaseModelEntry, *, is_by_hand: bool) -> None:
     """Add a base, or make its row say what the entry says. What was found of one that has changed counts no more."""
     values = entry.model_dump(mode="json") | {"is_enabled": True, "is_registered_by_hand": is_by_hand}
     statement = insert(BaseModelRow).values(values)
@@ -46,7 +46,7 @@ def register_base_model(session: Session, entry: BaseModelEntry, *, is_by_hand: 
     session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=values | reset))
 
 
-def unregister_base_model(session: Session, base_model_id: str) -> None:
+def unregister_base_model(session: OwnerSession, base_model_id: str) -> None:
     """Take a base that was registered by hand out again. Jobs that have been submitted go on.
 
     Raises NotFoundError, and ConflictError for one that stands in the registry's file.

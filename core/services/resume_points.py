@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, Job, Observation, ResumePoint
+from core.db.session import ServiceSession
 from core.domain.ids import new_id
 from core.domain.leases import Lease
 from core.domain.values import StoredArtifact
@@ -21,13 +21,15 @@ from core.services.leases import lock_held
 KEPT_RESUME_POINTS = 2
 
 
-def list_resume_points(session: Session, lease: Lease) -> Sequence[ResumePoint]:
+def list_resume_points(session: ServiceSession, lease: Lease) -> Sequence[ResumePoint]:
     """Return the job's resume points, newest first."""
     query = select(ResumePoint).where(ResumePoint.job_id == lease.job_id)
     return session.scalars(query.order_by(ResumePoint.step.desc(), ResumePoint.lease_token.desc())).all()
 
 
-def record_resume_point(session: Session, lease: Lease, *, step: int, artifact: StoredArtifact) -> tuple[str, ...]:
+def record_resume_point(
+    session: ServiceSession, lease: Lease, *, step: int, artifact: StoredArtifact
+) -> tuple[str, ...]:
     """Publish a stored slot state, once, and return the object prefixes that the job needs no longer."""
     job = lock_held(session, lease)
     points = list_resume_points(session, lease)
@@ -51,7 +53,7 @@ def record_resume_point(session: Session, lease: Lease, *, step: int, artifact: 
     return tuple(point.object_prefix for point in spent)
 
 
-def begin_steps(session: Session, lease: Lease, *, step: int, total_steps: int) -> tuple[str, ...]:
+def begin_steps(session: ServiceSession, lease: Lease, *, step: int, total_steps: int) -> tuple[str, ...]:
     """Note that an attempt steps from now on, after `step` (0 is the start): later numbers go, and come again.
 
     `total_steps` replaces the estimate that was made at the submission. Published checkpoints stay. Returns the object
@@ -72,7 +74,7 @@ def begin_steps(session: Session, lease: Lease, *, step: int, total_steps: int) 
     return tuple(lost)
 
 
-def _count_observations(session: Session, job: Job, *, until: int) -> int:
+def _count_observations(session: ServiceSession, job: Job, *, until: int) -> int:
     """Return how many steps up to `until` have numbers: a step has none if it was skipped.
 
     The reports of all steps before a resume point are stored before the point itself, so none is missing.
@@ -83,7 +85,7 @@ def _count_observations(session: Session, job: Job, *, until: int) -> int:
     return session.scalars(counted).one()
 
 
-def forget_resume_points(session: Session, lease: Lease) -> tuple[str, ...]:
+def forget_resume_points(session: ServiceSession, lease: Lease) -> tuple[str, ...]:
     """Drop the resume points of a job that has ended, and return their object prefixes."""
     dropped = delete(ResumePoint).where(ResumePoint.job_id == lease.job_id).returning(ResumePoint.object_prefix)
     return tuple(session.scalars(dropped).all())

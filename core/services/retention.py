@@ -15,8 +15,8 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Row, TextClause, text
-from sqlalchemy.orm import Session
 
+from core.db.session import ServiceSession
 from core.domain.duties import Duty
 from core.domain.ids import first_id_at
 from core.services.job_rows import BATCH_ROWS, HISTORY, IS_IN_REACH, IS_SPENT, delete_history, delete_job_row, run
@@ -94,7 +94,7 @@ _DELETE_UPLOAD = text("delete from uploads where id = :upload")
 _FORGET_AUDIT_ENTRIES = text("select forget_audit_entries(make_interval(days => :days), :most)")
 
 
-def forget_some(session: Session, kind: Kind, *, days: int) -> Batch:
+def forget_some(session: ServiceSession, kind: Kind, *, days: int) -> Batch:
     """Delete some of what is older than so many days."""
     match kind:
         case Kind.JOBS:
@@ -110,7 +110,7 @@ def forget_some(session: Session, kind: Kind, *, days: int) -> Batch:
             return _forget_of_jobs(session, kind, days)
 
 
-def _forget_of_jobs(session: Session, kind: Kind, days: int) -> Batch:
+def _forget_of_jobs(session: ServiceSession, kind: Kind, days: int) -> Batch:
     jobs, last, left = _next_rows(session, kind, _NEXT, days), None, BATCH_ROWS
     for job in jobs:
         left -= run(session, _OF_JOBS[kind], tenant=job.tenant_id, job=job.id, most=left)
@@ -121,7 +121,7 @@ def _forget_of_jobs(session: Session, kind: Kind, days: int) -> Batch:
     return Batch(Counter({kind: BATCH_ROWS - left}), has_more=bool(jobs))
 
 
-def _forget_jobs(session: Session, days: int) -> Batch:
+def _forget_jobs(session: ServiceSession, days: int) -> Batch:
     """Delete spent jobs. Those that were passed over may be spent later, so behind the last it begins anew."""
     jobs, last = _next_rows(session, Kind.JOBS, _NEXT_SPENT, days), None
     num_rows: Counter[str] = Counter()
@@ -138,7 +138,7 @@ def _forget_jobs(session: Session, days: int) -> Batch:
     return Batch(num_rows, has_more)
 
 
-def _forget_uploads(session: Session, days: int) -> Batch:
+def _forget_uploads(session: ServiceSession, days: int) -> Batch:
     before = first_id_at(dt.datetime.now(dt.UTC) - dt.timedelta(days=days))
     uploads = session.execute(_OLD_UPLOADS, {"before": before, "days": days, "num": _BATCH_WALKED}).all()
     num_rows: Counter[str] = Counter()
@@ -151,7 +151,7 @@ def _forget_uploads(session: Session, days: int) -> Batch:
     return Batch(num_rows, has_more=bool(uploads))
 
 
-def _forget_files(session: Session, days: int) -> Batch:
+def _forget_files(session: ServiceSession, days: int) -> Batch:
     """Delete deleted files that nobody names. What is named now may not be later, so behind the last it begins anew."""
     files = _next_rows(session, Kind.FILES, _NEXT_FILES, days)
     num_rows = sum(run(session, _DELETE_FILE, file=file.id) for file in files if file.is_spent)
@@ -160,13 +160,13 @@ def _forget_files(session: Session, days: int) -> Batch:
     return Batch(Counter({Kind.FILES: num_rows}), has_more)
 
 
-def _next_rows(session: Session, kind: Kind, query: TextClause, days: int) -> Sequence[Row[Any]]:
+def _next_rows(session: ServiceSession, kind: Kind, query: TextClause, days: int) -> Sequence[Row[Any]]:
     mark = find_mark(session, kind)
     since = {"finished_at": mark.finished_at, "job": mark.job_id}
     return session.execute(query, since | {"days": days, "num": _BATCH_WALKED}).all()
 
 
-def _move_mark(session: Session, kind: Kind, last: Row[Any] | None, *, is_at_end: bool = False) -> None:
+def _move_mark(session: ServiceSession, kind: Kind, last: Row[Any] | None, *, is_at_end: bool = False) -> None:
     if is_at_end:
         move_mark(session, kind, to=BEGINNING)
     elif last is not None:

@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NoResultFound
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import InstrumentedAttribute
 
 from core.db.models import SetAside
-from core.db.session import DATABASE_ERRORS, DamagedRowError, took_too_long
+from core.db.session import DATABASE_ERRORS, DamagedRowError, OperatorSession, ServiceSession, took_too_long
 from core.domain.duties import FIRST_REST_SECONDS, LONGEST_REST_SECONDS, Duty
 
 log = structlog.get_logger()
@@ -49,7 +49,7 @@ class Trial:
 
 
 @contextmanager
-def setting_aside(session: Session, duty: Duty, *, row_id: uuid.UUID, tenant_id: uuid.UUID) -> Iterator[Trial]:
+def setting_aside(session: ServiceSession, duty: Duty, *, row_id: uuid.UUID, tenant_id: uuid.UUID) -> Iterator[Trial]:
     """Undo what the block did where its row is at fault, set the row aside, and go on behind the block."""
     trial = Trial()
     try:
@@ -62,7 +62,9 @@ def setting_aside(session: Session, duty: Duty, *, row_id: uuid.UUID, tenant_id:
         set_aside(session, duty, row_id=row_id, tenant_id=tenant_id, error=error)
 
 
-def set_aside(session: Session, duty: Duty, *, row_id: uuid.UUID, tenant_id: uuid.UUID, error: Exception) -> None:
+def set_aside(
+    session: ServiceSession, duty: Duty, *, row_id: uuid.UUID, tenant_id: uuid.UUID, error: Exception
+) -> None:
     """Let a duty leave a row alone for a while, each time it fails for twice as long."""
     reason = _describe(error)
     log.error("row.set_aside", duty=duty, row_id=str(row_id), tenant_id=str(tenant_id), reason=reason)
@@ -89,12 +91,12 @@ def is_in_reach(duty: Duty, row_id: ColumnElement[uuid.UUID] | InstrumentedAttri
     return ~select(SetAside.row_id).where(SetAside.duty == duty, SetAside.row_id == row_id, resting).exists()
 
 
-def list_set_asides(session: Session) -> Sequence[SetAside]:
+def list_set_asides(session: OperatorSession) -> Sequence[SetAside]:
     """Return what is set aside, of all tenants, the oldest first. For operators."""
     return session.scalars(select(SetAside).order_by(SetAside.created_at)).all()
 
 
-def forget_set_asides(session: Session) -> None:
+def forget_set_asides(session: ServiceSession) -> None:
     """Forget what has not failed for a day since it was to be tried again: it was done, or is gone."""
     session.execute(delete(SetAside).where(SetAside.retry_at < func.now() - _REMEMBERED_FOR))
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ARRAY, BigInteger, Integer, Uuid, and_, column, func, literal, select
-from sqlalchemy.orm import Session
 
 from core.db.models import Event, Job
+from core.db.session import TenantSession
 from core.domain.jobs import TERMINAL_STATUSES
 from core.services.api_keys import find_reading_keys
 
@@ -60,7 +60,7 @@ class WatchState:
     has_more: bool
 
 
-def read_watches(session: Session, tenant_id: uuid.UUID, *, watches: Sequence[Watch]) -> list[WatchState]:
+def read_watches(session: TenantSession, tenant_id: uuid.UUID, *, watches: Sequence[Watch]) -> list[WatchState]:
     """Return the state of each of one tenant's watches, in their order. An unknown job reads as one without events."""
     live_keys = find_reading_keys(session, tenant_id, {watch.key_id for watch in watches})
     limit = max(_MIN_EVENTS, _NUM_EVENTS // max(1, len(watches)))

@@ -17,12 +17,12 @@ from typing import Any
 
 from sqlalchemy import BindParameter, Select, Text, Uuid, and_, bindparam, event, literal, select
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import aliased
 
 from core.crashpoints import CrashPoint, reach
 from core.db.locks import lock_for_tenant, shared_lock_call
 from core.db.models import BaseModelRow, BaseTokenizer, File, Job, Tenant
-from core.db.session import notify_after_commit
+from core.db.session import TenantSession, notify_after_commit
 from core.domain.dataset_counts import DatasetName
 from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, new_id, parse_id
@@ -88,7 +88,7 @@ class UncheckedRowsError(Exception):
 
 
 def submit_job(
-    session: Session,
+    session: TenantSession,
     tenant_id: uuid.UUID,
     *,
     request: JobRequest,
@@ -160,7 +160,7 @@ def resolve_spec(request: JobRequest, *, base: BaseModelRow, num_examples: int) 
     )
 
 
-def _check_files(session: Session, tenant_id: uuid.UUID, request: JobRequest, found: _Means) -> File:
+def _check_files(session: TenantSession, tenant_id: uuid.UUID, request: JobRequest, found: _Means) -> File:
     """Return the training file. Raises InvalidRequestError for a file that is not there or cannot be trained on."""
     training_file = found.training_file or _get_dataset(session, tenant_id, request.training_file_id, "training_file")
     _check_dataset(training_file, param="training_file")
@@ -171,7 +171,7 @@ def _check_files(session: Session, tenant_id: uuid.UUID, request: JobRequest, fo
     return training_file
 
 
-def _get_trainable(session: Session, tenant_id: uuid.UUID, *, model: str) -> BaseModelRow:
+def _get_trainable(session: TenantSession, tenant_id: uuid.UUID, *, model: str) -> BaseModelRow:
     """Return a base. Raises InvalidRequestError for what was trained, by each name that the tenant may know it by."""
     if is_checkpoint_model(model):
         checkpoint = find_checkpoint(session, tenant_id, name=model)
@@ -204,7 +204,9 @@ class _Means:
     is_within_storage: bool
 
 
-def _find_means(session: Session, tenant_id: uuid.UUID, request: JobRequest, *, shared_lock: str | None) -> _Means:
+def _find_means(
+    session: TenantSession, tenant_id: uuid.UUID, request: JobRequest, *, shared_lock: str | None
+) -> _Means:
     values = {
         "tenant_id": tenant_id,
         "base_model_id": request.base_model_id,
@@ -264,7 +266,7 @@ def _require_checked(
                 raise UncheckedRowsError(rows)
 
 
-def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:
+def _queue_job(session: TenantSession, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:
     """Add a job and its first event in one statement, and announce the work. Raises RateLimitedError by quota.
 
     The event is announced to nobody: who knows of the job, knows of it after the commit, and finds the event there.
@@ -277,7 +279,7 @@ def _queue_job(session: Session, tenant_id: uuid.UUID, *, new: dict[str, Any]) -
     return added
 
 
-def _add_job(session: Session, new: dict[str, Any]) -> Job | None:
+def _add_job(session: TenantSession, new: dict[str, Any]) -> Job | None:
     """Add a job under a fresh id, or None where there is no place, or its model's name is taken."""
     job_id = new_id()
     drawn = {"id": job_id, "name_digits": job_id.hex[-8:], "event_id": new_id()}
@@ -301,7 +303,7 @@ def _addition() -> Select[Any]:
     )
 
 
-def _get_dataset(session: Session, tenant_id: uuid.UUID, file_id: uuid.UUID, param: str) -> File:
+def _get_dataset(session: TenantSession, tenant_id: uuid.UUID, file_id: uuid.UUID, param: str) -> File:
     try:
         return get_file(session, tenant_id, file_id=file_id, param=param)
     except NotFoundError as error:

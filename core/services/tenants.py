@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import StringConstraints
 from sqlalchemy import func, select, update
-from sqlalchemy.orm import Session
 
 from core.db.locks import lock_for_tenant
 from core.db.models import ApiKeyRow, BaseModelRow, Tenant
+from core.db.session import OperatorSession
 from core.domain import bounds
 from core.domain.errors import ConflictError, InvalidRequestError, NotFoundError
 from core.domain.ids import new_id
@@ -56,7 +56,7 @@ class TenantChange(Frozen):
         return values
 
 
-def create_tenant(session: Session, slug: str, *, name: str | None = None) -> Tenant:
+def create_tenant(session: OperatorSession, slug: str, *, name: str | None = None) -> Tenant:
     """Add a tenant. Raises InvalidRequestError when the slug is taken or malformed."""
     if not re.fullmatch(SLUG_PATTERN, slug):
         raise InvalidRequestError(
@@ -71,7 +71,7 @@ def create_tenant(session: Session, slug: str, *, name: str | None = None) -> Te
     return tenant
 
 
-def find_tenant(session: Session, slug: str, *, lock: bool = False) -> Tenant:
+def find_tenant(session: OperatorSession, slug: str, *, lock: bool = False) -> Tenant:
     """Return a tenant; with `lock`, as it stands once nobody else changes it, until the transaction ends."""
     query = select(Tenant).where(Tenant.slug == slug)
     tenant = session.scalar(query.with_for_update(key_share=True) if lock else query)
@@ -80,13 +80,13 @@ def find_tenant(session: Session, slug: str, *, lock: bool = False) -> Tenant:
     return tenant
 
 
-def list_tenants(session: Session, *, after: str | None, limit: int) -> Page[Tenant]:
+def list_tenants(session: OperatorSession, *, after: str | None, limit: int) -> Page[Tenant]:
     """Return tenants in the order of their slugs. For operators."""
     query = select(Tenant).where(Tenant.slug > after) if after is not None else select(Tenant)
     return Page.cut(session.scalars(query.order_by(Tenant.slug).limit(limit + 1)).all(), limit)
 
 
-def change_tenant(session: Session, slug: str, *, change: TenantChange) -> Tenant:
+def change_tenant(session: OperatorSession, slug: str, *, change: TenantChange) -> Tenant:
     """Set what is given.
 
     Raises NotFoundError for the tenant, ConflictError for one that is deleted, InvalidRequestError for a base nobody
@@ -103,7 +103,7 @@ def change_tenant(session: Session, slug: str, *, change: TenantChange) -> Tenan
     return tenant
 
 
-def delete_tenant(session: Session, slug: str) -> Tenant:
+def delete_tenant(session: OperatorSession, slug: str) -> Tenant:
     """Delete a tenant for ever: its keys end, its names go, and the schedule erases what it has. Its slug is free.
 
     Raises NotFoundError, and ConflictError for one that is deleted.

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
 
 from core.db.locks import lock
 from core.db.models import Attempt, Pool, Worker
+from core.db.session import ServiceSession
 from core.domain.jobs import SUSPECT_PATIENCE_SECONDS
 from core.domain.scheduling import TURN_SECONDS, USAGE_HALF_LIFE_SECONDS
 from core.domain.training import MAX_SKIPPED_STEPS
@@ -197,7 +197,7 @@ class SlotTerms:
     slot_seconds: float
 
 
-def find_fairest_job(session: Session, choice: PoolChoice) -> FairestJob | None:
+def find_fairest_job(session: ServiceSession, choice: PoolChoice) -> FairestJob | None:
     """Return the next job over a worker's pools, or None where none of them has work for it."""
     values = {
         "pools": list(choice.pools),
@@ -214,7 +214,7 @@ def find_fairest_job(session: Session, choice: PoolChoice) -> FairestJob | None:
     return None if found is None else FairestJob(found.pool, found.tenant_id, found.job_id, found.is_behind)
 
 
-def choose_pool(session: Session, choice: PoolChoice) -> str | None:
+def choose_pool(session: ServiceSession, choice: PoolChoice) -> str | None:
     """Return the pool a worker serves next, and tell the other workers if it is about to load another base.
 
     None where no pool has work for it. A worker that holds jobs keeps its pool while all their tenants have used less
@@ -230,14 +230,20 @@ def choose_pool(session: Session, choice: PoolChoice) -> str | None:
     return fairest.pool
 
 
-def record_load(session: Session, pool: str, *, seconds: float) -> None:
+def record_load(session: ServiceSession, pool: str, *, seconds: float) -> None:
     """Note how long it took to load the base of a pool."""
     statement = insert(Pool).values(name=pool, load_seconds=seconds)
     session.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"load_seconds": seconds}))
 
 
 def lend_slot(
-    session: Session, pool: str, *, worker_name: str, held: Sequence[int], terms: SlotTerms, wanting: Sequence[int] = ()
+    session: ServiceSession,
+    pool: str,
+    *,
+    worker_name: str,
+    held: Sequence[int],
+    terms: SlotTerms,
+    wanting: Sequence[int] = (),
 ) -> Loan | None:
     """Choose a slot among `held` (lease tokens) to lend, and note that it is being lent.
 
@@ -265,10 +271,10 @@ def lend_slot(
     return Loan(found.lease_token, found.borrower)
 
 
-def mark_lending(session: Session, lease_tokens: Sequence[int]) -> None:
+def mark_lending(session: ServiceSession, lease_tokens: Sequence[int]) -> None:
     """Note that these attempts give their slots to others: they will end as lent."""
     session.execute(update(Attempt).where(Attempt.lease_token.in_(lease_tokens)).values(lending_at=func.now()))
 
 
-def is_lending(session: Session, lease_token: int) -> bool:
+def is_lending(session: ServiceSession, lease_token: int) -> bool:
     return session.scalar(select(Attempt.lending_at).where(Attempt.lease_token == lease_token)) is not None

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from sqlalchemy import Update, and_, func, or_, select, update
-from sqlalchemy.orm import Session
 
 from core.db.models import File, Upload, UploadPart
+from core.db.session import TenantSession
 from core.domain.errors import BusyError, ConflictError, InvalidRequestError, PayloadTooLargeError
 from core.domain.files import NewFile
 from core.domain.ids import IdKind, new_id, not_found
@@ -57,7 +57,7 @@ class Completion:
     part_keys: tuple[str, ...]
 
 
-def create_upload(session: Session, tenant_id: uuid.UUID, *, new: NewUpload) -> Upload:
+def create_upload(session: TenantSession, tenant_id: uuid.UUID, *, new: NewUpload) -> Upload:
     row = Upload(
         id=new_id(),
         tenant_id=tenant_id,
@@ -74,20 +74,20 @@ def create_upload(session: Session, tenant_id: uuid.UUID, *, new: NewUpload) -> 
     return row
 
 
-def get_upload(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
+def get_upload(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
     row = session.scalar(select(Upload).where(Upload.tenant_id == tenant_id, Upload.id == upload_id))
     if row is None:
         raise not_found(IdKind.UPLOAD, upload_id)
     return row
 
 
-def find_file(session: Session, upload: Upload) -> File | None:
+def find_file(session: TenantSession, upload: Upload) -> File | None:
     """Return the file that an upload has become, deleted since or not."""
     query = select(File).where(File.tenant_id == upload.tenant_id, File.id == upload.file_id)
     return session.scalar(query) if upload.file_id else None
 
 
-def require_pending(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
+def require_pending(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
     """Return an upload that may be changed, its row locked. Raises NotFoundError, ConflictError or BusyError."""
     is_abandoned = and_(Upload.status == "completing", Upload.completing_until < func.now())
     row = session.scalar(
@@ -111,7 +111,7 @@ def require_pending(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.U
     return row
 
 
-def add_part(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, new: NewPart) -> UploadPart:
+def add_part(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, new: NewPart) -> UploadPart:
     """Add a part whose object is stored. Raises PayloadTooLargeError where there is more than was promised."""
     upload = require_pending(session, tenant_id, upload_id=upload_id)
     parts = select(func.count(), func.coalesce(func.sum(UploadPart.size_bytes), 0)).where(
@@ -134,7 +134,7 @@ def add_part(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, ne
 
 
 def begin_completion(
-    session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, part_ids: Sequence[uuid.UUID]
+    session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, part_ids: Sequence[uuid.UUID]
 ) -> Completion:
     """Hold an upload for completion. Raises InvalidRequestError unless the parts are what was promised."""
     upload = require_pending(session, tenant_id, upload_id=upload_id)
@@ -146,7 +146,7 @@ def begin_completion(
     return Completion(upload_id, until, tuple(part.object_key for part in parts))
 
 
-def extend_completion(session: Session, tenant_id: uuid.UUID, completion: Completion) -> Completion:
+def extend_completion(session: TenantSession, tenant_id: uuid.UUID, completion: Completion) -> Completion:
     """Hold an upload for longer. Raises BusyError where another has taken it."""
     until = func.now() + COMPLETION_LEASE
     values = {"completing_until": until, "expires_at": func.greatest(Upload.expires_at, until)}
@@ -156,12 +156,12 @@ def extend_completion(session: Session, tenant_id: uuid.UUID, completion: Comple
     return replace(completion, until=extended)
 
 
-def abandon_completion(session: Session, tenant_id: uuid.UUID, completion: Completion) -> None:
+def abandon_completion(session: TenantSession, tenant_id: uuid.UUID, completion: Completion) -> None:
     """Let an upload go as it was before, unless another has taken it."""
     session.execute(_held(tenant_id, completion).values(status="pending", completing_until=None))
 
 
-def complete_upload(session: Session, tenant_id: uuid.UUID, completion: Completion, *, file: NewFile) -> Upload:
+def complete_upload(session: TenantSession, tenant_id: uuid.UUID, completion: Completion, *, file: NewFile) -> Upload:
     """Turn an upload into the file that its parts were composed to. Raises BusyError where another has taken it."""
     row = create_file(session, tenant_id, new=file)
     values = {"status": "completed", "completing_until": None, "file_id": row.id}
@@ -171,14 +171,14 @@ def complete_upload(session: Session, tenant_id: uuid.UUID, completion: Completi
     return upload
 
 
-def cancel_upload(session: Session, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
+def cancel_upload(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
     upload = require_pending(session, tenant_id, upload_id=upload_id)
     upload.status, upload.completing_until = "cancelled", None
     session.flush()
     return upload
 
 
-def _order_parts(session: Session, upload: Upload, part_ids: Sequence[uuid.UUID]) -> tuple[UploadPart, ...]:
+def _order_parts(session: TenantSession, upload: Upload, part_ids: Sequence[uuid.UUID]) -> tuple[UploadPart, ...]:
     """Return the named parts in their order."""
     query = select(UploadPart).where(UploadPart.tenant_id == upload.tenant_id, UploadPart.upload_id == upload.id)
     known = {row.id: row for row in session.scalars(query)}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sqlalchemy import text
-from sqlalchemy.orm import Session
 
+from core.db.session import OperatorSession
 from core.domain.errors import InvalidRequestError
 from core.domain.values import Page
 
@@ -78,7 +78,7 @@ class UsageTotal:
 
 
 def sum_usage(
-    session: Session, period: UsagePeriod, *, group: UsageGroup, after: str | None = None, limit: int
+    session: OperatorSession, period: UsagePeriod, *, group: UsageGroup, after: str | None = None, limit: int
 ) -> Page[UsageTotal]:
     """Return the sums of a period, in the order of their labels."""
     query = _TOTALS.format(label=_LABELS[group], join=_JOINS.get(group, ""))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sqlalchemy import text
-from sqlalchemy.orm import Session
+
+from core.db.session import AuditorSession
 
 # A policy shows all rows where it asks for nothing. One that restricts may hide any of them.
 _HIDDEN = text("""
@@ -25,7 +26,7 @@ class HiddenRowsError(Exception):
     """There are tables of which the role that asks may not see every row; the message names them."""
 
 
-def require_sight(session: Session) -> None:
+def require_sight(session: AuditorSession) -> None:
     """Raise HiddenRowsError unless this transaction's role sees every row of every table."""
     hidden = session.scalars(_HIDDEN).all()
     if hidden:

@@ -7,16 +7,16 @@ from datetime import timedelta
 
 from sqlalchemy import any_, delete, func, literal, select
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
 
 from core.db.models import Worker
+from core.db.session import OperatorSession, OwnerSession, ServiceSession
 from core.domain.workers import WorkerFacts
 
 # A worker that is killed leaves its row, and nobody takes up its identity again.
 _SHOWN_AFTER_DEATH = timedelta(days=1)
 
 
-def record_worker(session: Session, facts: WorkerFacts, *, alive_seconds: float, is_start: bool) -> None:
+def record_worker(session: ServiceSession, facts: WorkerFacts, *, alive_seconds: float, is_start: bool) -> None:
     """Say that a worker is alive, for the next `alive_seconds` by the database's clock."""
     values = {
         "name": facts.name,
@@ -50,7 +50,7 @@ class Refusal:
     reason: str
 
 
-def list_refusals(session: Session) -> tuple[Refusal, ...]:
+def list_refusals(session: OperatorSession) -> tuple[Refusal, ...]:
     """Return what the workers alive cannot load. For operators."""
     query = select(Worker.name, Worker.refusals).where(Worker.alive_until > func.now()).order_by(Worker.name)
     return tuple(
@@ -60,12 +60,12 @@ def list_refusals(session: Session) -> tuple[Refusal, ...]:
     )
 
 
-def is_served(session: Session, pool: str) -> bool:
+def is_served(session: OwnerSession, pool: str) -> bool:
     """Say whether a worker is alive that may serve a pool."""
     alive = select(Worker.name).where(Worker.alive_until > func.now(), literal(pool) == any_(Worker.pools))
     return session.scalar(alive.limit(1)) is not None
 
 
-def forget_worker(session: Session, name: str) -> None:
+def forget_worker(session: ServiceSession, name: str) -> None:
     """Take away the row of one worker, by its identity."""
     session.execute(delete(Worker).where(Worker.name == name))

@@ -188,6 +188,11 @@ class RunningPod:
         self._engine.docker("stop", "--time", str(grace - pause), self.name)
         return Ended(self.exit_code, time.monotonic() - started)
 
+    def remove(self) -> None:
+        """Remove it whatever it does. Nobody probes it any more."""
+        self._is_stopping = True
+        self._engine.try_docker("rm", "--force", "--volumes", self.name)
+
     def probe(self) -> None:
         threading.Thread(target=self._probe_forever, daemon=True).start()
 

@@ -58,7 +58,7 @@ def run(engine: Engine, place: Path) -> None:
         raise
     finally:
         for pod in node.pods:
-            engine.try_docker("rm", "--force", "--volumes", pod.name)
+            pod.remove()
         engine.try_docker("network", "rm", node.network)
 
 

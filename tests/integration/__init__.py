@@ -1,0 +1,1 @@
+"""Tests of one process or one service function against real PostgreSQL, Redis and S3 servers."""

@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import Engine, func, select, text
-from sqlalchemy.orm import Session
 
 from core.db.models import Attempt, Job, Usage
-from core.db.session import connect, service_transaction
+from core.db.session import ServiceSession, connect, service_transaction
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.job_requests import JobRequest
@@ -139,7 +138,7 @@ def test_a_preempted_attempt_does_not_count(worker: Engine, owner: Engine, tenan
         assert session.get_one(Job, job.id).attempt_count == 0
 
 
-def end_uncounted(session: Session, lease: Lease, how: str) -> None:
+def end_uncounted(session: ServiceSession, lease: Lease, how: str) -> None:
     match how:
         case "given back":
             attempts.requeue_attempt(session, lease)
@@ -275,7 +274,7 @@ def test_a_cancelled_job_is_stale_for_its_worker(worker: Engine, owner: Engine, 
         leases.heartbeat(session, lease, lease_seconds=60)
 
 
-ENDINGS: dict[str, Callable[[Session, Lease], object]] = {
+ENDINGS: dict[str, Callable[[ServiceSession, Lease], object]] = {
     "cancel": lambda session, lease: cancel_job(session, lease.tenant_id, job_id=lease.job_id),
     "fail": lambda session, lease: attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True),
     "succeed": lambda session, lease: attempts.succeed_attempt(
@@ -290,7 +289,7 @@ ENDINGS: dict[str, Callable[[Session, Lease], object]] = {
 
 @pytest.mark.parametrize("end", ENDINGS.values(), ids=ENDINGS)
 def test_a_job_ends_after_all_that_was_written_of_it_however_early_its_transaction_began(
-    worker: Engine, owner: Engine, tenant: Tenant, end: Callable[[Session, Lease], object]
+    worker: Engine, owner: Engine, tenant: Tenant, end: Callable[[ServiceSession, Lease], object]
 ) -> None:
     queue_job(owner, tenant)
     with service_transaction(owner) as ending:

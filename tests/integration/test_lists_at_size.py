@@ -9,9 +9,15 @@ from dataclasses import dataclass
 
 import pytest
 from sqlalchemy import Engine, text
-from sqlalchemy.orm import Session
 
-from core.db.session import connect, operator_transaction, service_transaction, tenant_transaction
+from core.db.session import (
+    SessionKind,
+    TenantSession,
+    connect,
+    operator_transaction,
+    service_transaction,
+    tenant_transaction,
+)
 from core.domain.scheduling import FairnessTerms
 from core.services import adapters, api_keys, audit, checkpoints, events, files, jobs, logs, observations, streams
 from core.services.explanations import explain_job
@@ -104,7 +110,7 @@ def plant(owner: Engine, tenant: Tenant, job_id: uuid.UUID, num: int) -> None:
                 session.execute(text(statement), {"tenant": tenant.id, "job": job_id, "num": num})
 
 
-def buffers_of(session: Session, ask: Callable[[Session], object]) -> int:
+def buffers_of(session: SessionKind, ask: Callable[[SessionKind], object]) -> int:
     """Return how many of its buffers PostgreSQL looks at for the statements of a service."""
     with statements_of(session.get_bind().engine) as seen:  # type: ignore[union-attr]
         ask(session)
@@ -121,42 +127,42 @@ def buffers_of(session: Session, ask: Callable[[Session], object]) -> int:
 
 
 def ask_log_lines(
-    session: Session, crowd: Crowd, *, attempt: int | None = None, after: uuid.UUID | None = None
+    session: TenantSession, crowd: Crowd, *, attempt: int | None = None, after: uuid.UUID | None = None
 ) -> object:
     wanted = LogFilter(attempt_number=attempt, after=after, limit=100)
     return logs.list_log_lines(session, crowd.tenant.id, job_id=crowd.job_id, wanted=wanted)
 
 
-def ask_events(session: Session, crowd: Crowd, *, after: uuid.UUID | None) -> object:
+def ask_events(session: TenantSession, crowd: Crowd, *, after: uuid.UUID | None) -> object:
     return events.list_events(session, crowd.tenant.id, job_id=crowd.job_id, after=after, limit=100)
 
 
-def ask_stream(session: Session, crowd: Crowd, *, after: int) -> object:
+def ask_stream(session: TenantSession, crowd: Crowd, *, after: int) -> object:
     watch = Watch(crowd.job_id, crowd.tenant.key_id, after=after)
     return streams.read_watches(session, crowd.tenant.id, watches=[watch])
 
 
-def ask_checkpoints(session: Session, crowd: Crowd, *, after: uuid.UUID | None) -> object:
+def ask_checkpoints(session: TenantSession, crowd: Crowd, *, after: uuid.UUID | None) -> object:
     return adapters.list_checkpoints(session, crowd.tenant.id, job_id=crowd.job_id, after=after, limit=100)
 
 
-def ask_files(session: Session, crowd: Crowd, **options: object) -> object:
+def ask_files(session: TenantSession, crowd: Crowd, **options: object) -> object:
     wanted: dict[str, object] = {"purpose": None, "after": None, "limit": 100, "order": "desc"}
     return files.list_files(session, crowd.tenant.id, **{**wanted, **options})  # type: ignore[arg-type]
 
 
-def ask_permissions(session: Session, crowd: Crowd, *, after: uuid.UUID | None) -> object:
+def ask_permissions(session: TenantSession, crowd: Crowd, *, after: uuid.UUID | None) -> object:
     return checkpoints.list_permissions(
         session, crowd.tenant.id, name=crowd.model, after=after, limit=100, order="descending", project_id=None
     )
 
 
-def ask_explanation(session: Session, crowd: Crowd) -> object:
+def ask_explanation(session: TenantSession, crowd: Crowd) -> object:
     now = dt.datetime.now(dt.UTC)
     return explain_job(session, crowd.tenant.id, job_id=crowd.job_id, now=now, terms=FairnessTerms())
 
 
-Ask = Callable[[Session, Crowd], object]
+Ask = Callable[[TenantSession, Crowd], object]
 LISTS: dict[str, Ask] = {
     "jobs": lambda s, c: jobs.list_jobs(s, c.tenant.id, after=None, limit=100),
     "jobs, deep": lambda s, c: jobs.list_jobs(s, c.tenant.id, after=c.middle["jobs"], limit=100),
@@ -187,7 +193,7 @@ LISTS: dict[str, Ask] = {
 }
 
 
-def chart(session: Session, crowd: Crowd, steps: StepRange) -> object:
+def chart(session: TenantSession, crowd: Crowd, steps: StepRange) -> object:
     return observations.read_observations(session, crowd.tenant.id, job_id=crowd.job_id, steps=steps, points=60)
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event, text
-from sqlalchemy.orm import Session
 
-from core.db.session import operator_transaction, service_transaction
+from core.db.session import OperatorSession, operator_transaction, service_transaction
 from core.domain.jobs import JobStatus
 from core.services.oversight import JobFilter, list_job_overviews, list_pool_overviews
 from tests.integration.conftest import BASE_MODEL, Tenant, add_tenant
@@ -86,7 +85,7 @@ def statements_of(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
     event.remove(engine, "before_cursor_execute", note)
 
 
-def rows_visited_by(owner: Engine, ask: Callable[[Session], object]) -> float:
+def rows_visited_by(owner: Engine, ask: Callable[[OperatorSession], object]) -> float:
     """Return how many rows the statements of a service look at, as PostgreSQL itself counts them."""
     with operator_transaction(owner, actor="test") as session:
         with statements_of(owner) as seen:

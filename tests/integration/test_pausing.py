@@ -7,10 +7,9 @@ from functools import partial
 
 import pytest
 from sqlalchemy import Engine, text
-from sqlalchemy.orm import Session
 
 from core.db.models import Job
-from core.db.session import connect, service_transaction, tenant_transaction
+from core.db.session import ServiceSession, connect, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.values import StoredArtifact, StoredFile
@@ -153,7 +152,7 @@ TOLD = {"code": "x", "message": "x"}
     ids=["requeued", "postponed", "suspected", "failed"],
 )
 def test_however_an_attempt_ends_its_job_pauses_if_that_was_asked(
-    worker: Engine, owner: Engine, tenant: Tenant, end: Callable[[Session, Lease], None]
+    worker: Engine, owner: Engine, tenant: Tenant, end: Callable[[ServiceSession, Lease], None]
 ) -> None:
     job = queue_job(owner, tenant)
     lease = must_claim(worker)

@@ -16,10 +16,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from sqlalchemy import Engine, select, text
-from sqlalchemy.orm import Session
 
 from core.db.models import Job
-from core.db.session import connect, service_transaction, tenant_transaction
+from core.db.session import ServiceSession, TenantSession, connect, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError, DomainError
 from core.domain.files import NewFile
 from core.domain.ids import new_id
@@ -126,7 +125,7 @@ class QuotaMachine(RuleBasedStateMachine):
     # The tenant's own verbs.
 
     def upload(self, drawn: Drawn) -> None:
-        def act(session: Session, tenant_id: uuid.UUID) -> None:
+        def act(session: TenantSession, tenant_id: uuid.UUID) -> None:
             reserve_storage(session, tenant_id, num_bytes=drawn.size)
             create_file(session, tenant_id, new=self._new_file(tenant_id, drawn.size))
 
@@ -135,7 +134,7 @@ class QuotaMachine(RuleBasedStateMachine):
         )
 
     def begin_upload(self, drawn: Drawn) -> None:
-        def act(session: Session, tenant_id: uuid.UUID) -> None:
+        def act(session: TenantSession, tenant_id: uuid.UUID) -> None:
             reserve_storage(session, tenant_id, num_bytes=drawn.size)
             new = uploads.NewUpload("a", "fine-tune", "text/plain", drawn.size)
             upload = uploads.create_upload(session, tenant_id, new=new)
@@ -238,7 +237,7 @@ class QuotaMachine(RuleBasedStateMachine):
             self._work(resume_points.begin_steps, lease, step=drawn.pick % 5, total_steps=5)
 
     def succeed(self, drawn: Drawn) -> None:
-        def act(session: Session, lease: Lease) -> None:
+        def act(session: ServiceSession, lease: Lease) -> None:
             result = self._new_file(lease.tenant_id, 10, purpose="fine-tune-results")
             adapter = self._artifact(lease, "adapter", drawn.size)
             attempts.succeed_attempt(session, lease, adapter=adapter, result_file=result, trained_tokens=1)

@@ -1,0 +1,1 @@
+"""Tests without a server: rules, values, pages, and the engine on tiny models."""

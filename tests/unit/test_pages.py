@@ -78,7 +78,9 @@ def test_the_guide_names_make_targets_that_exist() -> None:
 
 
 def test_make_help_has_a_line_for_every_target() -> None:
-    help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    help_text = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)$", MAKEFILE, re.MULTILINE)
     assert phony is not None
     assert sorted(line.split()[0] for line in help_text.splitlines()) == sorted(phony[1].replace("\\", "").split())

@@ -19,10 +19,9 @@ from contextlib import suppress
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
 from core.db.models import BaseModelRow
-from core.db.session import DATABASE_ERRORS, service_transaction
+from core.db.session import DATABASE_ERRORS, ServiceSession, service_transaction
 from core.domain.bases import BaseState
 from core.services.base_models import list_base_models, list_known_base_models, record_state
 from core.services.turns import record_load
@@ -54,7 +53,7 @@ class BaseFindings:
             bases = {pool: base for base in list_base_models(session) for pool in pools_of(base)}
         return [(pool, bases[pool]) for pool in self._pools if pool in bases]
 
-    def find_loadable(self, session: Session) -> dict[str, BaseModelRow]:
+    def find_loadable(self, session: ServiceSession) -> dict[str, BaseModelRow]:
         """Return the bases, by pool, that this worker may try to load. Those that are no longer served are included."""
         bases = {pool: base for base in list_known_base_models(session) for pool in pools_of(base)}
         return {pool: bases[pool] for pool in self._pools if pool in bases and self.may_load(pool, bases[pool])}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from sqlalchemy.orm import Session
-
 from core.db.models import BaseModelRow, File, Job, Tenant
+from core.db.session import ServiceSession
 from core.domain.ids import IdKind, format_id
 from core.domain.jobs import fine_tuned_model_name, pool_name
 from core.domain.leases import Lease
@@ -48,7 +47,7 @@ def order_base(base: BaseModelRow, pool: str, *, settings: TrainerSettings) -> L
     )
 
 
-def order_job(session: Session, job: Job, *, store: ObjectStore) -> StartJob:
+def order_job(session: ServiceSession, job: Job, *, store: ObjectStore) -> StartJob:
     tenant = session.get_one(Tenant, job.tenant_id)
     training_file = session.get_one(File, job.training_file_id)
     validation_file = session.get(File, job.validation_file_id) if job.validation_file_id else None

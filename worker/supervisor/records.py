@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy.orm import Session
-
+from core.db.session import ServiceSession
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.leases import Lease
@@ -30,7 +29,7 @@ from worker.supervisor.artifacts import Proof
 ProgressReport = DatasetsRead | JobStarted | StepDone | StepSkipped | EvaluationDone | JobWarned | JobLogged
 
 
-def record_progress(session: Session, lease: Lease, report: ProgressReport) -> tuple[str, ...]:
+def record_progress(session: ServiceSession, lease: Lease, report: ProgressReport) -> tuple[str, ...]:
     """Record what a job has done. Returns the object prefixes that nothing names any more. Raises StaleLeaseError."""
     match report:
         case DatasetsRead(training=training, validation=validation):
@@ -50,7 +49,7 @@ def record_progress(session: Session, lease: Lease, report: ProgressReport) -> t
     return ()
 
 
-def record_proof(session: Session, proof: Proof, *, result_filename: str) -> tuple[str, ...]:
+def record_proof(session: ServiceSession, proof: Proof, *, result_filename: str) -> tuple[str, ...]:
     """Publish what a trainer has stored, or end the attempt as it reports. Returns and raises as record_progress."""
     lease, report = proof.lease, proof.report
     match report:
@@ -80,7 +79,9 @@ def record_proof(session: Session, proof: Proof, *, result_filename: str) -> tup
     return ()
 
 
-def _record_success(session: Session, proof: Proof, report: JobSucceeded, *, result_filename: str) -> tuple[str, ...]:
+def _record_success(
+    session: ServiceSession, proof: Proof, report: JobSucceeded, *, result_filename: str
+) -> tuple[str, ...]:
     adapter, result = proof.artifacts
     result_file = NewFile(
         id=new_id(),

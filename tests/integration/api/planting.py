@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from sqlalchemy import Engine, func
-from sqlalchemy.orm import Session
 
 from core.db.models import (
     LEASE_TOKENS,
@@ -26,7 +25,7 @@ from core.db.models import (
     UploadPart,
     Usage,
 )
-from core.db.session import service_transaction, tenant_transaction
+from core.db.session import ServiceSession, service_transaction, tenant_transaction
 from core.domain.api_keys import format_key_id
 from core.domain.files import NewFile
 from core.domain.ids import IdKind, format_id, new_id
@@ -80,7 +79,9 @@ def plant(owner: Engine, api: Engine, store: ObjectStore, tenant: Tenant) -> Pla
         return _plant_job(session, store, tenant, file_id, object_key)
 
 
-def _plant_job(session: Session, store: ObjectStore, tenant: Tenant, file_id: uuid.UUID, object_key: str) -> Planted:
+def _plant_job(
+    session: ServiceSession, store: ObjectStore, tenant: Tenant, file_id: uuid.UUID, object_key: str
+) -> Planted:
     job_id, token = new_id(), session.scalars(LEASE_TOKENS.next_value()).one()
     name = fine_tuned_model_name(BASE_MODEL, tenant_slug=tenant.slug, suffix=None, digits=job_id.hex[-8:])
     prefix = attempt_prefix(tenant.id, job_id, token)
