@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 
 from bench.simulated_service import POOLS, Service
 from core.db.session import service_transaction
+from core.domain.failures import Failure
 from core.domain.leases import Lease
 from core.domain.scheduling import QUANTUM_SECONDS, FairnessTerms, slot_seconds
 from core.domain.workers import WorkerFacts
@@ -105,7 +106,7 @@ class SimulatedWorker:
 
     def _end(self, slot: Slot) -> None:
         with service_transaction(self._engine) as session:
-            attempts.fail_attempt(session, slot.lease, code="over", message="Over.", is_job_fault=True)
+            attempts.fail_attempt(session, slot.lease, failure=Failure(code="over", message="Over."), is_job_fault=True)
         self._book(slot)
 
     def _book(self, slot: Slot) -> None:

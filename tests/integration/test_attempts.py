@@ -12,6 +12,7 @@ from sqlalchemy import Engine, func, select, text
 
 from core.db.models import Attempt, Job, Usage
 from core.db.session import ServiceSession, connect, service_transaction
+from core.domain.failures import Failure
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.job_requests import JobRequest
@@ -83,7 +84,9 @@ def test_a_stale_attempt_cannot_end_the_job_of_a_newer_one(worker: Engine, owner
     assert newer is not None
     assert newer.job_id == stale.job_id
     for act in (
-        lambda session: attempts.fail_attempt(session, stale, code="x", message="x", is_job_fault=True),
+        lambda session: attempts.fail_attempt(
+            session, stale, failure=Failure(code="x", message="x"), is_job_fault=True
+        ),
         lambda session: leases.heartbeat(session, stale, lease_seconds=60),
         lambda session: attempts.requeue_attempt(session, stale),
         lambda session: attempts.record_message(session, stale, message="x", level="info"),
@@ -111,7 +114,9 @@ def test_our_fault_is_tried_again_up_to_the_maximum(worker: Engine, owner: Engin
         lease = claim(worker)
         assert lease is not None
         with service_transaction(worker) as session:
-            attempts.fail_attempt(session, lease, code="trainer_crashed", message="It crashed.", is_job_fault=False)
+            attempts.fail_attempt(
+                session, lease, failure=Failure(code="trainer_crashed", message="It crashed."), is_job_fault=False
+            )
         statuses.append(status_of(owner, lease))
         make_claimable(owner, lease)
     assert statuses == ["queued", "queued", "failed"]
@@ -123,7 +128,9 @@ def test_the_jobs_own_fault_is_final(worker: Engine, owner: Engine, tenant: Tena
     lease = claim(worker)
     assert lease is not None
     with service_transaction(worker) as session:
-        attempts.fail_attempt(session, lease, code="diverged", message="It diverged.", is_job_fault=True)
+        attempts.fail_attempt(
+            session, lease, failure=Failure(code="diverged", message="It diverged."), is_job_fault=True
+        )
     assert status_of(owner, lease) == "failed"
 
 
@@ -143,9 +150,11 @@ def end_uncounted(session: ServiceSession, lease: Lease, how: str) -> None:
         case "given back":
             attempts.requeue_attempt(session, lease)
         case "postponed":
-            attempts.postpone_attempt(session, lease, code="storage_unavailable", message="It is away.")
+            attempts.postpone_attempt(
+                session, lease, failure=Failure(code="storage_unavailable", message="It is away.")
+            )
         case "suspected":
-            attempts.suspect_attempt(session, lease, code="trainer_killed", message="It was killed.")
+            attempts.suspect_attempt(session, lease, failure=Failure(code="trainer_killed", message="It was killed."))
 
 
 def claim_at_once(worker: Engine, owner: Engine, job: Job, *, lease_seconds: float = 60) -> Lease:
@@ -276,7 +285,9 @@ def test_a_cancelled_job_is_stale_for_its_worker(worker: Engine, owner: Engine, 
 
 ENDINGS: dict[str, Callable[[ServiceSession, Lease], object]] = {
     "cancel": lambda session, lease: cancel_job(session, lease.tenant_id, job_id=lease.job_id),
-    "fail": lambda session, lease: attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True),
+    "fail": lambda session, lease: attempts.fail_attempt(
+        session, lease, failure=Failure(code="x", message="x"), is_job_fault=True
+    ),
     "succeed": lambda session, lease: attempts.succeed_attempt(
         session,
         lease,

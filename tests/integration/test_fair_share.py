@@ -15,6 +15,7 @@ from sqlalchemy import Engine, func, select, text
 from core.db.models import Attempt, Job, Queue
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
+from core.domain.failures import Failure
 from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, decay_usage
@@ -195,9 +196,9 @@ def test_queues_count_what_is_queued_through_every_change_and_all_roles(
     with service_transaction(worker) as session:
         attempts.requeue_attempt(session, leases[0])
     with service_transaction(worker) as session:
-        attempts.fail_attempt(session, leases[1], code="x", message="x", is_job_fault=False)
+        attempts.fail_attempt(session, leases[1], failure=Failure(code="x", message="x"), is_job_fault=False)
     with service_transaction(worker) as session:
-        attempts.fail_attempt(session, leases[2], code="x", message="x", is_job_fault=True)
+        attempts.fail_attempt(session, leases[2], failure=Failure(code="x", message="x"), is_job_fault=True)
     queued = queue_job(owner, tenants[0])
     with service_transaction(owner) as session:
         cancel_job(session, tenants[0].id, job_id=queued.id)
@@ -280,7 +281,7 @@ def test_row_51_a_whale_keeps_no_small_tenant_waiting(worker: Engine, owner: Eng
             until, seconds, lease = busy.pop(0)
             clock.advance(until - clock.now)
             with service_transaction(worker) as session:
-                attempts.fail_attempt(session, lease, code="done", message="Done.", is_job_fault=True)
+                attempts.fail_attempt(session, lease, failure=Failure(code="done", message="Done."), is_job_fault=True)
             with service_transaction(worker) as session:
                 charges.record_usage(session, lease.token, gpu_seconds=seconds, trained_tokens=1)
     assert len(waits) >= 22, "every small job that could start has started"

@@ -28,6 +28,7 @@ from sqlalchemy.exc import IntegrityError
 from core.db.models import Job
 from core.db.session import connect, service_transaction
 from core.domain.errors import ConflictError
+from core.domain.failures import Failure
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.jobs import MAX_ATTEMPTS
@@ -136,7 +137,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule(lease=leases, is_job_fault=st.booleans())
     def fail(self, lease: Lease, is_job_fault: bool) -> None:
         def act(session):  # type: ignore[no-untyped-def]
-            attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=is_job_fault)
+            attempts.fail_attempt(session, lease, failure=Failure(code="x", message="x"), is_job_fault=is_job_fault)
 
         if self._try(lease, act):
             self._retry_or_fail(lease, is_final=is_job_fault)
@@ -149,13 +150,17 @@ class JobMachine(RuleBasedStateMachine):
 
     @rule(lease=leases)
     def postpone(self, lease: Lease) -> None:
-        if self._try(lease, lambda session: attempts.postpone_attempt(session, lease, code="x", message="x")):
+        if self._try(
+            lease, lambda session: attempts.postpone_attempt(session, lease, failure=Failure(code="x", message="x"))
+        ):
             self._queue_again(lease, is_charged=False)
             self.expected[lease.job_id].is_due = False
 
     @rule(lease=leases)
     def suspect(self, lease: Lease) -> None:
-        if self._try(lease, lambda session: attempts.suspect_attempt(session, lease, code="x", message="x")):
+        if self._try(
+            lease, lambda session: attempts.suspect_attempt(session, lease, failure=Failure(code="x", message="x"))
+        ):
             self._queue_again(lease, is_charged=False)
             self.expected[lease.job_id].is_due = self.expected[lease.job_id].is_suspect = True
 

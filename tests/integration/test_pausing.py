@@ -11,6 +11,7 @@ from sqlalchemy import Engine, text
 from core.db.models import Job
 from core.db.session import ServiceSession, connect, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError
+from core.domain.failures import Failure
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.values import StoredArtifact, StoredFile
 from core.services import attempts, checkpoints, claims, leases, observations, resume_points
@@ -135,7 +136,7 @@ def test_a_job_that_has_ended_is_neither_paused_nor_resumed_and_a_pausing_one_ca
 
 def suspect(worker: Engine, lease: Lease) -> None:
     with service_transaction(worker) as session:
-        attempts.suspect_attempt(session, lease, code="trainer_crashed", message="It crashed.")
+        attempts.suspect_attempt(session, lease, failure=Failure(code="trainer_crashed", message="It crashed."))
 
 
 TOLD = {"code": "x", "message": "x"}
@@ -213,7 +214,9 @@ def test_an_attempt_without_its_object_store_counts_for_nothing(worker: Engine, 
     for _ in range(5):  # more than a job has attempts
         lease = must_claim(worker)
         with service_transaction(worker) as session:
-            attempts.postpone_attempt(session, lease, code="storage_unavailable", message="It is away.")
+            attempts.postpone_attempt(
+                session, lease, failure=Failure(code="storage_unavailable", message="It is away.")
+            )
         with service_transaction(owner) as session:
             row = session.get_one(Job, job.id)
             assert (row.status, row.attempt_count) == ("queued", 0)

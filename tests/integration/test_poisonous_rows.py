@@ -15,6 +15,7 @@ from cli.main import app
 from core.db.models import Attempt, Job, Usage
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.duties import Duty
+from core.domain.failures import Failure
 from core.domain.leases import Lease
 from core.domain.outlook import WaitCode
 from core.domain.scheduling import FairnessTerms
@@ -193,7 +194,7 @@ def test_a_job_that_cannot_be_swept_keeps_no_other_from_being_swept(
         lease = claim(worker)
         assert lease is not None
         with service_transaction(worker) as session:
-            attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True)
+            attempts.fail_attempt(session, lease, failure=Failure(code="x", message="x"), is_job_fault=True)
     with service_transaction(owner) as session:
         session.execute(text("update jobs set finished_at = now() - interval '2 days'"))
         stuck, swept = session.scalars(select(Job.id).order_by(Job.id)).all()
@@ -225,7 +226,7 @@ def test_a_month_of_impossible_use_holds_its_tenant_and_no_other(worker: Engine,
         lease = claim(worker)
         assert lease is not None
         with service_transaction(worker) as session:
-            attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True)
+            attempts.fail_attempt(session, lease, failure=Failure(code="x", message="x"), is_job_fault=True)
     with service_transaction(owner) as session:
         session.execute(
             text("""

@@ -11,6 +11,7 @@ from sqlalchemy import Engine, select, text
 from core.db.models import Job, Usage
 from core.db.models import Tenant as TenantRow
 from core.db.session import service_transaction
+from core.domain.failures import Failure
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.leases import Lease
@@ -209,7 +210,7 @@ def test_every_job_of_many_is_swept_once(
         assert lease is not None
         put(store, attempt_prefix(lease.tenant_id, lease.job_id, lease.token) + "adapter/x")
         with service_transaction(worker) as session:
-            attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True)
+            attempts.fail_attempt(session, lease, failure=Failure(code="x", message="x"), is_job_fault=True)
     age_jobs(owner, 2)
     assert sweep(schedule, store, min_age=DAY) == 3
     with service_transaction(owner) as session:

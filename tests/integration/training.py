@@ -9,6 +9,7 @@ from sqlalchemy import Engine
 
 from core.db.models import Job
 from core.db.session import service_transaction
+from core.domain.failures import Failure
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.job_requests import JobRequest
@@ -56,4 +57,6 @@ def record_step(engine: Engine, lease: Lease, step: int, *, loss: float = 1.0) -
 
 def fail_job(engine: Engine, lease: Lease) -> None:
     with service_transaction(engine) as session:
-        attempts.fail_attempt(session, lease, code="diverged", message="It diverged.", is_job_fault=True)
+        attempts.fail_attempt(
+            session, lease, failure=Failure(code="diverged", message="It diverged."), is_job_fault=True
+        )

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 N = TypeVar("N", bound=ast.AST)
 SERVING = ("api", "core")
 # Where an error that is there already is passed on.
-PASSED_ON = {"code", "error.code", "found.code", "refusal.code", "self.code", "self._need.code"}
+PASSED_ON = {"code", "error.code", "found.code", "refusal.code", "report.code", "self.code", "self._need.code"}
 
 
 @cache
@@ -118,8 +118,8 @@ def failures() -> Iterator[str]:
         for line in class_.body:
             if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "code":
                 yield from texts(line.value)
-    for call in nodes(ast.Call, "worker"):
-        yield from texts(call.args[0]) if called(call) == "Failure" else ()
+    for call in nodes(ast.Call, "worker", "core/domain"):
+        yield from texts(keyword(call, "code")) if called(call) == "Failure" else ()
     for mapping in nodes(ast.Dict, "core/services"):
         pairs = zip(mapping.keys, mapping.values, strict=True)
         yield from (code for key, value in pairs if texts_of_key(key) == "code" for code in constant(value))

@@ -15,6 +15,7 @@ from sqlalchemy.exc import ProgrammingError
 
 from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.bases import BaseState
+from core.domain.failures import Failure
 from core.domain.ids import IdKind, format_id
 from core.domain.workers import WorkerFacts
 from core.services import attempts, claims, observations, turns
@@ -108,7 +109,9 @@ def test_a_base_that_cannot_be_used_is_said_to_be_so_without_a_word_of_the_worke
 def test_quota_and_backoff_come_before_the_workers(api_url: str, owner: Engine, tenant: Tenant) -> None:
     lease = start_job(owner, tenant.id)
     with service_transaction(owner) as session:
-        attempts.fail_attempt(session, lease, code="trainer_crashed", message="It crashed.", is_job_fault=False)
+        attempts.fail_attempt(
+            session, lease, failure=Failure(code="trainer_crashed", message="It crashed."), is_job_fault=False
+        )
     told = explain(api_url, tenant, lease.job_id)
     assert told["reason"]["code"] == "retry_backoff"
     start_job(owner, tenant.id)
@@ -263,7 +266,10 @@ def test_the_file_at_fault_is_in_the_error(api_url: str, owner: Engine, tenant: 
     words = "Line 2 of the validation file: It is not JSON."
     with service_transaction(owner) as session:
         attempts.fail_attempt(
-            session, lease, code="invalid_training_data", message=words, is_job_fault=True, param="validation_file"
+            session,
+            lease,
+            failure=Failure(code="invalid_training_data", message=words, param="validation_file"),
+            is_job_fault=True,
         )
     path = f"/{format_id(IdKind.JOB, lease.job_id)}"
     error = get(api_url, tenant, path).json()["error"]

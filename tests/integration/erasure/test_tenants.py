@@ -13,6 +13,7 @@ from core.db.session import operator_transaction, service_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.duties import Duty
 from core.domain.errors import ConflictError, NotFoundError
+from core.domain.failures import Failure
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.objects import tenant_prefix
 from core.services import attempts, charges, leases, observations
@@ -141,7 +142,9 @@ def test_the_keys_of_a_deleted_tenant_are_refused_and_its_worker_writes_nothing_
         with pytest.raises(StaleLeaseError):
             observations.record_step(session, doomed.leased, record=record, total_steps=5)
         with pytest.raises(StaleLeaseError):
-            attempts.fail_attempt(session, doomed.leased, code="x", message=doomed.word, is_job_fault=True)
+            attempts.fail_attempt(
+                session, doomed.leased, failure=Failure(code="x", message=doomed.word), is_job_fault=True
+            )
     assert claim(world.worker) is None
     with operator_transaction(world.operator, actor="operator:tests") as session:
         with pytest.raises(ConflictError, match="is deleted"):

@@ -15,6 +15,7 @@ from openai import OpenAI
 from sqlalchemy import Engine, text
 
 from core.db.session import service_transaction
+from core.domain.failures import Failure
 from core.domain.files import NewFile
 from core.domain.ids import IdKind, new_id, parse_id
 from core.domain.leases import Lease
@@ -173,7 +174,7 @@ def succeed(world: World, lease: Lease, word: str) -> None:
 
 def fail(world: World, lease: Lease, word: str) -> None:
     with service_transaction(world.worker) as session:
-        attempts.fail_attempt(session, lease, code="x", message=f"Not {word}.", is_job_fault=True)
+        attempts.fail_attempt(session, lease, failure=Failure(code="x", message=f"Not {word}."), is_job_fault=True)
         charges.record_usage(session, lease.token, gpu_seconds=3, trained_tokens=0)
 
 

@@ -9,6 +9,7 @@ from sqlalchemy import Engine, text
 
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
+from core.domain.failures import Failure
 from core.services import attempts, charges
 from core.services.jobs import pause_job, resume_job
 from tests.integration.conftest import Database, Tenant
@@ -91,7 +92,7 @@ def test_who_trained_a_moment_ago_is_not_forgiven_and_sets_the_level(
     (lease,) = hold_slots(owner, worker, tenant, count=1, seconds_ago=0)
     level(schedule)
     with service_transaction(worker) as session:
-        attempts.fail_attempt(session, lease, code="over", message="Over.", is_job_fault=True)
+        attempts.fail_attempt(session, lease, failure=Failure(code="over", message="Over."), is_job_fault=True)
     set_usage(owner, tenant, 50_000)
     hold_slots(owner, worker, other_tenant, count=1, seconds_ago=0)
     level(schedule)

@@ -12,6 +12,7 @@ from sqlalchemy import Engine, Row, select, text
 
 from core.db.models import Job
 from core.db.session import service_transaction
+from core.domain.failures import Failure
 from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
@@ -108,7 +109,9 @@ def fail_job(worker: Engine, owner: Engine, tenant: Tenant) -> Lease:
     lease = claim(worker)
     assert lease is not None
     with service_transaction(worker) as session:
-        attempts.fail_attempt(session, lease, code="diverged", message="It diverged.", is_job_fault=True)
+        attempts.fail_attempt(
+            session, lease, failure=Failure(code="diverged", message="It diverged."), is_job_fault=True
+        )
         charges.record_usage(session, lease.token, gpu_seconds=3, trained_tokens=0)
     return lease
 
