@@ -1,9 +1,9 @@
-"""Is device time shared by weight, and does nobody wait for long? Days of a service, simulated on its own SQL.
+"""Is device time shared by weight, and are waits bounded? Simulates days of a service on its own SQL.
 
     python -m bench.fairness [--hours 48] > bench/fairness.md
 
-The statements are those of the service: claims, charges, lent slots, turns of pools, and newcomers made level, in the
-roles of worker and schedule. What is simulated is time (simulated_service) and training (simulated_workers).
+The statements are those of the service: claims, charges, lent slots, turns of pools, and levelled newcomers, in the
+roles of worker and schedule. Time (simulated_service) and training (simulated_workers) are simulated.
 """
 
 from __future__ import annotations

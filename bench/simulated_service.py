@@ -1,7 +1,4 @@
-"""The service's own database and statements, on a clock that is simulated.
-
-The database's `now()` is read from a table.
-"""
+"""The service's own database and statements on a simulated clock: the database's `now()` is read from a table."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a worker's loop decides, by the services that it calls, on trainers that are simulated.
+"""A worker's loop, which decides by the service's own statements, with simulated trainers.
 
-Each job has so many seconds of work, and n jobs together go at 1 / (1 + 0.4 (n - 1)) of a lonely one's speed, about
-what the fused engine does. A load of a base takes 40 s, a slot that is given back is free 5 s later.
+Each job has a number of seconds of work, and n jobs together run at 1 / (1 + 0.4 (n - 1)) of the speed of a single one,
+about like the fused engine. Loading a base takes 40 s, and a slot that is given back is free 5 s later.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rules of what a pod names: ConfigMaps, accounts, claims, keys of Secrets, and settings."""
+"""Rules for what a pod names: ConfigMaps, accounts, claims, keys of Secrets, and settings."""
 
 from __future__ import annotations
 

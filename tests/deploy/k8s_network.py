@@ -1,4 +1,4 @@
-"""Rules of who reaches whom: URLs, selectors and NetworkPolicies."""
+"""Rules for connections: URLs, selectors and NetworkPolicies."""
 
 from __future__ import annotations
 

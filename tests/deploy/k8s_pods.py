@@ -1,4 +1,4 @@
-"""Rules of each pod by itself: what it may do, what it may use, how it is probed, whose image it runs."""
+"""Rules for each pod by itself: its rights, resources, probes and images."""
 
 from __future__ import annotations
 

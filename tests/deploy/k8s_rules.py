@@ -1,4 +1,4 @@
-"""What holds for every overlay and no schema knows. A rule yields one sentence for each thing that is wrong."""
+"""Rules for every overlay that no schema contains. A rule yields one sentence for each violation."""
 
 from __future__ import annotations
 

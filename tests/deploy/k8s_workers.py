@@ -1,4 +1,4 @@
-"""Rules of workers: how they stop, which pool they serve, what they are scaled by, which node they want."""
+"""Rules for workers: how they stop, which pool they serve, what scales them, which node they need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real runner with real trainers, and a tiny base that they can load."""
+"""A real runner with real trainers, and a tiny base."""
 
 from __future__ import annotations
 

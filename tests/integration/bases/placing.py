@@ -1,4 +1,4 @@
-"""Bases that are registered anew, jobs on them, and what their rows say afterwards."""
+"""Registers bases, queues jobs on them, and reads the rows afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An idle worker has its base before a job comes, holds it while it looks at others, and tells of loads."""
+"""An idle worker loads its base before a job arrives, keeps it while it looks at others, and reports loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base that cannot be used costs no tenant anything, and is used again when it was put right."""
+"""An unusable base costs no tenant anything, and is used again after its repair."""
 
 from __future__ import annotations
 

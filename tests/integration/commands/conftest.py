@@ -1,4 +1,4 @@
-"""The command line on real servers, and a tenant for whom every table has a row."""
+"""The command line on real servers, and a tenant with rows in every table."""
 
 from __future__ import annotations
 

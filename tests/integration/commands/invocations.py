@@ -1,4 +1,4 @@
-"""Every command with words that it accepts, and how a terminal shows what it prints."""
+"""A valid invocation of every command, and its output on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command has changed is one line, and what cannot be undone is asked first."""
+"""A command that changes something prints one line, and asks before it deletes a tenant."""
 
 from __future__ import annotations
 

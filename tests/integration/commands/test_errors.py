@@ -1,4 +1,4 @@
-"""An error of a command is one line, with an exit code that a script can tell."""
+"""An error of a command is one line, with its own exit code."""
 
 from __future__ import annotations
 

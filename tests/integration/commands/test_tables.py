@@ -1,4 +1,4 @@
-"""Every command prints JSON where it is asked for, and tables within 100 columns."""
+"""Every command prints JSON on request, and tables within 100 columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`espalier top` is one frame in a pipe, and goes on at a terminal."""
+"""`espalier top` prints one frame into a pipe, and refreshes on a terminal."""
 
 from __future__ import annotations
 

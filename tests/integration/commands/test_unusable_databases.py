@@ -1,4 +1,4 @@
-"""What every command says of a database that it cannot use: one line, what to do, and an exit code that is not 0."""
+"""Every command on an unusable database: one line, what to do, and an exit code that is not 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers of the doctor's own, and the doctor's findings by check."""
+"""Servers of their own for the tests of the doctor, and the doctor's findings by check."""
 
 from __future__ import annotations
 

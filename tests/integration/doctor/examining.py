@@ -1,4 +1,4 @@
-"""What the tests of the doctor share: its pools, and statements that break or mend."""
+"""The pools that the doctor's tests use, and a way to run statements."""
 
 from __future__ import annotations
 

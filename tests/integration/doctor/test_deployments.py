@@ -1,4 +1,4 @@
-"""A deployment that is well is found well; who does not lead or work as they should is found."""
+"""All checks pass on a sound deployment. A missing schedule and an unfit worker are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each check of a server, and of what is in it, is seen to fail once."""
+"""Each check of a server and of its content is made to fail once."""
 
 from __future__ import annotations
 

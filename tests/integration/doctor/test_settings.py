@@ -1,4 +1,4 @@
-"""Settings that are missing, unreadable or no URLs are found and not shown."""
+"""Settings that are missing, unreadable or not URLs are found, and their values are not shown."""
 
 from __future__ import annotations
 

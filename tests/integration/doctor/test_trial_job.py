@@ -1,4 +1,4 @@
-"""The doctor's job of its own: whoever waits for it is told why, and nothing of it is left."""
+"""The doctor's own job: the operator reads why it waits, and nothing of it is left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that a scenario of erasure needs."""
+"""The world that every test of erasure needs."""
 
 from __future__ import annotations
 

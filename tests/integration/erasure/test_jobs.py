@@ -1,4 +1,4 @@
-"""Of a deleted job no word is left in any column of any table, nor in any object."""
+"""Deleted jobs are gone: the tests search every column of every table, and every object, for their words."""
 
 from __future__ import annotations
 

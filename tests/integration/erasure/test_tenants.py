@@ -1,4 +1,4 @@
-"""Of a deleted tenant nothing is left but its bill and its tombstone."""
+"""Deleted tenants are gone, except for their bill and their tombstone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A world in which tenants and workers leave words everywhere, and which can be searched for a word."""
+"""A world in which tenants and workers write words everywhere, and a search for a word in all of it."""
 
 from __future__ import annotations
 

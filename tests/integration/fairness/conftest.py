@@ -1,4 +1,4 @@
-"""The worker's role, on queues that are empty of other tests' jobs."""
+"""The worker's role, on queues without the jobs of other tests."""
 
 from __future__ import annotations
 

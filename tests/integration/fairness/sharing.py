@@ -1,4 +1,4 @@
-"""Tenants that hold slots, use them, lend them, and pools that are chosen."""
+"""Arranges tenants that hold, use and lend slots, and asks which pool is next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charges follow the use of the device."""
+"""A tenant is charged for its use of the device while the use grows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Newcomers start level with those who train already."""
+"""A new tenant starts level with the tenants that train already."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pools have turns: which pool a worker serves next."""
+"""Which pool a worker serves next: pools have turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slots are lent after a quantum, to tenants that used less."""
+"""A slot is lent after its quantum, to a tenant that used less."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of promise I9 finds jobs that wait behind those of tenants which used more."""
+"""The check of promise I9 finds a job that waits behind the jobs of a tenant that used more."""
 
 from __future__ import annotations
 

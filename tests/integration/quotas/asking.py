@@ -1,4 +1,4 @@
-"""Tenants with quotas, and what they ask for: many times at once, or once."""
+"""Tenants with quotas, and their requests: one, or many at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The API's and the worker's roles, on a queue that is empty of other tests' jobs."""
+"""The API's and the worker's roles, on a queue without the jobs of other tests."""
 
 from __future__ import annotations
 

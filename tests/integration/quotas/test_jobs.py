@@ -1,4 +1,4 @@
-"""Quotas of jobs, tokens and GPU-seconds hold exactly, however many ask at once."""
+"""Quotas of jobs, tokens and GPU-seconds hold exactly for any number of simultaneous requests."""
 
 from __future__ import annotations
 

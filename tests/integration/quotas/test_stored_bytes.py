@@ -1,4 +1,4 @@
-"""Whatever is stored counts until its objects are gone, and no more is stored than may be."""
+"""Everything stored counts against the quota until its objects are gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs that ended long ago, and what is left of them."""
+"""Jobs that ended long ago, and queries for what is left of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Old uploads and the rows of deleted files go once no job and no object needs them."""
+"""Old uploads and the rows of deleted files are deleted once no job and no object needs them."""
 
 from __future__ import annotations
 

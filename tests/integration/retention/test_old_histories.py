@@ -1,4 +1,4 @@
-"""Old lines of histories go a thousand at a time, and nothing that is young can be deleted."""
+"""Old histories are deleted a thousand rows at a time, and nothing young can be deleted."""
 
 from __future__ import annotations
 

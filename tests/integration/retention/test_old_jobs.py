@@ -1,4 +1,4 @@
-"""An old job goes once nobody needs anything of it, with all that it made but its bill."""
+"""An old job is deleted once nothing that it made is still needed. Its bill stays."""
 
 from __future__ import annotations
 

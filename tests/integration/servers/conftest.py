@@ -1,4 +1,4 @@
-"""A directory in which servers of any user can keep their data."""
+"""A directory that servers of any user can enter."""
 
 from __future__ import annotations
 

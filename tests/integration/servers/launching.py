@@ -1,4 +1,4 @@
-"""A launcher of the embedded servers in a process of its own, and traces that show whether data were kept."""
+"""A launcher of the embedded servers in its own process, and data to find again later."""
 
 from __future__ import annotations
 

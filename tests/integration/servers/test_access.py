@@ -1,4 +1,4 @@
-"""The embedded servers refuse strangers, and show no secret to other users of the machine."""
+"""The embedded servers refuse other users, and show them no secret."""
 
 from __future__ import annotations
 

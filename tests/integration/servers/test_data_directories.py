@@ -1,4 +1,4 @@
-"""Whose data a server reads, and who else may read them."""
+"""Which data directories a server accepts, and who else can read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded servers keep what they are given over restarts, and never outlive their launcher."""
+"""The embedded servers keep their data over restarts, and never outlive their launcher."""
 
 from __future__ import annotations
 

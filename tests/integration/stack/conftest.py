@@ -1,4 +1,4 @@
-"""A stack that runs while the tests of this directory do."""
+"""One running stack for the tests of this directory."""
 
 from __future__ import annotations
 

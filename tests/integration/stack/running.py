@@ -1,4 +1,4 @@
-"""`espalier` as an operator types it, and a running `espalier up`."""
+"""The commands of `espalier` as an operator types them, and a running `espalier up`."""
 
 from __future__ import annotations
 

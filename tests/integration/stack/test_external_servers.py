@@ -1,4 +1,4 @@
-"""Servers that somebody else runs are used, left running, and named when a setting of theirs is wrong."""
+"""`espalier up` uses external servers, leaves them running, and names the setting that is wrong."""
 
 from __future__ import annotations
 

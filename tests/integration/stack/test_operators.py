@@ -1,4 +1,4 @@
-"""An operator's commands on a running stack, one after the other."""
+"""The operator's commands on a running stack."""
 
 from __future__ import annotations
 

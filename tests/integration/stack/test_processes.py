@@ -1,4 +1,4 @@
-"""The processes of a stack: which die, come back, end together and hold which password."""
+"""The processes of a stack: restarts, shutdown, and which process holds which password."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `espalier up` and `status` say, to people and to programs."""
+"""The output of `espalier up` and `espalier status`, for people and for programs."""
 
 from __future__ import annotations
 

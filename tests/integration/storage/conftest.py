@@ -1,4 +1,4 @@
-"""A store on a real S3 server, and a second view of the same server."""
+"""A store on a real S3 server, and an independent client of the same server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the object store say of an object."""
+"""Constants of the stored objects, and their size and hash."""
 
 from __future__ import annotations
 

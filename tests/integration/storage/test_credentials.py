@@ -1,4 +1,4 @@
-"""Where the store's keys may come from, and what is said where there are none."""
+"""The sources of the store's credentials, and the error where there are none."""
 
 from __future__ import annotations
 

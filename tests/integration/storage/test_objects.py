@@ -1,4 +1,4 @@
-"""What an ObjectStore promises of objects, against a real S3 server."""
+"""The guarantees of an ObjectStore for its objects, against a real S3 server."""
 
 from __future__ import annotations
 

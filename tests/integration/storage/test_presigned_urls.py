@@ -1,4 +1,4 @@
-"""A presigned URL opens one object for one verb for a while, and names the right host."""
+"""A presigned URL opens one object for one verb and a short time, at the right host."""
 
 from __future__ import annotations
 

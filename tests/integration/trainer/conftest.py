@@ -1,4 +1,4 @@
-"""A trainer's loop on a thread, and the object store that it fetches from and stores to."""
+"""A trainer's loop on a thread, and the object store that it reads from and writes to."""
 
 from __future__ import annotations
 

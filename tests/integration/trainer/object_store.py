@@ -1,4 +1,4 @@
-"""An object store of the tests' own: it can wait, refuse and tell who asked for what."""
+"""An object store for the tests of the trainer. It can wait or refuse, and remembers the requests."""
 
 from __future__ import annotations
 

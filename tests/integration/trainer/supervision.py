@@ -1,4 +1,4 @@
-"""The supervisor's side of a trainer's pipes, around a real loop and a real engine on a tiny base."""
+"""The supervisor's end of a trainer's pipes, with a real loop and a real engine on a tiny base."""
 
 from __future__ import annotations
 

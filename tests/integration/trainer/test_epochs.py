@@ -1,4 +1,4 @@
-"""Which steps a job takes, and what is stored and evaluated at the end of each of its epochs."""
+"""The steps of a job, and what it stores and evaluates at the end of each epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job that is given back is stored first, and goes on from there with another worker."""
+"""A job that is given back stores its state first, and another worker resumes it there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trainer keeps nothing of jobs that have ended: what lives as long as it does is as large after many as after a few."""
+"""A trainer keeps nothing of ended jobs: its long-lived data is as large after many jobs as after a few."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Within a step that takes long, orders are obeyed and the trainer shows that it lives."""
+"""During a long step the trainer obeys orders and reports that it is alive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs that download, or wait for a slot, keep no thread and no slot from others when they leave."""
+"""Jobs that download or wait for a slot can leave at any time, and take no thread or slot from other jobs."""
 
 from __future__ import annotations
 

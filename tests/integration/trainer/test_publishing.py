@@ -1,4 +1,4 @@
-"""Adapters are stored while their job trains on, from few files on the scratch disk."""
+"""The trainer stores checkpoints and adapters while jobs train, and keeps few files on its scratch disk."""
 
 from __future__ import annotations
 

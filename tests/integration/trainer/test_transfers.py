@@ -1,4 +1,4 @@
-"""What is wrong with a file or refused by the object store ends its own job only, and is named."""
+"""A bad file or a refusal of the object store ends only its own job, and the error names the file."""
 
 from __future__ import annotations
 

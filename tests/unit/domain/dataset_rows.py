@@ -1,4 +1,4 @@
-"""Rows of datasets: what is wrong with each bad one, and what is well with each good one."""
+"""Rows of datasets: bad ones, each with its problem, and good ones."""
 
 from __future__ import annotations
 

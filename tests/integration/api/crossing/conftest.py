@@ -1,4 +1,4 @@
-"""Two tenants who both have one of everything, and the application with and without row-level security."""
+"""Two tenants that both own one thing of each kind, and the application with and without row-level security."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application's own routes, and a request of each with an id of anybody's in any place."""
+"""The application's own routes, and requests to each with any id in any place."""
 
 from __future__ import annotations
 

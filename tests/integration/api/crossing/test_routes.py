@@ -1,7 +1,7 @@
-"""Two tenants who cannot meet: every route, verb and kind of id crossed, generated from the application's own routes.
+"""Tenants cannot reach each other: every route, verb and kind of id is crossed, as the application's routes give them.
 
-An answer about another tenant's thing is the answer about a thing that never was: the same status, words, headers and the
-same questions to the database.
+The answer about another tenant's thing equals the answer about a thing that does not exist: the same status, words,
+headers and queries.
 """
 
 from __future__ import annotations

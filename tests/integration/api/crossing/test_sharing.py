@@ -1,4 +1,4 @@
-"""What a tenant gives away on purpose opens one thing, for as long as it was given."""
+"""What a tenant shares on purpose opens one thing, for a limited time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The wall between tenants, taken down one half at a time.
+"""The two protections between tenants, removed one at a time.
 
-With the tenant filter stripped from every statement, row-level security still answers nothing; with both gone the same
-requests do leak, so the tests have eyes.
+Without the tenant filter in every statement, row-level security still hides everything. Without both, the same requests
+do leak, so the tests can detect a leak.
 """
 
 from __future__ import annotations

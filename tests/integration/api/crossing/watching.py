@@ -1,4 +1,4 @@
-"""The application, watched: what it answers, and what it asks the database."""
+"""The application under watch: its answers, and its queries."""
 
 from __future__ import annotations
 
