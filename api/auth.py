@@ -1,4 +1,4 @@
-"""Who calls: the Bearer key of a request, checked offline by its checksum, then against its row.
+"""Authentication: the Bearer key of a request, checked offline by its checksum, then against its row.
 
 A key that was found alive is trusted for `TTL_SECONDS` without asking the database. So a revoked key is refused
 everywhere within that time. An open stream asks again with `Authenticator.recheck`. A key that was refused is refused

@@ -1,4 +1,4 @@
-"""What routes ask for: who calls and what the caller may, a transaction, the store, the settings, the body.
+"""What routes declare that they need: the caller and its rights, a transaction, the store, the settings, the body.
 
 Every dependency is `async def` and runs on the event loop, because FastAPI takes a thread for each `def`.
 """
@@ -60,7 +60,7 @@ async def get_settings(request: Request) -> ApiSettings:
 
 
 async def get_identity(request: Request) -> Identity:
-    """Return who calls. Asked several times a request, it looks once. Raises UnauthenticatedError."""
+    """Return the caller, who is looked up once a request. Raises UnauthenticatedError."""
     identity: Identity | None = getattr(request.state, "identity", None)
     if identity is None:
         identity = await resources_of(request).authenticator.find(request.headers.get("authorization"))
@@ -70,7 +70,7 @@ async def get_identity(request: Request) -> Identity:
 
 
 class RateGate(Door):
-    """Counts a tenant's request, once, and lets it pass within the tenant's limit. Every route of a tenant has it."""
+    """Counts a tenant's request once, and passes it within the tenant's limit. Every route of a tenant has it."""
 
     async def __call__(self, request: Request) -> None:
         if not getattr(request.state, "is_counted", False):
@@ -120,7 +120,7 @@ def needs(scope: Scope) -> Dependency:
 
 
 async def get_operator(request: Request) -> OperatorIdentity:
-    """Return the calling operator. Everybody else gets the answer of an unknown URL.
+    """Return the calling operator. Other callers get the answer of an unknown URL.
 
     Every route of /admin depends on this, so it also refuses the changes of a read-only key. Raises
     PermissionDeniedError.

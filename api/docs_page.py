@@ -1,7 +1,7 @@
-"""The page at /docs: Swagger UI over the OpenAPI document. Its files are ours to serve, and no other host is asked.
+"""The page at /docs: Swagger UI over the OpenAPI document. We serve its files, so it needs no other host.
 
 Every link of the page is relative, so the page works below any prefix. The files are read once, when the application is
-made: whoever looks at the page takes no thread.
+made, so a request for the page takes no thread.
 """
 
 from __future__ import annotations

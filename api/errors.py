@@ -190,7 +190,7 @@ def _answer_too_long() -> JSONResponse:
 
 
 def _answer_nobody(_request: Request, _error: Exception) -> JSONResponse:
-    """Answer a client that has gone in the middle of its body. Nobody reads the answer."""
+    """Answer a client that has closed its connection within its body. The answer is not read."""
     log.info("request.abandoned")
     return error_answer(400, "The body has ended early.", code="body_cut")
 

@@ -1,4 +1,4 @@
-"""Datasets on their way in. They are checked line by line while they pass to the object store."""
+"""Stores datasets as they arrive. They are checked line by line while they pass to the object store."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from core.services import uploads
 from core.services.uploads import COMPLETION_LEASE, Completion
 from core.storage import ObjectStore
 
-# One thread checks at a time. Several would not be faster, and a request would wait for each of them whenever it needs
-# the interpreter.
+# One thread checks at a time. More threads would not be faster, because only one of them holds the interpreter's lock,
+# and requests would wait for each of them in turn.
 _CHECKING = threading.Lock()
 _EXTEND_SECONDS = 30.0  # well within the lease, like the longest wait for the store
 
@@ -72,7 +72,7 @@ class HeldUpload:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._is_over:
             return
-        with suppress(*DATABASE_ERRORS), self._transaction() as session:  # if it cannot be told, its time runs out
+        with suppress(*DATABASE_ERRORS), self._transaction() as session:  # if this fails, the hold expires
             uploads.abandon_completion(session, self._caller.tenant_id, self._completion)
 
     def keep_while(self, chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""What every request has: a limit on its body. What every answer has: an id, its rate limit, and security headers."""
+"""What every request gets: a limit on its body. What every answer gets: an id, rate limit headers, security headers."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def _serve_as_child(listener: socket.socket, turned_at: Any) -> None:
     hide_memory()
     configure_logs("api")
     PROCESS.start_thread(_end_with_parent, name="end with parent")
-    settings = ApiSettings()  # read from the environment, as the parent's were
+    settings = ApiSettings()
     configure_tracing("api", settings)
 
     def show_life() -> None:

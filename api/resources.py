@@ -29,7 +29,7 @@ from core.telemetry.readiness import Readiness
 
 @dataclass(frozen=True)
 class Resources:
-    """Everything that a request may need besides what it brings. Without a `rate_limiter` no request is counted."""
+    """What requests share. Without a `rate_limiter` no request is counted."""
 
     settings: ApiSettings
     engine: Engine

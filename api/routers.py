@@ -1,4 +1,4 @@
-"""Routers by who may pass: a tenant, whose requests are counted, or an operator."""
+"""Routers by the kind of caller: a tenant, whose requests are counted, or an operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TenantRouter(Router):
 
 
 class OperatorRouter(Router):
-    """Routes of operators. For everybody else there is nothing."""
+    """Routes of operators. Other callers get the answer of an unknown URL."""
 
     def __init__(self, prefix: str, *, tag: str) -> None:
         super().__init__(prefix, tag=tag, doors=[OperatorGate()])

@@ -64,7 +64,7 @@ class PrerequisiteError(Exception):
 
 
 class Door(ABC):
-    """A dependency that says who may pass. It is asked before the body is read, whoever sends it."""
+    """A dependency that decides whether the caller may pass. It is asked before the body is read."""
 
     @abstractmethod
     async def __call__(self, request: Request) -> None:

@@ -1,7 +1,7 @@
-"""The first rows of a dataset are rendered with the base's chat template before a job on them is accepted.
+"""Renders the first rows of a dataset with the base's chat template before a job on them is accepted.
 
 Rows that the template refuses would otherwise fail the job after it has queued. A check costs a process and about half
-a second of a processor. Datasets that passed are remembered by their content, so many jobs over the same rows cost one
+a second of a processor. Datasets that passed are remembered by their content. So many jobs over the same rows cost one
 check, even if each has uploaded them again.
 """
 

@@ -1,9 +1,9 @@
-"""What one tenant, or a stranger, can do to another's requests: `python -m bench.attacks [--rounds N] [--only X]`.
+"""How much an attack delays another tenant's requests: `python -m bench.attacks [--rounds N] [--only X]`.
 
-The whole service runs on its embedded servers without a worker, its API in one process, attacker and servers on the
-same cores. A tenant asks for the status of its job 20 times a second, each at its time whether or not the one before
-was answered, alone and under an attack, in turns. An attacker who is refused comes again a second later. The goal is a
-p99 of at most 250 ms under each attack.
+The whole service runs on its embedded servers without a worker, with the API in one process. Attacker and servers share
+the same cores. A tenant asks for the status of its job 20 times a second, each time on schedule, whether or not the
+last request was answered. It does so alone and under an attack, in turns. A refused attacker comes again after a
+second. The goal is a p99 of at most 250 ms under each attack.
 """
 
 from __future__ import annotations

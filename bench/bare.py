@@ -1,4 +1,4 @@
-"""What the control plane is measured against: a FastAPI application of one route that does nothing."""
+"""The baseline of the control plane's measurements: a FastAPI application with one route that does nothing."""
 
 from __future__ import annotations
 

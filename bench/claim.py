@@ -1,9 +1,9 @@
-"""Does a claim take longer when more is queued? Measures `claim_job`, commit included, on databases of three sizes.
+"""Does a claim take longer when more jobs are queued? Measures `claim_job` with its commit on databases of three sizes.
 
     python -m bench.claim [--claims 300] > bench/claim.md
 
-The sizes take turns claim by claim, so that whatever else the machine does falls on all of them alike; what counts are
-the ratios. Every claimed job is ended at once, outside the measurement, so that running jobs do not pile up.
+The sizes take turns claim by claim, so that other load on the machine affects all of them alike; the ratios are the
+result. Every claimed job is ended at once, outside the measurement, so that running jobs do not accumulate.
 """
 
 from __future__ import annotations

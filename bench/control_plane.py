@@ -1,10 +1,10 @@
-"""How much the control plane takes: `python -m bench.control_plane [--rounds N] [--seconds S]`.
+"""The capacity of the control plane: `python -m bench.control_plane [--rounds N] [--seconds S]`.
 
-The whole service runs on its embedded servers, durable, without a worker; locust asks from the same cores, of which it
-takes a part that grows with the rate: a bare route, served by the same server in as many processes, tells what is left
-to be had at all. Measured in turns, min / median / max over the rounds: submissions as fast as they are answered, and
-the status of one job at 500 requests a second, each beside a bare FastAPI route under the same load. Last, 500 open
-event streams: how long after the answer to a cancellation its stream has told of it and ended.
+The whole service runs on its embedded servers, durable, without a worker. locust runs on the same cores and takes a
+part of them that grows with the rate. A bare route, served by the same server in as many processes, shows the capacity
+that remains. Measured in turns, min / median / max over the rounds: submissions as fast as they are answered, and the
+status of one job at 500 requests a second, each beside a bare FastAPI route under the same load. Last, 500 open event
+streams: the time from the answer to a cancellation until its stream has reported it and ended.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""From submitting a job to its first optimizer step on a hot worker: `python -m bench.hot_start [--rounds N]`.
+"""The time from submitting a job to its first optimizer step on a hot worker: `python -m bench.hot_start [--rounds N]`.
 
 The whole service runs on real servers with SmolLM2-135M-Instruct. A job is submitted through the `openai` client and
-followed until its first step is in its events; that includes the queue, the claim, fetching and tokenising eight rows
-and the step. The peer is what a job costs where every job starts a process: Python, the base from the same files, PEFT,
-and the same first step. Measured in turns: min / median / max.
+followed until its first step is in its events. That includes the queue, the claim, fetching and tokenising eight rows,
+and the step. The peer is the cost where every job starts a process: Python, the base from the same files, PEFT, and the
+same first step. Measured in turns: min / median / max.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What locust does to the control plane, for bench/control_plane.py: one class a kind of request.
+"""The load that locust puts on the control plane for bench/control_plane.py, one class for each kind of request.
 
-`TARGETS` holds one [API key, file id, job id] a simulated tenant; `RATE` is requests a second of all users together, 0
-for as many as they can.
+`TARGETS` has one [API key, file id, job id] for each simulated tenant. `RATE` is the requests a second of all users
+together; 0 means as many as possible.
 """
 
 from __future__ import annotations

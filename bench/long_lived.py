@@ -1,10 +1,10 @@
-"""What a trainer keeps of each job that has ended: `python -m bench.long_lived [--jobs N]`.
+"""How much memory a trainer keeps of each job that has ended: `python -m bench.long_lived [--jobs N]`.
 
-A real trainer, on a tiny base with a real tokenizer, is given short jobs one after another through its real pipes; each
-is fetched from and stored to an object store in this process. No two jobs have the same rows or the same lengths, so
-caches by content fill as they would. Shown is the trainer's anonymous memory every so many jobs: how much of the files
-that it maps is resident is the kernel's choice. Variables named MALLOC_... reach the trainer: MALLOC_ARENA_MAX=1 tells
-what is the allocator's.
+A real trainer, on a tiny base with a real tokenizer, gets short jobs one after another through its real pipes. Each job
+is fetched from and stored to an object store in this process. No two jobs have the same rows or lengths, so caches fill
+as with real content. After every few jobs the trainer's anonymous memory is shown; how much of the mapped files is
+resident is the kernel's choice. Variables named MALLOC_... reach the trainer: MALLOC_ARENA_MAX=1 shows the allocator's
+part.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""How far does one control plane go? Up to 200 workers, 10,000 jobs, 1,000 tenants: `python -m bench.scale_out`.
+"""The limits of one control plane: up to 200 workers, 10,000 jobs, 1,000 tenants: `python -m bench.scale_out`.
 
     python -m bench.scale_out [--workers 1 10 50 100 200] [--seconds 60] [--step-seconds 5]
 
 PostgreSQL, Redis and the schedule are real processes. The workers are real supervisors (worker.supervisor: claims,
-leases, progress, presence, charges, proofs), threads of a few driver processes (bench.stub_workers). Each has a stub in
-the place of its trainer: it loads a base in 2 s, then takes one fused step of all its jobs every `--step-seconds`. The
-stub writes no adapter, and what a supervisor would read back of one is taken as read.
+leases, progress, presence, charges, proofs) in threads of a few driver processes (bench.stub_workers). Each has a stub
+instead of its trainer: it loads a base in 2 s, then takes one fused step of all its jobs every `--step-seconds`. The
+stub writes no adapter, and the supervisor's read back of one is skipped.
 
-What a real deployment has more of: a supervisor's own three connections to PostgreSQL (here a driver's supervisors
-share a pool of them), Celery between Redis and the worker, the object store's traffic, and machines: here all run on
-the same cores, so that the last rows show what those cores can do and not what PostgreSQL can.
+A real deployment also has: a supervisor's own three connections to PostgreSQL (here a driver's supervisors share a pool
+of them), Celery between Redis and the worker, the object store's traffic, and more machines. Here all run on the same
+cores, so the last rows show the limits of these cores and not of PostgreSQL.
 """
 
 from __future__ import annotations

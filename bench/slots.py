@@ -1,9 +1,9 @@
-"""What one more job costs in memory: `python -m bench.slots`.
+"""The memory that one more job takes: `python -m bench.slots`.
 
-The closed form is 16 bytes a LoRA parameter held (weight, gradient, two moments), and per token of its batch what the
-engine's own probe predicts for activations. Jobs are admitted one by one and a step is taken with all of them; measured
-are the bytes held after the step and the step's peak, on a GPU by torch's allocator, on a CPU as the process's resident
-memory. A line is what the last jobs added, each, over the closed form.
+The closed form is 16 bytes for each LoRA parameter (weight, gradient, two moments), and for each token of the batch the
+activations that the engine's own probe predicts. Jobs are admitted one by one, with one step of all after each.
+Measured are the bytes held after the step and the step's peak: on a GPU by torch's allocator, on a CPU as the process's
+resident memory. A line is the increase by the last jobs, for each of them, over the closed form.
 """
 
 from __future__ import annotations

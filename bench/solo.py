@@ -1,8 +1,8 @@
-"""One job alone against the trainer that people use for one job: `python -m bench.solo [--rounds N]`.
+"""One job alone against a common trainer for single jobs: `python -m bench.solo [--rounds N]`.
 
 The peer is TRL's SFTTrainer over PEFT with `packing=True`: the same examples, the same adapter, AdamW, clipping and
 learning rate, on a base of the same widths, with the model already loaded and the rows already tokenised and packed.
-Both train the same rows once; a line is the ratio of seconds, TRL over the engine, in turns: min / median / max.
+Both train the same rows once. A line is the ratio of seconds, TRL over the engine, in turns: min / median / max.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Workers without devices: `python -m bench.stub_workers FIRST END`, one driver process of bench.scale_out.
 
-Each worker is a real supervisor in a thread, with a stub in the place of its trainer. Settings come from the
-environment as a worker's do. For each line on standard input, a line of JSON says what was measured since the last one.
+Each worker is a real supervisor in a thread, with a stub instead of its trainer. As for a worker, settings come from
+the environment. For each line on standard input, it prints a line of JSON with the measurements since the last one.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=5.0)
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    settings = WorkerSettings()  # read from the environment
+    settings = WorkerSettings()
     with tempfile.TemporaryDirectory() as name:
         driver = Driver(settings, step_seconds=options.step_seconds, directory=Path(name))
         driver.start(range(options.first, options.end), settings)

@@ -1,8 +1,9 @@
-"""What an upload costs the API: `python -m bench.uploads [--megabytes N]`. Real servers, the API process on one core.
+"""The cost of an upload for the API: `python -m bench.uploads [--megabytes N]`.
 
-The API's core is its own as far as the machine allows: client and servers are kept to the others. Growth is the highest
-resident size while the upload runs, sampled every 10 ms, less the size before it, after a first small upload has warmed
-the process up. The hostile files are refused as soon as the cap is passed; their bodies are read to the end, unkept.
+The servers are real, and the API process runs on one core. The API has its core to itself as far as the machine allows:
+client and servers are kept on the others. Growth is the highest resident size during the upload, sampled every 10 ms,
+minus the size before it, after a first small upload as a warm-up. Hostile files are refused as soon as they pass the
+cap. Their bodies are read to the end and discarded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What the benchmarks train and against what: bases of real widths, jobs of fixed lengths, and plain PEFT as the peer.
+"""The bases, jobs and peers of the benchmarks: bases of real widths, jobs of fixed lengths, and plain PEFT as the peer.
 
-The peer is no strawman: the base is loaded once and stays hot, attention is SDPA, the optimizer is torch's fused AdamW,
-gradients are set to None, and clipping is torch's own. Both sides compute in the same process with the same threads.
+The peer is a strong one: the base is loaded once and stays hot, attention is SDPA, the optimizer is torch's fused
+AdamW, gradients are set to None, and clipping is torch's own. Both sides compute in the same process with the same
+threads.
 """
 
 from __future__ import annotations

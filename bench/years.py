@@ -1,9 +1,9 @@
-"""What every look costs after years: `python -m bench.years [--rounds N] [--data DIR] > bench/years.md`.
+"""The cost of every query after years of use: `python -m bench.years [--rounds N] [--data DIR] > bench/years.md`.
 
-Real servers and one API process on the rows of years.sql: 20,000 jobs, one of them with 300,000 steps, 1.2 million
-events of its tenant and 700,000 later ones of others. Every list and look of the API is asked for over HTTP; the
-schedule's duties and the contract's checks are run as the schedule and the owner run them. `--data` keeps the rows:
-another run over the same directory plants nothing, and brings the schema up to date as an upgrade would.
+Real servers and one API process run on the rows of years.sql: 20,000 jobs, one of them with 300,000 steps, 1.2 million
+events of its tenant and 700,000 later ones of others. Every list and look-up of the API is requested over HTTP. The
+schedule's duties and the contract's checks run as the schedule and the owner run them. `--data` keeps the rows: another
+run over the same directory adds no rows, and upgrades the schema.
 """
 
 from __future__ import annotations

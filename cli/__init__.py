@@ -1,1 +1,1 @@
-"""The command line: the launcher's commands, what an operator does by hand, and the demo."""
+"""The command line: the launcher's commands, operators' tasks, and the demo."""

@@ -1,6 +1,6 @@
-"""What a base's own files say of it, so that an operator need not: type, linears, length, dtype and licence.
+"""Reads type, linears, length, dtype and licence of a base from its own files, so that operators need not type them.
 
-Only small files are read, and nothing of torch: `config.json` and `README.md`, or the head of a GGUF file.
+Only small files are read, without torch: `config.json` and `README.md`, or the head of a GGUF file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_STRING_BYTES = 2**24
 
 
 class BaseFilesError(ValueError):
-    """The files do not say what is needed, or say what cannot be."""
+    """The files lack something that is needed, or contain something that cannot be right."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def describe_base(source: BaseModelSource) -> BaseDescription:
 
 
 def find_license(source: BaseModelSource) -> str | None:
-    """Return the licence that the files name, or None: they need not be there, and need not say."""
+    """Return the licence that the files name, or None if the files are missing or name none."""
     try:
         if source.kind == "gguf":
             found = _gguf_license(Path(source.location))
@@ -73,14 +73,14 @@ def find_license(source: BaseModelSource) -> str | None:
 
 
 def _card_license(card: str) -> Any:
-    """Return `license` of a model card's front matter, which is YAML between two lines of dashes."""
+    """Return `license` from a model card's front matter, which is YAML between two lines of dashes."""
     front_matter = re.match(r"---\r?\n(.*?)\r?\n---\s*?(\n|$)", card, re.DOTALL)
     found = yaml.safe_load(front_matter[1]) if front_matter else None
     return found.get("license") if isinstance(found, dict) else None
 
 
 def _gguf_license(path: Path) -> Any:
-    """Return `general.license`: the general keys stand before the tokenizer's long lists."""
+    """Return `general.license`. The general keys come before the tokenizer's long lists."""
     with path.open("rb") as content:
         for key, value in _gguf_pairs(content):
             if key == "general.license":
@@ -91,14 +91,14 @@ def _gguf_license(path: Path) -> Any:
 
 
 def _hub_snapshot(source: BaseModelSource) -> Path:
-    """Return where the hub's client keeps a revision that it has fetched."""
+    """Return where the hub's client stores a revision that it has downloaded."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     return cache / f"models--{source.location.replace('/', '--')}" / "snapshots" / source.revision
 
 
 def _describe_gguf(path: Path) -> BaseDescription:
-    """Read a GGUF file's metadata up to what is needed, which stands before its long lists."""
+    """Read a GGUF file's metadata up to the keys that are needed, which come before its long lists."""
     try:
         with path.open("rb") as content:
             architecture = ""

@@ -1,4 +1,4 @@
-"""How commands tell of settings that are missing or wrong: one line, without any value, and exit code 2."""
+"""How commands report missing or wrong settings: one line, without any value, and exit code 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CANNOT_SAY = 2
 
 @contextmanager
 def reading_settings() -> Iterator[None]:
-    """Print what is wrong with the settings that are read inside, and end the command."""
+    """Print the faults of the settings that are read inside the block, and end the command."""
     try:
         yield
     except SETTINGS_ERRORS as error:

@@ -1,7 +1,7 @@
-"""How commands say things: sentences and tables for a person, or JSON for a program, as `--json` asks.
+"""The output of commands: sentences and tables for people, or JSON for programs with `--json`.
 
-With `--json` standard output holds nothing but JSON: one document, or one object a line where a command lists things or
-tells what happens. An error is then the document `{"error": ...}`; otherwise it is one line on standard error.
+With `--json` standard output contains only JSON: one document, or one object a line if a command lists things or
+reports events. An error is then the document `{"error": ...}`; otherwise it is one line on standard error.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def output_mode(*, is_json: bool) -> Iterator[None]:
 
 
 def is_json() -> bool:
-    """Say whether the command that runs was asked for JSON."""
+    """Say whether the running command was called with `--json`."""
     return _is_json.get()
 
 
 def say(sentence: str, *, style: str = "", **facts: Any) -> None:
-    """Print a sentence; as JSON the facts in it, or the sentence itself where none are given."""
+    """Print a sentence. As JSON, print the facts in it, or the sentence itself if no facts are given."""
     if is_json():
         print_json(facts or {"message": sentence})
     else:
@@ -47,13 +47,13 @@ def say(sentence: str, *, style: str = "", **facts: Any) -> None:
 
 
 def show(picture: RenderableType) -> None:
-    """Print what is for people only, such as a panel or a table of rich's."""
+    """Print something that is for people only, such as one of rich's panels or tables."""
     if not is_json():
         Console(width=find_width(), emoji=False).print(picture)
 
 
 def tell(sentence: str) -> None:
-    """Say on standard error how far a command is: a line for who waits, apart from what the command has found."""
+    """Report a command's progress on standard error, apart from its results."""
     _plain_console(is_error=True).print(" ".join(sentence.split()), style="dim")
 
 
@@ -68,7 +68,7 @@ def fail(reason: str, *, exit_code: int = 1) -> NoReturn:
 
 
 def print_rows(columns: Iterable[str | Column], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print rows as a table of these columns; as JSON one object a row, with all that the row has."""
+    """Print rows as a table of these columns. As JSON, print one object a row, with all of its fields."""
     if is_json():
         for row in rows:
             print_json(row)
@@ -77,7 +77,7 @@ def print_rows(columns: Iterable[str | Column], rows: Iterable[Mapping[str, Any]
 
 
 def make_table(columns: Iterable[str | Column], rows: Iterable[Mapping[str, Any]]) -> Table:
-    """Return a table that folds what is too long for where it is printed, and cuts nothing."""
+    """Return a table that folds long cells to the available width, and cuts nothing."""
     named = tuple(each if isinstance(each, Column) else Column(each) for each in columns)
     return Table(named, tuple(tuple(as_text(row[column.key]) for column in named) for row in rows))
 
@@ -87,7 +87,7 @@ def fields_of(row: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def find_width() -> int | None:
-    """Return how wide tables are: as the terminal (None), or in a file or a pipe a width that any editor shows."""
+    """Return the width of tables: None for the terminal's, and in a file or pipe a width that any editor can show."""
     return None if sys.stdout.isatty() else FULL_COLUMNS
 
 
@@ -96,7 +96,7 @@ def print_json(value: Any) -> None:
 
 
 def as_text(value: Any) -> str:
-    """Return a value as a cell of a table shows it: instants in UTC to the second, numbers to two digits."""
+    """Return a value as the text of a table's cell: instants in UTC to the second, numbers to two digits."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -122,7 +122,7 @@ def as_duration(seconds: float | None) -> str:
 
 
 def _plain_console(*, is_error: bool = False) -> Console:
-    """Return where sentences are printed letter by letter: `[x]` is no markup in them, and `:abc:` no emoji."""
+    """Return a console that prints sentences literally: `[x]` is no markup in them, and `:abc:` no emoji."""
     return Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=is_error)
 
 

@@ -1,4 +1,4 @@
-"""How commands of an operator reach the database: by its owner's URL, mostly in the operator's role, under a name.
+"""How operators' commands reach the database: by its owner's URL, usually in the operator's role, with an audit name.
 
 The URL is ESPALIER_OWNER_DATABASE_URL (or in a file), or that of the local stack that runs on the data directory.
 """
@@ -44,12 +44,12 @@ def owner_engine(data_dir: Path) -> Iterator[Engine]:
 
 
 def actor() -> str:
-    """Return the name under which the audit log knows whoever runs this command."""
+    """Return the name of the user of this command in the audit log."""
     return f"cli:{_who()}"
 
 
 def owner_url(data_dir: Path, *, exit_code: int = 1) -> str:
-    """Return the owner's URL. One that is missing, or no URL of a database, ends the command."""
+    """Return the owner's URL. If it is missing or no URL of a database, the command ends."""
     addresses = find_addresses(data_dir)
     with reading_settings():
         url = OwnerSettings().owner_url or (addresses.postgres_url if addresses else None)

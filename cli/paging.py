@@ -13,6 +13,6 @@ After = Annotated[str | None, typer.Option(help="Go on behind this one, the last
 
 
 def say_more(*, has_more: bool, last: str) -> None:
-    """Tell a person how to see the next page, after `last`."""
+    """Print how to see the next page, after `last`."""
     if has_more and not is_json():
         say(f"There are more: --after {last}")

@@ -1,4 +1,4 @@
-"""Names of pools as tables show them: without their owner's part, unless two that are known would then read alike."""
+"""Short names of pools for tables: without the owner's part, unless two known pools would then look alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from core.domain.errors import NotFoundError
 
 
 class PoolNames:
-    """The pools that are known, each with its short name."""
+    """The known pools, each with its short name."""
 
     def __init__(self, known: Iterable[str]) -> None:
         self._known = frozenset(known)
@@ -21,7 +21,7 @@ class PoolNames:
         return short if self._pools.get(short) == pool else pool
 
     def find(self, text: str) -> str:
-        """Return the pool of this name, whole or short. Raises NotFoundError."""
+        """Return the pool of this name, full or short. Raises NotFoundError."""
         if text in self._known:
             return text
         if text not in self._pools:

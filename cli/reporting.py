@@ -1,6 +1,6 @@
-"""What every command has in common: the option `--json`, and errors that are one line instead of a traceback.
+"""What every command has: the option `--json`, and errors in one line instead of a traceback.
 
-Wrong options are such errors, too. They end the command before it has begun, with exit code 2.
+Wrong options are such errors, too. They end the command before its work begins, with exit code 2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 from alembic.util import CommandError
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from typer._click.exceptions import NoArgsIsHelpError  # typer gives it no public name
+from typer._click.exceptions import NoArgsIsHelpError  # typer has no public name for it
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
@@ -40,7 +40,7 @@ _KNOWN_ERRORS = (
     yaml.YAMLError,
 )
 _MIGRATE = "Run `espalier migrate` with this version: the schema is missing or older."
-# By SQLSTATE, where the database's own words leave open what to do.
+# By SQLSTATE, for errors whose message from the database does not say what to do.
 _REMEDIES = {
     "42501": "Name the owner that `espalier migrate` ran as, and run it with this version. docs/operations.md says what"
     " the owner needs.",
@@ -57,7 +57,7 @@ _JSON = typer.Option("--json", help="Print JSON: one document, or one object a l
 
 
 def reporting(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command that also takes `--json`, and ends with one line and exit code 1 on an error that is known."""
+    """Return a command that also takes `--json`, and ends with one line and exit code 1 on a known error."""
 
     @functools.wraps(command)
     def run(*, as_json: bool, **arguments: Any) -> None:
@@ -76,7 +76,7 @@ def reporting(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class OneLineGroup(TyperGroup):
-    """The group that all commands are in. It sees every option that is wrong, also those of groups inside it."""
+    """The group of all commands. It sees every wrong option, also of the groups inside it."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         is_json = "--json" in args
@@ -92,7 +92,7 @@ class OneLineGroup(TyperGroup):
 
 @contextmanager
 def _refusing(*, is_json: bool) -> Iterator[None]:
-    """Turn typer's refusal of options into one line. What a group says without a command, its help, stays as it is."""
+    """Turn typer's error about options into one line. The help that a group prints without a command stays as it is."""
     try:
         yield
     except NoArgsIsHelpError:
@@ -106,7 +106,7 @@ def _refusing(*, is_json: bool) -> Iterator[None]:
 
 
 def without_pydantic(message: str) -> str:
-    """Return a message without what pydantic puts before the words of a check of our own or of typer's."""
+    """Return a message without the words that pydantic puts before those of our own and typer's checks."""
     return message.replace("Value error, ", "")
 
 
@@ -126,13 +126,13 @@ def describe_error(error: BaseException) -> str:
 
 
 def _describe_refusal(error: BaseException) -> str:
-    """Say what the database said, and what to do about it."""
+    """Return the database's message, and what to do about it."""
     remedy = _REMEDIES.get(state_of(error), "")
     return f"The database does not answer, or refuses: {_first_line(error)}{remedy and f'. {remedy}'}"
 
 
 def _describe_settings(error: ValidationError) -> str:
-    """Name what is missing or wrong. Where settings are read the environment's names are said, and no value."""
+    """Return what is missing or wrong. For settings this has the names of variables, and no value."""
     is_settings = error.title.endswith("Settings")
     faults = []
     for each in error.errors(include_input=False, include_url=False):

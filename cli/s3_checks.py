@@ -1,7 +1,7 @@
-"""What the service needs of an S3 server, asked of the server itself, one check a need.
+"""What the service needs of an S3 server, tried on the server itself, one check for each need.
 
-Everything is stored behind a prefix of its own in the bucket and deleted at the end. A check that fails says what the
-server did; a server that lacks what this version does not need passes all the same.
+All objects are stored below one prefix in the bucket and deleted at the end. A failed check says what the server did. A
+server that lacks something that this version does not need still passes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BODY = bytes(range(256)) * 16
 
 
 class _FailedError(Exception):
-    """The server did something else than is needed."""
+    """The server did something other than required."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CheckResult:
 
 
 def run_s3_checks(config: StorageConfig) -> Iterator[CheckResult]:
-    """Yield the results in the order of the checks. Nothing is asked of a server without the bucket."""
+    """Yield the results in the order of the checks. Without the bucket no other check is made."""
     server = _Server(config)
     first = _run(server, "bucket", _check_bucket, is_needed=True)
     yield first
@@ -59,7 +59,7 @@ def run_s3_checks(config: StorageConfig) -> Iterator[CheckResult]:
 
 
 class _Server:
-    """One server under check: our own store on it, a plain client, and a prefix for what is stored."""
+    """One server under test: our own store on it, a plain client, and a prefix for what is stored."""
 
     def __init__(self, config: StorageConfig) -> None:
         self.config = config
@@ -79,7 +79,7 @@ class _Server:
         try:
             self.store.delete_prefix(self.prefix)
         except StorageError:
-            return  # the checks have said that this server does not do what it is asked
+            return  # the checks have already reported this server's faults
 
 
 def _run(server: _Server, name: str, check: Callable[[_Server], str], *, is_needed: bool) -> CheckResult:
@@ -222,7 +222,7 @@ def _check_post_limits(server: _Server) -> str:
 
 @contextmanager
 def _posting(server: _Server, name: str) -> Iterator[Callable[[bytes], httpx.Response]]:
-    """Yield a function that sends a body with a signed form, whose policy limits its length."""
+    """Yield a function that sends a body with a signed form, whose policy limits the body's length."""
     key = server.prefix + name
     policy = PostPolicy(server.config.bucket, dt.datetime.now(dt.UTC) + _MINUTE)
     policy.add_equals_condition("key", key)
@@ -243,7 +243,7 @@ def _check_conditional_put(server: _Server) -> str:
 
 
 def _is_refused(answer: httpx.Response) -> bool:
-    """Return whether it says no; that there is nothing would mean that it has looked."""
+    """Return whether the server refuses. A 404 is no refusal, because the server has looked for the object."""
     return answer.is_client_error and answer.status_code != httpx.codes.NOT_FOUND
 
 

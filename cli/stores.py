@@ -1,4 +1,4 @@
-"""Where commands find the object store: that of a local stack on the data directory, or the settings'."""
+"""Where commands find the object store: the local stack's on the data directory, or the one in the settings."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from local.servers import find_addresses
 
 
 def find_storage(data_dir: Path) -> StorageConfig:
-    """Return where the objects are. What is missing is printed, and ends the command."""
+    """Return where the objects are. If something is missing, print it and end the command."""
     addresses = find_addresses(data_dir)
     if addresses is not None:
         return addresses.storage
     with reading_settings():
-        return S3Settings().storage_config  # of the environment
+        return S3Settings().storage_config

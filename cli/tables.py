@@ -1,8 +1,13 @@
-"""Tables for a person: what is too long is folded where a reader would fold it, and nothing is cut.
+"""Tables for people. Long text is folded where a reader would fold it, and nothing is cut.
 
-A heading folds at its spaces only. A value folds behind `/`, `-`, `@`, `_`, `,` or a space, and inside a word only
-where nothing else makes it fit. Columns that matter least are left out before a row has more than `MAX_LINES` lines,
-and on a terminal narrower than `FULL_COLUMNS` before anything folds.
+| text | folds |
+|---|---|
+| a heading | at its spaces only |
+| a value | after `/`, `-`, `@`, `_`, `,` or a space |
+| a value, if nothing else makes the table fit | inside a word |
+
+The least important columns are left out before a row has more than `MAX_LINES` lines. On a terminal narrower than
+`FULL_COLUMNS` they are left out before anything folds.
 """
 
 from __future__ import annotations
@@ -28,9 +33,9 @@ _WORDS = re.compile(r"[^ \n]+ ?| ")
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: which field it shows, under which heading, and how it yields where there is little room.
+    """A column of a table: its field, its heading, and how it yields when there is little room.
 
-    One that `is_whole` is not folded. Of those that have `leaves_at` (1 or more) the lowest is left out first.
+    A column with `is_whole` is not folded. Of those with `leaves_at` (1 or more) the lowest is left out first.
     """
 
     key: str
@@ -45,7 +50,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, and rows of as many texts; laid out when it is printed, for the width that there is then."""
+    """Columns, and rows of as many texts. It is laid out when it is printed, for the width at that time."""
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -72,7 +77,7 @@ class Table:
 
 @dataclass(frozen=True)
 class _Laid:
-    """A column as it is laid out: its heading and cells in lines, and the widths below which words are cut."""
+    """A laid out column: the lines of its heading and cells, and the widths below which words are cut."""
 
     column: Column
     values: Sequence[str]
@@ -87,7 +92,7 @@ class _Laid:
 
     @cached_property
     def narrowed(self) -> _Laid:
-        """The same, folded at the next narrower width that makes a difference."""
+        """The same column at the next smaller width that makes a difference."""
         heading = _fold(_WORDS, self.column.title, self.width - 1)
         return replace(self, heading=heading, cells=[_fold(_PIECES, each, self.width - 1) for each in self.values])
 
@@ -100,7 +105,7 @@ def _lay(column: Column, values: Sequence[str]) -> _Laid:
 
 
 def _narrow(shown: Sequence[_Laid], width: int) -> list[_Laid]:
-    """Return columns narrowed until they fit, by the step each time that makes the table least longer."""
+    """Return columns narrowed until they fit. Each step takes the one that makes the table least longer."""
     fitted = list(shown)
     while _width(fitted) > width and (places := _places_to_narrow(fitted)):
         folded = {place: [*fitted[:place], fitted[place].narrowed, *fitted[place + 1 :]] for place in places}
@@ -110,7 +115,7 @@ def _narrow(shown: Sequence[_Laid], width: int) -> list[_Laid]:
 
 
 def _heights(shown: Sequence[_Laid]) -> list[int]:
-    """Return how many lines each row has."""
+    """Return the number of lines of each row."""
     return [max(map(len, cells)) for cells in zip(*(each.cells for each in shown), strict=True)]
 
 
@@ -123,14 +128,14 @@ def _width(shown: Sequence[_Laid]) -> int:
 
 
 def _places_to_narrow(shown: Sequence[_Laid]) -> list[int]:
-    """Return the columns that fold between words; else those that fold within, and last what should stay whole."""
+    """Return the columns that fold between words, else those that fold within, else those that should stay whole."""
     between = [place for place, each in enumerate(shown) if each.width > each.least]
     within = [place for place, each in enumerate(shown) if each.width > each.least_word]
     return between or [place for place in within if not shown[place].column.is_whole] or within
 
 
 def _fold(pattern: re.Pattern[str], text: str, width: int) -> list[str]:
-    """Return a text in lines of at most `width`. A piece that is longer than a line is cut into several."""
+    """Return a text in lines of at most `width`. A piece longer than a line is cut into several."""
     return [folded for line in text.split("\n") for folded in _fold_line(pattern, line, width)]
 
 

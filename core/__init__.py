@@ -1,1 +1,1 @@
-"""What every process agrees on: values, settings, rows, objects. Never loads torch and never speaks HTTP."""
+"""What every process shares: values, settings, rows, objects. Never loads torch, and never speaks HTTP."""

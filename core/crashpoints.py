@@ -1,7 +1,8 @@
-"""Places where a test may kill this process as a power cut would: `CRASHPOINT=name:n` dies at the n-th pass of a place.
+"""Places where a test may kill this process, as a power cut would.
 
-Inert without the variable. With a third part, `name:n:path`, it dies once only, however often it is started again: that
-file is the fuse, and a crash burns it.
+`CRASHPOINT=name:n` kills it at the n-th pass of a place. Without the variable this does nothing. With a third part,
+`name:n:path`, the process dies only once, however often it is started again: it dies only while the file `path` exists,
+and removes it first.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ _passes = itertools.count(1)
 
 
 class CrashPoint(StrEnum):
-    """Each stands just behind a write that counts, and before whatever tells of it."""
+    """Each place is directly after a write that counts, and before any message about that write."""
 
-    POST_INSERT = "post_insert"  # a job's row is committed, its tenant not yet answered
-    POST_CLAIM = "post_claim"  # a claim is committed, the trainer not yet told
+    POST_INSERT = "post_insert"  # a job's row is committed, its tenant has no answer yet
+    POST_CLAIM = "post_claim"  # a claim is committed, the trainer has no order yet
     UPLOAD = "upload"  # before each part of an artifact's file that the trainer sends
-    PRE_FINISH = "pre_finish"  # an adapter is stored and verified, its job not yet ended
-    POST_FINISH = "post_finish"  # a job has succeeded in the database, and nobody else knows
+    PRE_FINISH = "pre_finish"  # an adapter is stored and verified, its job is still running
+    POST_FINISH = "post_finish"  # a job has succeeded in the database, no message has been sent
 
 
 def reach(point: CrashPoint) -> None:
-    """Die here if this is the place and the pass that the environment names."""
+    """Die here if the environment names this place and this pass."""
     if point != _ARMED_NAME:
         return
     number, _, fuse = _REST.partition(":")

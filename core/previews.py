@@ -1,10 +1,9 @@
-"""Runs a base's chat template on rows in a process of its own, which the kernel ends at its limits.
+"""Renders rows with a base's chat template in a child process that the kernel ends at its limits.
 
-A template is a program. jinja2's sandbox keeps it from the interpreter, but `9**(9**8)`, nested loops or a string of
-half a gigabyte are all legal in it. So rows are rendered by a child without credentials that may use so much processor
-time and memory, may write no file, and is killed when the wall clock says so; what it answers is read up to a cap.
-The limits hold before the child reads its order, which carries the rows.
-`python -m core.previews` is that child.
+A template is a program. jinja2's sandbox keeps it from the interpreter, but `9**(9**8)`, nested loops and a string of
+half a gigabyte are all legal in it. So a child without credentials renders the rows. Its processor time and memory are
+limited, it may write no file, it is killed after `wall_seconds`, and its answer is read up to a cap. The limits are in
+force before the child reads its order, which carries the rows. `python -m core.previews` is this child.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from core.domain.values import Frozen
 from core.sandbox import die_with_parent, hide_secret_files, leave_root, plain_environment, shed_capabilities
 
 _OUT_OF_MEMORY = 3
-_NICENESS = 10  # the processor is first for those who serve
+_NICENESS = 10  # requests come before previews
 
 
 @dataclass(frozen=True)
 class PreviewLimits:
-    """Loading a tokenizer takes about a second of the processor's time, a megabyte of rows another."""
+    """For scale: loading a tokenizer takes about a second of processor time, and a megabyte of rows another."""
 
     cpu_seconds: int = 5
     wall_seconds: float = 20.0
@@ -62,7 +61,7 @@ def preview_lines(
     num_shown: int,
     limits: PreviewLimits = DEFAULT_LIMITS,
 ) -> TokenReport:
-    """Report on lines as the base of a bundle sees them. Raises PreviewLimitError."""
+    """Report on lines as the base of a bundle tokenises them. Raises PreviewLimitError."""
     order = _Order(
         bundle_path=str(bundle_path),
         max_seq_len=max_seq_len,
@@ -88,13 +87,13 @@ def _run_child(order: bytes, limits: PreviewLimits) -> tuple[bytes, int]:
     argv = [sys.executable, "-m", "core.previews", str(limits.cpu_seconds), str(limits.memory_bytes)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     answer = b""
-    # A child may end before it has read its order. Its pipe says so at the write, and once more when it is closed.
+    # A child may end before it has read its order. The write then raises BrokenPipeError, and so does closing the pipe.
     with suppress(BrokenPipeError), subprocess.Popen(argv, env=environment, **pipes) as child:  # type: ignore[call-overload]
         os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
         timer = threading.Timer(limits.wall_seconds, child.kill)
         timer.start()
         try:
-            child.stdin.write(order)  # the child reads all of it before it writes
+            child.stdin.write(order)  # no deadlock: the child reads all of it before it writes
             child.stdin.close()
             answer = child.stdout.read(limits.answer_bytes + 1)
         finally:

@@ -1,7 +1,7 @@
-"""Wake-ups: Celery messages that say "this pool has work", never which job. Losing or doubling one is harmless.
+"""Wake-ups: Celery messages that say "this pool has work". They name no job, and losing or repeating one is harmless.
 
-One queue a pool. The producer never waits on a broken Redis for longer than two seconds and never retries: the next
-tick of the schedule is the retry.
+Each pool has one queue. The producer waits at most two seconds for a broken Redis and never retries, because the next
+tick of the schedule sends the wake-up again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def queue_name(pool: str) -> str:
 
 
 def connect_broker(redis_url: str) -> Celery:
-    """Return a Celery application on a broker. Raises ValueError for what is no URL of a Redis."""
+    """Return a Celery application on a broker. Raises ValueError for a URL that is no Redis URL."""
     address = read_redis_url(redis_url)
     celery = Celery("espalier", broker=address.url)
     if address.tls is not None:
@@ -32,7 +32,7 @@ def connect_broker(redis_url: str) -> Celery:
 
 
 class WakeUpPublisher:
-    """Publishes at most one waiting wake-up a pool, so that a busy pool's queue does not grow."""
+    """Publishes a wake-up only if none waits in the pool's queue, so that a busy pool's queue does not grow."""
 
     def __init__(self, redis_url: str) -> None:
         self._redis = redis.Redis.from_url(**read_redis_url(redis_url).arguments, **_PRODUCER_TIMEOUTS)
@@ -47,7 +47,7 @@ class WakeUpPublisher:
         self._redis.close()
 
     def publish(self, pool: str) -> bool:
-        """Wake a worker of the pool; False when a wake-up waits already. Raises redis' and kombu's errors."""
+        """Wake a worker of the pool. False when a wake-up waits already. Raises the errors of redis and kombu."""
         if self._redis.llen(queue_name(pool)):
             return False
         self._celery.send_task(TASK_NAME, queue=queue_name(pool), retry=False, ignore_result=True)

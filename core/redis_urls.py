@@ -1,11 +1,12 @@
-"""URLs of Redis as people write them, read in one place, so that redis-py and Celery are told the same.
+"""URLs of Redis as people write them, read in one place, so that redis-py and Celery get the same arguments.
 
-The two read a URL by different rules, and late: at the first command, in words that quote parts of a password. Both get
-their arguments from here instead. Behind `rediss://` these verify the server's certificate and its name, always.
+The two libraries read a URL by different rules and only at the first command, and their errors quote parts of the
+password. So both get their arguments from here instead. With `rediss://` the server's certificate and name are always
+verified.
 
-Parameters that are read name files: the authorities that are trusted (`ssl_ca_certs`), and a certificate with its key
-(`ssl_certfile`, `ssl_keyfile`) for a server that asks its clients for one, as Redis does unless it is told otherwise.
-Celery never took any but those of TLS.
+The parameters that are read name files: the trusted authorities (`ssl_ca_certs`), and a certificate with its key
+(`ssl_certfile`, `ssl_keyfile`) for a server that requires one of its clients, as Redis does by default. Celery never
+accepted other parameters than those of TLS.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _URL = re.compile(
 _DEFAULT_PORT = 6379
 _MAX_PORT = 65_535
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
-# What says only what is done anyway may be said: as redis-py, as Celery and as Python's ssl spell it.
+# Parameters that ask for what is done anyway are accepted, in the spellings of redis-py, Celery and Python's ssl.
 _STRICT = {
     "ssl_cert_reqs": re.compile(r"(ssl\.)?(cert_)?required", re.IGNORECASE),
     "ssl_check_hostname": re.compile(r"true|yes|1", re.IGNORECASE),
@@ -55,9 +56,9 @@ _WEAKER_REFUSAL = (
 
 @dataclass(frozen=True)
 class RedisAddress:
-    """`url` is the server, the login and the database, without parameters. `tls` are those of TLS, None without it.
+    """`url` has the server, the login and the database, but no parameters. `tls` has those of TLS, if it is used.
 
-    Both of redis-py and of Celery (`broker_use_ssl`) understand the two.
+    Both redis-py and Celery (`broker_use_ssl`) understand the keys of `tls`.
     """
 
     url: str = field(repr=False)
@@ -65,13 +66,13 @@ class RedisAddress:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What `redis.Redis.from_url` is called with, besides timeouts."""
+        """The arguments of `redis.Redis.from_url`, except timeouts."""
         return {"url": self.url, **(self.tls or {})}
 
 
 def read_redis_url(url: str) -> RedisAddress:
-    """Raises ValueError, which quotes nothing of the URL, since it holds a password."""
-    parts = _URL.fullmatch(url.strip())  # a secret that was made by `echo` ends in a new line
+    """Raises ValueError, which quotes nothing of the URL, because the URL contains a password."""
+    parts = _URL.fullmatch(url.strip())  # a secret written with `echo` ends in a newline
     if parts is None:
         raise ValueError(_REFUSAL)
     place = f"{_read_login(parts['login'] or '')}{_read_host(parts['host'])}:{_read_port(parts['port'])}"
@@ -86,7 +87,7 @@ def read_redis_url(url: str) -> RedisAddress:
 
 
 def check_files(address: RedisAddress) -> None:
-    """Raises ValueError where a file that the URL names is not there, or holds something else."""
+    """Raises ValueError if a file that the URL names is missing or has other content."""
     named = address.tls or {}
     if not named.keys() & set(_FILES):
         return
@@ -97,18 +98,18 @@ def check_files(address: RedisAddress) -> None:
     if "ssl_certfile" not in named:
         return
     try:
-        # Without a password OpenSSL asks a terminal for that of a key.
+        # Given no password for a key, OpenSSL would ask for one on the terminal.
         context.load_cert_chain(named["ssl_certfile"], named.get("ssl_keyfile"), password="")
     except OSError:
         raise ValueError("ssl_certfile and ssl_keyfile name no certificate with its key that can be read.") from None
 
 
 def _read_login(login: str) -> str:
-    """Return a login with its @, percent-encoded throughout; nothing where nobody logs in."""
+    """Return a login with its @, percent-encoded throughout, or an empty string without a login."""
     try:
         user, _, password = (unquote(part, errors="strict") for part in login.partition(":"))
         return f"{quote(user, safe='')}:{quote(password, safe='')}@" if user or password else ""
-    except UnicodeError:  # its words quote what it could not read
+    except UnicodeError:  # its message quotes the value that it could not read
         raise ValueError(_REFUSAL) from None
 
 
@@ -139,7 +140,7 @@ def _read_parameters(query: str) -> dict[str, str]:
 
 
 def _verify_always(parameters: Mapping[str, str]) -> dict[str, Any]:
-    """Return the arguments of TLS. Raises ValueError for what would verify less, or is not known."""
+    """Return the arguments of TLS. Raises ValueError for a parameter that is unknown or would verify less."""
     files = {name: value for name, value in parameters.items() if name in _FILES}
     strictness = {name: value for name, value in parameters.items() if name in _STRICT}
     if not all(_STRICT[name].fullmatch(value) for name, value in strictness.items()):

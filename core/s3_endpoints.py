@@ -1,4 +1,4 @@
-"""Endpoints and buckets of S3 as they are written. What the client would refuse, or misread, is refused at the edge."""
+"""Endpoints and buckets of S3, checked at start. What the client would refuse or misread is refused here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENDPOINT = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _MAX_PORT = 65_535
-# The spelling before 2019. The client takes such a region for a part of the name, and signs for us-east-1.
+# The spelling before 2019. The client takes such a region for part of the bucket's name, and signs for us-east-1.
 _DASHED = re.compile(r"s3-([a-z]{2}(?:-[a-z]+)+-[0-9])\.amazonaws\.com", re.IGNORECASE)
 _WITH_BUCKET = re.compile(r"(?!.*\.vpce-).+\.s3[.-](.*\.)?amazonaws\.com(\.cn)?", re.IGNORECASE)
 _REFUSAL = "Write host:port, http://host:port or https://host."
@@ -27,10 +27,10 @@ _BUCKET = re.compile(rf"(?=.{{3,63}}$){_LABEL}(?:\.{_LABEL})*")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """`host` has its port behind it, where one was written."""
+    """`host` includes the port, if one was written."""
 
     host: str
-    secure: bool | None  # where a scheme says it
+    secure: bool | None  # None without a scheme; a setting decides then
 
 
 def read_endpoint(value: str) -> Endpoint:
@@ -49,7 +49,7 @@ def read_endpoint(value: str) -> Endpoint:
 
 
 def check_bucket_name(name: str) -> str:
-    """Raises ValueError for what S3 takes for no name of a bucket."""
+    """Raises ValueError for a name that S3 does not accept."""
     if not _BUCKET.fullmatch(name) or re.fullmatch(r"[0-9.]+", name):
         raise ValueError(
             "A bucket's name has 3 to 63 lower-case letters, digits, dots and hyphens. It begins and ends with a "
@@ -59,7 +59,7 @@ def check_bucket_name(name: str) -> str:
 
 
 def _is_address(host: str) -> bool:
-    """Return whether what stands in brackets is one; without brackets it is a name, or is found to be none."""
+    """Return whether text in brackets is an IP address. A host without brackets is a name, or is refused elsewhere."""
     if not host.startswith("["):
         return True
     try:

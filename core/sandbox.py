@@ -1,8 +1,9 @@
-"""Walls between processes that hold secrets and their children, which work on others' models, templates and rows.
+"""Walls between processes that hold secrets and their children, which run other people's models, templates and rows.
 
-A process that holds secrets hides its memory, and gives a child a few names of the environment only. The child dies
-with its parent and may not look into other processes. Where it is root's, it becomes a user of its own as soon as it
-has read what only root may read. The kernel's part of this is Linux'; elsewhere those functions do nothing.
+A process that holds secrets hides its memory and passes only a few environment variables to a child. The child dies
+with its parent and cannot look into other processes. If the child runs as root, it becomes a user of its own as soon as
+it has read the files that only root may read. The kernel features exist on Linux only; elsewhere these functions do
+nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ _CAP_CHOWN, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SETGID, _CAP_SETUID = 
 # From <linux/landlock.h>; the numbers of its calls are the same on every architecture.
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT, _LANDLOCK_VERSION, _PATH_BENEATH = 444, 445, 446, 1, 1
 _READ_FILE, _REFER = 1 << 2, 1 << 13
-_MOVES_SINCE = 2  # the version before has no way to leave files movable between directories
-# Which files of secrets a process was told of, for its children, who are to hide them from themselves.
+_MOVES_SINCE = 2  # Landlock's version 1 cannot leave files movable between directories
+# Names the files of secrets that this process was given, so that its children can give up the right to read them.
 _HIDDEN_FILES = "ESPALIER_HIDDEN_FILES"
 _KEPT = sum(1 << each for each in (_CAP_CHOWN, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SETGID, _CAP_SETUID))
-# Nobody's: no account has this number, and no file.
+# No account has this number, and no file belongs to it.
 CONFINED_USER = 65533
 
 _PLAIN_NAMES = frozenset(
@@ -47,7 +48,7 @@ _PLAIN_NAMES = frozenset(
 
 
 def plain_environment() -> dict[str, str]:
-    """Return what any program needs of this process's environment, and nothing that could be a secret."""
+    """Return the environment variables that any program needs, and none that could be a secret."""
     plain = {name: value for name, value in os.environ.items() if name in _PLAIN_NAMES or name.startswith("LC_")}
     named = [path for name, path in os.environ.items() if path and _is_file_of_setting(name)]
     return plain | ({_HIDDEN_FILES: os.pathsep.join(named)} if named else {})
@@ -58,17 +59,17 @@ def _is_file_of_setting(name: str) -> bool:
 
 
 def hide_memory() -> None:
-    """Let no process of the same user read this one's memory or environment, or trace it; it leaves no core dump."""
+    """Forbid processes of the same user to read this one's memory or environment, or to trace it. No core dumps."""
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process, stopped or not, when the thread that started it ends."""
+    """Let the kernel kill this process, even a suspended one, when the thread that started it ends."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def shed_capabilities() -> None:
-    """Give up for ever what root may do to other processes. Call it before there are threads: it is a thread's own."""
+    """Give up for ever what root may do to other processes. Call it before other threads start: it is per thread."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if sys.platform != "linux" or os.geteuid() != 0:
         return
@@ -82,11 +83,11 @@ def shed_capabilities() -> None:
 
 
 def hide_secret_files() -> bool:
-    """Give up for ever to read the files in which this process's parent found its settings; say whether that holds.
+    """Give up for ever the right to read the files that held the parent's settings. Return whether that succeeded.
 
-    A child has its parent's user and may read what that user may, so the kernel forbids it (Landlock, Linux 5.19).
-    It knows permissions only: everything beside the files and the directories above them stays readable. Call it after
-    `shed_capabilities`, before there are threads.
+    A child has its parent's user and may read what that user may, so the kernel has to forbid it (Landlock, Linux
+    5.19). Landlock only grants: everything except these files and the directories above them stays readable. Call it
+    after `shed_capabilities`, before other threads start.
     """
     hidden = [Path(each).resolve() for each in os.environ.get(_HIDDEN_FILES, "").split(os.pathsep) if each]
     if not hidden:
@@ -106,7 +107,7 @@ def hide_secret_files() -> bool:
 
 
 def _beside(hidden: list[Path]) -> set[Path]:
-    """Return what is neither one of these files nor a directory above one, as high in the tree as can be."""
+    """Return the paths that are neither these files nor directories above them, as high in the tree as possible."""
     above = {directory for path in hidden for directory in path.parents}
     return {entry for directory in above if directory.is_dir() for entry in directory.iterdir()} - above - set(hidden)
 
@@ -114,7 +115,7 @@ def _beside(hidden: list[Path]) -> set[Path]:
 def _let_read(libc: ctypes.CDLL, ruleset: int, path: Path) -> None:
     try:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:  # gone meanwhile, or of another user: nobody reads it here
+    except OSError:  # removed meanwhile, or another user's: this process could not read it anyway
         return
     try:
         rights = _READ_FILE | (_REFER if path.is_dir() and not path.is_symlink() else 0)
@@ -124,9 +125,9 @@ def _let_read(libc: ctypes.CDLL, ruleset: int, path: Path) -> None:
 
 
 def leave_root(*directories: Path) -> None:
-    """Become a user who owns these directories and nothing else, if this is root's process.
+    """Become a user that owns these directories and nothing else, if this process runs as root.
 
-    It stays root's where others cannot reach them, or Python's own files, which are loaded as they are needed.
+    It stays root if other users cannot reach these directories, or Python's own files, which are loaded when needed.
     """
     needed = (*(each.parent for each in directories), *map(Path, sys.path), Path(sys.base_prefix))
     if sys.platform != "linux" or os.geteuid() != 0 or not all(map(_is_open_to_all, needed)):
@@ -136,7 +137,7 @@ def leave_root(*directories: Path) -> None:
     os.setgroups([])
     os.setresgid(CONFINED_USER, CONFINED_USER, CONFINED_USER)
     os.setresuid(CONFINED_USER, CONFINED_USER, CONFINED_USER)
-    die_with_parent()  # the kernel forgets it when the user changes
+    die_with_parent()  # the kernel clears this setting when the user changes
 
 
 def _is_open_to_all(path: Path) -> bool:

@@ -1,6 +1,7 @@
-"""Where processes put what passes through them: a directory of each one's own, locked for as long as it lives.
+"""Scratch directories: one for each process, locked as long as the process lives.
 
-Whoever was killed has left its directory, unlocked: the next that makes one in the same place removes it.
+A killed process leaves its directory behind, without the lock. The next process that makes one in the same place
+removes it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ Kind = Literal["api", "base", "trainer"]
 
 @contextlib.contextmanager
 def scratch_directory(kind: Kind, parent: Path) -> Iterator[Path]:
-    """Yield a directory of this process's own, and remove it with all it holds. Raises OSError where none can be made.
+    """Yield a directory of this process, and remove it with its content. Raises OSError where none can be made.
 
-    What processes that live no more have left in the same place goes first.
+    First removes the directories that dead processes have left in the same place.
     """
     remove_abandoned(parent)
     path, lock = _make(kind, parent)
@@ -34,9 +35,9 @@ def scratch_directory(kind: Kind, parent: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the directories of processes that live no more."""
+    """Remove the directories of dead processes."""
     for path in (path for kind in get_args(Kind) for path in parent.glob(f"{_prefix(kind)}*")):
-        with contextlib.suppress(OSError):  # another's, or just removed
+        with contextlib.suppress(OSError):  # it belongs to a living process, or was just removed
             lock = _lock(path)
             shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
@@ -51,9 +52,9 @@ def _make(kind: Kind, parent: Path) -> tuple[Path, int | None]:
         path = Path(tempfile.mkdtemp(prefix=_prefix(kind), dir=parent))
         try:
             lock = _lock(path)
-        except (BlockingIOError, FileNotFoundError):  # taken for abandoned before it was locked
+        except (BlockingIOError, FileNotFoundError):  # another process removed it before it was locked
             continue
-        except OSError:  # a file system that cannot lock directories, as NFS: nobody takes it for abandoned either
+        except OSError:  # NFS, say, cannot lock directories, so no process takes this one for abandoned
             return path, None
         if path.exists():
             return path, lock

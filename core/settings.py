@@ -1,6 +1,6 @@
-"""Settings, read once at the edge of each process from `ESPALIER_*` variables and passed inward as values.
+"""Settings, read once at the start of each process from `ESPALIER_*` variables, and passed on as values.
 
-Every setting may also come from a file: `ESPALIER_X_FILE` names a file that holds the value of `ESPALIER_X`.
+Every setting may also come from a file: `ESPALIER_X_FILE` names a file that contains the value of `ESPALIER_X`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ Addressing = Literal["auto", "path", "virtual"]
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """Where the objects are: hosts with ports, reached by https where they are `secure`.
+    """Where the objects are: hosts with ports, reached by https if `secure`.
 
-    `public_endpoint` is the host that presigned URLs name, if it is another one. Without keys, the credentials are
-    those of the environment or of the machine. `ca_bundle` is the file of the authorities that are trusted, the
-    system's if there is none. With `addressing` "virtual" the bucket is part of the host's name; "auto" does what the
-    host wants.
+    `public_endpoint` is the host in presigned URLs, if it is another one. Without keys, the credentials of the
+    environment or of the machine are used. `ca_bundle` is the file of the trusted authorities; without it the system's
+    are used. With `addressing` "virtual" the bucket is part of the host's name; "auto" follows the host.
     """
 
     endpoint: str
@@ -64,13 +63,13 @@ class StorageConfig:
 
 
 class SettingFileError(Exception):
-    """A file that a setting names cannot be used. The message names the variable and never the content."""
+    """A file that a setting names cannot be used. The message names the variable, never the content."""
 
 
 class _FileSource(PydanticBaseSettingsSource):
-    """Values of settings whose variable has the suffix `_FILE`: what the named file holds, without the space around it.
+    """Reads settings from the files that variables with the suffix `_FILE` name, without surrounding white space.
 
-    An empty variable is one that is not set, as compose files pass it on.
+    An empty variable counts as not set, because compose files pass on unset variables as empty ones.
     """
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
@@ -86,7 +85,7 @@ class _FileSource(PydanticBaseSettingsSource):
 
 
 def variable_of(setting: str) -> str:
-    """Return the name of the environment variable that holds a setting."""
+    """Return the environment variable of a setting."""
     return f"{_PREFIX}{setting.upper()}"
 
 
@@ -117,10 +116,10 @@ def _read_setting_file(variable: str) -> str | None:
 
 
 class _Settings(BaseSettings):
-    # Whoever starts a process without one setting must not find the others, secrets among them, in its log.
+    # When one setting is missing, the error must not print the others, which include secrets, into the log.
     model_config = SettingsConfigDict(
         env_prefix=_PREFIX,
-        env_ignore_empty=True,  # compose files pass on what is not set as an empty variable
+        env_ignore_empty=True,  # compose files pass on unset variables as empty ones
         frozen=True,
         extra="ignore",
         allow_inf_nan=False,
@@ -141,7 +140,7 @@ class _Settings(BaseSettings):
 
 
 class BuildSettings(_Settings):
-    """What an image says of itself: the commit that it was built from."""
+    """The commit that an image was built from."""
 
     commit: str = ""
 
@@ -165,7 +164,7 @@ class DatabaseSettings(_Settings):
 
 
 class OwnerSettings(_Settings):
-    """What commands of an operator use: the URL of the owner of the tables."""
+    """The settings of operators' commands: the URL of the tables' owner."""
 
     owner_database_url: DatabaseUrl | None = None
 
@@ -184,7 +183,7 @@ class LoginSettings(_Settings):
 
     @property
     def passwords(self) -> dict[str, str]:
-        """Return the passwords that are set, by the name of the role."""
+        """The passwords that are set, by the name of the role."""
         named = {f"espalier_{name.removesuffix('_password')}": secret for name, secret in self if secret}
         return {role: secret.get_secret_value() for role, secret in named.items() if secret.get_secret_value()}
 
@@ -203,7 +202,7 @@ BucketName = Annotated[str, AfterValidator(check_bucket_name)]
 
 
 class S3Settings(_Settings):
-    """Endpoints are URLs, or hosts of which `s3_secure` says whether they are reached by https.
+    """Endpoints are URLs, or hosts; for hosts `s3_secure` says whether they are reached by https.
 
     Without keys the credentials come from the environment (`AWS_ACCESS_KEY_ID` ...), from a web identity
     (`AWS_WEB_IDENTITY_TOKEN_FILE`, `AWS_ROLE_ARN`), or from the role of the container or the machine.
@@ -255,9 +254,10 @@ class S3Settings(_Settings):
 
 
 class TelemetrySettings(_Settings):
-    """`management_port` serves metrics and probes without a key, on loopback unless told otherwise; 0 is any free port.
+    """`management_port` serves metrics and probes without a key, on loopback by default. 0 picks any free port.
 
-    Without it there are none, and no traces without `otlp_endpoint`, the base URL of an OTLP/HTTP collector.
+    Without this setting there are no metrics and no probes. Without `otlp_endpoint`, the base URL of an OTLP/HTTP
+    collector, there are no traces.
     """
 
     management_port: int | None = Field(default=None, ge=0, le=65_535)
@@ -266,9 +266,9 @@ class TelemetrySettings(_Settings):
 
 
 class FairnessSettings(_Settings):
-    """How long a slot is a job's own while others wait, and how long a worker keeps its base while others wait.
+    """For how long, while others wait, a job may keep its slot and a worker may keep its base.
 
-    Loading bases takes at most `max_loading_fraction` of a worker's time where tenants alternate between them.
+    Loading bases takes at most `max_loading_fraction` of a worker's time when tenants alternate between bases.
     """
 
     quantum_seconds: float = Field(default=QUANTUM_SECONDS, ge=0.1, le=24 * 3600)
@@ -281,11 +281,11 @@ class FairnessSettings(_Settings):
 
 
 class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings, TelemetrySettings):
-    """`redis_url` counts requests, for rate limits; without it there are none. `requests_per_minute` is a tenant's.
+    """Settings of the API. Without `redis_url` there are no rate limits. `requests_per_minute` is for each tenant.
 
-    `api_processes` share the port. Each has `max_connections` at most, waits `header_seconds` for a header, and gives
+    `api_processes` share the port. Each has at most `max_connections`, waits `header_seconds` for a header, and gives
     up a body, of a request or an answer, that has hardly moved in `body_seconds`. Stopping takes as long. `root_path`
-    is what stands before the API's own paths where a proxy serves it below one, such as `/espalier`.
+    is what comes before the API's own paths if a proxy serves it below a path, such as `/espalier`.
     """
 
     redis_url: RedisUrl | None = None
@@ -303,7 +303,7 @@ class ApiSettings(DatabaseSettings, S3Settings, FairnessSettings, TelemetrySetti
 
 
 class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings, TelemetrySettings):
-    """`keep_..._days` counts from a job's end, and in the audit log from the entry. 0 keeps for ever."""
+    """`keep_..._days` counts from the end of a job, and in the audit log from the entry. 0 keeps for ever."""
 
     wake_interval_seconds: float = Field(default=1.0, ge=0.01, le=60)
     reap_interval_seconds: float = Field(default=5.0, ge=0.01, le=600)
@@ -321,7 +321,7 @@ class ScheduleSettings(DatabaseSettings, RedisSettings, S3Settings, TelemetrySet
 
 
 class TrainerSettings(_Settings):
-    """How trainers are started. `cache_dir` keeps what is made of bases, such as those converted from GGUF files."""
+    """How trainers are started. `cache_dir` stores files made from bases, such as those converted from GGUF."""
 
     cache_dir: Path = Path(".espalier/cache")
     scratch_dir: Path | None = None
@@ -336,9 +336,9 @@ class WorkerSettings(DatabaseSettings, RedisSettings, S3Settings, FairnessSettin
     """`worker_pools`: the pools this worker may serve, "<base model id>@none" or "...@nf4".
 
     A slot's state is stored every `resume_steps` steps or `resume_seconds`, whichever comes first. `grace_seconds` is
-    what a stopping worker takes at most to store its slots and give its jobs back. A worker that nobody has woken for
-    `deaf_seconds`, though there is work, claims by itself. One that has held no job for `idle_exit_seconds` ends with
-    status 0; None keeps it for ever.
+    the longest that a stopping worker takes to store its slots and give its jobs back. A worker that received no
+    wake-up for `deaf_seconds`, though there is work, claims by itself. One that has held no job for `idle_exit_seconds`
+    ends with status 0; None means never.
     """
 
     worker_name: str = ""

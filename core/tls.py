@@ -1,4 +1,4 @@
-"""Whom this process trusts when it speaks TLS."""
+"""Which certificate authorities this process trusts."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import ssl
 
 
 def trusted_certificates(ca_bundle: str | None) -> ssl.SSLContext:
-    """Return a context that trusts the authorities of a file, or else the system's. Raises OSError."""
+    """Return a context that trusts the authorities in a file, or else the system's. Raises OSError."""
     return ssl.create_default_context(cafile=ca_bundle)

@@ -1,4 +1,4 @@
-"""Which version of the service this is: the package's, and the commit that it was built from, where that is known."""
+"""The version of the service: the package's version, and the commit that it was built from, if that is known."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Version:
 
 
 def read_version() -> Version:
-    """Return the version of this process. An image names its commit in ESPALIER_COMMIT; a checkout is asked."""
+    """Return the version of this process. An image names its commit in ESPALIER_COMMIT; in a checkout git is asked."""
     commit = BuildSettings().commit or _commit_of_checkout()
     return Version(package=installed_version("espalier"), commit=commit[:_SHOWN_DIGITS] or None)
 
@@ -34,5 +34,5 @@ def _commit_of_checkout() -> str:
     try:
         asked = ("git", "-C", str(_ROOT), "rev-parse", "HEAD")
         return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git here, or a checkout of another user
+    except (OSError, subprocess.SubprocessError):  # there is no git, or the checkout belongs to another user
         return ""

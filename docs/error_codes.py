@@ -1,6 +1,7 @@
-"""`python -m docs.error_codes`: print docs/errors.md, the page of every code that somebody can meet.
+"""`python -m docs.error_codes`: print docs/errors.md, the page of every public error code.
 
-A code is public and stable. A test holds this module to the code base: no code is missing here, and none is left over.
+A code is public and stable. A test compares this module with the code base: no code is missing here, and none is left
+over.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
 #!/bin/sh
-# Prints the Secrets that k8s/ refers to, for `kubectl apply -f -`. Every run draws new passwords for the runtime roles: run
-# it again, delete the Job espalier-migrate, apply the overlay and restart the processes, and they are rotated.
+# Prints the Secrets that k8s/ refers to, for `kubectl apply -f -`. Every run draws new passwords for the runtime roles. To
+# rotate them, run it again, delete the Job espalier-migrate, apply the overlay and restart the processes.
 #
 #   OWNER_URL=postgresql://owner:...@db.example.com:5432/espalier?sslmode=require REDIS_URL=rediss://:...@redis.example.com:6379/0 \
 #       S3_ACCESS_KEY=... S3_SECRET_KEY=... k8s/make-secrets.sh | kubectl apply -f -
 #   k8s/make-secrets.sh --dev | kubectl apply -f -    # for the servers of the overlay dev: everything is drawn
 #
-# The overlay keda-metrics-api needs one more, which draws nothing and leaves the passwords as they are:
+# The overlay keda-metrics-api needs one more Secret. Printing it does not change the passwords:
 #   OPERATOR_KEY=esp_oper_... k8s/make-secrets.sh --operator-key | kubectl apply -f -
 # `espalier operators create keda --read-only` makes that key.
 #
-# No secret is an argument of a program, where every user of the machine could read it: the shell does it all by itself.
+# No secret is an argument of a program, where every user of the machine could read it. Only shell builtins see them.
 set -eu
 
 fail() { printf 'make-secrets.sh: %s\n' "$1" >&2; exit 1; }
 
-# Hexadecimal, so that a password stands in a URL as it is.
+# Hexadecimal, so that a password needs no escaping in a URL.
 draw() { od -An -tx1 -N24 /dev/urandom | tr -d ' \n'; }
 
 quoted() { # VALUE: as YAML wants it between single quotes

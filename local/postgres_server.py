@@ -19,13 +19,13 @@ from local.privileges import drop_root
 from local.processes import ProcessFailedError, ProcessSpec
 
 DATABASE = "espalier"
-# Details of errors quote rows, and its log is a file.
+# The details of errors quote rows, and the log is stored in a file.
 _TERSE = "log_error_verbosity=terse"
 _FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
 class PostgresServer:
-    """What to run, and how to tell that it answers. The cluster is made at the first start."""
+    """How to start PostgreSQL, and how to see that it answers. The first start makes the cluster."""
 
     def __init__(self, data_dir: Path, *, port: int, password: str, is_durable: bool) -> None:
         self._binaries = find_postgres()
@@ -49,13 +49,13 @@ class PostgresServer:
         return ProcessSpec(
             "postgres",
             argv,
-            stop_signal=signal.SIGINT,  # a fast shutdown: sessions are rolled back, nothing is left to recover
+            stop_signal=signal.SIGINT,  # a fast shutdown: sessions are rolled back, and no recovery is needed
             death_signal=signal.SIGINT,
             prefix=drop_root(self._directory),
         )
 
     def answers(self) -> bool:
-        """Return whether it answers, having made the database if need be."""
+        """Return whether it answers. Makes the database if it is missing."""
         try:
             with open_connection(self._url("postgres")) as connection:
                 found = connection.execute("select 1 from pg_database where datname = %s", (DATABASE,)).fetchone()
@@ -69,7 +69,7 @@ class PostgresServer:
         return f"postgresql://postgres:{self._password}@127.0.0.1:{self._port}/{database}"
 
     def _initialise(self) -> None:
-        # Made beside its place and then moved there, so that an interrupted start leaves no half of a cluster.
+        # Made in another place and then moved, so that an interrupted start leaves no incomplete cluster.
         unfinished, password_file = self._directory.with_suffix(".new"), self._directory.with_suffix(".password")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(mode=0o700)
@@ -97,9 +97,9 @@ class PostgresServer:
             )
 
     def _remove_stale_lock(self) -> None:
-        """Remove the lock file of a server that was killed: PostgreSQL believes it while anything has that pid.
+        """Remove the lock file of a killed server. PostgreSQL honours it as long as any process has its pid.
 
-        A zombie that nobody reaps has it, and after a restart of the machine perhaps another program.
+        A zombie may keep this pid, and after a restart of the machine another program may have it.
         """
         lock = self._directory / "postmaster.pid"
         if not lock.exists() or not Path("/proc/self").exists():

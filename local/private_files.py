@@ -1,6 +1,6 @@
-"""What a data directory holds is its owner's alone: directories are 0700 and files 0600, whatever they were before.
+"""Makes the content of a data directory its owner's alone: directories are 0700 and files 0600, whatever they were.
 
-What others keep beside it is not touched.
+Other files in the directory are not touched.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 
 UMASK = 0o077
-# What the stack makes in a data directory; a file that is not whole yet has `.new` behind its name.
+# The names that the stack makes in a data directory. A file that is not complete has the suffix `.new`.
 _OWN_DIRECTORIES = frozenset(("postgres", "redis", "s3", "logs", "cache", "adapters"))
 _OWN_FILES = frozenset(
     ("postgres.password", "launcher.pid", "api_key", "secrets.json", "ports.json", "stack.json"),
@@ -18,9 +18,9 @@ _OWN_FILES = frozenset(
 
 
 def close_data_dir(directory: Path) -> None:
-    """Close a data directory, and what the stack has made in it.
+    """Make a data directory, and what the stack made in it, private.
 
-    Where other things lie too, as in a checkout or a home, they and the directory's own mode stay as they are.
+    If it contains other things too, like a checkout or a home, those and the mode of the directory stay as they are.
     """
     own = [path for path in directory.iterdir() if path.name.removesuffix(".new") in _OWN_DIRECTORIES | _OWN_FILES]
     if len(own) == len(list(directory.iterdir())):
@@ -30,9 +30,9 @@ def close_data_dir(directory: Path) -> None:
 
 
 def make_private(directory: Path) -> None:
-    """Make a directory, or close one that is there and what lies in it.
+    """Make a directory, or make an existing one and its content private.
 
-    A directory that everybody shares, such as /tmp, stays as it is; so does what a link points to.
+    A directory shared by all users, such as /tmp, stays as it is, and so do the targets of links.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not directory.stat().st_mode & stat.S_ISVTX:
@@ -42,12 +42,12 @@ def make_private(directory: Path) -> None:
 
 
 def open_private(path: str, flags: int) -> int:
-    """Open a file for `open`, so that nobody else may read it if this makes it."""
+    """A file opener for `open`: a file that it makes can be read by its owner only."""
     return os.open(path, flags, 0o600)
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and let nobody else read it at any time."""
+    """Write a file completely or not at all, readable by its owner only at all times."""
     unfinished = path.with_name(f"{path.name}.new")
     unfinished.unlink(missing_ok=True)
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

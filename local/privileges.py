@@ -1,4 +1,4 @@
-"""How to run a server that refuses to be root, as root: in a user namespace, or else as another user."""
+"""Runs servers that refuse to run as root when the launcher is root: in a user namespace, or else as another user."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _NAMESPACE = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
 
 
 def drop_root(directory: Path) -> tuple[str, ...]:
-    """Return what to put before a command that must not be root and works in `directory`, which it may have to own.
+    """Return a prefix for a command that must not be root and works in `directory`, which it may have to own.
 
-    In a user namespace of its own the command sees user 1000 while the files stay root's. Where namespaces are refused
-    it becomes `nobody`. A directory that is another user's already is served as that user.
+    In its own user namespace the command sees user 1000, while the files stay root's. Where namespaces are refused it
+    runs as `nobody`. If the directory already belongs to another user, it runs as this user.
     """
     if os.geteuid() != 0:
         return ()
@@ -26,7 +26,8 @@ def drop_root(directory: Path) -> tuple[str, ...]:
         nobody = pwd.getpwnam("nobody")
         os.chown(directory, nobody.pw_uid, nobody.pw_gid)
         owner = directory.stat()
-    # That user's group, and nobody else, passes through the parent, where everything else has a closed mode of its own.
+    # This group may pass through the parent directory. No other user can, and everything else there has mode 0700 or
+    # 0600.
     os.chown(directory.parent, -1, owner.st_gid)
     directory.parent.chmod(0o710)
     return ("setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups")

@@ -1,7 +1,7 @@
-"""Child processes of the launcher: each logs to files of its own, and none outlives the launcher.
+"""Child processes of the launcher. Each logs to its own files, and none outlives the launcher.
 
-On Linux the kernel itself ends a child when the thread that started it ends, even by SIGKILL: start children from the
-thread that lives as long as they should.
+On Linux the kernel ends a child when the thread that started it ends, even by SIGKILL. So children must be started from
+a thread that lives as long as they should.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from local.private_files import UMASK, make_private
 _LOG_TAIL_BYTES = 2000
 _LAST_WORDS_SECONDS = 5.0
 _POLL_SECONDS = 0.02
-# The kernel's promise counts from `setpriv` on. Had the launcher died before, this shell sees another parent.
+# The kernel ends the child from `setpriv` on. If the launcher died before that, this shell sees another parent and
+# exits.
 _UNLESS_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
 
 
 class ProcessFailedError(Exception):
-    """A child process did not come up, or ended; the message carries the end of its log."""
+    """A child process did not start or has ended. The message contains the end of its log."""
 
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """A child process: `stop_signal` asks it to end, `death_signal` is what the launcher's own death sends it.
+    """A child process. `stop_signal` asks it to end; `death_signal` is sent to it when the launcher dies.
 
-    `prefix` is a command that runs the rest with fewer rights, `inherited_fds` stay open in the child.
+    `prefix` is a command that runs the rest with fewer rights. `inherited_fds` stay open in the child.
     """
 
     name: str
@@ -65,7 +66,7 @@ class ChildProcess:
                 stderr=self._log.input,
                 pass_fds=tuple(spec.inherited_fds),
                 umask=UMASK,
-                start_new_session=True,  # Ctrl-C is for the launcher, which stops its children in order
+                start_new_session=True,  # Ctrl-C reaches only the launcher, which stops its children in order
             )
         finally:
             self._log.close_input()
@@ -90,7 +91,7 @@ class ChildProcess:
             time.sleep(_POLL_SECONDS)
 
     def log_tail(self) -> str:
-        """Return the end of what the child has printed; of one that has ended, its last words are in it."""
+        """Return the end of the child's output. If it has ended, this includes its last line."""
         if not self.is_alive:
             self._log.wait_for_end(timeout_seconds=_LAST_WORDS_SECONDS)
         with self.log_path.open("rb") as log:
@@ -98,7 +99,7 @@ class ChildProcess:
             return log.read().decode(errors="replace")
 
     def stop(self) -> None:
-        """Ask the child to end, then insist."""
+        """Ask the child to end, and kill it if it does not."""
         self.ask_to_stop()
         try:
             self._process.wait(self.spec.stop_seconds)
@@ -116,7 +117,7 @@ class ChildProcess:
 
 
 def as_mortal(spec: ProcessSpec) -> list[str]:
-    """Return the command that dies with this process, where the system offers that."""
+    """Return the command with a prefix that makes it die with this process, where the system has one."""
     if not shutil.which("setpriv"):
         return list(spec.argv)
     death_signal = spec.death_signal.name.removeprefix("SIG")

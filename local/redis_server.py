@@ -18,7 +18,7 @@ _REMEDY = (
 
 
 class RedisServer:
-    """What to run, and how to tell that it answers."""
+    """How to start Redis, and how to see that it answers."""
 
     def __init__(self, data_dir: Path, *, port: int, password: str, is_durable: bool) -> None:
         self._binary = find_redis()
@@ -30,7 +30,7 @@ class RedisServer:
         return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
 
     def prepare(self) -> ProcessSpec:
-        """Write the settings. They hold the password, which a command line would show to everyone on the machine.
+        """Write the settings to a file, because they include the password, and all users can read command lines.
 
         Raises ProcessFailedError for data that this program cannot read.
         """
@@ -54,5 +54,5 @@ class RedisServer:
         try:
             with redis.Redis.from_url(self.url, socket_timeout=2, socket_connect_timeout=2) as client:
                 return bool(client.ping())
-        except redis.RedisError:  # not up yet, still loading, or another's server, which `wait_until` will tell
+        except redis.RedisError:  # still starting or loading, or another server; `wait_until` will report that
             return False

@@ -1,8 +1,8 @@
-"""A real S3 server (SeaweedFS) on loopback ports, with its data in one directory. It reports to nobody.
+"""A real S3 server (SeaweedFS) on loopback ports, with its data in one directory. It sends no telemetry.
 
-SeaweedFS is five servers with two listeners each, of which only the S3 gateway asks for keys. The others speak TLS and
-take no client without the certificate that each start makes anew: neither another user of the machine nor a web page in
-somebody's browser gets past the handshake.
+SeaweedFS consists of five servers with two listeners each. Only the S3 gateway asks for keys. The other listeners use
+TLS and accept only clients with a certificate that each start makes anew. So neither another user of the machine nor a
+web page in a browser gets past the handshake.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ _FLAGS = (
     "-dir=.",
     f"-ip={_ADDRESS}",
     f"-ip.bind={_ADDRESS}",
-    # Relative to the working directory: the path of a Unix socket holds about a hundred bytes only.
+    # Relative to the working directory, because the path of a Unix socket is limited to about a hundred bytes.
     "-s3.localSocket=s3.sock",
     "-filer.localSocket=filer.sock",
     "-master.telemetry=false",
     "-admin.ui=false",
-    "-volume.preStopSeconds=0",  # in which a cluster would hear that this one leaves
+    "-volume.preStopSeconds=0",  # a pause for a cluster to notice the shutdown; there is none
     "-webdav=false",
     "-s3.port.iceberg=0",
     "-s3.port.lance=0",
     "-s3.allowDeleteBucketNotEmpty=false",
     "-s3.autoCreateBucket=false",
-    "-s3.allowedOrigins=",  # none; every web page, if it is not said
+    "-s3.allowedOrigins=",  # empty means none; the default allows every web page
 )
-_YOUNG_SECONDS = 1.0  # a socket is made a moment before it listens
+_YOUNG_SECONDS = 1.0  # a server makes its socket a moment before it listens
 _CERTIFICATE, _KEY = "door.pem", "door.key"
 _HTTP_DOORS = ("master", "volume", "filer", "admin")
 _GRPC_ROLES = (*_HTTP_DOORS, "s3", "worker", "client")
 
 
 class S3Server:
-    """What to run, and how to tell that it answers."""
+    """How to start SeaweedFS, and how to see that it answers."""
 
     def __init__(self, data_dir: Path, *, ports: S3Ports, access_key: str, secret_key: str) -> None:
         self._binary = find_s3()
@@ -67,25 +67,25 @@ class S3Server:
         program = ask_program([str(self._binary), "version"], r"version \S+ (?P<version>\d+(\.\d+)*)", kind="SeaweedFS")
         claim_data(self._directory, program, remedy="Set ESPALIER_S3_BIN to a `weed` that can.")
         self._lock_doors()
-        (self._directory / "mini.options").unlink(missing_ok=True)  # it would bring back the last start's ports
+        (self._directory / "mini.options").unlink(missing_ok=True)  # it would restore the ports of the last start
         remove_abandoned_sockets()
         self._remove_old_logs()
         env = {
             "AWS_ACCESS_KEY_ID": self._access_key,
             "AWS_SECRET_ACCESS_KEY": self._secret_key,
-            # At half of it, which it nearly fills, collecting garbage takes a tenth of a core at rest and makes an
-            # upload three times as dear; without any limit it grows to 700 MB.
+            # SeaweedFS nearly fills half of this. Limited to that half, its garbage collection would take a tenth of a
+            # core at rest and make an upload three times as expensive. Without a limit it grows to 700 MB.
             "GOMEMLIMIT": "400MiB",
             "TMPDIR": str(self._directory),
         }
-        # To files of its own it would log as well, up to five of 1.8 GB for each level.
+        # Without -logtostderr it would also log to its own files, up to five of 1.8 GB for each level.
         argv = [str(self._binary), "-logtostderr=true", "mini", *_FLAGS, *self._listeners()]
         return ProcessSpec("s3", argv, env, death_signal=signal.SIGTERM, cwd=self._directory)
 
     def answers(self) -> bool:
-        """Return whether it takes an object, having made the bucket if need be.
+        """Return whether it stores an object. Makes the bucket if it is missing.
 
-        It lists and makes buckets a moment before its first volume can be written to.
+        Its buckets can be listed and made a moment before its first volume accepts writes.
         """
         store = S3ObjectStore(self.config)
         try:
@@ -97,12 +97,12 @@ class S3Server:
         return True
 
     def _remove_old_logs(self) -> None:
-        """Remove the log files that earlier versions let it write."""
+        """Remove the log files that earlier versions left."""
         for path in self._directory.glob("weed.*"):
             path.unlink()
 
     def _lock_doors(self) -> None:
-        """Write the certificate, and the settings (SeaweedFS' security.toml) by which both ends demand it."""
+        """Write the certificate, and the settings (SeaweedFS' security.toml) that make both ends require it."""
         certificate, key = make_certificate(_ADDRESS)
         write_private(self._directory / _CERTIFICATE, certificate)
         write_private(self._directory / _KEY, key)
@@ -132,9 +132,9 @@ class S3Server:
 
 
 def remove_abandoned_sockets() -> None:
-    """Remove what servers have left in /tmp that live no more: they choose that place whatever TMPDIR says."""
+    """Remove the sockets that dead servers left in /tmp. SeaweedFS uses /tmp whatever TMPDIR says."""
     for path in Path("/tmp").glob("seaweedfs-*-grpc-*.sock"):  # noqa: S108 (see above)
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:  # another user's, or just removed
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:  # another user's, or already removed
             is_young = time.time() - path.stat().st_mtime < _YOUNG_SECONDS
             if not is_young and probe.connect_ex(str(path)) == errno.ECONNREFUSED:
                 path.unlink()

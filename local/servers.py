@@ -1,7 +1,7 @@
 """Real PostgreSQL, Redis and S3 servers as child processes, on loopback ports, with their data in one directory.
 
-Passwords are made at the first start and kept in `secrets.json` (mode 0600). Data, passwords and, where nobody else has
-taken them, ports survive restarts. One launcher a directory: a second one is refused.
+Passwords are made at the first start and stored in `secrets.json` (mode 0600). Data and passwords survive restarts, and
+so do ports if no other process has taken them. A directory has one launcher: a second one is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _START_ATTEMPTS = 3
 
 
 class Server(Protocol):
-    """A server that can be run: `prepare` is called once, `answers` until it is true."""
+    """A server that can be run. `prepare` is called once, `answers` until it returns True."""
 
     def prepare(self) -> ProcessSpec: ...
 
@@ -38,7 +38,7 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class ServerAddresses:
-    """Where the three servers answer. `postgres_url` is the owner's."""
+    """The addresses of the three servers. `postgres_url` is the owner's."""
 
     postgres_url: str = field(repr=False)
     redis_url: str = field(repr=False)
@@ -66,9 +66,9 @@ class Secrets:
 
 
 class LocalServers:
-    """The three servers of one data directory. `is_durable=False` trades crash safety for speed, for tests.
+    """The three servers of one data directory. `is_durable=False` trades crash safety for speed, in tests.
 
-    Start them from the thread that is to outlive them: on Linux they end with it.
+    Start them from a thread that outlives them: on Linux they end with that thread.
     """
 
     def __init__(self, data_dir: Path, *, is_durable: bool = True) -> None:
@@ -86,7 +86,7 @@ class LocalServers:
         self.stop()
 
     def start(self) -> ServerAddresses:
-        """Start all three side by side and wait until they answer. Raises AlreadyRunningError, ProcessFailedError."""
+        """Start all three in parallel and wait until they answer. Raises AlreadyRunningError, ProcessFailedError."""
         self._lock = DataDirLock(self.data_dir)
         close_data_dir(self.data_dir)
         self.secrets = Secrets.load(self.data_dir / "secrets.json")
@@ -98,7 +98,7 @@ class LocalServers:
         return self.addresses
 
     def revive(self) -> tuple[str, ...]:
-        """Start again, on its port and its data, each server that has died and waited; return the names."""
+        """Restart each dead server whose delay has passed, on its port and data. Return the names."""
         return self._supervisor.revive()
 
     def stop(self) -> None:
@@ -112,7 +112,7 @@ class LocalServers:
         return self._supervisor.pids
 
     def _start_on_free_ports(self) -> ServerAddresses:
-        """Start, and start again elsewhere when a port was taken between the look and the server's own bind."""
+        """Start a server. If another process took its port between the check and the bind, start it on another port."""
         for attempt in range(_START_ATTEMPTS):
             ports = Ports.choose(self.data_dir / "ports.json")
             try:
@@ -128,7 +128,7 @@ class LocalServers:
         s3 = S3Server(directory, ports=ports.s3, access_key=made.s3_access, secret_key=made.s3_secret)
         redis = RedisServer(directory, port=ports.redis, password=made.redis, is_durable=is_durable)
         postgres = PostgresServer(directory, port=ports.postgres, password=made.postgres, is_durable=is_durable)
-        # The first two come up while the third makes its cluster.
+        # the first two start while the third makes its cluster
         started = [(server, self._spawn(server)) for server in (s3, redis, postgres)]
         with ThreadPoolExecutor() as waiting:
             list(waiting.map(lambda pair: pair[1].wait_until(pair[0].answers, timeout_seconds=_START_SECONDS), started))
@@ -139,14 +139,14 @@ class LocalServers:
         return self._supervisor.start(replace(server.prepare(), inherited_fds=(self._lock.fileno(),)))
 
     def _stop_servers(self) -> None:
-        for name in self._supervisor.pids:  # side by side: none needs another to stop
+        for name in self._supervisor.pids:  # in parallel: none needs another to stop
             self._supervisor.process(name).ask_to_stop()
         self._supervisor.stop()
         remove_abandoned_sockets()
 
 
 def find_addresses(data_dir: Path) -> ServerAddresses | None:
-    """Return where the servers answer that another process runs on a data directory, or None."""
+    """Return the addresses of the servers that another process runs on a data directory, or None."""
     ports = Ports.read(data_dir / "ports.json")
     if ports is None or find_launcher(data_dir) is None:
         return None

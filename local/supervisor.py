@@ -1,7 +1,7 @@
-"""Keeps a set of child processes running: one that has died is started again, with a growing delay.
+"""Keeps child processes running: a dead one is started again, with a growing delay.
 
-A start that the machine refuses counts as another death. Nothing here waits but `stop`; the launcher's loop calls
-`revive` and stays free to notice a signal.
+If the system refuses to start a process, this counts as another death. Only `stop` waits. The launcher's loop calls
+`revive`, so it can react to a signal at any time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from local.processes import ChildProcess, ProcessSpec
 
 _DELAYS_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-_HEALTHY_SECONDS = 60.0  # who has run this long starts again with the shortest delay
+_HEALTHY_SECONDS = 60.0  # after this long a restart has the shortest delay again
 
 
 @dataclass
@@ -48,13 +48,13 @@ class Supervisor:
         return {name: charge.child.pid for name, charge in self._charges.items()}
 
     def revive(self) -> tuple[str, ...]:
-        """Start again every dead process whose delay has passed, and return their names."""
+        """Restart every dead process whose delay has passed, and return their names."""
         return tuple(
             name for name, charge in self._charges.items() if not charge.child.is_alive and self._revive(charge)
         )
 
     def stop(self) -> None:
-        """End all, the last started first, so that nobody's servant goes before its master."""
+        """End all, the last started first, so that no server ends before the processes that use it."""
         for charge in reversed(self._charges.values()):
             charge.child.stop()
         self._charges.clear()
@@ -69,7 +69,7 @@ class Supervisor:
             return False
         try:
             charge.child = ChildProcess(charge.child.spec, self._log_dir)
-        except OSError:  # a full disk, or no memory for another process: it must not end the others
+        except OSError:  # a full disk, or no memory for a process: the others must not end because of it
             charge.num_deaths += 1
             charge.due_at = now + charge.delay_seconds
             return False

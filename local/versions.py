@@ -1,7 +1,7 @@
-"""Which program wrote a server's data: a note in their directory, so that one that cannot read them is never tried.
+"""Notes in a data directory which program wrote it, so that a program that cannot read the data is never started on it.
 
-A server that finds data of another kind, or of a newer version, dies as it starts, again and again. The launcher says
-beforehand what is wrong and which setting mends it.
+A server on data of another kind, or of a newer version, dies at every start. The launcher instead says what is wrong
+and which setting fixes it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from local.private_files import write_private
 from local.processes import ProcessFailedError
 
 _NOTE = "written_by"
-# Valkey was made of Redis 7.2 and reads what Redis wrote until then; since then the two read nothing of each other's.
+# Valkey began as a copy of Redis 7.2 and reads the files of Redis up to then. Newer files of the two are incompatible.
 _LAST_COMMON = (7, 2)
 _HEADER_BYTES = 100
 
 
 @dataclass(frozen=True)
 class Program:
-    """A server program: its kind and version, as "Valkey 9.1.2"."""
+    """A server program: its kind and version, such as "Valkey 9.1.2"."""
 
     kind: str
     version: str
@@ -35,14 +35,14 @@ class Program:
         return tuple(map(int, self.version.split(".")))
 
     def can_read(self, writer: Program) -> bool:
-        """Return whether this program reads what another wrote: one of its kind, and no newer major version."""
+        """Return whether this program reads what another wrote: the same kind, and no newer major version."""
         if self.kind == writer.kind:
             return self.numbers[0] >= writer.numbers[0]
         return (self.kind, writer.kind) == ("Valkey", "Redis") and writer.numbers[:2] <= _LAST_COMMON
 
 
 def ask_program(argv: list[str], pattern: str, *, kind: str | None = None) -> Program:
-    """Return what a program says that it is, by a pattern with the groups `version` and, unless told, `kind`."""
+    """Return a program's own kind and version, by a pattern with the groups `version` and, unless given, `kind`."""
     said = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
     found = re.search(pattern, said)
     if found is None:
@@ -51,10 +51,10 @@ def ask_program(argv: list[str], pattern: str, *, kind: str | None = None) -> Pr
 
 
 def claim_data(directory: Path, program: Program, *, remedy: str) -> None:
-    """Note which program writes in a directory from now on.
+    """Note that this program writes in a directory from now on.
 
-    Raises ProcessFailedError when it cannot read what is there. Where an older launcher made no note, the files
-    themselves are asked.
+    Raises ProcessFailedError when it cannot read what is there. If an older launcher made no note, the files themselves
+    are inspected.
     """
     writer = _read_note(directory) or _read_header(directory)
     if writer is not None and not program.can_read(writer):
@@ -71,7 +71,7 @@ def _read_note(directory: Path) -> Program | None:
 
 
 def _read_header(directory: Path) -> Program | None:
-    """Return who began the append-only file of a Redis or Valkey: its base, a dump, opens with that."""
+    """Return which program began an append-only file of Redis or Valkey. Its base, a dump, starts with the name."""
     for base in sorted(directory.glob("appendonlydir/*.base.rdb")):
         with base.open("rb") as dump:
             found = re.search(rb"(redis|valkey)-ver.([0-9]+(?:\.[0-9]+)*)", dump.read(_HEADER_BYTES), re.DOTALL)

@@ -1,4 +1,4 @@
-"""Alembic's environment: runs on the connection that `core.db.migrate` hands it."""
+"""Alembic's environment. It runs on the connection that `core.db.migrate` passes to it."""
 
 from alembic import context
 

@@ -1,7 +1,7 @@
-"""Row-level security binds a table's owner too, unless it is a superuser: what a migration does to rows lifts that.
+"""Lets a migration see all rows: forced row-level security binds a table's owner too, unless it is a superuser.
 
-Without it a migration by an owner of a managed PostgreSQL would see no row, change none and say nothing. It locks the
-tables, for everybody, until the migration ends: a superuser's migration leaves them alone.
+Otherwise a migration by the owner of a managed PostgreSQL would see no rows and change none, without an error. Lifting
+it locks the tables for all until the migration ends, so a superuser's migration does not do it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ order by relname
 
 @contextmanager
 def unforced() -> Iterator[None]:
-    """Let the owner see and change all rows in this block. The transaction of the migration hides it from others."""
+    """Let the owner see and change all rows in this block. Other transactions do not see this change."""
     tables = op.get_bind().scalars(_FORCED).all()
     for table in tables:
         op.execute(f"alter table {table} no force row level security")

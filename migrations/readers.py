@@ -1,6 +1,6 @@
-"""Every table is open to two roles that read all rows and change none: `espalier_auditor` and `espalier_backup`.
+"""Opens every table to two roles that read all rows and change none: `espalier_auditor` and `espalier_backup`.
 
-A migration that makes a table calls `let_readers_in`; a test walks the catalogue for tables that were forgotten.
+A migration that makes a table calls `let_readers_in`. A test searches the catalogue for tables that were forgotten.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _IS_WALLED = sa.text("select relrowsecurity from pg_class where oid = cast(:tabl
 
 
 def let_readers_in(tables: Iterable[str]) -> None:
-    """Let both roles read these tables, row-level security or not, and let a dump read where sequences are."""
+    """Let both roles read these tables in spite of row-level security, and let a dump read the state of sequences."""
     for table in tables:
         op.execute(f"grant select on {table} to {READERS}")
         if op.get_bind().scalar(_IS_WALLED, {"table": table}):

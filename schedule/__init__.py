@@ -1,1 +1,1 @@
-"""The clock beside the workers: wakes pools, expires leases, deletes what is over. It holds no torch."""
+"""The schedule: wakes pools, expires leases, deletes what is over. It never loads torch."""

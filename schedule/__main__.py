@@ -1,4 +1,4 @@
-"""`python -m schedule`: one of the schedules of a service; the one that leads does the duties."""
+"""`python -m schedule`: one schedule process. Several may run; the leading one does the duties."""
 
 from schedule.clock import main
 

@@ -1,8 +1,15 @@
-"""The clock beside the workers: wakes pools that have work, expires leases, deletes what is deleted or too old.
+"""The schedule's loop: wakes pools that have work, expires leases, deletes what was deleted or is too old.
 
-Several may run; the one that holds the leader's row does the duties, the others stand by. Every duty may still be done
-twice or by two schedules at once: wake-ups are hints, and expiry re-checks the lease in the statement that locks it. A
-notification from PostgreSQL makes a wake-up quicker; the tick makes it certain.
+| thread | what it does |
+|---|---|
+| clock | takes the lead; while it leads, levels new tenants in fair share, wakes pools and expires leases |
+| clean | deletes expired files and idempotency keys, purges objects, erases deleted jobs and tenants |
+| sweep | deletes objects that no row names, and books the usage of lost workers |
+| forget | deletes rows that are older than the settings keep |
+
+Several schedules may run. The one that holds the leader's row does the duties, the others stand by. A duty may still be
+done twice, or by two schedules at once: wake-ups are hints, and expiry checks the lease again in the statement that
+locks it. A notification from PostgreSQL speeds a wake-up up; the tick guarantees it.
 """
 
 from __future__ import annotations
@@ -50,24 +57,24 @@ from schedule.purger import purge
 from schedule.sweeper import settle, sweep
 
 log = structlog.get_logger()
-# A process that was stopped while one of its transactions waited for another must not be handed the leadership when the
-# other is ended for it: the wait is over before that.
+# A suspended process whose transaction waits for the leader's row must not get the leadership when the blocking
+# transaction is ended. Because of this timeout its wait has ended before that.
 _LOCK_TIMEOUT_SECONDS = 2.0
-# After a wake-up, what is notified within this time is answered by one more: hundreds of submissions a second would
-# otherwise be as many looks at all queues.
+# Notifications within this time after a wake-up are answered by one further wake-up. Otherwise hundreds of submissions
+# a second would cause as many queries over all queues.
 _GATHER_SECONDS = 0.05
-# A thread that has shown no sign of life for so long hangs. All wait in bounded steps, for the database and the object
-# store too; the sweep's longest is the listing of one tenant's objects.
+# A thread that has shown no life for this long hangs. All threads wait in bounded steps, also for the database and the
+# object store. The longest step of the sweep is listing one tenant's objects.
 _CLOCK_PATIENCE_SECONDS = 120.0
 _CLEAN_PATIENCE_SECONDS = 900.0
 _SWEEP_PATIENCE_SECONDS = 3600.0
 _FORGET_PATIENCE_SECONDS = 900.0
-# Whoever stops containers kills them after 10 s. Every duty may be cut off anywhere.
+# Container runtimes kill a process 10 s after asking it to stop. Every duty may be interrupted anywhere.
 _STOP_SECONDS = 7.0
 
 
 class Schedule:
-    """Runs each duty at its interval, while it leads, until it is stopped."""
+    """Runs each duty at its interval while it leads, until it is stopped."""
 
     def __init__(
         self, settings: ScheduleSettings, *, engine: Engine, store: ObjectStore, publisher: WakeUpPublisher
@@ -87,17 +94,17 @@ class Schedule:
 
     @property
     def is_leader(self) -> bool:
-        """Whether it led when it last looked."""
+        """Whether it led when it last checked."""
         return self._is_leader
 
     def request_stop(self, _signal: int, _frame: FrameType | None) -> None:
         self._stop_requested.set()
 
     def run(self) -> None:
-        """Do the duties until told to stop. One that is under way then is cut off after a while: it may be done twice.
+        """Do the duties until told to stop. A duty still running is soon interrupted: it may be done twice.
 
-        Each thread stands alone, because an object store that hangs must not keep pools asleep, and cleaning and
-        sweeping may each take long.
+        The threads are independent, because a hanging object store must not stop wake-ups, and cleaning and sweeping
+        may each take long.
         """
         threads = [
             PROCESS.start_thread(self._keep_time, name=self._clock.name),
@@ -154,7 +161,7 @@ class Schedule:
             self._due_at[duty] = time.monotonic() + interval_seconds
 
     def _run(self, duty: Callable[[], None]) -> None:
-        """Do a duty. One that took too long is at fault itself: the database is there, and the others go on."""
+        """Do a duty. If it takes too long, it is itself at fault: the database is there. Others continue."""
         try:
             duty()
         except DATABASE_ERRORS as error:
@@ -216,7 +223,7 @@ class Schedule:
         return not self._stop_requested.is_set() and self._leads(session)
 
     def forget(self) -> None:
-        """Delete what is older than the settings keep it."""
+        """Delete rows that are older than the settings allow."""
         forget(
             self._engine,
             days_kept(self._settings),
@@ -224,7 +231,7 @@ class Schedule:
         )
 
     def sweep(self) -> None:
-        """Delete what no row names, and settle what lost workers have not reported."""
+        """Delete objects that no row names, and book the usage that lost workers have not reported."""
         with service_transaction(self._engine) as session:
             if not self._leads(session):
                 return
@@ -245,7 +252,7 @@ class Schedule:
 def main() -> None:
     hide_memory()
     configure_logs("schedule")
-    settings = ScheduleSettings()  # read from the environment
+    settings = ScheduleSettings()
     engine = connect(settings.database_url.get_secret_value(), lock_timeout_seconds=_LOCK_TIMEOUT_SECONDS)
     with WakeUpPublisher(settings.redis_url.get_secret_value()) as publisher:
         store = S3ObjectStore(settings.storage_config, now=DatabaseClock(engine).now)

@@ -1,6 +1,6 @@
-"""Erases what was deleted, a small transaction at a time. Safe to do twice at once.
+"""Erases what was deleted, in small transactions. Safe to run twice at once.
 
-No transaction is open while the object store is asked.
+No transaction is open during requests to the object store.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Deletes rows that are older than they are kept, a small transaction at a time. Safe to do twice at once."""
+"""Deletes rows that are older than they are kept, in small transactions. Safe to run twice at once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from core.settings import ScheduleSettings
 from schedule.metrics import ROWS_DELETED
 
 log = structlog.get_logger()
-# Of one kind in one run, so that the first run after years does not keep the other kinds from theirs.
+# The limit for one kind in one run, so that the first run after years does not delay the other kinds.
 _MAX_BATCHES = 1000
-_OVER_DAYS = 30  # nobody can do anything with an upload that is over, or a file that was deleted
+_OVER_DAYS = 30  # no request can use a completed or cancelled upload, or a deleted file
 
 
 def days_kept(settings: ScheduleSettings) -> dict[Kind, int]:
-    """Return for how many days each kind is kept; 0 is for ever."""
+    """Return for how many days each kind is kept. 0 means for ever."""
     return {
         Kind.LOG_LINES: settings.keep_log_lines_days,
         Kind.EVENTS: settings.keep_events_days,

@@ -1,4 +1,4 @@
-"""The schedule's figures. The schedule that leads looks at the whole queue once a scrape, in one statement."""
+"""The schedule's Prometheus metrics. The leading schedule counts the whole queue in one statement for each scrape."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ DUTY_SECONDS = Histogram(
 
 
 class QueueCollector(Collector):
-    """Shows whether this schedule leads and, where it does, what waits and who works."""
+    """Shows whether this schedule leads. If it leads, shows the waiting jobs and the workers too."""
 
     def __init__(self, engine: Engine, *, is_leader: Callable[[], bool]) -> None:
         self._engine, self._is_leader = engine, is_leader
 
     def describe(self) -> Iterator[Metric]:
-        """Name nothing beforehand: the registry would take a census for it."""
+        """Name no metrics at registration: the registry would take a census for that."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:

@@ -1,6 +1,6 @@
-"""Deletes the objects of what is over, of one tenant after another, until nothing is due. Safe to do twice at once.
+"""Deletes the objects of what is over, tenant by tenant, until nothing is due. Safe to run twice at once.
 
-No transaction is open while the object store is asked. A row is marked only when its objects are gone.
+No transaction is open during requests to the object store. A row is marked only after its objects are deleted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 
 def purge(engine: Engine, store: ObjectStore, *, may_go_on: Callable[[ServiceSession], bool]) -> int:
-    """Purge what is due and return how many rows that were. `may_go_on` is asked before each tenant's turn.
+    """Purge what is due and return the number of rows. `may_go_on` is asked before each tenant's turn.
 
     Raises DATABASE_ERRORS, and StorageError when the object store seems to be away.
     """
@@ -43,7 +43,7 @@ def _find_due(engine: Engine, may_go_on: Callable[[ServiceSession], bool]) -> tu
 
 
 def _take_turn(engine: Engine, store: ObjectStore, turn: Iterable[Purge], patience: Patience) -> int:
-    """Purge some of one tenant's rows; what fails is set aside and holds up neither the others nor the next turn."""
+    """Purge some of one tenant's rows. A row that fails is set aside and delays neither others nor the next turn."""
     outcomes = [(each, _delete(store, each)) for each in turn]
     num_purged = 0
     with service_transaction(engine) as session:
@@ -61,7 +61,7 @@ def _take_turn(engine: Engine, store: ObjectStore, turn: Iterable[Purge], patien
 
 
 def _delete(store: ObjectStore, due: Purge) -> StorageError | ValueError | None:
-    """Delete a row's objects, and return what was in the way."""
+    """Delete a row's objects, and return the error that prevented it, if any."""
     if not is_location_of(due.tenant_id, due.location):
         return ValueError(f"{due.location[:100]!r} is nothing of this tenant's that could be deleted.")
     try:

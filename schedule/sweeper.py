@@ -1,6 +1,6 @@
-"""Deletes objects that no row names, and settles the usage that lost workers never reported. Safe to do twice at once.
+"""Deletes objects that no row names, and books usage that lost workers never reported. Safe to run twice at once.
 
-No transaction is open while the object store is asked.
+No transaction is open during requests to the object store.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BATCH = 500
 def sweep(
     engine: Engine, store: ObjectStore, *, min_age: dt.timedelta, show_life: Callable[[], None] = lambda: None
 ) -> int:
-    """Do all there is to do and return how many objects and uploads went. `show_life` is called before each step.
+    """Sweep everything and return how many objects and uploads were deleted. `show_life` is called before each step.
 
     Raises DATABASE_ERRORS, and StorageError when the object store seems to be away.
     """
@@ -58,7 +58,7 @@ def sweep(
 def _try(
     engine: Engine, work: Callable[[], int], patience: Patience, *, row_id: uuid.UUID, tenant_id: uuid.UUID
 ) -> int:
-    """Sweep one job or one tenant; what fails is set aside and holds up no other."""
+    """Sweep one job or one tenant. If that fails it is set aside and delays no other."""
     try:
         num_deleted = work()
     except (StorageError, *ROW_ERRORS) as error:
@@ -71,7 +71,7 @@ def _try(
 
 
 def settle(engine: Engine) -> int:
-    """Book what lost workers never will, some in each transaction, and return for how many attempts."""
+    """Book the usage that lost workers did not, some in each transaction. Return for how many attempts."""
     num_settled = 0
     while True:
         with service_transaction(engine) as session:
@@ -87,7 +87,7 @@ def _unswept_jobs(engine: Engine, min_age: dt.timedelta) -> Iterator[EndedJob]:
             jobs = find_unswept_jobs(session, min_age=min_age)
         if not jobs:
             return
-        yield from jobs  # each is marked, or set aside, before the next batch is asked for
+        yield from jobs  # each is marked or set aside before the next batch is read
 
 
 def _sweep_job(engine: Engine, store: ObjectStore, job: EndedJob) -> int:

@@ -1,6 +1,6 @@
-"""`python -m tests.black_hole DIRECTORY`: the database vanishes without a word, and everybody notices within seconds.
+"""`python -m tests.black_hole DIRECTORY`: the database vanishes without a word, and every process notices in seconds.
 
-The kernel drops the packets of its port, which takes a network namespace: `find_namespace` returns the command for one.
+The kernel drops the packets of its port, which needs a network namespace: `find_namespace` returns the command for one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Chat templates of the shapes that bases bring along, each with what it writes and what is learnt of it, by hand.
+"""Chat templates in the styles of real bases, each with its output and the part that is learnt, written by hand.
 
 The templates are written for these tests. What matters in each is where it puts words, what ends a turn, and what it
-writes when a server asks for an answer. Learnt characters stand between « and ».
+writes when a server asks for an answer. Learnt characters are between « and ».
 """
 
 from __future__ import annotations

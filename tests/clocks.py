@@ -1,4 +1,4 @@
-"""Processes whose wall clock is wrong, by libfaketime. What measures time by the monotonic clock is left alone."""
+"""Processes with a wrong wall clock, by libfaketime. The monotonic clock is not changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small PostgreSQL of one major version, and an owner on it as a managed server gives one."""
+"""A small PostgreSQL of one major version, with an owner like that of a managed server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of every test. What needs no server asks for none, and none is started for it."""
+"""Fixtures of all tests. Servers are started only for tests that ask for them."""
 
 from __future__ import annotations
 

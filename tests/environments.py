@@ -1,6 +1,6 @@
-"""Other people's programs that tests run, each in an environment of its own: what they need is nothing that we need.
+"""Environments for programs of others that tests run. Each has its own, because their needs differ from ours.
 
-`python -m tests.environments` makes them all, once; a test makes what is not there yet.
+`python -m tests.environments` makes them all. A test makes those that are missing.
 """
 
 from __future__ import annotations

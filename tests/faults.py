@@ -1,7 +1,7 @@
-"""A TCP proxy that breaks: it stands in front of a real server and does to its bytes what networks do.
+"""A TCP proxy that breaks: it is put in front of a real server and treats its bytes as bad networks do.
 
-The fault in force is a value; it may change at any moment and then holds for open connections too. One thread runs all
-of them. Clients are given the proxy's port, tests that look behind the curtain the server's own.
+The present fault is a value. It may change at any moment, and then also holds for open connections. One thread runs all
+proxies. Clients get the proxy's port; tests that look behind it use the server's own.
 """
 
 from __future__ import annotations

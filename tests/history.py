@@ -1,4 +1,4 @@
-"""Trees of commits before this one: what an upgrade starts from."""
+"""Trees of earlier commits, from which upgrades start."""
 
 from __future__ import annotations
 

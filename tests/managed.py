@@ -1,7 +1,7 @@
-"""Servers as a cloud provider runs them: TLS everywhere by a private CA, an owner who is no superuser, ACL users.
+"""Servers as a cloud provider runs them: TLS everywhere by a private CA, an owner that is no superuser, ACL users.
 
-PostgreSQL does its own TLS and refuses connections without it. Redis and S3 are the local stack's, each behind a proxy
-that ends TLS.
+PostgreSQL does its own TLS and refuses connections without it. Redis and S3 are those of the local stack, each behind a
+proxy that ends TLS.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Reads the part of Mermaid that the pages use, line by line, so that a broken picture is seen without a browser.
+"""Parses the part of Mermaid that the pages use, line by line, so that a broken picture is found without a browser.
 
-The grammar is narrower than Mermaid's: what passes here, Mermaid draws (11.17 has parsed every picture of the pages).
+The grammar is narrower than Mermaid's: Mermaid draws what passes here (11.17 has parsed every picture of the pages).
 """
 
 from __future__ import annotations

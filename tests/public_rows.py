@@ -1,4 +1,4 @@
-"""Files as public tools write them, each a good one: name -> bytes. Every reader of rows has to take them all."""
+"""Valid files as public tools write them: name -> bytes. Every reader of rows must accept them all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application's own routes, walked: what is generated from them cannot forget one."""
+"""The application's own routes, so that generated tests cannot forget one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One set of real servers for a whole run of the tests, shared by its xdist workers.
 
-A keeper process of its own runs the servers. Every worker that uses them holds a shared lock; the keeper waits for the
-exclusive one, gets it when the last user has ended in whatever way, stops the servers and exits.
+A separate keeper process runs the servers. Every worker that uses them holds a shared lock. The keeper waits for the
+exclusive lock and gets it when the last user has ended in any way. Then it stops the servers and exits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A standby of a running PostgreSQL, as managed servers keep one: it follows, and is promoted in a failover."""
+"""A standby of a running PostgreSQL, as managed servers have one: it follows, and is promoted in a failover."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""How tests deal with time: the one place in which they read a clock.
+"""How tests handle time: the only module in which they read a clock.
 
-A test never fails because the machine was busy. A wait ends only what would never end, so its patience is long: it costs
-nothing while the test is green. A promise of seconds is asserted at its question, never at its answer: who asks later
-than promised must hear yes, however long that takes. What must not be early has a lower bound. How long things do take
-is shown by bench/.
+A test never fails because the machine was busy. A wait ends only what would never end, so its patience is long: it
+costs nothing while the test is green. A promise of seconds is asserted when the question is asked, never when the
+answer comes: a question asked later than promised must be answered with yes, however long that takes. What must not be
+early has a lower bound. bench/ shows how long things really take.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The GPU side: a supervisor that speaks to PostgreSQL, and its trainer child that holds the base."""
+"""The GPU side: a supervisor that talks to PostgreSQL, and its child, the trainer, which holds the base."""

@@ -1,7 +1,7 @@
-"""The seam between the supervisor and its trainer: small typed messages, one JSON object a line, over two pipes.
+"""The messages between the supervisor and its trainer: small typed values, one JSON object a line, over two pipes.
 
-The supervisor speaks to PostgreSQL and signs URLs. The trainer holds the base model and the tenants' data, and knows a
-job by its lease token alone. Nothing here carries a credential other than presigned URLs.
+The supervisor talks to PostgreSQL and signs URLs. The trainer holds the base model and the tenants' data, and names a
+job by its lease token alone. The only credentials in these messages are presigned URLs.
 
 An `Order` goes to the trainer, a `Report` comes from it. One attempt, in order:
 
@@ -23,16 +23,16 @@ from core.domain.dataset_counts import DatasetCounts
 from core.domain.training import TrainingSpec
 from core.domain.values import Frozen, StoredFile
 
-# What the trainer exits with when the host has no memory left for it.
+# The trainer's exit code when the host has no memory left for it.
 OUT_OF_MEMORY_EXIT_CODE = 71
-# The failures of a job that charge nobody: the object store is away, or it takes no URL that it is shown.
+# Failures that are not charged to a job: the object store is away, or it accepts none of the URLs.
 STORAGE_AWAY = "storage_unavailable"
 URL_REFUSED = "storage_url_refused"
 UNCOUNTED_CODES = (STORAGE_AWAY, URL_REFUSED)
 
 
 class RemoteFile(Frozen):
-    """A dataset to fetch: its presigned URL and what its bytes must hash to."""
+    """A dataset to fetch: its presigned URL and the hash of its bytes."""
 
     url: str = Field(repr=False)
     sha256: str
@@ -47,7 +47,7 @@ class RemoteResumePoint(Frozen):
 
 
 class JobFacts(Frozen):
-    """What the manifest and the model card say of a job, beyond its spec."""
+    """The facts about a job that the manifest and the model card state, beyond its spec."""
 
     job_id: str
     tenant: str
@@ -60,9 +60,9 @@ class JobFacts(Frozen):
 
 
 class LoadBase(Frozen):
-    """The base to hold, and how: slot states are due every `resume_steps` steps or `resume_seconds`.
+    """The base to hold. Slot states are due every `resume_steps` steps or `resume_seconds`.
 
-    The trainer looks at its files, answers BaseInspected, and waits for LoadWeights.
+    The trainer inspects its files, answers BaseInspected, and waits for LoadWeights.
     """
 
     kind: Literal["load_base"] = "load_base"
@@ -84,15 +84,15 @@ class LoadBase(Frozen):
 
 
 class LoadWeights(Frozen):
-    """The base that was inspected is wanted, and there is room for it."""
+    """The inspected base is wanted, and there is room for it."""
 
     kind: Literal["load_weights"] = "load_weights"
 
 
 class StartJob(Frozen):
-    """`share` weighs what the tenant, by its id, may use of a step, however many jobs it has here.
+    """`share` weighs what the tenant, named by its id, may use of a step, however many jobs it has here.
 
-    `resume_points` are there when an earlier attempt left some, the newest first.
+    `resume_points` are those that earlier attempts left, the newest first.
     """
 
     kind: Literal["start_job"] = "start_job"
@@ -112,7 +112,7 @@ class StopJob(Frozen):
 
 
 class YieldJob(Frozen):
-    """Store the job's slot at this step boundary, free it, and say so with JobYielded."""
+    """Store the job's slot at this step boundary, free the slot, and report JobYielded."""
 
     kind: Literal["yield_job"] = "yield_job"
     lease_token: int
@@ -126,7 +126,7 @@ class UrlsGranted(Frozen):
 
 
 class BaseInspected(Frozen):
-    """The base's files can be loaded, as far as can be seen without its weights."""
+    """The base's files can be loaded, as far as this shows without reading the weights."""
 
     kind: Literal["base_inspected"] = "base_inspected"
     tokenizer_path: str
@@ -138,7 +138,7 @@ class BaseLoaded(Frozen):
 
 
 class BaseRefused(Frozen):
-    """The base cannot be loaded, and the trainer ends. Where `is_worker_fault`, another worker may be able to."""
+    """The base cannot be loaded, and the trainer ends. `is_worker_fault` says that another worker may be able to."""
 
     kind: Literal["base_refused"] = "base_refused"
     message: str
@@ -146,13 +146,13 @@ class BaseRefused(Frozen):
 
 
 class Alive(Frozen):
-    """The training loop has turned, or its step goes on: sent once a second at most, by nothing but the loop itself."""
+    """The training loop has turned, or its step continues. Only the loop itself sends this, at most once a second."""
 
     kind: Literal["alive"] = "alive"
 
 
 class DeviceFigures(Frozen):
-    """What the device did since the last such report, and how its memory and the jobs that wait for it stand now.
+    """What the device did since the last such report, its memory, and the jobs that wait for memory now.
 
     `peak_flops` is None where the device's peak is not known.
     """
@@ -181,7 +181,7 @@ class PhaseDone(Frozen):
 
 
 class DatasetsRead(Frozen):
-    """The job's files are tokenised; what came of their rows."""
+    """The job's files are tokenised. Says how many of their rows are used, truncated or dropped."""
 
     kind: Literal["datasets_read"] = "datasets_read"
     lease_token: int
@@ -190,7 +190,7 @@ class DatasetsRead(Frozen):
 
 
 class JobStarted(Frozen):
-    """The job has a slot, and resumes after this step; 0 is the start. `total_steps` is what it will take in all."""
+    """The job has a slot, and resumes after this step; 0 is the start. `total_steps` is the number of all its steps."""
 
     kind: Literal["job_started"] = "job_started"
     lease_token: int
@@ -199,7 +199,7 @@ class JobStarted(Frozen):
 
 
 class SlotRefused(Frozen):
-    """The device has no memory for the job's slot beside the others. The job waits; JobStarted says that it has one."""
+    """The device has no memory for the job's slot beside the others. The job waits until JobStarted reports a slot."""
 
     kind: Literal["slot_refused"] = "slot_refused"
     lease_token: int
@@ -233,7 +233,7 @@ class StepDone(Frozen):
 
 
 class StepSkipped(Frozen):
-    """A step is over that has changed nothing, because its gradient was not finite."""
+    """A step whose gradient was not finite is over. It has changed nothing."""
 
     kind: Literal["step_skipped"] = "step_skipped"
     lease_token: int
@@ -250,7 +250,7 @@ class EvaluationDone(Frozen):
 
 
 class UrlsWanted(Frozen):
-    """Asks for one presigned PUT URL a file of an artifact.
+    """Asks for one presigned PUT URL for each file of an artifact.
 
     Artifacts are "adapter", "result", "checkpoints/step-<n>" and "resume/step-<n>".
     """
@@ -262,7 +262,7 @@ class UrlsWanted(Frozen):
 
 
 class CheckpointMetrics(Frozen):
-    """A step's numbers as a checkpoint shows them; validation numbers only where the step was evaluated."""
+    """A step's numbers as a checkpoint shows them. Validation numbers exist only if the step was evaluated."""
 
     step: float
     train_loss: float
@@ -293,21 +293,21 @@ class ResumePointSaved(Frozen):
 
 
 class JobYielded(Frozen):
-    """The job is out of its slot, and what could be stored of it is."""
+    """The job has left its slot. Everything of it that could be stored is stored."""
 
     kind: Literal["job_yielded"] = "job_yielded"
     lease_token: int
 
 
 class DeviceLeft(Frozen):
-    """The job is out of its slot and of every step, or will never get there. Some of its files may be on their way."""
+    """The job has left its slot and every step, or will never reach one. Uploads of its files may be under way."""
 
     kind: Literal["device_left"] = "device_left"
     lease_token: int
 
 
 class UsageCounted(Frozen):
-    """What the job has used of the device so far; the last one before a job's end is the bill."""
+    """What the job has used of the device so far. The last report before a job's end is the bill."""
 
     kind: Literal["usage_counted"] = "usage_counted"
     lease_token: int

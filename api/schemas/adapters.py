@@ -11,7 +11,7 @@ from core.domain.ids import IdKind, format_id
 from core.domain.training import AdapterConfig, Quantization
 from core.services.adapters import TrainedAdapter
 
-# What is shown of an adapter whose stored configuration cannot be read: the rest of the list is shown all the same.
+# Shown for an adapter whose stored configuration cannot be read, so that the rest of the list is shown all the same.
 UNREADABLE_CONFIG = AdapterConfig.model_construct(rank=0, alpha=0.0, target_modules=())
 
 

@@ -1,4 +1,4 @@
-"""`espalier base-models`: the registry as an operator sees, fills, tries and switches it."""
+"""`espalier base-models`: list, add, check and switch the base models of the registry."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _parse_source(text: str) -> BaseModelSource:
 
 
 def _complete(registered: dict[str, Any]) -> BaseModelEntry:
-    """Fill in what is not given from the base's own files, which need not be there when all is given."""
+    """Fill in missing options from the base's own files. If all options are given, the files are not needed."""
     try:
         if not {"target_modules", "max_seq_len", "dtype"} <= set(registered):
             found = describe_base(registered["source"])
@@ -212,7 +212,7 @@ def _check(engine: Engine, base_model_id: str, *, quantization: str | None, data
 
 
 def _load_once(engine: Engine, base: BaseModelRow, *, quantization: str | None, data_dir: Path) -> float:
-    """Load a base in a trainer of its own, keep its tokenizer, and end it. Raises BaseUnusableError."""
+    """Load a base once in a trainer of its own, store its tokenizer, and end the trainer. Raises BaseUnusableError."""
     own = {} if os.environ.get("ESPALIER_CACHE_DIR") else {"cache_dir": data_dir / "cache"}
     settings = TrainerSettings.model_validate(TrainerSettings().model_dump() | own)
     starter = TrainerStarter(

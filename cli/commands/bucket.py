@@ -1,4 +1,4 @@
-"""`espalier bucket`: the bucket that every process of the service stores its objects in."""
+"""`espalier bucket`: the bucket in which all processes of the service store their objects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ bucket = typer.Typer(no_args_is_help=True, help="The bucket of the service.")
 
 @bucket.callback()
 def _keep_subcommands() -> None:
-    """Let typer know that there are commands below this one, however few."""
+    """Tell typer that this is a group of commands, although it has only one."""
 
 
 @bucket.command("create")
@@ -45,7 +45,7 @@ def create_bucket(
 
 
 def _make_and_try(store: S3ObjectStore) -> bool:
-    """Make the bucket and store an object for a moment: some servers make buckets before they can store."""
+    """Make the bucket, and store an object in it as a test: some servers make buckets before they can store objects."""
     was_made = store.ensure_bucket()
     probe = tenant_prefix(uuid.uuid4()) + "probe"
     store.put_bytes(probe, b"ready?", content_type="text/plain")

@@ -1,4 +1,4 @@
-"""`espalier validate`: the check that an upload gets, and the counts that a base would see, without any service."""
+"""`espalier validate`: checks a dataset as an upload is checked, and counts its tokens, without the service."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _show_report(report: DatasetReport) -> None:
     console.print(table)
     for code, count in sorted(report.problem_counts.items()):
         console.print(f"  {count:>7}  {code}")
-    # A command is pasted into a shell: it stands on a line of its own, whatever the terminal's width.
+    # A command is copied into a shell, so it gets its own line, whatever the width of the terminal.
     for command in dict.fromkeys(problem.hint for problem in report.problems if problem.code == FOREIGN_FORMAT):
         console.print(f"\nTo convert it:\n{command}", markup=False, highlight=False)
 

@@ -21,7 +21,7 @@ def demo(
     """Fine-tune a real base model through the whole service and compare its answers before and after."""
     guard_secrets()
     try:
-        # What happens is told to people all the same: on standard error where standard output is a program's.
+        # Progress is shown to people in any case, on standard error when a program reads standard output.
         jobs = run_demo(data_dir, is_quick=quick, console=Console(soft_wrap=True, emoji=False, stderr=is_json()))
     except STACK_FAILURES as error:
         fail(str(error))

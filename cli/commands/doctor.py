@@ -1,4 +1,4 @@
-"""`espalier doctor`: is this deployment well, looked at from here, and what to do where it is not."""
+"""`espalier doctor`: checks a deployment from this host, and says what to do about each fault."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _STYLES = {
 
 @dataclass(frozen=True)
 class Deployment:
-    """Where its parts are, as far as this environment says: by settings, or by the local stack of a data directory."""
+    """The addresses of its parts, from the settings in this environment or from the local stack of a data directory."""
 
     database_url: str | None
     redis_url: str | None
@@ -80,7 +80,7 @@ def doctor(
 
 
 def find_deployment(data_dir: Path, api_url: str | None) -> Deployment:
-    """Read settings, each for itself: one that is missing or wrong hides no other."""
+    """Read each group of settings separately, so that a missing or wrong one does not hide the others."""
     database_url, redis_url, storage = None, None, None
     unread: list[Finding] = []
     with _noting(unread, "database", DatabaseSettings, f"Set {OWNER_URL_SETTING} or ESPALIER_DATABASE_URL{_OR_FILE}."):
@@ -99,7 +99,7 @@ def find_deployment(data_dir: Path, api_url: str | None) -> Deployment:
 
 @contextmanager
 def _noting(unread: list[Finding], check: str, settings: type[BaseSettings], remedy: str) -> Iterator[None]:
-    """Add a finding where `settings` cannot be read: nothing is set, which is no fault, or something is wrong."""
+    """Add a finding if `settings` cannot be read. Nothing set is no fault; a wrong or incomplete setting is one."""
     try:
         yield
     except SETTINGS_ERRORS as error:
@@ -108,7 +108,7 @@ def _noting(unread: list[Finding], check: str, settings: type[BaseSettings], rem
 
 
 def _are_absent(settings: type[BaseSettings], error: ValidationError | SettingFileError) -> bool:
-    """Return whether all that is wrong is that nothing which must be set is set."""
+    """Return whether the only fault is that required settings are not set."""
     if isinstance(error, SettingFileError):
         return False
     num_required = sum(field.is_required() for field in settings.model_fields.values())
@@ -116,7 +116,7 @@ def _are_absent(settings: type[BaseSettings], error: ValidationError | SettingFi
 
 
 def run_checks(deployment: Deployment, trial: Trial | None) -> Iterator[Finding]:
-    """Yield what each check finds, as it is found. What depends on a part that is away is not asked."""
+    """Yield the result of each check as it comes. Checks that depend on a part that is away are left out."""
     yield ok("version", f"This is espalier {read_version()}.")
     yield from deployment.unread
     if deployment.redis_url is not None:

@@ -1,4 +1,4 @@
-"""`espalier jobs`: jobs of all tenants, and never a tenant's words."""
+"""`espalier jobs`: jobs of all tenants, without their texts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _parse_cursor(after: str) -> uuid.UUID:
 
 
 def job_cells(job: JobOverview, now: dt.datetime, names: PoolNames) -> dict[str, Any]:
-    """Return a job as a table shows it. Its age is counted from its submission to its end."""
+    """Return the cells of a job in a table. Its age counts from its submission to its end."""
     return {
         "id": f"{IdKind.JOB}{job.id.hex}",
         "tenant": job.tenant,

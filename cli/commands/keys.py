@@ -1,4 +1,4 @@
-"""`espalier keys`: API keys of tenants, as an operator makes and ends them."""
+"""`espalier keys`: operators make, list, rotate and revoke API keys of tenants."""
 
 from __future__ import annotations
 

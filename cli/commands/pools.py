@@ -1,4 +1,4 @@
-"""`espalier pools`: what waits and runs in each pool, and who serves it."""
+"""`espalier pools`: what waits and runs in each pool, and which workers serve it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`espalier check-contract`: the contract, checked on the live system, read only."""
+"""`espalier check-contract`: checks the promises on the live system, read only."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def check_contract(
 
 
 def run_checks(owner_url: str, storage: StorageConfig, *, is_deep: bool) -> tuple[Finding, ...]:
-    """Return one finding a promise, in their order.
+    """Return one finding for each promise, in their order.
 
     Raises SQLAlchemyError, DATABASE_ERRORS, HiddenRowsError and StorageError.
     """
     with reading_settings():
-        terms = FairnessSettings().fairness_terms  # read from the environment
+        terms = FairnessSettings().fairness_terms
     engine = connect(owner_url)
     try:
         with auditor_transaction(engine) as session:
@@ -78,5 +78,5 @@ def as_table(findings: tuple[Finding, ...]) -> Table:
 def _find_servers(data_dir: Path) -> tuple[str, StorageConfig]:
     with reading_settings():
         if OwnerSettings().owner_url:
-            return owner_url(data_dir, exit_code=_CANNOT_SAY), S3Settings().storage_config  # read from the environment
+            return owner_url(data_dir, exit_code=_CANNOT_SAY), S3Settings().storage_config
     return owner_url(data_dir, exit_code=_CANNOT_SAY), find_storage(data_dir)

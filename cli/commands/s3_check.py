@@ -1,4 +1,4 @@
-"""`espalier s3-check`: does an S3 server do what the service needs of one?"""
+"""`espalier s3-check`: checks that an S3 server does what the service needs."""
 
 from __future__ import annotations
 

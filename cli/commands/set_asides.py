@@ -1,4 +1,4 @@
-"""`espalier set-asides`: rows that a duty of the service could not do, and why."""
+"""`espalier set-asides`: rows on which a duty of the service failed, and why."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def status(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
 
 
 def guard_secrets() -> None:
-    """Let nobody else read this process or what it writes: it holds, or makes, every password of the stack."""
+    """Keep other users from reading this process and its files: it holds, or makes, every password of the stack."""
     hide_memory()
     os.umask(UMASK)
 
@@ -114,7 +114,7 @@ def _interrupt_on_signals() -> None:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Begin to stop. Only a second Ctrl-C, not a second `down`, may cut that short."""
+    """Start to stop. Only a second Ctrl-C can cut that short; a second `down` cannot."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -135,7 +135,7 @@ def _watch(stack: LocalStack) -> None:
 
 
 def _tell_of_bases(stack: LocalStack, told: dict[str, str]) -> dict[str, str]:
-    """Print which bases cannot be used, and which can again, as far as that was not told. Returns what is told now."""
+    """Print which bases became unusable, or usable again, since the last call. Returns the bases reported now."""
     try:
         unusable = stack.find_unusable_bases()
     except DATABASE_ERRORS:
@@ -150,8 +150,8 @@ def _tell_of_bases(stack: LocalStack, told: dict[str, str]) -> dict[str, str]:
 
 
 def _tell(text: str, *, style: str = "", **facts: str) -> None:
-    """Print what happens while the stack runs, which goes on although nobody can be told."""
-    with suppress(OSError):  # the disk of a file that it is printed to may be full
+    """Print an event of the running stack. The stack continues even if nothing can be printed."""
+    with suppress(OSError):  # the output may be a file on a full disk
         say(text, style=style, **facts)
 
 
@@ -173,7 +173,7 @@ def _welcome(stack: LocalStack) -> None:
 
 
 def find_program() -> str | None:
-    """Return a sentence on how the command line is called, or None where its name alone is enough."""
+    """Return a sentence on how to call the command line, or None if its name alone is enough."""
     program = Path(sys.executable).parent / "espalier"
     if shutil.which("espalier") or not program.exists():
         return None
@@ -183,7 +183,7 @@ def find_program() -> str | None:
 
 
 def _local_key(stack: LocalStack) -> str:
-    """Return the API key of the tenant `local`: the same at every start on a data directory."""
+    """Return the API key of the tenant `local`. It is the same at every start on a data directory."""
     kept = stack.data_dir / "api_key"
     if not kept.exists():
         write_private(kept, stack.create_tenant("local"))

@@ -130,7 +130,7 @@ def delete(
 
 
 def _ask_for(slug: str) -> None:
-    """Let a person type the slug."""
+    """Ask the user to type the slug."""
     if not sys.stdin.isatty():
         fail("This deletes a tenant for ever, and nobody is there to be asked. Say --yes.")
     tell(f"This deletes all jobs, models, files, uploads and keys of the tenant {slug}. Nothing can bring them back.")

@@ -1,4 +1,4 @@
-"""`espalier top`: pools, workers and running jobs, live; one frame where nobody watches."""
+"""`espalier top`: pools, workers and running jobs, live. In a pipe it prints one frame."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MAX_ROWS = 200
 
 @dataclass(frozen=True)
 class Frame:
-    """What goes on at an instant: the pools, the workers, and the jobs that run, newest first."""
+    """The state at one instant: the pools, the workers, and the running jobs, newest first."""
 
     at: dt.datetime
     pools: tuple[PoolOverview, ...]
@@ -73,7 +73,7 @@ def read_frame(engine: Engine) -> Frame:
 
 
 def draw(frame: Frame, *, trouble: str = "") -> RenderableType:
-    """Return a frame as it is shown. What does not fit on a screen is below its edge: the jobs come last."""
+    """Return a frame for the screen. Jobs come last, because lines beyond the screen's edge are lost."""
     alive = [each for each in frame.workers if each.is_alive]
     counts = (
         f"{sum(each.num_queued for each in frame.pools)} queued, "
@@ -91,7 +91,7 @@ def draw(frame: Frame, *, trouble: str = "") -> RenderableType:
 
 
 def _watch(engine: Engine, frame: Frame, interval: float) -> None:
-    """Show frame after frame. A database that is away is said, and asked again."""
+    """Show frame after frame. While the database is away, show that and ask again."""
     with Live(draw(frame), screen=True, auto_refresh=False) as live:
         try:
             while True:

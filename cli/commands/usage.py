@@ -1,4 +1,4 @@
-"""`espalier usage`: what was used, by tenant, pool or day."""
+"""`espalier usage`: usage by tenant, pool or day."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`python -m cli.demo.answers`: plain transformers and PEFT answer questions, with and without an adapter.
 
-A process of its own, because the command line itself never loads torch. Reads one JSON request on standard input and
-writes one JSON answer: what the base says, and what each adapter says, to that adapter's questions.
+It is a separate process because the command line never loads torch. It reads one JSON request on standard input and
+writes one JSON answer: the base's and each adapter's answers to that adapter's questions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The demo's data: what functions of Python's standard library do, in the words of their own docstrings.
 
-This is the case the service exists for: a company teaches a model its own documentation. Training asks about a function
-in some words, validation asks about the same function in others, so the validation loss says how far the facts were
-learned beyond the wording of the questions.
+The service exists for this case: a company teaches a model its own documentation. Training asks about a function in
+some words, and validation asks about the same function in other words. So the validation loss shows how far the facts
+were learnt beyond the wording of the questions.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _read_module(module_name: str) -> list[tuple[str, str]]:
 
 
 def _first_sentence(docstring: str) -> str | None:
-    """Return the first sentence of prose, or None where the docstring opens with a signature or is too long."""
+    """Return the first sentence of prose, or None if the docstring begins with a signature or it is too long."""
     for paragraph in docstring.split("\n\n"):
         text = " ".join(paragraph.split())
         sentence = re.split(r"(?<=[.!])\s", text, maxsplit=1)[0]

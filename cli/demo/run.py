@@ -40,19 +40,19 @@ class DemoJob:
     documentation: Documentation
     options: dict[str, Any]
     job_id: str = ""
-    status: str = "queued"  # as the wire has it
+    status: str = "queued"  # as on the wire
     valid_losses: list[float] = field(default_factory=list)
     directory: Path = Path()
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return what came of it, for programs."""
+        """The job's result, for programs."""
         named = ("title", "job_id", "status", "valid_losses")
         return {name: getattr(self, name) for name in named} | {"directory": str(self.directory)}
 
 
 def run_demo(data_dir: Path, *, is_quick: bool, console: Console) -> tuple[DemoJob, ...]:
-    """Run it all, and return its jobs. Raises RuntimeError with the place of the logs when a job does not succeed."""
+    """Run the whole demo and return its jobs. Raises RuntimeError with the path of the logs if a job fails."""
     started = time.monotonic()
     console.print("[bold]Starting PostgreSQL, Redis, S3, the API, one worker and the schedule ...[/]")
     with LocalStack(data_dir) as stack:
@@ -144,7 +144,7 @@ def _refresh(job: DemoJob, progress: Progress, bar: TaskID) -> None:
 
 
 def _describe(steps: Sequence[Any], estimated_finish: int | None) -> str:
-    """Return loss, tokens a second and ETA from step events, newest first."""
+    """Return loss, tokens per second and ETA from step events, newest first."""
     seconds = max(1, steps[0].created_at - steps[-1].created_at)
     num_tokens = sum(step.data["num_tokens"] for step in steps[:-1])
     eta = f"{max(0, estimated_finish - int(time.time()))} s" if estimated_finish else "-"

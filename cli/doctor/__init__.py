@@ -1,1 +1,1 @@
-"""The checks of `espalier doctor`: each looks at one part of a deployment and says in a line what it found."""
+"""The checks of `espalier doctor`. Each looks at one part of a deployment and reports its finding in one line."""

@@ -1,4 +1,4 @@
-"""PostgreSQL as the service needs it: the server, the schema, the roles and their rights, and its clock."""
+"""Checks PostgreSQL: the server, the schema, the roles and their rights, and the clock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIGRATE = "Run `espalier migrate` with this version of the code."
 _OLDEST_MAJOR, _RECOMMENDED_MAJOR = 14, 16
 _BUSY_PART = 0.8
 _ODD_SECONDS, _WRONG_SECONDS = 1.0, 10.0
-# A right without which each role cannot do its work: the full list is the migrations'.
+# A right that each role needs for its first statement. The migrations have the full list.
 _NEEDED = (
     ("espalier_api", "jobs", "select"),
     ("espalier_api", "jobs", "insert"),
@@ -47,7 +47,7 @@ order by 1
 
 
 def check_database(engine: Engine) -> Finding:
-    """Say whether the server answers, which version it is, and how many of its connections are taken."""
+    """Check that the server answers, and report its version and how many of its connections are in use."""
     query = text("""
         select current_setting('server_version_num')::int / 10000, current_setting('server_version'), current_user,
             current_setting('max_connections')::int,
@@ -86,7 +86,7 @@ def check_schema(session: ServiceSession) -> Finding:
 
 
 def check_roles(session: ServiceSession) -> Finding:
-    """See that the runtime roles are there, can log in, and can do no more than they should."""
+    """Check that the runtime roles exist, can log in, and have no more rights than they should."""
     query = text("select rolname, rolcanlogin, rolsuper or rolbypassrls from pg_roles where rolname = any(:roles)")
     found = {
         name: (can_log_in, is_mighty) for name, can_log_in, is_mighty in session.execute(query, {"roles": list(ROLES)})
@@ -111,7 +111,7 @@ def check_roles(session: ServiceSession) -> Finding:
 
 
 def check_grants(session: ServiceSession) -> Finding:
-    """See that no table of tenants is open, and that each role has the rights its work begins with."""
+    """Check that no table of tenants is open, and that each role has the rights for its first statement."""
     open_tables = session.scalars(_OPEN_TABLES).all()
     if open_tables:
         remedy = "Run `alter table ... enable row level security, force row level security` for each of them."
@@ -125,7 +125,7 @@ def check_grants(session: ServiceSession) -> Finding:
 
 
 def check_operator(session: ServiceSession) -> Finding:
-    """See that whoever runs commands of operators can take on the roles that those, and `pg_dump`, act in."""
+    """Check that the role of operators' commands can become the roles that these commands and `pg_dump` need."""
     me = session.scalar(text("select current_user"))
     if me in SERVING and me != "espalier_api":
         return skipped("operator", f"{me} is no operator, and needs not be.")
@@ -144,7 +144,7 @@ def check_operator(session: ServiceSession) -> Finding:
 def check_clock(
     session: ServiceSession, *, now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)
 ) -> Finding:
-    """Compare this host's clock with the database's, within the time that the question takes."""
+    """Compare this host's clock with the database's, to within the duration of the query."""
     before = now()
     theirs = session.scalars(text("select clock_timestamp()")).one()
     after = now()
@@ -171,7 +171,7 @@ def run_each(
     checks: tuple[tuple[str, Callable[[SessionKind], Finding]], ...],
     open_transaction: Callable[[], AbstractContextManager[SessionKind]],
 ) -> Iterator[Finding]:
-    """Yield what each check finds, in a transaction of its own. One that may not look is skipped."""
+    """Yield each check's result, in a separate transaction. A check without the necessary rights is skipped."""
     for name, check in checks:
         try:
             with open_transaction() as session:

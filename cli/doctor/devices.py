@@ -1,4 +1,4 @@
-"""The GPUs of this host, their driver, and whether the torch that is installed can use them. Nothing loads torch."""
+"""Checks the GPUs of this host, their driver, and whether the installed torch can use them, without loading torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cli.doctor.findings import Finding, failed, ok, skipped
 
 _QUERY = "--query-gpu=name,driver_version,memory.total,memory.used"
 _SECONDS = 20
-# CUDA 13, with which torch is built, asks for this driver.
+# The torch that is installed is built with CUDA 13, which needs at least this driver.
 _OLDEST_DRIVER = 580
 
 
 def check_devices() -> Finding:
-    """Ask NVIDIA's own tool, where it is installed."""
+    """Ask nvidia-smi, if it is installed."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return skipped("gpu", "This host has no NVIDIA driver.")

@@ -1,4 +1,4 @@
-"""What a check found, and the little that checks share. A check never raises: what goes wrong is what it found."""
+"""The result of a check, and what checks share. A check never raises: an error is its finding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class FindingState(StrEnum):
-    """`skipped` is what could not be looked at from here, for want of a setting or a right."""
+    """The result of a check. `skipped`: it could not be made from here, for lack of a setting or a right."""
 
     OK = "ok"
     WARNING = "warning"
@@ -17,7 +17,7 @@ class FindingState(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it is, and what to do where it is not well."""
+    """One line: what was checked, its state, and what to do if something is wrong."""
 
     check: str
     state: FindingState

@@ -1,4 +1,4 @@
-"""What runs: the schedule that leads, the workers alive, and whether the bases can be used. Asked as an operator."""
+"""Checks what runs: the leading schedule, the workers alive, and whether the bases can be used. Runs as an operator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ where b.is_enabled and b.disabled_at is null order by 1
 
 
 def check_schedule(session: OperatorSession) -> Finding:
-    """See that a schedule leads: without one nobody wakes workers, expires leases or deletes objects."""
+    """Check that a schedule leads. Without one, workers are not woken, leases stay and objects are not deleted."""
     query = text("select holder, lease_until > now() from leaders where name = 'schedule'")
     row = session.execute(query).one_or_none()
     remedy = "Start `python -m schedule`, and read its log."
@@ -36,7 +36,7 @@ def check_schedule(session: OperatorSession) -> Finding:
 
 
 def check_workers(session: OperatorSession) -> Finding:
-    """See that the pools on offer are served, by workers of this version that can load their bases."""
+    """Check that workers of this version, which can load their bases, serve the pools on offer."""
     alive = text("select name, version from workers where alive_until > now() and state <> 'stopping' order by name")
     workers = session.execute(alive).all()
     unserved = [pool for pool, is_served in session.execute(_POOLS) if not is_served]
@@ -66,7 +66,7 @@ def check_workers(session: OperatorSession) -> Finding:
 
 
 def check_bases(session: OperatorSession) -> Finding:
-    """See that there is a base model on offer, and that none of them is known not to load."""
+    """Check that there is a base model on offer, and that none is known to be unusable."""
     query = text("""
         select id, state, state_reason from base_models where is_enabled and disabled_at is null order by id
     """)

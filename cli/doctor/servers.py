@@ -1,4 +1,4 @@
-"""Redis, the object store and the API, asked as their clients ask them."""
+"""Checks Redis, the object store and the API, in the way their clients use them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAX_SKEW_SECONDS = 300.0  # S3 refuses signatures that are 15 minutes off
 
 
 def check_redis(redis_url: str) -> Finding:
-    """See that Redis answers, forgets no message to make room, and keeps its messages through a restart."""
+    """Check that Redis answers, evicts no message when memory is short, and keeps its messages through a restart."""
     try:
         with _connect(redis_url) as client:
             facts: Any = client.info()
@@ -52,7 +52,7 @@ def _connect(redis_url: str) -> redis.Redis:
 
 
 def _saves(redis_url: str) -> bool:
-    """Return whether snapshots are taken. A managed server does not tell: then whoever manages it is believed."""
+    """Return whether snapshots are taken. A managed server does not say; then its operator is trusted."""
     try:
         with _connect(redis_url) as client:
             settings: Any = client.config_get("save")
@@ -62,7 +62,7 @@ def _saves(redis_url: str) -> bool:
 
 
 def check_storage(config: StorageConfig) -> Iterator[Finding]:
-    """Put, read, fetch by a signed link and delete an object of nobody's. What was put is deleted in any case."""
+    """Put, read, fetch by a signed link and delete an object that belongs to no tenant. It is deleted in any case."""
     store = S3ObjectStore(config)
     object_key = f"{tenant_prefix(uuid.UUID(int=0))}doctor/{new_id()}"
     place = f"the bucket {config.bucket!r} at {config.endpoint}"
@@ -96,7 +96,7 @@ def _remedy(config: StorageConfig) -> str:
 
 
 def _check_link(store: S3ObjectStore, config: StorageConfig, object_key: str) -> Finding:
-    """Fetch the object as a tenant does: by a link to the public endpoint, without any key."""
+    """Fetch the object as a tenant does: by a link to the public endpoint, without a key."""
     link = store.presign_get(object_key, expires=timedelta(minutes=1), filename="doctor.txt")
     place = config.public_endpoint or config.endpoint
     remedy = "Set ESPALIER_S3_PUBLIC_ENDPOINT to the host and port by which tenants reach the object store."
@@ -120,7 +120,7 @@ def _check_link(store: S3ObjectStore, config: StorageConfig, object_key: str) ->
 
 
 def _is_loopback(endpoint: str) -> bool:
-    """Return whether an endpoint, host:port, is this host to whoever asks: a container is another one."""
+    """Return whether an endpoint, host:port, means the host of the caller. A container is another host."""
     host = endpoint.rpartition(":")[0].strip("[]") or endpoint
     return host in ("localhost", "::1") or host.startswith("127.")
 
@@ -144,7 +144,7 @@ def _check_deletion(store: S3ObjectStore, config: StorageConfig, object_key: str
 
 
 def check_api(api_url: str) -> Finding:
-    """See that the API is ready, which it is once its database answers."""
+    """Check that the API is ready, which includes its database."""
     remedy = "See that `python -m api` runs, and what its log says."
     try:
         answer = httpx.get(f"{api_url.rstrip('/')}/readyz", timeout=_TIMEOUT_SECONDS, trust_env=False)

@@ -1,6 +1,6 @@
-"""A real job from end to end: a file goes up, a tiny adapter is trained, and comes down whole.
+"""A real job from end to end: uploads a file, trains a tiny adapter, and downloads all of it.
 
-Who waits is told on standard error which job it is, and why it waits as often as that changes.
+Progress on standard error names the job, and says why it waits each time the reason changes.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _REMEDY = "`espalier jobs --tenant espalier-doctor` shows it, and /explain why i
 
 
 class TrialError(Exception):
-    """The trial cannot go on; the message says at what it has stopped."""
+    """The trial cannot continue. The message says where it stopped."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What to train on and how long it may take. If None, a base that a worker holds, or else the first on offer."""
+    """What to train on and how long it may take. Without a base: one that a worker holds, or the first on offer."""
 
     base_model: str | None
     patience_seconds: float
 
 
 def check_job(engine: Engine, api_url: str, trial: Trial) -> Finding:
-    """Train a tiny adapter as a tenant of its own, fetch it, and take everything away again."""
+    """Train a tiny adapter in a tenant of its own, download it, and delete everything again."""
     started = time.monotonic()
     try:
         api_key = _make_key(engine)
@@ -88,7 +88,7 @@ def _end_key(engine: Engine, api_key: ApiKey) -> None:
 
 
 def _choose_pool(engine: Engine, http: httpx.Client, base_model: str | None) -> str:
-    """Return the pool to train in: one whose base a worker holds needs no load, which takes minutes of a large one."""
+    """Return the pool to train in. A base that a worker holds needs no load, which takes minutes for a large one."""
     offered = [str(each["id"]) for each in _ask(http, "GET", "/models")["data"]]
     wanted = [base_model] if base_model else [each for each in offered if not each.startswith("ft:")]
     if not wanted:
@@ -146,12 +146,12 @@ def _explain(http: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_reason(explained: dict[str, Any]) -> str:
-    """Return the service's own words for why a job waits, or none where it does not."""
+    """Return the service's own reason why a job waits, or an empty one if it does not wait."""
     return str((explained["reason"] or {}).get("message", ""))
 
 
 def _fetch_adapter(http: httpx.Client, job_id: str) -> int:
-    """Return how many bytes the adapter has, each file of which was compared with its sha256."""
+    """Return the adapter's size in bytes. Each of its files was compared with its sha256."""
     adapters = _ask(http, "GET", "/adapters", params={"limit": 100})["data"]
     adapter = next(each for each in adapters if each["fine_tuning_job_id"] == job_id)
     num_bytes = 0

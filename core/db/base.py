@@ -23,7 +23,7 @@ NAMING = {
 
 Json = dict[str, Any]
 CreatedAt = Annotated[dt.datetime, mapped_column(server_default=func.now())]
-# Of a row that is deleted, and whose objects are still stored.
+# Index condition: the row is deleted, and its objects are still stored.
 UNPURGED = text("deleted_at is not null and purged_at is null")
 
 

@@ -1,7 +1,7 @@
-"""The database's time, as a process knows it between two looks at it.
+"""The database's time, as a process estimates it between two readings.
 
-Every deadline is the database's, and so is the time that URLs and requests are signed with. A host's own clock may be
-wrong and may jump. This one starts from what the database said last, and goes on by the monotonic clock.
+Deadlines, presigned URLs and signed requests all use the database's time, because a host's own clock may be wrong and
+may jump. This clock starts from the database's last answer and advances by the monotonic clock.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from sqlalchemy import Engine, func, select
 from core.db.session import DATABASE_ERRORS, ServiceSession, service_transaction
 
 log = structlog.get_logger()
-# S3 refuses what is signed 15 minutes off, and URLs live for as long. Clocks that NTP keeps differ by milliseconds.
+# S3 refuses a signature that is 15 minutes off, and presigned URLs live for as long. Clocks under NTP differ by
+# milliseconds.
 MAX_OFFSET_SECONDS = 30.0
-_REREAD_SECONDS = 60.0  # in which no clock that goes drifts by a second
+_REREAD_SECONDS = 60.0  # in this time no working clock drifts by a second
 _RETRY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """It was `at` by the database when the monotonic clock said `monotonic`, give or take `error_seconds`."""
+    """The database's time was `at` when the monotonic clock was `monotonic`, to within `error_seconds`."""
 
     at: dt.datetime
     monotonic: float
@@ -33,7 +34,7 @@ class _Reading:
 
 
 class DatabaseClock:
-    """Shared by the threads of a process. Until the database has been asked, it is the host's clock."""
+    """A clock shared by the threads of a process. Until its first reading of the database it shows the host's time."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -42,24 +43,24 @@ class DatabaseClock:
         self._reading: _Reading | None = None
 
     def now(self) -> dt.datetime:
-        """Return the database's time. Asks for it where it was last read long ago; goes on without where it is away."""
+        """Return the database's time. Asks for it if the last reading is old, unless the database is away."""
         self._refresh()
         return self.recall()
 
     def recall(self) -> dt.datetime:
-        """Return the database's time as it is known, for whoever may not wait. Somebody else has to `keep` it."""
+        """Return the database's time from the last reading, without waiting. Another thread has to `keep` it."""
         reading = self._reading
         return dt.datetime.now(dt.UTC) if reading is None else _extrapolate(reading)
 
     def keep(self, stop_requested: threading.Event) -> None:
-        """Ask the database whenever it is time to, until told to stop."""
+        """Read the database's time whenever it is due, until told to stop."""
         while not stop_requested.is_set():
             self._refresh()
             stop_requested.wait(_RETRY_SECONDS)
 
     def read(self, session: ServiceSession) -> None:
-        """Ask the database, in a transaction of the caller's: half of the round trip is taken for the way there."""
-        session.connection()  # to connect may take seconds, which are no part of the way
+        """Read the database's time in the caller's transaction. Half of the round trip counts as the way there."""
+        session.connection()  # a connection may take seconds to open, which must not count as part of the round trip
         sent_at = time.monotonic()
         at = session.scalars(select(func.clock_timestamp())).one()
         seconds = time.monotonic() - sent_at
@@ -67,7 +68,7 @@ class DatabaseClock:
 
     @property
     def offset_seconds(self) -> float | None:
-        """How far the host's clock is ahead of the database's, as it is now; None while that is unknown."""
+        """How far the host's clock is ahead of the database's now, or None if that is unknown."""
         reading = self._reading
         return None if reading is None else (dt.datetime.now(dt.UTC) - _extrapolate(reading)).total_seconds()
 
@@ -78,7 +79,7 @@ class DatabaseClock:
         return reading is not None and offset is not None and abs(offset) - reading.error_seconds > MAX_OFFSET_SECONDS
 
     def is_right(self) -> bool:
-        """Say whether the host's clock is known to be right. Asks the database where it never has been asked."""
+        """Say whether the host's clock is known to be right. Asks the database if it was never asked."""
         if self._reading is None:
             self._refresh()
         return self._reading is not None and not self.is_wrong

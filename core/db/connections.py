@@ -1,12 +1,12 @@
-"""How every connection to the database is made, and how one that only listens finds out that nobody is there.
+"""How connections to the database are made, and how a connection that only listens notices a dead server.
 
-A server that vanishes without a word (a power cut, a failover, a cable) sends nothing that would end a connection, and
-by TCP's defaults a sender waits for 15 minutes and a reader for ever. So the kernel is told to give up after seconds:
-what is sent and not acknowledged after `tcp_user_timeout`, a connection on which one only waits after unanswered
-keepalives. That is long before a worker that hears nothing must stop its trainer (two thirds of a lease of 60 s).
+A server that vanishes without a word (a power cut, a failover, a cable) sends nothing that would end a connection. By
+TCP's defaults a sender then waits for 15 minutes, and a reader for ever. So the kernel is told to give up after
+seconds: a sender after `tcp_user_timeout` without an acknowledgement, a reader after unanswered keepalives. This is
+long before a worker that hears nothing must stop its trainer (two thirds of a lease of 60 s).
 
-Behind a proxy the kernel at the other end is the proxy's, which acknowledges for a server that is gone. Therefore a
-connection that listens also asks for an answer when it has heard nothing for a while.
+Behind a proxy the kernel at the other end is the proxy's. It acknowledges even when the server behind it is gone. So a
+connection that listens also asks for an answer when it has received nothing for a while.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def _open(address: DatabaseAddress) -> psycopg.Connection:
 
 
 class SilentServerError(Exception):
-    """The other end of a connection acknowledges what is sent, and answers nothing."""
+    """The other end of a connection acknowledges what it receives, but does not answer."""
 
 
 class Subscription:
     """A connection that listens to one NOTIFY channel, from `__enter__` to `__exit__`.
 
-    All of it raises DATABASE_ERRORS: a standby's refusal, too, which has no channels. Behind a pooler that gives each
-    transaction another session nobody can listen: there it hears nothing, ever.
+    All of its methods raise DATABASE_ERRORS, also when a standby refuses to listen. A pooler that gives each
+    transaction another session makes listening impossible: behind one, this class never receives anything.
     """
 
     def __init__(self, database_url: str, channel: str) -> None:
@@ -74,7 +74,7 @@ class Subscription:
         self._connection.close()
 
     def receive(self, *, timeout_seconds: float) -> list[str]:
-        """Return the payloads that have come, at once where there are some, or none after the timeout."""
+        """Return the payloads that have come, without waiting if there are some, or none after the timeout."""
         if self._address.is_pooled:
             time.sleep(timeout_seconds)
             return []
@@ -91,19 +91,19 @@ class Subscription:
         return self._connection.pgconn
 
     def _listen(self) -> None:
-        """Begin to listen, or say so again, which changes nothing. The answer is waited for within bounds."""
+        """Start to listen, or repeat the statement, which changes nothing. The wait for the answer is bounded."""
         self._pgconn.send_query(sql.SQL("listen {}").format(sql.Identifier(self._channel)).as_bytes(self._connection))
         give_up_at = time.monotonic() + _ANSWER_SECONDS
         while self._pgconn.flush() or self._pgconn.is_busy():
             if not self._is_readable(give_up_at - time.monotonic()):
                 raise SilentServerError(f"The server has not answered for {_ANSWER_SECONDS:.0f} s.")
             self._consume()
-        while result := self._pgconn.get_result():  # of an answer that is here
+        while result := self._pgconn.get_result():  # the answer is here, so this does not block
             if result.status == ExecStatus.FATAL_ERROR:
                 raise errors.error_from_result(result)
 
     def _is_readable(self, seconds: float) -> bool:
-        poll = select.poll()  # select takes no descriptor over 1023, and an API has thousands
+        poll = select.poll()  # select() takes no descriptor above 1023, and an API has thousands
         poll.register(self._pgconn.socket, select.POLLIN)
         return bool(poll.poll(max(0.0, seconds) * 1000))
 

@@ -1,4 +1,4 @@
-"""Locks that last as long as a transaction: what counts rows before it adds one is done by one at a time a tenant."""
+"""Locks that last until the end of a transaction. Under such a lock a tenant's rows are counted before one is added."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def lock(session: Session, name: str) -> None:
 
 
 def lock_for_tenant(session: Session, tenant_id: uuid.UUID, *, purpose: str) -> None:
-    """As `lock`, for one purpose of one tenant.
+    """The same as `lock`, for one purpose of one tenant.
 
-    An advisory lock: locking the tenant's row would need the right to change it, and would wait for claims.
+    It is an advisory lock. A lock on the tenant's row would need the right to change it, and would wait for claims.
     """
     lock(session, f"{purpose}:{tenant_id}")
 
 
 def shared_lock_call(name: ColumnElement[str]) -> ColumnElement[None]:
-    """Return the call that holds a name beside others that share it, and waits for whoever holds it alone."""
+    """Return the call that holds a name together with other sharers, and waits for one that holds it alone."""
     return func.pg_advisory_xact_lock_shared(func.hashtextextended(name, 0))

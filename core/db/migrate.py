@@ -1,7 +1,7 @@
-"""Brings a database to the newest schema and gives the three runtime roles their logins.
+"""Upgrades a database to the newest schema and gives the three runtime roles their logins.
 
-The owner of the tables (who migrates) is never who serves: API, worker and schedule each have a role of their own with
-narrow grants, none of which may bypass row-level security.
+The owner of the tables, who migrates, never serves requests. API, worker and schedule each have a role of their own
+with narrow grants, and none of these roles may bypass row-level security.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from core.db.revisions import MIGRATIONS_DIR
 from core.db.session import connect, state_of
 
 _MAX_TRIES = 10
-# SQLSTATEs: "tuple concurrently updated", a role made twice, and a lock that was not free in time.
+# SQLSTATEs: "tuple concurrently updated", a role that exists already, and a lock that was not free in time.
 _IN_THE_WAY = ("XX000", "23505", "55P03")
 
 
 @dataclass(frozen=True)
 class RoleLogin:
-    """A role (`espalier_api`, `_worker`, `_schedule`, or `_scaler`) and the password that it may log in with."""
+    """A role (`espalier_api`, `_worker`, `_schedule`, or `_scaler`) and its password."""
 
     role: str
     password: str
@@ -53,7 +53,7 @@ def _migrate(engine: Engine, logins: tuple[RoleLogin, ...]) -> None:
         command.upgrade(config, "head")
         driver: Any = connection.connection.driver_connection
         for login in logins:
-            # Statements are logged when they fail: this one holds what checks the password, not the password.
+            # PostgreSQL logs statements that fail. This one contains the verifier of the password, not the password.
             verifier = driver.pgconn.encrypt_password(login.password.encode(), login.role.encode(), b"scram-sha-256")
             statement = sql.SQL("alter role {} login password {}").format(
                 sql.Identifier(login.role), sql.Literal(verifier.decode())
@@ -62,9 +62,9 @@ def _migrate(engine: Engine, logins: tuple[RoleLogin, ...]) -> None:
 
 
 def _is_in_the_way(error: Exception) -> bool:
-    """Return whether another transaction was: most often another database's migration, as roles belong to all of them.
+    """Return whether another transaction was in the way, most often another database's migration: roles belong to all.
 
-    Nothing has been done then, and it may be tried again.
+    Nothing has been changed then, so the migration may be tried again.
     """
     return state_of(error) in _IN_THE_WAY
 

@@ -1,7 +1,7 @@
-"""Listens to a NOTIFY channel on a connection of its own, for as long as the process lives and whatever befalls it.
+"""Listens to a NOTIFY channel on its own connection for as long as the process lives, across all losses of connection.
 
-A notification makes things quicker and is never relied upon: what was notified while the connection was away is lost,
-so `on_connect` tells the owner to look for itself.
+Notifications only speed things up. Those sent while the connection was away are lost, so `on_connect` tells the owner
+to query for itself.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _STOP_POLL_SECONDS = 1.0
 
 
 class Listener:
-    """Calls `on_payload` with every payload of a channel, and `on_connect` after every (re)connection.
+    """Calls `on_payload` with every payload of a channel, and `on_connect` after every connect and reconnect.
 
-    `run` is for a thread of its own.
+    `run` needs a thread of its own.
     """
 
     def __init__(

@@ -1,7 +1,14 @@
-"""Whether the database can be worked with: it answers, takes writes, and its schema is as new as this code needs.
+"""Whether a process can work with the database.
 
-Revisions are numbers, 0001 and upwards. Code on an older schema would ask for tables and columns that are not there. On
-a newer one it works as before, since migrations only add at first, so it stays ready through an upgrade.
+| what is found | the error's code |
+|---|---|
+| no answer | `database_unavailable` |
+| a standby, or a server that is read-only | `database_read_only` |
+| no schema, one older than this code, or one whose revision this role may not read | `schema_too_old` |
+| a schema as new as this code, or newer | none |
+
+Revisions are numbers, from 0001 upwards. Code on an older schema would miss tables and columns. Code on a newer schema
+works as before, because migrations first only add, so a process stays ready during an upgrade.
 """
 
 from __future__ import annotations
@@ -15,7 +22,7 @@ from core.db.revisions import list_revisions
 from core.db.session import DATABASE_ERRORS, state_of
 from core.domain.errors import UnavailableError
 
-# SQLSTATEs: there is no such table, or it is from before the runtime roles were let in (0021).
+# SQLSTATEs: the table is missing, or it is older than the runtime roles' right to read it (0021).
 _UNREADABLE = ("42P01", "42501")
 _STATE = text("select pg_is_in_recovery(), current_setting('transaction_read_only')::boolean")
 _REVISION = text("select version_num from alembic_version")
@@ -35,7 +42,7 @@ def check_database(engine: Engine) -> None:
             raise
         is_read_only, found = False, None
     if is_read_only:
-        engine.dispose()  # after a failover the next connection may find a server that takes writes
+        engine.dispose()  # after a failover the next connection may reach a server that takes writes
         what = "is a standby" if is_standby else "is read-only"
         raise UnavailableError(f"The database {what}: it takes no writes.", code="database_read_only")
     _check_revision(found)

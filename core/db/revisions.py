@@ -1,4 +1,4 @@
-"""The revisions of the schema that this code knows. It loads nothing of Alembic, so that every process may ask."""
+"""The schema revisions that this code knows. The module does not import Alembic, so every process can afford it."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
 
 
 def list_revisions() -> tuple[str, ...]:
-    """Return the revisions that this code knows, oldest first: each stands in the name of its file."""
+    """Return the revisions that this code knows, oldest first. A revision is the number in its file's name."""
     return tuple(path.name.partition("_")[0] for path in sorted((MIGRATIONS_DIR / "versions").glob("[0-9]*_*.py")))

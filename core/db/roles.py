@@ -1,14 +1,14 @@
-"""The database's roles. All but the owner are made by migrations, and belong to the whole server, as roles do.
+"""The database's roles. Migrations make all of them except the owner. They belong to the whole server, as roles do.
 
-| role | who | sees |
+| role | used by | can see |
 |---|---|---|
-| the owner | whoever installs names it, for `espalier` commands | what policies show: they bind it |
-| `espalier_api`, `_worker`, `_schedule` | log in as the processes that serve | what each is granted |
-| `espalier_scaler` | logs in for an autoscaler | `pool_demand` |
-| `espalier_operator` | the owner and the API become it | settings of tenants, keys, the audit log |
-| `espalier_outlook` | owns functions and views | the columns that those sum up |
-| `espalier_auditor` | the owner becomes it to check the promises | every row, to read |
-| `espalier_backup` | `pg_dump` becomes it | every row and every sequence, to read |
+| the owner | `espalier` commands; its name is chosen at the installation | what policies show: they bind it too |
+| `espalier_api`, `_worker`, `_schedule` | the serving processes, which log in with them | what each is granted |
+| `espalier_scaler` | an autoscaler, which logs in with it | `pool_demand` |
+| `espalier_operator` | the owner and the API, which become it | settings of tenants, keys, the audit log |
+| `espalier_outlook` | owns functions and views | the columns that these sum up |
+| `espalier_auditor` | the owner, to check the promises | every row, to read |
+| `espalier_backup` | `pg_dump` | every row and every sequence, to read |
 """
 
 from __future__ import annotations

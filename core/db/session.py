@@ -1,9 +1,9 @@
-"""Transactions: the only place that commits, and the place that tells PostgreSQL whose transaction it is.
+"""Transactions: the only module that commits, and the one that tells PostgreSQL for whom a transaction is.
 
-Row-level security reads the settings `app.tenant_id` and `app.key_id`, the audit log reads `app.actor`. They are set
-locally at the begin of every transaction and vanish with it, so a pooled connection never carries one tenant's identity
-to the next borrower, whoever keeps the pool. They travel with the BEGIN in one round trip: what every request pays is
-kept small.
+Row-level security reads the settings `app.tenant_id` and `app.key_id`, and the audit log reads `app.actor`. They are
+set locally at the begin of every transaction and vanish at its end. So a pooled connection never carries one tenant's
+identity to its next user, whether the pool is ours or a pooler's. They travel with the BEGIN in one round trip, because
+every request pays for this.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from core.db.roles import AUDITOR, OPERATOR
 
 
 class DamagedRowError(InternalError):
-    """PostgreSQL has met data that is damaged, or a fault of its own: a row's fault where one row was asked for.
+    """PostgreSQL has met damaged data or an internal fault. Where one row was asked for, it is this row's fault.
 
-    It is one of DATABASE_ERRORS too: whoever asked for no row in particular tries again, and ends no process for it.
+    It is also one of DATABASE_ERRORS: code that asked for no particular row tries again, and ends no process for it.
     """
 
 
-# What is raised when the database is away, comes back, or has ended the connection; the transaction may be tried again.
-# Whoever speaks to it directly meets psycopg's own. Nobody else names these: whoever catches one must catch all.
+# Raised when the database is away, comes back or has ended the connection. The transaction may be tried again. Code
+# that uses psycopg directly meets psycopg's own errors. No other module lists these: code that catches one must catch
+# all.
 DATABASE_ERRORS = (
     OperationalError,
     InterfaceError,
@@ -45,19 +46,20 @@ DATABASE_ERRORS = (
     psycopg.InternalError,
     SilentServerError,
 )
-# SQLSTATEs: a read-only transaction, and a server that stops, crashes or starts. After a failover every connection of
-# the pool leads to such a server, and only a new one finds the next.
+# SQLSTATEs: a read-only transaction, and a server that stops, crashes or starts. After a failover every pooled
+# connection leads to such a server, and only a new connection finds the new one.
 _MOVED_STATES = ("25006", "57P01", "57P02", "57P03")
-_TOO_LONG_STATES = ("57014", "25P04")  # a statement was cancelled, most often by statement_timeout; a whole transaction
-# A process that was stopped inside a transaction loses it, so that its row locks hold up the others no longer.
+_TOO_LONG_STATES = ("57014", "25P04")  # a statement was cancelled, mostly by statement_timeout; a whole transaction
+# PostgreSQL ends the transaction of a suspended process after this time, so that its row locks no longer block others.
 _IDLE_TRANSACTION_MILLISECONDS = 5000
-_INTERNAL_ERRORS = "XX"  # the class of SQLSTATEs of damaged data and indexes, and of faults of PostgreSQL's own
+_INTERNAL_ERRORS = "XX"  # the class of SQLSTATEs of damaged data and indexes, and of PostgreSQL's internal faults
 _DATA_EXCEPTIONS = "22"  # the class of SQLSTATEs whose messages quote the value: "invalid input syntax for ..."
-# By its estimates PostgreSQL would rather walk everybody's newest rows, which lie side by side, than a tenant's own,
-# which do not. It takes a tenant's rows for evenly spread, and one that has been quiet has none among the newest. Where
-# pages cost nothing, the plan that looks at the fewest rows wins: that of an index that begins with the tenant or job.
+# By its estimates PostgreSQL would rather scan the newest rows of all tenants, which lie side by side, than one
+# tenant's rows, which do not. It assumes that a tenant's rows are evenly spread, but a quiet tenant has none among the
+# newest. When pages cost nothing, the plan that reads the fewest rows wins: an index that begins with the tenant or the
+# job.
 _FEWEST_ROWS = {"seq_page_cost": "0", "random_page_cost": "0"}
-# A connection that has rested for longer is asked for a sign of life before it is used.
+# A connection that was idle for longer is pinged before its next use.
 _REST_SECONDS = 0.5
 _BOUNDS = "espalier_bounds"  # the name among an engine's execution options
 
@@ -94,8 +96,8 @@ SessionKind = TypeVar("SessionKind", bound=Session)
 def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: float = 0) -> Engine:
     """Return an engine for a database's URL (core.database_urls). A dead server is noticed within seconds, not minutes.
 
-    `lock_timeout_seconds` bounds each wait for another transaction, which ends in one of DATABASE_ERRORS; 0 waits for
-    ever. Raises ValueError for what is no such URL.
+    `lock_timeout_seconds` bounds each wait for another transaction, which then raises one of DATABASE_ERRORS; 0 waits
+    for ever. Raises ValueError for an invalid URL.
     """
     address = read_url(database_url)
     engine = create_engine(
@@ -103,8 +105,8 @@ def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: floa
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=5,
-        hide_parameters=True,  # in the texts of errors, which are logged
-        pool_use_lifo=True,  # few connections do the work, and seldom need to be asked whether they live
+        hide_parameters=True,  # parameters would appear in the texts of errors, which are logged
+        pool_use_lifo=True,  # the connection used last is used first, so few connections are in use and pings are rare
         connect_args={
             **CONNECTION_ARGUMENTS,
             **address.parameters,
@@ -120,7 +122,7 @@ def connect(database_url: str, *, pool_size: int = 5, lock_timeout_seconds: floa
 
 
 def _bounds_of(lock_timeout_seconds: float) -> dict[str, str]:
-    """Return what bounds a transaction. Each is told: what a session is told, a pooler would hand to others."""
+    """Return a transaction's time limits. Each transaction sets them: a pooler would pass a session's to others."""
     return {
         "idle_in_transaction_session_timeout": str(_IDLE_TRANSACTION_MILLISECONDS),
         "lock_timeout": str(int(lock_timeout_seconds * 1000)),
@@ -128,18 +130,18 @@ def _bounds_of(lock_timeout_seconds: float) -> dict[str, str]:
 
 
 def state_of(error: BaseException) -> str:
-    """Return the SQLSTATE of what PostgreSQL has refused, or an empty string."""
+    """Return the SQLSTATE of PostgreSQL's error, or an empty string."""
     return getattr(error.orig if isinstance(error, DBAPIError) else error, "sqlstate", None) or ""
 
 
 def took_too_long(error: BaseException) -> bool:
-    """Return whether one of DATABASE_ERRORS says that a statement ran into a time limit: the next try would, too."""
+    """Return whether one of DATABASE_ERRORS says that a statement met a time limit: the next try would meet it too."""
     return state_of(error) in _TOO_LONG_STATES
 
 
 @contextmanager
 def tenant_transaction(engine: Engine, tenant_id: uuid.UUID, *, actor: str = "") -> Iterator[TenantSession]:
-    """Open a transaction that sees and writes this tenant's rows only. `actor` is who the audit log will name."""
+    """Open a transaction that sees and writes only this tenant's rows. The audit log will name `actor`."""
     identity = {"app.tenant_id": str(tenant_id), "app.actor": actor}
     with _transaction(TenantSession, engine, identity | _FEWEST_ROWS) as session:
         yield session
@@ -147,7 +149,7 @@ def tenant_transaction(engine: Engine, tenant_id: uuid.UUID, *, actor: str = "")
 
 @contextmanager
 def operator_transaction(engine: Engine, *, actor: str) -> Iterator[OperatorSession]:
-    """Open a transaction in the operator's role, which sees every tenant's settings and nobody's files or jobs."""
+    """Open a transaction in the operator's role, which sees every tenant's settings, but no files and no jobs."""
     with _transaction(OperatorSession, engine, {"role": OPERATOR, "app.actor": actor}) as session:
         yield session
 
@@ -161,22 +163,22 @@ def auditor_transaction(engine: Engine) -> Iterator[AuditorSession]:
 
 @contextmanager
 def owner_transaction(engine: Engine, *, actor: str = "") -> Iterator[OwnerSession]:
-    """Open a transaction in the role that the engine logs in with, the owner's. Without `actor` the log names it."""
+    """Open a transaction in the owner's role, with which the engine logs in. Without `actor` the log names the role."""
     with _transaction(OwnerSession, engine, {"app.actor": actor}) as session:
         yield session
 
 
 @contextmanager
 def key_transaction(engine: Engine, key_id: str) -> Iterator[KeySession]:
-    """Open a transaction that sees one API key's row only: whose tenant it is is not yet known."""
+    """Open a transaction that sees only one API key's row, because the key's tenant is not known yet."""
     with _transaction(KeySession, engine, {"app.key_id": key_id}) as session:
         yield session
 
 
 def enter_tenant(session: KeySession, tenant_id: uuid.UUID) -> None:
-    """Let a transaction that has found out whose key it holds see that tenant's rows too.
+    """Let a transaction that has found its key's tenant see this tenant's rows too.
 
-    It is no TenantSession then: it names no actor, so it may change nothing of the tenant's.
+    It does not become a TenantSession: it names no actor, so it may not change the tenant's rows.
     """
     session.info["identity"]["app.tenant_id"] = str(tenant_id)
     _set_locally(session.connection(), {"app.tenant_id": str(tenant_id)})
@@ -184,7 +186,7 @@ def enter_tenant(session: KeySession, tenant_id: uuid.UUID) -> None:
 
 @contextmanager
 def service_transaction(engine: Engine) -> Iterator[ServiceSession]:
-    """Open a transaction with no tenant: what it sees is what its database role is granted."""
+    """Open a transaction without a tenant. It sees what its database role is granted."""
     with _transaction(ServiceSession, engine, {}) as session:
         yield session
 
@@ -199,10 +201,10 @@ def _transaction(kind: type[SessionKind], engine: Engine, identity: dict[str, st
 
 
 def notify_after_commit(session: Session, channel: str, payload: str) -> None:
-    """Send a notification once this transaction is committed; whoever needs it looks for itself now and then, too.
+    """Send a notification once this transaction is committed. Its readers also query from time to time without one.
 
-    PostgreSQL commits one transaction at a time of those that notify, flush included. One that does nothing else has
-    nothing to flush, and others' commits go on sharing theirs.
+    PostgreSQL commits notifying transactions one at a time, including the flush. A transaction that only notifies has
+    nothing to flush, so the commits of others still share theirs.
     """
     session.info.setdefault("notifications", []).append((channel, payload))
 
@@ -217,7 +219,7 @@ def _notify(engine: Engine, told: Sequence[tuple[str, str]]) -> None:
 
 @event.listens_for(Session, "after_begin")
 def _begin(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
-    """Send BEGIN and the identity together. What goes wrong is asked again the slow way, which raises as usual."""
+    """Send BEGIN and the identity together. If that fails, both are sent separately, which raises the usual error."""
     driver: Any = connection.connection.driver_connection
     if driver.pgconn.transaction_status != TransactionStatus.IDLE:  # a savepoint
         return
@@ -240,13 +242,13 @@ def _set_locally(connection: Connection, settings: Mapping[Any, str]) -> None:
 
 
 def _leave_moved_server(context: ExceptionContext) -> None:
-    """Let go of every pooled connection when one of them leads to a server that does not serve any more."""
+    """Discard all pooled connections when one of them leads to a server that no longer serves."""
     if state_of(context.original_exception) in _MOVED_STATES:
         context.is_disconnect = True
 
 
 def _forget_values(context: ExceptionContext) -> None:
-    """Keep of an error what names the schema, and nothing that quotes a row or a value: errors are logged."""
+    """Remove from an error all that quotes a row or a value, because errors are logged. Names of the schema stay."""
     refused, wrapped = context.original_exception, context.sqlalchemy_exception
     if not isinstance(refused, psycopg.Error) or refused.diag.message_primary is None or wrapped is None:
         return
@@ -257,7 +259,7 @@ def _forget_values(context: ExceptionContext) -> None:
 
 
 def _tell_damage(context: ExceptionContext) -> DamagedRowError | None:
-    """Return what is to be raised instead where PostgreSQL has met damage, and goes on: it is there, and not away."""
+    """Return a DamagedRowError if PostgreSQL has met damaged data. It still serves, so the database is not away."""
     refused, wrapped = context.original_exception, context.sqlalchemy_exception
     if not isinstance(refused, psycopg.InternalError) or wrapped is None or context.is_disconnect:
         return None
@@ -269,7 +271,7 @@ def _tell_damage(context: ExceptionContext) -> DamagedRowError | None:
 
 
 def _ping_what_has_rested(engine: Engine) -> None:
-    """Replace connections that died while they rested; a ping at every use would be a round trip a transaction."""
+    """Replace connections that died while idle. A ping before every use would cost each transaction a round trip."""
 
     @event.listens_for(engine, "checkin")
     def note_rest(_connection: Any, record: Any) -> None:

@@ -1,1 +1,1 @@
-"""Pure values and rules: no I/O, no ORM, no clock."""
+"""Values and rules without I/O, ORM or clock."""

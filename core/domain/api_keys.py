@@ -1,7 +1,7 @@
 """API keys: `esp_live_<key_id>_<30 random base62><6 base62 of CRC-32>`, and `esp_oper_...` for operators.
 
-The checksum lets a mistyped or truncated key be refused without a look at the database, and a leaked one be recognised
-by secret scanners. Only the SHA-256 of the secret is stored: 178 random bits need no slow hash.
+With the checksum a mistyped or truncated key is refused without a database query, and secret scanners recognise a
+leaked one. Only the SHA-256 of the secret is stored: 178 random bits need no slow hash.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 KEY_ID_LENGTH = 12
 SECRET_LENGTH = 30
 CHECKSUM_LENGTH = 6
-# Two secrets of one name, so that a new one can be rolled out while the old one still works.
+# Two keys may have the same name, so that a new one can be rolled out while the old one still works.
 MAX_LIVE_KEYS_PER_NAME = 2
 MAX_LIVE_KEYS = 100
-# How exact `last_used_at` is, and so how seldom using a key writes.
+# The precision of `last_used_at`: using a key writes to its row at most this often.
 LAST_USED_INTERVAL = dt.timedelta(minutes=1)
 
 _WIRE_PREFIX = "key_"
@@ -41,20 +41,20 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
-# What a key can do unless it is asked for otherwise: everything but making keys.
+# The scopes of a key that asks for none: all except making keys.
 DEFAULT_SCOPES = frozenset({Scope.READ, Scope.SUBMIT, Scope.DOWNLOAD})
 ALL_SCOPES = frozenset(Scope)
 
 
 @dataclass(frozen=True)
 class Power:
-    """What a key may do, and until when: None is for ever."""
+    """The scopes and the expiry of a key. None means that it never expires."""
 
     scopes: frozenset[Scope]
     expires_at: dt.datetime | None
 
     def hand_down(self, *, scopes: frozenset[Scope] | None, expires_at: dt.datetime | None) -> Power:
-        """Return what a key made by the holder of this one has; what is not asked for is the maker's own.
+        """Return the power of a key that this key makes. What is not asked for is taken from the maker.
 
         Raises PermissionDeniedError for more than the maker has.
         """
@@ -76,7 +76,7 @@ class Power:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who is asking: the owner of a live API key of a tenant."""
+    """The caller of a request: the owner of a tenant's live API key."""
 
     tenant_id: uuid.UUID
     key_id: str
@@ -86,11 +86,11 @@ class Identity:
 
     @property
     def actor(self) -> str:
-        """Return the name under which the audit log knows this key."""
+        """The name of this key in the audit log."""
         return f"key:{self.key_id}"
 
     def limit_lifetime(self, lifetime: dt.timedelta, *, now: dt.datetime) -> dt.timedelta:
-        """Return how long what is handed out now may open doors by itself: no longer than the key does."""
+        """Return how long a URL or token handed out now may be valid: no longer than the key itself."""
         if self.expires_at is None:
             return lifetime
         return max(min(lifetime, self.expires_at - now), dt.timedelta(seconds=1))
@@ -98,7 +98,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class OperatorIdentity:
-    """Who is asking: the owner of a live operator key."""
+    """The caller of a request: the owner of a live operator key."""
 
     name: str
     key_id: str
@@ -142,12 +142,12 @@ def parse_api_key(text: str, *, prefix: str = PREFIX) -> ApiKey:
 
 
 def format_key_id(key_id: str) -> str:
-    """Return the wire id of a key: its public part, as it stands in the key itself."""
+    """Return the wire id of a key, which is the public part of the key itself."""
     return _WIRE_PREFIX + key_id
 
 
 def parse_key_id(text: str) -> str:
-    """Return the public part in a key's wire id. A malformed id is an unknown one: NotFoundError."""
+    """Return the public part in a key's wire id. Raises NotFoundError for a malformed id, as for an unknown one."""
     key_id = text.removeprefix(_WIRE_PREFIX)
     if not text.startswith(_WIRE_PREFIX) or len(key_id) != KEY_ID_LENGTH or not set(key_id) <= set(ALPHABET):
         raise NotFoundError(f"No such API key: {text[:100]!r}.")

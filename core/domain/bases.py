@@ -1,4 +1,4 @@
-"""Base models as an operator's registry knows them: their types, what an adapter may be put on, and their state."""
+"""Base models as an operator's registry defines them: their types, the linears that adapters may train, their state."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class BaseState(StrEnum):
 LICENSE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 .+()_-]{0,127}$"
 
 _LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# The decoders that can be fused, by the `model_type` of their config, and the linears of their layers: attention that
-# goes through transformers' attention interface with plain causal (or sliding) masks, logits that are the head's output
-# as it is.
+# The decoders that can be fused, by the `model_type` of their config, with the linears of their layers. Their attention
+# goes through transformers' attention interface with plain causal (or sliding) masks, and their logits are the head's
+# output unchanged.
 LINEARS_BY_MODEL_TYPE = {
     "llama": _LLAMA_LINEARS,
     "mistral": _LLAMA_LINEARS,
@@ -48,7 +48,7 @@ class BaseModelSource(Frozen):
 
 
 class BaseModelEntry(Frozen):
-    """One entry of the registry. `target_modules` are all the linears an adapter may be put on."""
+    """One entry of the registry. `target_modules` are all linears that an adapter may be trained on."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
     source: BaseModelSource

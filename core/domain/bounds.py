@@ -1,7 +1,7 @@
-"""How far every number may go that an operator or a tenant sets, in a request, on the command line or in SQL.
+"""The bounds of every number that an operator or a tenant sets, in a request, on the command line or in SQL.
 
-Each bound stands here once. Pydantic refuses what is outside by the field's name, and a CHECK refuses it by the
-column's name, whatever way it comes. Within the bounds no arithmetic of the service overflows or underflows.
+Each bound is defined here once. Pydantic refuses a value outside by the field's name, and a CHECK refuses it by the
+column's name, however it arrives. Within the bounds no arithmetic of the service overflows or underflows.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _DAY_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class Bounds:
-    """The least and the greatest value. Infinity is outside, and so is NaN, which PostgreSQL sorts behind it."""
+    """The least and the greatest value. Infinity and NaN are outside; PostgreSQL sorts NaN after infinity."""
 
     least: float
     greatest: float
 
     @property
     def field(self) -> Any:
-        """Return what a pydantic field is annotated with."""
+        """Return the annotation of a pydantic field."""
         return Field(ge=self.least, le=self.greatest)
 
     def check(self, column: str) -> str:
@@ -31,7 +31,7 @@ class Bounds:
         return f"{column} between {self.least} and {self.greatest}"
 
 
-# Of a tenant. Decayed use is in GPU-seconds.
+# Of a tenant. Decayed usage is in GPU-seconds.
 WEIGHT = Bounds(0.01, 1000)
 USAGE_SECONDS = Bounds(0, 1e12)
 RUNNING_JOBS = Bounds(0, 10_000)
@@ -40,7 +40,7 @@ STORED_BYTES = Bounds(0, 2**53)
 TRAINED_TOKENS = Bounds(0, 2**53)
 GPU_SECONDS = Bounds(0, 1e9)
 REQUESTS_PER_MINUTE = Bounds(1, 1_000_000)
-# Ten years: whoever wants a longer life asks for none.
+# Ten years. A key that should live longer is made without an expiry.
 MAX_KEY_DAYS = 3650
 KEY_SECONDS = Bounds(60, MAX_KEY_DAYS * _DAY_SECONDS)
 

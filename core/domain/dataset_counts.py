@@ -1,4 +1,4 @@
-"""What became of the rows of a job's file when an attempt tokenised it, and how the job's tenant is told."""
+"""How an attempt used the rows of a job's file, and the sentences that tell its tenant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE_FIELDS: dict[DatasetName, str] = {"training": "training_file", "validation"
 class DatasetCounts(Frozen):
     """`num_examples` rows are used. `num_truncated` lost their tail; `num_dropped` had nothing left to learn.
 
-    `num_left_out_turns` answers stay out of the loss: the base would not be asked for them as they stand.
+    `num_left_out_turns` answers are not learnt, because a server would not send the base the same context.
     """
 
     num_examples: int
@@ -23,7 +23,7 @@ class DatasetCounts(Frozen):
 
 
 def describe_omissions(counts: DatasetCounts, *, file: DatasetName, max_seq_len: int) -> str | None:
-    """Return the warning about a file of which something is not trained on, or None."""
+    """Return a warning about the parts of a file that are not trained on, or None."""
     told = []
     if counts.num_truncated:
         told.append(
@@ -41,7 +41,7 @@ def describe_omissions(counts: DatasetCounts, *, file: DatasetName, max_seq_len:
 
 
 def explain_nothing_to_learn(*, max_seq_len: int, num_left_out_turns: int) -> str:
-    """Say what to change where no row of a file has a learnt token."""
+    """Say what to change when no row of a file has a learnt token."""
     if num_left_out_turns:
         return (
             f"{num_left_out_turns} answers are left out: the base's chat template writes them in a context that a "
@@ -51,5 +51,5 @@ def explain_nothing_to_learn(*, max_seq_len: int, num_left_out_turns: int) -> st
 
 
 def place_in_file(file: DatasetName, line: int, path: str = "") -> str:
-    """Say where in a job's files something stands."""
+    """Say where in a job's files something is."""
     return f"Line {line} of the {file} file" + (f", {path}" if path else "")

@@ -1,4 +1,4 @@
-"""What the service does row by row for all tenants, and must go on doing when one row cannot be done."""
+"""What the service does row by row for all tenants, and must continue when one row fails (core.services.set_asides)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from enum import StrEnum
 
 
 class Duty(StrEnum):
-    """Each names the rows it sets aside: a job, but for what is purged, a job or a tenant swept, an attempt settled."""
+    """The kinds of this work, with the rows that each may set aside.
+
+    | duty | sets aside |
+    |---|---|
+    | claim, expire, forget | a job |
+    | purge | what is purged: a file, an upload, an adapter, a checkpoint or a resume point |
+    | sweep, erase | a job or a tenant |
+    | settle | an attempt |
+    """
 
     CLAIM = "claim"
     EXPIRE = "expire"
@@ -17,6 +25,6 @@ class Duty(StrEnum):
     ERASE = "erase"
 
 
-# A row that is set aside is tried again after so long, twice as long each time it fails again, an hour at most.
+# The pause before a row is tried again. It doubles with each failure, up to an hour.
 FIRST_REST_SECONDS = 60.0
 LONGEST_REST_SECONDS = 3600.0

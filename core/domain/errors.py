@@ -20,7 +20,7 @@ from __future__ import annotations
 
 
 class DomainError(Exception):
-    """An error whose message may be shown to the tenant as it is."""
+    """An error whose message may be shown to the tenant unchanged."""
 
     default_code = "error"
 
@@ -31,7 +31,7 @@ class DomainError(Exception):
         self.param = param
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Keyword-only arguments are lost by the default reduction, and errors cross process borders.
+        # Pickle's default would lose keyword-only arguments, and errors are sent between processes.
         return (_restore_error, (type(self), self.message, self.code, self.param))
 
 

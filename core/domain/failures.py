@@ -1,4 +1,4 @@
-"""Failures: why an attempt or a job has ended badly, as its tenant is told."""
+"""Failures: why an attempt or a job ended badly, in the words that its tenant reads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from core.domain.values import Frozen
 
 
 class Failure(Frozen):
-    """`code` is public and stable, `message` is a sentence that a tenant understands.
+    """`code` is public and stable. `message` is a sentence that a tenant understands.
 
-    `param` is the field of the submission that names the file at fault, if one is.
+    `param` is the field of the submission that names the file at fault, if there is one.
     """
 
     code: str

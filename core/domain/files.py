@@ -1,4 +1,4 @@
-"""Files as they come to be: what is known of one when its bytes are stored and its row is not there yet."""
+"""Files before they have a row: what is known once their bytes are stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from core.domain.datasets import Problem
 
 @dataclass(frozen=True)
 class NewFile:
-    """What is known of a file once its bytes are stored. `counts` are those of the check, JSON-ready."""
+    """What is known of a file once its bytes are stored. `counts` is the check's report, JSON-ready."""
 
     id: uuid.UUID
     filename: str

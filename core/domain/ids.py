@@ -1,4 +1,4 @@
-"""Identifiers: UUIDv7 inside, prefixed text on the wire. Always made by the server, never taken from a tenant."""
+"""Identifiers: UUIDv7 inside, prefixed text on the wire. The server always makes them, never a tenant."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class IdKind(StrEnum):
     PERMISSION = "cp_"
 
 
-# What is said of an id that is nothing's, whatever it looks like; OpenAI's words where it has any.
+# The error for an id that names nothing, whatever its form, in OpenAI's words where OpenAI has any.
 _NOT_FOUND = {
     IdKind.FILE: "No such File object: {}",
     IdKind.JOB: "Could not find fine tune: {}",
@@ -44,12 +44,12 @@ _NOT_FOUND = {
 
 
 def new_id() -> uuid.UUID:
-    """Return a fresh UUIDv7 (RFC 9562): it sorts by the time it was made."""
+    """Return a new UUIDv7 (RFC 9562). Such ids sort by the time they were made."""
     return uuid.UUID(int=uuid_utils.uuid7().int)
 
 
 def first_id_at(instant: dt.datetime) -> uuid.UUID:
-    """Return the least id that can have been made at an instant or later: ids are ranges of time, too."""
+    """Return the least id that can be made at this instant or later, so that ids can be queried by time."""
     return uuid.UUID(int=int(instant.timestamp() * 1000) << 80)
 
 
@@ -58,7 +58,7 @@ def format_id(kind: IdKind, value: uuid.UUID) -> str:
 
 
 def parse_id(kind: IdKind, text: str, *, param: str | None = None) -> uuid.UUID:
-    """Return the UUID in a wire id. A malformed id is an unknown one, in the same words. Raises NotFoundError."""
+    """Return the UUID in a wire id. Raises NotFoundError for a malformed id, in the words for an unknown one."""
     digits = text.removeprefix(kind)
     if not text.startswith(kind) or len(digits) != _HEX_DIGITS or not set(digits) <= set("0123456789abcdef"):
         raise not_found(kind, text, param=param)
@@ -66,6 +66,6 @@ def parse_id(kind: IdKind, text: str, *, param: str | None = None) -> uuid.UUID:
 
 
 def not_found(kind: IdKind, shown: str | uuid.UUID, *, param: str | None = None) -> NotFoundError:
-    """Return the error of a wire id, or of the UUID in one, that this tenant has nothing by."""
+    """Return the error for a wire id, or the UUID in one, that names nothing of this tenant."""
     text = format_id(kind, shown) if isinstance(shown, uuid.UUID) else shown[:_MAX_SHOWN_CHARACTERS]
     return NotFoundError(_NOT_FOUND.get(kind, "No such object: {}").format(text or '""'), param=param)

@@ -1,4 +1,4 @@
-"""What a tenant asks of a job, before every "auto" is a number: core.services.submissions resolves it."""
+"""What a tenant asks of a job. Values may still be "auto": core.services.submissions resolves them to numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from core.domain.values import Frozen
 
 
 class JobRequest(Frozen):
-    """A request to train one adapter, its form checked; None stands for "auto" or a default."""
+    """A request to train one adapter, with its form checked. None stands for "auto" or a default."""
 
     base_model_id: str
     training_file_id: uuid.UUID
@@ -32,7 +32,7 @@ class JobRequest(Frozen):
     weight_decay: Annotated[float, bounds.WEIGHT_DECAY.field] = 0.0
     max_grad_norm: Annotated[float, bounds.GRAD_NORM.field] = 1.0
     max_seq_len: Annotated[int, bounds.SEQ_LEN.field] | None = None
-    rank: int = 16  # its bounds are the base's
+    rank: int = 16  # bounded by the base, not here
     alpha: Annotated[float, bounds.ALPHA.field] | None = None
     dropout: Annotated[float, bounds.DROPOUT.field] = 0.0
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"

@@ -1,4 +1,4 @@
-"""A job's life: its statuses, which verb may leave which status, and what a finished job's adapter is called."""
+"""A job's statuses, the pauses and limits of its attempts, and the name of its adapter."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ UNFINISHED_STATUSES = tuple(status for status in JobStatus if status not in TERM
 
 MAX_ATTEMPTS = 3
 MAX_SUFFIX_LENGTH = 64
-# Seconds before the second and the third attempt: long enough for a passing fault to pass.
+# Seconds before the second and the third attempt, long enough for a temporary fault to pass.
 RETRY_DELAYS_SECONDS = (5.0, 30.0)
-# So many attempts in a row may end uncounted without a new step; from then on they count, so that every job has an end.
+# This many attempts in a row may end uncounted without a new step. After that they count, so that every job ends.
 MAX_UNCOUNTED = 20
-# The longest pause before another attempt after those that were not counted.
+# The longest pause before another attempt, after attempts that were not counted.
 _LONGEST_DELAY_SECONDS = 600.0
-# So often may a job have been in a trainer that died with others; from then on it is alone to its end.
+# After this many deaths of a trainer with several jobs in it, a job of that trainer stays alone to its end.
 MAX_SUSPICIONS = 3
-# So long does a suspect wait for an idle worker before a busy one makes itself idle for it.
+# For this long a suspect waits for an idle worker before a busy worker gives its jobs back to take it.
 SUSPECT_PATIENCE_SECONDS = 60.0
-# So many steps beyond the one at which its trainer died must a suspect train alone.
+# A suspect must train this many steps alone, beyond the step of its trainer's death.
 ACQUITTAL_STEPS = 10
 
 
 def retry_delay_seconds(attempts_made: int, *, num_uncounted: int = 0) -> float:
-    """Return the pause after so many attempts that count, and so many in a row that do not."""
+    """Return the pause after this many attempts that count, and this many in a row that do not."""
     delay = RETRY_DELAYS_SECONDS[min(max(attempts_made, 1), len(RETRY_DELAYS_SECONDS)) - 1]
     return max(delay, min(RETRY_DELAYS_SECONDS[0] * 2.0 ** max(0, num_uncounted - 1), _LONGEST_DELAY_SECONDS))
 
 
 def is_acquitted(step: int, *, suspect_step: int, num_suspicions: int) -> bool:
-    """Say whether a job that is tried alone has outlived what may have killed its trainer."""
+    """Say whether a job that is tried alone has passed the point at which its trainer died."""
     return step > suspect_step + ACQUITTAL_STEPS and num_suspicions < MAX_SUSPICIONS
 
 
 def pool_name(base_model_id: str, quantization: str | None) -> str:
-    """Return the pool, that is the Celery queue, that serves a base model in one quantization."""
+    """Return the pool, which is also the Celery queue, of a base model in one quantization."""
     return f"{base_model_id}@{quantization or 'none'}"
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with JSON, in words: json's own messages name what its parser expected, not what to write."""
+"""Explains errors in JSON in plain words. The json module's messages say what its parser expected, not what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from json import JSONDecodeError
 BOM = "\ufeff"
 _PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
 _WORD = re.compile(r"[A-Za-z_]\w*")
-# The beginnings of what may stand where a value is expected, as far as they are not whole.
+# Incomplete beginnings of a JSON value.
 _CUT_VALUES = ("true", "false", "null", "-")
 _CUT_ESCAPE = re.compile(r"u[0-9A-Fa-f]{0,4}")
 _CUT_NUMBER = re.compile(r"\.|[eE][+-]?")
@@ -52,13 +52,13 @@ class JsonFault:
 
 
 def explain_json_error(error: JSONDecodeError) -> JsonFault:
-    """Return an error of json's in words that name what stands there and what should."""
+    """Return what the text has at the place of the error, and what it should have."""
     what, hint = _explain(error.msg, error.doc, error.pos)
     return JsonFault(error.lineno, error.colno, what, hint)
 
 
 def is_cut(error: JSONDecodeError) -> bool:
-    """Say whether the parser stopped because the text ended, so that the rest of it may be missing."""
+    """Say whether the parser stopped because the text ended, so that its rest may be missing."""
     rest = error.doc[error.pos :].strip()
     if error.msg.startswith("Unterminated string"):
         return True
@@ -102,7 +102,7 @@ def _explain_control(text: str, position: int) -> tuple[str, str]:
 
 
 def _explain_unexpected(message: str, text: str, position: int) -> tuple[str, str]:
-    """Explain what stands where a value or a field's name should."""
+    """Explain a character that cannot begin a value or a field's name."""
     here, word = text[position], _WORD.match(text, position)
     if here == "'":
         return _SINGLE_QUOTES

@@ -1,4 +1,4 @@
-"""Leases: a worker's hold on a job, and the error of one that acts on a hold that is over."""
+"""Leases: a worker's hold on a job, and the error for acting on a hold that is over."""
 
 from __future__ import annotations
 

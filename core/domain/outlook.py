@@ -1,8 +1,29 @@
-"""Why a queued job waits and when its turn may come: rules over counts, without any tenant's name.
+"""Why a queued job waits and when it may start: rules over counts, without the name of any tenant.
+
+`explain_wait` returns the first reason that applies:
+
+| condition, in this order | code |
+|---|---|
+| the job is paused | `paused` |
+| its tenant is disabled | `tenant_disabled` |
+| its base is unusable | `base_unusable` |
+| the job is set aside | `unclaimable` |
+| it waits after a failed attempt | `retry_backoff` |
+| the GPU-seconds of the month are used up | `quota` |
+| the tenant stores more than it may | `storage_quota` |
+| as many of its jobs run as may | `tenant_concurrency` |
+| no worker can take it, and some have wrong clocks | `clock_wrong` |
+| no worker can take it, otherwise | `no_worker` |
+| no worker holds the base, and one loads it or is free to | `base_loading` |
+| no worker holds the base: all are busy with others | `other_base_turn` |
+| fewer jobs come first than there are free slots | `starting` |
+| no slot is free for it, and its last attempt was preempted | `preempted` |
+| the same, and its last attempt lent the slot | `slot_lent` |
+| the same, otherwise | `no_free_slot` |
 
 The fair order (core.domain.scheduling) serves the tenant with the least usage per weight and charges every claim with
-an estimate. A job's place in it follows in closed form from each tenant's score, weight and number of waiting jobs; the
-database counts, because only it may see across tenants, and answers with sums.
+an estimate. So a job's place follows in closed form from each tenant's score, weight and number of waiting jobs. The
+database computes it, because only the database may read all tenants, and returns sums.
 """
 
 from __future__ import annotations
@@ -39,7 +60,7 @@ class WaitCode(StrEnum):
     STARTING = "starting"
 
 
-# What no measurement tells the end of.
+# No measurement says how long these reasons last.
 _UNKNOWABLE = (
     WaitCode.PAUSED,
     WaitCode.TENANT_DISABLED,
@@ -57,9 +78,10 @@ _UNKNOWABLE = (
 class PoolWorkers:
     """The workers alive that can serve a pool. `num_serving` hold its base, `num_elsewhere` are busy with another.
 
-    `num_unfit` more are alive and cannot load the base at present, for want of memory or the like, and
-    `num_clock_wrong` more claim nothing because their hosts' clocks are wrong. `last_seen_at` is the newest heartbeat
-    of any worker of the pool, alive or not. The first of those elsewhere may end its turn in `turn_left_seconds`.
+    Not among them are `num_unfit`, which cannot load the base at present, for lack of memory or the like, and
+    `num_clock_wrong`, which claim nothing because the clocks of their hosts are wrong. `last_seen_at` is the newest
+    heartbeat of any worker of the pool, alive or not. The first worker of those elsewhere may end its turn in
+    `turn_left_seconds`.
     """
 
     num_alive: int
@@ -82,11 +104,11 @@ class PoolWorkers:
 class PoolQueue:
     """What waits and runs in a pool. `num_ahead` jobs come before this one in the fair order.
 
-    `num_rivals` are other tenants' waiting jobs; `is_fairest` says that no tenant here has a lower score.
-    `share_now` is the tenant's part of the recent usage of those who wait or run in the pool, `share_entitled` its part
-    of their weights. `job_seconds` and `step_seconds` are what recent jobs of the pool took, from quick to slow ones.
-    `leave_seconds` are when, at the earliest and the latest, the slot comes free that is this job's; the latest is None
-    where no measurement bounds it. `load_seconds` is what the last load of the base took.
+    `num_rivals` are other tenants' waiting jobs; `is_fairest` says that no tenant here has a lower score. `share_now`
+    is the tenant's part of the recent usage of all who wait or run in the pool, `share_entitled` its part of their
+    weights. `job_seconds` and `step_seconds` are what recent jobs of the pool took, from quick to slow ones.
+    `leave_seconds` are the earliest and the latest time until this job's slot is free; the latest is None if no
+    measurement bounds it. `load_seconds` is how long the last load of the base took.
     """
 
     num_waiting: int
@@ -114,7 +136,7 @@ class TenantState:
 
 @dataclass(frozen=True)
 class WaitingJob:
-    """`set_aside_until` where a worker could not start the job as it is stored."""
+    """A job that waits. `set_aside_until` is set if a worker could not start the job as it is stored."""
 
     is_paused: bool
     run_after: dt.datetime
@@ -173,7 +195,7 @@ def _explain_quotas(tenant: TenantState) -> Reason | None:
 
 
 def _explain_hold(job: WaitingJob, tenant: TenantState) -> Reason | None:
-    """Return what the operator alone can change."""
+    """Return a reason that only the operator can remove."""
     if tenant.is_disabled:
         return Reason(WaitCode.TENANT_DISABLED, "The operator has disabled this organization; its jobs are held.")
     if job.is_base_unusable:
@@ -234,11 +256,11 @@ def estimate_wait(
     now: dt.datetime,
     quantum_seconds: float = QUANTUM_SECONDS,
 ) -> Interval | None:
-    """Return when the job may end; None where nothing honest can be said.
+    """Return when the job may end, or None where no honest estimate is possible.
 
-    It begins when a slot comes free for it: when a job that runs ends, by its remaining steps, or lends its slot, and,
-    for a base that no worker holds, when a turn ends and the base is loaded. Then it takes its own steps. Nobody can
-    say how long a job takes whose slot may be lent while it runs.
+    The job begins when a slot is free for it: when a running job ends, by its remaining steps, or lends its slot. If no
+    worker holds the base, a turn must end and the base must be loaded first. Then the job takes its own steps. There is
+    no estimate for a job whose slot may be lent while it runs.
     """
     if reason.code in _UNKNOWABLE or queue.job_seconds is None or queue.step_seconds is None:
         return None
@@ -251,7 +273,7 @@ def estimate_wait(
 
 
 def _wait_for_slot(workers: PoolWorkers, queue: PoolQueue) -> tuple[float, float] | None:
-    """Return the bounds of the wait where the base is held. Jobs beyond those that run now leave in waves."""
+    """Return the bounds of the wait if the base is held. Jobs beyond those that run now leave in waves."""
     quick, slow = queue.leave_seconds
     if slow is None or queue.job_seconds is None:
         return None
@@ -261,7 +283,7 @@ def _wait_for_slot(workers: PoolWorkers, queue: PoolQueue) -> tuple[float, float
 
 
 def _wait_for_base(workers: PoolWorkers, queue: PoolQueue) -> tuple[float, float] | None:
-    """Return the bounds of the wait for a base that no worker holds: for the end of a turn, if need be, and a load."""
+    """Return the bounds of the wait if no worker holds the base: for the end of a turn, if needed, and for the load."""
     if queue.load_seconds is None or queue.num_ahead:
         return None
     if workers.num_loading:

@@ -1,8 +1,8 @@
 """How far a job is and when it may end, from the times at which its last steps were recorded.
 
-The estimate is the mean of those step times; the interval is what the fastest and the slowest stretch among them would
-give. It is an extrapolation of the recent past, not a confidence interval: what other jobs join the base's steps later,
-and how long the adapter's upload takes, nobody knows.
+The estimate uses the mean of these step times. The interval uses the fastest and the slowest stretch among them. It
+extrapolates the recent past and is not a confidence interval: it cannot know which jobs will join the base's steps
+later, nor how long the upload of the adapter takes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from core.domain.jobs import JobStatus
 
 MEASURED_STEPS = 65
 _STRETCH_STEPS = 8
-# Before there are two stretches to compare, the steps to come may well be half or twice as long.
+# Until there are two stretches to compare, steps are assumed to take between half and twice as long.
 _UNSURE = (0.5, 2.0)
 
 
@@ -36,7 +36,7 @@ class StepMark:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What a step takes: on average, and in the fastest and the slowest stretch that was measured."""
+    """How long a step takes: on average, and in the fastest and the slowest stretch."""
 
     mean_seconds: float
     fast_seconds: float
@@ -52,16 +52,16 @@ class Estimate:
 
 
 def measure_progress(status: str, *, trained_steps: int, total_steps: int) -> float:
-    """Return how much of a job is done, 0 to 1. One that has succeeded is done, whatever was counted."""
+    """Return the part of a job that is done, 0 to 1. A job that has succeeded counts as done, whatever was counted."""
     if status == JobStatus.SUCCEEDED:
         return 1.0
     return min(1.0, trained_steps / max(1, total_steps))
 
 
 def measure_steps(marks: Sequence[StepMark]) -> StepTimes | None:
-    """Return the step times between marks in order, or None where there are fewer than two.
+    """Return the step times between marks in order, or None for fewer than two marks.
 
-    Marks may lie several steps apart: a step that was skipped has none.
+    Marks may be several steps apart, because skipped steps have none.
     """
     if len(marks) < 2:  # noqa: PLR2004
         return None
@@ -77,13 +77,13 @@ def measure_steps(marks: Sequence[StepMark]) -> StepTimes | None:
 
 
 def _seconds_a_step(marks: Sequence[StepMark]) -> float:
-    """Return the seconds that a step took from the first mark to the last. A clock that was put back counts for 0."""
+    """Return the seconds for one step between the first mark and the last. A clock that was set back gives 0."""
     seconds = sum(max(0.0, (later.at - earlier.at).total_seconds()) for earlier, later in pairwise(marks))
     return seconds / (marks[-1].step - marks[0].step)
 
 
 def estimate_finish(times: StepTimes, *, remaining_steps: int, last_step_at: dt.datetime, now: dt.datetime) -> Estimate:
-    """Return when the last step may be done; never before now, however late it already is."""
+    """Return when the last step may be done. Never before `now`, even if the job is late."""
 
     def finish(seconds_a_step: float) -> dt.datetime:
         return max(now, last_step_at + dt.timedelta(seconds=seconds_a_step * remaining_steps))

@@ -1,7 +1,7 @@
-"""What a training job is asked to do, with every "auto" already a number.
+"""The training that a job asks for, with every "auto" already a number.
 
-A `TrainingSpec` is resolved once, when the job is submitted; it is stored on the row, shown on the wire and handed
-unchanged to the engine, so that every attempt of a job trains the same thing.
+A `TrainingSpec` is resolved once, when the job is submitted. It is stored in the row, shown on the wire and given
+unchanged to the engine, so that every attempt of a job trains the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Quantization = Literal["nf4"]
 
 ALL_LINEAR = "all-linear"
 BASE_LEARNING_RATE = 2e-4
-# A job ends after so many steps in a row whose gradient is not finite.
+# A job ends after this many steps in a row whose gradient is not finite.
 MAX_SKIPPED_STEPS = 3
 _SMALL_DATASET, _MEDIUM_DATASET = 10_000, 50_000
 
@@ -41,9 +41,9 @@ class AdapterConfig(Frozen):
 
 
 class TrainingSpec(Frozen):
-    """One job's training, resolved. `batch_size` counts examples per optimizer step, however they are cut to fit.
+    """One job's training, resolved. `batch_size` is in examples for each optimizer step, however these are cut to fit.
 
-    Where a request's lower bound is tighter than here, jobs from before it had one are still read.
+    Requests may have tighter lower bounds than this class, which also reads jobs that were made before those bounds.
     """
 
     adapter: AdapterConfig
@@ -63,15 +63,15 @@ class TrainingSpec(Frozen):
 
 
 def count_steps(spec: TrainingSpec, num_examples: int) -> int:
-    """Return the optimizer steps of the whole job; an epoch's last batch may be a small one."""
+    """Return the optimizer steps of the whole job. The last batch of an epoch may be smaller."""
     return spec.n_epochs * math.ceil(num_examples / spec.batch_size)
 
 
 def learning_rate_at(spec: TrainingSpec, step: int, total_steps: int) -> float:
     """Return the learning rate of optimizer step `step` (1 is the first) of `total_steps`.
 
-    Warm-up rises linearly over the first `warmup_ratio` of the steps; then the rate falls to 0 just after the last
-    step, linearly or along half a cosine (Loshchilov and Hutter 2017), or stays.
+    Warm-up rises linearly over the first `warmup_ratio` of the steps. Then the rate stays, or falls to 0 just after the
+    last step, linearly or along half a cosine (Loshchilov and Hutter 2017).
     """
     warmup_steps = math.ceil(spec.warmup_ratio * total_steps)
     if step <= warmup_steps:
@@ -83,12 +83,12 @@ def learning_rate_at(spec: TrainingSpec, step: int, total_steps: int) -> float:
         case "linear":
             return spec.learning_rate * remaining
         case "cosine":
-            # (1 + cos(pi (1 - x))) / 2, without the difference that is 0 in the last of many steps
+            # (1 + cos(pi (1 - x))) / 2, without the difference that would round to 0 in the last of many steps
             return spec.learning_rate * math.sin(math.pi / 2 * remaining) ** 2
 
 
 def order_examples(seed: int, epoch: int, num_examples: int) -> list[int]:
-    """Return the order in which epoch `epoch` (0 is the first) visits the examples; the same on every machine."""
+    """Return the order of the examples in epoch `epoch` (0 is the first). It is the same on every machine."""
     order = list(range(num_examples))
     random.Random(f"{seed}:{epoch}").shuffle(order)  # noqa: S311 (a shuffle, not a secret)
     return order
@@ -107,7 +107,7 @@ def resolve_batch_size(num_examples: int) -> int:
 
 
 def resolve_alpha(rank: int) -> float:
-    """Return `alpha` where only the rank is given: twice the rank, so that the adapter's scale does not hang on it."""
+    """Return `alpha` if only the rank is given: twice the rank, so that the adapter's scale does not depend on it."""
     return float(min(2 * rank, bounds.ALPHA.greatest))
 
 

@@ -1,4 +1,4 @@
-"""Values that rooms hand to each other: what is frozen, a page of a listing, and artifacts once they are stored."""
+"""Values that several packages use: frozen models, a page of a list, and stored artifacts."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ T = TypeVar("T")
 
 
 class Frozen(BaseModel):
-    """A value: immutable, and closed to fields nobody declared."""
+    """An immutable value. Unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Page(Generic[T]):
-    """One page of a listing by keyset pagination, where the cursor is the last item's own id."""
+    """One page of a list by keyset pagination. The cursor is the last item's own id."""
 
     items: tuple[T, ...]
     has_more: bool
 
     @classmethod
     def cut(cls, rows: Sequence[T], limit: int) -> Page[T]:
-        """Make a page of `limit` from rows that were asked for with one more, to see whether there is more."""
+        """Make a page of `limit` from `limit` + 1 rows; the extra row only shows whether there are more."""
         return cls(items=tuple(rows[:limit]), has_more=len(rows) > limit)
 
 
 class StoredFile(Frozen):
-    """An object of an artifact, by its name behind the artifact's prefix."""
+    """An object of an artifact, by its name below the artifact's prefix."""
 
     name: str
     size_bytes: int
@@ -40,7 +40,7 @@ class StoredFile(Frozen):
 
 @dataclass(frozen=True)
 class StoredArtifact:
-    """Files under one object prefix, verified by reading them back."""
+    """Files below one object prefix, verified by reading them back."""
 
     object_prefix: str
     files: tuple[StoredFile, ...]
@@ -50,5 +50,5 @@ class StoredArtifact:
         return sum(file.size_bytes for file in self.files)
 
     def dump_files(self) -> list[dict[str, Any]]:
-        """Return the files as a row keeps them."""
+        """Return the files in the form that rows store."""
         return [file.model_dump() for file in self.files]

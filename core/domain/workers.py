@@ -1,4 +1,4 @@
-"""What a worker says of itself at each heartbeat."""
+"""The facts that a worker reports at each heartbeat."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ WorkerState = Literal["idle", "loading", "serving", "stopping"]
 
 @dataclass(frozen=True)
 class WorkerFacts:
-    """What a worker says of itself. `pool` is the one whose base it holds or loads, with that base's slots.
+    """What a worker reports about itself. It holds or loads the base of `pool`, with that base's slots.
 
-    `name` is its identity, `given_name` what it is called. Its clock is `clock_offset_seconds` ahead of the database's,
-    and it claims nothing where that is too much.
-    It has held that base for `pool_seconds`, and is about to load that of `next_pool`. `refusals` says, by pool, why it
-    cannot load the bases of others, in words for operators.
+    `name` is its identity, `given_name` its display name. Its clock is `clock_offset_seconds` ahead of the database's,
+    and it claims nothing if that is too much. It has held the base for `pool_seconds`, and is about to load that of
+    `next_pool`. `refusals` says, by pool, why it cannot load other bases, in words for operators.
     """
 
     name: str

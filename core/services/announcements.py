@@ -1,7 +1,7 @@
-"""What jobs that wait are told while nobody holds them: that a worker loads their base, and what came of it.
+"""Events for waiting jobs: a worker is loading their base, and whether the load succeeded.
 
-Nobody has a lease on them, so each row is locked as it is written to, and one that somebody else is about to change is
-passed over.
+No worker holds a lease on these jobs. So each row is locked before its event is written, and a row that another
+transaction has locked is skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from core.db.session import ServiceSession
 from core.services.events import EVENT_CHANNEL
 from core.services.turns import IS_IN_REACH, MAY_START
 
-# The first jobs of every tenant that may start, in turns: about the order in which they are claimed.
+# Picks up to `num_jobs` jobs, in about the order in which they will be claimed. The lateral query numbers each tenant's
+# first jobs, and the outer order takes every tenant's first job before any tenant's second.
 _FIRST = f"""
     select c.id from (select cast(:pool as text) as name) p join queues q on q.pool = p.name
     join tenants t on t.id = q.tenant_id
@@ -29,6 +30,7 @@ _FIRST = f"""
     where q.num_queued > 0 and {MAY_START}
     order by c.place, q.rank, q.tenant_id limit :num_jobs
 """  # noqa: S608 (of constants)
+# `skip locked` keeps this statement from waiting for a claim. A job that is being claimed needs no announcement.
 _TELL = """
 with waiting as (
     select j.id, j.tenant_id from jobs j where j.id in ({ids}) and j.status = 'queued'
@@ -44,7 +46,7 @@ _TELL_THESE = text(_TELL.format(ids="select unnest(cast(:job_ids as uuid[]))"))
 
 
 def announce_load(session: ServiceSession, pool: str, *, base_model_id: str, num_jobs: int) -> Sequence[uuid.UUID]:
-    """Tell the jobs that a worker will claim first that it loads their base now. Returns their ids."""
+    """Tell the jobs that a worker will claim first that it is loading their base. Returns their ids."""
     known = session.get(Pool, pool)
     last_time = ""
     if known is not None and known.load_seconds is not None:
@@ -55,12 +57,12 @@ def announce_load(session: ServiceSession, pool: str, *, base_model_id: str, num
 
 
 def announce_loaded(session: ServiceSession, job_ids: Sequence[uuid.UUID], *, seconds: float) -> None:
-    """Tell those of the jobs that still wait that their base is loaded, and how long it took."""
+    """Tell those of the jobs that still wait how long the load of their base took."""
     _tell(session, job_ids, level="info", message=f"The base model was loaded in {seconds:.1f} s.")
 
 
 def announce_unloaded(session: ServiceSession, job_ids: Sequence[uuid.UUID], *, base_model_id: str) -> None:
-    """Tell those of the jobs that still wait that the worker could not load their base: why is the operator's."""
+    """Tell those of the jobs that still wait that the load has failed. Only operators see the reason."""
     told = f"The worker could not load the base model {base_model_id}; the job waits for another, and loses no attempt."
     _tell(session, job_ids, level="warn", message=told)
 

@@ -1,4 +1,7 @@
-"""API keys of tenants, from making to revoking. A secret is returned once, when it is made; only its hash is kept."""
+"""API keys of tenants: issue, rotate, list, revoke and authenticate.
+
+A secret is returned once, when its key is made. Only its hash is stored.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ _IS_STALE = func.coalesce(ApiKeyRow.last_used_at < func.now() - LAST_USED_INTERV
 
 @dataclass(frozen=True)
 class IssuedKey:
-    """A fresh API key, whole, and its row. Nobody gets to see the secret again."""
+    """A new API key with its secret, and its row. The secret cannot be read again later."""
 
     api_key: ApiKey
     row: ApiKeyRow
@@ -52,10 +55,10 @@ def issue_api_key(
     lifetime: dt.timedelta | None = None,
     maker_id: str | None = None,
 ) -> IssuedKey:
-    """Add an API key of the tenant, which an operator makes, or its key `maker_id` within that key's own power.
+    """Add an API key of the tenant: for an operator, or for the tenant's key `maker_id`, within that key's power.
 
-    Raises ConflictError when two keys of this name, or very many, are alive; PermissionDeniedError for more power than
-    the maker has; UnauthenticatedError for a maker that is dead.
+    Raises ConflictError when two keys of this name, or very many keys, are alive; PermissionDeniedError for more power
+    than the maker has; UnauthenticatedError if the maker is no longer alive.
     """
     lock_for_tenant(session, tenant_id, purpose="api_keys")
     expires_at = _instant_after(session, lifetime)
@@ -71,9 +74,9 @@ def issue_api_key(
 def rotate_api_key(
     session: OperatorSession, tenant_id: uuid.UUID, *, name: str, lifetime: dt.timedelta | None = None
 ) -> IssuedKey:
-    """Add a key that is what the newest of this name is, to the day of its expiry unless a new lifetime is given.
+    """Add a key with the rights and the expiry of the newest key of this name, unless a new lifetime is given.
 
-    The newest goes on working; where two are alive already, the older one ends. Raises NotFoundError where none is.
+    The newest key still works. If two are alive already, the older one ends. Raises NotFoundError if there is none.
     """
     lock_for_tenant(session, tenant_id, purpose="api_keys")
     same_name = [row for row in list_api_keys(session, tenant_id) if row.name == name]
@@ -89,7 +92,7 @@ def rotate_api_key(
 
 
 def list_api_keys(session: KeyIssuer, tenant_id: uuid.UUID) -> Sequence[ApiKeyRow]:
-    """Return the tenant's live keys, oldest first. They are few by `MAX_LIVE_KEYS`."""
+    """Return the tenant's live keys, oldest first. `MAX_LIVE_KEYS` bounds their number."""
     query = select(ApiKeyRow).where(ApiKeyRow.tenant_id == tenant_id, *_is_live())
     return session.scalars(query.order_by(ApiKeyRow.id)).all()
 
@@ -103,14 +106,14 @@ def get_api_key(session: KeyIssuer, tenant_id: uuid.UUID, *, key_id: str) -> Api
 
 
 def revoke_api_key(session: KeyIssuer, tenant_id: uuid.UUID, *, key_id: str, with_children: bool = False) -> None:
-    """End a key, and with it those that it made, and theirs, if asked: for a key that has leaked.
+    """End a key. After a leak, `with_children` also ends the keys made with it, directly or indirectly.
 
-    What is ended is refused everywhere within seconds, also on streams that it has opened.
+    An ended key is refused everywhere within seconds, also on streams that it has opened.
     """
     row = get_api_key(session, tenant_id, key_id=key_id)
     ended = ApiKeyRow.id == row.id
     if with_children:
-        lock_for_tenant(session, tenant_id, purpose="api_keys")  # none of them makes another meanwhile
+        lock_for_tenant(session, tenant_id, purpose="api_keys")  # no key of this tree makes another meanwhile
         ended = ApiKeyRow.id.in_(select(_descent(tenant_id, row.id).c.id))
     session.execute(
         update(ApiKeyRow)
@@ -129,9 +132,9 @@ def find_key_owner(session: OperatorSession, key_id: str) -> uuid.UUID:
 
 
 def authenticate(session: KeySession, api_key: ApiKey) -> Identity:
-    """Return whose live key this is. Needs a transaction opened for `api_key.key_id`.
+    """Return the identity of a live key. Needs a transaction opened for `api_key.key_id`.
 
-    Unknown, wrong, revoked and expired keys are all answered alike, so that nothing can be learned by asking.
+    Unknown, wrong, revoked and expired keys get the same answer, so that an attacker learns nothing.
     """
     query = select(ApiKeyRow, _IS_STALE).where(ApiKeyRow.key_id == api_key.key_id, *_is_live())
     row, is_stale = session.execute(query).one_or_none() or (None, False)
@@ -143,7 +146,7 @@ def authenticate(session: KeySession, api_key: ApiKey) -> Identity:
 
 
 def reauthenticate(session: KeySession, key_id: str) -> Identity:
-    """Return what a key that was good may do now: for a request that lasts. Raises as `authenticate` does."""
+    """Return the present rights of a key that was valid before, for long requests. Raises as `authenticate` does."""
     row = _find_live_key(session, key_id)
     if row is None:
         raise UnauthenticatedError("The API key has expired or was revoked.")
@@ -151,7 +154,7 @@ def reauthenticate(session: KeySession, key_id: str) -> Identity:
 
 
 def find_reading_keys(session: TenantSession, tenant_id: uuid.UUID, key_ids: Iterable[str]) -> set[str]:
-    """Return those of a tenant's keys that are alive and may read; none where the tenant is disabled."""
+    """Return those of a tenant's keys that are alive and may read. There are none if the tenant is disabled."""
     query = (
         select(ApiKeyRow.key_id)
         .join(Tenant, Tenant.id == ApiKeyRow.tenant_id)
@@ -193,12 +196,12 @@ def _power_of(row: ApiKeyRow) -> Power:
 
 
 def _instant_after(session: KeyIssuer, lifetime: dt.timedelta | None) -> dt.datetime | None:
-    """Return when what is made now is over, by the database's clock."""
+    """Return the expiry of a key made now, by the database's clock."""
     return None if lifetime is None else session.scalar(select(func.now() + lifetime))
 
 
 def _descent(tenant_id: uuid.UUID, row_id: uuid.UUID) -> CTE:
-    """Return a key and all that came of it, also through keys that are dead."""
+    """Return a key and all keys made with it, directly or indirectly, also through keys that have ended."""
     own = ApiKeyRow.tenant_id == tenant_id
     family = select(ApiKeyRow.id, ApiKeyRow.key_id).where(own, ApiKeyRow.id == row_id).cte("family", recursive=True)
     children = select(ApiKeyRow.id, ApiKeyRow.key_id).where(own, ApiKeyRow.created_by == family.c.key_id)
@@ -214,7 +217,7 @@ def _find_live_key(session: KeySession | KeyIssuer, key_id: str) -> ApiKeyRow | 
 
 
 def _note_use(session: KeySession, row: ApiKeyRow) -> None:
-    """Write down that a key is in use, at most once in LAST_USED_INTERVAL however many processes see it."""
+    """Record that a key is in use, at most once in LAST_USED_INTERVAL over all processes."""
     session.execute(update(ApiKeyRow).where(ApiKeyRow.id == row.id, _IS_STALE).values(last_used_at=func.now()))
 
 

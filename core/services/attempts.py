@@ -1,8 +1,25 @@
-"""Attempts, and how each ends: with a success, a failure, a pause or a return to the queue, or lost with its worker.
+"""Attempts, and how each one ends.
 
-Every end is guarded by the lease token (core.services.leases), so an attempt ends once, and only a job's newest attempt
-ends the job. An attempt that ends by nobody's fault is not counted: `_take_back_count` says so in each case, and bounds
-them all.
+Every end is guarded by the lease token (core.services.leases). So an attempt ends once, and only a job's newest attempt
+can end the job. A job has `MAX_ATTEMPTS` attempts. An end that is not the job's fault takes its attempt back
+(`_take_back_count`), but at most `MAX_UNCOUNTED` times in a row without a new step, so that every job ends.
+
+| end | function | counted? | next |
+|---|---|---|---|
+| success | `succeed_attempt` | yes | the job has succeeded |
+| failure by the job's own fault | `fail_attempt` | yes | the job has failed |
+| another failure | `fail_attempt` | yes | queued again after a pause; failed when no attempt is left |
+| the trainer died with this job alone in it | `fail_attempt` | yes | the same, and the job is tried alone |
+| the trainer died with several jobs in it | `suspect_attempt` | no | queued again, and the job is tried alone |
+| a server was away | `postpone_attempt` | no | queued again after a pause |
+| the worker gives the job back, or lends its slot | `requeue_attempt` | no | queued again at once |
+| the tenant asked for a pause | `requeue_attempt` | no, without a limit | paused |
+| the lease expired | `expire_leases` | yes | queued again after a pause; failed when no attempt is left |
+| the same, and its worker is alive after all | `uncount_lost_attempt` | no longer | as it is by then |
+
+Beyond the limit of `MAX_UNCOUNTED`, a "no" becomes a "yes", and the job fails when no attempt is left. Where a pause
+was asked for, a job that would be queued is paused instead. When a worker calls which function after its trainer's
+death is in worker.supervisor.deaths.
 """
 
 from __future__ import annotations
@@ -35,9 +52,9 @@ from core.services.turns import is_lending
 def record_datasets(
     session: ServiceSession, lease: Lease, *, datasets: Mapping[DatasetName, DatasetCounts | None]
 ) -> None:
-    """Store what became of the job's rows, and warn of what is not trained on; of what was warned of before, not again.
+    """Store what became of the job's rows, and warn of rows that are not trained on, unless an attempt warned before.
 
-    Every attempt reads the same files, and finds the same.
+    Every attempt reads the same files with the same result.
     """
     job = lock_held(session, lease)
     before = job.datasets or {}
@@ -88,9 +105,9 @@ def succeed_attempt(
 def fail_attempt(
     session: ServiceSession, lease: Lease, *, failure: Failure, is_job_fault: bool, is_suspect: bool = False
 ) -> None:
-    """End an attempt that failed. The job's own fault is final; ours is another attempt, until there are too many.
+    """End a failed attempt. The job's own fault is final. After another one it is tried again while attempts are left.
 
-    A job that `is_suspect`, because its trainer died with it alone, is tried alone next.
+    `is_suspect`: the trainer died with this job alone, so it is tried alone next.
     """
     job = lock_held(session, lease)
     if is_suspect:
@@ -100,10 +117,10 @@ def fail_attempt(
 
 
 def requeue_attempt(session: ServiceSession, lease: Lease) -> None:
-    """Give a job back before its end: paused if that was asked, else queued again. The attempt does not count."""
+    """Give a job back before its end: paused if its tenant asked for that, else queued. The attempt does not count."""
     job = lock_held(session, lease)
     if job.pause_requested_at is not None:
-        job.attempt_count -= 1  # as often as its tenant asks for it
+        job.attempt_count -= 1  # without a limit, because its tenant asks for it
         _end_attempt(session, lease, outcome=AttemptOutcome.PAUSED)
         _leave_running(session, lease, status=JobStatus.PAUSED, run_after=func.now())
         record_event(session, job, message="The job is paused.")
@@ -120,7 +137,7 @@ def requeue_attempt(session: ServiceSession, lease: Lease) -> None:
 
 
 def postpone_attempt(session: ServiceSession, lease: Lease, *, failure: Failure) -> None:
-    """End an attempt that a server's absence has ended: it does not count, and the job is tried again soon."""
+    """End an attempt because a server is away. It does not count, and the job is tried again soon."""
     job = lock_held(session, lease)
     _take_back_count(job)
     _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, failure=failure)
@@ -144,7 +161,7 @@ def suspect_attempt(session: ServiceSession, lease: Lease, *, failure: Failure) 
 
 
 def acquit_job(session: ServiceSession, lease: Lease) -> bool:
-    """Let a job train beside others again, and return whether another of its pool waits to be tried alone."""
+    """Let a job train beside others again. Return whether another job of its pool waits to be tried alone."""
     job = lock_held(session, lease)
     job.suspect_step = None
     waiting = select(Job.id).where(
@@ -154,9 +171,10 @@ def acquit_job(session: ServiceSession, lease: Lease) -> bool:
 
 
 def uncount_lost_attempt(session: ServiceSession, lease: Lease) -> bool:
-    """Take back the count of an attempt that was ended as lost, and return whether there was anything to take back.
+    """Take back the count of an attempt that was ended as lost. Return whether that was possible.
 
-    Its worker lives and says so itself. It was cut off from the database, or stood still: it did not die of the job.
+    Its worker is alive and says so itself: it was cut off from the database, or was suspended, but the job did not kill
+    it.
     """
     job = session.scalar(select(Job).where(Job.id == lease.job_id).with_for_update())
     if job is None or job.status in TERMINAL_STATUSES:
@@ -171,7 +189,7 @@ def uncount_lost_attempt(session: ServiceSession, lease: Lease) -> bool:
 
 
 def record_departure(session: ServiceSession, lease: Lease, *, seconds_ago: float) -> None:
-    """Say when the device was rid of an attempt, whether or not it has ended. What was said first stays."""
+    """Record when an attempt left the device, whether or not it has ended. The first record stays."""
     session.execute(
         update(Attempt)
         .where(Attempt.lease_token == lease.token, Attempt.left_device_at.is_(None))
@@ -180,7 +198,7 @@ def record_departure(session: ServiceSession, lease: Lease, *, seconds_ago: floa
 
 
 def expire_leases(session: ServiceSession, *, limit: int = 100) -> int:
-    """Queue again, or fail, the jobs whose workers have not been heard of within their leases; return how many."""
+    """Queue or fail the jobs whose workers did not prolong their leases in time. Return how many."""
     is_expired = func.coalesce(Job.lease_until, func.to_timestamp(0)) < func.now()
     expired = session.scalars(
         select(Job)
@@ -231,7 +249,7 @@ def _end_attempt(
 
 
 def _take_back_count(job: Job) -> bool:
-    """Do not count the attempt that ends, unless too many in a row have ended so without a new step; return whether."""
+    """Do not count the attempt that ends, unless too many in a row ended so without a new step. Return whether."""
     if job.num_uncounted >= MAX_UNCOUNTED:
         return False
     job.num_uncounted += 1

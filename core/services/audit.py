@@ -1,4 +1,4 @@
-"""The audit log, as it is read. It is written by triggers, in the transactions of the changes themselves."""
+"""Reads the audit log. Triggers write it, in the transactions of the changes themselves."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def list_audit_entries(
 ) -> Page[AuditEntry]:
     """Return changes, newest first, of one tenant or (for operators) of all.
 
-    One tenant's are compared and sorted by whole rows of their index: sorted by the number alone, they would be looked
-    for among everybody's newer ones.
+    For one tenant the query compares and sorts by all columns of its index. Sorted by the number alone, it would scan
+    the newer entries of all tenants.
     """
     last = _LAST_NUMBER if before is None else before - 1
     if tenant_id is None:

@@ -1,4 +1,4 @@
-"""Base models: which a tenant may train against, and what was found of each by those who loaded it."""
+"""Base models: which of them a tenant may train on, and what workers and operators found when they loaded them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ BaseLoader: TypeAlias = OwnerSession | ServiceSession
 def record_state(
     session: BaseLoader, base_model_id: str, *, state: BaseState, reason: str | None, by: str
 ) -> dt.datetime | None:
-    """Say what whoever has tried to load a base has found, and return since when its row says what it says now.
+    """Record what an attempt to load a base has found. Return since when its row has its present state.
 
-    That it is unusable is not believed while another worker lives that holds it or found it well: then it is the
-    finder's own trouble, such as a disk that is not mounted there.
+    "unusable" is not accepted while another live worker holds the base, or has found it usable. Then the fault is the
+    finder's own, such as a disk that is not mounted there.
     """
     is_news = or_(BaseModelRow.state != state, BaseModelRow.state_reason.is_distinct_from(reason))
     is_believed = true() if state != BaseState.UNUSABLE else not_(_has_witness(by))
@@ -58,7 +58,7 @@ def check_is_usable(row: BaseModelRow) -> None:
 
 
 def record_tokenizer(session: ServiceSession, base_model_id: str, *, object_key: str) -> None:
-    """Say where the tokenizer of a base is, as the worker that loaded it last has stored it."""
+    """Record where the worker that loaded a base last has stored its tokenizer."""
     values = {"base_model_id": base_model_id, "object_key": object_key, "published_at": func.now()}
     session.execute(
         insert(BaseTokenizer).values(values).on_conflict_do_update(index_elements=["base_model_id"], set_=values)
@@ -79,17 +79,17 @@ def find_tokenizer(session: TenantSession, base_model_id: str) -> str:
 
 
 def list_base_models(session: BaseReader) -> Sequence[BaseModelRow]:
-    """Return every base that is served, whoever may use it."""
+    """Return every base that is served, whichever tenants may use it."""
     return session.scalars(select(BaseModelRow).where(_is_served()).order_by(BaseModelRow.id)).all()
 
 
 def list_known_base_models(session: BaseReader) -> Sequence[BaseModelRow]:
-    """Return every base that ever stood in the registry. For operators."""
+    """Return every base that was ever in the registry. For operators."""
     return session.scalars(select(BaseModelRow).order_by(BaseModelRow.id)).all()
 
 
 def get_known_base_model(session: BaseReader, base_model_id: str) -> BaseModelRow:
-    """Return a base that ever stood in the registry. For operators."""
+    """Return a base that was ever in the registry. For operators."""
     row = session.get(BaseModelRow, base_model_id)
     if row is None:
         raise NotFoundError(f"There is no base model {base_model_id[:200]!r}.", code="model_not_found")
@@ -97,7 +97,7 @@ def get_known_base_model(session: BaseReader, base_model_id: str) -> BaseModelRo
 
 
 def switch_base_model(session: OperatorSession, base_model_id: str, *, is_disabled: bool) -> BaseModelRow:
-    """Let tenants use a base or not, whatever the registry says. Jobs that have been submitted go on."""
+    """Allow or forbid a base, whatever the registry says. Submitted jobs continue."""
     row = get_known_base_model(session, base_model_id)
     session.execute(
         update(BaseModelRow)
@@ -109,13 +109,13 @@ def switch_base_model(session: OperatorSession, base_model_id: str, *, is_disabl
 
 
 def list_allowed_base_models(session: TenantSession, tenant_id: uuid.UUID) -> Sequence[BaseModelRow]:
-    """Return the bases that the tenant may train against."""
+    """Return the bases that the tenant may train on."""
     query = select(BaseModelRow).where(is_usable_by(tenant_id))
     return session.scalars(query.order_by(BaseModelRow.id)).all()
 
 
 def get_base_model(session: TenantSession, tenant_id: uuid.UUID, *, base_model_id: str) -> BaseModelRow:
-    """Return a base that the tenant may use. One that it may not use does not exist for it."""
+    """Return a base that the tenant may use. Any other base does not exist for the tenant."""
     query = select(BaseModelRow).where(BaseModelRow.id == base_model_id, is_usable_by(tenant_id))
     row = session.scalar(query)
     if row is None:

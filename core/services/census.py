@@ -1,11 +1,12 @@
-"""What waits, who works and what is set aside, counted over all tenants in one statement. For the schedule's figures.
+"""Counts of waiting jobs, workers and rows set aside, over all tenants, in one statement, for the schedule's metrics.
 
-Jobs that wait are read through partial indexes, never the many that have ended; those that are paused are counted by
-the triggers of `queues`. Nothing here names a tenant.
+Waiting jobs are read through partial indexes, so the many jobs that have ended cost nothing. The number of paused jobs
+comes from `queues`, where triggers keep it. No count names a tenant.
 
-`claimable` are the queued jobs that their tenants may start now, at most as many of a tenant's as it has places to run:
-a job that waits for a quota of its tenant is nobody's fault. One whose base is unusable is among them, for that is the
-operator's to mend; `workers_wanted` leaves it out, as the view `pool_demand` does.
+`claimable` counts the queued jobs that their tenants may start now: of each tenant, at most as many as it has free
+places to run. A job that waits for its tenant's quota is not counted, because only its tenant can change that. A job on
+an unusable base is counted, because the operator must repair the base. `workers_wanted` leaves such jobs out, as the
+view `pool_demand` does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from core.db.session import ServiceSession
 from core.domain.duties import Duty
 from core.services.turns import IS_IN_REACH, IS_USABLE, MAY_START
 
+# Each common table expression reads one small set once: queued jobs (partial index), running jobs (partial index), the
+# workers alive, and the non-empty queues. The branches of the union then join these to the list of pools, so that a
+# pool without jobs shows 0 instead of being absent.
 _CENSUS = text(f"""
 with waiting as (
     select pool, case when run_after > now() then 'delayed' else 'queued' end as state,
@@ -79,9 +83,9 @@ from unnest(cast(:duties as text[])) d (name)
 
 @dataclass(frozen=True)
 class Count:
-    """How many of a subject there are: jobs by pool and state, workers that may serve a pool, and so on.
+    """The count of one subject, such as jobs by pool and state, or workers that may serve a pool.
 
-    `oldest_seconds` is how long the oldest of these jobs has waited, or has been running.
+    `oldest_seconds` is how long the oldest of these jobs has waited or run.
     """
 
     subject: Literal["jobs", "claimable", "workers_wanted", "pool_workers", "workers", "set_asides"]

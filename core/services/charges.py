@@ -1,8 +1,13 @@
-"""What tenants are charged in the order of fair share, and what they used: at the claim, as jobs run, and at their end.
+"""What tenants are charged in fair share, and the bookings of what they used.
 
-While an attempt runs, its tenant is charged the entry charge or what the attempt has used, whichever is more. At its
-end the tenant is charged what was used. The tenant's row keeps the decayed sum. Its account in the order of fair share
-is that sum and a lift, which places a tenant that comes with work beside those who train.
+| while | the charge is |
+|---|---|
+| an attempt begins | its entry charge, an estimate of the work to come |
+| it runs | the entry charge or what it has used, whichever is more |
+| it has ended | what it used: the rest of an entry charge is returned |
+
+The tenant's row stores the decayed sum of its charges. Its account in fair share is this sum plus a lift. The lift
+places a tenant that arrives with new work beside the tenants that are training.
 """
 
 from __future__ import annotations
@@ -21,13 +26,14 @@ from core.domain.scheduling import ENTRY_CHARGE_SECONDS, SLOT_SECONDS, USAGE_HAL
 from core.services.set_asides import ROW_ERRORS
 
 log = structlog.get_logger()
-# Who has not trained for so long was away; and so many attempts that ended meanwhile are looked at.
+# A tenant without an attempt for this long counts as away. `_MAX_ENDED` bounds the ended attempts that the level reads.
 _AWAY_SECONDS = 3600.0
 _MAX_ENDED = 200
-# How much the newest attempt of a pool moves the pool's mean.
+# The weight of the newest attempt in the pool's moving average.
 _NEWEST_PART = 0.2
-# The attempts whose use has grown, and by how much more their tenants are to be charged. Ordered, so that two workers
-# that charge the same tenants lock them in the same order.
+# Stores each attempt's new use, and returns by how much each tenant's charge grows. The rows are locked in the order of
+# their ids, so that two workers that charge the same tenants cannot deadlock. `having` leaves out the tenants whose use
+# is still below the entry charges.
 _NOTE_USE = text("""
 with grown as (
     select a.id, a.tenant_id, a.entry_charge_seconds as entry, a.used_seconds as used, told.seconds
@@ -43,14 +49,15 @@ from grown group by tenant_id having sum(greatest(entry, seconds) - greatest(ent
 """)
 
 _NEWCOMERS = text("select distinct tenant_id from queues where is_new order by tenant_id limit 1000")
-# The tenant's row first, then its queues: claims and charges lock in this order.
+# The tenant's row is locked before its queues, as in claims and charges. The same order everywhere prevents deadlocks.
 _TAKE = text("""
 with own as (select id from tenants where id = :tenant for no key update skip locked)
 update queues q set is_new = false from own where q.tenant_id = own.id and q.is_new returning q.pool
 """)
 _SCORE = "share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life)"
-# The level is the median over the attempts of others that run, or have run within the hour. A tenant with other waiting
-# jobs keeps its place, for it asks already. One that was away for the hour does not start behind the level.
+# The level is the median score over the attempts of other tenants that run or ended within the hour. A tenant that
+# already has waiting jobs in another pool keeps its account, because it did not come anew. A tenant that was away for
+# the hour does not start behind the level.
 _LEVEL = text(f"""
 with others as (
     select tenant_id from attempts where outcome is null and tenant_id <> :tenant
@@ -81,7 +88,7 @@ from wanted w where t.id = w.id
 
 
 def estimate_charge(job_id: uuid.UUID, *, pool: str, num_steps: int, max_seconds: float) -> ColumnElement[float]:
-    """Return the entry charge of a job with `num_steps` to go: by its own steps so far, or else by the pool's."""
+    """Return the entry charge of a job with `num_steps` to go, from its own steps so far, or from the pool's mean."""
     used = select(func.sum(Attempt.used_seconds)).where(Attempt.job_id == job_id).scalar_subquery()
     trained = select(func.nullif(Job.trained_steps, 0)).where(Job.id == job_id).scalar_subquery()
     of_pool = select(Pool.step_seconds).where(Pool.name == pool).scalar_subquery()
@@ -90,18 +97,18 @@ def estimate_charge(job_id: uuid.UUID, *, pool: str, num_steps: int, max_seconds
 
 
 def charge_use(session: ServiceSession, used_seconds: Mapping[int, float]) -> None:
-    """Note the GPU-seconds that running attempts have used so far, by lease token, and charge what they grew by."""
+    """Store the GPU-seconds that running attempts have used, by lease token, and charge the increase."""
     tokens, seconds = list(used_seconds), list(used_seconds.values())
     for due in session.execute(_NOTE_USE, {"tokens": tokens, "seconds": seconds}).all():
         try:
             with session.begin_nested():
                 charge_tenant(session, due.tenant_id, due.seconds)
-        except ROW_ERRORS as error:  # a tenant that cannot be charged keeps no other from being charged
+        except ROW_ERRORS as error:  # one tenant's broken row must not stop the charges of the others
             log.error("use.uncharged", tenant_id=str(due.tenant_id), error=type(error).__name__)  # noqa: TRY400
 
 
 def record_usage(session: ServiceSession, lease_token: int, *, gpu_seconds: float, trained_tokens: int) -> None:
-    """Book what an attempt used, once, and correct its tenant's charge. Allowed after the attempt has ended."""
+    """Book an attempt's use once, and correct its tenant's charge. Allowed after the attempt has ended."""
     attempt = session.scalars(select(Attempt).where(Attempt.lease_token == lease_token).with_for_update()).one()
     if session.scalar(select(Usage.id).where(Usage.attempt_id == attempt.id)):
         return
@@ -127,23 +134,23 @@ def charge_tenant(session: ServiceSession, tenant_id: uuid.UUID, gpu_seconds: fl
     lift = Tenant.lift_seconds
     values = {
         "usage_seconds": func.greatest(0, func.decayed_usage(Tenant.usage_seconds, *when) + gpu_seconds),
-        "lift_seconds": func.decayed_usage(lift, *when) - func.decayed_usage(-lift, *when),  # of either sign
+        "lift_seconds": func.decayed_usage(lift, *when) - func.decayed_usage(-lift, *when),  # it may be below 0
         "usage_at": func.now(),
     }
     session.execute(update(Tenant).where(Tenant.id == tenant_id).values(values))
 
 
 def list_newcomers(session: ServiceSession) -> Sequence[uuid.UUID]:
-    """Return tenants that have come with work since they were made level."""
+    """Return tenants that arrived with work and are not levelled yet."""
     return session.scalars(_NEWCOMERS).all()
 
 
 def level_newcomer(session: ServiceSession, tenant_id: uuid.UUID) -> None:
-    """Give a tenant that has come with work a place beside those who train, unless it is busy: then it is tried again.
+    """Level the account of a tenant that arrived with work, unless its row is locked; then it is tried again.
 
-    As in start-time fair queuing (Goyal, Vin and Cheng 1996), a tenant gets no credit for the time in which it asked
-    for nothing: it starts a slot's quantum before the level. One that was away starts no later than the level, whatever
-    it once used of an idle device.
+    As in start-time fair queuing (Goyal, Vin and Cheng 1996), a tenant gets no credit for the time without requests: it
+    starts a slot's quantum before the level. A tenant that was away starts no later than the level, however much it
+    once used an idle device.
     """
     pools = session.scalars(_TAKE, {"tenant": tenant_id}).all()
     if not pools:
@@ -153,7 +160,7 @@ def level_newcomer(session: ServiceSession, tenant_id: uuid.UUID) -> None:
 
 
 def _measure_pool(session: ServiceSession, job_id: uuid.UUID) -> None:
-    """Let the pool's mean follow what a step of this job has used."""
+    """Update the pool's mean with the cost of a step of this job."""
     used = select(func.sum(Attempt.used_seconds)).where(Attempt.job_id == job_id).scalar_subquery()
     measured = session.execute(
         select(Job.pool, used / Job.trained_steps).where(Job.id == job_id, Job.trained_steps > 0)

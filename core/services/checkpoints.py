@@ -1,7 +1,7 @@
-"""Published checkpoints: how they come to be, and who else may read them.
+"""Published checkpoints: how they are recorded, and which other tenants may read them.
 
-A permission names another tenant by its wire id or its slug. Whether there is such a tenant is not checked, since the
-answer would tell. Row-level security lets exactly the named read exactly that checkpoint.
+A permission names another tenant by its wire id or its slug. The service does not check whether this tenant exists,
+because the answer would reveal it. Row-level security lets exactly that tenant read exactly that checkpoint.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from core.services.leases import lock_held
 def record_checkpoint(
     session: ServiceSession, lease: Lease, *, step: int, artifact: StoredArtifact, metrics: dict[str, Any]
 ) -> tuple[str, ...]:
-    """Publish a checkpoint whose objects are stored and verified, and return the object prefixes that no row names.
+    """Publish a checkpoint with stored and verified objects. Return the object prefixes that no row names.
 
-    What is published stays: the checkpoint of a step that an earlier attempt has shown already is not shown again.
+    A published checkpoint stays: if an earlier attempt has published this step, the new one is not published.
     """
     job = lock_held(session, lease)
     shown = select(Checkpoint.object_prefix).where(Checkpoint.job_id == job.id, Checkpoint.step == step)
@@ -55,7 +55,7 @@ def record_checkpoint(
 
 
 def find_checkpoint(session: TenantSession, tenant_id: uuid.UUID, *, name: str) -> Checkpoint:
-    """Return the checkpoint of that model name, the tenant's own or one shared with it."""
+    """Return the checkpoint with this model name, of the tenant or shared with it."""
     slug = select(Tenant.slug).where(Tenant.id == tenant_id).scalar_subquery()
     names_tenant = CheckpointPermission.project_id.in_((format_id(IdKind.TENANT, tenant_id), slug))
     shared = select(CheckpointPermission.checkpoint_id).where(names_tenant)
@@ -67,7 +67,7 @@ def find_own_checkpoint(session: TenantSession, tenant_id: uuid.UUID, *, name: s
 
 
 def delete_checkpoint(session: TenantSession, tenant_id: uuid.UUID, *, name: str) -> None:
-    """Delete a checkpoint. Raises ConflictError while its job may still go on from it."""
+    """Delete a checkpoint. Raises ConflictError while its job may resume from it."""
     checkpoint = find_own_checkpoint(session, tenant_id, name=name)
     job = select(Job.id).where(
         Job.tenant_id == tenant_id, Job.id == checkpoint.job_id, Job.status.in_(UNFINISHED_STATUSES)
@@ -84,7 +84,7 @@ def delete_checkpoint(session: TenantSession, tenant_id: uuid.UUID, *, name: str
 def share_checkpoint(
     session: TenantSession, tenant_id: uuid.UUID, *, name: str, project_ids: Sequence[str]
 ) -> Sequence[CheckpointPermission]:
-    """Let others read a checkpoint; those who may already keep the permission that they have."""
+    """Let others read a checkpoint. Existing permissions stay."""
     checkpoint = find_own_checkpoint(session, tenant_id, name=name)
     rows = [
         {"id": new_id(), "tenant_id": tenant_id, "checkpoint_id": checkpoint.id, "project_id": project_id}

@@ -20,10 +20,11 @@ from core.services.events import record_event
 from core.services.set_asides import setting_aside
 from core.services.turns import IS_IN_REACH, IS_USABLE, MAY_START
 
-# The fairest tenant with a claimable job in the pool: least decayed usage per weight, below its quota. `queues` has the
-# tenants that have queued jobs in that order, so that mostly its first row is the answer, however many tenants and jobs
-# there are. The tenant's row is locked so that two workers never both pass its quota; whoever submits jobs
-# of the tenant meanwhile is not in the way.
+# The fairest tenant with a claimable job in the pool: the one with the least decayed usage per weight that is below its
+# quotas. The partial index on `queues` (pool, rank, tenant) has the tenants with queued jobs in this order, so the
+# first row is usually the answer, however many tenants and jobs there are. The lateral query finds that tenant's first
+# job in the partial index of queued jobs. The tenant's row is locked so that two workers cannot pass its quota
+# together. The lock is "no key update", so submissions of the same tenant do not wait for it.
 _PICK = text(f"""
 select t.id as tenant_id, c.id as job_id
 from queues q
@@ -40,9 +41,10 @@ limit 1
 for no key update of t skip locked
 """)  # noqa: S608 (of constants)
 
-# A job that may have killed its trainer runs alone: an idle worker takes it at once and before any other job. Where no
-# worker is ever idle, a busy one takes it after a while, and gives back what it holds. It does so in the order of fair
-# share: no tenant with a lower score waits for a slot there or holds one.
+# A job that may have killed its trainer is tried alone. An idle worker takes it at once, before any other job. Where no
+# worker is idle, a busy one takes it after `SUSPECT_PATIENCE_SECONDS` and gives back the jobs that it holds. A busy
+# worker follows fair share here: no tenant with a lower score may wait for a slot there or hold one (the last
+# condition). So does an idle worker if the job's last attempt lent its slot.
 _PICK_SUSPECT = text(f"""
 select t.id as tenant_id, j.id as job_id
 from jobs j join tenants t on t.id = j.tenant_id
@@ -62,14 +64,15 @@ limit 1
 for no key update of t skip locked
 """)  # noqa: S608 (of constants)
 
-# Nobody is woken for a base that cannot be used, or that each worker alive has just failed to load: they try again by
-# themselves.
+# No worker is woken for an unusable base, or for one that every worker alive has just failed to load: workers try such
+# bases again by themselves.
 _MAY_BE_LOADED = f"""
 {IS_USABLE} and (not exists (select from workers w where p.name = any (w.pools) and w.alive_until > now())
     or exists (select from workers w where p.name = any (w.pools) and w.alive_until > now()
       and not jsonb_exists(w.refusals, p.name)))
 """  # noqa: S608 (of constants)
 
+# Each `exists` stops at the first row, so a pool costs a few index reads, however many jobs wait in it.
 _CLAIMABLE_POOLS = text(f"""
 select p.name from (select distinct pool as name from queues where num_queued > 0) p
 where {_MAY_BE_LOADED} and exists (
@@ -83,7 +86,8 @@ where {_MAY_BE_LOADED} and exists (
 order by p.name
 """)  # noqa: S608 (of constants)
 
-# So many jobs that cannot be claimed may one claim come upon; the next goes on from there.
+# One claim skips at most this many jobs that cannot be claimed. Each is set aside, so the next claim continues behind
+# them.
 _MAX_CLAIM_TRIES = 10
 
 
@@ -97,13 +101,13 @@ def claim_job(
     slot_seconds: float = SLOT_SECONDS,
     prepare: Callable[[Job], None] = lambda _job: None,
 ) -> Job | None:
-    """Claim the fairest job of a pool, or None. The job's `lease_token` is the fence of everything that follows.
+    """Claim the fairest job of a pool, or return None. The job's `lease_token` is the fence of all later writes.
 
     `slot_seconds` bounds the entry charge: the GPU-seconds that a slot of the worker uses in a quantum.
 
-    A worker that `is_idle`, holding no job, takes one that must be tried alone first. One that is not may be given
-    such a job too (its `suspect_step` is set) once it has waited long, and must give back the others before it starts.
-    A job that cannot be claimed, or that `prepare` cannot read, stays queued and is set aside; the next is claimed.
+    A worker with `is_idle`, which holds no job, first takes a job that must be tried alone. A busy worker may get such
+    a job (its `suspect_step` is set) after it has waited long, and must give back its other jobs before starting it. A
+    job that cannot be claimed, or that `prepare` cannot read, stays queued and is set aside, and the next is claimed.
     """
     for _ in range(_MAX_CLAIM_TRIES):
         picked = _pick_job(session, pool, worker_name=worker_name, is_idle=is_idle)
@@ -120,7 +124,7 @@ def claim_job(
 
 
 def claimable_pools(session: ServiceSession) -> Sequence[str]:
-    """Return the pools that have at least one job to claim now."""
+    """Return the pools with at least one job that can be claimed now."""
     return session.scalars(_CLAIMABLE_POOLS).all()
 
 
@@ -135,7 +139,7 @@ def _pick_job(session: ServiceSession, pool: str, *, worker_name: str, is_idle: 
 def _take_job(session: ServiceSession, job_id: uuid.UUID, *, tenant_id: uuid.UUID, lease_seconds: float) -> Job | None:
     """Give a queued job a lease, unless its tenant's quota is full by now.
 
-    A second statement sees what committed before the tenant's row was locked, so the quota is counted exactly.
+    This second statement sees what was committed before the tenant's row was locked, so the quota is exact.
     """
     max_running = select(Tenant.max_running).where(Tenant.id == tenant_id).scalar_subquery()
     num_running = (

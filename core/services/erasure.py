@@ -1,11 +1,17 @@
-"""What tenants and operators deleted is erased, a small transaction at a time. Each call may be made twice.
+"""Erases what tenants and operators have deleted, in small transactions. Every call may be repeated.
 
-A deleted job loses at once what names something: texts, settings, history, and what the audit log says of it. Its row
-waits, with ids and numbers only, until its objects are purged, its use is booked and its prefix is swept, because an
-object may still be written late. Then it goes whole. Bookings of usage stay for ever.
+| what was deleted | at once | later |
+|---|---|---|
+| a job | its texts, settings and history go, also from the audit log | its row goes once the job is spent |
+| a tenant's jobs | they are cancelled | they are deleted, then erased as above |
+| a tenant's files and uploads | they are marked as deleted, without names | they go once their objects are purged |
+| a tenant's adapters and checkpoints | they are marked as deleted | they go with their jobs |
+| a tenant's API keys and idempotency keys | they go | - |
+| a tenant's queues, storage totals and rows set aside | - | they go after its jobs, uploads and files |
+| the tenant itself | - | its row stays without names, because bookings of usage are kept for ever |
 
-A deleted tenant's jobs are cancelled and deleted, its files and uploads too. What else it has goes once nothing refers
-to it. The tenant's own row stays, without its names, for the bookings.
+A job is spent when its objects are purged, its use is booked and its prefix is swept. Until then its row keeps ids and
+numbers only, because a late worker may still write an object.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ _BATCH_JOBS = 100
 
 @dataclass(frozen=True)
 class Place:
-    """A deleted job's place in the order in which jobs were deleted."""
+    """The place of a deleted job in the order of deletion."""
 
     deleted_at: dt.datetime
     job_id: uuid.UUID
@@ -41,6 +47,7 @@ class Place:
 
 BEGINNING = Place(dt.datetime.fromtimestamp(0, dt.UTC), uuid.UUID(int=0))
 
+# `walked` reads one batch from the index `ix_jobs_to_erase`. Only these rows are then tested for being spent.
 _NEXT_JOBS = text(f"""
 with walked as (
     select id, tenant_id, deleted_at, blanked_at, swept_at, result_file_id from jobs
@@ -52,7 +59,7 @@ select w.*, {IS_IN_REACH.format(duty=Duty.ERASE)} as is_in_reach, blanked_at is 
     (select true from files f where f.id = w.result_file_id and f.purged_at is null limit 1) is null as is_spent
 from walked w order by w.deleted_at, w.id
 """)  # noqa: S608 (of constants)
-# The audit log is told before the rows go by which it finds its entries.
+# The audit log's entries are blanked first, because they are found through rows that the next statements change.
 _BLANK_JOB = tuple(
     map(
         text,
@@ -78,14 +85,14 @@ _DELETE_RESULT = text("delete from files where id = :file")
 
 
 def erase_some_jobs(session: ServiceSession, *, after: Place) -> tuple[Counter[str], Place | None]:
-    """Erase some deleted jobs behind a place. Return the rows that went, and the last place, or None at the end."""
+    """Erase some deleted jobs behind a place. Return how many rows went, and the last place, or None at the end."""
     values = {"deleted_at": after.deleted_at, "job": after.job_id, "num": _BATCH_JOBS}
     jobs = session.execute(_NEXT_JOBS, values).all()
     num_rows: Counter[str] = Counter()
     for job in jobs:
         num_rows += delete_history(session, job.id, job.tenant_id, most=BATCH_ROWS - num_rows.total())
         if num_rows.total() >= BATCH_ROWS:
-            break  # the job may have more
+            break  # this job may have more history, so the next call starts with it again
         if job.is_in_reach:
             with setting_aside(session, Duty.ERASE, row_id=job.id, tenant_id=job.tenant_id):
                 num_rows += _erase_job(session, job)
@@ -105,13 +112,15 @@ def _erase_job(session: ServiceSession, job: Row[Any]) -> Counter[str]:
 
 @dataclass(frozen=True)
 class _Step:
-    """Changes or deletes some rows of a tenant's, once it has none in the tables that are waited for."""
+    """Changes or deletes some of a tenant's rows, once the tables in `waits_for` have none of its rows left."""
 
     table: str
     statement: TextClause
     waits_for: tuple[str, ...] = ()
 
 
+# The inner query finds a bounded batch of row addresses (`ctid`) by the tenant's index. The outer statement then reads
+# exactly these rows.
 _UPDATE_SOME = """
 update {table} set {values}
 where ctid = any(array(select r.ctid from {table} r where r.tenant_id = :tenant and ({where}) limit :most))
@@ -130,7 +139,8 @@ def _delete(table: str, *, where: str = "true", waits_for: tuple[str, ...] = ())
     return _Step(table, text(_DELETE_SOME.format(table=table, where=where)), waits_for)
 
 
-# What is marked as deleted is purged, and loses its names in the same step. Rows go when none refers to them.
+# In order. Rows lose their names in the step that marks them as deleted; the purge then deletes their objects. A row is
+# deleted only after the rows that refer to it.
 _TENANT_STEPS = (
     _update("jobs", "deleted_at = now()", where="finished_at is not null and deleted_at is null"),
     _update("adapters", "deleted_at = now()", where="deleted_at is null"),
@@ -149,14 +159,14 @@ _TENANT_STEPS = (
         where="status in ('pending', 'completing') or filename <> 'deleted' or mime_type <> 'deleted'",
     ),
     _delete("idempotency_keys"),
-    _Step("api_keys", text("delete from api_keys where tenant_id = :tenant")),  # at once: they refer to each other
+    _Step("api_keys", text("delete from api_keys where tenant_id = :tenant")),  # all at once: keys refer to each other
     _delete("upload_parts", where="(select u.purged_at from uploads u where u.id = r.upload_id) is not null"),
     _delete("uploads", where="r.purged_at is not null", waits_for=("upload_parts",)),
     _delete("files", where="r.purged_at is not null", waits_for=("jobs", "uploads")),
     *(_delete(table, waits_for=("jobs", "uploads", "files")) for table in ("queues", "storage_totals", "set_asides")),
 )
 _BLANK_AUDIT_ENTRIES = text("select blank_audit_entries_of_tenant(:tenant, :most)")
-# The tables of a tenant, but for those whose rows refer to others of these.
+# The tables with a foreign key to `tenants`. A tenant's rows elsewhere refer to rows of these.
 _ROOTS = sorted(
     name
     for name, table in TableRow.metadata.tables.items()
@@ -173,7 +183,7 @@ def list_deleted_tenants(session: ServiceSession) -> Sequence[uuid.UUID]:
 
 
 def erase_some_of_tenant(session: ServiceSession, tenant_id: uuid.UUID) -> Counter[str]:
-    """Erase some rows of a deleted tenant, and return how many of each table: none where there is nothing to do now."""
+    """Erase some rows of a deleted tenant. Return how many of each table, or nothing if nothing can be done now."""
     num_rows: Counter[str] = Counter()
     with setting_aside(session, Duty.ERASE, row_id=tenant_id, tenant_id=tenant_id) as trial:
         num_rows["jobs"] = _cancel_some(session, tenant_id)
@@ -188,7 +198,7 @@ def erase_some_of_tenant(session: ServiceSession, tenant_id: uuid.UUID) -> Count
 
 
 def mark_erased(session: ServiceSession, tenant_id: uuid.UUID, *, min_age: dt.timedelta) -> bool:
-    """Say that nothing is left of a tenant, if so, and if it was deleted longer ago than anything can be late."""
+    """Mark a tenant as erased if nothing is left of it and no late write is possible any more."""
     if _find_left(session, tenant_id):
         return False
     is_due = (Tenant.id == tenant_id, Tenant.erased_at.is_(None), Tenant.deleted_at < func.now() - min_age)
@@ -205,7 +215,7 @@ def _find_left(session: ServiceSession, tenant_id: uuid.UUID) -> set[str]:
 
 
 def _cancel_some(session: ServiceSession, tenant_id: uuid.UUID) -> int:
-    """Cancel some jobs of a tenant; the workers that hold them learn so at their next heartbeats."""
+    """Cancel some jobs of a tenant. Their workers learn so at their next heartbeats."""
     unfinished = select(Job.id).where(Job.tenant_id == tenant_id, Job.status.in_(UNFINISHED_STATUSES))
     job_ids = session.scalars(unfinished.limit(_BATCH_JOBS)).all()
     for job_id in job_ids:

@@ -1,8 +1,8 @@
 """The append-only history of a job.
 
-Events of one job are committed in the order of their numbers: whoever records one holds the lock on the job's row until
-the end of its transaction. A reader that has seen number n of a job therefore never meets a lower one later, though
-numbers are drawn at the insert and not at the commit. Between jobs there is no such order.
+The events of one job are committed in the order of their numbers, because a writer holds the lock on the job's row
+until its transaction ends. So a reader that has seen number n of a job never meets a lower number later, although
+numbers are drawn at the insert and not at the commit. There is no such order between the events of different jobs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def record_event(
     level: Literal["info", "warn", "error"] = "info",
     metrics: dict[str, Any] | None = None,
 ) -> None:
-    """Append one event and wake those who follow the job. The caller holds the lock on the job's row, or made it.
+    """Append an event and notify the job's followers. The caller holds the lock on the job's row, or has just added it.
 
     With `metrics` the event is of type "metrics".
     """
@@ -48,7 +48,7 @@ def record_event(
 
 
 def insert_first_event(jobs: CTE, *, message: str) -> CTE:
-    """Return the part of a statement that appends an event, of the parameter `event_id`, to the job it adds."""
+    """Return the part of a statement that adds the first event, with the id in parameter `event_id`, to a new job."""
     values = {
         "id": bindparam("event_id", type_=Uuid),
         "tenant_id": jobs.c.tenant_id,

@@ -1,7 +1,8 @@
-"""Why a job is where it is: its own row, its tenant's limits, the workers alive, and its place among everybody's jobs.
+"""Explains why a job is in its present state.
 
-Only the last crosses tenants, and it is counted inside the database: `pool_outlook` answers with sums for the tenant
-that the transaction names.
+The explanation reads the job's row, its tenant's limits, the workers alive and the job's place among all waiting jobs.
+Only the last depends on other tenants. The database counts it itself: the function `queue_outlook` returns sums only,
+for the tenant that the transaction names. core.domain.outlook lists the reasons.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ from core.services.progress import estimate_jobs
 from core.services.quotas import is_within_storage
 
 _WAITING_STATUSES = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.PAUSED)
-# What is divided by, however few steps are left.
+# The least charge that is divided by, however few steps are left.
 _LEAST_CHARGE_SECONDS = 0.01
 _OUTLOOK = text("select * from queue_outlook(:pool, :job_id, :half_life, :charge, :quantum, :free_slots)")
 
 
 @dataclass(frozen=True)
 class Eta:
-    """When a job may end. `basis` says on how many measurements of what the interval stands."""
+    """When a job may end. `basis` says what was measured for the interval, and `num_measured` how often."""
 
     interval: Interval
     basis: str
@@ -71,9 +72,11 @@ class Eta:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`queue` and `workers` are of a job that waits, `reason` of one that is about to pause as well.
+    """Why a job is in its state.
 
-    `eta` is None where nothing honest can be said.
+    Jobs that wait have a `queue` and `workers`. These jobs, and those about to pause, have a `reason`.
+
+    `eta` is None where no honest estimate is possible.
     """
 
     job: Job
@@ -132,7 +135,7 @@ def _last_outcome(session: TenantSession, tenant_id: uuid.UUID, job_id: uuid.UUI
 
 
 def _read_rest(session: TenantSession, tenant_id: uuid.UUID, job_id: uuid.UUID) -> dt.datetime | None:
-    """Return until when a job is set aside, if it is."""
+    """Return until when a job is set aside, or None."""
     resting = (SetAside.duty == Duty.CLAIM, SetAside.row_id == job_id, SetAside.retry_at > func.now())
     return session.scalar(select(SetAside.retry_at).where(SetAside.tenant_id == tenant_id, *resting))
 
@@ -207,6 +210,6 @@ def _read_workers(session: TenantSession, pool: str, terms: FairnessTerms) -> Po
 
 
 def _turn_left(terms: FairnessTerms) -> ColumnElement[float]:
-    """Return for how many seconds a worker still keeps the base that it holds."""
+    """Return for how many more seconds a worker keeps its base."""
     turn = func.greatest(terms.turn_seconds, func.coalesce(Pool.load_seconds, 0.0) / terms.max_loading_fraction)
     return func.greatest(0.0, turn - func.extract("epoch", func.now() - Worker.pool_since))

@@ -21,7 +21,7 @@ Id = uuid.UUID | ColumnElement[uuid.UUID]
 
 
 def create_file(session: WorkWriter, tenant_id: uuid.UUID, *, new: NewFile) -> File:
-    """Add a stored file; one with `status_details` is in error."""
+    """Add a stored file. A file with `status_details` is in error."""
     row = File(
         id=new.id,
         tenant_id=tenant_id,
@@ -63,7 +63,7 @@ def list_files(
     limit: int,
     order: Literal["asc", "desc"],
 ) -> Page[File]:
-    """Return the tenant's files without their problems, which may be a hundred a file."""
+    """Return the tenant's files without their problems, of which a file may have a hundred."""
     query = (
         select(File)
         .options(defer(File.problems, raiseload=True))
@@ -78,7 +78,7 @@ def list_files(
 
 
 def delete_file(session: TenantSession, tenant_id: uuid.UUID, *, file_id: uuid.UUID) -> None:
-    """Delete a file. Raises ConflictError while an unfinished job still needs it."""
+    """Delete a file. Raises ConflictError while an unfinished job needs it."""
     get_file(session, tenant_id, file_id=file_id)
     uses_file = or_(Job.training_file_id == file_id, Job.validation_file_id == file_id)
     job_id = session.scalar(
@@ -93,7 +93,7 @@ def delete_file(session: TenantSession, tenant_id: uuid.UUID, *, file_id: uuid.U
 
 
 def expire_files(session: ServiceSession) -> None:
-    """Delete the files of all tenants whose time has come, but none that an unfinished job still needs."""
+    """Delete expired files of all tenants, except those that an unfinished job needs."""
     uses_file = and_(
         Job.tenant_id == File.tenant_id,
         or_(Job.training_file_id == File.id, Job.validation_file_id == File.id),

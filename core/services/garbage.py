@@ -1,7 +1,7 @@
-"""Objects that no row names: what attempts left that did not win, and uploads whose process died before their row.
+"""Finds objects that no row names: of attempts that did not win, and of uploads whose process died before the commit.
 
-Only what has been over for long is looked at, so that no late write and no row to come can be meant. A row's claim goes
-before its objects do; what any row still names is never garbage.
+Only jobs and files of a certain age are looked at, so that no late write and no row still to be committed is taken for
+garbage. A row that has to go is deleted before its objects. An object that any row still names is never garbage.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from core.services.marks import find_mark, move_mark
 from core.services.set_asides import is_in_reach, setting_aside
 
 _LIMIT = 100
-_SETTLEMENT = "settlement"  # the mark up to whose instant every attempt was looked at
-# Before the mark, so that what was set aside is tried again.
+_SETTLEMENT = "settlement"  # the mark: all attempts that ended before it were looked at
+# Attempts that ended this long before the mark are looked at again, because some may have been set aside.
 _LOOKED_AT_AGAIN = dt.timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class EndedJob:
-    """A job that is over, where its attempts wrote, and the keys and prefixes there that rows name."""
+    """A job that is over: the prefix of its attempts, and the keys and prefixes below it that rows still name."""
 
     id: uuid.UUID
     tenant_id: uuid.UUID
@@ -47,7 +47,7 @@ class EndedJob:
 def find_unswept_jobs(session: ServiceSession, *, min_age: dt.timedelta) -> tuple[EndedJob, ...]:
     """Return some jobs that ended longer ago than `min_age` and whose prefixes have not been swept.
 
-    Nobody goes on from their resume points, so these are let go first, in the same transaction.
+    No attempt resumes from their resume points, so these are deleted first, in the same transaction.
     """
     is_over = (Job.finished_at < func.now() - min_age, Job.swept_at.is_(None), is_in_reach(Duty.SWEEP, Job.id))
     jobs = session.execute(
@@ -70,7 +70,7 @@ def mark_swept(session: ServiceSession, job_id: uuid.UUID) -> None:
 
 
 def list_tenant_ids(session: ServiceSession) -> Sequence[uuid.UUID]:
-    """Return the tenants whose files are to be swept: all but those of whom nothing is left."""
+    """Return the tenants whose files are to be swept: all except erased ones."""
     swept = (Tenant.erased_at.is_(None), is_in_reach(Duty.SWEEP, Tenant.id))
     return session.scalars(select(Tenant.id).where(*swept).order_by(Tenant.id)).all()
 
@@ -78,7 +78,7 @@ def list_tenant_ids(session: ServiceSession) -> Sequence[uuid.UUID]:
 def find_orphaned_files(
     session: ServiceSession, object_keys: Iterable[str], *, min_age: dt.timedelta
 ) -> tuple[str, ...]:
-    """Return those keys of files that are older than `min_age` and have no row."""
+    """Return those of these keys that belong to files older than `min_age` without a row."""
     now = session.scalars(select(func.now())).one()
     too_young = first_id_at(now - min_age)
     old = {key: id_ for key in object_keys if (id_ := file_id_of(key)) and id_ < too_young}
@@ -87,9 +87,9 @@ def find_orphaned_files(
 
 
 def settle_usage(session: ServiceSession, *, min_age: dt.timedelta) -> int:
-    """Book what was charged so far for some attempts whose workers were lost with their counts; return for how many.
+    """Book the charges of some attempts whose workers were lost before they reported. Return for how many.
 
-    However long nobody has done this, it begins where it was left.
+    It continues where the last call ended, however long ago that was.
     """
     mark = find_mark(session, _SETTLEMENT)
     last = session.scalars(select(func.now() - min_age)).one()

@@ -1,11 +1,20 @@
-"""One job for one submission, however often the client sends it.
+"""Makes one job for one submission, however often the client sends it.
 
-OpenAI's client sends a POST again after a lost answer, and says so in `x-stainless-retry-count`; careful callers send
-an `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header-07). What a submission was is stored in the transaction
-of the job itself, so there is never one without the other.
+OpenAI's client repeats a POST when the answer was lost, and marks the retry with `x-stainless-retry-count`. Other
+clients send an `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header-07). The identity of a submission is stored
+in the transaction that adds its job, so one never exists without the other.
 
-Locks make a request wait for the like of it that is under way: those with one key exclude each other; without a key,
-first tries share the lock of their body and only a retry takes it alone, so that equal bodies do not queue up.
+| request | earlier submission | answer |
+|---|---|---|
+| with a key | none with this key, or older than `KEY_LIFETIME` | a new job |
+| with a key | the same body | the earlier job |
+| with a key | another body | IdempotencyKeyReusedError |
+| without a key, a first try | any | a new job |
+| without a key, a retry | the same body within `RETRY_WINDOW` | the earlier job |
+| without a key, a retry | none | a new job |
+
+A request waits for a similar one that is under way. Requests with the same key exclude each other. Without a key, first
+tries share the lock of their body, so that equal bodies do not queue up, and a retry takes this lock alone.
 """
 
 from __future__ import annotations
@@ -30,15 +39,15 @@ from core.services.jobs import get_job
 from core.services.submissions import DatasetRows, submit_job
 
 KEY_LIFETIME = timedelta(hours=24)
-# The longest that the client waits between two tries.
+# The longest pause of OpenAI's client between two tries.
 RETRY_WINDOW = timedelta(seconds=120)
-# Ids are looked up by their time, which is that of the host that made them: its clock may be wrong.
+# Jobs are looked up by the time in their ids, which is the time of the API's host. Its clock may be wrong.
 _ID_WINDOW = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """The job of a request. `is_replayed` when an earlier request had made it."""
+    """The job of a request. `is_replayed` says that an earlier request made it."""
 
     job: Job
     is_replayed: bool
@@ -53,9 +62,9 @@ def submit_once(
     is_retry: bool,
     is_checked: Callable[[DatasetRows], bool] = lambda _rows: True,
 ) -> Submission:
-    """Submit a job, or return the one that this submission made before.
+    """Submit a job, or return the job that this submission has made before.
 
-    Raises IdempotencyKeyReusedError, and as `submit_job` does.
+    Raises IdempotencyKeyReusedError, and the errors of `submit_job`.
     """
     submit = partial(submit_job, session, tenant_id, request=request, is_checked=is_checked)
     request_hash = _hash_request(request)
@@ -72,7 +81,7 @@ def submit_once(
 
 
 def forget_expired_keys(session: ServiceSession) -> None:
-    """Delete the keys of all tenants that are past their lifetime."""
+    """Delete expired keys of all tenants."""
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - KEY_LIFETIME))
 
 
@@ -94,13 +103,13 @@ def _submit_with_key(
 
 
 def _hash_request(request: JobRequest) -> bytes:
-    """Return a hash of what is asked for: neither spelling, order of fields nor spelled-out defaults matter."""
+    """Return a hash of the request's meaning: spelling, order of fields and explicit defaults do not matter."""
     asked = request.model_dump(mode="json", exclude_defaults=True)
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
 
 
 def _find_recent(session: TenantSession, tenant_id: uuid.UUID, request_hash: bytes) -> Job | None:
-    """Return the newest job of the window that was asked for in these words."""
+    """Return the newest job in the window that was requested with this body."""
     earliest = first_id_at(session.scalars(select(func.now() - _ID_WINDOW)).one())
     is_recent = (Job.id >= earliest, Job.created_at >= func.now() - RETRY_WINDOW)
     query = select(Job).where(Job.tenant_id == tenant_id, *is_recent, Job.request_hash == request_hash)

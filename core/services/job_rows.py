@@ -1,4 +1,4 @@
-"""A job goes whole: its history first, in batches, and then itself, with its attempts and artifacts."""
+"""Deletes a whole job: first its history in batches, then its row with its attempts and artifacts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from sqlalchemy import CursorResult, TextClause, text
 
 from core.db.session import ServiceSession
 
-# How many rows a transaction deletes, about.
+# The approximate number of rows that one transaction deletes.
 BATCH_ROWS = 1000
-# Rows are found by their job's index and deleted where they lie; none of these reads a table.
+# The inner query finds the addresses (`ctid`) of one batch by the index on the job, and the outer one deletes them
+# there. None of these statements scans a table.
 _DELETE_SOME = """
 delete from {table} where ctid = any(array(
     select ctid from {table} where tenant_id = :tenant and job_id = :job limit :most))
 """
 HISTORY = {table: text(_DELETE_SOME.format(table=table)) for table in ("log_lines", "events", "metrics")}
-# A job `w` is spent when its prefix is swept, all of its attempts are booked and all that it has made is gone. The
-# subqueries have a limit, because PostgreSQL might answer an EXISTS in this place by reading the whole table.
+# A job `w` is spent when its prefix is swept, all of its attempts are booked and all of its artifacts are purged. Each
+# subquery has a limit of 1 instead of an EXISTS: for an EXISTS here PostgreSQL might read the whole table.
 IS_SPENT = """
 w.swept_at is not null and coalesce(
     (select true from adapters a where a.job_id = w.id and a.purged_at is null limit 1),
@@ -32,7 +33,8 @@ w.swept_at is not null and coalesce(
 IS_IN_REACH = """
 (select true from set_asides s where s.duty = '{duty}' and s.row_id = w.id and s.retry_at > now() limit 1) is null
 """
-# Before a job goes: its result file does, and its bookings take on what they need of it.
+# Before the job's row is deleted, its result file is marked as deleted, and its bookings of usage copy the job's id and
+# pool, which they would otherwise read from the job.
 _LET_GO = (
     text("""
     update files set deleted_at = now() where deleted_at is null
@@ -43,7 +45,7 @@ _LET_GO = (
     where a.job_id = :job and u.attempt_id = a.id
     """),
 )
-# These stand and fall together, or the check of the promises would see a success without its adapter.
+# All in one transaction: otherwise the check of the promises could see a success without its adapter.
 _DELETE_JOB = {
     "checkpoints": text("delete from checkpoints where job_id = :job"),
     "adapters": text("delete from adapters where job_id = :job"),
@@ -53,7 +55,7 @@ _DELETE_JOB = {
 
 
 def delete_history(session: ServiceSession, job_id: uuid.UUID, tenant_id: uuid.UUID, *, most: int) -> Counter[str]:
-    """Delete so many of a job's events, log lines and observations, and return how many of each."""
+    """Delete at most this many of a job's events, log lines and observations. Return how many of each."""
     num_rows: Counter[str] = Counter()
     for table, statement in HISTORY.items():
         left = most - num_rows.total()
@@ -62,7 +64,7 @@ def delete_history(session: ServiceSession, job_id: uuid.UUID, tenant_id: uuid.U
 
 
 def delete_job_row(session: ServiceSession, job_id: uuid.UUID) -> Counter[str]:
-    """Delete a job that is spent and has no history, and return how many rows of each table that were."""
+    """Delete a spent job without history. Return how many rows of each table that were."""
     for statement in _LET_GO:
         session.execute(statement, {"job": job_id})
     return Counter({table: run(session, statement, job=job_id) for table, statement in _DELETE_JOB.items()})

@@ -1,4 +1,19 @@
-"""Jobs as their tenants see them: look, cancel, pause, resume, delete."""
+"""Jobs as their tenants use them: get, list, cancel, pause, resume, delete.
+
+What each verb makes of a job, by its status:
+
+| status | cancel | pause | resume | delete |
+|---|---|---|---|---|
+| queued | cancelled | paused | nothing changes | ConflictError |
+| running | cancelled | about to pause, if the queue has a place | nothing changes | ConflictError |
+| running, about to pause | cancelled | nothing changes | keeps running | ConflictError |
+| paused | cancelled | nothing changes | queued, at its old place | ConflictError |
+| succeeded, failed | ConflictError | ConflictError | ConflictError | deleted |
+| cancelled | nothing changes | ConflictError | ConflictError | deleted |
+
+A worker learns at its next heartbeat that its job is cancelled or about to pause. It stores the job's state before the
+job is paused.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +34,7 @@ from core.services.quotas import check_queue, has_queue_place
 
 _PAUSING = "The job pauses at its next resume point."
 WAKE_CHANNEL = "espalier_wake"
-# Made once: making it takes longer than running it.
+# Built once, because building the query takes longer than running it.
 _ONE_JOB = select(Job).where(
     Job.tenant_id == bindparam("tenant_id"), Job.id == bindparam("job_id"), Job.deleted_at.is_(None)
 )
@@ -27,7 +42,7 @@ _ONE_JOB_LOCKED = _ONE_JOB.with_for_update(key_share=True).execution_options(pop
 
 
 def get_job(session: WorkWriter, tenant_id: uuid.UUID, *, job_id: uuid.UUID, lock: bool = False) -> Job:
-    """Return a tenant's job; with `lock`, as it stands once nobody else changes it, until the transaction ends.
+    """Return a tenant's job. With `lock` it is locked until the transaction ends.
 
     Raises NotFoundError.
     """
@@ -46,7 +61,7 @@ def list_jobs(
     limit: int,
     metadata: dict[str, str] | None = None,
 ) -> Page[Job]:
-    """Return the tenant's jobs, newest first. `metadata` keeps those that carry all the pairs; {} those with none."""
+    """Return the tenant's jobs, newest first. `metadata` selects jobs with all of these pairs; {} those without any."""
     query = select(Job).where(Job.tenant_id == tenant_id, Job.deleted_at.is_(None))
     if after is not None:
         query = query.where(Job.id < after)
@@ -57,7 +72,7 @@ def list_jobs(
 
 
 def cancel_job(session: WorkWriter, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
-    """End a job as cancelled, whatever it is doing; its worker learns so at its next heartbeat.
+    """End a job as cancelled in any unfinished status. Its worker learns so at its next heartbeat.
 
     Cancelling a cancelled job changes nothing. Raises ConflictError when it has succeeded or failed.
     """
@@ -66,7 +81,7 @@ def cancel_job(session: WorkWriter, tenant_id: uuid.UUID, *, job_id: uuid.UUID) 
         return job
     if job.status not in UNFINISHED_STATUSES:
         raise ConflictError(f"The job has already {job.status}; only an unfinished job can be cancelled.")
-    # Not now(): the transaction may have begun before the last row that the job's worker wrote until the lock was free.
+    # Not now(): while this transaction waited for the lock, the job's worker may have written rows with a later time.
     ended_at = session.scalar(
         update(Job)
         .where(Job.tenant_id == tenant_id, Job.id == job_id)
@@ -90,10 +105,10 @@ def cancel_job(session: WorkWriter, tenant_id: uuid.UUID, *, job_id: uuid.UUID) 
 
 
 def pause_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
-    """Pause a queued job at once, and a running one as soon as its worker has stored where it stands.
+    """Pause a queued job at once, and a running one as soon as its worker has stored its state.
 
-    A running job takes its place among those that wait now, and needs one that is free. Pausing a paused job changes
-    nothing. Raises ConflictError when the job has ended, RateLimitedError by quota.
+    A running job needs a free place in the queue, and takes it now. Pausing a paused job changes nothing. Raises
+    ConflictError when the job has ended, RateLimitedError by quota.
     """
     lock_for_tenant(session, tenant_id, purpose="queue")
     job = get_job(session, tenant_id, job_id=job_id)
@@ -117,15 +132,15 @@ def pause_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID
         raise ConflictError(f"The job is {job.status}; only a queued or running job can be paused.")
     elif job.status == JobStatus.RUNNING and job.pause_requested_at is None:
         check_queue(session, tenant_id)
-        return pause_job(session, tenant_id, job_id=job_id)  # a place has come free meanwhile
+        return pause_job(session, tenant_id, job_id=job_id)  # the job's place in the queue is free again
     return job
 
 
 def resume_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> Job:
-    """Queue a paused job again, at its old place; a running one that was about to pause goes on.
+    """Queue a paused job again at its old place. A running job that was about to pause keeps running.
 
-    Its wait is counted from now, without the time that it was paused; a delay that has not passed yet stays.
-    Resuming a job that is queued or running changes nothing. Raises ConflictError when the job has ended.
+    Its wait counts from now, without the time of the pause. A retry delay that has not passed yet stays. Resuming a
+    queued or running job changes nothing. Raises ConflictError when the job has ended.
     """
     job = get_job(session, tenant_id, job_id=job_id)
     is_paused = Job.status == JobStatus.PAUSED
@@ -150,7 +165,7 @@ def resume_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUI
 
 
 def delete_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID) -> None:
-    """Delete a job that has ended, with all that it has made. Nobody sees it again; the schedule erases it.
+    """Delete an ended job with all that it has made. It is invisible from now on, and the schedule erases it.
 
     Raises ConflictError while it has not ended.
     """
@@ -169,5 +184,5 @@ def delete_job(session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUI
 
 
 def announce_work(session: WorkWriter, pool: str) -> None:
-    """Tell the schedule process, once this transaction is committed, that a pool has work."""
+    """Tell the schedule, once this transaction is committed, that a pool has work."""
     session.execute(text("select pg_notify(:channel, :pool)"), {"channel": WAKE_CHANNEL, "pool": pool})

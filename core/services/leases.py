@@ -1,7 +1,7 @@
-"""Leases as rows keep them: held, prolonged, and the fence of every write of an attempt.
+"""Leases in the database: hold, prolong and check them. A lease is the fence of every write of an attempt.
 
-Only the newest attempt of a running job may change the job, its events, observations and artifacts. StaleLeaseError
-means that an attempt is over and must stop at once.
+Only the newest attempt of a running job may change the job, its events, its observations and its artifacts.
+StaleLeaseError means that the attempt is over and must stop at once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from core.domain.leases import Lease, StaleLeaseError
 def lock_held(session: ServiceSession, lease: Lease) -> Job:
     """Return the lease's job, locked until the transaction ends. Raises StaleLeaseError.
 
-    What ends under this lock ends at `clock_timestamp()`: `now()` is when the transaction began, which may be before
-    the last rows that others wrote until they gave the lock up.
+    An end under this lock uses `clock_timestamp()`. `now()` is the begin of the transaction, which may be before the
+    last rows that others wrote while they held the lock.
     """
     job = session.scalar(select(Job).where(*is_held(lease)).with_for_update())
     if job is None:
@@ -29,7 +29,7 @@ def lock_held(session: ServiceSession, lease: Lease) -> Job:
 
 
 def heartbeat(session: ServiceSession, lease: Lease, *, lease_seconds: float) -> bool:
-    """Prolong a lease by the database's clock, and return whether its job is to pause."""
+    """Prolong a lease by the database's clock. Return whether its job is to pause."""
     held = session.execute(
         update(Job)
         .where(*is_held(lease))

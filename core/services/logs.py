@@ -1,7 +1,7 @@
-"""Log lines of jobs: what a worker did for one job, in names and numbers, for that job's tenant alone.
+"""Log lines of jobs, in names and numbers. Only the job's tenant can read them.
 
-A line names its job by the lease under which it was written, and its tenant is taken from that attempt's row: no worker
-can write into another tenant's log, and no process-wide log is ever cut up for tenants.
+A line names its job by the lease token under which it was written, and takes its tenant from that attempt's row. So no
+worker can write into another tenant's log, and no log of a whole process has to be split by tenant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Scalar = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class LogFilter:
-    """Which of a job's lines: those of one attempt, if named, from behind the line `after`."""
+    """Selects lines of a job: those after the line `after`, and only those of one attempt if it is named."""
 
     attempt_number: int | None
     after: uuid.UUID | None
@@ -35,7 +35,7 @@ class LogFilter:
 def record_log_line(
     session: ServiceSession, lease_token: int, *, name: str, level: LogLevel, details: Mapping[str, Scalar]
 ) -> None:
-    """Append a line to the log of the attempt that the lease token names; without such an attempt nothing is kept."""
+    """Append a line to the log of the attempt with this lease token. Without such an attempt nothing is stored."""
     attempt = select(
         literal(new_id()),
         Attempt.tenant_id,

@@ -1,6 +1,6 @@
-"""How far the schedule has come with a duty that walks rows in the order in which they ended.
+"""Marks: how far a duty of the schedule has come in walking rows in the order in which they ended.
 
-Whoever walks moves the mark in the transaction that does the work, so that neither is there without the other.
+The mark moves in the transaction that does the work, so the two never differ.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _NO_ROW = uuid.UUID(int=0)
 
 
 def find_mark(session: ServiceSession, kind: str) -> RetentionMark:
-    """Return how far a duty has come: nowhere, where it never was done."""
+    """Return how far a duty has come, or BEGINNING if it was never done."""
     return session.get(RetentionMark, kind) or RetentionMark(finished_at=BEGINNING, job_id=_NO_ROW)
 
 
 def move_mark(session: ServiceSession, kind: str, *, to: dt.datetime, row_id: uuid.UUID = _NO_ROW) -> None:
-    """Say that everything up to an instant, and up to this row of the instant itself, was walked."""
+    """Record that a duty has walked all rows up to an instant and, at this instant itself, up to this row."""
     values = {"finished_at": to, "job_id": row_id}
     statement = insert(RetentionMark).values(kind=kind, **values)
     session.execute(statement.on_conflict_do_update(index_elements=["kind"], set_=values))

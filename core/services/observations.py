@@ -1,11 +1,14 @@
-"""Observations of a job: the numbers of its steps, as attempts record them and as a chart shows them.
+"""Observations of a job: the numbers of its steps, as attempts record them and as charts show them.
 
-A chart of any job has a bounded number of points. The range of steps is cut into stretches. Each keeps the step with
-the least training loss, the one with the greatest (so that no spike is lost, as an average would lose it) and the last
-one that was evaluated, or else its last.
+A chart has a bounded number of points. The range of steps is cut into stretches, and each stretch keeps three steps:
 
-A long range is cut between blocks of 32 steps, whose least and greatest losses are summed up as steps are recorded
-(migration 0031): a chart of 300,000 steps reads some 9,400 rows. What is not summed up is read step by step.
+- the one with the least training loss
+- the one with the greatest training loss, so that no spike is lost, as it would be in an average
+- the last one that was evaluated, or else the last one
+
+A long range is cut at the borders of blocks of 32 steps. A trigger sums up the least and greatest loss of each block
+(migration 0031), so a chart of 300,000 steps reads about 9,400 rows. Parts of the range without such a summary are read
+step by step.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ from core.services.leases import lock_held
 
 _ROWS_A_STRETCH = 3
 _STEPS_A_BLOCK = 32
-# After ten times a connection would plan for any range at all. That plan has read every step for every block, for more
-# than a minute, as long as PostgreSQL had not counted the blocks.
+# PostgreSQL would switch to a generic plan after ten executions on a connection. Before the statistics of the blocks
+# were gathered, this plan read every step for every block, which took more than a minute.
 _PLAN_ANEW = text("set local plan_cache_mode = force_custom_plan")
-# `spans` is materialized: in a condition on `metrics`, arithmetic would not pass row-level security into the index.
+# One block of 32 steps is one row of `spans`, with its summary if it lies wholly inside the range. `looked` has one row
+# for each summary, and one for each single step where there is none; `stretch` numbers the stretches from 0. `kept`
+# picks the steps of each stretch. `spans` is materialized because a condition on `metrics` that contains arithmetic
+# cannot be pushed through row-level security into the index.
 _KEPT = text("""
 with spans as materialized (
     select s.last_step, greatest(s.last_step - 31, :first) as low, least(s.last_step, :last) as high, b.num_steps,
@@ -57,7 +63,7 @@ select (select sum(num_steps)::bigint from looked), array(select step from kept)
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The numbers of one optimizer step, as they are stored and shown."""
+    """The numbers of one optimizer step."""
 
     step: int
     train_loss: float
@@ -69,7 +75,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class StepRange:
-    """Steps `first` to `last`, both included."""
+    """The steps from `first` to `last`, both included."""
 
     first: int
     last: int
@@ -81,7 +87,7 @@ class StepRange:
 
 @dataclass(frozen=True)
 class ObservationSeries:
-    """`rows` stand for the `num_steps` that there are in the range; `is_thinned` where they are fewer."""
+    """Rows that represent the `num_steps` steps of a range. `is_thinned` says that there are fewer rows than steps."""
 
     rows: tuple[Observation, ...]
     num_steps: int
@@ -92,7 +98,7 @@ class ObservationSeries:
 
 
 def record_step(session: ServiceSession, lease: Lease, *, record: StepRecord, total_steps: int) -> None:
-    """Store the numbers of one step and show them as an event. A step that is stored already stays as it is."""
+    """Store the numbers of one step and show them as an event. A step that is already stored is not changed."""
     job = _pass_step(session, lease, record.step)
     if job is None:
         return
@@ -125,7 +131,7 @@ def record_step(session: ServiceSession, lease: Lease, *, record: StepRecord, to
 
 
 def record_skipped_step(session: ServiceSession, lease: Lease, *, step: int, total_steps: int) -> None:
-    """Count a step that has changed nothing, and say so in an event. A step that is counted already is not again."""
+    """Count a step that changed nothing, and record an event. A step that is already counted is not counted again."""
     job = _pass_step(session, lease, step)
     if job is None:
         return
@@ -154,7 +160,7 @@ def record_evaluation(session: ServiceSession, lease: Lease, *, step: int, loss:
 def read_observations(
     session: TenantSession, tenant_id: uuid.UUID, *, job_id: uuid.UUID, steps: StepRange, points: int
 ) -> ObservationSeries:
-    """Return at most `points` (3 at least) steps of a job within a range, in order."""
+    """Return at most `points` (at least 3) steps of a job within a range, in order."""
     in_range = Observation.step.between(steps.first, steps.last)
     own: tuple[ColumnElement[bool], ...] = (Observation.tenant_id == tenant_id, Observation.job_id == job_id, in_range)
     found = _find_range(session, own)
@@ -172,7 +178,7 @@ def read_observations(
 
 
 def _pass_step(session: ServiceSession, lease: Lease, step: int) -> Job | None:
-    """Move the job to a step that is over. None where it is there, or beyond, already."""
+    """Move the job to a completed step. Return None if it is already there or beyond."""
     job = lock_held(session, lease)
     if step <= job.trained_steps:
         return None
@@ -183,7 +189,7 @@ def _pass_step(session: ServiceSession, lease: Lease, step: int) -> Job | None:
 
 
 def _find_range(session: TenantSession, own: tuple[ColumnElement[bool], ...]) -> StepRange | None:
-    """Return the first and the last step that there are. Each is one look into the index; `min` would count on more."""
+    """Return the first and the last existing step. Each is one index look-up, where `min` might read more."""
     ends = [
         session.scalar(select(Observation.step).where(*own).order_by(order).limit(1))
         for order in (Observation.step, Observation.step.desc())
@@ -193,7 +199,7 @@ def _find_range(session: TenantSession, own: tuple[ColumnElement[bool], ...]) ->
 
 
 def _cut(steps: StepRange, *, num_stretches: int) -> dict[str, int]:
-    """Return how `_KEPT` cuts a range: between blocks where there are enough of them, else between any two steps."""
+    """Return how `_KEPT` cuts a range: between blocks if there are enough of them, else between any two steps."""
     first_end, last_end = _end_of_block(steps.first), _end_of_block(steps.last)
     cut = {"first": steps.first, "last": steps.last, "first_end": first_end, "last_end": last_end}
     num_blocks = (last_end - first_end) // _STEPS_A_BLOCK + 1
@@ -201,7 +207,7 @@ def _cut(steps: StepRange, *, num_stretches: int) -> dict[str, int]:
         whole = {"first_whole": steps.first + _STEPS_A_BLOCK - 1, "last_whole": steps.last}
         units = {"origin": first_end, "unit": _STEPS_A_BLOCK, "num_units": num_blocks}
     else:
-        whole = {"first_whole": 1, "last_whole": 0}  # none
+        whole = {"first_whole": 1, "last_whole": 0}  # no summary is used
         units = {"origin": steps.first, "unit": 1, "num_units": steps.num_steps}
     return {**cut, **whole, **units, "num_stretches": num_stretches}
 

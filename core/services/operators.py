@@ -1,4 +1,4 @@
-"""Operators and their keys. A key of an operator opens /admin and nothing of a tenant's; it may be read-only."""
+"""Operators and their keys. An operator's key opens /admin and no tenant's routes. It may be read-only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _IS_STALE = func.coalesce(OperatorKey.last_used_at < func.now() - LAST_USED_INTE
 def issue_operator_key(
     session: OperatorSession, *, name: str, lifetime: dt.timedelta | None = None, is_read_only: bool = False
 ) -> ApiKey:
-    """Add an operator key and return it whole: its secret cannot be had again."""
+    """Add an operator key and return it with its secret, which cannot be read again later."""
     api_key = generate_api_key(OPERATOR_PREFIX)
     row = OperatorKey(
         id=new_id(),
@@ -51,7 +51,7 @@ def revoke_operator_key(session: OperatorSession, key_id: str) -> None:
 
 
 def authenticate_operator(session: OperatorSession, api_key: ApiKey) -> OperatorIdentity:
-    """Return whose live operator key this is. Unknown, wrong, revoked and expired ones are answered alike."""
+    """Return the identity of a live operator key. Unknown, wrong, revoked and expired keys get the same answer."""
     query = select(OperatorKey, _IS_STALE).where(OperatorKey.key_id == api_key.key_id, *_is_live())
     row, is_stale = session.execute(query).one_or_none() or (None, False)
     if not hmac.compare_digest(row.secret_hash if row else bytes(32), api_key.secret_hash) or row is None:

@@ -1,7 +1,8 @@
-"""What operators see of everybody's jobs, of the workers and of the pools: never a tenant's words, files or rows.
+"""What operators see of jobs, workers and pools of all tenants. They never see a tenant's texts, files or rows.
 
-The operator's role reads views that leave out what is a tenant's own (migration 0021), and no table behind them. Every
-list is a page, and no list walks all jobs: a filter asks an index once for each status and pool, newest first.
+The operator's role reads views that leave out the tenant's own columns (migration 0021), and cannot read the tables
+behind them. Every list is a page. No list scans all jobs: a filter looks up one index for each status and pool, newest
+first.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from core.domain.jobs import JobStatus
 from core.domain.values import Page
 from core.services.tenants import find_tenant
 
-# Ids of the newest jobs before the cursor. Each compares and sorts by whole rows of one index: if it sorted by the id
-# alone, the planner would walk all jobs from the newest wherever it guesses that every few of them fit. And where it
-# guesses that few fit, it would read and sort them all, unless it is told not to sort what an index has in order.
+# Ids of the newest jobs before the cursor. Each query compares and sorts by all columns of one index. If it sorted by
+# the id alone, the planner would scan all jobs from the newest whenever it expects many matches. Where it expects few
+# matches, it would read and sort them all, so sorting what an index already orders is switched off.
 _NO_SORT = text("select set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)")
 _NEWEST = "(select j.id from operator_jobs j where j.id < :after order by j.id desc limit :num)"
 _NEWEST_OF_TENANT = """
 (select j.id from operator_jobs j where (j.tenant_id, j.id) < (:tenant_id, :after) and j.tenant_id >= :tenant_id
 order by j.tenant_id desc, j.id desc limit :num)
 """
-# One branch a status: a status that is written in the statement is what a partial index is found by.
+# One branch for each status: PostgreSQL uses a partial index only where the statement contains the status as a
+# constant.
 _NEWEST_OF_STATUS = """
 (select n.id from unnest(cast(:pools as text[])) p (name) cross join lateral (
     select j.id from operator_jobs j
@@ -49,7 +51,8 @@ select b.id || '@' || q.name as pool
 from base_models b cross join lateral unnest(array['none'] || b.quantizations) q (name)
 union select pool from queues order by pool
 """)
-# The oldest of a pool that wait, by the ids, which sort by the time they were made.
+# One page of pools, each with its base, queue, oldest waiting job and workers. The lateral subqueries run once for each
+# pool of the page. The oldest waiting job is the one with the least id, because ids sort by time.
 _POOLS = text("""
 select d.*, b.id as base_model_id, nullif(split_part(d.pool, '@', 2), 'none') as quantization, b.state, b.state_reason,
     b.is_enabled, b.disabled_at is not null as is_disabled, q.num_queued, o.oldest_seconds, w.*
@@ -73,7 +76,7 @@ _DEMAND = text("select * from pool_demand where pool = :pool")
 
 @dataclass(frozen=True)
 class JobFilter:
-    """Which jobs to show; None is any. `tenant` is a slug."""
+    """Which jobs to list. None means any. `tenant` is a slug."""
 
     status: JobStatus | None = None
     pool: str | None = None
@@ -82,7 +85,7 @@ class JobFilter:
 
 @dataclass(frozen=True)
 class JobOverview:
-    """A job as an operator sees it. `worker_name` and `used_seconds` are of the attempt that runs."""
+    """A job as an operator sees it. `worker_name` and `used_seconds` belong to the running attempt."""
 
     id: uuid.UUID
     tenant: str
@@ -108,9 +111,9 @@ class JobOverview:
 
 @dataclass(frozen=True)
 class WorkerOverview:
-    """A worker as it said of itself; `is_alive` by the database's clock. `name` is its identity.
+    """A worker as it described itself. `is_alive` is by the database's clock, and `name` is its identity.
 
-    `clock_offset_seconds` is how far its host's clock is ahead. A worker `is_clock_wrong` claims nothing.
+    `clock_offset_seconds` is how far its host's clock is ahead. A worker with `is_clock_wrong` claims no job.
     """
 
     name: str
@@ -136,13 +139,13 @@ class WorkerOverview:
 
     @property
     def shown_state(self) -> str:
-        """What matters most of it: one that stops does so whatever its clock says."""
+        """The most important state: "stopping" comes before a wrong clock."""
         return "clock_wrong" if self.is_clock_wrong and not self.is_draining else self.state
 
 
 @dataclass(frozen=True)
 class PoolDemand:
-    """How many workers a pool's jobs would fill: those that run, and those that may start now."""
+    """How many workers the jobs of a pool would fill: the running jobs and those that may start now."""
 
     pool: str
     num_claimable: int
@@ -153,7 +156,7 @@ class PoolDemand:
 
 @dataclass(frozen=True)
 class PoolOverview:
-    """A pool: its demand, all that is queued and since when, the workers alive that may serve it, and its base."""
+    """A pool: its demand, its queue, how long the oldest job has waited, the workers that can serve it, its base."""
 
     demand: PoolDemand
     base_model_id: str
@@ -172,7 +175,7 @@ class PoolOverview:
 def list_job_overviews(
     session: OperatorSession, wanted: JobFilter, *, after: uuid.UUID | None = None, limit: int
 ) -> Page[JobOverview]:
-    """Return jobs of everybody, newest first. Raises NotFoundError for a tenant that is not there."""
+    """Return jobs of all tenants, newest first. Raises NotFoundError for an unknown tenant."""
     values: dict[str, Any] = {"num": limit + 1, "after": after or _AFTER_ALL, "pools": [wanted.pool]}
     if wanted.tenant is not None:
         values["tenant_id"] = find_tenant(session, wanted.tenant).id
@@ -194,7 +197,7 @@ def _job_overview(row: RowMapping) -> JobOverview:
 
 
 def list_worker_overviews(session: OperatorSession, *, after: str | None = None, limit: int) -> Page[WorkerOverview]:
-    """Return the workers that have a row, alive or not, by identity. One that stops in good order has none."""
+    """Return the workers that have a row, alive or not, by identity. A worker that stopped properly has none."""
     silent = func.extract("epoch", func.now() - Worker.heartbeat_at)
     query = select(Worker, Worker.alive_until > func.now(), silent)
     if after is not None:
@@ -226,7 +229,7 @@ def _worker_overview(row: Worker, *, is_alive: bool, silent_seconds: float) -> W
 
 
 def list_pool_overviews(session: OperatorSession, *, after: str | None = None, limit: int) -> Page[PoolOverview]:
-    """Return every pool of the bases that are known, by name."""
+    """Return every pool of the known bases, by name."""
     rows = session.execute(_POOLS, {"after": after or "", "num": limit + 1}).mappings().all()
     return Page.cut([_pool_overview(row) for row in rows], limit)
 
@@ -254,7 +257,7 @@ def list_pool_names(session: OperatorSession) -> tuple[str, ...]:
 
 
 def find_pool_demand(session: OperatorSession, pool: str) -> PoolDemand:
-    """Return a pool's demand. Raises NotFoundError where no base that is known has such a pool."""
+    """Return a pool's demand. Raises NotFoundError if no known base has such a pool."""
     row = session.execute(_DEMAND, {"pool": pool}).mappings().one_or_none()
     if row is None:
         raise NotFoundError(f"There is no pool {pool[:200]!r}.", code="pool_not_found")

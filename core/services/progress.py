@@ -1,4 +1,4 @@
-"""Progress of running jobs, measured on their own steps: one statement for however many jobs are shown."""
+"""Progress of running jobs, measured from their own steps. One statement serves any number of jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from core.domain.progress import MEASURED_STEPS, Estimate, StepMark, estimate_fi
 def estimate_jobs(
     session: TenantSession, tenant_id: uuid.UUID, *, jobs: Sequence[Job], now: dt.datetime
 ) -> Mapping[uuid.UUID, Estimate]:
-    """Return an estimate for those of a tenant's jobs that run on and have done two steps in this attempt."""
+    """Return an estimate for those of a tenant's jobs that keep running and have done two steps in this attempt."""
     running = {job.id: job for job in jobs if job.status == JobStatus.RUNNING and job.pause_requested_at is None}
     estimates = {}
     for job_id, marks in _last_steps(session, tenant_id, list(running)).items():
@@ -36,6 +36,8 @@ def _last_steps(
     marks: dict[uuid.UUID, list[StepMark]] = defaultdict(list)
     if not job_ids:
         return marks
+    # For each job the lateral query reads the primary key (job_id, step) backwards, and stops after MEASURED_STEPS
+    # rows.
     last = (
         select(Observation.step, Observation.created_at)
         .where(

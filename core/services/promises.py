@@ -1,7 +1,8 @@
-"""The promises I1-I10 as questions to a live system: each counts what it looked at and names what breaks the promise.
+"""Checks the promises I1-I10 on a live system. Each check counts what it looked at and names what breaks the promise.
 
-Nothing is changed or locked. One statement sees one moment, so that work in progress is no finding. What rows cannot
-know, they are asked for as far as they go: docs/contract.md says which tests prove the rest.
+The checks change and lock nothing. Each runs as one statement, which sees one moment, so work in progress is never
+reported. Where rows cannot prove a promise wholly, the check covers the part that they show; docs/contract.md lists the
+tests that prove the rest.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, FairnessTerms, slot_
 from core.storage import ObjectNotFoundError, ObjectStore, StoredObject
 
 _MAX_SHOWN = 5
-# Loading a base, and leaving a job to a worker that seemed to be about to take it.
+# Time to load a base, and time for which a job is left to another worker that is about to take it.
 _LOAD_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one promise's check has seen. `broken` names rows or objects, a few of them."""
+    """The result of one promise's check. `broken` names a few of the rows or objects that break it."""
 
     promise: str
     says: str
@@ -35,7 +36,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Check:
-    """`seen` counts what is looked at; `broken` selects one text a broken promise."""
+    """`seen` is SQL that counts what is checked. `broken` is SQL that returns one text for each violation."""
 
     promise: str
     says: str
@@ -71,6 +72,9 @@ _CHECKS = (
               or (select count(*) from adapters d where d.job_id = j.id) <> (j.status = 'succeeded')::int""",
     ),
     _Check(
+        # For steps: `f` has the last step of each attempt, and the first step of any newer attempt of the same job.
+        # When a newer attempt begins, the numbers from its first step on are deleted. So an older attempt's step at or
+        # beyond it was written too late. `offset 0` keeps the lateral query from being merged into the join.
         "I3",
         "Only the newest fence has written: leases, steps and artifacts are those of the attempt that held the job.",
         "select (select count(*) from attempts) + (select count(*) from metrics) + (select count(*) from checkpoints)",
@@ -189,17 +193,17 @@ _CHECKS = (
 
 
 def check_rows(session: AuditorSession, terms: FairnessTerms) -> tuple[Finding, ...]:
-    """Check what rows can tell: every promise but I7. `terms` are those of the workers."""
+    """Check every promise that rows can show: all but I7. `terms` are those of the workers."""
     return tuple(_ask(session, check, terms) for check in _CHECKS)
 
 
 def check_objects(session: AuditorSession, store: ObjectStore, *, is_deep: bool) -> Finding:
-    """Check I7: what rows name is in the object store, at its size, and with `is_deep` byte for byte.
+    """Check I7: the objects that rows name are stored, with their size, and with `is_deep` byte for byte.
 
-    The rows are read first; one whose object is missing is asked for again, in case it was deleted meanwhile.
+    The rows are read first. If an object is missing, its row is read again, because it may have been deleted meanwhile.
     """
     named = list(_named_objects(session))
-    session.rollback()  # no transaction is open while the object store is asked
+    session.rollback()  # no transaction is open during requests to the object store
     suspects = [each for each in named if not _is_stored(store, each, is_deep=is_deep)]
     still_named = {each.object_key for each in _named_objects(session)} if suspects else set()
     broken = [each.object_key for each in suspects if each.object_key in still_named]

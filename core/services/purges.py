@@ -1,4 +1,4 @@
-"""What tenants deleted, or let expire, and whose objects are still there. Deleting them twice does no harm."""
+"""Finds rows that were deleted or have expired and whose objects still exist. Deleting an object twice is harmless."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from core.db.models import Adapter, Checkpoint, File, ResumePoint, Upload
 from core.db.session import ServiceSession
 from core.domain.objects import upload_prefix
 
-# So many rows of each tenant are due at a time: whoever deleted a million lets the others wait for so many.
+# The number of due rows taken of each tenant at a time. A tenant that deleted a million rows delays the others only by
+# this many.
 _TURN = 20
 _KINDS: dict[str, type[File | Upload | Adapter | Checkpoint]] = {
     "file": File,
@@ -20,7 +21,8 @@ _KINDS: dict[str, type[File | Upload | Adapter | Checkpoint]] = {
     "adapter": Adapter,
     "checkpoint": Checkpoint,
 }
-# Nobody goes on from the resume points of a job that is over.
+# One lateral query for each tenant, with a limit, so that every tenant gets its turn. Resume points of ended jobs are
+# due at once, because no attempt will resume from them.
 _DUE = text("""
 select due.kind, due.id, t.id as tenant_id, due.location
 from tenants t cross join lateral (
@@ -47,7 +49,7 @@ order by t.id
 
 @dataclass(frozen=True)
 class Purge:
-    """A row that is over, and its objects: one key, or all behind a prefix, which ends in a slash."""
+    """A row that is over, and its objects: one key, or all keys behind a prefix, which ends in a slash."""
 
     kind: str
     row_id: uuid.UUID
@@ -56,14 +58,14 @@ class Purge:
 
 
 def find_purges(session: ServiceSession) -> tuple[Purge, ...]:
-    """Return some of what is due of every tenant, one tenant's after another's."""
+    """Return some of the due rows of every tenant, tenant by tenant."""
     return tuple(
         Purge(row.kind, row.id, row.tenant_id, _location_of(row)) for row in session.execute(_DUE, {"turn": _TURN})
     )
 
 
 def mark_purged(session: ServiceSession, purge: Purge) -> None:
-    """Say that the objects are gone; they count no longer."""
+    """Record that the objects are deleted. They no longer count as stored."""
     if purge.kind == "resume_point":
         session.execute(delete(ResumePoint).where(ResumePoint.id == purge.row_id))
         return

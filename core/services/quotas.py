@@ -1,12 +1,21 @@
-"""What a tenant may have at once. What passes a quota later waits (running jobs, GPU-seconds); the rest is refused.
+"""What a tenant may have at once.
 
-A quota bounds a state, however it is come by. `max_queued` bounds the jobs that wait, queued, paused or about to be
-paused; `max_storage_bytes` all that is stored under rows of the tenant until its objects are gone. Triggers keep both
-counts, so no verb can forget to. What happens without the tenant's doing is never refused, and counts: a job that comes
-back to its queue, what a running job stores.
+A quota bounds a state, whichever request leads to it:
 
-Counting and adding are done under a lock of the tenant, so that requests at once cannot pass a quota together. The
-locks are taken as late as can be, because a tenant's other requests of the kind wait for them.
+| quota | what counts | checked at | when full |
+|---|---|---|---|
+| `max_running` | running jobs | the claim | the job waits |
+| `max_gpu_seconds_per_month` | GPU-seconds used | the claim | the job waits |
+| `max_queued` | jobs queued, paused or about to pause | submission, pause | `queue_quota_exceeded` |
+| `max_storage_bytes` | bytes of rows whose objects exist | upload, submission | `storage_quota_exceeded` |
+| `max_storage_bytes` | the same | the claim | the job waits |
+| `max_tokens_per_job` | tokens that the job may train | submission | `token_quota_exceeded` |
+
+Triggers keep the counts of `max_queued` and `max_storage_bytes`, so no code path can forget to. What happens without
+the tenant's request is never refused, but it counts: a job that returns to its queue, and what a running job stores.
+
+A check and the insert after it run under a lock of the tenant, so that simultaneous requests cannot pass a quota
+together. The locks are taken as late as possible, because other requests of the tenant wait for them.
 """
 
 from __future__ import annotations
@@ -21,18 +30,18 @@ from core.db.session import TenantSession
 from core.domain.errors import InvalidRequestError, PermissionDeniedError, RateLimitedError
 from core.domain.training import TrainingSpec
 
-# What a chat template may add to a row beyond the row's own bytes.
+# The tokens that a chat template may add to a row, beyond the bytes of the row itself.
 _TEMPLATE_TOKENS = 64
 
 
 def has_queue_place(tenant_id: ColumnElement[uuid.UUID]) -> ColumnElement[bool]:
-    """Return the condition that one more job may wait. Whoever takes the place holds the tenant's lock "queue"."""
+    """Return the condition that one more job may wait. A caller that takes it holds the tenant's lock "queue"."""
     quota = select(Tenant.max_queued).where(Tenant.id == tenant_id).scalar_subquery()
     return _num_waiting(tenant_id).scalar_subquery() < quota
 
 
 def check_queue(session: TenantSession, tenant_id: uuid.UUID) -> None:
-    """Raise RateLimitedError when as many jobs wait as may."""
+    """Raise RateLimitedError when the maximum number of jobs waits."""
     num_waiting = session.scalars(_num_waiting(tenant_id)).one()
     quota = session.scalars(select(Tenant.max_queued).where(Tenant.id == tenant_id)).one()
     if num_waiting >= quota:
@@ -44,25 +53,25 @@ def check_queue(session: TenantSession, tenant_id: uuid.UUID) -> None:
 
 
 def _num_waiting(tenant_id: uuid.UUID | ColumnElement[uuid.UUID]) -> Select[int]:
-    """Count by the tenant's queues, which are few and which triggers keep, and not by its jobs."""
+    """Count by the tenant's queues, which are few and kept by triggers, and not by its jobs."""
     num_waiting = func.sum(Queue.num_queued + Queue.num_paused)
     return select(cast(func.coalesce(num_waiting, 0), BigInteger)).where(Queue.tenant_id == tenant_id)
 
 
 def is_within_storage() -> ColumnElement[bool]:
-    """Return the condition on a tenant's row that no more is stored than may be, so that its jobs may start."""
+    """Return the condition on a tenant's row that its stored bytes are within the quota, so that its jobs may start."""
     return func.within_storage_quota(Tenant.id, Tenant.max_storage_bytes, type_=Boolean)
 
 
 def check_storage(session: TenantSession, tenant_id: uuid.UUID, *, num_bytes: int = 0) -> None:
-    """Raise PermissionDeniedError when what is stored and `num_bytes` more are over the quota."""
+    """Raise PermissionDeniedError when the stored bytes plus `num_bytes` exceed the quota."""
     stored, quota = _read_storage(session, tenant_id)
     if quota is not None and stored + num_bytes > quota:
         raise _over_storage(stored, quota)
 
 
 def refuse_storage(session: TenantSession, tenant_id: uuid.UUID) -> PermissionDeniedError:
-    """Return the error of a tenant that stores more than it may."""
+    """Return the error for a tenant that stores more than it may."""
     return _over_storage(*_read_storage(session, tenant_id))
 
 
@@ -82,13 +91,13 @@ def _over_storage(stored: int, quota: int | None) -> PermissionDeniedError:
 
 
 def reserve_storage(session: TenantSession, tenant_id: uuid.UUID, *, num_bytes: int) -> None:
-    """As `check_storage`, and nobody else of the tenant can reserve until the transaction ends."""
+    """The same as `check_storage`. The tenant's other transactions cannot reserve until this one ends."""
     lock_for_tenant(session, tenant_id, purpose="storage")
     check_storage(session, tenant_id, num_bytes=num_bytes)
 
 
 def check_tokens(spec: TrainingSpec, *, quota: int | None, dataset: File) -> None:
-    """Refuse a job that may train more tokens than the quota says. Counted from above: a token has a byte at least."""
+    """Refuse a job that may train more tokens than the quota. Counts an upper bound: a token has at least a byte."""
     by_length = dataset.num_examples * spec.max_seq_len
     by_bytes = dataset.size_bytes + dataset.num_examples * _TEMPLATE_TOKENS
     num_tokens = spec.n_epochs * min(by_length, by_bytes)

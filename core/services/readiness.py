@@ -1,4 +1,4 @@
-"""What the processes of the service need to be ready: a database that takes writes, and the object store."""
+"""What a process needs to be ready: a database that takes writes, and the object store (core.telemetry.readiness)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from core.telemetry.readiness import Need, Readiness
 
 
 def find_readiness(engine: Engine, store: S3ObjectStore, *, is_store_vital: bool) -> Readiness:
-    """Return what to ask. A process for which the store is not vital does most of its work without it."""
+    """Return the needs of a process. A process for which the store is not vital does most of its work without it."""
     return Readiness(
         Need("database", "database_unavailable", partial(check_database, engine)),
         Need("object store", "storage_unavailable", partial(_check_store, store), is_vital=is_store_vital),

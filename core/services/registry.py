@@ -24,9 +24,9 @@ def read_registry(path: Path) -> Registry:
 
 
 def sync_base_models(session: OwnerSession, registry: Registry) -> None:
-    """Make the table say what the registry says; a base that left the registry is said to be out of it, never deleted.
+    """Make the table match the registry. A base that left the registry is marked as such, and never deleted.
 
-    What was registered by hand stays, unless the registry names it.
+    Bases registered by hand stay, unless the registry names them.
     """
     ids = [entry.id for entry in registry.base_models]
     is_left = and_(BaseModelRow.id.not_in(ids), BaseModelRow.is_registered_by_hand.is_(False))
@@ -36,7 +36,7 @@ def sync_base_models(session: OwnerSession, registry: Registry) -> None:
 
 
 def register_base_model(session: OwnerSession, entry: BaseModelEntry, *, is_by_hand: bool) -> None:
-    """Add a base, or make its row say what the entry says. What was found of one that has changed counts no more."""
+    """Add a base, or update its row. If its entry has changed, earlier findings no longer count."""
     values = entry.model_dump(mode="json") | {"is_enabled": True, "is_registered_by_hand": is_by_hand}
     statement = insert(BaseModelRow).values(values)
     row, given = BaseModelRow.__table__.c, statement.excluded
@@ -47,9 +47,9 @@ def register_base_model(session: OwnerSession, entry: BaseModelEntry, *, is_by_h
 
 
 def unregister_base_model(session: OwnerSession, base_model_id: str) -> None:
-    """Take a base that was registered by hand out again. Jobs that have been submitted go on.
+    """Remove a base that was registered by hand. Submitted jobs continue.
 
-    Raises NotFoundError, and ConflictError for one that stands in the registry's file.
+    Raises NotFoundError, and ConflictError for a base in the registry's file.
     """
     row = get_known_base_model(session, base_model_id)
     if row.is_in_registry and not row.is_registered_by_hand:

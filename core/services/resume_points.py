@@ -1,7 +1,7 @@
-"""Resume points: stored slot states from which a job's next attempt goes on, on any worker.
+"""Resume points: stored slot states from which a job's next attempt resumes, on any worker.
 
-A row is published by the fence only when its objects are there. The newest two are kept, so that one that turns out to
-be damaged has another behind it; what an attempt does not build on goes with everything beyond it.
+A row is published under the fence, after its objects are stored. The newest two points are kept, so that a damaged one
+has another behind it. When an attempt starts from a point, all points of later steps are deleted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def list_resume_points(session: ServiceSession, lease: Lease) -> Sequence[Resume
 def record_resume_point(
     session: ServiceSession, lease: Lease, *, step: int, artifact: StoredArtifact
 ) -> tuple[str, ...]:
-    """Publish a stored slot state, once, and return the object prefixes that the job needs no longer."""
+    """Publish a stored slot state once. Return the object prefixes that the job no longer needs."""
     job = lock_held(session, lease)
     points = list_resume_points(session, lease)
     if any((point.lease_token, point.step) == (lease.token, step) for point in points):
@@ -54,10 +54,10 @@ def record_resume_point(
 
 
 def begin_steps(session: ServiceSession, lease: Lease, *, step: int, total_steps: int) -> tuple[str, ...]:
-    """Note that an attempt steps from now on, after `step` (0 is the start): later numbers go, and come again.
+    """Record that an attempt trains from now on, after `step` (0 is the start). Numbers of later steps are deleted.
 
-    `total_steps` replaces the estimate that was made at the submission. Published checkpoints stay. Returns the object
-    prefixes of the resume points that went.
+    `total_steps` replaces the estimate of the submission. Published checkpoints stay. Returns the object prefixes of
+    the deleted resume points.
     """
     job = lock_held(session, lease)
     job.trained_steps, job.total_steps = step, total_steps
@@ -75,7 +75,7 @@ def begin_steps(session: ServiceSession, lease: Lease, *, step: int, total_steps
 
 
 def _count_observations(session: ServiceSession, job: Job, *, until: int) -> int:
-    """Return how many steps up to `until` have numbers: a step has none if it was skipped.
+    """Return how many steps up to `until` have numbers. A skipped step has none.
 
     The reports of all steps before a resume point are stored before the point itself, so none is missing.
     """
@@ -86,6 +86,6 @@ def _count_observations(session: ServiceSession, job: Job, *, until: int) -> int
 
 
 def forget_resume_points(session: ServiceSession, lease: Lease) -> tuple[str, ...]:
-    """Drop the resume points of a job that has ended, and return their object prefixes."""
+    """Delete the resume points of an ended job. Return their object prefixes."""
     dropped = delete(ResumePoint).where(ResumePoint.job_id == lease.job_id).returning(ResumePoint.object_prefix)
     return tuple(session.scalars(dropped).all())

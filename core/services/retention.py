@@ -1,8 +1,17 @@
-"""What is kept for a time only. Each call deletes about BATCH_ROWS rows at most, by job, and may be made twice.
+"""Deletes what is kept for a limited time. Each call deletes about BATCH_ROWS rows at most and may be repeated.
 
-Jobs are gone through in the order in which they ended. A mark says how far each kind has come, so that a call costs
-the same however many jobs ended before. What tenants have made is never deleted here: a job stays, with its attempts,
-for as long as its adapter or a checkpoint of it does. Bookings of usage stay for ever.
+| kind | the age counts from | when it goes |
+|---|---|---|
+| log lines, events, observations | the job's end | when it is old enough |
+| checkpoints | the job's end | they are marked as deleted, and the purge deletes their objects |
+| jobs | the job's end | when nothing that the job made is left (`IS_SPENT`) |
+| uploads | the purge of the parts | when it is old enough |
+| files | the purge of the object | when no job and no upload names the file |
+| audit entries | the entry | when it is old enough |
+
+Jobs are walked in the order in which they ended. A mark for each kind stores how far the walk has come, so a call costs
+the same however many jobs ended before. A job with an adapter or a checkpoint stays, with its attempts. Bookings of
+usage stay for ever.
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ _BATCH_WALKED = 100
 
 
 class Kind(StrEnum):
-    """What is deleted by its age, in the order in which it is done."""
+    """What is deleted by its age, in the order of deletion."""
 
     LOG_LINES = "log_lines"
     EVENTS = "events"
@@ -41,7 +50,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Batch:
-    """How many rows went, by table, and whether there may be more to do."""
+    """How many rows of each table were deleted, and whether there may be more."""
 
     num_rows: Counter[str]
     has_more: bool
@@ -55,6 +64,8 @@ update checkpoints set deleted_at = now() where id = any(array(
 _OF_JOBS: dict[Kind, TextClause] = {Kind(table): statement for table, statement in HISTORY.items()} | {
     Kind.CHECKPOINTS: _GIVE_UP_CHECKPOINTS
 }
+# One batch behind the mark, read from the index on (finished_at, id). `walked` bounds the batch first, so that the
+# tests of `is_spent` run for these rows only.
 _NEXT_JOBS = """
 select id, tenant_id, finished_at, swept_at from jobs
 where (finished_at, id) > (:finished_at, :job) and finished_at < now() - make_interval(days => :days)
@@ -66,7 +77,7 @@ with walked as ({_NEXT_JOBS})
 select w.id, w.tenant_id, w.finished_at, w.swept_at, {IS_SPENT} and {IS_IN_REACH.format(duty=Duty.FORGET)} as is_spent
 from walked w order by w.finished_at, w.id
 """)  # noqa: S608 (of constants)
-# Files that were deleted, in the order in which their objects went. A job that stays names its files.
+# Deleted files, in the order in which their objects were purged. A file is spent when no job or upload names it.
 _NEXT_FILES = text("""
 with walked as (
     select f.id, f.purged_at from files f
@@ -81,7 +92,7 @@ select w.id, w.purged_at as finished_at, coalesce(
 from walked w order by w.purged_at, w.id
 """)
 _DELETE_FILE = text("delete from files where id = :file")
-# Ids are in the order of time, so that those to delete are the first.
+# Ids sort by time, so the oldest uploads come first in the primary key.
 _OLD_UPLOADS = text("""
 select id, tenant_id from uploads
 where id < :before and purged_at < now() - make_interval(days => :days) order by id limit :num
@@ -95,7 +106,7 @@ _FORGET_AUDIT_ENTRIES = text("select forget_audit_entries(make_interval(days => 
 
 
 def forget_some(session: ServiceSession, kind: Kind, *, days: int) -> Batch:
-    """Delete some of what is older than so many days."""
+    """Delete some rows that are older than this many days."""
     match kind:
         case Kind.JOBS:
             return _forget_jobs(session, days)
@@ -122,7 +133,7 @@ def _forget_of_jobs(session: ServiceSession, kind: Kind, days: int) -> Batch:
 
 
 def _forget_jobs(session: ServiceSession, days: int) -> Batch:
-    """Delete spent jobs. Those that were passed over may be spent later, so behind the last it begins anew."""
+    """Delete spent jobs. At the end the walk starts again, because jobs that were skipped may be spent later."""
     jobs, last = _next_rows(session, Kind.JOBS, _NEXT_SPENT, days), None
     num_rows: Counter[str] = Counter()
     for job in jobs:
@@ -146,13 +157,13 @@ def _forget_uploads(session: ServiceSession, days: int) -> Batch:
         most = BATCH_ROWS - num_rows.total()
         num_rows["upload_parts"] += run(session, _DELETE_PARTS, tenant=upload.tenant_id, upload=upload.id, most=most)
         if num_rows.total() >= BATCH_ROWS:
-            break  # the upload may have more
+            break  # this upload may have more parts
         num_rows[Kind.UPLOADS] += run(session, _DELETE_UPLOAD, upload=upload.id)
     return Batch(num_rows, has_more=bool(uploads))
 
 
 def _forget_files(session: ServiceSession, days: int) -> Batch:
-    """Delete deleted files that nobody names. What is named now may not be later, so behind the last it begins anew."""
+    """Delete deleted files that no row names. At the end the walk starts again, because others may be free later."""
     files = _next_rows(session, Kind.FILES, _NEXT_FILES, days)
     num_rows = sum(run(session, _DELETE_FILE, file=file.id) for file in files if file.is_spent)
     has_more = len(files) == _BATCH_WALKED

@@ -1,7 +1,16 @@
-"""Rows that a duty could not do: it leaves each alone for a while, with the reason, and does the others.
+"""Rows set aside: when a duty fails on one row, it leaves this row alone for a while and continues with the others.
 
-What one row raises is undone to a savepoint, and so is a statement over one row that ran into a time limit. What the
-database raises because it is away is no row's fault and passes.
+The row's changes are rolled back to a savepoint, and the reason is stored.
+
+| what the work on a row raises | the row |
+|---|---|
+| an error over the row's data: one of `ROW_ERRORS` | is set aside |
+| a time limit of a statement or transaction (`took_too_long`) | is set aside |
+| another of `DATABASE_ERRORS`: the database is away | is not at fault; the error is raised |
+| any other error | the error is raised: the code is at fault |
+
+A row set aside is tried again after `FIRST_REST_SECONDS`. The pause doubles with each failure, up to
+`LONGEST_REST_SECONDS`.
 """
 
 from __future__ import annotations
@@ -25,8 +34,9 @@ from core.domain.duties import FIRST_REST_SECONDS, LONGEST_REST_SECONDS, Duty
 
 log = structlog.get_logger()
 
-# What a row raises that holds what it should not: PostgreSQL over a value or its bytes, or our code over what it finds
-# in it. Where one error is of these and of DATABASE_ERRORS, whoever has one row in hand takes it for the row's.
+# The errors that invalid data in a row causes: PostgreSQL refuses a value or its bytes, or our code finds something
+# that it does not expect. DamagedRowError is also one of DATABASE_ERRORS. During the work on one row it counts as the
+# row's.
 ROW_ERRORS = (
     DamagedRowError,
     DataError,
@@ -43,14 +53,14 @@ _REMEMBERED_FOR = timedelta(days=1)
 
 @dataclass
 class Trial:
-    """`is_done` once a row has been done."""
+    """The work on one row. `is_done` is True once it has succeeded."""
 
     is_done: bool = False
 
 
 @contextmanager
 def setting_aside(session: ServiceSession, duty: Duty, *, row_id: uuid.UUID, tenant_id: uuid.UUID) -> Iterator[Trial]:
-    """Undo what the block did where its row is at fault, set the row aside, and go on behind the block."""
+    """Run a block for one row. If the row is at fault, undo the block's changes, set the row aside and continue."""
     trial = Trial()
     try:
         with session.begin_nested():
@@ -65,7 +75,7 @@ def setting_aside(session: ServiceSession, duty: Duty, *, row_id: uuid.UUID, ten
 def set_aside(
     session: ServiceSession, duty: Duty, *, row_id: uuid.UUID, tenant_id: uuid.UUID, error: Exception
 ) -> None:
-    """Let a duty leave a row alone for a while, each time it fails for twice as long."""
+    """Let a duty leave a row alone for a while, and for twice as long after each further failure."""
     reason = _describe(error)
     log.error("row.set_aside", duty=duty, row_id=str(row_id), tenant_id=str(tenant_id), reason=reason)
     first = insert(SetAside).values(
@@ -92,17 +102,17 @@ def is_in_reach(duty: Duty, row_id: ColumnElement[uuid.UUID] | InstrumentedAttri
 
 
 def list_set_asides(session: OperatorSession) -> Sequence[SetAside]:
-    """Return what is set aside, of all tenants, the oldest first. For operators."""
+    """Return the rows set aside, of all tenants, the oldest first. For operators."""
     return session.scalars(select(SetAside).order_by(SetAside.created_at)).all()
 
 
 def forget_set_asides(session: ServiceSession) -> None:
-    """Forget what has not failed for a day since it was to be tried again: it was done, or is gone."""
+    """Forget rows that have not failed for a day since their last retry was due: they were done, or are gone."""
     session.execute(delete(SetAside).where(SetAside.retry_at < func.now() - _REMEMBERED_FOR))
 
 
 def _describe(error: Exception) -> str:
-    """Say what is wrong, in a line without the row's values."""
+    """Describe an error in one line, without the row's values."""
     match error:
         case DBAPIError():
             told = getattr(getattr(error.orig, "diag", None), "message_primary", None) or type(error.orig).__name__

@@ -1,6 +1,6 @@
-"""Following jobs: what has happened behind each watch's last event, and which watches are over.
+"""Reads what followers of jobs have missed, and whether their jobs are over.
 
-One statement reads the events and the job's status in one snapshot, so that a job seen as ended has no event to come.
+One statement reads the events and the job's status in one snapshot. So a job that is seen as ended has no later event.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from core.db.session import TenantSession
 from core.domain.jobs import TERMINAL_STATUSES
 from core.services.api_keys import find_reading_keys
 
-# So many events are read at once for all watches together, and so many at least for each. One that has much to catch up
-# with takes few trips, and many that come back at once fill no memory.
+# `_NUM_EVENTS` is divided among all watches of one read, with `_MIN_EVENTS` for each at least. A watch that is far
+# behind needs few reads, and many watches that return at once do not fill the memory.
 _NUM_EVENTS = 1000
 _MIN_EVENTS = 50
 
 
 @dataclass(frozen=True)
 class Watch:
-    """One follower of one job: by which API key, and behind which event number."""
+    """One follower of one job: its API key, and the last event number that it has."""
 
     job_id: uuid.UUID
     key_id: str
@@ -35,7 +35,7 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class MissedEvent:
-    """An event's own columns, in the order in which they are read."""
+    """The columns of one event, in the order of the query."""
 
     number: int
     id: uuid.UUID
@@ -48,9 +48,9 @@ class MissedEvent:
 
 @dataclass(frozen=True)
 class WatchState:
-    """What a watch has missed, oldest first and a bounded number, and whether there can be more.
+    """The next events of a watch, oldest first and bounded in number. `has_more` says that there may be more.
 
-    `final_status` is set once the job has ended and `events` are its last; `is_key_live` is False for a key that was
+    `final_status` is set once the job has ended and `events` are its last. `is_key_live` is False for a key that was
     revoked or has expired.
     """
 
@@ -61,7 +61,7 @@ class WatchState:
 
 
 def read_watches(session: TenantSession, tenant_id: uuid.UUID, *, watches: Sequence[Watch]) -> list[WatchState]:
-    """Return the state of each of one tenant's watches, in their order. An unknown job reads as one without events."""
+    """Return the state of each of one tenant's watches, in their order. An unknown job looks like one without any."""
     live_keys = find_reading_keys(session, tenant_id, {watch.key_id for watch in watches})
     limit = max(_MIN_EVENTS, _NUM_EVENTS // max(1, len(watches)))
     events: list[list[MissedEvent]] = [[] for _ in watches]
@@ -87,9 +87,9 @@ def _conclude(missed: list[MissedEvent], *, status: str | None, is_key_live: boo
 
 
 def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch], limit: int) -> Any:
-    """Rows of (position of the watch from 1, the job's status, an event's columns or None), in order.
+    """Return rows of (position of the watch from 1, the job's status, an event's columns or None), in order.
 
-    A deleted job has its last status, so that its followers learn that it is over, and no event.
+    A deleted job has its last status and no events, so that its followers learn that it is over.
     """
     positions = func.unnest(
         literal(list(range(1, len(watches) + 1)), ARRAY(Integer)),
@@ -99,6 +99,8 @@ def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch], limit: int) -
     watched = positions.table_valued(
         column("position", Integer), column("job_id", Uuid), column("after", BigInteger)
     ).render_derived(name="watched")
+    # For each watch the lateral query reads the index on (job_id, number) from `after` on, and stops after `limit`
+    # rows.
     missed = (
         select(*(getattr(Event, each.name) for each in fields(MissedEvent)))
         .where(Event.tenant_id == tenant_id, Event.job_id == watched.c.job_id, Event.number > watched.c.after)

@@ -1,7 +1,7 @@
-"""Submitting a job.
+"""Submits a job.
 
-Everything that can be checked without a GPU is checked, every "auto" is resolved, and the work is announced once it is
-committed: the queued row is the outbox, NOTIFY only makes it quicker.
+Everything that can be checked without a GPU is checked, and every "auto" becomes a number. The queued row itself is the
+outbox: a notification after the commit only makes the start quicker.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _NEW_COLUMNS = (
 
 
 class DatasetRows(Frozen):
-    """The rows of a tenant's file, and how one base would see them."""
+    """The rows of a tenant's file, and how one base would tokenise them."""
 
     file: DatasetName
     tenant_id: uuid.UUID
@@ -80,7 +80,7 @@ class DatasetRows(Frozen):
 
 
 class UncheckedRowsError(Exception):
-    """Nobody has seen yet whether the base's chat template takes these rows, which needs no transaction."""
+    """The rows were not yet rendered with the base's chat template. Rendering them needs no transaction."""
 
     def __init__(self, rows: DatasetRows) -> None:
         super().__init__(rows)
@@ -98,8 +98,8 @@ def submit_job(
 ) -> Job:
     """Check a request and queue it. Raises InvalidRequestError naming the field, or the error of a quota.
 
-    The advisory lock `shared_lock` is taken with the first look at the rows: round trips are most of what this costs.
-    Where the base's tokenizer is known, rows that are not checked raise UncheckedRowsError.
+    The advisory lock `shared_lock` is taken by the first query, because round trips are most of the cost. If the base's
+    tokenizer is known, rows that are not checked raise UncheckedRowsError.
     """
     found = _find_means(session, tenant_id, request, shared_lock=shared_lock)
     if not found.is_within_storage:
@@ -161,7 +161,7 @@ def resolve_spec(request: JobRequest, *, base: BaseModelRow, num_examples: int) 
 
 
 def _check_files(session: TenantSession, tenant_id: uuid.UUID, request: JobRequest, found: _Means) -> File:
-    """Return the training file. Raises InvalidRequestError for a file that is not there or cannot be trained on."""
+    """Return the training file. Raises InvalidRequestError for a file that does not exist or cannot be trained on."""
     training_file = found.training_file or _get_dataset(session, tenant_id, request.training_file_id, "training_file")
     _check_dataset(training_file, param="training_file")
     if request.validation_file_id is not None:
@@ -172,13 +172,13 @@ def _check_files(session: TenantSession, tenant_id: uuid.UUID, request: JobReque
 
 
 def _get_trainable(session: TenantSession, tenant_id: uuid.UUID, *, model: str) -> BaseModelRow:
-    """Return a base. Raises InvalidRequestError for what was trained, by each name that the tenant may know it by."""
+    """Return a base. Raises InvalidRequestError for a fine-tuned model, by each name that the tenant may use for it."""
     if is_checkpoint_model(model):
         checkpoint = find_checkpoint(session, tenant_id, name=model)
         raise _refuse_warm_start(checkpoint.model_name.split(":")[1])  # a base's id has no colon
     if is_fine_tuned_model(model):
         raise _refuse_warm_start(find_adapter(session, tenant_id, name=model).row.base_model_id)
-    with suppress(NotFoundError):  # then it is a base's name, or nothing's
+    with suppress(NotFoundError):  # no adapter: then it is the name of a base, or of nothing
         adapter = get_adapter(session, tenant_id, adapter_id=parse_id(IdKind.ADAPTER, model))
         raise _refuse_warm_start(adapter.row.base_model_id)
     return get_base_model(session, tenant_id, base_model_id=model)
@@ -220,7 +220,9 @@ def _find_means(
 
 @cache
 def _means_query() -> Select[BaseModelRow, str | None, File, File, int | None, bool]:
-    """Made once: making it takes longer than running it."""
+    """Built once, because building the query takes longer than running it."""
+    # One row by outer joins on primary keys. What does not exist for the tenant is null, so one round trip finds every
+    # fault.
     tenant_id: BindParameter[uuid.UUID] = bindparam("tenant_id", type_=Uuid)
     base_model_id: BindParameter[str] = bindparam("base_model_id", type_=Text)
     training, validation = aliased(File), aliased(File)
@@ -250,7 +252,7 @@ def _locking_means_query() -> Select[BaseModelRow, str | None, File, File, int |
 def _require_checked(
     found: _Means, training_file: File, *, max_seq_len: int, is_checked: Callable[[DatasetRows], bool]
 ) -> None:
-    """Raise UncheckedRowsError for a file whose rows may be checked and are not. No worker may have loaded the base."""
+    """Raise UncheckedRowsError for a file whose rows can be checked and are not. Passes before a load of the base."""
     files: dict[DatasetName, File | None] = {"training": training_file, "validation": found.validation_file}
     for name, file in files.items():
         if file is not None and (key := found.tokenizer_key) is not None:
@@ -269,18 +271,18 @@ def _require_checked(
 def _queue_job(session: TenantSession, tenant_id: uuid.UUID, *, new: dict[str, Any]) -> Job:
     """Add a job and its first event in one statement, and announce the work. Raises RateLimitedError by quota.
 
-    The event is announced to nobody: who knows of the job, knows of it after the commit, and finds the event there.
+    The event needs no notification: followers learn of the job only after the commit, and find the event then.
     """
     lock_for_tenant(session, tenant_id, purpose="queue")
     while (added := _add_job(session, new)) is None:
-        check_queue(session, tenant_id)  # or the digits were another job's, and are drawn again
+        check_queue(session, tenant_id)  # or the digits belong to another job; new ones are drawn
     notify_after_commit(session, WAKE_CHANNEL, added.pool)
     event.listen(session, "after_commit", lambda _session: reach(CrashPoint.POST_INSERT), once=True)
     return added
 
 
 def _add_job(session: TenantSession, new: dict[str, Any]) -> Job | None:
-    """Add a job under a fresh id, or None where there is no place, or its model's name is taken."""
+    """Add a job under a new id. Return None if the queue is full, or the name of its model is taken."""
     job_id = new_id()
     drawn = {"id": job_id, "name_digits": job_id.hex[-8:], "event_id": new_id()}
     added: Job | None = session.scalar(_addition(), new | drawn)
@@ -289,7 +291,7 @@ def _add_job(session: TenantSession, new: dict[str, Any]) -> Job | None:
 
 @cache
 def _addition() -> Select[Any]:
-    """Made once, too."""
+    """Built once, too."""
     table = Job.__table__.c
     new = {name: bindparam(name, type_=table[name].type) for name in _NEW_COLUMNS}
     row = select(*new.values(), literal(JobStatus.QUEUED, Text)).where(has_queue_place(new["tenant_id"]))

@@ -22,7 +22,7 @@ TenantName = Annotated[str, StringConstraints(min_length=1, max_length=200, patt
 
 
 class TenantChange(Frozen):
-    """What an operator may set of a tenant. A field that is not given stays; None is no limit, or every base."""
+    """What an operator may set for a tenant. A field that is not given stays. None means no limit, or every base."""
 
     LIMITS: ClassVar = (
         "weight",
@@ -72,7 +72,7 @@ def create_tenant(session: OperatorSession, slug: str, *, name: str | None = Non
 
 
 def find_tenant(session: OperatorSession, slug: str, *, lock: bool = False) -> Tenant:
-    """Return a tenant; with `lock`, as it stands once nobody else changes it, until the transaction ends."""
+    """Return a tenant. With `lock` it is locked until the transaction ends."""
     query = select(Tenant).where(Tenant.slug == slug)
     tenant = session.scalar(query.with_for_update(key_share=True) if lock else query)
     if tenant is None:
@@ -87,10 +87,9 @@ def list_tenants(session: OperatorSession, *, after: str | None, limit: int) -> 
 
 
 def change_tenant(session: OperatorSession, slug: str, *, change: TenantChange) -> Tenant:
-    """Set what is given.
+    """Set the given fields.
 
-    Raises NotFoundError for the tenant, ConflictError for one that is deleted, InvalidRequestError for a base nobody
-    knows.
+    Raises NotFoundError for the tenant, ConflictError for a deleted one, InvalidRequestError for an unknown base.
     """
     tenant = find_tenant(session, slug, lock=True)
     require_not_deleted(tenant.deleted_at)
@@ -104,13 +103,13 @@ def change_tenant(session: OperatorSession, slug: str, *, change: TenantChange) 
 
 
 def delete_tenant(session: OperatorSession, slug: str) -> Tenant:
-    """Delete a tenant for ever: its keys end, its names go, and the schedule erases what it has. Its slug is free.
+    """Delete a tenant for ever. Its keys end, its slug is free, and the schedule erases its names and data.
 
-    Raises NotFoundError, and ConflictError for one that is deleted.
+    Raises NotFoundError, and ConflictError for a deleted tenant.
     """
     tenant = find_tenant(session, slug, lock=True)
     require_not_deleted(tenant.deleted_at)
-    lock_for_tenant(session, tenant.id, purpose="api_keys")  # none of its keys makes another meanwhile
+    lock_for_tenant(session, tenant.id, purpose="api_keys")  # no key of the tenant makes another meanwhile
     live = (ApiKeyRow.tenant_id == tenant.id, ApiKeyRow.revoked_at.is_(None))
     session.execute(update(ApiKeyRow).where(*live).values(revoked_at=func.now()))
     session.execute(

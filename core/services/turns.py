@@ -1,8 +1,17 @@
-"""Whose turn it is: which pool a worker serves next, and which slot is lent to a tenant that waits.
+"""Whose turn it is: which pool a worker serves next, and which slot is lent to a waiting tenant.
 
-Both follow the order of fair share (core.domain.scheduling). A waiting job that another worker is about to take,
-because that one has room for it or loads its base, is left to it for a while: otherwise every worker would move for
-one job. A worker moves all the same where more jobs wait than those others have room for.
+Both decisions follow the order of fair share (core.domain.scheduling).
+
+| the next job is in | a worker |
+|---|---|
+| the pool that it holds | keeps its base |
+| another pool, which no other worker is about to serve | switches to that pool |
+| another pool, which another worker is about to serve | keeps its base until the job has waited `_LEFT_SECONDS` |
+| the same, and more jobs wait than those other workers have room for | switches to that pool |
+| another pool, and its tenant has used more than every tenant that holds a slot here | keeps its base |
+
+Without the third rule every worker would switch its base for one job. Another worker is about to serve a pool when it
+loads the base, or holds it and has a free slot. A busy worker also counts idle workers.
 """
 
 from __future__ import annotations
@@ -21,30 +30,30 @@ from core.domain.jobs import SUSPECT_PATIENCE_SECONDS
 from core.domain.scheduling import TURN_SECONDS, USAGE_HALF_LIFE_SECONDS
 from core.domain.training import MAX_SKIPPED_STEPS
 
-# So long is a job left to a worker that seems to be about to take it.
+# For this long a job is left to another worker that seems to be about to take it.
 _LEFT_SECONDS = 60.0
-# A slot changes hands only if the scores differ by more than this part of what a slot uses in a quantum: tenants that
-# are even do not swap their slots to and fro.
+# A slot is lent only if the scores differ by more than this part of a slot's use in a quantum. So two tenants with
+# equal scores do not exchange their slots again and again.
 _MARGIN = 0.5
-# So many tenants are looked at, the lowest scores first, when slots are counted that others wait for.
+# At most this many tenants, lowest scores first, are looked at when the slots are counted that others wait for.
 _MAX_WAITING_TENANTS = 100
 _MAX_READY_JOBS = 64
 
-# A tenant `t` whose jobs may start now.
+# Condition: the jobs of tenant `t` may start now.
 MAY_START = """
 t.disabled_at is null and within_gpu_quota(t.id, t.max_gpu_seconds_per_month)
   and within_storage_quota(t.id, t.max_storage_bytes)
   and (select count(*) from jobs r where r.tenant_id = t.id and r.status = 'running') < t.max_running
 """
-# A pool `p`, which is named after its base, whose base can be used as far as is known.
+# Condition: the base of pool `p` is not known to be unusable. A pool's name begins with its base.
 IS_USABLE = """
 not exists (select from base_models b where b.id = split_part(p.name, '@', 1) and b.state = 'unusable')
 """
-# A job `j` that is not set aside.
+# Condition: job `j` is not set aside.
 IS_IN_REACH = """
 not exists (select from set_asides s where s.duty = 'claim' and s.row_id = j.id and s.retry_at > now())
 """
-# Another worker `w` that takes jobs of pool `p.name` soon, if any come.
+# Condition: `w` is another worker that will soon take jobs of pool `p.name`.
 _IS_ABOUT_TO_SERVE = """
 w.alive_until > now() and w.state <> 'stopping' and not w.is_clock_wrong and w.name <> :worker
 and p.name = any(w.pools)
@@ -52,9 +61,10 @@ and not jsonb_exists(w.refusals, p.name) and (
     w.next_pool = p.name or (w.pool = p.name and (w.state = 'loading' or w.slots_in_use < w.slots))
     or (w.state = 'idle' and w.next_pool is null and w.pool is distinct from p.name and :counts_idle))
 """
-# A busy worker takes a job `j` that must be tried alone once it has waited for so long.
+# Condition: job `j`, which must be tried alone, has waited so long that a busy worker takes it.
 _HAS_PATIENCE = f"j.run_after <= now() - make_interval(secs => {SUSPECT_PATIENCE_SECONDS})"
-# More jobs of pool `p.name` may start than the workers that are about to serve it have room for.
+# Condition: more jobs of pool `p.name` may start than the workers that are about to serve it have room for. Both counts
+# are bounded: `_MAX_WAITING_TENANTS` tenants in the order of the queue's index, and `_MAX_READY_JOBS` jobs of each.
 _EXCEEDS_THEIR_ROOM = f"""
 (select sum(ready.num_jobs) from (
         select q.pool, q.tenant_id from queues q where q.pool = p.name and q.num_queued > 0
@@ -72,7 +82,9 @@ _EXCEEDS_THEIR_ROOM = f"""
 > (select sum(case when w.pool = p.name and w.state <> 'loading' then w.slots - w.slots_in_use else b.slots end)
     from workers w join base_models b on b.id = split_part(p.name, '@', 1) where {_IS_ABOUT_TO_SERVE})
 """  # noqa: S608 (of constants)
-# In each pool the fairest tenant's first job. Of those the fairest is served; of one tenant's, the one it put first.
+# One row for each of the worker's pools: the first job of the fairest tenant there, found through the index on `queues`
+# and the partial index of queued jobs. The outer order then picks the fairest tenant over all pools. Of two pools with
+# the same tenant, the one with that tenant's job of higher priority wins.
 _FAIREST = text(f"""
 select p.name as pool, c.tenant_id, c.id as job_id, c.rank,
     cardinality(cast(:holders as uuid[])) > 0 and not exists (
@@ -103,10 +115,11 @@ limit 1
 """)  # noqa: S608 (of constants)
 
 _SCORE = "share_score(t.usage + t.lift, t.usage_at, t.weight, :half_life)"
-# Slots among `held` that have had their quantum, in which at least one step was done. Steps that were skipped have no
-# numbers, and are never as many in a row as end a job.
-# A worker that has not heard that its mark was stored marks again.
+# A mark of lending lasts this long. A worker that did not learn that its mark was stored marks a slot again.
 _MARK_LASTS = "interval '2 minutes'"
+# The slots among `held` whose quantum is over and which have done a step of late. Skipped steps have no numbers, but a
+# job ends before `MAX_SKIPPED_STEPS` of them come in a row, so a window of that many steps contains one with numbers.
+# The primary key (job_id, step) of `metrics` bounds the search to this window.
 _LENDABLE = f"""
 select a.lease_token, a.stepping_at, j.priority, j.tenant_id, {_SCORE} as score, :slot_seconds / t.weight as slot_score
 from jobs j join attempts a on a.lease_token = j.lease_token join tenants t on t.id = j.tenant_id
@@ -117,6 +130,9 @@ where j.lease_token = any(cast(:held as bigint[])) and j.status = 'running' and 
       select from metrics m where m.job_id = j.id and m.lease_token = j.lease_token
         and m.step between j.trained_steps - {MAX_SKIPPED_STEPS} + 1 and j.trained_steps)
 """  # noqa: S608 (of constants)
+# `waiting` counts, for each tenant with startable jobs, the slots that it could use now. `lending` counts the slots
+# that this pool is already giving up. A slot of the tenant with the highest score is lent if the tenants with scores
+# lower by the margin want more slots than are on their way.
 _LEND_TO_WAITING = text(f"""
 with lendable as ({_LENDABLE}), waiting as (
     select q.tenant_id, {_SCORE} as score, least(
@@ -144,6 +160,7 @@ where (select sum(w.num_slots) from waiting w
 order by v.score desc, v.priority, v.stepping_at
 limit 1
 """)  # noqa: S608 (of constants)
+# As above, for jobs that this worker already holds and has no memory for. Here the borrower is known.
 _LEND_TO_HELD = text(f"""
 with lendable as ({_LENDABLE}), wanting as (
     select j.lease_token, j.tenant_id, {_SCORE} as score from jobs j join tenants t on t.id = j.tenant_id
@@ -158,7 +175,7 @@ limit 1
 
 @dataclass(frozen=True)
 class FairestJob:
-    """The job that is next over several pools. It `is_behind` if all who hold slots have used less."""
+    """The job that is next over several pools. `is_behind` says that all tenants that hold slots have used less."""
 
     pool: str
     tenant_id: uuid.UUID
@@ -168,7 +185,7 @@ class FairestJob:
 
 @dataclass(frozen=True)
 class PoolChoice:
-    """What a worker chooses between: its pools, which of them it holds, and whether it keeps that while it has work.
+    """What a worker chooses from: its pools, the pool it holds, and whether it keeps this one as long as it has work.
 
     `holders` are the tenants whose jobs the worker holds.
     """
@@ -183,7 +200,7 @@ class PoolChoice:
 
 @dataclass(frozen=True)
 class Loan:
-    """A slot that is lent, by its lease token; to the held job `borrower`, or to whoever waits in the pool."""
+    """A slot to lend, by its lease token. `borrower` is a held job, or None for a tenant that waits in the pool."""
 
     lease_token: int
     borrower: int | None
@@ -191,14 +208,14 @@ class Loan:
 
 @dataclass(frozen=True)
 class SlotTerms:
-    """How long a slot is a job's own, and how many GPU-seconds one slot of the worker uses in that time."""
+    """How long a job may keep its slot, and how many GPU-seconds one slot of the worker uses in that time."""
 
     quantum_seconds: float
     slot_seconds: float
 
 
 def find_fairest_job(session: ServiceSession, choice: PoolChoice) -> FairestJob | None:
-    """Return the next job over a worker's pools, or None where none of them has work for it."""
+    """Return the next job over a worker's pools, or None if none of them has work for it."""
     values = {
         "pools": list(choice.pools),
         "pool": choice.pool,
@@ -215,12 +232,12 @@ def find_fairest_job(session: ServiceSession, choice: PoolChoice) -> FairestJob 
 
 
 def choose_pool(session: ServiceSession, choice: PoolChoice) -> str | None:
-    """Return the pool a worker serves next, and tell the other workers if it is about to load another base.
+    """Return the pool that a worker serves next. If it will load another base, tell the other workers.
 
-    None where no pool has work for it. A worker that holds jobs keeps its pool while all their tenants have used less
-    than the one that is next.
+    None if no pool has work for it. A worker that holds jobs keeps its pool while all of their tenants have used less
+    than the tenant that is next.
     """
-    lock(session, "turns")  # two workers that choose at once would both move for one job
+    lock(session, "turns")  # two workers that choose at once would both switch for one job
     fairest = find_fairest_job(session, choice)
     if fairest is None:
         return choice.pool if choice.holders else None
@@ -231,7 +248,7 @@ def choose_pool(session: ServiceSession, choice: PoolChoice) -> str | None:
 
 
 def record_load(session: ServiceSession, pool: str, *, seconds: float) -> None:
-    """Note how long it took to load the base of a pool."""
+    """Record how long the load of a pool's base took."""
     statement = insert(Pool).values(name=pool, load_seconds=seconds)
     session.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"load_seconds": seconds}))
 
@@ -245,12 +262,13 @@ def lend_slot(
     terms: SlotTerms,
     wanting: Sequence[int] = (),
 ) -> Loan | None:
-    """Choose a slot among `held` (lease tokens) to lend, and note that it is being lent.
+    """Choose a slot among `held` (lease tokens) to lend, and mark it as being lent.
 
-    It goes to one of the jobs `wanting`, which this worker holds and has no memory for, or else to a tenant whose job
-    waits in the pool: always to one with a lower score. None where there is none, or no slot has had its quantum.
+    It is lent to one of the jobs `wanting`, which this worker holds without memory for them, or else to a tenant with a
+    waiting job in the pool. The borrower always has a lower score. Returns None if there is no borrower, or if no slot
+    has had its quantum.
     """
-    lock(session, f"lend:{pool}")  # each slot that is being lent is counted once
+    lock(session, f"lend:{pool}")  # so that each slot that is being lent is counted once
     values = {
         "pool": pool,
         "held": list(held),
@@ -272,7 +290,7 @@ def lend_slot(
 
 
 def mark_lending(session: ServiceSession, lease_tokens: Sequence[int]) -> None:
-    """Note that these attempts give their slots to others: they will end as lent."""
+    """Mark these attempts as lending their slots, so that they end as lent."""
     session.execute(update(Attempt).where(Attempt.lease_token.in_(lease_tokens)).values(lending_at=func.now()))
 
 

@@ -1,10 +1,18 @@
 """Uploads: files that arrive in parts, in any order, and become one file when they are completed.
 
-A part is an object of its own from its first byte on, so nothing is ever held in memory; a row is added only when its
-object is whole. Every change locks the upload's row, so a part never slips into an upload that has ended.
+A part is stored as an object of its own while it arrives, so it is never held in memory. Its row is added once the
+object is whole. Every change locks the upload's row, so no part is added to an upload that has ended.
 
-Completing takes as long as a copy of the file. Whoever does it holds the upload in the status `completing`, and says
-again and again that it still does; the upload of one that has died can be changed again after COMPLETION_LEASE.
+| status | a part, a completion or a cancellation |
+|---|---|
+| `pending` | is accepted |
+| `pending`, but past `expires_at` | ConflictError |
+| `completing` | BusyError |
+| `completing`, but past `completing_until` | is accepted: the process that completed it has died |
+| `completed`, `cancelled` | ConflictError |
+
+A completion takes as long as a copy of the file. The process that completes an upload holds it in the status
+`completing`, and extends `completing_until` by COMPLETION_LEASE again and again.
 """
 
 from __future__ import annotations
@@ -32,7 +40,7 @@ MAX_PARTS = 10_000
 
 @dataclass(frozen=True)
 class NewUpload:
-    """What a client says of a file before it sends it. `size_bytes` is a promise that completion keeps it to."""
+    """What a client says about a file before sending it. Completion refuses another size than `size_bytes`."""
 
     filename: str
     purpose: str
@@ -50,7 +58,7 @@ class NewPart:
 
 @dataclass(frozen=True)
 class Completion:
-    """An upload that is held for completion. `until` is the fence: whoever holds it later has a later one."""
+    """A hold on an upload for its completion. `until` is the fence: a later holder has a later one."""
 
     upload_id: uuid.UUID
     until: dt.datetime
@@ -82,13 +90,13 @@ def get_upload(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.
 
 
 def find_file(session: TenantSession, upload: Upload) -> File | None:
-    """Return the file that an upload has become, deleted since or not."""
+    """Return the file that an upload has become, even if it was deleted since."""
     query = select(File).where(File.tenant_id == upload.tenant_id, File.id == upload.file_id)
     return session.scalar(query) if upload.file_id else None
 
 
 def require_pending(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID) -> Upload:
-    """Return an upload that may be changed, its row locked. Raises NotFoundError, ConflictError or BusyError."""
+    """Return an upload that may be changed, with its row locked. Raises NotFoundError, ConflictError or BusyError."""
     is_abandoned = and_(Upload.status == "completing", Upload.completing_until < func.now())
     row = session.scalar(
         select(Upload)
@@ -102,7 +110,7 @@ def require_pending(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: 
     )
     if row is None:
         upload = get_upload(session, tenant_id, upload_id=upload_id)
-        session.refresh(upload)  # another may have changed it since it was read, and while its lock was waited for
+        session.refresh(upload)  # the row may have changed while this waited for the lock
         status = upload.status
         if status == "completing":
             raise BusyError("The upload is being completed; ask again.", code="upload_completing")
@@ -112,7 +120,7 @@ def require_pending(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: 
 
 
 def add_part(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, new: NewPart) -> UploadPart:
-    """Add a part whose object is stored. Raises PayloadTooLargeError where there is more than was promised."""
+    """Add a part whose object is stored. Raises PayloadTooLargeError for more bytes or parts than allowed."""
     upload = require_pending(session, tenant_id, upload_id=upload_id)
     parts = select(func.count(), func.coalesce(func.sum(UploadPart.size_bytes), 0)).where(
         UploadPart.tenant_id == tenant_id, UploadPart.upload_id == upload_id
@@ -136,7 +144,7 @@ def add_part(session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UU
 def begin_completion(
     session: TenantSession, tenant_id: uuid.UUID, *, upload_id: uuid.UUID, part_ids: Sequence[uuid.UUID]
 ) -> Completion:
-    """Hold an upload for completion. Raises InvalidRequestError unless the parts are what was promised."""
+    """Hold an upload for completion. Raises InvalidRequestError if the parts do not have the promised size."""
     upload = require_pending(session, tenant_id, upload_id=upload_id)
     parts = _order_parts(session, upload, part_ids)
     until = session.scalars(select(func.now() + COMPLETION_LEASE)).one()
@@ -147,7 +155,7 @@ def begin_completion(
 
 
 def extend_completion(session: TenantSession, tenant_id: uuid.UUID, completion: Completion) -> Completion:
-    """Hold an upload for longer. Raises BusyError where another has taken it."""
+    """Extend the hold on an upload. Raises BusyError if another holder has taken it."""
     until = func.now() + COMPLETION_LEASE
     values = {"completing_until": until, "expires_at": func.greatest(Upload.expires_at, until)}
     extended = session.scalar(_held(tenant_id, completion).values(values).returning(Upload.completing_until))
@@ -157,12 +165,12 @@ def extend_completion(session: TenantSession, tenant_id: uuid.UUID, completion: 
 
 
 def abandon_completion(session: TenantSession, tenant_id: uuid.UUID, completion: Completion) -> None:
-    """Let an upload go as it was before, unless another has taken it."""
+    """Make an upload pending again, unless another holder has taken it."""
     session.execute(_held(tenant_id, completion).values(status="pending", completing_until=None))
 
 
 def complete_upload(session: TenantSession, tenant_id: uuid.UUID, completion: Completion, *, file: NewFile) -> Upload:
-    """Turn an upload into the file that its parts were composed to. Raises BusyError where another has taken it."""
+    """Turn an upload into the file composed of its parts. Raises BusyError if another holder has taken it."""
     row = create_file(session, tenant_id, new=file)
     values = {"status": "completed", "completing_until": None, "file_id": row.id}
     upload: Upload | None = session.scalar(_held(tenant_id, completion).values(values).returning(Upload))
@@ -196,7 +204,7 @@ def _order_parts(session: TenantSession, upload: Upload, part_ids: Sequence[uuid
 
 
 def _held(tenant_id: uuid.UUID, completion: Completion) -> Update:
-    """Return the beginning of an update of an upload that is still this completion's."""
+    """Return the start of an update of an upload that this completion still holds."""
     return (
         update(Upload)
         .where(

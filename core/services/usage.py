@@ -1,6 +1,6 @@
-"""What was used: GPU-seconds, trained tokens and jobs, summed by tenant, by pool or by day. For operators.
+"""Sums of usage, for operators: GPU-seconds, trained tokens and jobs, by tenant, by pool or by day.
 
-An attempt is counted when it ends, on the day (UTC) of its end, whether it was charged or not.
+An attempt counts once it has ended, on the day (UTC) of its end, whether it was charged or not.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from core.domain.errors import InvalidRequestError
 from core.domain.values import Page
 
 MAX_DAYS = 366
-# The label of a row, and what joins it.
+# The SQL of a row's label. `_JOINS` has the join that it needs.
 _LABELS = {
     "tenant": "t.slug",
     "pool": "u.pool",
     "day": "to_char(u.created_at at time zone 'UTC', 'YYYY-MM-DD')",
 }
-# Summed up by job first: to sort all attempts for the count of their jobs takes longer than all the rest.
+# Summed by job first. A distinct count of jobs would sort all attempts, which takes longer than the rest of the query.
 _TOTALS = """
 select label, sum(gpu_seconds) as gpu_seconds, sum(trained_tokens)::bigint as trained_tokens, count(*) as num_jobs,
     sum(num_attempts)::bigint as num_attempts
@@ -48,7 +48,7 @@ class UsageGroup(StrEnum):
 
 @dataclass(frozen=True)
 class UsagePeriod:
-    """Whole days (UTC), both included. Raises InvalidRequestError where the first is after the last, or too far off."""
+    """Whole days (UTC), both included. Raises InvalidRequestError if they are in the wrong order or too far apart."""
 
     first: dt.date
     last: dt.date
@@ -61,14 +61,14 @@ class UsagePeriod:
 
     @classmethod
     def of(cls, first: dt.date | None, last: dt.date | None, *, now: dt.datetime) -> UsagePeriod:
-        """Return the period of what is given: to today, and from the first of the last day's month, by default."""
+        """Return the given period. By default it ends today, and starts on the first of its last day's month."""
         last = last or now.astimezone(dt.UTC).date()
         return cls(first or last.replace(day=1), last)
 
 
 @dataclass(frozen=True)
 class UsageTotal:
-    """What one tenant, pool or day has used; `label` is the slug, the pool's name, or the day."""
+    """The usage of one tenant, pool or day. `label` is the slug, the pool's name or the day."""
 
     label: str
     gpu_seconds: float

@@ -1,4 +1,4 @@
-"""What a role cannot see: an answer about everybody's rows is worth nothing where policies hide some of them."""
+"""Finds what a role cannot see. A count over all rows is worthless where row-level security hides some of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sqlalchemy import text
 
 from core.db.session import AuditorSession
 
-# A policy shows all rows where it asks for nothing. One that restricts may hide any of them.
+# A permissive policy without a condition shows all rows. Any restrictive policy may hide some.
 _HIDDEN = text("""
 with of_reading as (
     select * from pg_policy p where p.polcmd in ('r', '*')
@@ -23,7 +23,7 @@ order by c.relname
 
 
 class HiddenRowsError(Exception):
-    """There are tables of which the role that asks may not see every row; the message names them."""
+    """The present role may not see every row of some tables. The message names them."""
 
 
 def require_sight(session: AuditorSession) -> None:

@@ -1,4 +1,4 @@
-"""The workers that are alive: each upserts a row about itself, which counts until a time that the row itself names."""
+"""The workers alive. Each upserts a row about itself, which counts until the time `alive_until` in that row."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from core.db.models import Worker
 from core.db.session import OperatorSession, OwnerSession, ServiceSession
 from core.domain.workers import WorkerFacts
 
-# A worker that is killed leaves its row, and nobody takes up its identity again.
+# A killed worker leaves its row, and no later worker takes up its identity. Such rows are shown for this long.
 _SHOWN_AFTER_DEATH = timedelta(days=1)
 
 
 def record_worker(session: ServiceSession, facts: WorkerFacts, *, alive_seconds: float, is_start: bool) -> None:
-    """Say that a worker is alive, for the next `alive_seconds` by the database's clock."""
+    """Record that a worker is alive for the next `alive_seconds`, by the database's clock."""
     values = {
         "name": facts.name,
         "given_name": facts.given_name,
@@ -51,7 +51,7 @@ class Refusal:
 
 
 def list_refusals(session: OperatorSession) -> tuple[Refusal, ...]:
-    """Return what the workers alive cannot load. For operators."""
+    """Return the bases that live workers cannot load. For operators."""
     query = select(Worker.name, Worker.refusals).where(Worker.alive_until > func.now()).order_by(Worker.name)
     return tuple(
         Refusal(name, pool, reason)
@@ -61,11 +61,11 @@ def list_refusals(session: OperatorSession) -> tuple[Refusal, ...]:
 
 
 def is_served(session: OwnerSession, pool: str) -> bool:
-    """Say whether a worker is alive that may serve a pool."""
+    """Say whether a live worker may serve a pool."""
     alive = select(Worker.name).where(Worker.alive_until > func.now(), literal(pool) == any_(Worker.pools))
     return session.scalar(alive.limit(1)) is not None
 
 
 def forget_worker(session: ServiceSession, name: str) -> None:
-    """Take away the row of one worker, by its identity."""
+    """Delete the row of one worker, by its identity."""
     session.execute(delete(Worker).where(Worker.name == name))

@@ -1,1 +1,1 @@
-"""What a process says of itself: logs, figures, signs of life, and traces. Nothing here knows a row."""
+"""What a process reports about itself: logs, metrics, liveness, readiness and traces. This package reads no rows."""

@@ -1,4 +1,4 @@
-"""Keeps tenants' words out of traces: a query holds what they look for. Imported only where there are traces."""
+"""Keeps tenants' words out of traces: a URL's query contains what they search for. Imported only if traces are on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _QUERY = "url.query"
 
 
 class QueryHider(SpanProcessor):
-    """Replaces the query in the span of a request before anybody exports it."""
+    """Replaces the query in the span of a request before the span is exported."""
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:  # noqa: ARG002 (the library's name)
         if _QUERY in (span.attributes or {}):

@@ -1,4 +1,4 @@
-"""`python -m core.telemetry.health`: ask the process on the management port whether it lives; 0 means that it does."""
+"""`python -m core.telemetry.health` asks the process on the management port whether it is alive: 0 means yes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TIMEOUT_SECONDS = 5.0
 
 def main() -> int:
     try:
-        settings = TelemetrySettings()  # read from the environment
+        settings = TelemetrySettings()
     except SETTINGS_ERRORS as error:
         return _say(describe_faults(error), status=1)
     if settings.management_port is None:

@@ -1,10 +1,14 @@
-"""Whether everything that this process depends on still runs: its threads, and what they do again and again.
+"""Liveness: whether the threads of this process run, and whether their repeated work is done in time.
 
-A thread that has died is at fault, and so is a duty that has not been done for longer than its patience. A server that
-is away is nobody's fault here: whoever waits for one goes on showing life, because a restart would not bring it back.
+| what is seen | the process |
+|---|---|
+| a thread has failed | ends at once, with status 1 |
+| a thread has ended without being released | is at fault |
+| a duty was not done for longer than its patience | is at fault |
+| a server is away | is alive: a restart would not bring the server back |
 
-A process whose thread failed would look alive and do half of its work, so it ends at once, with status 1, and whoever
-keeps processes running starts it afresh.
+A process with a failed thread would look alive and do half of its work. So it ends, and the system that keeps processes
+running starts it again.
 """
 
 from __future__ import annotations
@@ -23,18 +27,18 @@ _FAILED_STATUS = 1
 
 
 class Duty:
-    """What a thread does again and again. It is overdue `patience_seconds` after its last beat, unless it rests."""
+    """Repeated work of a thread. It is overdue `patience_seconds` after its last beat, unless it rests."""
 
     def __init__(self, name: str, *, patience_seconds: float) -> None:
         self.name, self._patience_seconds = name, patience_seconds
         self._beat_at: float | None = time.monotonic()
 
     def beat(self) -> None:
-        """Say that it goes on."""
+        """Note that the work continues."""
         self._beat_at = time.monotonic()
 
     def rest(self) -> None:
-        """Say that it waits for work now, and may do so for ever."""
+        """Note that the thread waits for work, which may take for ever."""
         self._beat_at = None
 
     def find_fault(self) -> str | None:
@@ -45,14 +49,14 @@ class Duty:
 
 
 def end_process(name: str, error: BaseException | None) -> None:
-    """End this process at once with status 1, because of what went wrong in a thread or task that it depends on."""
+    """End this process at once with status 1, because a thread or task that it depends on has failed."""
     log.critical("thread.failed", thread=name, exc_info=error)
     os._exit(_FAILED_STATUS)
 
 
 @contextmanager
 def ending_process(name: str) -> Iterator[None]:
-    """Run a block whose failure, of whatever kind, ends this process at once."""
+    """Run a block. Any failure in it ends this process at once."""
     is_done = False
     try:
         yield
@@ -63,7 +67,7 @@ def ending_process(name: str) -> Iterator[None]:
 
 
 class _VitalThread(threading.Thread):
-    """A thread whose failure ends the process: at once, whatever the other threads wait for."""
+    """A thread whose failure ends the process at once, whatever the other threads wait for."""
 
     def run(self) -> None:
         with ending_process(self.name):
@@ -78,7 +82,7 @@ class Liveness:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is looked at."""
+        """The names of what is watched."""
         return tuple(name for name, _check in self._checks)
 
     def add_duty(self, name: str, *, patience_seconds: float) -> Duty:
@@ -102,7 +106,7 @@ class Liveness:
         self.add_check(f"thread {thread.name!r}", find_fault)
 
     def release(self, thread: threading.Thread) -> None:
-        """Depend on a thread no more, which is about to end as it should."""
+        """No longer depend on a thread, which is about to end as it should."""
         self._checks = [each for each in self._checks if each[0] != f"thread {thread.name!r}"]
 
     def add_check(self, name: str, check: Callable[[], str | None]) -> None:
@@ -118,5 +122,5 @@ class Liveness:
         return next(iter(self.find_faults()), None)
 
 
-# This process's own, as the registry of its figures is.
+# One for each process, like the registry of its metrics.
 PROCESS = Liveness()

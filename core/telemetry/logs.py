@@ -1,10 +1,10 @@
 """Structured logs: one JSON object a line on standard error, never a tenant's data.
 
-Every line, whoever wrote it: what libraries log or warn of goes through the same renderer, and so do tracebacks that
-end a process or a thread. What is printed, by a library in C, by Celery or by a child process, comes out of a pipe that
-takes the place of standard output and standard error, and is wrapped line by line as `output.printed`.
+All lines have this form. What libraries log or warn about goes through the same renderer, and so do tracebacks that end
+a process or a thread. What a library in C, Celery or a child process prints comes out of a pipe that replaces standard
+output and standard error. Each of its lines is wrapped as `output.printed`.
 
-A line that cannot be written, on a full disk or to a reader that has left, is lost: the work goes on without it.
+A line that cannot be written, because the disk is full or the reader has left, is dropped. The work continues.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from core.telemetry.liveness import PROCESS
 log = structlog.get_logger()
 _MAX_PRINTED_LENGTH = 2000
 _STOP_SECONDS = 1.0
-_log_file: TextIO | None = None  # once `configure_logs` has been called: standard error as this process was given it
+_log_file: TextIO | None = None  # set by `configure_logs`: standard error as this process received it
 
 
 def configure_logs(process: str, *, captured: Sequence[int] = (1, 2)) -> None:
-    """Send every line of this process, the libraries' too, through one JSON renderer.
+    """Send every line of this process, those of libraries too, through one JSON renderer.
 
-    `captured` are the file descriptors whose bytes are wrapped. A process whose children log by themselves captures
-    none, so that they do not write through it.
+    `captured` are the file descriptors whose output is wrapped. A process whose children write logs themselves captures
+    none, so that they do not write through its pipe.
     """
     global _log_file  # noqa: PLW0603 (a process has one log)
     _log_file = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
@@ -47,13 +47,13 @@ def configure_logs(process: str, *, captured: Sequence[int] = (1, 2)) -> None:
 
 
 def find_log_file() -> int | None:
-    """Return the file descriptor of the log, for a child that writes JSON itself; None before there is one."""
+    """Return the file descriptor of the log, for a child that writes JSON itself. None before `configure_logs`."""
     return _log_file.fileno() if _log_file is not None else None
 
 
 def _route_libraries(process: str, stream: TextIO) -> None:
     def name_process(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        return {**event, "process": process}  # no bound variable: threads have none of their starter's
+        return {**event, "process": process}  # not a bound variable, because new threads do not inherit those
 
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -85,7 +85,7 @@ def _route_libraries(process: str, stream: TextIO) -> None:
 class _LossyHandler(logging.StreamHandler[TextIO]):
     """Drops a line that cannot be written.
 
-    The library's own handler reports that on standard error. Here that is the pipe, which would fill and block.
+    The library's own handler reports such a line on standard error. Here that is the pipe, which would fill and block.
     """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
@@ -106,14 +106,14 @@ def _log_unraisable(raised: Any) -> None:
 
 
 def capture_printed(captured: Sequence[int] = (1, 2)) -> None:
-    """Put a pipe in the place of the file descriptors, and a thread at its other end. Logs must be configured."""
+    """Replace the file descriptors with a pipe, and read its other end in a thread. Logs must be configured first."""
     stream = _log_file
     assert stream is not None
     reading, writing = os.pipe()
     for number in captured:
         os.dup2(writing, number)
     os.close(writing)
-    # Without it the pipe fills, and whoever prints waits for ever.
+    # Without this thread the pipe fills, and every writer blocks for ever.
     relay = PROCESS.start_thread(lambda: _relay(reading, stream), name="printed output")
     atexit.register(_release, captured, stream, relay)
 
@@ -136,7 +136,7 @@ def _is_json_object(line: bytes) -> bool:
 
 
 def _release(captured: Sequence[int], stream: TextIO, relay: threading.Thread) -> None:
-    """Give the file descriptors back, and let the relay write what it still has."""
+    """Restore the file descriptors, and let the relay write what is still in the pipe."""
     sys.stdout.flush()
     sys.stderr.flush()
     for number in captured:

@@ -1,7 +1,7 @@
-"""The management port of a process: /metrics for Prometheus, /livez and /readyz for whoever keeps processes running.
+"""The management port of a process: /metrics for Prometheus, /livez and /readyz for orchestrators.
 
-It asks for no key, so it listens on loopback unless it is told otherwise, and no tenant may reach it. It runs on
-threads of its own: a process whose work hangs still says so.
+It asks for no key, so it listens on loopback by default, and tenants must not reach it. It has threads of its own, so
+that a process whose work hangs still reports this.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _RETRY_AFTER = "2"
 
 
 class ManagementServer:
-    """Answers on the management port, where the settings name one, until it is closed; port 0 is any free one.
+    """Serves the management port, if the settings name one, until it is closed. Port 0 is any free port.
 
-    Raises OSError where the port is taken.
+    Raises OSError if the port is taken.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ManagementServer:
         return (HTTPStatus.OK, sound) if fault is None else (HTTPStatus.SERVICE_UNAVAILABLE, fault)
 
     def _find_obstacle(self) -> tuple[str | None, str]:
-        """Return why the process is not ready, if it is not, and what else to say, in a line each."""
+        """Return why the process is not ready, if it is not, and what else is missing, in one line each."""
         verdict = self._readiness.find_verdict()
         sound = "ok" if verdict.trouble is None else f"degraded: {verdict.trouble.message}"
         return (None if verdict.obstacle is None else verdict.obstacle.message), sound
@@ -94,7 +94,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
-        """Bind without asking a name server who this host is, as the library's own does."""
+        """Bind without a name server's answer for this host, which the library's own method asks for."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = socket.gethostname(), self.server_address[1]
         self.setup_environ()
@@ -104,7 +104,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
 
 class _QuietRequest(WSGIRequestHandler):
-    """No line for each scrape, and no thread for a client that sends nothing."""
+    """Logs no line for a scrape, and closes a connection on which a client sends nothing."""
 
     timeout = _REQUEST_SECONDS
 

@@ -1,11 +1,16 @@
-"""Whether a process can work: what it needs is asked, once a second at most, when somebody wants to know.
+"""Readiness: whether a process can work. Each need is checked when a probe asks, but at most once a second.
 
-Each need is asked by one thread at a time. A server that hangs holds that thread and nobody else: whoever wants to know
-is told after `PATIENCE_SECONDS` that it has not answered.
+| a need | answers | stopped answering | has never answered |
+|---|---|---|---|
+| vital | ready | not ready | not ready |
+| not vital | ready | ready, and reported as a trouble | not ready |
 
-What a process can do part of its work without keeps it from being ready only until it has answered once. A process that
-was never able to reach it is set up wrongly, and must not take the place of one that works. Later its absence is a
-trouble: all processes share it, and to take them all away would end what needs it not, too.
+A process can do part of its work without a need that is not vital. If it has never reached such a need, it is probably
+configured wrongly, and must not replace a process that works. If the need stops answering later, all processes share
+the trouble. To take them all out of service would also end the work that does not need it.
+
+One thread checks each need, so a server that hangs holds only that thread. A probe gets its answer after at most
+`PATIENCE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -18,13 +23,13 @@ from dataclasses import dataclass
 
 from core.domain.errors import UnavailableError
 
-PATIENCE_SECONDS = 4.0  # whoever probes waits for 5 s
+PATIENCE_SECONDS = 4.0  # the probes of orchestrators wait for 5 s
 _TTL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Need:
-    """Something that is asked by `check`, which raises UnavailableError. It has `code` while it does not answer."""
+    """A server that `check` asks. `check` raises UnavailableError; `code` is the error's while no answer has come."""
 
     name: str
     code: str
@@ -34,25 +39,25 @@ class Need:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What keeps a process from being ready, or else what it works without. Each is told in one line."""
+    """What keeps a process from being ready, or what it works without, in one line each."""
 
     obstacle: UnavailableError | None = None
     trouble: UnavailableError | None = None
 
 
 class Readiness:
-    """What a process needs, the most important first. Shared by the threads of a process."""
+    """The needs of a process, the most important first. Shared by the threads of a process."""
 
     def __init__(self, *needs: Need) -> None:
         self._probes = tuple(_Probe(need) for need in needs)
 
     def ask(self) -> Sequence[Future[None]]:
-        """Ask what is to be asked, and return what to wait for before the verdict: for `PATIENCE_SECONDS` at most."""
+        """Start the checks that are due. Return what to wait for before `judge`, for `PATIENCE_SECONDS` at most."""
         asked = [(probe, probe.ask()) for probe in self._probes]
         return [ended for probe, ended in asked if probe.is_needed]
 
     def judge(self) -> Verdict:
-        """Return what is known."""
+        """Return the verdict from what is known now."""
         missing = [(probe, fault) for probe in self._probes if (fault := probe.find_fault()) is not None]
         obstacle = next((fault for probe, fault in missing if probe.is_needed), None)
         return Verdict(obstacle, trouble=next((fault for _probe, fault in missing), None))
@@ -64,7 +69,7 @@ class Readiness:
 
 
 class _Probe:
-    """One need, and what was last found of it."""
+    """One need, and the result of its last check."""
 
     def __init__(self, need: Need) -> None:
         self._need = need
@@ -79,7 +84,7 @@ class _Probe:
         return self._need.is_vital or not self._has_answered
 
     def ask(self) -> Future[None]:
-        """Ask in a thread, unless that was done a moment ago or goes on. What is returned is done with the answer."""
+        """Start a check in a thread, unless one runs or has just ended. Return a future of the answer."""
         with self._lock:
             if self._ended is None or (self._ended.done() and time.monotonic() - self._ended_at >= _TTL_SECONDS):
                 self._ended, self._asked_at = Future(), time.monotonic()

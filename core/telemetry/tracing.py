@@ -1,8 +1,8 @@
-"""Traces, by OpenTelemetry over OTLP/HTTP: only where a collector's URL is set, and then the extra `tracing` is needed.
+"""Traces, by OpenTelemetry over OTLP/HTTP. Made only if a collector's URL is set. Needs the extra `tracing`.
 
-Without it no provider is made, and nothing of OpenTelemetry's that makes traces is loaded. A submission is a trace of
-the API's; each attempt is a trace of its own, which may come hours later, with a link to the submission. `traceparent`
-in a job's row is what links them. A provider is made by each process for itself, after it was started.
+Without the URL no provider is made, and OpenTelemetry's SDK is not loaded. A submission is a trace of the API. Each
+attempt is a trace of its own, perhaps hours later, with a link to the submission; the link is `traceparent` in the
+job's row. Each process makes its own provider after its start.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Link, Span, Tracer
 
 _NANOSECONDS = 1_000_000_000
-_tracer: Tracer | None = None  # once `configure_tracing` has been called with a collector's URL
+_tracer: Tracer | None = None  # set by `configure_tracing` if there is a collector's URL
 
 
 class TracingUnavailableError(Exception):
-    """Traces are asked for, and what makes them is not installed."""
+    """Traces are configured, but the packages that make them are not installed."""
 
 
 def configure_tracing(process: str, settings: TelemetrySettings) -> None:
-    """Send this process's spans to the collector that the settings name, if they name one."""
+    """Send this process's spans to the collector in the settings, if there is one."""
     global _tracer  # noqa: PLW0603 (a process has one provider)
     if settings.otlp_endpoint is None:
         return
@@ -44,12 +44,12 @@ def configure_tracing(process: str, settings: TelemetrySettings) -> None:
     exporter = OTLPSpanExporter(endpoint=f"{settings.otlp_endpoint.rstrip('/')}/v1/traces")
     provider.add_span_processor(QueryHider())
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)  # FastAPI makes a span of each request as soon as there is one
+    trace.set_tracer_provider(provider)  # FastAPI makes a span for each request once a provider exists
     _tracer = provider.get_tracer("espalier")
 
 
 def current_traceparent() -> str | None:
-    """Return the W3C name of the span that this is called in, or None without one."""
+    """Return the W3C traceparent of the current span, or None without one."""
     if _tracer is None:
         return None
     from opentelemetry import trace  # noqa: PLC0415
@@ -61,7 +61,7 @@ def current_traceparent() -> str | None:
 
 
 class AttemptTrace:
-    """The trace of one attempt: a root span, and one span a phase. Nothing where no collector is set."""
+    """The trace of one attempt: a root span, and one span for each phase. Does nothing if no collector is set."""
 
     def __init__(self, *, traceparent: str | None, began_at: float, attributes: Mapping[str, str | int]) -> None:
         self._span: Span | None = None
@@ -71,7 +71,7 @@ class AttemptTrace:
 
         self._span = _tracer.start_span(
             "attempt",
-            context=Context(),  # no parent: a trace of its own
+            context=Context(),  # without a parent it is a trace of its own
             links=_links_to(traceparent),
             attributes=attributes,
             start_time=int(began_at * _NANOSECONDS),
@@ -80,7 +80,7 @@ class AttemptTrace:
     def add_phase(
         self, name: str, *, began_at: float, seconds: float, attributes: Mapping[str, str | int] | None = None
     ) -> None:
-        """Add a phase that is over; `began_at` is in seconds, by the machine's clock."""
+        """Add a phase that is over. `began_at` is in seconds, by the machine's clock."""
         if self._span is None or _tracer is None:
             return
         from opentelemetry.trace import set_span_in_context  # noqa: PLC0415
@@ -100,7 +100,7 @@ class AttemptTrace:
 
 
 def _links_to(traceparent: str | None) -> list[Link]:
-    """Return a link to the span that a row names; none where the row names none, or what cannot be read."""
+    """Return a link to the span that a row names, or nothing if the row names none or an unreadable one."""
     from opentelemetry.trace import Link, get_current_span  # noqa: PLC0415
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 

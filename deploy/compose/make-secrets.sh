@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the secrets of docker-compose.yml, one file each, in the folder DIR (./secrets). What is there is kept.
-# The folder is for its owner only; its files can be read by any user, because containers run as users of their own.
+# Makes the secrets of docker-compose.yml, one file each, in the folder DIR (./secrets). Existing files are kept.
+# Only its owner may enter the folder. Its files are readable for any user, because containers run as other users.
 set -eu
 DIR="${1:-secrets}"
 mkdir -p "$DIR"
@@ -13,13 +13,13 @@ keep() { # NAME VALUE
     mv "$DIR/$1.new" "$DIR/$1"
 }
 
-# Hexadecimal, so that a password stands in a URL as it is.
+# Hexadecimal, so that a password needs no escaping in a URL.
 random() { od -An -N"$1" -tx1 /dev/urandom | tr -d ' \n'; } # BYTES
 
 for name in postgres_password api_password schedule_password worker_password redis_password grafana_password; do
     keep "$name" "$(random 24)"
 done
-# As long as MinIO lets keys be.
+# The longest key that MinIO allows.
 keep s3_access_key "$(random 10)"
 keep s3_secret_key "$(random 20)"
 keep owner_database_url "postgresql://postgres:$(cat "$DIR/postgres_password")@postgres:5432/espalier"

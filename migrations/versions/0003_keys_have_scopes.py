@@ -12,7 +12,7 @@ CURRENT_KEY = "nullif(current_setting('app.key_id', true), '')"
 
 
 def upgrade() -> None:
-    # A key made before there were scopes keeps what it could do, and does not gain the power to make keys.
+    # A key made before there were scopes keeps its rights, and does not get the right to make keys.
     op.add_column(
         "api_keys",
         sa.Column("scopes", sa.ARRAY(sa.Text()), nullable=False, server_default=sa.text("'{read,submit,download}'")),
@@ -26,7 +26,7 @@ def upgrade() -> None:
     )
     op.create_check_constraint(op.f("ck_api_keys_name_length"), "api_keys", "length(name) between 1 and 64")
     op.execute("grant insert, update (revoked_at, last_used_at) on api_keys to espalier_api")
-    # Noting a key's use happens before its tenant is known.
+    # A key's use is noted before its tenant is known.
     op.execute(
         f"create policy own_key on api_keys for update to espalier_api using (key_id = {CURRENT_KEY})"
         f" with check (key_id = {CURRENT_KEY})"

@@ -1,4 +1,4 @@
-"""One job for one submission: idempotency keys, and the hash by which a client's retry is known."""
+"""One job for one submission: idempotency keys, and the hash that identifies a client's retry."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -113,7 +113,7 @@ def upgrade() -> None:
         op.execute(f"alter table {table} force row level security")
         op.execute(f"create policy tenant_rows on {table} to espalier_api using ({OWN}) with check ({OWN})")
     op.execute("create policy service_rows on uploads to espalier_schedule using (true)")
-    # What is shared can be read, and nothing else, by those whom the permission names.
+    # The tenants named in a permission can read what is shared, and do nothing else.
     op.execute(
         "create policy granted_rows on checkpoint_permissions for select to espalier_api"
         f" using (project_id in ({CURRENT_NAMES}))"

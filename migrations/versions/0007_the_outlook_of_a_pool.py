@@ -1,4 +1,4 @@
-"""What a tenant may know of the queue that others share: sums, through one function and a role of its own."""
+"""What a tenant may learn of the queue that it shares: sums, through one function with its own role."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0006"
 branch_labels = None
 depends_on = None
 
-# The function runs as this role, which sees the counted columns of every tenant and nothing else, and can log in nowhere.
+# The function runs as this role. The role sees the counted columns of every tenant and nothing else, and cannot log in.
 ROLE = "espalier_outlook"
 GRANTS = f"""
 grant usage on schema public to {ROLE};
@@ -16,8 +16,8 @@ grant select (id, weight, usage, usage_at, max_running, disabled_at) on tenants 
 grant select (id, tenant_id, pool, status, priority, run_after, total_steps) on jobs to {ROLE};
 grant select (job_id, outcome, started_at, ended_at) on attempts to {ROLE};
 """
-# A tenant's i-th waiting job (0 is the first) is claimed at the score usage / weight + i * charge / weight. Those of
-# another tenant come before this one for as long as their scores are smaller. A tenant at its quota waits for itself.
+# A tenant's i-th waiting job (0 is the first) is claimed at the score usage / weight + i * charge / weight. Jobs of
+# another tenant come before this one as long as their scores are smaller. A tenant at its quota waits for its own jobs.
 FUNCTION = """
 create function pool_outlook(wanted_pool text, job uuid, half_life float8, charge float8)
 returns table (num_waiting bigint, num_ahead bigint, share_now float8, share_entitled float8, num_measured bigint,
@@ -65,7 +65,7 @@ $$;
 def upgrade() -> None:
     # Roles belong to the whole cluster, so another database's migration may have made it already.
     op.execute(f"do $$ begin create role {ROLE} nologin; exception when duplicate_object then null; end $$")
-    op.execute(f"grant {ROLE} to current_user")  # to hand it the function, where the owner is no superuser
+    op.execute(f"grant {ROLE} to current_user")  # needed to give it the function, if the owner is no superuser
     op.execute(GRANTS)
     for table in ("tenants", "jobs", "attempts"):
         op.execute(f"create policy outlook_rows on {table} for select to {ROLE} using (true)")

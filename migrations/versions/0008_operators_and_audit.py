@@ -1,8 +1,8 @@
-"""Operators have a role and keys of their own, every change is written down, and tenants have an allow-list and quotas.
+"""Operators have a role and keys of their own, every change is recorded, and tenants have an allow-list and quotas.
 
-`espalier_operator` cannot log in. The API's login may become it for a transaction (`set local role`) and holds none of its
-rights otherwise, so a query that forgot to ask for them fails instead of reaching across tenants. Changes are recorded by
-triggers that run as the tables' owner: no runtime role may write, change or delete an audit entry.
+`espalier_operator` cannot log in. The API's login may become it for a transaction (`set local role`) and has none of
+its rights otherwise. So a query that forgot to become it fails instead of reading across tenants. Triggers that run as
+the tables' owner record the changes: no runtime role may write, change or delete an audit entry.
 """
 
 import sqlalchemy as sa
@@ -19,7 +19,7 @@ TENANT_SETTINGS = (
     "name, weight, max_running, max_queued, max_storage_bytes, max_tokens_per_job, max_gpu_seconds_per_month, "
     "requests_per_minute, allowed_base_models, disabled_at"
 )
-# The function of one trigger a table: its noun, and the column that names a row to people.
+# The function of each table's trigger, with the table's noun and the column that names a row to people.
 RECORD_CHANGE = """
 create function record_change() returns trigger language plpgsql security definer
 set search_path = public, pg_temp as $$
@@ -49,7 +49,7 @@ begin
     return null;
 end $$
 """
-# Workers and the schedule change these rows as a job lives; its attempts and events tell of that.
+# Workers and the schedule change these rows during a job's life. Its attempts and events record that.
 BY_PEOPLE = "when (current_user not in ('espalier_worker', 'espalier_schedule'))"
 RECORDED = {
     "tenants": ("insert or delete or update of slug, " + TENANT_SETTINGS, "", "'tenant', 'slug'"),

@@ -1,10 +1,10 @@
-"""One row a tenant and pool that has, or had, queued jobs: how many, and the tenant's place in the order of fair share.
+"""One row for each tenant and pool that has, or had, queued jobs: their number, and the tenant's rank in fair share.
 
-Triggers keep both: no statement that queues, claims or ends a job, or charges a tenant, can forget to. A claim then
-walks one short index instead of asking every tenant.
+Triggers keep both, so no statement that queues, claims or ends a job, or charges a tenant, can forget to. A claim then
+reads the start of one short index instead of scoring every tenant.
 
-The place is log2(usage / weight) + usage_at / half-life. All usages decay with the same half-life, so this number
-orders tenants as their decayed usages per weight do, at any time, and changes only when a tenant is charged.
+The rank is log2(usage / weight) + usage_at / half-life. All usages decay with the same half-life. So at any time this
+number orders tenants in the same way as their decayed usages per weight, and it changes only when a tenant is charged.
 """
 
 import sqlalchemy as sa
@@ -78,7 +78,7 @@ def upgrade() -> None:
     own = f"tenant_id = {CURRENT_TENANT}"
     op.execute(f"create policy tenant_rows on queues to espalier_api using ({own}) with check ({own})")
     op.execute("create policy service_rows on queues to espalier_worker, espalier_schedule using (true)")
-    # A tenant's weight is an operator's to change, and the trigger acts in the changer's name.
+    # Operators change a tenant's weight, and the trigger runs with the rights of the role that changes it.
     op.execute("create policy operator_rows on queues to espalier_operator using (true) with check (true)")
     op.execute(GRANTS)
     op.execute(TRIGGERS)

@@ -1,4 +1,4 @@
-"""What a check of a file has counted, and where the tokenizers of bases are."""
+"""The counts of a file's check, and where the tokenizers of bases are stored."""
 
 import sqlalchemy as sa
 from alembic import op

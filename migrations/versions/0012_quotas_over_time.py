@@ -1,6 +1,6 @@
-"""A tenant's GPU-seconds of the month decide whether its jobs may be claimed; counting what is queued takes an index.
+"""A tenant's GPU-seconds of the month decide whether its jobs may be claimed, and an index counts its queued jobs.
 
-What people do to checkpoints, to who may read them, and to uploads, is in the audit log too.
+The audit log also records what people do to checkpoints, to their permissions, and to uploads.
 """
 
 import sqlalchemy as sa

@@ -1,4 +1,4 @@
-"""When a job's prefix was swept of what no row names, and what the schedule may see and book for that."""
+"""When a job's prefix was swept of objects that no row names, and what the schedule may read and book for that."""
 
 import sqlalchemy as sa
 from alembic import op

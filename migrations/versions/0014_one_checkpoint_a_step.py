@@ -1,4 +1,4 @@
-"""A step of a job has one checkpoint, the first that was shown, whichever attempt comes to that step again."""
+"""A step of a job has one checkpoint: the first that was published, even if a later attempt repeats the step."""
 
 from alembic import op
 

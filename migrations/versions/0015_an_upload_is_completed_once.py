@@ -1,4 +1,4 @@
-"""An upload that is being completed is a state, and lasts until its completion ends or its time is over."""
+"""A status for uploads that are being completed. It lasts until the completion ends or its lease is over."""
 
 import sqlalchemy as sa
 from alembic import op

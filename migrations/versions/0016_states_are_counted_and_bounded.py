@@ -1,8 +1,8 @@
-"""What waits and what is stored is counted as it stands, every number has bounds, and a row at fault is set aside.
+"""Waiting jobs and stored bytes are counted, every number has bounds, and rows at fault are set aside.
 
-`queues.num_paused` counts jobs that are paused or about to be, `storage_totals` the bytes of rows whose objects are not
-gone. Triggers keep both. A model's name is reserved by the job's row, whose last eight digits a tenant has once.
-Numbers that are out of bounds are moved to the nearest bound; the audit log says of which tenants.
+`queues.num_paused` counts jobs that are paused or about to pause, and `storage_totals` the bytes of rows whose objects
+still exist. Triggers keep both. The job's row reserves its model's name: its last eight digits are unique for a tenant.
+Numbers out of bounds are moved to the nearest bound, and the audit log says for which tenants.
 """
 
 import sqlalchemy as sa
@@ -68,7 +68,8 @@ OLD_INDEXES = {
     "checkpoints": ("ix_checkpoints_deleted", "deleted_at"),
     "uploads": ("ix_uploads_unpurged", "expires_at"),
 }
-# Half the least double is 0 by way of an error, which happened to a tenant that had been idle for nine months.
+# Half of the smallest double underflows, which PostgreSQL reports as an error. This happened to a tenant that had been
+# idle for nine months.
 DECAY = """
 create function decayed_usage(usage float8, usage_at timestamptz, half_life float8) returns float8
 language sql stable as $$
@@ -77,7 +78,7 @@ language sql stable as $$
         else 0 end
 $$;
 """
-# The logarithms are of numbers within their bounds, whatever the row holds, so that no row can stop the claim.
+# The arguments of the logarithms are bounded, so no row, whatever it contains, can make the claim fail.
 RANK = """
 create or replace function share_rank(usage double precision, usage_at timestamptz, weight double precision)
 returns double precision language sql stable as $$
@@ -106,7 +107,7 @@ create function within_storage_quota(tenant uuid, quota bigint) returns boolean 
     select quota is null or quota >= coalesce((select s.num_bytes from storage_totals s where s.tenant_id = tenant), 0)
 $$;
 """
-# The function's other lines stay as they are.
+# The other lines of the function are unchanged.
 OUTLOOK = """
 do $$ begin
     execute replace(pg_get_functiondef('pool_outlook(text, uuid, float8, float8)'::regprocedure), '{old}', '{new}');
@@ -174,8 +175,8 @@ create trigger count_queued after update of status on jobs
 create trigger count_queued_of_old after delete on jobs
     for each row when (old.status = 'queued') execute function count_queued();
 """
-# What a row adds to the total, it takes away once: when its objects are gone. The parts of a completed upload are the
-# file's bytes once more, and are the service's to delete.
+# A row adds its bytes once and takes them away once, when its objects are gone. The parts of a completed upload are the
+# file's bytes a second time, and the service deletes them.
 STORED = """
 create function count_stored() returns trigger language plpgsql as $$
 begin
@@ -254,7 +255,7 @@ def _bound_numbers() -> None:
         op.drop_constraint(op.f(f"ck_{table}_{name}"), table)
     op.execute("update tenants set usage_at = now() where not isfinite(usage_at)")
     for table, column, least, greatest in BOUNDS:
-        # NaN is greater than everything.
+        # PostgreSQL sorts NaN as the greatest number.
         op.execute(
             f"update {table} set {column} = least(greatest({column}, {least}), {greatest})"
             f" where {column} not between {least} and {greatest}"

@@ -1,4 +1,4 @@
-"""When the device was rid of an attempt, as its trainer reports."""
+"""When an attempt left the device, as its trainer reports."""
 
 import sqlalchemy as sa
 from alembic import op

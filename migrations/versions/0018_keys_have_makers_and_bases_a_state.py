@@ -1,4 +1,4 @@
-"""Keys remember which key made them, operators' keys may expire, and bases are usable, or not, or nobody has looked."""
+"""Keys record which key made them, operators' keys may expire, and bases are usable, unusable or unchecked."""
 
 import sqlalchemy as sa
 from alembic import op

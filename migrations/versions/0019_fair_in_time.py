@@ -1,9 +1,9 @@
-"""Use is charged while a job runs, slots are lent, newcomers start level, and an outlook knows what runs.
+"""Use is charged while a job runs, slots are lent, newcomers are levelled, and the outlook includes running jobs.
 
-A tenant's account is `usage + lift`: what it used, and by how much it was moved when it came back with work. Both decay
-alike, and the account per weight is its place in the order of fair share.
+A tenant's account is `usage + lift`: what it used, and by how much it was moved when it returned with work. Both decay
+alike. The account per weight is the tenant's place in fair share.
 
-The old `pool_outlook` stays for an API of the version before; a later migration drops it.
+The old `pool_outlook` stays for an API of the previous version; a later migration drops it.
 """
 
 import sqlalchemy as sa
@@ -39,12 +39,13 @@ $$
 """
 RUNNING = """+ (select coalesce(sum(least(a.used_seconds, 1e9)), 0) from attempts a
             where a.tenant_id = tenant and a.outcome is null)"""
-# A tenant's i-th waiting job (0 is the first) is claimed at the score usage / weight + i * charge / weight. Those of
-# another tenant come before this one for as long as their scores are smaller. A tenant at its quota waits for itself.
+# A tenant's i-th waiting job (0 is the first) is claimed at the score usage / weight + i * charge / weight. Jobs of
+# another tenant come before this one as long as their scores are smaller. A tenant at its quota waits for its own jobs.
 #
-# A slot comes free when its job ends, or when it is lent: after its quantum, if its tenant's score is above that of the
-# tenant who asks. `leaves` has both as seconds from now; the bounds allow for steps a quarter quicker or slower than
-# the last 32. The slots come free one after the other, so the one behind those ahead is the one that counts.
+# A slot becomes free when its job ends, or when it is lent: after its quantum, if its tenant's score is above that of
+# the tenant that asks. `leaves` has both as seconds from now. The bounds allow for steps a quarter quicker or slower
+# than the last 32. The slots become free one after the other, so the slot after those of the jobs ahead is the one that
+# counts.
 OUTLOOK = """
 create function queue_outlook(wanted_pool text, job uuid, half_life float8, charge float8, quantum float8,
     free_slots bigint)
@@ -122,8 +123,9 @@ language sql stable security definer set search_path = pg_catalog, public as $$
     from mine m
 $$;
 """
-# The function and the triggers of 0016, with a half-life of a day, the lift, and a note of queues that a submission
-# finds empty. Between tenants that always have work decay is no help, and a short half-life favours who trains first.
+# The function and the triggers of 0016, with a half-life of a day, the lift, and a mark on queues that a submission
+# finds empty. Between tenants that always have work decay does not help, and a short half-life favours the one that
+# trains first.
 RANK = """
 create or replace function share_rank(usage double precision, usage_at timestamptz, weight double precision)
 returns double precision language sql stable as $$
@@ -223,7 +225,7 @@ def upgrade() -> None:
 
 def _share_in_time() -> None:
     op.execute(GRANTS)
-    op.execute("grant update (is_new) on queues to espalier_api")  # the trigger acts in the submitter's name
+    op.execute("grant update (is_new) on queues to espalier_api")  # the trigger runs with the submitter's rights
     op.create_check_constraint(op.f("ck_tenants_lift_bounded"), "tenants", "lift between -1e12 and 1e12")
     op.execute(SCORE)
     op.execute(RANK.format(half_life=86400))

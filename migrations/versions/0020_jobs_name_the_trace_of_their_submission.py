@@ -1,4 +1,4 @@
-"""A job names the span of its submission, in W3C's words, so that the traces of its attempts can link to it."""
+"""A job stores the span of its submission as a W3C traceparent, so that the traces of its attempts can link to it."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,7 +11,7 @@ depends_on = None
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("traceparent", sa.Text(), nullable=True))
-    # Not its form: whoever reads it links to what can be read, and a later version of the form is no error.
+    # The form is not checked: readers ignore what they cannot parse, and a later version of the form is no error.
     op.create_check_constraint(op.f("ck_jobs_traceparent_length"), "jobs", "length(traceparent) <= 100")
 
 

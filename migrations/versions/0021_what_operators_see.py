@@ -1,10 +1,10 @@
-"""What operators see of jobs, use and pools: views that leave out what is a tenant's own, and a role that only scales.
+"""What operators see of jobs, usage and pools: views without the tenant's own columns. Also a role that only scales.
 
-The views belong to `espalier_outlook`, which nobody logs in as. It reads the columns that they are made of; whoever may
-read a view reads the view and no table. No view shows a file's name, a suffix, metadata, a training term or a row.
+The views belong to `espalier_outlook`, which cannot log in. It may read the columns that the views use; a role that may
+read a view reads only the view and no table. No view shows a file's name, a suffix, metadata, a training term or a row.
 
-An owner that is no superuser gets to become an operator here: since PostgreSQL 16 whoever makes a role is its member,
-but may not take it on.
+An owner that is no superuser gets the right to become an operator here: since PostgreSQL 16 the role that makes a role
+is its member, but may not become it.
 """
 
 import sqlalchemy as sa
@@ -62,7 +62,7 @@ do $$ begin
     end if;
 end $$;
 """
-# Of each tenant no more jobs are counted than it may still start, so that a long queue costs no more than a short one.
+# At most as many jobs of a tenant are counted as it may still start, so a long queue costs no more than a short one.
 COUNT_DEMAND = """
 create function count_pool_demand(wanted_pool text) returns table (num_claimable bigint, num_running bigint)
 language sql stable security definer rows 1 set search_path = pg_catalog, public as $$
@@ -88,7 +88,7 @@ language sql stable security definer rows 1 set search_path = pg_catalog, public
 $$
 """
 SIGNATURE = "count_pool_demand(text)"
-# A pool is there for as long as its base is known, also while it is disabled, and with every pool that ever had a job.
+# A pool is shown as long as its base is known, even if disabled, and so is every pool that ever had a job.
 VIEWS = {
     "pool_demand": """
 create view pool_demand as
@@ -118,7 +118,7 @@ from usage u join attempts a on a.id = u.attempt_id join jobs j on j.id = a.job_
 
 def upgrade() -> None:
     op.add_column("workers", sa.Column("version", sa.Text()))
-    # Rows that run are few, have indexes of their own, and are written at every heartbeat: these leave them out.
+    # Running jobs are few, have their own indexes, and are updated at every heartbeat, so these indexes leave them out.
     for name, columns in (
         ("ix_jobs_pool_status_id", ["pool", "status", "id"]),
         ("ix_jobs_tenant_id_pool_status_id", ["tenant_id", "pool", "status", "id"]),

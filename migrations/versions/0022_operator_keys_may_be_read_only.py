@@ -1,7 +1,7 @@
-"""An operator key may be read-only. Keys from before may do everything, as they always could.
+"""An operator key may be read-only. Existing keys keep all of their rights.
 
-No grant is needed: the operator's role inserts and reads whole rows. It updates two named columns, and this is none of
-them, so a key that may only read cannot be made into one that may do more.
+No grant is needed: the operator's role inserts and reads whole rows. It may update two columns, and this is none of
+them, so a read-only key cannot be changed into another.
 """
 
 import sqlalchemy as sa

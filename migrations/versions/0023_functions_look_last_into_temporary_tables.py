@@ -1,12 +1,13 @@
-"""No function that runs as its owner finds a caller's temporary table in the place of one of ours.
+"""No function that runs as its owner can take a caller's temporary table for one of ours.
 
-A search path that leaves `pg_temp` out has it first, for tables and views. Whoever may execute such a function, or
-select from a view that calls it, could then make a temporary view named `jobs` and have it evaluated with the rights of
-the function's owner. Named last, `pg_temp` is looked into for what exists nowhere else. `record_change` had it from
-the start.
+A search path without `pg_temp` searches it first, for tables and views. A role that may execute such a function, or
+select from a view that calls it, could then make a temporary view named `jobs`, which would be evaluated with the
+rights of the function's owner. If `pg_temp` is named last, it is searched last. `record_change` had this from the
+start.
 
-No process of ours makes temporary tables, so PUBLIC may make none in this database. Only the database's owner can take
-that right away. From anybody else the statement is a warning, the right stays, and the search path alone has to do.
+Our processes make no temporary tables, so PUBLIC may make none in this database. Only the database's owner can revoke
+this right. From another role the statement is only a warning and the right stays; then the search path is the only
+protection.
 """
 
 from alembic import op
@@ -35,6 +36,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take the search path back. The right to temporary tables stays away: no version has used it."""
+    """Restore the search path. The right to temporary tables stays revoked: no version has used it."""
     for function in FUNCTIONS:
         op.execute(f"alter function {function} set search_path = pg_catalog, public")

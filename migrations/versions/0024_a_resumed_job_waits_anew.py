@@ -1,4 +1,4 @@
-"""A job that is resumed waits from then on: the API moves `run_after`, from which waiting is counted."""
+"""The wait of a resumed job counts from its resumption: the API moves `run_after`, from which waiting is counted."""
 
 from alembic import op
 

@@ -1,7 +1,7 @@
-"""Progress counts the steps that a job really takes, and what became of its rows is on the job.
+"""Progress counts the steps that a job really takes, and the job stores what became of its rows.
 
-The worker corrects `total_steps` when it has read the files. A step that is skipped has no numbers in `metrics`, so the
-pace of what runs is taken a step, not a row of numbers.
+The worker corrects `total_steps` once it has read the files. A skipped step has no numbers in `metrics`, so the pace of
+running jobs is measured by steps, not by rows of numbers.
 """
 
 import sqlalchemy as sa
@@ -15,7 +15,7 @@ depends_on = None
 
 ROLE = "espalier_outlook"
 SIGNATURE = "queue_outlook(text, uuid, float8, float8, float8, bigint)"
-# The function's other lines stay as they are.
+# The other lines of the function are unchanged.
 OUTLOOK = """
 do $$ begin
     execute replace(pg_get_functiondef('{signature}'::regprocedure), '{old}', '{new}');

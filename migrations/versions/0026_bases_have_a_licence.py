@@ -1,4 +1,4 @@
-"""A base names the licence of its weights, which an adapter's card repeats. Whoever may read a base may read it."""
+"""A base has the licence of its weights, which an adapter's card repeats. Roles that may read a base may read it."""
 
 import sqlalchemy as sa
 from alembic import op

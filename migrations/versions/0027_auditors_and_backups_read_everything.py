@@ -20,8 +20,8 @@ select relname from pg_class where relnamespace = 'public'::regnamespace and rel
 WALLED = sa.text(
     "select tablename from pg_policies where schemaname = 'public' and policyname = 'reader_rows' order by 1"
 )
-# Roles belong to the whole server: another database's migration may have made it, or who administers the server, for an
-# owner that may make none.
+# Roles belong to the whole server. Another database's migration may have made this one, or the server's administrator,
+# for an owner that may not make roles.
 MAKE = """
 do $$ begin
     if to_regrole('{role}') is null then
@@ -30,7 +30,7 @@ do $$ begin
 exception when duplicate_object then null;
 end $$
 """
-# Before PostgreSQL 16 every member may become its role. Since then whoever makes a role is a member that may not.
+# Before PostgreSQL 16 every member may become its role. Since then the role that made it is a member, but may not.
 BECOME = """
 do $$ begin
     if current_setting('server_version_num')::int < 160000 then
@@ -53,7 +53,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take everything from the roles. They stay, as another database may use them."""
+    """Revoke everything from the roles. They stay, because another database may use them."""
     for table in op.get_bind().scalars(WALLED).all():
         op.execute(f"drop policy reader_rows on {table}")
     op.execute(f"revoke all on all tables in schema public from {READERS}")

@@ -1,7 +1,7 @@
-"""Two processes may share a worker's name; a worker shows how far its clock is off; uncounted attempts are counted.
+"""Workers have identities, report how far their clock is off, and uncounted attempts are counted.
 
-Since this version a worker's row is named by its identity, and `given_name` is what it is called. Workers of the version
-before go on writing rows named by what they are called, and leave `given_name` empty.
+Since this version the key of a worker's row is its identity, and `given_name` is its display name; two processes may
+share the latter. Workers of the previous version still use their display name as key, and leave `given_name` empty.
 """
 
 import sqlalchemy as sa

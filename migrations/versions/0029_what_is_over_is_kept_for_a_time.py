@@ -1,7 +1,7 @@
-"""What is over is kept for a time only: the schedule may delete what belongs to jobs that ended long ago, and no more.
+"""What is over is kept for a limited time: the schedule may delete rows of jobs that ended long ago, and no others.
 
-A bill outlives its attempt: when the attempt goes, its booking carries the job and the pool itself. Old entries of the
-audit log go by a function of its own, which deletes nothing that is younger than 90 days, whatever it is asked.
+A booking outlives its attempt: when the attempt is deleted, the booking stores the job and the pool itself. A separate
+function deletes old entries of the audit log. It deletes nothing younger than 90 days, whatever it is asked.
 """
 
 import sqlalchemy as sa
@@ -15,8 +15,8 @@ branch_labels = None
 depends_on = None
 
 ROLE = "espalier_outlook"
-# The schedule's policies allow all rows. This one narrows what it may delete to what is a day behind its job's end. The
-# subquery is scalar, because PostgreSQL might answer an EXISTS by reading the whole table of jobs.
+# The schedule's policies allow all rows. This one limits what it may delete to a day after the job's end. The subquery
+# is scalar, because for an EXISTS PostgreSQL might read the whole table of jobs.
 OF_JOBS = ("events", "log_lines", "metrics", "attempts", "checkpoints", "adapters")
 ENDED = "(select j.finished_at from jobs j where j.id = {table}.job_id) < now() - interval '1 day'"
 OLD_ROWS = {
@@ -74,7 +74,7 @@ def _replace_duties(duties: str) -> None:
 
 
 def _replace_reference(*, on_delete: str) -> None:
-    """Let bookings refer to attempts in this way. Those that are there are looked at without a lock on them."""
+    """Let bookings refer to attempts in this way. Existing rows are validated without a lock on them."""
     op.execute("alter table usage drop constraint fk_usage_tenant_id_attempt_id_attempts")
     op.execute(
         "alter table usage add constraint fk_usage_tenant_id_attempt_id_attempts foreign key (tenant_id, attempt_id) "
@@ -122,7 +122,7 @@ def downgrade() -> None:
     op.execute(REVOKES)
     op.execute("delete from set_asides where duty = 'forget'")
     _replace_duties(DUTIES)
-    # This fails where a booking has outlived its attempt. Bills are not deleted to go back a version.
+    # This fails if a booking has outlived its attempt: a downgrade must not delete bookings.
     op.alter_column("usage", "attempt_id", nullable=False)
     _replace_reference(on_delete="")
     op.drop_constraint(op.f("ck_usage_names_its_job"), "usage", type_="check")

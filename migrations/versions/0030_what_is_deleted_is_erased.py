@@ -1,7 +1,7 @@
-"""Tenants delete a job, operators a tenant. The schedule then erases what names something, and deletes the rows.
+"""Tenants delete a job, operators a tenant. The schedule then erases their names, and deletes the rows.
 
-A job or a tenant is marked, in the transaction of whoever deletes it. What the schedule may do to rows of a mark, the
-policies say; entries of the audit log are blanked by functions of the owner's, which look at the mark themselves.
+The deleting transaction marks the job or the tenant. Policies say what the schedule may do to marked rows. The owner's
+functions blank entries of the audit log, and check the mark themselves.
 """
 
 import sqlalchemy as sa
@@ -12,8 +12,8 @@ down_revision = "0029"
 branch_labels = None
 depends_on = None
 
-# What 0029 lets the schedule delete. Here and below subqueries are scalar, because PostgreSQL might answer an EXISTS by
-# reading the whole table.
+# What 0029 lets the schedule delete. Here and below subqueries are scalar, because for an EXISTS PostgreSQL might read
+# the whole table.
 OF_JOBS = ("events", "log_lines", "metrics", "attempts", "checkpoints", "adapters")
 ENDED = "(select j.finished_at from jobs j where j.id = {table}.job_id) < now() - interval '1 day'"
 OLD_ROWS = {
@@ -30,13 +30,13 @@ OR_DELETED = {
     "uploads": f"purged_at is not null and {OF_A_DELETED_TENANT}",
     "upload_parts": OF_A_DELETED_TENANT,
 }
-# What the schedule may delete since this version, and only so.
+# What the schedule may delete since this version, and nothing else.
 DELETED_ROWS = {
     **dict.fromkeys(("api_keys", "queues", "storage_totals"), OF_A_DELETED_TENANT),
     "files": f"purged_at is not null and (purpose = 'fine-tune-results' or {OF_A_DELETED_TENANT})",
     "checkpoint_permissions": "(select c.deleted_at from checkpoints c where c.id = {table}.checkpoint_id) is not null",
 }
-# What the owner, whom row-level security binds too, sees when a function of its own looks at marks.
+# What the owner sees when its functions read marks, because row-level security binds the owner too.
 SEEN_BY_OWNER = {
     **dict.fromkeys(("tenants", "jobs", "adapters", "checkpoints"), "deleted_at is not null"),
     "checkpoint_permissions": "true",
@@ -62,7 +62,7 @@ revoke select on checkpoint_permissions from espalier_schedule;
 revoke delete on {", ".join(DELETED_ROWS)} from espalier_schedule;
 revoke update (slug) on tenants from espalier_operator;
 """
-# A mark is a deletion. The function's other lines stay as they are.
+# A mark counts as a deletion in the audit log. The other lines of the function are unchanged.
 ACTION = "case tg_op when 'INSERT' then '.created' when 'UPDATE' then '.changed' else '.deleted' end"
 NEW_ACTION = (
     "case when tg_op = 'INSERT' then '.created' when tg_op = 'DELETE' "
@@ -73,7 +73,7 @@ do $body$ begin
     execute replace(pg_get_functiondef('record_change()'::regprocedure), $old${old}$old$, $new${new}$new$);
 end $body$
 """
-# What the schedule deletes of the deleted is no change of people's, and would be written down with its names.
+# The schedule's deletions are not recorded: no person makes them, and the entries would contain the erased names.
 BY_PEOPLE = "when (current_user not in ('espalier_worker', 'espalier_schedule'))"
 RECORDED = {
     "api_keys": ("insert or delete or update of scopes, expires_at, revoked_at, name", "'api_key', 'key_id'"),
@@ -103,7 +103,7 @@ begin
     return num;
 end $$
 """
-# The entries of a tenant's own row are about its slug, which is a name.
+# The entries about a tenant's own row contain its slug, which is a name.
 BLANK_OF_TENANT = """
 create function blank_audit_entries_of_tenant(of_tenant uuid, most integer) returns bigint
 language plpgsql security definer set search_path = pg_catalog, public, pg_temp as $$
@@ -122,7 +122,8 @@ begin
     return num;
 end $$
 """
-# Whoever gets the slug next must not get what was shared with it. Those who shared see an id in their audit log then.
+# The next tenant with this slug must not get what was shared with this one. In the audit log of the tenants that
+# shared, an id replaces the slug.
 WITHDRAW = """
 create function withdraw_permissions_of(of_tenant uuid, old_slug text) returns void
 language plpgsql security definer set search_path = pg_catalog, public, pg_temp as $$
@@ -210,7 +211,7 @@ def _open_rows() -> None:
 
 
 def downgrade() -> None:
-    """Go back. A deleted job would be seen again, so this fails while one waits for its end."""
+    """Go back. A deleted job would be visible again, so this fails while one waits to be erased."""
     op.execute("alter table jobs add constraint no_deleted_job check (deleted_at is null)")
     for signature in FUNCTIONS:
         op.execute(f"drop function {signature}")

@@ -1,8 +1,8 @@
-"""A page of a job's history costs the same whatever others have written, and so does a chart of its steps.
+"""A page of a job's history costs the same however much others have written, and so does a chart of its steps.
 
-Events and log lines lose the index over their numbers alone: PostgreSQL took it for a job's newest events, and walked
-everybody's newer ones. A number is still unique, as the table alone gives it. Every 32 steps of a job are summed up in one row
-as they are recorded: a chart reads those.
+Events and log lines lose the index on their numbers alone: PostgreSQL used it to find a job's newest events, and
+scanned the newer events of all jobs. A number is still unique, because only the table draws it. Every 32 steps of a job
+are summed up in one row as they are recorded, and charts read these rows.
 """
 
 import sqlalchemy as sa
@@ -24,8 +24,8 @@ select m.job_id, {last_step} as last_step, m.tenant_id, count(*) as num_steps, m
     max(m.step) filter (where m.valid_loss is not null) as evaluated_step
 from metrics m where {wanted} group by m.job_id, m.tenant_id, 2
 """
-# The steps of a job are recorded in their order, and none behind the last: a block with its last step is whole. One whose
-# last step was skipped is never summed up; its few rows are read instead.
+# The steps of a job are recorded in order, so a block with its last step is complete. A block whose last step was
+# skipped is never summed up; its few rows are read instead.
 OF_NEW_STEP = SUM.format(
     last_step="new.step", wanted="m.job_id = new.job_id and m.step > new.step - 32 and m.step <= new.step"
 )
@@ -34,7 +34,7 @@ INSERT = """
 insert into metric_blocks (job_id, last_step, tenant_id, num_steps, least_loss, least_step, greatest_loss, greatest_step,
     evaluated_step)
 """
-# Its plan is kept for as long as a worker's connection, also where that begins while the table is small.
+# The plan is kept as long as a worker's connection, even if this begins while the table is small.
 SUM_UP = f"""
 create function sum_up_steps() returns trigger language plpgsql
 set search_path = pg_catalog, public, pg_temp set enable_seqscan = off as $$
@@ -51,7 +51,7 @@ begin
     return null;
 end $$
 """
-# A job that goes on from a resume point records the steps behind it anew, and old steps are deleted by their age.
+# A job that resumes from a resume point records the later steps again, and old steps are deleted by age.
 FORGET_STEPS = """
 create function forget_steps() returns trigger language plpgsql set search_path = pg_catalog, public, pg_temp as $$
 begin
@@ -65,9 +65,9 @@ create trigger note_evaluation after update of valid_loss on metrics for each ro
     when (new.valid_loss is not null) execute function note_evaluation();
 create trigger forget_steps after delete on metrics for each row when (old.step % 32 = 0) execute function forget_steps()
 """
-# What was written while all rows were summed up, before there were triggers.
+# Rows that were written after the summing up, and before the triggers existed.
 OF_JOBS_AT_WORK = "m.job_id in (select a.job_id from attempts a where a.outcome is null or a.ended_at >= now())"
-# What an explanation counts of a pool: jobs of the two statuses each have an index of their own, those of either have none.
+# An explanation counts a pool's jobs of two statuses. Each status has its own index; there is none for both together.
 OUTLOOK = """
 do $$ begin
     execute replace(pg_get_functiondef('queue_outlook(text, uuid, float8, float8, float8, bigint)'::regprocedure),
@@ -105,7 +105,7 @@ def upgrade() -> None:
     op.execute(SUM_UP)
     op.execute(NOTE_EVALUATION)
     op.execute(FORGET_STEPS)
-    # What locks the tables that are written comes last: jobs go on while the rows are summed up.
+    # Statements that lock written tables come last, so that jobs continue while the rows are summed up.
     with unforced():
         op.execute(f"{INSERT} {FILL.format(wanted='true')}")
         op.execute(TRIGGERS)
@@ -133,7 +133,7 @@ def upgrade() -> None:
     _replace_outlook(OF_EITHER, OF_EACH)
     op.drop_constraint(op.f("uq_events_number"), "events", type_="unique")
     op.drop_constraint(op.f("uq_log_lines_number"), "log_lines", type_="unique")
-    op.execute("analyze metric_blocks")  # nobody has counted its rows yet, and plans go by that
+    op.execute("analyze metric_blocks")  # its rows are not counted yet, and plans depend on the count
 
 
 def downgrade() -> None:

@@ -1,6 +1,6 @@
-"""The row of a file that was deleted goes after a while, once no job and no upload names it.
+"""The row of a deleted file is deleted after a while, once no job and no upload names the file.
 
-The indexes find who names a file. Without them every deletion would read the rows of its tenant's jobs, three times.
+The indexes find the rows that name a file. Without them every deletion would read its tenant's jobs three times.
 """
 
 import sqlalchemy as sa
@@ -17,8 +17,7 @@ NAMES = {
     "ix_jobs_result_file_id": ("jobs", "result_file_id"),
     "ix_uploads_file_id": ("uploads", "file_id"),
 }
-# What 0030 lets the schedule delete: at once with its job or tenant, and now also what has been without its object for
-# a day.
+# What 0030 lets the schedule delete: at once with its job or tenant. Now also what has had no object for a day.
 OF_A_DELETED_TENANT = "(select t.deleted_at from tenants t where t.id = files.tenant_id) is not null"
 IS_DELETED = f"purged_at is not null and (purpose = 'fine-tune-results' or {OF_A_DELETED_TENANT})"
 IS_OLD = "purged_at < now() - interval '1 day'"

@@ -1,1 +1,1 @@
-"""What is deployed, executed: images and compose in a container engine of the check's own."""
+"""Deployments, executed: images and compose in a container engine that belongs to the check."""

@@ -1,11 +1,11 @@
-"""`python -m tests.deploy CHECK...`: deployments executed, one after the other, in one engine that keeps what was built.
+"""`python -m tests.deploy CHECK...`: runs deployments one after the other, in one engine that keeps what was built.
 
-    images   the Dockerfile's images, built from nothing, looked into and run
+    images   the Dockerfile's images, built from nothing, inspected and run
     compose  docker-compose.yml, brought up, trained through, every service restarted
     hosts    two workers on networks of their own, one cut off, frozen, killed
     pods     the pods of k8s/, run as a kubelet runs them
 
-Where no engine can start, one line says why, and the Dockerfiles are linted only.
+If no engine can start, one line says why, and only the Dockerfiles are linted.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`python -m tests.deploy.alerts`: are the alerts well formed, does each fire on what it is for, and is it documented?
+"""`python -m tests.deploy.alerts`: is each alert well formed and documented, and does it fire when it should?
 
-What promtool decides needs promtool, from Debian's package `prometheus`; what else can be checked is checked without.
+The checks with promtool need Debian's package `prometheus`. The other checks run without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an operator runs to see that a deployment is well, run in the container that it is shipped for."""
+"""The commands by which an operator checks a deployment, run in the container that is made for them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`make compose-check`: docker-compose.yml brought up, a real job trained through it, every service restarted under one.
+"""`make compose-check`: starts docker-compose.yml, trains a real job through it, restarts every service during one.
 
-Servers of others are stand-ins made of Debian's packages and wheels (tests/deploy/standins), told as the published
-images are told. The service's own images are those of `make check-images`.
+The images of PostgreSQL, Redis and S3 are stand-ins made of Debian's packages and wheels (tests/deploy/standins), with
+the same settings as the published images. The service's own images are those of `make check-images`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`python -m tests.deploy.dashboard`: ask every query of the dashboard of a real run, and draw the answers into the docs.
+"""`python -m tests.deploy.dashboard`: runs every query of the dashboard on a real run and draws the results.
 
-The local stack runs jobs, refusals and a lost trainer while a real Prometheus scrapes its management ports. A query that
-answers nothing is an error, but for those that need a GPU. The picture is matplotlib's, in Grafana's order.
+The local stack runs jobs, refusals and a lost trainer, while a real Prometheus scrapes its management ports. A query
+without a result is an error, except for those that need a GPU. matplotlib draws the picture, in Grafana's order.
 """
 
 from __future__ import annotations

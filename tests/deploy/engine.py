@@ -1,8 +1,8 @@
-"""A private container engine for the checks: its own socket, data, bridge and plugins; nothing of another engine's.
+"""A private container engine for the checks, with its own socket, data, bridge and plugins.
 
-It starts only as root on a machine with Debian's packages. Where it cannot, `NoEngineError` says why in one line, and a
-check does its offline part only. It makes no firewall rules and no default bridge, so that it leaves none behind; it is
-stopped by its own process id. `CONTAINER_ENGINE_DIR` keeps its data, and with them what was built, between runs.
+It starts only as root on a machine with Debian's packages. Elsewhere `NoEngineError` says why in one line, and a check
+runs only its offline part. It makes no firewall rules and no default bridge, so it leaves none behind. It is stopped by
+its own process id. `CONTAINER_ENGINE_DIR` keeps its data, including what was built, between runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`make hosts-check`: two workers on networks of their own, one of which is cut off, frozen or killed in mid-training.
+"""`make hosts-check`: two workers on networks of their own, one of which is cut off, frozen or killed during training.
 
-Each time the job must go on at the other worker, from its last resume point, and have one result; what the lost worker
-still does must not count. Servers, images and the service are those of `make compose-check`.
+Each time the job must continue on the other worker, from its last resume point, and have one result. What the lost
+worker still does must not count. Servers, images and the service are those of `make compose-check`.
 """
 
 from __future__ import annotations

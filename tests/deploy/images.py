@@ -1,6 +1,6 @@
-"""`make check-images`: the Dockerfile linted, `control` and `worker-cpu` built from nothing, looked into, and run.
+"""`make check-images`: the Dockerfile linted; `control` and `worker-cpu` built from nothing, inspected, and run.
 
-The CUDA worker cannot be built where there is no room and no index for its 3 GB of wheels: it is linted only.
+The CUDA worker needs space and a package index for its 3 GB of wheels. It is linted only.
 """
 
 from __future__ import annotations

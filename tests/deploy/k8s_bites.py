@@ -1,4 +1,4 @@
-"""Each check bites: an overlay is broken in one place, and the check that watches over it must say so."""
+"""Tests the checks: an overlay is broken in one place, and the check for this place must report it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`make check-k8s`: what can be known of k8s/ without a cluster.
+"""`make check-k8s`: all checks of k8s/ that need no cluster.
 
-Every overlay is rendered by kubectl, its objects are compared with the schemas of Kubernetes (several versions), KEDA and
-Karpenter, read by our own rules (k8s_rules) and scanned by checkov. Then overlays are broken on purpose, and each check
-must complain. No API server is asked: what only one can tell is in docs/install-kubernetes.md.
+kubectl renders every overlay. Its objects are compared with the schemas of Kubernetes (several versions), KEDA and
+Karpenter, checked by our own rules (k8s_rules) and scanned by checkov. Then overlays are broken on purpose, and each
+check must complain. No API server is asked; docs/install-kubernetes.md lists what only an API server can tell.
 """
 
 from __future__ import annotations

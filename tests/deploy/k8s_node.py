@@ -1,8 +1,8 @@
-"""A node without a cluster: pod templates run as containers, as a kubelet would run them.
+"""A node without a cluster: runs pod templates as containers, as a kubelet would.
 
 Command, environment, users, groups, capabilities, read-only root, memory limits, volumes with their owners and modes,
-probes with their periods and thresholds, the preStop sleep, SIGTERM and the grace are the template's own. What is not
-here: seccomp is Docker's default profile, an emptyDir's sizeLimit is not kept, and network policies are not there.
+probes with their periods and thresholds, the preStop sleep, SIGTERM and the grace are those of the template. What
+differs: seccomp is Docker's default profile, an emptyDir has no size limit, and there are no network policies.
 """
 
 from __future__ import annotations

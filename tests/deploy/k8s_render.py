@@ -1,4 +1,4 @@
-"""What Kustomize makes of k8s/: the objects of each overlay, and the pods in them."""
+"""The objects that Kustomize renders from k8s/, by overlay, and the pods in them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """`make run-k8s`: the rendered pods executed under Docker, and a job trained, drained and finished through them.
 
-An installation of its own is rendered: the overlay keda, the component weights-pvc and k8s/servers, with this
-installation's registry and store. Its pods run as k8s_node says. The servers' images are stand-ins (tests/deploy/standins)
-under the names that the manifests give. KEDA is not there: its query is asked as it would ask it, by its own login.
+A separate installation is rendered: the overlay keda, the component weights-pvc and k8s/servers, with its own registry
+and store. Its pods run as in k8s_node. The servers' images are stand-ins (tests/deploy/standins) under the names in the
+manifests. KEDA itself is missing: its query is sent as KEDA would send it, with KEDA's login.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Objects against the schemas of Kubernetes and of KEDA, strictly: an unknown field is an error, and so is a kind unknown.
+"""Validates objects against the schemas of Kubernetes and KEDA, strictly: unknown fields and unknown kinds are errors.
 
-A program of its own, run by a Python that has kubernetes-validate: `k8s_schemas.py VERSIONS < OBJECTS`, both JSON lists.
-It prints one line for each error.
+A separate program, run by a Python with kubernetes-validate: `k8s_schemas.py VERSIONS < OBJECTS`, both JSON lists. It
+prints one line for each error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Debian's packages for the checks, installed where that starts nothing: a container or a CI machine, as root."""
+"""Debian's packages for the checks. They are installed only as root in a container or on a CI machine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Wheels for builds that ask no index: downloaded as this machine's pip is told, offered over loopback, then forgotten.
+"""Wheels for builds without a package index: downloaded with this machine's pip, offered over loopback, then removed.
 
-An image built so holds nothing of how this machine reaches an index: its builder sees one address of 127.0.0.1 only.
+So an image contains nothing of this machine's access to an index: its builder sees only one address of 127.0.0.1.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The soak: the real service with two workers under a seeded nemesis, and then the audit of the promises.
+"""The soak: the real service with two workers under a seeded nemesis, and then a check of the promises.
 
     python -m tests.e2e.chaos --minutes 5 --seed 1
 
-Tenants keep submitting, each submission again and again until it is accepted. When the time is up the faults stop, every
-accepted job must end, and nothing may be left behind. Exit code 1 when any promise is broken.
+Tenants submit jobs all the time, and repeat each submission until it is accepted. When the time is up the faults stop.
+Then every accepted job must end, and nothing may be left behind. Exit code 1 when any promise is broken.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What OpenAI's own client asks of a fine-tuning service, as a script: run by each version in an environment of its own.
+"""The requests of OpenAI's own client to a fine-tuning service, as a script. Each client version runs it separately.
 
     python client_matrix.py BASE_URL API_KEY FULL_KEY MODEL
 
-FULL_KEY is of a tenant whose queue is full. Every check prints one line; the exit status says whether all passed.
-Answers are validated strictly. Only `paused`, which the live API has and the specification lacks, needs a lenient client.
+FULL_KEY belongs to a tenant whose queue is full. Every check prints one line; the exit status says whether all passed.
+Answers are validated strictly. Only `paused`, which the live API has and the specification lacks, needs a lenient
+client.
 """
 
 from __future__ import annotations

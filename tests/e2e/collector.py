@@ -1,4 +1,4 @@
-"""A collector of traces as small as can be: OTLP over HTTP, in memory."""
+"""A minimal collector of traces: OTLP over HTTP, in memory."""
 
 from __future__ import annotations
 

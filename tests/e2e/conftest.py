@@ -1,4 +1,4 @@
-"""A tiny base for all end-to-end tests, one lab, and one plain stack a module."""
+"""A tiny base for all end-to-end tests, one lab, and one plain stack for each module."""
 
 from __future__ import annotations
 

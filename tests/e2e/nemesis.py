@@ -1,7 +1,7 @@
-"""What the soak does to the service: kinds of faults, drawn by a seed, each a blow that is over when its function returns.
+"""The faults of the soak, drawn by a seed. Each fault is over when its function returns.
 
-Processes are the soak's own children and come back at once, as a supervisor would bring them back. Faults of the network
-are put in force for seconds by the proxies in front of the servers.
+Processes are children of the soak, which restarts them at once, as a supervisor would. Network faults are set for
+seconds in the proxies in front of the servers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The service as a cluster rolls it out: replaced process by process under load, and clients that notice nothing.
+"""A rolling update of the service under load, process by process. Its clients must notice nothing.
 
-What a Deployment does is done here with processes: the new one is started first, gets requests once it is ready, and
-only then the old one is told to end. In front of the APIs stands what a Service is, an address whose new connections go
-to those that are ready.
+Processes do here what a Deployment does: the new one is started first, gets requests once it is ready, and only then
+the old one is asked to end. In front of the APIs is the equivalent of a Service: an address whose new connections go to
+ready processes.
 """
 
 from __future__ import annotations

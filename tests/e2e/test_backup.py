@@ -1,4 +1,4 @@
-"""A backup, restored on other servers as docs/running.md says, goes on where the first service was."""
+"""A backup, restored on other servers as in docs/running.md, continues where the first service was."""
 
 from __future__ import annotations
 

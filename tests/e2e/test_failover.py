@@ -1,4 +1,4 @@
-"""The database fails over: its address leads to a standby, which takes no writes for a while and then is promoted."""
+"""The database fails over: its address leads to a standby that takes no writes for a while, and then is promoted."""
 
 from __future__ import annotations
 

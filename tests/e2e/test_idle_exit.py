@@ -1,4 +1,4 @@
-"""A worker that idles ends by itself, never with a job, and one that is the first process of its container drains."""
+"""An idle worker ends by itself, but never with a job. A worker that is its container's first process drains."""
 
 from __future__ import annotations
 

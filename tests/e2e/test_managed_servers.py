@@ -1,4 +1,4 @@
-"""A whole job on servers that somebody else runs: TLS by a private CA, an owner that is no superuser, a distant region."""
+"""A whole job on managed servers: TLS by a private CA, an owner that is no superuser, a distant region."""
 
 from __future__ import annotations
 

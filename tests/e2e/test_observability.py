@@ -1,4 +1,4 @@
-"""What the service says of itself while it does real work: logs, figures and traces of one run of the local stack."""
+"""What the service reports about itself during real work: logs, metrics and traces of one run of the local stack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job that cannot be read, recorded or ended costs its worker nothing, and its neighbours nothing."""
+"""A job that cannot be read, recorded or ended harms neither its worker nor its neighbours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs go on where they were: after a kill, a preemption, a pause, on whatever worker comes next."""
+"""Jobs resume where they were, after a kill, a preemption or a pause, on whichever worker comes next."""
 
 from __future__ import annotations
 

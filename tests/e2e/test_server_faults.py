@@ -1,4 +1,4 @@
-"""What a worker's servers may suffer while it trains; the numbers are the rows of the table of faults."""
+"""Faults of the servers while a worker trains. The numbers are the rows of the table of faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base so large for its device that one step takes many seconds: what is asked meanwhile does not wait for its end."""
+"""A base so large for its device that a step takes many seconds: requests during the step do not wait for its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole service with real processes: a tiny random base, real jobs, and a worker killed in the middle."""
+"""The whole service with real processes: a tiny random base, real jobs, and a worker killed during training."""
 
 from __future__ import annotations
 

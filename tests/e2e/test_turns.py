@@ -1,4 +1,4 @@
-"""Fair in time, on real workers: a slot is lent after its quantum, and a base has its worker for a turn."""
+"""Fair sharing over time, on real workers: a slot is lent after its quantum, and a base keeps its worker for a turn."""
 
 from __future__ import annotations
 

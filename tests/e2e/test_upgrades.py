@@ -1,7 +1,7 @@
-"""From the version before to this one and back, with jobs in every state: nothing is lost, and nobody is charged.
+"""An upgrade from the previous version and back, with jobs in every state: no job is lost, and none is charged.
 
-The old worker goes on beside the new processes for a while, as in any rollout. Migrations only add, so the old processes
-run on the new schema when an operator goes back.
+The old worker runs beside the new processes for a while, as in any rollout. Migrations only add, so the old processes
+also run on the new schema when an operator goes back.
 """
 
 from __future__ import annotations

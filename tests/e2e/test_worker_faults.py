@@ -1,4 +1,4 @@
-"""What a worker and its trainer may suffer; the numbers are the rows of the table of faults."""
+"""Faults of a worker and its trainer. The numbers are the rows of the table of faults."""
 
 from __future__ import annotations
 

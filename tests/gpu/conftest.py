@@ -1,4 +1,4 @@
-"""These tests are about a GPU: without one they refuse to run, so that nobody takes silence for success."""
+"""Tests of a GPU. Without one they fail instead of being skipped, so that nobody takes a skip for a success."""
 
 from __future__ import annotations
 

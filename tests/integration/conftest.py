@@ -1,4 +1,4 @@
-"""A migrated database of its own for every test module, and an API process on it."""
+"""A separate migrated database for every test module, and an API process on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows for every table, put in when the migration that makes the table has run: what an upgrade over data meets."""
+"""Rows for every table, inserted after the migration that makes the table, so that later migrations meet data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that no bound would let in, planted by the tables' owner: what a fault of ours, or a hand in SQL, may leave."""
+"""Invalid rows that no bound would allow, inserted by the tables' owner, as a bug or a manual statement might."""
 
 from __future__ import annotations
 

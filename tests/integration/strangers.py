@@ -1,7 +1,7 @@
-"""A stranger on the machine: `python strangers.py` becomes another user, asks every door it is told of, and reports.
+"""Another user of the machine: `python strangers.py` becomes this user, tries every given socket, and reports.
 
-It is given the doors on standard input and answers on standard output, both JSON. It holds no key. What a browser would
-send from a page of somebody else's has an Origin; HTTP/2 is spoken in the clear and over TLS without a certificate.
+It reads the sockets from standard input and answers on standard output, both in JSON. It has no key. Requests as of a
+browser on another site's page have an Origin. HTTP/2 is tried in the clear, and over TLS without a certificate.
 """
 
 from __future__ import annotations

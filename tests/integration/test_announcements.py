@@ -1,4 +1,4 @@
-"""Jobs that wait are told that their base is being loaded, and what came of it."""
+"""Waiting jobs get an event when their base is being loaded, and another with the result."""
 
 from __future__ import annotations
 

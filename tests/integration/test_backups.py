@@ -1,4 +1,4 @@
-"""A dump by the backup's role, as docs/running.md has it, holds every row, and an owner that is no superuser restores it."""
+"""A dump by the backup's role, as in docs/running.md, has every row, and an owner that is no superuser restores it."""
 
 from __future__ import annotations
 

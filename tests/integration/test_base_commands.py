@@ -1,4 +1,4 @@
-"""`espalier base-models`: an operator learns that a base cannot be used before any tenant's job does."""
+"""`espalier base-models`: an operator learns that a base cannot be used before any tenant's job fails on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every number that an operator or a tenant sets has bounds, in the tables as in requests, and is refused by its name."""
+"""Every number that an operator or a tenant sets has bounds, in tables and in requests, and is refused by its name."""
 
 from __future__ import annotations
 

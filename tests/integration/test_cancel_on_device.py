@@ -1,4 +1,4 @@
-"""A supervisor with a real trainer: what is cancelled leaves the device, whatever it was doing, and that is recorded."""
+"""A supervisor with a real trainer: a cancelled job leaves the device in whatever state it is, and that is recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row 28: whose clock is wrong does not matter, as long as it is not the database's."""
+"""Row 28: a wrong clock does no harm unless it is the database's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The database is away in every form: read-only, silent, too slow, gone without a word. Each passes by itself."""
+"""The database is away in every form: read-only, silent, too slow, vanished. The service recovers by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demand of a pool is what its workers would be given: as many jobs as the claim itself hands out."""
+"""A pool's demand equals what its workers would get: as many jobs as the claim itself hands out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When the device was rid of an attempt: recorded once, with its own time, and asked for by I10's check."""
+"""When an attempt left the device: recorded once, with its own time, and checked for promise I10."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every socket that the running stack listens on gives nothing to another user of the machine, or to a web page."""
+"""No socket of the running stack serves another user of the machine, or a web page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of claims: rows 26, 50 and 51, on the real claim in SQL, and the counts and ranks that it walks by."""
+"""The order of claims: rows 26, 50 and 51, on the real claim in SQL, with the counts and ranks that it uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each database role may do, verb by verb: least is granted, and what is dangerous is granted to nobody."""
+"""The rights of each database role, verb by verb: as few as possible, and no role has a dangerous one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a worker may leave: what its runner answers, on a real database and without a trainer."""
+"""When a worker may leave: its runner's answers, on a real database and without a trainer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A job's life as a state machine on real PostgreSQL: any order of verbs, stale fences among them, keeps the promises.
+"""A job's life as a state machine on real PostgreSQL: the promises hold for any order of verbs, with stale fences too.
 
-Time passes where the machine says so: instants in the rows are moved into the past of the database's clock.
+The machine lets time pass by moving instants in the rows into the past of the database's clock.
 """
 
 from __future__ import annotations

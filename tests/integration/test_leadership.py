@@ -1,4 +1,4 @@
-"""One schedule leads: by the database's clock, taken over in time, and harmless when it does not know any better."""
+"""One schedule leads, by the database's clock. Another takes over in time. A wrong belief to lead is harmless."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every list and look of a tenant, behind which others have written much: none reads more for it."""
+"""A tenant's lists and look-ups where others have written many rows: none reads more because of that."""
 
 from __future__ import annotations
 

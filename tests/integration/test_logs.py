@@ -1,4 +1,4 @@
-"""Whatever a process writes, and however it ends, its log is JSON line by line."""
+"""A process's log is JSON line by line, whatever it writes and however it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The management port, on real processes: metrics, probes, and what they say of what is wrong."""
+"""The management port, on real processes: metrics, probes, and their reports of faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The schema and the code say the same, and every migration can be taken back."""
+"""The schema matches the code, and every migration can be reverted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An owner that is no superuser, as on a managed PostgreSQL, can do all that an owner does, from PostgreSQL 15 to 18."""
+"""An owner that is no superuser, as on a managed PostgreSQL, can do all an owner must, from PostgreSQL 15 to 18."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One poisonous row stops one row: whoever comes upon it sets it aside with a reason and serves the others."""
+"""One invalid row stops only itself: the process that meets it sets it aside with a reason and serves the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Child processes of the launcher: they log, they stop when told, they come back when they die, none is orphaned."""
+"""Child processes of the launcher log, stop when asked, are restarted when they die, and are never orphaned."""
 
 from __future__ import annotations
 

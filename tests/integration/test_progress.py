@@ -1,4 +1,4 @@
-"""What a job shows of its steps and its rows is what was done, however many attempts it took."""
+"""The steps and rows that a job reports are those that were done, however many attempts it took."""
 
 from __future__ import annotations
 

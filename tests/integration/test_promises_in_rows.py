@@ -1,4 +1,4 @@
-"""The checks of promises in rows name what breaks a promise, and nothing else."""
+"""The checks of promises in rows name violations, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was deleted goes: of every tenant in turn, until nothing is due, whatever one row or one object does."""
+"""Objects of deleted rows are deleted, tenant by tenant, until nothing is due, even if one row or object fails."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Every verb of a tenant's, a worker's and the schedule's in any order: no quota is ever passed by the tenant's doing.
+"""Verbs of a tenant, a worker and the schedule in any order: no request of the tenant ever passes a quota.
 
-What waits, runs and is stored is counted anew after each verb, over what exists. A verb of the tenant's never takes a
-count beyond its quota, and is refused only where it would. What happens to the tenant may: a job that comes back to its
-queue, what a running job stores. Nothing starts for a tenant that stores too much, or runs as many jobs as it may.
+After each verb, waiting jobs, running jobs and stored bytes are counted anew. A tenant's verb never takes a count
+beyond its quota, and is refused only if it would. What happens to the tenant may pass it: a job that returns to its
+queue, and what a running job stores. No job starts for a tenant that stores too much, or runs as many jobs as it may.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The wall behind the tenant filter: PostgreSQL itself answers nothing across tenants."""
+"""Row-level security, behind the tenant filter: PostgreSQL itself shows nothing of another tenant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`espalier s3-check` and `espalier bucket`: a server that fits, ones that do not, and what is said of each."""
+"""`espalier s3-check` and `espalier bucket`: on suitable and unsuitable servers, with their messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A supervisor with a real trainer whose surroundings break while it serves: what it waits out, and what ends it."""
+"""A supervisor with a real trainer whose surroundings fail: which failures it survives, and which end it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transactions begin with an identity in one round trip, on connections that live."""
+"""Transactions begin with an identity in one round trip, on live connections."""
 
 from __future__ import annotations
 

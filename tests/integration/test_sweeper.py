@@ -1,4 +1,4 @@
-"""Garbage goes, and nothing that a row names ever does."""
+"""Garbage is deleted, and never an object that a row names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Redis and S3 over TLS: whoever shows a certificate of somebody else's is not spoken to."""
+"""Redis and S3 over TLS: a server with the wrong certificate is refused."""
 
 from __future__ import annotations
 

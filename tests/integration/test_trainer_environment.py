@@ -1,4 +1,4 @@
-"""The process that holds tenants' rows and the base holds no credential, sees none, and does not outlive its supervisor."""
+"""The process with tenants' rows and the base has no credential, sees none, and does not outlive its supervisor."""
 
 from __future__ import annotations
 

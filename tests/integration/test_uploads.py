@@ -1,4 +1,4 @@
-"""Completing an upload is a state: who holds it is known, and what was held too long is another's."""
+"""Completion of an upload is a state with a holder. After too long another holder may take it."""
 
 from __future__ import annotations
 

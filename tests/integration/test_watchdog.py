@@ -1,4 +1,4 @@
-"""Who watches a worker that nobody wakes: on real servers, with a runner that only the watchdog calls."""
+"""The watchdog of a worker that gets no wake-ups: on real servers, with a runner that only the watchdog calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers say that they are alive, and fall silent."""
+"""Workers report that they are alive, and stop reporting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""URLs of databases are read as people write them, and quoted to nobody."""
+"""URLs of databases are read as people write them, and errors never quote them."""
 
 from __future__ import annotations
 

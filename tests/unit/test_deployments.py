@@ -1,4 +1,4 @@
-"""What is written for deployments names settings that exist, and every setting is documented."""
+"""The files for deployments name only settings that exist, and every setting is documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/errors.md has every code of the code base, in the table where it is met, and is what its module prints."""
+"""docs/errors.md has every code of the code base in its right table, and equals the output of its module."""
 
 from __future__ import annotations
 

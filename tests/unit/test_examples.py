@@ -1,4 +1,4 @@
-"""What an example gives to a program that no test can start."""
+"""What an example passes to a program that no test can start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""House rules that review would otherwise have to say twice."""
+"""House rules that reviewers would otherwise have to repeat."""
 
 from __future__ import annotations
 

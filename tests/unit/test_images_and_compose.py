@@ -1,4 +1,4 @@
-"""What the Dockerfile and docker-compose.yml promise, read: no engine is needed. tests/deploy/ executes them."""
+"""The Dockerfile and docker-compose.yml, read without an engine. tests/deploy/ executes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What k8s/ promises, read or run by a shell: no kubectl is needed. `make check-k8s` looks at what Kustomize renders."""
+"""The files of k8s/, read or run by a shell, without kubectl. `make check-k8s` checks what Kustomize renders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is alive, what is dead and what is overdue."""
+"""Threads and duties that live, die or are overdue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages of the repository name one another rightly: indexes are whole, and every link leads to something."""
+"""The repository's pages refer to each other correctly: indexes are complete, and every link has a target."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The seconds that docs/contract.md and docs/tenancy.md promise, from the settings and constants that keep them.
+"""The seconds promised in docs/contract.md and docs/tenancy.md, from the settings and constants that keep them.
 
-Whether what is promised happens at all, other tests see on real processes, and wait as long as a busy machine takes.
+Other tests check on real processes that the promised things happen, and wait as long as a busy machine takes.
 """
 
 from __future__ import annotations

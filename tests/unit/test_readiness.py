@@ -1,4 +1,4 @@
-"""Who asks whether a process is ready is answered soon, and the truth."""
+"""A probe for readiness is answered soon and correctly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""URLs of Redis are read once for redis-py and for Celery, and quoted to nobody."""
+"""URLs of Redis are read once for redis-py and Celery, and errors never quote them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process's scratch directory goes with it, however it ended, and nobody else's does."""
+"""A process's scratch directory is removed however the process ended, and no other one is."""
 
 from __future__ import annotations
 

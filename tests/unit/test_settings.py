@@ -1,4 +1,4 @@
-"""Settings from the environment and from files, and what a process says whose settings are missing or wrong."""
+"""Settings from the environment and from files, and the errors for missing or wrong ones."""
 
 from __future__ import annotations
 

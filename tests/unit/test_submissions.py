@@ -1,4 +1,4 @@
-"""A request becomes a training: every "auto" a number, within what the base takes."""
+"""A request becomes a training: every "auto" a number, within the base's limits."""
 
 from __future__ import annotations
 

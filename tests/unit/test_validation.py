@@ -1,4 +1,4 @@
-"""`espalier validate`: what an upload would be told, without a service."""
+"""`espalier validate`: the report of an upload, without a service."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The engine: one frozen base model on one device, many jobs' LoRA adapters trained in one fused step.
 
-It knows tensors and local files, nothing else. A caller admits jobs, calls `step` again and again, and evicts jobs.
-Start with engine.py, whose `step` reads from top to bottom; docs/adr/ says why it is as it is.
+It works on tensors and local files only. A caller admits jobs, calls `step` again and again, and evicts jobs. Start
+with engine.py, whose `step` reads from top to bottom; docs/adr/ has the reasons for the design.
 """
 
 from worker.engine.bases import BaseShape, inspect_base

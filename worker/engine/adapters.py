@@ -1,4 +1,4 @@
-"""PEFT's file format, in and out: the only file that knows PEFT's names for LoRA's numbers."""
+"""Reads and writes PEFT's file format. Only this file uses PEFT's names for LoRA's numbers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def export_adapter(row: AdapterRow, directory: Path, *, base_model_id: str) -> N
 
 
 def describe_lora(adapter: AdapterConfig, *, base_model_id: str) -> dict[str, Any]:
-    """Return the keys of PEFT's configuration that mean something to a reader.
+    """Return the keys of PEFT's configuration that matter to a reader.
 
-    PEFT's own writer adds about 25 more, most of them null. PEFT 0.12 refuses those that it does not know, and the
-    order of the target modules, and so the file's hash, changes with every process.
+    PEFT's own writer adds about 25 more, most of them null. PEFT 0.12 refuses keys that it does not know. In PEFT's own
+    file the order of the target modules changes with every process, and so does the file's hash.
     """
     return {
         "peft_type": "LORA",
@@ -59,12 +59,12 @@ def describe_lora(adapter: AdapterConfig, *, base_model_id: str) -> dict[str, An
 
 
 def _as_integer(number: float) -> float:
-    """Return a whole number as an integer: Ollama's reader has a `uint32`, which takes no `32.0`."""
+    """Return a whole number as an integer: Ollama reads this field as `uint32`, which does not accept `32.0`."""
     return int(number) if number.is_integer() else number
 
 
 def import_adapter(row: AdapterRow, directory: Path) -> None:
-    """Take all weights from PEFT's files, or none. Raises InvalidJobError when they are not this adapter's kind."""
+    """Take all weights from PEFT's files, or none. Raises InvalidJobError when they are of another kind of adapter."""
     _check_scale(row, directory)
     tensors = load_file(directory / WEIGHTS_FILE)
     views, weights_P = {}, torch.zeros(row.bank.layout.num_parameters)

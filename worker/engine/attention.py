@@ -1,7 +1,9 @@
 """Attention of a packed stream: every sequence attends to itself alone.
 
 A block-diagonal mask does not keep tenants apart: it multiplies other tenants' values by zero, and zero times NaN is
-NaN. Here sequences are members of a batch, or segments of a variable-length kernel, and neither kind can meet.
+NaN. Here sequences are members of a batch, or segments of a variable-length kernel. In both cases no value of one
+sequence enters a product of another.
+
 Shapes: H query heads, G key/value heads, T rows of the stream, D head size, Q sequences of one length L.
 """
 
@@ -52,10 +54,10 @@ def _attend_segments(
         sequences.max_length,
         sequences.max_length,
         scale=scaling,
-        # How many rows before and after a row it sees. A model's window counts the row itself, the kernel's does not.
+        # How many rows before and after a row it sees. A model's window includes the row itself, the kernel's does not.
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
-        num_splits=1,  # with more, a sequence's result depends on its neighbours' lengths
+        num_splits=1,  # with more splits, a sequence's result depends on its neighbours' lengths
     )
     assert isinstance(output_THD, Tensor)
     return output_THD[None]

@@ -92,8 +92,8 @@ class Bank:
         self.layout = layout
         self.index = index
         self._places: list[Place] = []
-        # Making a view takes longer than a small product, and every step asks for the same ones. The key has the
-        # memory's address, and `_resize` forgets all views, so that none outlives its memory.
+        # Making a view takes longer than a small product, and every step needs the same views. The key includes the
+        # memory's address, and `_resize` drops all views, so no view outlives its memory.
         self._known_views: dict[tuple[int, int, int, tuple[str, ...]], LoraStack] = {}
         self._vectors = [torch.zeros(0, layout.num_parameters, device=device) for _ in range(4)]
 
@@ -160,7 +160,7 @@ class Bank:
                 else:
                     kept_SJK.add_(found_SJK, alpha=factor)
             return
-        # Rows that are no neighbours have no view. Indexing copies them, and writing needs the index on the left.
+        # Rows that are not neighbours have no view. Indexing copies them, so writing needs the index on the left side.
         for columns, found_SJK in zip(self.layout.matrix_columns(names), found.matrices, strict=True):
             scaled = found_SJK.flatten(1).to(torch.float32) * factor
             self.grads_SP[rows, columns] = scaled if is_first else self.grads_SP[rows, columns] + scaled
@@ -178,13 +178,13 @@ class Bank:
         return LoraStack(a_SP.view(num_rows, len(names) * rank, -1), stacked)
 
     def _release(self) -> None:
-        """Give back what is beyond the rows. Where there is no memory for smaller copies, the larger ones stay."""
+        """Free the memory beyond the rows. Where there is no memory for smaller copies, the larger matrices stay."""
         with suppress(torch.OutOfMemoryError):
             self._resize(at_most=self.num_rows)
 
     def _resize(self, *, at_least: int = 0, at_most: int = sys.maxsize) -> None:
         self._known_views.clear()
-        # One after the other, so that at most one of the four matrices is held twice.
+        # One after the other, so that at most one of the four matrices exists twice at a time.
         for number, vectors_SP in enumerate(self._vectors):
             num_rows = min(max(len(vectors_SP), at_least), at_most)
             if num_rows != len(vectors_SP):

@@ -1,4 +1,4 @@
-"""What the engine needs of a base model, checked at loading: a base it cannot fuse is refused with the reason."""
+"""What the engine needs of a base model. Loading checks it and refuses a base that cannot be fused, with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from core.domain.bases import LINEARS_BY_MODEL_TYPE
 from worker.engine.errors import UnsupportedBaseError
 
-# Rotary embeddings whose frequencies depend on the longest sequence of a forward: one tenant would change another's.
+# Rotary embeddings whose frequencies depend on the longest sequence of a forward. With them, one tenant's lengths would
+# change another tenant's result.
 _COUPLING_ROPE_TYPES = frozenset({"dynamic", "longrope"})
 # Linears that a parent calls in this order on the same rows.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -90,6 +91,6 @@ def recompute_layers(model: nn.Module, num_layers: int) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers[:num_layers]:
         layer.gradient_checkpointing = True
-        # Dropout is seeded, not drawn from a stateful generator, so no generator's state has to be brought back.
+        # Dropout is seeded and uses no stateful generator, so no generator's state has to be restored.
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         setattr(layer, "_gradient_checkpointing_func", recompute)  # noqa: B010 (a name that transformers gives it)

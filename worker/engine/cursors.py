@@ -1,8 +1,8 @@
-"""A cursor: which examples a slot learns from next. It knows no tensor, no bank and no other slot.
+"""A cursor: which examples a slot learns from next. It uses no tensor, no bank and no other slot.
 
 The engine asks a cursor for the current optimizer batch, for the examples of it that wait, and for the learning rate of
 the update that ends the batch. It tells the cursor how many examples a fused step has trained on, and when the batch is
-done. A source of examples other than a dataset is another class with these members. Steps may cut a batch between any
+done. Another source of examples than a dataset is another class with these members. Steps may cut a batch between any
 two drawn examples, and never within one.
 """
 
@@ -66,7 +66,7 @@ class DatasetCursor:
         return [] if self.is_finished else self.batch()[self.position :]
 
     def advance(self) -> None:
-        """Go on to the next batch."""
+        """Start the next batch."""
         self.step += 1
         self.position = 0
 

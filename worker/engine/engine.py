@@ -1,7 +1,8 @@
 """The fused step: every admitted job's next examples in one packed stream, one forward, one backward.
 
-A job's loss is the mean over its whole optimizer batch, however the batch is cut into steps. A step that failed changes
-nothing, except that its batches begin anew. No row of one job is ever combined with a row of another.
+A job's loss is the mean over its whole optimizer batch, however the batch is cut into steps. A step that fails changes
+nothing, except that its batches start again from their first example. No row of one job is ever combined with a row of
+another.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ class Engine:
 
     @property
     def slot_names(self) -> tuple[str, ...]:
-        """The names of the slots that are taken, which are their jobs' own choice."""
+        """The names of the occupied slots, as their jobs' callers chose them."""
         return tuple(self._slots)
 
     @property
     def is_idle(self) -> bool:
-        """Whether no job wants a step."""
+        """Whether no job needs a step."""
         return all(slot.is_resting for slot in self._slots.values())
 
     @property
@@ -97,7 +98,7 @@ class Engine:
         adapter = job.spec.adapter
         layout = Layout.of(self._base.shape, rank=adapter.rank, target_modules=adapter.target_modules)
         self._memory.check_slot(layout, step_tokens=self._budget.tokens, is_first=not self._slots)
-        # Last, because it reads every token, and a job that waits for memory is tried again after every step.
+        # Last, because this reads every token, and a job that waits for memory is admitted again after every step.
         self._limits.check_examples(job.examples)
         try:
             slot = Slot(job, _find_bank(self._slots.values(), layout, self.device))
@@ -108,9 +109,9 @@ class Engine:
         self._slots[job.slot_name] = slot
 
     def evict(self, slot_name: str) -> None:
-        """Take a job out and leave no trace of it. Its memory is free again, and the next step has a full budget again.
+        """Remove a job and all traces of it. Its memory is free again, and the next step has a full budget again.
 
-        Within a step, from `look`, the job's row is removed at the step's end.
+        During a step, from `look`, the job's row is removed at the step's end.
         """
         self._context.leave(self._slots.pop(slot_name))
         self._budget.restore()
@@ -125,7 +126,7 @@ class Engine:
         self._slots[slot_name].evaluation = PendingEvaluation(examples)
 
     def rest(self, slot_name: str) -> None:
-        """Pass the job over in the coming steps, until `end_rest`. It keeps its slot."""
+        """Leave the job out of the coming steps, until `end_rest`. It keeps its slot."""
         self._slots[slot_name].is_resting = True
 
     def end_rest(self, slot_name: str) -> None:
@@ -142,11 +143,11 @@ class Engine:
         slot.restart_batch()
 
     def capture_state(self, slot_name: str) -> SlotState:
-        """Copy what the job's training resumes from, to be written at leisure."""
+        """Copy what the job's training resumes from. The copy may be written later, on any thread."""
         return capture_state(self._slots[slot_name])
 
     def load_state(self, slot_name: str, directory: Path) -> int:
-        """Go on from a written state, and return its step. Raises InvalidJobError when it is another job's."""
+        """Resume from a written state and return its step. Raises InvalidJobError if it belongs to another job."""
         return load_state(self._slots[slot_name], directory)
 
     def step(self, *, look: Callable[[], None] = lambda: None) -> tuple[SlotReport, ...]:
@@ -159,18 +160,18 @@ class Engine:
         steps grow again.
         """
         with self._context.under_way(look):
-            # First, so that the planner can book its cost together with what is trained.
+            # First, so that the planner can book its cost together with that of training.
             scored = self._evaluate()
             trained = self._train(scored)
         self._budget.lengthen(sum(report.num_tokens for report in trained), was_brisk=self._context.was_brisk)
         for slot in self._slots.values():
-            # Not before `_train`, in which the slot rests still: its caller is to find the weights that were judged.
+            # After `_train`, in which this slot rests, so that the caller finds the weights that were evaluated.
             if slot.evaluation is not None and slot.evaluation.is_complete:
                 slot.evaluation = None
         return trained + scored
 
     def _train(self, scored: tuple[SlotReport, ...]) -> tuple[SlotReport, ...]:
-        """Train on one plan. What finds no memory is planned again, smaller, until it fits."""
+        """Train on one plan. If the step runs out of memory, a smaller one is planned, until one fits."""
         while plans := self._plan():
             try:
                 batch = pack([plan.examples for plan in plans], self.device)
@@ -181,7 +182,7 @@ class Engine:
                 is_given_up = True
             else:
                 return self._commit(plans, sums, scored)
-            # Out of the except clause, whose traceback would keep the failed step's activations alive.
+            # Outside of the except clause, whose traceback would keep the failed step's activations alive.
             reports = self._begin_anew(plans, is_given_up=is_given_up)
             if reports is not None:
                 return reports
@@ -196,11 +197,12 @@ class Engine:
         slots = [plan.slot for plan in plans]
         parts = [SlotRows(slot, group) for slot, group in zip(slots, batch.groups, strict=True)]
         runs = make_runs(parts, is_grouped=self.device.type == "cuda")
-        # The runs stay until after the backward, which computes some layers again.
+        # The runs stay until after the backward, which recomputes some layers.
         with self._memory.measuring(batch.num_tokens), self._context.running(runs):
             rows = self._base.score_labels(batch)
             sums = [slot.objective.sum_units(each) for slot, each in zip(slots, rows, strict=True)]
-            # A slot's gradient does not depend on the others' losses: added up, they are one backward instead of many.
+            # A slot's gradient does not depend on the others' losses. So the backward of their sum replaces one
+            # backward a slot.
             means = [each.loss * (1 / slot.num_units) for slot, each in zip(slots, sums, strict=True)]
             torch.stack(means).sum().backward()
         return sums
@@ -208,9 +210,9 @@ class Engine:
     def _commit(
         self, plans: list[SlotPlan], sums: list[SlotSums], scored: tuple[SlotReport, ...]
     ) -> tuple[SlotReport, ...]:
-        """Add up what the step has found, and update the slots whose optimizer batch is complete.
+        """Add up the results of the step, and update the slots whose optimizer batch is complete.
 
-        It takes no memory on the device and cannot fail: a step is committed for all of its slots or for none.
+        It takes no memory on the device and cannot fail. So a step is committed for all of its slots or for none.
         """
         slots = tuple(self._slots.values())
         tenants = {slot.job.slot_name: slot.job.tenant for slot in slots}
@@ -254,7 +256,7 @@ class Engine:
         if slot is None or slot.evaluation is None:
             return ()
         slot_name, evaluation = slot.job.slot_name, slot.evaluation
-        self._slots[slot_name] = self._slots.pop(slot_name)  # the others come first next time
+        self._slots[slot_name] = self._slots.pop(slot_name)  # last in line: other evaluations come first next time
         part = evaluation.next_part(self._budget.tokens)
         try:
             evaluation.count(part, self._score(slot, part))
@@ -286,7 +288,7 @@ class Engine:
 
 
 def _find_bank(slots: Iterable[Slot], layout: Layout, device: torch.device) -> Bank:
-    """Return the bank of a layout. A new one is known to nobody until a slot has a row of it."""
+    """Return the bank of a layout. A new one is found again only once a slot has a row of it."""
     banks = {slot.row.bank for slot in slots}
     index = max((bank.index for bank in banks), default=0) + 1
     return next((bank for bank in banks if bank.layout == layout), None) or Bank(layout, index, device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 
 class EngineError(Exception):
-    """An error that `is_about_example` concerns one of training, or of the evaluation that is under way."""
+    """`is_about_example` says that the error concerns an example of training, or of the evaluation under way."""
 
     is_about_example = False
     code = "engine_error"

@@ -1,6 +1,6 @@
-"""One slot's validation, scored a part at a time between the fused steps, so that no tenant waits for another's data.
+"""One slot's validation, scored in parts between the fused steps, so that no tenant waits for another's data.
 
-The slot does not train until the last part is scored: every example is judged by the same weights.
+The slot does not train until the last part is scored, so all examples are scored with the same weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from worker.engine.objectives import Sums
 
 @dataclass(frozen=True)
 class Score:
-    """What some examples have come to, as numbers on the host."""
+    """The sums over some scored examples, as numbers on the host."""
 
     loss_sum: float
     num_right: int
@@ -44,7 +44,7 @@ class PendingEvaluation:
         return self._position == len(self._examples)
 
     def next_part(self, max_tokens: int) -> Sequence[Example]:
-        """Return the next examples, of at most so many tokens together, or a single longer one."""
+        """Return the next examples, of at most this many tokens together, or a single longer one."""
         end, num_tokens = self._position, 0
         while end < len(self._examples):
             num_tokens += self._examples[end].num_tokens

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it: plain values, no tensors."""
+"""Inputs and outputs of the engine: plain values, no tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Example:
 
 @dataclass(frozen=True)
 class DrawnExample:
-    """An example of an optimizer batch, and what its dropout is seeded with."""
+    """An example of an optimizer batch, and the seed of its dropout."""
 
     example: Example
     dropout_key: int
@@ -39,7 +39,7 @@ class DrawnExample:
 
 @dataclass(frozen=True, eq=False)
 class EngineJob:
-    """A job to train. Its caller chooses `slot_name`, by which the engine knows the job until it is evicted.
+    """A job to train. Its caller chooses `slot_name`, the job's name in the engine until it is evicted.
 
     `share` weighs its tenant's part of the token budget, however many jobs the tenant has.
     """
@@ -74,7 +74,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a validation came to: means over its `num_units`."""
+    """The result of a validation: means over its `num_units`."""
 
     loss: float
     token_accuracy: float
@@ -83,7 +83,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SlotReport:
-    """What one step did for one job: its tokens that were trained on, or those of its validation that were scored."""
+    """What one step did for one job: the number of its tokens that it trained on, or scored for its validation."""
 
     slot_name: str
     num_tokens: int = 0

@@ -1,9 +1,16 @@
-"""The base's weights: frozen, so each is kept in the form in which its device multiplies fastest.
+"""The base's weights. They are frozen, so each is stored in the form in which its device multiplies fastest.
 
-A CPU multiplies fp32 with oneDNN, by the operators into which torch's own compiler turns a linear. The ordinary product
-takes up to twice as long for the few rows of a step. A dense weight is laid out once in oneDNN's block format, and once
-more transposed, for the backward. A weight in NF4 is dequantised once a product for all tenants, on a GPU into memory
-that the next weight of its shape uses again. Shapes: T rows of the stream, K in, N out; [1, T, K] works as well.
+| weight | device | form |
+|---|---|---|
+| dense, fp32 | CPU | oneDNN's block format, once for each direction |
+| dense, another type | CPU or GPU | as torch has it |
+| NF4 | CPU or GPU | dequantised once for each product of all tenants |
+
+On a CPU, oneDNN multiplies fp32 by the operators that torch's own compiler uses for a linear. The ordinary product
+takes up to twice as long for the few rows of a step. On a GPU, NF4 weights of one shape are dequantised into the same
+memory.
+
+Shapes: T rows of the stream, K in, N out; [1, T, K] works as well.
 """
 
 from __future__ import annotations
@@ -64,7 +71,7 @@ class PackedWeight(FrozenWeight):
 
 
 class Nf4Weight(FrozenWeight):
-    """A weight that bitsandbytes has quantised. `scratch` is what all of them dequantise into on a GPU."""
+    """A weight that bitsandbytes has quantised. `scratch` is the memory into which weights are dequantised on a GPU."""
 
     def __init__(self, weight: Params4bit, bias_N: Tensor | None, scratch: Scratch) -> None:
         super().__init__(bias_N)
@@ -82,7 +89,7 @@ class Nf4Weight(FrozenWeight):
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight as numbers. They are valid until the next weight of its shape is dequantised."""
-        # bitsandbytes fills memory that it is given on a GPU only. A CPU's allocator keeps what it freed anyway.
+        # bitsandbytes can fill given memory on a GPU only. A CPU's allocator keeps freed memory anyway.
         if not self._packed.is_cuda:
             return dequantize_4bit(self._packed, self._state).to(dtype)
         shape = self._state.shape

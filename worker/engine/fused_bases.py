@@ -46,7 +46,7 @@ class FusedBase:
 
     @property
     def num_weights(self) -> int:
-        """The weights that every token is multiplied with."""
+        """The number of weights that every token is multiplied with."""
         return sum(k * n for k, n in self.shape.linears.values()) + self.head.rows_VE.numel()
 
     def score_labels(self, batch: PackedBatch) -> list[LabelRows]:

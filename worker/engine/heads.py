@@ -1,9 +1,10 @@
 """The frozen language-model head: from hidden rows to the log-probability of each row's label, in chunks.
 
-The head is frozen, so the only gradient is that of the hidden rows, and it is known as soon as a chunk's logits are: it
-is taken in the forward, and no [M, V] tensor outlives its chunk. What a row counts for in the loss is the objective's
-affair: it reaches the backward as one number a row. Shapes: M label rows, C rows of a chunk, E hidden size,
-V vocabulary.
+The head is frozen, so only the hidden rows have a gradient. It is known as soon as a chunk's logits are. So it is
+computed in the forward, and no [M, V] tensor outlives its chunk. The objective decides how much a row counts in the
+loss: this reaches the backward as one number a row.
+
+Shapes: M label rows, C rows of a chunk, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from worker.engine.frozen import freeze_linear
 
-# A chunk's logits in fp32. A CPU's stay below what its allocator hands back to the system after every use; a GPU's are
-# large enough to fill it.
+# Bytes of a chunk's logits in fp32. On a CPU this is below the size that its allocator returns to the system after
+# every use. On a GPU it is large enough to keep the device busy.
 _CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 _MIN_CHUNK_ROWS = 32
 
@@ -44,7 +45,7 @@ class Head:
 
 
 def loss_bytes(vocab_size: int, device: torch.device) -> int:
-    """Return what a chunk takes at most: its logits twice, in the head's type and in fp32."""
+    """Return the most that a chunk takes: its logits twice, in the head's type and in fp32."""
     return 2 * 4 * vocab_size * _chunk_rows(vocab_size, device)
 
 
@@ -61,9 +62,10 @@ class _LabelScores(torch.autograd.Function):
             pause()
             logits_CV = head.weight.multiply(hidden_ME[rows]).float()
             label_logits_C1 = logits_CV.gather(1, labels_M[rows, None])
-            # The largest logit is taken out before exp, which would overflow. It cancels in every quotient below.
+            # The largest logit is subtracted before exp, which would overflow. It cancels in every quotient below.
             largest_C1 = logits_CV.amax(dim=1, keepdim=True)
-            # In place, and the row's sum is divided out of the narrow side: a log-softmax takes three times as long.
+            # In place, and the division by the row's sum is applied to the narrow result: a log-softmax takes three
+            # times as long.
             odds_CV = logits_CV.sub_(largest_C1).exp_()
             sum_C1 = odds_CV.sum(dim=1, keepdim=True)
             nll_M[rows] = (sum_C1.log() + largest_C1 - label_logits_C1).squeeze(1)
@@ -80,7 +82,7 @@ class _LabelScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ME,) = ctx.saved_tensors
-        # In place: nothing else reads it, and a second backward raises.
+        # In place: no other code reads it, and a second backward raises.
         return gradient_ME.mul_(gradients[0][:, None]).to(ctx.hidden_dtype), None, None, None
 
 

@@ -1,7 +1,7 @@
-"""What a job must be to be trained on this base by this worker, checked on the host before anything is packed.
+"""What a job must fulfil to be trained on this base by this worker, checked on the host before anything is packed.
 
-An assertion that fails on a device, such as an index out of range, ends every tenant's job. Nothing that could raise
-one gets that far.
+A failed assertion on a device, such as an index out of range, ends every tenant's job. These checks keep every input
+that could cause one from the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from worker.engine.bases import BaseShape
 from worker.engine.errors import InvalidExampleError, InvalidJobError
 from worker.engine.examples import EngineJob, Example
 
-# Examples are checked in parts of this size. One by one takes ten times as long, and no tenant steps meanwhile.
+# Examples are checked in parts of this size. One by one would take ten times as long, and all tenants' steps would
+# wait.
 _EXAMPLES_A_PART = 256
 
 
@@ -42,9 +43,9 @@ class JobLimits:
             )
 
     def check_examples(self, examples: Sequence[Example]) -> None:
-        """Check that there are examples and that each has a label, fits a step and has tokens of this base.
+        """Check that there are examples, and that each has a label, fits a step and has only tokens of this base.
 
-        Raises InvalidJobError, or InvalidExampleError where it is one example's fault.
+        Raises InvalidJobError, or InvalidExampleError where one example is at fault.
         """
         if not examples:
             raise InvalidJobError("There is no example.")
@@ -56,7 +57,7 @@ class JobLimits:
         if min(lengths) == 0 or lengths != [len(example.is_label) for example in examples]:
             raise InvalidExampleError("An example has nothing to learn.")
         is_target, starts = np.concatenate([example.is_label for example in examples]), np.cumsum([0, *lengths[:-1]])
-        is_target[starts] = False  # no token comes before the first one, so nothing predicts it
+        is_target[starts] = False  # no token comes before the first one, so it is not predicted
         if not np.logical_or.reduceat(is_target, starts).all():
             raise InvalidExampleError("An example has nothing to learn.")
         if max(lengths) > self.max_tokens:

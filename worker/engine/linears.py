@@ -64,7 +64,7 @@ class Siblings:
 
 
 class FusedLinear(nn.Module):
-    """Stands in the base where one of its linears was."""
+    """Replaces one linear of the base."""
 
     def __init__(self, name: str, siblings: Siblings) -> None:
         super().__init__()
@@ -81,7 +81,8 @@ class _AdaptedProducts(torch.autograd.Function):
         ctx: Any, _anchor: Tensor, x_1TK: Tensor, siblings: Siblings, runs: tuple[Run, ...]
     ) -> tuple[Tensor, ...]:
         ys = siblings.multiply(x_1TK)
-        # With dropout each sibling drops other inputs, so it is a part of its own; else siblings of a run are one part.
+        # With dropout each sibling drops other inputs, so it is a part of its own. Otherwise the siblings of a run are
+        # one part.
         parts = [(run, names) for run in runs for names in run.adapted(siblings.names)]
         hidden = []
         for run, names in parts:
@@ -100,11 +101,11 @@ class _AdaptedProducts(torch.autograd.Function):
         siblings: Siblings = ctx.siblings
         siblings.pause()
         y_grads = {name: grad_1TN.contiguous() for name, grad_1TN in zip(siblings.names, gradients, strict=True)}
-        # The first layer's inputs are embeddings of a frozen base: nobody needs their gradient.
+        # The first layer's inputs are embeddings of a frozen base, and their gradient is not needed.
         x_grad_1TK = siblings.multiply_back(y_grads) if ctx.needs_input_grad[1] else None
         for (run, names), h_tJ in zip(ctx.parts, hidden, strict=True):
             lora, y_grads_tN = run.weights(names, x_1TK.dtype), [y_grads[name][0, run.rows] for name in names]
-            # h and its gradient leave the scale out; `collect_grads` and `_add_input_grads` apply it.
+            # h and its gradient do not include the scale; `collect_grads` and `_add_input_grads` apply it.
             h_grads_tR = [
                 run.multiply(y_grad_tN, Bt_SRN.transpose(1, 2))
                 for y_grad_tN, Bt_SRN in zip(y_grads_tN, lora.Bts_SRN, strict=True)

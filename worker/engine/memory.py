@@ -1,8 +1,9 @@
-"""The device's memory: what a step and a slot will need of it, known before any job depends on it.
+"""The device's memory: how much a step and a slot will need, predicted before any job depends on it.
 
-A probe counts what autograd keeps of two short forwards with an adapter on every linear; their difference is what a
-token costs. The number of recomputed layers is the smallest with which a full step fits beside the slots. On a GPU
-every step's measured peak corrects the prediction: what it took beyond it is workspace, and stays reserved.
+Two short forwards with an adapter on every linear are measured: a probe counts what autograd keeps. The difference
+between the two is the cost of a token. The number of recomputed layers is the smallest with which a full step fits
+beside the slots. On a GPU the measured peak of every step corrects the prediction: memory beyond it is workspace, and
+stays reserved.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from worker.engine.runs import SlotRows, make_runs
 from worker.engine.slots import Slot
 
 _PROBE_TOKENS = 16
-# The rest is for the allocator's fragments and for everybody else on the device.
+# The rest is for the allocator's fragments and for other processes on the device.
 USABLE_FRACTION = 0.92
-# Room for every slot at this rank on all linears is kept when the recomputed layers are chosen, once and for all: what
-# they leave is all that slots will ever have. It is what most jobs ask for at most; with max_rank's, a worker that
-# allows for one large job would compute layers twice for ever.
+# When the number of recomputed layers is chosen, once and for all, room for every slot at this rank on all linears is
+# kept. Slots never get more than that. Most jobs ask for at most this rank. With max_rank instead, a worker that allows
+# one large job would recompute layers for ever.
 _USUAL_RANK = 16
 
 
@@ -46,7 +47,7 @@ class StepCost:
     num_layers: int
 
     def predict(self, num_tokens: int, *, num_recomputed: int) -> int:
-        """Return the peak: what the other layers keep, the recomputed ones' inputs, and one of those layers whole."""
+        """Return the peak: what other layers keep, the inputs of the recomputed ones, and one of these layers whole."""
         layer_bytes = self.activation_bytes / self.num_layers
         kept = (self.num_layers - num_recomputed + (num_recomputed > 0)) * layer_bytes
         return math.ceil(num_tokens * (kept + num_recomputed * self.border_bytes)) + self.loss_bytes
@@ -69,7 +70,7 @@ class DeviceMemory:
 
     @property
     def usable_bytes(self) -> float:
-        """What could be allocated now, less a margin and what steps were seen to take beyond their prediction."""
+        """What could be allocated now, less a margin and the memory that steps took beyond their prediction."""
         return USABLE_FRACTION * self._free_bytes() - self._workspace_bytes
 
     def begin_step(self) -> None:
@@ -78,7 +79,7 @@ class DeviceMemory:
             self._before_step = torch.cuda.memory_allocated(self._device)
 
     def end_step(self, predicted_bytes: int) -> None:
-        """Reserve what a step that succeeded took beyond its prediction. One that failed shows no peak of its own."""
+        """Reserve what a successful step took beyond its prediction. A failed step shows no peak of its own."""
         if self._is_measured:
             taken = torch.cuda.max_memory_allocated(self._device) - self._before_step
             self._workspace_bytes = max(self._workspace_bytes, taken - predicted_bytes)
@@ -91,7 +92,7 @@ class DeviceMemory:
 
 
 class MemoryBudget:
-    """Shares the device out between slots and steps: a full step always fits beside the slots that were admitted."""
+    """Divides the device between slots and steps: a full step always fits beside the admitted slots."""
 
     def __init__(self, base: FusedBase, *, max_slots: int, max_rank: int, max_tokens: int) -> None:
         self._device = DeviceMemory(base.device)
@@ -100,20 +101,20 @@ class MemoryBudget:
         self.num_recomputed = self._cost.choose_recomputed(max_tokens, usable_bytes=left_bytes)
 
     def predict(self, num_tokens: int) -> int:
-        """Return the bytes that a step of so many tokens takes at its peak."""
+        """Return the bytes that a step of this many tokens takes at its peak."""
         return self._cost.predict(num_tokens, num_recomputed=self.num_recomputed)
 
     @contextmanager
     def measuring(self, num_tokens: int) -> Iterator[None]:
-        """Hold a step of so many tokens against its prediction, unless it raises."""
+        """Compare a step of this many tokens with its prediction, unless it raises."""
         self._device.begin_step()
         yield
         self._device.end_step(self.predict(num_tokens))
 
     def check_slot(self, layout: Layout, *, step_tokens: int, is_first: bool) -> None:
-        """Refuse a slot that would leave a step of so many tokens too little.
+        """Refuse a slot that would leave a step of this many tokens too little.
 
-        Raises JobTooLargeError for the first slot of an empty engine, for which nobody can make room, and
+        Raises JobTooLargeError for the first slot of an empty engine, because no other slot could leave, and
         NoFreeSlotError for any other.
         """
         needed = layout.num_parameters * BYTES_PER_PARAMETER + self.predict(step_tokens)
@@ -138,7 +139,7 @@ def measure_cost(base: FusedBase) -> StepCost:
         with base.context.running(make_runs([SlotRows(slot, batch.groups[0])], is_grouped=False)):
             return base.decode(batch)
 
-    # What does not grow with the tokens is in both, and so in neither.
+    # What does not grow with the tokens is in both counts, and cancels in the difference.
     few, many = (_kept_bytes(run_decoder, count) for count in (_PROBE_TOKENS, 2 * _PROBE_TOKENS))
     return StepCost(
         activation_bytes=(many - few) / _PROBE_TOKENS,
@@ -149,7 +150,7 @@ def measure_cost(base: FusedBase) -> StepCost:
 
 
 def _probe_job(target_modules: tuple[str, ...]) -> EngineJob:
-    """Return a job whose adapter is on every linear and as small as can be."""
+    """Return a job whose adapter is on every linear and as small as possible."""
     spec = TrainingSpec(
         adapter=AdapterConfig(rank=1, alpha=1.0, target_modules=target_modules),
         n_epochs=1,
@@ -171,11 +172,11 @@ def _kept_bytes(run_decoder: Callable[[int], Tensor], num_tokens: int) -> int:
     def keep(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        # An output kept as it is would hold the function that holds it: a cycle which nobody collects.
+        # An output kept as it is would hold the function that holds it. The garbage collector does not see this cycle.
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = run_decoder(num_tokens)  # it holds what it keeps, so that no address is met twice
+        hidden = run_decoder(num_tokens)  # keeps the tensors alive, so that no address is reused
     del hidden
     return sum(storages.values())
 

@@ -1,6 +1,6 @@
 """The base's RMS norms (Zhang and Sennrich 2019), frozen, with a backward written by hand.
 
-It takes seven operations where autograd takes twenty. Shapes: any number of rows of K; each row is normed alone.
+It takes seven operations, where autograd takes twenty. Shapes: any number of rows of K; each row is normalised alone.
 """
 
 from __future__ import annotations

@@ -15,10 +15,11 @@ _NORM_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s own
 
 
 class AdamW:
-    """The optimizer of all rows. An update takes no memory, so a step's updates cannot fail half-way."""
+    """The optimizer of all rows. An update allocates no memory, so a step's updates cannot fail half-way."""
 
     def __init__(self, device: torch.device) -> None:
-        # The kernel reads these on the device. Filling them is one launch. New tensors would be copies to wait for.
+        # The kernel reads these on the device. Filling them is one launch; new tensors would be copies that the step
+        # waits for.
         self._num_updates = torch.zeros((), device=device)
         self._divisor = torch.ones((), device=device)
 

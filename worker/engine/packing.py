@@ -20,7 +20,7 @@ from worker.engine.examples import DrawnExample
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """One example in the stream: its rows [start, end), what its dropout is seeded with, and how many labels it has."""
+    """One example in the stream: its rows [start, end), the seed of its dropout, and its number of labels."""
 
     start: int
     end: int
@@ -90,7 +90,7 @@ class PackedBatch:
 
 
 def pack(parts: Sequence[Sequence[DrawnExample]], device: torch.device) -> PackedBatch:
-    """Lay examples side by side, a part for each slot, and copy each tensor to the device once."""
+    """Lay the examples side by side, slot by slot, and copy each tensor to the device once."""
     tokens, positions, rows, labels, groups = [], [], [], [], []
     start = 0
     for part in parts:

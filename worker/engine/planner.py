@@ -1,15 +1,15 @@
 """Which examples go into the next fused step: deficit round robin (Shreedhar and Varghese 1995) over tenants.
 
-Every tenant has a balance in tokens: above zero it is behind its share, below zero ahead of it. All balances add up to
+Every tenant has a balance in tokens: above zero it is behind its share, below zero ahead of it. The balances add up to
 zero. A step is planned in this order:
 
 1. Every tenant may spend its share of the budget, plus its balance, on its jobs' waiting examples, the least served job
    first.
-2. What is left goes to whoever has examples waiting. It puts them ahead, so they get less later.
+2. What is left goes to tenants with more waiting examples. It puts them ahead, so they get less later.
 
 A job's examples are taken in order and never beyond its own optimizer batch. An example may be longer than the whole
-budget, when memory was short and the budget shrank: it is a step of its own, once its tenant is the most behind of all,
-and until then its tenant spends nothing. Planning changes nothing, so a plan that failed can be made again.
+budget if the budget shrank for lack of memory. Such an example is a step of its own, once its tenant is the furthest
+behind; until then its tenant spends nothing. Planning changes nothing, so a failed plan can be made again.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class SlotPlan:
 
 
 class Planner:
-    """Remembers each tenant's balance from step to step."""
+    """Keeps each tenant's balance from step to step."""
 
     def __init__(self) -> None:
         self._balances: dict[str, float] = {}
 
     def plan(self, slots: Sequence[Slot], budget_tokens: int) -> list[SlotPlan]:
-        """Return the step's plan; empty when no slot has work. At least one example is always taken."""
+        """Return the step's plan. It is empty when no slot has work; otherwise it has at least one example."""
         plans = [plan for plan in map(SlotPlan, slots) if plan.has_waiting]
         if not plans:
             return []
@@ -69,8 +69,8 @@ class Planner:
             first.take()
             return [first]
         left = float(budget_tokens)
-        # A new job's first example is lent: it does not wait until its tenant has saved up for it. A tenant that is a
-        # whole step ahead gets no such loan, or it could live on loans by submitting short jobs all the time.
+        # A new job's first example is a loan, so the job does not wait until its tenant has saved enough. A tenant that
+        # is a whole step ahead gets no loan, or it could live on loans by submitting short jobs again and again.
         for plan in plans:
             is_lent = plan.slot.num_fused_steps == 0 and self._balances.get(plan.slot.job.tenant, 0.0) > -budget_tokens
             if is_lent and plan.next_length <= left:
@@ -78,7 +78,7 @@ class Planner:
         for tenant in most_behind_first:
             spent = sum(plan.num_tokens for plan in tenants[tenant])
             left -= _spend(tenants[tenant], min(left, allowed[tenant] - spent), budget_tokens)
-        # If nothing was taken so far, the whole budget is left, and `first` fits into it. So no step is empty.
+        # If nothing was taken so far, the whole budget is left and `first` fits into it. So no step is empty.
         for tenant in most_behind_first:
             left -= _spend(tenants[tenant], left, budget_tokens)
         return [plan for plan in plans if plan.num_tokens]
@@ -86,9 +86,9 @@ class Planner:
     def charge(
         self, plans: Sequence[SlotPlan], slots: Sequence[Slot], budget_tokens: int, *, scored: Mapping[str, float]
     ) -> None:
-        """Book a step that has succeeded, and what `scored` says that tenants' evaluations cost.
+        """Book a successful step, and in `scored` the cost of tenants' evaluations.
 
-        Call it before the slots advance: which tenants had examples waiting is part of the account.
+        Call it before the slots advance: the account depends on which tenants had examples waiting.
         """
         planned = {plan.slot: plan for plan in plans}
         all_plans = [planned.get(slot) or SlotPlan(slot) for slot in slots]
@@ -101,8 +101,8 @@ class Planner:
             plan.slot.served_tokens += plan.num_tokens
         for tenant, cost_tokens in scored.items():
             balances[tenant] -= cost_tokens
-        # A tenant that had nothing left to train saves up one step's budget at most; beyond that its share belongs to
-        # the others. A tenant whose examples still wait could have used its share, and is owed all of it.
+        # A tenant that had nothing left to train saves at most one step's budget. The rest of its share belongs to the
+        # others. A tenant whose examples still wait could have used its share, and keeps all of its claim.
         for tenant in tenants:
             if not any(plan.has_waiting for plan in tenants[tenant]):
                 balances[tenant] = min(balances[tenant], float(budget_tokens))
@@ -112,7 +112,7 @@ class Planner:
         }
 
     def _allow(self, tenants: dict[str, list[SlotPlan]], num_tokens: float) -> dict[str, float]:
-        """Return every tenant's balance plus its share of so many tokens."""
+        """Return every tenant's balance plus its share of this many tokens."""
         total_share = sum(_share(plans) for plans in tenants.values())
         return {
             tenant: self._balances.get(tenant, 0.0) + num_tokens * _share(plans) / total_share
@@ -138,8 +138,7 @@ def _least_served(plans: Sequence[SlotPlan]) -> SlotPlan:
 def _spend(plans: Sequence[SlotPlan], tokens: float, budget_tokens: int) -> int:
     """Take examples of one tenant's jobs while they fit, always the least served job's, and return the tokens taken.
 
-    Nothing more is taken once the least served job's next example is longer than a step's whole budget: the tenant has
-    to save up for it.
+    Stops when the least served job's next example is longer than a step's whole budget: the tenant must save for it.
     """
     open_plans, taken = list(plans), 0
     while open_plans:

@@ -1,6 +1,6 @@
-"""An adapter's row of its bank: its weights, its gradients and its optimizer's state, wherever its data come from.
+"""An adapter's row of its bank: its weights, its gradients and its optimizer's state.
 
-A row does not know which examples it learns from: that is the cursor's part of a slot.
+A row does not depend on the source of its examples, which is the cursor's part of a slot.
 
 Shapes: P numbers of the row, R the adapter's own rank, K and N inputs and outputs of a linear.
 """
@@ -37,7 +37,7 @@ class AdapterRow:
         self.adapter = adapter
         self.num_updates = 0
         drawn_P = self._draw_weights(seed)
-        # The row is added last, and the copy into it takes no memory: what fails, fails before there is a row.
+        # The row is added last, and the copy into it takes no memory. So a failure leaves no row behind.
         self._place = bank.add_row()
         self.weights_P.copy_(drawn_P)
 
@@ -75,17 +75,17 @@ class AdapterRow:
         return pairs
 
     def forget_moments(self) -> None:
-        """Let the optimizer begin anew, as on weights that it has not seen."""
+        """Reset the optimizer's state, as for weights that it has never updated."""
         self.exp_avg_P.zero_()
         self.exp_avg_sq_P.zero_()
         self.num_updates = 0
 
     def remove(self) -> None:
-        """Leave the bank, with no trace. Never fails."""
+        """Remove the row from its bank, with all traces. Never fails."""
         self.bank.remove_row(self._place)
 
     def _draw_weights(self, seed: int) -> Tensor:
-        """Draw A as PEFT does (uniform of bound 1/sqrt(K)), each matrix from a seed of its own; B is zero."""
+        """Draw A as PEFT does (uniform, bound 1/sqrt(K)), with a seed for each matrix. B is zero."""
         drawn_P = torch.zeros(self.bank.layout.num_parameters)
         for name, pair in self.view(drawn_P).items():
             generator = torch.Generator().manual_seed(stable_hash(seed, name))

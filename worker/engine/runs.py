@@ -112,14 +112,14 @@ class Run:
         return torch.bmm(h_SrR.transpose(1, 2), x_SrK)
 
     def drop(self, rows_tK: Tensor, name: str) -> Tensor:
-        """Apply LoRA dropout: the same mask for the same example, epoch and linear, wherever it is computed.
+        """Apply LoRA dropout. The mask depends only on the example, the epoch and the linear.
 
-        The backward, and a layer that is computed again, need the same mask.
+        So the backward, and a layer that is recomputed, get the same mask.
         """
         if not self.kind.has_dropout:
             return rows_tK
         factors_tK = torch.cat([self._factors(part, rows_tK, name) for part in self.parts])
-        # Not the product alone: a number that is dropped and not finite would be NaN, not zero.
+        # Not by a product alone: a dropped number that is not finite would become NaN instead of zero.
         return torch.where(factors_tK > 0, rows_tK * factors_tK, 0)
 
     def _factors(self, part: SlotRows, rows_tK: Tensor, name: str) -> Tensor:

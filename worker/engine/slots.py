@@ -1,7 +1,6 @@
 """A slot: one admitted job, which is its adapter's row of a bank and its cursor in the data.
 
-Neither half knows the other: a row does not know where its examples come from, and a cursor does not know what learns
-from them.
+The two halves are independent: the row does not use the source of the examples, and the cursor does not use the row.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from worker.engine.rows import AdapterRow
 
 @dataclass
 class BatchTally:
-    """What the fused steps so far have summed up of the current optimizer batch."""
+    """The sums over the fused steps of the current optimizer batch so far."""
 
     loss_sum: float = 0.0
     num_right: int = 0
@@ -33,7 +32,7 @@ class Slot:
         self.job = job
         self.cursor = DatasetCursor(job.spec, job.examples)
         self.objective: Objective = CrossEntropy()
-        # From here on the slot owns memory of the device; what is above takes none.
+        # From here on the slot owns memory of the device; the lines above take none.
         self.row = AdapterRow(bank, job.spec.adapter, seed=job.spec.seed)
         self.tally = BatchTally()
         self.num_skipped_in_a_row = 0
@@ -53,7 +52,7 @@ class Slot:
         return [] if self.is_resting or self.evaluation is not None else self.cursor.waiting()
 
     def count(self, *, num_examples: int, num_tokens: int, loss_sum: float, num_right: float) -> None:
-        """Sum up what a fused step has found of the current optimizer batch."""
+        """Add a fused step's results to the current optimizer batch."""
         self.num_fused_steps += 1
         self.cursor.position += num_examples
         self.tally.num_tokens += num_tokens
@@ -61,11 +60,11 @@ class Slot:
         self.tally.num_right += int(num_right)
 
     def advance(self) -> None:
-        """Go on to the next optimizer batch."""
+        """Start the next optimizer batch."""
         self.cursor.advance()
         self.tally = BatchTally()
 
     def restart_batch(self) -> None:
-        """Forget what has been summed of the current batch: its next fused step starts the gradients anew."""
+        """Discard the sums of the current batch. Its next fused step starts the gradients anew."""
         self.cursor.position = 0
         self.tally = BatchTally()

@@ -1,7 +1,7 @@
 """A slot's state on disk: what training resumes from, in safetensors and JSON.
 
-Gradients are not saved: a state captured in the middle of an optimizer batch resumes at that batch's beginning. When
-the format changes, the format before it is read for one more release, so that no job loses a step to an upgrade.
+Gradients are not saved. A state captured in the middle of an optimizer batch resumes at the batch's beginning. When the
+format changes, the previous format is read for one more release, so that an upgrade costs no job a step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from worker.engine.errors import InvalidJobError, UnreadableStateError
 from worker.engine.slots import Slot
 
 TENSORS_FILE, CURSOR_FILE = "slot_state.safetensors", "slot_state.json"
-_FORMAT = "espalier-slot-2"  # 2: the As of siblings follow each other
+_FORMAT = "espalier-slot-2"  # format 2: the As of siblings are adjacent
 _FORMAT_BEFORE = "espalier-slot-1"
 _VECTORS = ("weights", "exp_avg", "exp_avg_sq")
 
@@ -59,7 +59,7 @@ def capture_state(slot: Slot) -> SlotState:
 
 
 def read_cursor(directory: Path) -> dict[str, Any]:
-    """Return a saved state's place in its training. Raises UnreadableStateError when its format is unknown here."""
+    """Return a saved state's place in its training. Raises UnreadableStateError for an unknown format."""
     cursor: dict[str, Any] = json.loads((directory / CURSOR_FILE).read_text(encoding="utf-8"))
     if cursor.get("format") not in (_FORMAT, _FORMAT_BEFORE):
         raise UnreadableStateError(
@@ -72,7 +72,7 @@ def read_cursor(directory: Path) -> dict[str, Any]:
 def load_state(slot: Slot, directory: Path) -> int:
     """Resume the slot from a saved state, and return its step. All of it is checked before anything is changed.
 
-    Raises InvalidJobError when it is another job's, UnreadableStateError when its format is unknown.
+    Raises InvalidJobError when it belongs to another job, UnreadableStateError for an unknown format.
     """
     row, cursor = slot.row, read_cursor(directory)
     tensors = load_file(directory / TENSORS_FILE)
@@ -92,10 +92,10 @@ def load_state(slot: Slot, directory: Path) -> int:
 
 
 def _has_spec(cursor: dict[str, Any], spec: TrainingSpec) -> bool:
-    """Return whether a state is of this whole spec.
+    """Return whether a state was saved under exactly this spec.
 
-    Any difference matters: with another batch size, for one, the same step is another place in the data. A field that
-    was added to specs after the state was written has its default in it.
+    Any difference matters: with another batch size, for example, the same step is another place in the data. A field
+    that was added to specs after the state was written counts with its default.
     """
     try:
         return TrainingSpec.model_validate(cursor["spec"]) == spec
@@ -104,7 +104,7 @@ def _has_spec(cursor: dict[str, Any], spec: TrainingSpec) -> bool:
 
 
 def _let_siblings_follow(layout: Layout, numbers_P: Tensor) -> Tensor:
-    """Return a row of the format before in today's order: there, each linear's A was followed by its own B."""
+    """Return a row of the previous format in today's order. There each linear's A came directly before its B."""
     arranged_P, start = torch.empty_like(numbers_P), 0
     for columns in layout.columns.values():
         for matrix in columns:

@@ -1,8 +1,8 @@
-"""The step under way: what its linears need to know of it, where it can be left, and which slots leave during it.
+"""The step under way: what its linears need, where it can be interrupted, and which slots leave during it.
 
-On a slow device a step takes a minute and more, and an order to stop a job does not wait for the step's end. So linears
-and head call `pause` before their products: between two calls lies at most what siblings multiply, or one chunk of the
-labels. No row of a bank moves while a step is under way.
+On a slow device a step takes a minute and more, and an order to stop a job must not wait for its end. So linears and
+head call `pause` before their products: between two calls there is at most one product of siblings, or one chunk of the
+labels. No row of a bank moves during a step.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from torch import Tensor
 from worker.engine.runs import Run
 from worker.engine.slots import Slot
 
-# For so long may a step go on after a job was evicted from it, when other jobs are in it as well.
+# A step with other jobs in it may continue this long after one of its jobs was evicted.
 PATIENCE_SECONDS = 2.0
 
 
 class StepGivenUpError(Exception):
-    """The step under way serves nobody any more, or has kept a job that was evicted for too long."""
+    """The step under way is no longer needed, or has held an evicted job for too long."""
 
 
 class StepContext:
-    """What the engine, its linears and its head share of the step under way. An engine has one."""
+    """What the engine, its linears and its head share during a step. An engine has one."""
 
     def __init__(self, device: torch.device) -> None:
-        # Autograd differentiates a function only when an input requires it. The first layer's rows do not; this does.
+        # Autograd differentiates a function only if an input requires it. The first layer's rows do not, but this one
+        # does.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.runs: tuple[Run, ...] = ()
-        # Whose examples are on the device now.
+        # The slots whose examples are on the device now.
         self.slots: tuple[Slot, ...] = ()
-        # By the name of a linear: the rows that were multiplied, and its outputs, which wait for the linear's call.
+        # By a linear's name: the rows that were multiplied, and its outputs, until the linear is called.
         self.waiting: dict[str, tuple[Tensor, Tensor]] = {}
-        # Whether the last step took less than half of the patience.
+        # Whether the last step took less than half of PATIENCE_SECONDS.
         self.was_brisk = False
         self._look: Callable[[], None] | None = None
         self._leaving: list[Slot] = []
@@ -47,7 +48,7 @@ class StepContext:
 
     @contextmanager
     def under_way(self, look: Callable[[], None]) -> Iterator[None]:
-        """Be in a step, whose pauses call `look`. The rows of jobs evicted in it are removed at its end."""
+        """Begin a step, whose pauses call `look`. The rows of jobs evicted during it are removed at its end."""
         self._look = look
         begun_at = time.monotonic()
         try:
@@ -59,7 +60,7 @@ class StepContext:
 
     @contextmanager
     def running(self, runs: tuple[Run, ...]) -> Iterator[None]:
-        """Have these runs on the device. Nothing of them stays, even where the step is left between two siblings."""
+        """Put these runs on the device. Nothing of them remains, even if the step ends between two siblings."""
         self.runs = runs
         self.slots = tuple(part.slot for run in runs for part in run.parts)
         try:
@@ -76,7 +77,7 @@ class StepContext:
             self._remove_rows()
 
     def pause(self) -> None:
-        """Let the step's caller look. Raises StepGivenUpError when the step under way is not to go on."""
+        """Call the step's `look`. Raises StepGivenUpError when the step under way must not continue."""
         if self._look is None:
             return
         self._look()

@@ -1,8 +1,13 @@
 """How many tokens a fused step may have: fewer after one that ran out of memory or was given up, then more again.
 
-Memory and patience shorten steps in two ways. A step that ran out of memory halves `tokens`, until a job leaves: its
-long examples may have been the cause. A step that was given up lowers `cap` as well, until many steps in a row were
-quick. Always tokens <= cap <= configured.
+| event | effect |
+|---|---|
+| a step ran out of memory | `tokens` is halved: a long example may have been the cause |
+| a step was given up | `tokens` is halved and becomes the `cap`: the device is slow |
+| a job leaves | `tokens` is `cap` again |
+| `_BRISK_STEPS` in a row were quick | `cap` is doubled, and `tokens` too unless memory is short |
+
+Always tokens <= cap <= configured.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import structlog
 
 log = structlog.get_logger()
-# A shortened step is allowed twice as many tokens again after so many that would still have been quick enough.
+# After this many quick steps in a row, a shortened step may have twice as many tokens again.
 _BRISK_STEPS = 100
 
 
@@ -24,22 +29,22 @@ class TokenBudget:
         self._num_brisk_steps = 0
 
     def halve(self, num_tokens: int) -> None:
-        """Answer a step of so many tokens that ran out of memory: its batches come again, in smaller steps."""
+        """Halve after a step of this many tokens ran out of memory: its batches come again, in smaller steps."""
         self.tokens = max(1, min(self.tokens, num_tokens) // 2)
         log.warning("engine.budget_halved", budget_tokens=self.tokens)
 
     def shorten(self, num_tokens: int) -> None:
-        """Answer a step of so many tokens that was given up: let none be so long again on this device."""
+        """Lower the cap after a step of this many tokens was given up: none on this device is to be this long again."""
         self.halve(num_tokens)
         self.cap = self.tokens
         self._num_brisk_steps = 0
 
     def restore(self) -> None:
-        """Undo what want of memory did to the budget, now that a job has left."""
+        """Undo the halving for lack of memory, now that a job has left."""
         self.tokens = self.cap
 
     def lengthen(self, num_tokens: int, *, was_brisk: bool) -> None:
-        """Take note of a step, and double shortened steps after many quick ones: a slow device may be quick again.
+        """Note a step, and double shortened steps after many quick ones, because a slow device may be quick again.
 
         Only steps that were at least half full count, because a short one does not show how long a full one takes.
         """

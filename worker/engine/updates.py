@@ -1,4 +1,4 @@
-"""What a fused step has found for each slot, read off the device once, and the update that ends an optimizer batch."""
+"""Reads the results of a fused step off the device once, and makes the update that ends an optimizer batch."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def read_sums(slots: Sequence[Slot], sums: Sequence[Sums]) -> list[SlotSums]:
 
 
 def complete_batch(slot: Slot, optimizer: AdamW, *, grad_norm: float, num_tokens: int) -> SlotReport:
-    """Update the slot's weights, unless its gradient is not finite, and go on to its next optimizer batch.
+    """Update the slot's weights, unless its gradient is not finite, and start its next optimizer batch.
 
     A skipped update still counts as a step, so that the data and the learning rate move on. Too many in a row end the
-    job: the report carries the failure.
+    job: then the report carries the failure.
     """
     is_skipped = not (math.isfinite(grad_norm) and math.isfinite(slot.tally.loss_sum))
     cursor, tally = slot.cursor, slot.tally

@@ -1,1 +1,1 @@
-"""The supervisor of one GPU: claims jobs, keeps their leases, watches the trainer. It holds no torch."""
+"""The supervisor of one GPU: claims jobs, keeps their leases, watches the trainer. It never loads torch."""

@@ -1,7 +1,7 @@
-"""The Celery application of a worker: one task, one queue a pool, wake-ups only (see core.queue).
+"""The Celery application of a worker: one task, one queue for each pool, wake-ups only (see core.queue).
 
-Jobs run for hours, and PostgreSQL alone knows of them. So a wake-up is acknowledged when it arrives, Celery retries and
-keeps nothing, and no socket timeout can leave the consumer deaf.
+Jobs run for hours, and only PostgreSQL stores them. So a wake-up is acknowledged when it arrives, Celery retries and
+stores nothing, and no socket timeout can stop the consumer from receiving.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a trainer may read and write, by presigned URLs, and whether it has stored what it reports.
+"""Signs the URLs by which a trainer reads and writes, and verifies that it has stored what it reports.
 
-An attempt writes below a prefix of its own. What it reports as stored is read back before a row names it, in the order
-of the reports. That happens on a thread of its own, so that a slow object store holds up neither leases nor steps.
+Each attempt writes below its own prefix. What it reports as stored is read back before a row names it, in the order of
+the reports. This happens on a separate thread, so that a slow object store delays neither leases nor steps.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from worker.messages import (
 ArtifactReport = CheckpointSaved | ResumePointSaved | JobSucceeded | JobYielded | JobFailed
 log = structlog.get_logger()
 _URL_LIFETIME = timedelta(minutes=15)
-_READING_SECONDS = 1800.0  # to read back the artifacts of one report, besides the patience with the store
+_READING_SECONDS = 1800.0  # for reading back the artifacts of one report, besides the patience with the store
 
 
 class ArtifactMismatchError(StorageError):
-    """An object is not what the trainer says it stored."""
+    """An object differs from what the trainer says it stored."""
 
 
 def grant_file(store: ObjectStore, file: File) -> RemoteFile:
@@ -90,7 +90,7 @@ def verify_artifact(
 
 @dataclass(frozen=True)
 class Proof:
-    """A report whose artifacts have been read back: they are what it says, or `error` says why not."""
+    """A report whose artifacts were read back. `error` says how they differ from it; None means that they match."""
 
     lease: Lease
     report: ArtifactReport
@@ -99,7 +99,7 @@ class Proof:
 
 
 class ArtifactProver:
-    """Proves reports one after another; those that name no artifact keep their place in the order."""
+    """Reads back the artifacts of one report after another. Reports without artifacts keep their place in the order."""
 
     def __init__(self, store: ObjectStore, *, patience_seconds: float) -> None:
         self._store = store
@@ -113,7 +113,7 @@ class ArtifactProver:
         self._work.put(lambda: self._proofs.put(self._prove(lease, report)))
 
     def delete_prefixes(self, prefixes: tuple[str, ...]) -> None:
-        """Delete what no row names any more. Garbage collection does it later where this fails."""
+        """Delete prefixes that no row names any more. Garbage collection does it later if this fails."""
         for prefix in prefixes:
             self._work.put(lambda prefix=prefix: self._delete(prefix))  # type: ignore[misc]
 
@@ -146,7 +146,7 @@ class ArtifactProver:
         return Proof(lease, report, artifacts)
 
     def _delete(self, prefix: str) -> None:
-        if not is_location(prefix):  # a row at fault has it: it could match everybody's objects
+        if not is_location(prefix):  # a damaged row may contain this; it could match all tenants' objects
             log.error("prefix.refused", prefix=prefix)
             return
         with contextlib.suppress(StorageError):
@@ -168,7 +168,7 @@ def result_filename(job: Job) -> str:
 
 
 def publish_tokenizer(engine: Engine, store: ObjectStore, base_model_id: str, path: Path) -> None:
-    """Store a base's tokenizer, so that the API can show rows as the base sees them. Training does not wait for it."""
+    """Store a base's tokenizer, so that the API can show rows as tokens. Training does not wait for it."""
     content = path.read_bytes()
     object_key = tokenizer_key(hashlib.sha256(content).hexdigest())
     try:

@@ -1,6 +1,6 @@
-"""The base that this worker holds: the trainer child that loads it, from its start to its end.
+"""The base that this worker holds, in the trainer child that loads it, from its start to its end.
 
-At most one base is held at a time, and it stays hot between jobs. One thread loads, sends, receives and closes. Any
+At most one base is held at a time, and it stays loaded between jobs. One thread loads, sends, receives and closes. Any
 thread may ask what is held, and kill the trainer.
 """
 
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class BaseHolder:
-    """Holds the base of one pool, and the one trainer that has it. `stop_requested` ends every wait."""
+    """Holds the base of one pool, and its one trainer. `stop_requested` ends every wait."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class BaseHolder:
 
     @property
     def pool(self) -> str | None:
-        """The pool whose base was loaded last, whether its trainer still lives or not."""
+        """The pool whose base was loaded last, whether its trainer is still alive or not."""
         return self._pool
 
     @property
@@ -79,7 +79,7 @@ class BaseHolder:
 
     @property
     def is_held(self) -> bool:
-        """Whether there is a trainer, as far as has been noticed."""
+        """Whether there is a trainer, as far as this process has noticed."""
         return self._trainer is not None
 
     @property
@@ -89,7 +89,7 @@ class BaseHolder:
 
     @property
     def is_stalled(self) -> bool:
-        """Whether there is a trainer whose loop has not turned for too long, as far as this process has looked."""
+        """Whether there is a trainer whose loop has not turned for too long, as far as this process has noticed."""
         trainer = self._trainer
         return trainer is not None and trainer.silent_seconds > self._settings.stall_seconds
 
@@ -99,7 +99,7 @@ class BaseHolder:
         return self._figures if self.is_alive else None
 
     def load(self, pool: str, base: BaseModelRow) -> None:
-        """Hold the base of a pool. Where a first look at its files refuses it, the base that is held stays."""
+        """Hold the base of a pool. If a first look at its files refuses it, the present base stays."""
         self._loading, began_at = pool, time.monotonic()
         try:
             inspected = self._starter.inspect(order_base(base, pool, settings=self._settings))
@@ -120,12 +120,12 @@ class BaseHolder:
                     return
 
     def record_owed_state(self) -> None:
-        """Write that the base was loaded, if the database was away when it was. Any thread may call this."""
+        """Record that the base was loaded, if the database was away then. Any thread may call this."""
         if self._is_state_owed:
             self._record_usable()
 
     def send(self, order: Frozen) -> None:
-        """Send the trainer an order. Where there is no trainer, nobody needs it."""
+        """Send the trainer an order. Does nothing if there is no trainer."""
         if self._trainer is not None:
             self._trainer.send(order)
 
@@ -140,7 +140,7 @@ class BaseHolder:
         return report
 
     def kill(self) -> None:
-        """End the trainer at once, from whatever thread."""
+        """End the trainer at once, from any thread."""
         trainer = self._trainer
         if trainer is not None:
             trainer.kill()
@@ -152,7 +152,7 @@ class BaseHolder:
             self._trainer = self._figures = None
 
     def _hear_idle_trainer(self) -> None:
-        """Take what an idle trainer reports: without jobs no loop reads it, and it would pile up."""
+        """Read the reports of an idle trainer. Without jobs no loop reads them, and they would fill the pipe."""
         try:
             while self._trainer is not None and self.receive(timeout_seconds=0) is not None:
                 pass
@@ -165,21 +165,21 @@ class BaseHolder:
         self._figures = figures
 
     def _switch(self, pool: str, base: BaseModelRow, inspected: InspectedBase, *, began_at: float) -> None:
-        """Give up the base that is held for one that was inspected. There is memory for one of them only."""
+        """Replace the present base by one that was inspected. There is memory for one of them only."""
         self.close()
-        # From here on it is shown as held, so that `kill` and `close` reach the trainer while it loads.
+        # From here on it counts as held, so that `kill` and `close` reach the trainer while it loads.
         self._trainer, self._pool, self._base = inspected.trainer, pool, base
         log.info("trainer.started", pool=pool, trainer_pid=inspected.trainer.pid)
         loaded = None
         try:
             loaded = self._starter.load_weights(inspected.trainer)
         except BaseUnusableError as error:
-            if error.is_worker_fault and base.state == BaseState.UNUSABLE:  # its files are well now
+            if error.is_worker_fault and base.state == BaseState.UNUSABLE:  # its files can be read
                 self._findings.record(base, BaseState.UNCHECKED)
             raise
         finally:
             if loaded is None:
-                self._trainer = None  # the starter has ended it
+                self._trainer = None  # the starter has already ended it
         if loaded is not None:
             log.info("base_model.loaded", pool=pool, seconds=round(loaded.seconds, 2))
             self._held_since = time.monotonic()

@@ -1,7 +1,7 @@
 """The supervisor's end of its trainer: starts the child process, sends orders, collects reports, ends it.
 
-The child gets a few variables of the environment, none of them a credential. When this process is gone, the child's
-standard input closes and it ends by itself. The kernel kills a child that is frozen or busy.
+The child gets a few environment variables, none of them a credential. When this process ends, the child's standard
+input closes and the child ends by itself. If the child is suspended or busy, the kernel kills it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from core.sandbox import plain_environment
 from core.telemetry.logs import find_log_file
 from worker.messages import REPORTS, Alive, BaseLoaded, LoadBase, Report, encode_line
 
-# The variables that set up torch, the hub's cache and TLS. No family of names is here that also holds somebody's keys.
+# The variables that configure torch, the hub's cache and TLS. No prefix here also matches somebody's keys.
 _FAMILIES = ("CUDA_", "KMP_", "MALLOC_", "MKL_", "OMP_", "PYTORCH_", "TORCH_")
 _NAMES = frozenset(
     {"BNB_CUDA_VERSION", "CRASHPOINT", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_VISIBLE_DEVICES", "TRITON_CACHE_DIR"}
     | {"HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"}
     | {"ESPALIER_S3_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"}
 )
-# How a hub is reached, for a trainer that may reach one: a token and proxies, which may carry a password.
+# For a trainer that may use a hub: a token, and proxies, which may contain a password.
 _HUB_NAMES = frozenset({"ALL_PROXY", "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"})
-_TRUE = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads it
-# On a CPU a matrix product is compiled for each number of rows. oneDNN keeps 1,024 compiled products, and torch's
-# bridge to it as many, of 0.4 MB each. Every step has other numbers of rows, so a trainer grew by most of a gigabyte.
-# One step needs about ten, each in all of the base's layers. To compile one takes no longer than to get the memory to
-# keep it.
+_TRUE = frozenset({"1", "ON", "YES", "TRUE"})  # what huggingface_hub takes for true
+# On a CPU oneDNN compiles a matrix product for each number of rows. It keeps 1,024 compiled products of 0.4 MB each,
+# and torch's bridge to it keeps as many. Every step has other numbers of rows, so a trainer grew by most of a gigabyte.
+# One step needs about ten of them, each in all layers of the base. Compiling one takes no longer than getting the
+# memory to keep it.
 _PRODUCT_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 _KEPT_PRODUCTS = "32"
 _STOP_SECONDS = 5.0
@@ -77,7 +77,7 @@ class TrainerChild:
         return time.monotonic() - self._alive_at
 
     def send(self, order: Frozen) -> None:
-        """Send an order. A trainer that is gone is noticed by `receive`, not here."""
+        """Send an order. If the trainer is gone, `receive` notices it, not this."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(encode_line(order))
@@ -109,12 +109,12 @@ class TrainerChild:
             self.kill()
 
     def kill(self) -> None:
-        """End the trainer at once, from whatever thread. Its input stays open: another thread may be writing."""
+        """End the trainer at once, from any thread. Its input stays open: another thread may be writing to it."""
         self._process.kill()
         self._process.wait()
 
     def _accompany(self, started: Future[subprocess.Popen[bytes]], environment: dict[str, str]) -> None:
-        """Start the trainer and read its reports until it has ended: it is killed when this thread ends."""
+        """Start the trainer and read its reports until it has ended. The kernel kills it when this thread ends."""
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "worker.trainer"],
@@ -122,7 +122,7 @@ class TrainerChild:
                 stdout=subprocess.PIPE,
                 stderr=find_log_file(),
                 env=environment,
-                start_new_session=True,  # a terminal's Ctrl-C is the supervisor's to answer
+                start_new_session=True,  # the supervisor handles a terminal's Ctrl-C
             )
         except OSError as error:
             started.set_exception(error)
@@ -147,9 +147,11 @@ def _child_environment(threads: int | None, scratch_dir: Path | None) -> dict[st
     }
     environment.setdefault("HF_HUB_OFFLINE", "1")
     environment["TOKENIZERS_PARALLELISM"] = "false"
-    # Nothing here is compiled, and importing bitsandbytes would load the compiler: a quarter of a trainer's start.
+    # No code is compiled here, and importing bitsandbytes would load the compiler, which takes a quarter of a trainer's
+    # start.
     environment["TORCHDYNAMO_DISABLE"] = "1"
-    # Importing torch makes the compiler's cache, for nothing. This directory is there already, and may be read-only.
+    # Importing torch makes a directory for the compiler's cache, which is not needed. This one exists and may be
+    # read-only.
     environment["TORCHINDUCTOR_CACHE_DIR"] = sys.prefix
     environment |= dict.fromkeys(_PRODUCT_CACHES, _KEPT_PRODUCTS)
     if scratch_dir is not None:

@@ -1,9 +1,9 @@
-"""What becomes of the jobs whose trainer died: which is charged the attempt, which is tried alone, which goes on.
+"""Decides, for each job of a trainer that has died: is it charged the attempt, and is it tried alone?
 
-A death is settled once for each attempt that was in the trainer, however long the database was away in between. Where
-several jobs were in it, nobody can say which of them killed it. So nobody is charged, and each is tried alone: the
-killer dies alone, is charged, and stays alone until it has no attempt left. A job that comes under suspicion again and
-again is no longer acquitted, so that this ends.
+Each attempt that was in the trainer is settled once, however long the database was away. If several jobs were in it, no
+one can tell which of them killed it. So none is charged, and each is tried alone. The job that kills trainers then dies
+alone, is charged, and stays alone until it has no attempt left. A job that comes under suspicion again and again is no
+longer acquitted, so that this ends.
 
 | event | charged? | next |
 |---|---|---|
@@ -18,7 +18,7 @@ again is no longer acquitted, so that this ends.
 | the same, while another suspect of its pool waits | - | acquitted, and given back, so that the other has its turn |
 | the same, after `MAX_SUSPICIONS` suspicions | - | a suspect still: it trains alone to its end |
 
-A suspect is claimed by an idle worker, or by a busy one after a long wait (core.services.attempts).
+An idle worker claims a suspect at once. A busy worker claims one that has waited long (core.services.claims).
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class TrainerDeath:
-    """Why a trainer is gone, and whether several jobs were in it."""
+    """Why a trainer has ended, and whether several jobs were in it."""
 
     failure: Failure
     is_shared: bool
 
 
 class DeathSettler:
-    """Holds the death that is not settled yet. Until it is, no job may be claimed."""
+    """Holds the death that is not settled yet. While there is one, no job may be claimed."""
 
     def __init__(self, engine: Engine, *, jobs: HeldJobs, keeper: LeaseKeeper) -> None:
         self._engine = engine

@@ -1,7 +1,7 @@
-"""When each attempt was off the device: its trainer has reported it, or the trainer itself is gone.
+"""Records when each attempt left the device: its trainer has reported it, or the trainer itself is gone.
 
-From its claim on, an attempt is expected to leave. Its leaving is recorded once, with the time at which it left,
-however long the database was away in between.
+From its claim on, an attempt may be on the device. Its leaving is recorded once, with the time at which it left,
+however long the database was away.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Departure:
 
 
 class Departures:
-    """The attempts that may be on the device, by lease token, and those that have left it unrecorded."""
+    """The attempts that may be on the device, by lease token, and those whose leaving is not recorded yet."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -38,18 +38,18 @@ class Departures:
         self._expected[lease.token] = lease
 
     def note(self, lease_token: int) -> None:
-        """Note that an attempt is off the device now."""
+        """Note that an attempt has left the device now."""
         lease = self._expected.pop(lease_token, None)
         if lease is not None:
             self._unrecorded.append(_Departure(lease, time.monotonic()))
 
     def note_all(self) -> None:
-        """Note that no attempt is on the device: the trainer is gone."""
+        """Note that no attempt is on the device, because the trainer is gone."""
         for lease_token in tuple(self._expected):
             self.note(lease_token)
 
     def record(self) -> None:
-        """Store what was noted. Raises the database's errors, and then nothing is forgotten."""
+        """Record what was noted. Raises the database's errors; what was noted is then kept."""
         if not self._unrecorded:
             return
         with service_transaction(self._engine) as session:

@@ -1,4 +1,13 @@
-"""Why an attempt ended, where its trainer cannot say it: how the process died, in words that a tenant understands."""
+"""Why an attempt ended when its trainer cannot say it: how the process ended, in words that a tenant understands.
+
+| how it ended | code | would a job alone in it end the same again? |
+|---|---|---|
+| it found no more memory on the host (`OUT_OF_MEMORY_EXIT_CODE`) | `oom_host` | yes |
+| killed by SIGKILL | `trainer_killed` | no |
+| another signal or exit code | `trainer_crashed` | no |
+| this worker stopped it, because it made no progress | `stalled` | yes |
+| this worker stopped it, because its leases were about to end | `lease_lost` | no |
+"""
 
 from __future__ import annotations
 
@@ -18,7 +27,7 @@ _OOM_HOST = Failure(
     code="oom_host",
     message="The worker's memory did not suffice for this job. Lower max_seq_len, the rank or the size of the dataset.",
 )
-# Why a trainer may die: LEASE_LOST, those above and those below.
+# The codes of a trainer's death: of LEASE_LOST, and of the failures above and below.
 TRAINER_DEATH_CODES = ("lease_lost", "oom_host", "stalled", "trainer_crashed", "trainer_killed")
 
 
@@ -36,5 +45,5 @@ def explain_exit(exit_code: int) -> Failure:
 
 
 def is_final_alone(failure: Failure) -> bool:
-    """Whether a job that was alone in its trainer would end the same again, so that another attempt is no use."""
+    """Return whether a job that was alone in its trainer would end the same again, so it is not retried."""
     return failure in (STALLED, _OOM_HOST)

@@ -1,14 +1,14 @@
 """What this worker has found out about the bases of its pools: which it may try to load, and why not the others.
 
-What holds for every worker is written into the base's row. Where only this worker is at fault, the reason stays among
-its own refusals. No job is claimed, and no attempt is made, for a base that may not be loaded.
+A finding that holds for every worker is written into the base's row. If only this worker is at fault, the reason stays
+among its own refusals. While a base may not be loaded, no job is claimed for it and no attempt is made.
 
 | what a look or a load shows | the base's row | this worker's refusals |
 |---|---|---|
-| its files are well | `unusable` becomes `unchecked` | those for the base's fault are forgotten |
+| its files can be read | `unusable` becomes `unchecked` | those for the base's fault are forgotten |
 | it is loaded | `usable` | those of its pool are forgotten |
 | it is refused for a fault of its own | `unusable`, with the reason | each of its pools |
-| its files are well, but this worker cannot load it | `unusable` becomes `unchecked` | this pool |
+| its files can be read, but this worker cannot load it | `unusable` becomes `unchecked` | this pool |
 | this worker cannot even look at it | stays | this pool |
 """
 
@@ -36,9 +36,9 @@ log = structlog.get_logger()
 
 
 class BaseFindings:
-    """Knows of each base what the last look or load has shown. Any thread may ask, and any may add a finding.
+    """What the last look or load has shown of each base. Any thread may ask, and any may add a finding.
 
-    `refusals` has why this worker does not try to load the bases of some pools just now.
+    `refusals` has the reasons why this worker does not try to load the bases of some pools at present.
     """
 
     def __init__(self, settings: WorkerSettings, *, name: str, engine: Engine, store: ObjectStore) -> None:
@@ -54,7 +54,7 @@ class BaseFindings:
         return [(pool, bases[pool]) for pool in self._pools if pool in bases]
 
     def find_loadable(self, session: ServiceSession) -> dict[str, BaseModelRow]:
-        """Return the bases, by pool, that this worker may try to load. Those that are no longer served are included."""
+        """Return the bases, by pool, that this worker may try to load. Bases no longer served are included."""
         bases = {pool: base for base in list_known_base_models(session) for pool in pools_of(base)}
         return {pool: bases[pool] for pool in self._pools if pool in bases and self.may_load(pool, bases[pool])}
 
@@ -63,7 +63,7 @@ class BaseFindings:
         return self.refusals.find(pool) is not None
 
     def may_load(self, pool: str, base: BaseModelRow) -> bool:
-        """Say whether a try may succeed: none has failed lately, or the base has changed since."""
+        """Say whether a load may succeed: none has failed recently, or the base has changed since."""
         return self.refusals.is_due(pool, state_since=base.state_since)
 
     def accept(self, base: BaseModelRow, inspected: InspectedBase) -> None:
@@ -93,7 +93,7 @@ class BaseFindings:
         return is_recorded
 
     def record(self, base: BaseModelRow, state: BaseState, *, reason: str | None = None) -> dt.datetime | None:
-        """Write a state into a base's row, and return since when it is there; None where the database is away."""
+        """Write a state into a base's row. Return since when it has this state, or None if the database is away."""
         try:
             with service_transaction(self._engine) as session:
                 return record_state(session, base.id, state=state, reason=reason, by=self._name)

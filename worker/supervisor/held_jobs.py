@@ -1,8 +1,8 @@
 """The jobs that this worker holds: each from its claim until its attempt is over here, with its lease and its use.
 
-A job leaves by `drop` and by nothing else: its lease is no longer prolonged, its training is stopped, and what it used
-is booked once, when the database takes it. Orders to the trainer are sent from here, so that no job is trained beside
-one that must be alone.
+Only `drop` removes a job: its lease is no longer prolonged, its training is stopped, and its use is booked once, when
+the database accepts it. Orders to the trainer are sent from here, so that no job is trained beside one that must be
+alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Claim:
-    """A job that was claimed, and what the trainer is to be sent; `began_at` is by the monotonic clock."""
+    """A claimed job and the trainer's order for it. `began_at` is by the monotonic clock."""
 
     job: Job
     order: StartJob
@@ -45,10 +45,10 @@ class Claim:
 
 @dataclass
 class HeldJob:
-    """A claimed job. `usage` is the trainer's last count; `is_delivered` when only the proof of its end is missing.
+    """A claimed job. `usage` is the trainer's last count. `is_delivered`: only the proof of its end is missing.
 
-    `order` is what the trainer is to be sent, and None once it is sent: a job that must be alone waits until the others
-    have left. `claimed_at` is by the monotonic clock.
+    `order` is the order still to be sent to the trainer, and None once it is sent: a job that must be alone waits until
+    the others have left. `claimed_at` is by the monotonic clock.
     """
 
     lease: Lease
@@ -81,11 +81,11 @@ class HeldJob:
 
     @property
     def ids(self) -> dict[str, str | int]:
-        """What a line of the log names this attempt by."""
+        """The ids of this attempt in lines of the log."""
         return ids_of(self.lease)
 
     def note_progress(self, report: ProgressReport) -> None:
-        """Note that it has a slot, and how long its first step took to come."""
+        """Note that the job has a slot, and how long its first step took to come."""
         self.wants_memory &= not isinstance(report, JobStarted)
         if isinstance(report, StepDone | StepSkipped) and not self.has_stepped:
             self.has_stepped = True
@@ -110,7 +110,7 @@ def ids_of(lease: Lease) -> dict[str, str | int]:
 class HeldJobs:
     """Holds each job exactly as long as `keeper` prolongs its lease, and keeps its use until that is booked.
 
-    The thread that serves changes it; any thread may iterate, count and ask.
+    Only the serving thread changes it. Any thread may iterate, count and ask.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class HeldJobs:
 
     @property
     def jobless_seconds(self) -> float:
-        """How long ago a job last left."""
+        """How long ago the last job left."""
         return time.monotonic() - self._jobless_since
 
     def find(self, lease_token: int) -> HeldJob | None:
@@ -172,7 +172,7 @@ class HeldJobs:
         log.info("job.claimed", **held.ids, pool=self._base.pool)
 
     def start_waiting(self) -> None:
-        """Send the trainer the orders that it was not sent yet; before a job that must be alone, the others leave."""
+        """Send the trainer the orders not sent yet. Before a job that must be alone, the others leave."""
         for held in self:
             others = [other for other in self if other is not held]
             if held.order is None:
@@ -185,7 +185,7 @@ class HeldJobs:
                 held.order = None
 
     def give_back(self, held: HeldJob) -> None:
-        """Let a job leave at its next step boundary; one that the trainer was not sent yet is queued again at once."""
+        """Let a job leave at its next step boundary. A job not yet sent to the trainer is queued again at once."""
         if held.order is not None:
             self.requeue(held)
         elif not held.is_yielding:
@@ -207,7 +207,7 @@ class HeldJobs:
         self.drop(held, outcome="given_back")
 
     def lose_lease(self, held: HeldJob | None) -> None:
-        """Let go of a job whose lease is over. If it ran out, this worker was cut off and not lost, and says so."""
+        """Drop a job whose lease is over. If it ran out, this worker was cut off but not lost, and records that."""
         if held is None:
             return
         with service_transaction(self._engine) as session:
@@ -216,7 +216,7 @@ class HeldJobs:
         self.drop(held, outcome="lease_lost")
 
     def heed_news(self) -> None:
-        """Let go of the leases that heartbeats found lost, and give back the jobs that are to pause."""
+        """Drop the jobs whose leases the heartbeats found lost, and give back the jobs that are to pause."""
         for news in self._keeper.take_news():
             held = self._held.get(news.lease.token)
             if news.is_lost:
@@ -225,18 +225,18 @@ class HeldJobs:
                 self.give_back(held)
 
     def drop(self, held: HeldJob | None, *, outcome: str) -> None:
-        """Forget a job that has ended here, stop its training if it goes on, and book what it used."""
+        """Forget a job that has ended here, stop its training if it continues, and book its use."""
         if held is None or self._held.pop(held.lease.token, None) is None:
             return
         ATTEMPTS_ENDED.labels(held.pool, outcome).inc()
         held.trace.end(outcome)
         self._has_one_left = True
         self._jobless_since = time.monotonic()
-        # From here on nobody here prolongs its lease or trains for it, whether or not the database could be told.
+        # From here on this worker neither prolongs its lease nor trains for it, whether the database knows it or not.
         self._keeper.let_go(held.lease)
         self._base.send(StopJob(lease_token=held.lease.token))
         if held.order is not None:
-            self._departures.note(held.lease.token)  # the trainer has never heard of it
+            self._departures.note(held.lease.token)  # the trainer never got this job
         self._unbooked.append(held)
         try:
             self.book_usage()
@@ -244,7 +244,7 @@ class HeldJobs:
             log.warning("usage.unrecorded", **held.ids, error=type(error).__name__)
 
     def charge_use(self) -> None:
-        """Charge the tenants what their jobs have used, as often as leases are prolonged."""
+        """Charge the tenants for the use of their jobs, as often as leases are prolonged."""
         used = {token: held.usage.gpu_seconds for token, held in self._held.items() if held.usage is not None}
         if not used or time.monotonic() - self._charged_at < self._charge_seconds:
             return
@@ -253,7 +253,7 @@ class HeldJobs:
         self._charged_at = time.monotonic()
 
     def book_usage(self) -> None:
-        """Book what the jobs that have left used. Raises the database's errors, and then nothing is forgotten."""
+        """Book the use of the jobs that have left. Raises the database's errors; what is not booked is then kept."""
         while self._unbooked:
             held = self._unbooked[0]  # it stays the first until it is booked, however often the database is away
             try:
@@ -273,7 +273,7 @@ class HeldJobs:
 
 
 def _trace(job: Job, lease: Lease, *, since: float) -> AttemptTrace:
-    """Begin the attempt's trace with its claim, which began at `since` by the monotonic clock."""
+    """Start the attempt's trace with its claim, which began at `since` by the monotonic clock."""
     seconds = time.monotonic() - since
     began_at = time.time() - seconds
     attributes = {f"espalier.{name}": value for name, value in ids_of(lease).items()} | {"espalier.pool": job.pool}

@@ -1,4 +1,4 @@
-"""Who a worker is: `name:pid:boot`. Two workers on one host, or of one name, have two identities, and both count."""
+"""The identity of a worker: `name:pid:boot`. Two workers on one host, or with one name, have two identities."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _BOOT_BYTES = 4
 
 
 def _draw_boot() -> str:
-    """Draw what tells this process from an earlier one with the same pid: in a container every process has it."""
+    """Draw a value that tells this process from an earlier one with the same pid: in a container all have the same."""
     return secrets.token_hex(_BOOT_BYTES)
 
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """`given_name` is what operators call it, every process draws a `boot` of its own."""
+    """`given_name` is the name that operators gave it. Each process draws its own `boot`."""
 
     given_name: str
     pid: int = field(default_factory=os.getpid)
@@ -25,7 +25,7 @@ class WorkerIdentity:
 
     @classmethod
     def of_this_process(cls, given_name: str) -> WorkerIdentity:
-        """Return a new identity, under the host's name where none is given."""
+        """Return a new identity, under the host's name if none is given."""
         return cls(given_name or socket.gethostname())
 
     def __str__(self) -> str:

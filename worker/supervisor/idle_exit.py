@@ -1,8 +1,8 @@
 """Ends a worker that has held no job for long, so that its GPU can be given back.
 
-The runner decides, under the lock that is held while it serves: a worker leaves before a claim or after the end of its
-last job, never in between. A wake-up that comes after the decision is lost. Its job is still queued, and the schedule
-wakes another worker for it.
+The runner decides, under the lock that it holds while it serves. So a worker leaves before a claim or after the end of
+its last job, never in between. A wake-up that arrives after the decision is lost. Its job stays queued, and the
+schedule wakes another worker for it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from worker.supervisor.runner import Runner
 log = structlog.get_logger()
 _LOOKS_PER_IDLE_TIME = 10
 _MAX_LOOK_SECONDS = 5.0
-_PATIENCE_SECONDS = 60.0  # beyond the longest wait for the database
+_PATIENCE_SECONDS = 60.0  # longer than the longest wait for the database
 
 
 def ask_own_process_to_stop() -> None:
-    """Stop as by a signal: Celery's warm shutdown, exit status 0. Celery's handler must be installed already."""
+    """Stop as on a signal: Celery's warm shutdown, exit status 0. Celery's handler must be installed already."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -62,5 +62,5 @@ class IdleExit:
     def _has_left(self) -> bool:
         try:
             return self._runner.leave_if_idle(self._idle_seconds)
-        except DATABASE_ERRORS:  # whether there is work is not known: the base stays warm
+        except DATABASE_ERRORS:  # it is unknown whether there is work, so the base stays loaded
             return False

@@ -1,7 +1,7 @@
-"""Looks at the bases that this worker does not hold, so that one that becomes usable is used without anybody's doing.
+"""Looks at the bases that this worker does not hold, so that one that becomes usable needs no operator's action.
 
-A look starts a trainer that reads the small files alone. It never touches the trainer that holds a base, so it runs
-beside the loop that serves jobs.
+A look starts a trainer that reads only the small files. It never touches the trainer that holds a base, so it runs in
+parallel to the loop that serves jobs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from worker.supervisor.orders import order_base, pools_of
 
 
 class BaseInspector:
-    """Looks once at each state of a base in doubt, and again at what was refused when the next try is due."""
+    """Looks once at each state of a base in doubt, and again at refused bases when their next try is due."""
 
     def __init__(
         self, settings: WorkerSettings, *, starter: TrainerStarter, base: BaseHolder, findings: BaseFindings
@@ -27,10 +27,10 @@ class BaseInspector:
         self._starter = starter
         self._base = base
         self._findings = findings
-        self._looked_at: dict[str, dt.datetime] = {}  # by base, since when the state stood that was looked at
+        self._looked_at: dict[str, dt.datetime] = {}  # by base, the `state_since` of the state that was looked at
 
     def inspect_others(self) -> None:
-        """Look at the bases that nobody has loaded or could load. Raises the database's errors."""
+        """Look at the bases that were never loaded or could not be loaded. Raises the database's errors."""
         # A base with several pools is looked at once, by the first of them.
         served = {base.id: (pool, base) for pool, base in reversed(self._findings.list_served())}
         for pool, base in served.values():
@@ -39,7 +39,7 @@ class BaseInspector:
                 self._inspect(pool, base)
 
     def _is_in_doubt(self, base: BaseModelRow) -> bool:
-        """Say whether a look may show something new. Where nothing is held, an unchecked base is loaded instead."""
+        """Say whether a look may show something new. A worker that holds no base loads an unchecked one instead."""
         return base.state == BaseState.UNUSABLE or (base.state == BaseState.UNCHECKED and self._base.is_alive)
 
     def _is_due(self, pool: str, base: BaseModelRow) -> bool:
@@ -59,6 +59,6 @@ class BaseInspector:
         inspected.trainer.close()
         self._findings.accept(base, inspected)
         since = None
-        if base.state == BaseState.UNUSABLE:  # its files are well now: whoever needs it may try to load it
+        if base.state == BaseState.UNUSABLE:  # its files can be read now: any worker may try to load it
             since = self._findings.record(base, BaseState.UNCHECKED)
         self._looked_at[base.id] = since or base.state_since

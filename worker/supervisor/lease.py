@@ -1,10 +1,10 @@
-"""The leases a supervisor holds: prolonged while its trainer lives, given up when the database cannot be reached.
+"""The leases that a supervisor holds: prolonged while its trainer lives, given up when the database is unreachable.
 
-Two threads do this, so that nothing else can starve a lease. One prolongs, over a connection of its own. The other only
-looks at the clock, so that a database that hangs cannot keep it from stopping the trainer.
+Two threads do this, so that no other work can delay a lease. One prolongs, over its own connection. The other only
+watches the clock, so that a hanging database cannot keep it from stopping the trainer.
 
-Deadlines are by the database's clock. This process measures by its monotonic clock how long ago its last good heartbeat
-was sent. It stops its trainer at two thirds of a lease, before another worker may start the same job:
+Deadlines are by the database's clock. This process measures by its monotonic clock how long ago its last successful
+heartbeat was sent. It stops its trainer at two thirds of a lease, before another worker may start the same job:
 
     0 s    heartbeat sent, answered: the lease ends a lease later, by the database's clock
     2/3    no heartbeat was answered since: `fence` kills the trainer
@@ -32,21 +32,21 @@ from worker.supervisor.metrics import SELF_FENCES
 log = structlog.get_logger()
 _SELF_FENCE_FRACTION = 2 / 3
 _LOOKS_PER_LEASE = 50
-_PATIENCE_SECONDS = 60.0  # beyond a lease, which is lost by then
+_PATIENCE_SECONDS = 60.0  # longer than a lease, which is lost by then
 
 
 @dataclass(frozen=True)
 class LeaseNews:
-    """What a heartbeat found: the lease is lost, or else its job is to pause."""
+    """The result of a heartbeat: the lease is lost, or its job is to pause."""
 
     lease: Lease
     is_lost: bool
 
 
 class LeaseKeeper:
-    """Prolongs leases at intervals. `engine` is its own; `is_live` says whether the leases are deserved.
+    """Prolongs leases at intervals. `engine` is its own; `is_live` says whether the leases may be prolonged.
 
-    When no heartbeat has succeeded for two thirds of a lease, `fence` is called, on a thread of the keeper's.
+    When no heartbeat has succeeded for two thirds of a lease, `fence` is called on one of the keeper's threads.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class LeaseKeeper:
 
     @property
     def is_fenced(self) -> bool:
-        """True when the leases may soon be another worker's, until all of them are let go."""
+        """True when other workers may soon hold these leases, until all of them are dropped."""
         return self._is_fenced
 
     def hold(self, lease: Lease, *, since: float) -> None:
-        """Prolong a lease from now on. `since` is the monotonic time just before it was claimed."""
+        """Prolong a lease from now on. `since` is the monotonic time just before the claim."""
         with self._lock:
             if not self._leases:
                 self._beat_at, self._is_fenced = since, False
@@ -111,8 +111,8 @@ class LeaseKeeper:
             leases = tuple(self._leases.values())
         for lease in leases:
             self._prolong(lease)
-        # Counted from before the first was sent: the database may have prolonged it at once, and answered late. `hold`
-        # may have set a later time meanwhile.
+        # Counted from before the first heartbeat was sent, because the database may have prolonged the lease at once
+        # and answered late. `hold` may have set a later time meanwhile.
         with self._lock:
             self._beat_at = max(self._beat_at, started)
 
@@ -123,7 +123,7 @@ class LeaseKeeper:
         except StaleLeaseError:
             self._news.put(LeaseNews(lease, is_lost=True))
             return
-        except ROW_ERRORS as error:  # it runs out, and keeps no other from being prolonged
+        except ROW_ERRORS as error:  # this lease expires, and does not keep the others from being prolonged
             log.error("lease.unprolongable", lease_token=lease.token, error=type(error).__name__)  # noqa: TRY400
             return
         if must_pause:
@@ -133,7 +133,7 @@ class LeaseKeeper:
         while True:
             time.sleep(self._lease_seconds / _LOOKS_PER_LEASE)
             self._watching.beat()
-            with self._lock:  # a lease that is taken now must not be fenced for the silence before it
+            with self._lock:  # a lease taken now must not be fenced because of the silence before it
                 silent_seconds = time.monotonic() - self._beat_at
                 is_late = bool(self._leases) and silent_seconds > self._lease_seconds * _SELF_FENCE_FRACTION
                 must_fence = is_late and not self._is_fenced

@@ -1,6 +1,6 @@
 """Starts a trainer and lets it load a base, in two steps, or says why that is not possible.
 
-The first step looks at the base's files, which takes seconds and no memory. Only the second reads its weights. A
+The first step looks at the base's files, which takes seconds and little memory. Only the second reads its weights. A
 trainer that fails a step, or takes too long for it, is ended here.
 """
 
@@ -19,7 +19,7 @@ _POLL_SECONDS = 0.1
 
 
 class BaseUnusableError(Exception):
-    """Why a base cannot be loaded, in words for its operator. Where `is_worker_fault`, another worker may load it."""
+    """Why a base cannot be loaded, in words for its operator. With `is_worker_fault` another worker may load it."""
 
     def __init__(self, reason: str, *, is_worker_fault: bool) -> None:
         super().__init__(reason)
@@ -36,14 +36,14 @@ def _restore_error(reason: str, is_worker_fault: bool) -> BaseUnusableError:  # 
 
 @dataclass(frozen=True)
 class InspectedBase:
-    """A trainer that has looked at its base and waits, and where it has put the base's tokenizer."""
+    """A trainer that has looked at its base and waits, and the path of the base's tokenizer."""
 
     trainer: TrainerChild
     tokenizer_path: Path
 
 
 class TrainerStarter:
-    """Starts trainers. `stop_requested` ends every wait; what is returned is None then."""
+    """Starts trainers. `stop_requested` ends every wait; the result is then None."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The worker's Prometheus metrics. The trainer has no port to ask at, so its figures come over the pipe.
+"""The worker's Prometheus metrics. The trainer has no port for scrapes, so its figures come over the pipe.
 
 Labels are pools, phases and codes of the service's own, never a tenant or a job.
 """
@@ -47,7 +47,7 @@ BASE_LOAD_SECONDS = Histogram(
     ("pool",),
     buckets=_PHASE_BUCKETS,
 )
-for _code in TRAINER_DEATH_CODES:  # at zero from the start, so that the first death is an increase
+for _code in TRAINER_DEATH_CODES:  # zero from the start, so that the first death is an increase
     TRAINERS_LOST.labels(_code)
 SELF_FENCES = Counter(
     "espalier_self_fences", "Times that the worker stopped its trainer, out of touch with the database."
@@ -58,14 +58,14 @@ FENCED_WRITES = Counter(
 
 
 def observe_wait(job: Job, *, lease_seconds: float) -> None:
-    """Count how long a job that was just claimed had waited, by the database's clock alone."""
+    """Record how long a job that was just claimed had waited, by the database's clock alone."""
     assert job.lease_until is not None
     claimed_at = job.lease_until.timestamp() - lease_seconds
     JOB_WAIT_SECONDS.labels(job.pool).observe(max(0.0, claimed_at - job.run_after.timestamp()))
 
 
 def count_use(pool: str, before: UsageCounted | None, now: UsageCounted) -> None:
-    """Count what a job has used since it was last counted."""
+    """Count a job's use since it was last counted."""
     GPU_SECONDS.labels(pool).inc(max(0.0, now.gpu_seconds - (before.gpu_seconds if before else 0.0)))
     TOKENS.labels(pool).inc(max(0, now.trained_tokens - (before.trained_tokens if before else 0)))
 
@@ -86,7 +86,7 @@ def count_steps(pool: str, figures: DeviceFigures) -> None:
 
 
 class WorkerCollector(Collector):
-    """Shows what the worker holds, as it is at the scrape."""
+    """Shows what the worker holds at the moment of the scrape."""
 
     def __init__(
         self, describe: Callable[[], WorkerFacts], *, find_figures: Callable[[], DeviceFigures | None]
@@ -94,7 +94,7 @@ class WorkerCollector(Collector):
         self._describe, self._find_figures = describe, find_figures
 
     def describe(self) -> Iterator[Metric]:
-        """Name nothing beforehand: the registry would look for it."""
+        """Name no metrics at registration: the registry would collect them for that."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:

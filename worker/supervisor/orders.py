@@ -1,4 +1,4 @@
-"""Makes orders for the trainer from rows. URLs are signed without asking the object store: it is not waited for."""
+"""Makes orders for the trainer from rows. URLs are signed without a request to the object store."""
 
 from __future__ import annotations
 

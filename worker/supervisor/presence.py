@@ -1,7 +1,7 @@
-"""Tells the database that this worker is alive and what it holds, whether it trains or idles, and compares clocks.
+"""Tells the database that this worker is alive and what it holds, and compares the clocks.
 
-It has a thread of its own, because the task of an idle worker has returned, and that of a busy one waits for its
-trainer. It vouches for the supervisor process alone. Whether the trainer makes progress decides about leases.
+It has its own thread, because the task of an idle worker has returned, and that of a busy one waits for its trainer. It
+shows only that the supervisor process lives. The trainer's progress decides about leases.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STOP_SECONDS = 3.0  # longer only where the database is away
 
 
 class Presence:
-    """Upserts the worker's row at every interval, and at once when asked to; removes it when closed."""
+    """Upserts the worker's row at every interval, and at once when asked to. Removes it when closed."""
 
     def __init__(
         self, engine: Engine, clock: DatabaseClock, *, interval_seconds: float, describe: Callable[[], WorkerFacts]
@@ -45,7 +45,7 @@ class Presence:
         self._thread = PROCESS.start_thread(self._run, name="presence")
 
     def close(self) -> None:
-        """Stop, and take the row away. An unreachable database is left to forget the worker by itself."""
+        """Stop, and remove the row. If the database is unreachable, the row expires by itself."""
         if self._thread is None:
             return
         PROCESS.release(self._thread)

@@ -1,4 +1,4 @@
-"""Writes reports into the database: for each kind, the one call that records it, in the caller's transaction."""
+"""Writes reports into the database. Each kind of report has one call that records it, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ProgressReport = DatasetsRead | JobStarted | StepDone | StepSkipped | Evaluation
 
 
 def record_progress(session: ServiceSession, lease: Lease, report: ProgressReport) -> tuple[str, ...]:
-    """Record what a job has done. Returns the object prefixes that nothing names any more. Raises StaleLeaseError."""
+    """Record a job's progress. Return the object prefixes that no row names any more. Raises StaleLeaseError."""
     match report:
         case DatasetsRead(training=training, validation=validation):
             attempts.record_datasets(session, lease, datasets={"training": training, "validation": validation})

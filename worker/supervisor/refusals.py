@@ -1,6 +1,6 @@
 """The pools whose base this worker could not load, each with the reason and the time of the next try.
 
-The waits between tries double, because a person must mend the base, and seldom does so within seconds. When the base's
+The waits between tries double, because a person must repair the base, which seldom takes only seconds. If the base's
 row has changed since, it is tried at once. Any thread may ask, because each change replaces the whole table.
 """
 
@@ -16,7 +16,7 @@ _LAST_RETRY_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Refusal:
-    """`state_since` is that of the base's row after the refusal was recorded; None where it was not."""
+    """`state_since` is that of the base's row after the refusal was recorded, or None if it was not recorded."""
 
     reason: str
     is_worker_fault: bool
@@ -42,7 +42,7 @@ class Refusals:
         self._by_pool = {name: refusal for name, refusal in self._by_pool.items() if name != pool}
 
     def forget_base_fault(self, pool: str) -> None:
-        """Forget a refusal that a look at the base's files disproves. What the worker itself lacks, it still lacks."""
+        """Forget a refusal that a look at the base's files disproves. One for what the worker itself lacks stays."""
         refusal = self._by_pool.get(pool)
         if refusal is not None and not refusal.is_worker_fault:
             self.forget(pool)
@@ -51,7 +51,7 @@ class Refusals:
         return self._by_pool.get(pool)
 
     def is_due(self, pool: str, *, state_since: dt.datetime) -> bool:
-        """Say whether a pool's base may be tried now; `state_since` is that of its row."""
+        """Say whether a pool's base may be tried now. `state_since` is that of its row."""
         refusal = self._by_pool.get(pool)
         if refusal is None or time.monotonic() >= refusal.retry_at:
             return True
@@ -59,6 +59,6 @@ class Refusals:
 
     @property
     def standing(self) -> dict[str, str]:
-        """The reasons, by pool, of those that are not to be tried yet."""
+        """The reasons, by pool, of the bases that are not to be tried yet."""
         now = time.monotonic()
         return {pool: refusal.reason for pool, refusal in self._by_pool.items() if now < refusal.retry_at}

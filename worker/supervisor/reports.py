@@ -1,8 +1,8 @@
-"""What the trainer reports, until the database has it: taken in order, recorded in order, and never forgotten between.
+"""The trainer's reports, until the database has them: taken in order, recorded in order, and never lost in between.
 
-Progress is recorded at once, that of all jobs in one transaction. A report that names artifacts is recorded when they
-have been read back from the object store, and so is the end of an attempt, which keeps its place behind them. While the
-database is away both kinds wait here.
+Progress is recorded at once, for all jobs in one transaction. A report that names artifacts is recorded after they were
+read back from the object store. The end of an attempt keeps its place behind such reports. While the database is away,
+both kinds wait here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _OUTCOMES = {"job_succeeded": "succeeded", "job_failed": "failed", "job_yielded"
 
 
 class ReportKeeper:
-    """Keeps each report of a held job until it is recorded; a report of a job that is no longer held is dropped."""
+    """Keeps each report of a held job until it is recorded. Drops reports of jobs that are no longer held."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class ReportKeeper:
         self._ungranted: dict[tuple[int, str], UrlsWanted] = {}  # by lease token and artifact
 
     def take(self) -> None:
-        """Take what the trainer has reported, and wait shortly for a first report. Raises TrainerGoneError."""
+        """Take the trainer's reports, and wait shortly for a first one. Raises TrainerGoneError."""
         report = self._base.receive(timeout_seconds=_POLL_SECONDS)
         for _ in range(_MAX_REPORTS):
             if report is None:
@@ -90,14 +90,14 @@ class ReportKeeper:
             self._take(report)
 
     def grant_wanted(self) -> None:
-        """Answer the uploads that wait for URLs. While there are no keys to sign them with, the questions are kept."""
+        """Grant URLs to the uploads that wait for them. Without keys to sign with, the questions are kept."""
         if self._ungranted:
             self._signing.attempt(self._grant_all)
 
     def record_progress(self) -> None:
-        """Record what the jobs have done, all in one transaction: a step of many jobs costs one commit.
+        """Record the progress of all jobs in one transaction, so that a step of many jobs costs one commit.
 
-        Where one report cannot be recorded, each is recorded alone, and that one ends its attempt.
+        If one report cannot be recorded, each is recorded alone, and the one that fails ends its attempt.
         """
         try:
             self._record(self._unrecorded)
@@ -106,16 +106,16 @@ class ReportKeeper:
         self._unrecorded.clear()
 
     def publish_proofs(self) -> None:
-        """Record the artifacts that have been read back since, and the ends of attempts behind them."""
+        """Record the artifacts that were read back since, and the ends of attempts behind them."""
         while (proof := self._unpublished or self._prover.take()) is not None:
-            self._unpublished = proof  # until the database has it
+            self._unpublished = proof  # kept until the database has it
             self._publish(proof)
             self._unpublished = None
 
     def _take(self, report: Report) -> None:
         if isinstance(report, DeviceLeft):
             self._departures.note(report.lease_token)
-        held = self._jobs.find(getattr(report, "lease_token", -1))  # some reports are of no job
+        held = self._jobs.find(getattr(report, "lease_token", -1))  # some reports belong to no job
         if held is None:
             return
         match report:
@@ -184,7 +184,7 @@ class ReportKeeper:
                             acquitted[token] = attempts.acquit_job(session, held.lease)
                 except StaleLeaseError:
                     stale.add(token)
-        # Only after the commit: until then a row names the prefixes, and nobody is acquitted.
+        # Only after the commit: until then a row names the prefixes, and no job is acquitted.
         self._prover.delete_prefixes(tuple(spent))
         for token in stale:
             FENCED_WRITES.inc()
@@ -207,7 +207,7 @@ class ReportKeeper:
             if proof.error is not None:
                 self._report_unproven(held, proof)
                 return
-            # A worker that dies before this commit has published nothing, and one that dies after it everything.
+            # If the worker dies before this commit, nothing is published. If it dies after it, everything is.
             if isinstance(proof.report, JobSucceeded):
                 reach(CrashPoint.PRE_FINISH)
             with service_transaction(self._engine) as session:
@@ -227,7 +227,7 @@ class ReportKeeper:
             self._jobs.drop(held, outcome=_OUTCOMES[proof.report.kind])
 
     def _fail_unrecordable(self, held: HeldJob, error: Exception) -> None:
-        """End an attempt whose report the database does not take. Where not even that is taken, its lease runs out."""
+        """End an attempt whose report the database refuses. If it refuses this too, the lease expires."""
         log.error("report.unrecordable", **held.ids, error=type(error).__name__)
         with contextlib.suppress(StaleLeaseError, *ROW_ERRORS), service_transaction(self._engine) as session:
             attempts.fail_attempt(session, held.lease, failure=UNRECORDABLE, is_job_fault=False)

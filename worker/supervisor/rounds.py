@@ -52,7 +52,7 @@ AWAY_SECONDS = 0.5  # between two tries to reach a database that is away
 
 
 class Round:
-    """Owns the parts that serve jobs, and calls each in its order. It keeps nothing itself from round to round."""
+    """Owns the parts that serve jobs, and calls each in its order. It keeps no state of its own between rounds."""
 
     def __init__(
         self,
@@ -97,7 +97,8 @@ class Round:
 
     def run(self) -> bool:
         """Do what is due now. False when there is nothing left to do. Raises the database's errors."""
-        # What the database is owed comes first: while it is away, an error ends the round here and nothing is claimed.
+        # What must still be recorded comes first. While the database is away, an error ends the round here, and no job
+        # is claimed.
         self._deaths.settle()
         self.jobs.book_usage()
         self.jobs.charge_use()
@@ -107,7 +108,7 @@ class Round:
         self._lend_slot()
         self._fill_slots()
         self.jobs.start_waiting()
-        if not self.jobs:  # the jobs that wait cannot be claimed now: a quota is full, or others were quicker
+        if not self.jobs:  # the waiting jobs cannot be claimed now: a quota is full, or another worker was quicker
             self._stop_requested.wait(AWAY_SECONDS)
         self._advance()
         return True
@@ -153,7 +154,7 @@ class Round:
             self.jobs.hold(claim)
 
     def _claim(self, store: ObjectStore) -> Claim | None:
-        """Claim a job and its order, which names signed URLs. A job whose order cannot be made is not claimed."""
+        """Claim a job and make its order, which contains signed URLs. Without an order the job is not claimed."""
         assert self._base.pool is not None
         began_at = time.monotonic()
         orders: list[StartJob] = []
@@ -178,10 +179,10 @@ class Round:
         return self._base.is_held and self._deaths.is_settled and not is_leaving and self._clock.is_right()
 
     def _advance(self) -> None:
-        """Hear the trainer, record what it reports, and heed what the heartbeats found."""
+        """Read the trainer's reports, record them, and act on what the heartbeats found."""
         try:
             self._reports.take()
-            self._stop_stalled()  # with nothing left unheard, and before the database can take its time
+            self._stop_stalled()  # after all reports are read, and before the database may be slow
         except TrainerGoneError as error:
             self._note_death(explain_exit(error.exit_code))
         self._reports.grant_wanted()
@@ -199,9 +200,9 @@ class Round:
         self.close()
 
     def _leave_the_rest(self) -> bool:
-        """Queue again without its state what is still held, and return whether the database is away.
+        """Queue the jobs that are still held, without their state, and return whether the database is away.
 
-        One that is away is asked once: each question may take seconds, the grace is over, and leases run out.
+        If it is away it is asked only once: each question may take seconds, the grace is over, and leases expire.
         """
         is_away = False
         for held in self.jobs:

@@ -1,7 +1,7 @@
-"""The worker's working life: it serves while there is work, keeps a base warm while there is none, and leaves.
+"""The worker's life: it serves while there is work, keeps a base loaded while there is none, and leaves.
 
-One thread at a time serves, whoever woke it: Celery's task, or the watchdog. The lock that it holds is what the others
-decide under, so that nobody claims after a worker has said that it leaves.
+One thread at a time serves, whether Celery's task or the watchdog has started it. It holds a lock while it serves. The
+decision to leave is taken under the same lock, so that no job is claimed after a worker has said that it leaves.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ log = structlog.get_logger()
 
 
 class Runner:
-    """Serves pools until there is no work. `heartbeat_engine` is the leases' own, so that nothing else starves them.
+    """Serves pools until there is no work. `heartbeat_engine` serves leases only, so that no other work can delay them.
 
-    It claims nothing while the host's clock is wrong by `clock`. The jobs that it holds go on: leases are measured by
+    It claims no job while the host's clock is wrong by `clock`. The jobs that it holds continue: leases are measured by
     the database's clock, seconds of use by the monotonic one, and URLs are signed with the database's time.
     """
 
@@ -81,7 +81,7 @@ class Runner:
         self._stop_requested.set()
 
     def describe(self) -> WorkerFacts:
-        """Say what this worker holds now. Called from another thread than `serve`."""
+        """Return what this worker holds now. Called from another thread than `serve`."""
         num_held = len(self._round.jobs)
         slots = max(self._base.slots, num_held)
         pool = self._base.shown_pool
@@ -120,7 +120,7 @@ class Runner:
     def is_turning(self) -> bool:
         """False when the loop serves, loads no base, and has begun no round for as long as a trainer may stall.
 
-        False also when jobs are held and nobody serves: their leases would be prolonged for ever.
+        Also False when jobs are held while no thread serves, because their leases would be prolonged for ever.
         """
         if not self._serving.locked():
             return not self._round.jobs
@@ -164,11 +164,12 @@ class Runner:
             self._inspector.inspect_others()
 
     def leave_if_idle(self, seconds: float) -> bool:
-        """Stop serving if no job was held for so long and none waits. Raises the database's errors.
+        """Stop serving if no job was held for this long and none waits. Raises the database's errors.
 
-        The lock keeps the answer true: nobody claims before it is given, and nobody serves after a yes. A base that
-        took longer to load than a worker may idle is held for that time first. One whose clock is wrong stays too while
-        jobs wait that it cannot claim: who leaves says that there is no work, and nobody would mend the clock.
+        The lock keeps the answer true: no job is claimed before it is given, and no thread serves after a yes. If a
+        base took longer to load than a worker may idle, it is held for the time of its load first. A worker whose clock
+        is wrong also stays while jobs wait that it cannot claim: if it left, an autoscaler would conclude that there is
+        no work, and the clock would stay wrong.
         """
         if not self._serving.acquire(blocking=False):
             return False
@@ -182,7 +183,7 @@ class Runner:
             self._serving.release()
 
     def wait_until_idle(self) -> None:
-        """Wait, after `request_stop`, until whoever serves has given its jobs back, for the grace at most."""
+        """After `request_stop`, wait until the serving thread has given its jobs back, for the grace at most."""
         if self._serving.acquire(timeout=self._settings.grace_seconds):
             self._serving.release()
 

@@ -1,6 +1,6 @@
-"""URLs are signed with keys that a role may not have for a while, and each question for them may take seconds.
+"""Signs URLs with keys that a role may not have for a while. Each request for the keys may take seconds.
 
-What needs no URL goes on meanwhile: jobs that are held train, and their progress is recorded.
+Work that needs no URL continues meanwhile: held jobs train, and their progress is recorded.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ T = TypeVar("T")
 
 
 class Signing:
-    """Lets others sign URLs while there are keys, and remembers when there were none."""
+    """Lets callers sign URLs while there are keys, and remembers when there were none."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._keyless_until = 0.0
 
     def attempt(self, sign: Callable[[ObjectStore], T]) -> T | None:
-        """Return what `sign` does with the store, or None while there are no keys. What it did by then is its own.
+        """Return the result of `sign` with the store, or None while there are no keys. What it did by then stays.
 
-        The keys are asked for before it begins, so that no transaction of its own waits for them.
+        The keys are fetched before it begins, so that no transaction inside `sign` waits for them.
         """
         if time.monotonic() < self._keyless_until:
             return None

@@ -37,7 +37,7 @@ def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine, cl
     presence = Presence(engine, clock, interval_seconds=settings.heartbeat_seconds, describe=runner.describe)
 
     def serve() -> None:
-        """Serve. An error that nobody expects ends the process: Celery would swallow it, and leases be prolonged."""
+        """Serve. An unexpected error ends the process: Celery would swallow it, and leases would still be prolonged."""
         with ending_process("serving"):
             runner.serve()
 
@@ -63,7 +63,7 @@ def build_worker(settings: WorkerSettings, runner: Runner, *, engine: Engine, cl
 def main() -> None:
     hide_memory()
     configure_logs("worker")
-    settings = WorkerSettings()  # read from the environment
+    settings = WorkerSettings()
     configure_tracing("worker", settings)
     database_url = settings.database_url.get_secret_value()
     engine = connect(database_url, pool_size=2)
@@ -91,7 +91,7 @@ def main() -> None:
     finally:
         runner.request_stop()
         warmer.close()
-        runner.wait_until_idle()  # the watchdog may be serving, which Celery does not know
+        runner.wait_until_idle()  # the watchdog may be serving, which Celery cannot see
         runner.close()  # ends the trainer, which would otherwise leave its scratch directory
         management.close()
         remove_abandoned(settings.scratch_dir or Path(tempfile.gettempdir()))

@@ -1,10 +1,10 @@
 """When this worker shares what it has: its base, turn by turn, with its other pools, and its slots with other tenants.
 
-The decisions are the database's (core.services.turns). This module knows how long the base has been held, and asks no
-more often than it must: with one pool there is nothing to decide about bases, and with a free slot nothing to lend.
+The database decides (core.services.turns). This module measures how long the base has been held, and asks no more often
+than it must: with one pool there is no choice of bases, and with a free slot no slot is lent.
 
-A pool's turn ends in three steps. Its held jobs are asked to leave, and nothing is claimed while they do. When the last
-has left, the base of the next pool is loaded. The jobs that left are queued, and come again at their pool's next turn.
+A pool's turn ends in three steps. Its held jobs are asked to leave, and no job is claimed while they do. When the last
+has left, the base of the next pool is loaded. The jobs that left are queued, and return at their pool's next turn.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LOOK_SECONDS = 2.0
 
 
 class TurnKeeper:
-    """Switches the base when another pool's turn has come. The thread that serves calls it.
+    """Switches the base when another pool's turn has come. Only the serving thread calls it.
 
     `next_pool` is the pool that comes next, while the held jobs leave for its turn or its base is being loaded.
     """
@@ -75,7 +75,7 @@ class TurnKeeper:
             return False
         if pool != self._base.pool or not self._base.is_alive:
             self._load(pool, bases[pool])
-            if self._base.pool == pool:  # where it was refused at a first look, the old trainer lives on
+            if self._base.pool == pool:  # if a first look refused it, the old trainer is still there
                 self._departures.note_all()
         self._next_pool = None
         return True
@@ -99,7 +99,8 @@ class TurnKeeper:
         if loan is None:
             return
         log.info("slot.lent", lease_token=loan.lease_token)
-        # Those that wait for memory too are admitted in the order in which they came: they leave, and come after it.
+        # Jobs that wait for memory are admitted in the order in which they came. So these leave, and return behind the
+        # borrower.
         leaving = [token for token in wanting if loan.borrower not in (None, token)]
         for token in (loan.lease_token, *leaving):
             if (held := self._jobs.find(token)) is not None:
@@ -112,16 +113,16 @@ class TurnKeeper:
         return len(self._settings.worker_pools) > 1 and self._base.held_seconds >= length
 
     def _is_look_due(self) -> bool:
-        """Say whether it is time to look who waits, and count that as a look."""
+        """Say whether it is time to look for waiting jobs, and count that as a look."""
         is_due = time.monotonic() - self._looked_at >= _LOOK_SECONDS
         if is_due:
             self._looked_at = time.monotonic()
         return is_due
 
     def _choose_pool(self, pools: Sequence[str]) -> str | None:
-        """Return which of these pools a worker without jobs serves next, or None where none has work for it.
+        """Return which of these pools a worker without jobs serves next, or None if none has work for it.
 
-        A pool whose turn was promised comes first. The jobs that left for it wait too, and may be older.
+        A pool whose turn was promised comes first, because the jobs that left for it wait too, and may be older.
         """
         choice = self._choice(pools)
         if self._next_pool is not None:
@@ -148,7 +149,7 @@ class TurnKeeper:
         """Let the held jobs leave if the job that is next is another pool's, and say so."""
         with service_transaction(self._engine) as session:
             bases = self._findings.find_loadable(session)
-        # One that was refused lately is tried again by an idle worker only: it costs nobody a slot.
+        # A pool refused lately is tried again only by an idle worker, where the try costs no slot.
         pools = [pool for pool in bases if pool == self._base.pool or not self._findings.was_refused(pool)]
         next_pool = self._find_next_pool(pools)
         if next_pool is None:

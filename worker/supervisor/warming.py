@@ -1,7 +1,7 @@
-"""Keeps a base warm while there is no work, and looks again and again at those that could not be used.
+"""Keeps a base loaded while there is no work, and looks again and again at bases that could not be used.
 
-It has a thread of its own from the worker's start to its end. A first job waits for no load, and a base that becomes
-usable is used without anybody's doing.
+It has its own thread from the worker's start to its end. So a first job waits for no load, and a base that becomes
+usable is used without an operator's action.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STOP_SECONDS = 5.0
 class Warmer:
     """Looks at every interval, until it is closed. The runner's own stop ends a load that is under way.
 
-    A look loads one base, or inspects each, in bounded time. One that takes longer than `patience_seconds` hangs.
+    One look loads one base, or inspects each, in bounded time. A look that takes longer than `patience_seconds` hangs.
     """
 
     def __init__(self, runner: Runner, *, interval_seconds: float, patience_seconds: float) -> None:
@@ -34,7 +34,7 @@ class Warmer:
         self._thread = PROCESS.start_thread(self._run, name="warmer")
 
     def close(self) -> None:
-        """Stop, after the runner was asked to."""
+        """Stop. The runner must have been asked to stop before."""
         PROCESS.release(self._thread)
         self._stop_requested.set()
         self._thread.join(_STOP_SECONDS)

@@ -1,13 +1,13 @@
-"""Looks from a thread of its own whether anybody still wakes this worker.
+"""Checks, on its own thread, whether wake-ups still reach this worker.
 
-Wake-ups can stop in two ways:
+| what is wrong | what this worker does |
+|---|---|
+| Redis is away | it claims by itself what may be claimed |
+| wake-ups wait in Redis, and the consumer does not take them | it ends, holding no job, and is started again |
 
-- Redis is away. Then this worker claims by itself what may be claimed.
-- Redis is there and wake-ups wait in it, but the consumer does not take them. A timed-out acknowledgement can leave it
-  deaf for ever, while it answers every ping. Then the process ends, holding no job, and is started again.
-
-One look is no proof: a wake-up may have come just now, and the consumer of a worker that starts is not there yet.
-Whether the loop that serves still turns is part of the process's liveness, which never asks the consumer.
+The second happens when an acknowledgement has timed out: the consumer then takes nothing for ever, but answers every
+ping. One look proves nothing: a wake-up may have come just now, and the consumer of a worker that starts is not there
+yet. Whether the serving loop still turns is part of the process's liveness, which never asks the consumer.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _PATIENCE_SECONDS = 60.0
 
 
 class Watchdog:
-    """Looks several times within `deaf_seconds`; `end_process` is called with the exit code of a deaf worker.
+    """Looks several times within `deaf_seconds`. `end_process` is called with the exit code of a deaf worker.
 
-    A worker is deaf when it has been idle for `deaf_seconds` and let wake-ups wait at every look for as long again.
+    A worker is deaf if it was idle for `deaf_seconds` and then let wake-ups wait at every look for as long again.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Watchdog:
         self._liveness.start_thread(self._look_forever, name="watchdog")
 
     def heed_silence(self) -> None:
-        """Work, or end, when nobody has woken this worker for long although there is work for it."""
+        """Serve, or end the process, if no wake-up has come for long although there is work."""
         if not self._is_left_asleep():
             self._unheard_since = None
         elif not self._is_wake_up_waiting():
             self._unheard_since = None
             log.warning("worker.claims_unwoken")
-            self._life.rest()  # it may serve for hours; whether the loop turns is looked at from elsewhere
+            self._life.rest()  # it may serve for hours; liveness watches whether the loop turns
             self._runner.serve()
         elif self._unheard_since is None:
             self._unheard_since = time.monotonic()
@@ -90,7 +90,7 @@ class Watchdog:
             time.sleep(self._settings.deaf_seconds / _LOOKS_PER_DEAF_TIME)
 
     def _is_left_asleep(self) -> bool:
-        """Say whether this worker has been idle for long although there is work. False where the database is away."""
+        """Say whether this worker has been idle for long although there is work. False if the database is away."""
         if self._runner.idle_seconds < self._settings.deaf_seconds:
             return False
         try:

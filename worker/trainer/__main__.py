@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
     from core.telemetry.logs import configure_logs
 
-    # Before the libraries are loaded, which warn as they are. Standard output is the pipe that carries messages.
+    # Before the libraries are loaded, because they warn while loading. Standard output is the pipe for messages.
     configure_logs("trainer", captured=(2,))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -1,8 +1,8 @@
-"""What a job has stored, or is storing: its checkpoints and resume points, as the training loop keeps count of them.
+"""The artifacts of a job in the training loop's account: checkpoints and resume points that are stored or being stored.
 
-The loop hands each over to a background thread (worker.trainer.publishing) and keeps its future. However many epochs a
-job has, its scratch directory holds two adapters at most: a job that trains faster than its checkpoints are stored
-waits for them.
+The loop hands each to a background thread (worker.trainer.publishing) and keeps its future. However many epochs a job
+has, its scratch directory holds at most two adapters: a job that trains faster than its checkpoints are stored waits
+for them.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from worker.trainer.resume import Progress
 
 @dataclass(frozen=True)
 class LocalCheckpoint:
-    """An adapter in the scratch directory. Only the newest is needed once the object store has confirmed its bytes.
+    """An adapter in the scratch directory. Only the newest is needed after the object store has confirmed its bytes.
 
-    Should the supervisor not be able to read them back, the attempt is over, and with it the directory.
+    If the supervisor cannot read them back, the attempt is over, and so is the directory.
     """
 
     directory: Path
@@ -47,7 +47,7 @@ class LocalCheckpoint:
 
 
 class Pace:
-    """Says when a slot's state is due: after so many steps or seconds, and never while the last is on its way."""
+    """Says when a slot's state is due: after some steps or seconds, and never while the last one is being stored."""
 
     def __init__(self, *, num_steps: int, seconds: float) -> None:
         self._num_steps = num_steps
@@ -56,7 +56,7 @@ class Pace:
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """Count from here: this step's state is stored, or about to be."""
+        """Start counting here: this step's state is stored, or about to be."""
         self.step, self._begun_at = step, time.monotonic()
 
     def send(self, step: int, storing: Storing) -> None:
@@ -69,7 +69,7 @@ class Pace:
 
     @property
     def is_stored(self) -> bool:
-        """Whether the state of `step` is in the object store by now."""
+        """Whether the state of `step` is in the object store now."""
         return self.last_try is None or has_stored(self.last_try)
 
     def is_due(self, step: int) -> bool:
@@ -78,9 +78,9 @@ class Pace:
 
 
 class JobArtifacts:
-    """Hands a job's artifacts over to background threads, as values that the loop never changes again.
+    """Hands a job's artifacts to background threads, as values that the loop never changes again.
 
-    The training loop alone calls it. `pace` says when the next resume point is due.
+    Only the training loop calls it. `pace` says when the next resume point is due.
     """
 
     def __init__(self, attempt: Attempt, *, pace: Pace) -> None:
@@ -88,34 +88,34 @@ class JobArtifacts:
         self._attempt = attempt
         self._under_way: list[Storing] = []
         self._checkpoints: list[LocalCheckpoint] = []
-        # What the job leaves with, unless an upload that was sent before it left has stored it.
+        # The state with which the job leaves, unless an upload sent before has stored it.
         self._last_point: ResumePointWork | None = None
 
     @property
     def oldest_upload(self) -> Storing:
-        """What has to end before there is room for another checkpoint."""
+        """The upload that must end before there is room for another checkpoint."""
         return self._checkpoints[0].storing
 
     def has_room_for_checkpoint(self) -> bool:
-        """Remove what is stored and not the newest. At most the newest may be left beside the one to come."""
+        """Remove stored checkpoints except the newest. Beside the coming one, at most the newest may be left."""
         while len(self._checkpoints) > 1 and self._checkpoints[0].storing.done():
             shutil.rmtree(self._checkpoints.pop(0).directory)
         return len(self._checkpoints) <= 1
 
     def send_checkpoint(self, directory: Path, row: ResultRow, *, export: Phase) -> None:
-        """Let an adapter be inspected and stored as it is in `directory`, which nobody writes any more."""
+        """Inspect and store an adapter in the background, as it is in `directory`, which is never written again."""
         work = CheckpointWork(directory, row, export, earlier=tuple(self._under_way))
         storing = self._run(partial(publish_checkpoint, self._attempt, work))
         self._checkpoints.append(LocalCheckpoint(directory, storing))
 
     def send_resume_point(self, state: SlotState, progress: Progress) -> None:
-        """Let a slot's state be written and stored, unless that of its step was sent already."""
+        """Write and store a slot's state in the background, unless the state of this step was sent already."""
         if state.step != self.pace.step:
             work = ResumePointWork(state, progress, earlier=tuple(self._under_way))
             self.pace.send(state.step, self._run(partial(store_resume_point, self._attempt, work)))
 
     def send_last_resume_point(self, state: SlotState, progress: Progress) -> None:
-        """Do the same as the job leaves: a step whose upload has failed, or may fail, is stored again."""
+        """The same when the job leaves: if a step's upload has failed, or may fail, the state is stored again."""
         if state.step == self.pace.step and not self.pace.is_stored:
             self._last_point = ResumePointWork(state, progress, earlier=())
         self.send_resume_point(state, progress)
@@ -123,12 +123,12 @@ class JobArtifacts:
     def send_result(
         self, directory: Path, rows: tuple[ResultRow, ...], *, trained_tokens: int, usage: UsageCounted
     ) -> Future[None]:
-        """Let the last checkpoint, in `directory`, become the job's adapter."""
+        """Publish the last checkpoint, in `directory`, as the job's adapter."""
         work = ResultWork(directory, rows, trained_tokens, usage, earlier=tuple(self._under_way))
         return self._attempt.channel.run_in_background(partial(publish_result, self._attempt, work))
 
     def give_back(self, *, usage: UsageCounted) -> Future[None]:
-        """Let what is under way end, and report that the job has left."""
+        """Let running uploads end, and report that the job has left."""
         work = GiveBackWork(tuple(self._under_way), usage, last_point=self._last_point, last_try=self.pace.last_try)
         return self._attempt.channel.run_in_background(partial(give_back_job, self._attempt, work))
 

@@ -1,7 +1,7 @@
-"""One attempt at a job, as the training loop and the background threads share it.
+"""One attempt at a job, shared by the training loop and the background threads.
 
-Nothing in it changes, with one exception: it is called off once, when its job is stopped. Background work looks at that
-before each chunk, row and wait, and ends.
+It is immutable, with one exception: it is called off once, when its job is stopped. Background work checks this before
+each chunk, row and wait, and then ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from worker.trainer.transfers import Patience
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """What was ordered, on which base, and where its files are. Its reports may be sent from any thread."""
+    """The order, the base and the place of the files. Any thread may send its reports."""
 
     order: StartJob
     base: LoadedBase
@@ -35,7 +35,7 @@ class Attempt:
 
     @property
     def ids(self) -> dict[str, str | int]:
-        """What a line of the process's log names this attempt by."""
+        """The ids of this attempt in lines of the process's log."""
         return {
             "job_id": self.order.facts.job_id,
             "lease_token": self.lease_token,
@@ -44,7 +44,7 @@ class Attempt:
 
     @property
     def patience(self) -> Patience:
-        """For how long the object store is tried: no longer than the attempt is wanted."""
+        """How long the object store is tried: no longer than the attempt is wanted."""
         return Patience(self.storage_patience_seconds, check=self.check_wanted)
 
     def check_wanted(self) -> None:
@@ -53,7 +53,7 @@ class Attempt:
             raise JobStoppedError("The job was stopped.")
 
     def call_off(self) -> None:
-        """Let its background work end at its next chunk, row or wait."""
+        """Let its background work end at the next chunk, row or wait."""
         self.is_called_off.set()
         self.channel.refuse_urls(self.lease_token)
 

@@ -1,7 +1,8 @@
 """Loads the one frozen base model: safetensors or GGUF only, never a repository's own code.
 
-A GGUF file is turned into a safetensors directory once per cache; later loads, and quantised ones, start from there.
-On a CPU everything computes in float32, whatever the registry says: bfloat16 products are several times slower there.
+A GGUF file is converted into a safetensors directory once for each cache. Later loads, also quantised ones, start from
+there. On a CPU everything computes in float32, whatever the registry says, because bfloat16 is several times slower
+there.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def load_base(order: LoadBase) -> LoadedBase:
 
 
 def materialize_base(source_kind: str, location: str, cache_dir: Path, *, revision: str = "") -> Path:
-    """Return a local safetensors directory for a source, converting or fetching it into the cache if need be."""
+    """Return a local safetensors directory for a source. Converts it, or downloads it into the cache, if necessary."""
     match source_kind:
         case "path":
             return existing(Path(location))
@@ -84,7 +85,7 @@ def _convert_gguf(gguf: Path, cache_dir: Path) -> Path:
     weights = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).state_dict()
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A model loaded from GGUF refuses to be saved; one built from its configuration with its weights does not.
+    # A model loaded from GGUF cannot be saved, but one built from its configuration with its weights can.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(weights)
     with scratch_directory("base", bases_dir) as scratch:
@@ -93,7 +94,7 @@ def _convert_gguf(gguf: Path, cache_dir: Path) -> Path:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
         try:
             made.replace(target)
-        except OSError:  # another worker on the same cache was first; its result is the same
+        except OSError:  # another worker on the same cache was first, with the same result
             if not target.exists():
                 raise
     return target

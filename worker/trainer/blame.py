@@ -1,7 +1,14 @@
-"""Whose fault it is that a base cannot be loaded, in words for its operator.
+"""Decides whether the base or this worker is at fault when a base cannot be loaded, in words for its operator.
 
-Every worker meets a fault of the base: its files, its type, its entry in the registry. A worker's fault is its own: no
-memory, no disk, a package or a device that it lacks. An error that nobody has foreseen is taken as the base's.
+| what fails | at fault |
+|---|---|
+| memory: `MemoryError`, the device's, `ENOMEM`, or an error whose text says so | this worker |
+| a missing package, or the device itself | this worker |
+| the disk or the number of open files (`_WORKER_ERRNOS`) | this worker |
+| a base that cannot be fused | the base |
+| any other error, also an unforeseen one | the base |
+
+A fault of the base stops every worker. A fault of this worker leaves the base to others.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ _WORKER_ERRNOS = frozenset(
     {errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 )
 _MEMORY_WORDS = ("allocate memory", "out of memory")
-# What transformers, safetensors and torch raise for files and settings that do not fit each other.
+# The errors of transformers, safetensors and torch for files and settings that do not match.
 _LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -38,7 +45,7 @@ _LOADING_ERRORS = (
 
 @contextlib.contextmanager
 def blaming() -> Iterator[None]:
-    """Raise BaseRefusedError or WorkerUnfitError for whatever goes wrong with a base in this block."""
+    """Raise BaseRefusedError or WorkerUnfitError for any error with a base in this block."""
     try:
         yield
     except UnsupportedBaseError as error:
@@ -50,7 +57,7 @@ def blaming() -> Iterator[None]:
 
 @contextlib.contextmanager
 def blaming_the_worker() -> Iterator[None]:
-    """Raise WorkerUnfitError for an operating system that refuses something in this block."""
+    """Raise WorkerUnfitError if the operating system refuses something in this block."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it is, and how each reader loads it, as Hugging Face's README.md.
+"""The model card of an adapter, as Hugging Face's README.md: what it is, and how each reader loads it.
 
 A name that a tenant or an operator chose is written only as YAML, a code span, a Python or a shell literal, on one
 line. So no name can end its block or become markup.
@@ -16,7 +16,7 @@ import yaml
 from core.domain.training import AdapterConfig, TrainingSpec
 from worker.messages import JobFacts
 
-# What vLLM 0.33 takes for --max-lora-rank (vllm/config/lora.py, MaxLoRARanks).
+# The values that vLLM 0.33 accepts for --max-lora-rank (vllm/config/lora.py, MaxLoRARanks).
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 

@@ -1,8 +1,8 @@
 """The trainer's end of the two pipes, and its one inbox.
 
-Orders from the supervisor and results of background work arrive in the same queue, so that the loop waits in one place.
-When the supervisor is gone, the thread that reads orders ends this process at once, whatever it was doing. It does the
-same where it fails itself, at a line that is no order: a trainer that hears nothing obeys nobody.
+Orders from the supervisor and results of background work arrive in the same queue, so the loop waits in one place. When
+the supervisor is gone, the thread that reads orders ends this process at once, whatever it was doing. It also does so
+when it fails itself, at a line that is no order: a trainer that receives no orders cannot be stopped.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def start_pool(num_threads: int) -> ThreadPoolExecutor:
 
 
 def take_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Return this process's standard input and output, as files that nobody else reads or writes."""
-    # A reader of its own: a thread that waits in sys.stdin would hold its lock against the interpreter's end.
+    """Return this process's standard input and output as files that no other code reads or writes."""
+    # A separate reader: a thread that waits in sys.stdin would hold its lock at the interpreter's end.
     orders = os.fdopen(os.dup(0), "rb")
     reports = os.fdopen(os.dup(1), "wb", buffering=0)
-    # Libraries print; whatever they print must not reach the pipe that carries messages.
+    # Libraries print, and their output must not reach the pipe for messages.
     os.dup2(2, 1)
     return orders, reports
 
@@ -54,7 +54,8 @@ class Channel:
         self._orders, self._reports = orders, reports
         self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # By lease token and artifact, the queues of the threads that wait for URLs; None says that none will come.
+        # By lease token and artifact: the queues of the threads that wait for URLs. None in a queue means that none
+        # will come.
         self._grants: dict[tuple[int, str], queue.SimpleQueue[dict[str, str] | None]] = {}
         self._background = start_pool(_NUM_BACKGROUND_THREADS)
         PROCESS.start_thread(self._read_orders, name="orders")
@@ -64,7 +65,7 @@ class Channel:
             self._reports.write(encode_line(report))
 
     def receive(self, *, wait_seconds: float | None) -> Any:
-        """Return the next order or deferred call; None when none comes in that time (None waits for ever)."""
+        """Return the next order or deferred call, or None if none comes in that time (None waits for ever)."""
         try:
             return self._inbox.get(block=wait_seconds != 0, timeout=wait_seconds)
         except queue.Empty:
@@ -84,7 +85,7 @@ class Channel:
         `check` raises when the job was stopped; after that `refuse_urls` ends the wait.
         """
         key = wanted.lease_token, wanted.artifact
-        # First the queue, then the look at whether the job was stopped: a stop after the look finds the queue.
+        # First the queue, then the check whether the job was stopped: so a stop after the check finds the queue.
         grants = self._grants[key] = queue.SimpleQueue()
         try:
             check()
@@ -99,7 +100,7 @@ class Channel:
         return urls
 
     def refuse_urls(self, lease_token: int) -> None:
-        """Let nobody wait for URLs of a job that was stopped: nobody will grant them."""
+        """End all waits for URLs of a job that was stopped, because none will be granted."""
         for (token, _artifact), grants in tuple(self._grants.items()):
             if token == lease_token:
                 grants.put(None)

@@ -19,7 +19,7 @@ from worker.trainer.failures import JobFaultError
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """The rows that are trained on, and what became of all."""
+    """The rows that are trained on, and the counts of all rows."""
 
     examples: tuple[Example, ...]
     counts: DatasetCounts
@@ -27,7 +27,7 @@ class TokenizedDataset:
 
 @dataclass(frozen=True)
 class NumberedExample:
-    """A conversation and the line of its file, of which 1 is the first."""
+    """A conversation and the number of its line in the file, from 1."""
 
     line_number: int
     example: ChatExample
@@ -52,9 +52,9 @@ def tokenize_dataset(
     file: DatasetName = "training",
     now: dt.datetime | None = None,
 ) -> TokenizedDataset:
-    """Tokenise every conversation, keeping the head of long ones. `now` is the date that the template may write.
+    """Tokenise every conversation and cut long ones to their head. `now` is the date that the template may write.
 
-    Raises JobFaultError naming file and line, or the file when nothing is left to learn.
+    Raises JobFaultError naming file and line, or only the file if nothing is left to learn.
     """
     conversations = ConversationTokenizer(tokenizer, now=now)
     kept: list[Example] = []

@@ -1,7 +1,7 @@
-"""What the device does, in figures for the operator. The loop gathers them, and reports them once a second.
+"""Figures of the device's work, for the operator. The loop gathers them and reports them once a second.
 
-Peaks are the makers' dense bfloat16 figures, found by a part of the device's name. The peak of a device that is not
-listed, such as a CPU, is not known, and its utilization is not shown.
+Peaks are the makers' figures for dense bfloat16, found by a part of the device's name. For a device that is not listed,
+such as a CPU, the peak is unknown and the utilization is not shown.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class DeviceMeter:
         return taken
 
     def _measure_memory(self) -> tuple[int, int]:
-        """Return what is in use and what there is: of a GPU by everybody, of a machine's memory by this process."""
+        """Return the memory in use and the total: of a GPU by all processes, of a machine by this process."""
         if self._device.type == "cuda":
             free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
             return total_bytes - free_bytes, total_bytes

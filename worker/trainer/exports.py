@@ -1,4 +1,4 @@
-"""The finished adapter: PEFT's files, a model card, a manifest written last, and an inspection before it may leave."""
+"""The finished adapter: PEFT's files, a model card, a manifest written last, and an inspection before publication."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the adapter was made from, for its manifest and card."""
+    """The origin of the adapter, for its manifest and card."""
 
     facts: JobFacts
     spec: TrainingSpec
@@ -48,9 +48,9 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One line of the result file; validation numbers are there at the steps that were evaluated.
+    """One line of the result file. Validation numbers exist at the steps that were evaluated.
 
-    Its fields are named as the file's columns are, by OpenAI, and are stored so with every resume point.
+    Its fields have the names of OpenAI's columns, and are stored under these names with every resume point.
     """
 
     step: int
@@ -89,9 +89,9 @@ def describe_adapter(directory: Path, provenance: Provenance) -> None:
 def verify_adapter(
     directory: Path, *, adapter: AdapterConfig, base_model_id: str, base_config: PreTrainedConfig
 ) -> None:
-    """Inspect an adapter as its reader will. Raises AdapterInvalidError saying what is wrong.
+    """Inspect an adapter as its reader will. Raises AdapterInvalidError, which says what is wrong.
 
-    Raises DivergedError or NothingLearnedError for what every attempt would end in: training is deterministic.
+    Raises DivergedError or NothingLearnedError if every attempt would end the same, because training is deterministic.
     """
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     for described in map(StoredFile.model_validate, manifest["files"]):
@@ -127,7 +127,7 @@ def write_result_csv(path: Path, rows: Iterable[ResultRow]) -> None:
 
 
 def describe_file(path: Path) -> StoredFile:
-    """Return a file's name, size and hash, as manifests have them."""
+    """Return a file's name, size and hash in the form of manifests."""
     content = path.read_bytes()
     return StoredFile(name=path.name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
@@ -153,7 +153,7 @@ def _verify_weights(tensors: dict[str, torch.Tensor], adapter: AdapterConfig) ->
 
 
 def _load_with_peft(directory: Path, config: PeftConfig, base_config: PreTrainedConfig) -> None:
-    """Let PEFT load the adapter onto the base's skeleton, which has every module and no weights."""
+    """Let PEFT load the adapter onto the base's skeleton, which has all modules but no weights."""
     dense_config = copy.deepcopy(base_config)
     if hasattr(dense_config, "quantization_config"):
         del dense_config.quantization_config

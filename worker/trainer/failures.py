@@ -18,7 +18,7 @@ from worker.messages import URL_REFUSED
 
 
 class TrainerError(Exception):
-    """`file` is the job's file at fault, where it is one; `line_number` and `field` are where in it."""
+    """`file` is the job's file at fault, if one is; `line_number` and `field` say where in it."""
 
     code = "trainer_error"
     is_job_fault = False
@@ -61,13 +61,13 @@ class UrlRefusedError(TransferError):
 
 
 class BaseRefusedError(TrainerError):
-    """The base model cannot be served as it is registered; the operator must act."""
+    """The base model cannot be served as it is registered. Its operator must act."""
 
     code = "base_model_refused"
 
 
 class WorkerUnfitError(TrainerError):
-    """This worker lacks what it takes to load the base: memory, disk, a package. Another may have it."""
+    """This worker cannot load the base, for lack of memory, disk or a package. Another worker may be able to."""
 
     code = "worker_unfit"
 

@@ -1,6 +1,6 @@
-"""Looks at a base's files before its weights are read: what would be refused after minutes is refused in seconds.
+"""Looks at a base's files before its weights are read, so that a refusal takes seconds instead of minutes.
 
-The model is built of shapes alone, so a look takes hardly any memory, and no device.
+The model is built from shapes alone, so a look needs almost no memory and no device.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from worker.trainer.failures import BaseRefusedError
 from worker.trainer.tokenizers import describe_tokenizer
 
 _INDEX = "model.safetensors.index.json"
-# Of a hub's repository, all but the weights.
+# The files of a hub's repository to download, all except the weights.
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """Where transformers finds a base: a directory, or one GGUF file in it."""
+    """The path from which transformers loads a base: a directory, or one GGUF file in it."""
 
     directory: Path
     gguf_file: str | None = None
@@ -63,13 +63,13 @@ def existing(path: Path) -> Path:
 
 
 def converted_path(gguf: Path, cache_dir: Path) -> Path:
-    """Return where the safetensors directory of a GGUF file is, once it is made."""
+    """Return the path of a GGUF file's safetensors directory, which may not exist yet."""
     with gguf.open("rb") as content:
         return cache_dir / "bases" / f"gguf-{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}"
 
 
 def fetch(repository: str, revision: str, *, patterns: tuple[str, ...]) -> Path:
-    """Return the directory of a hub's repository, of whose files those that match the patterns are there."""
+    """Return the directory of a hub's repository, with the files that match the patterns."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (only where a hub is used)
 
     if not revision:
@@ -84,7 +84,7 @@ def refuse_foreign_code(directory: Path) -> None:
 
 
 def check_weights(directory: Path) -> None:
-    """Open every file of weights. What is missing, cut short or not to be read raises an error that names it."""
+    """Open every file of weights. A file that is missing, truncated or unreadable raises an error with its name."""
     index = directory / _INDEX
     if index.exists():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -93,7 +93,7 @@ def check_weights(directory: Path) -> None:
     if not names:
         raise BaseRefusedError("The base model has no safetensors files; convert it first.")
     for name in sorted(names):
-        # The plain open says why a file cannot be read; safe_open would call it missing.
+        # A plain open says why a file cannot be read; safe_open would call it missing.
         with (directory / name).open("rb"), safe_open(directory / name, framework="pt"):
             pass
 

@@ -1,10 +1,10 @@
-"""One job as the training loop knows it: what its steps have shown, and when they lead to an artifact.
+"""One job in the training loop: the results of its steps, and when they lead to an artifact.
 
-The loop's thread alone calls a `TrainerJob`. What takes long runs on background threads and is given values only: it is
-prepared by worker.trainer.preparing, and published by worker.trainer.publishing through its `JobArtifacts`. A job's
-files live in a scratch directory of its own that vanishes with it.
+Only the loop's thread calls a `TrainerJob`. Slow work runs on background threads, which get values only. The module
+worker.trainer.preparing prepares the job, and worker.trainer.publishing publishes it through its `JobArtifacts`. A
+job's files are in its own scratch directory, which vanishes with it.
 
-What follows the end of an epoch, each at a boundary between two steps:
+The end of an epoch, each step at a boundary between two fused steps:
 
     last step of the epoch -> evaluation, if there is a validation file -> checkpoint -> next epoch, or the end
                                              rest in the slot while there is no room ^
@@ -36,7 +36,7 @@ from worker.trainer.resume import FetchedPoint, Progress
 
 @dataclass
 class Usage:
-    """What a job has used here, and what the attempts before it have trained."""
+    """What a job has used here, and what earlier attempts have trained."""
 
     device_seconds: float = 0.0
     trained_tokens: int = 0
@@ -53,10 +53,11 @@ class Usage:
 
 
 class TrainerJob:
-    """The life of one job in the loop. `close` calls its background work off and removes its scratch directory.
+    """A job's life in the loop. `close` calls off its background work and removes its scratch directory.
 
-    `is_preparing` until its datasets are tokenised; `is_ending` when it has left its slot, or will not get one;
-    `is_waiting` once the device has had no memory for it. While it rests in its slot, `awaited_upload` is what for.
+    `is_preparing` lasts until its datasets are tokenised. `is_ending` is set when it has left its slot, or will not get
+    one, and `is_waiting` once the device had no memory for it. While it rests in its slot, it waits for
+    `awaited_upload`.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class TrainerJob:
         self._validation: TokenizedDataset | None = None
         self._rows: list[ResultRow] = []
         self._is_last_step_taken = False
-        self._is_epoch_open = False  # its last step is taken, its checkpoint is not written
+        self._is_epoch_open = False  # its last step is done, its checkpoint is not written
         self._training: Phase | None = None
         self._evaluation: Phase | None = None
         self.awaited_upload: Storing | None = None
@@ -97,9 +98,9 @@ class TrainerJob:
         )
 
     def begin(self, engine: Engine, prepared: PreparedJob) -> bool:
-        """Go on from the resume point, if there is one, and report from where. True when the engine is done."""
+        """Resume from the resume point, if there is one, and report its step. True when the engine is done."""
         step = self._restore(engine, prepared.resume) if prepared.resume else 0
-        # Stored between its last step and the evaluation that follows, a job has only that left to do.
+        # A job stored between its last step and the evaluation that follows has only this evaluation left.
         total_steps = count_steps(self.attempt.order.spec, len(prepared.training.examples))
         self._is_last_step_taken = step == total_steps
         self._artifacts.pace.begin(step)
@@ -123,9 +124,9 @@ class TrainerJob:
         self.attempt.channel.send(self._usage.count(self.lease_token))
 
     def take_report(self, engine: Engine, report: SlotReport) -> bool:
-        """Take what a step did for the job; at an epoch's end, evaluate, then save. True when the engine is done.
+        """Process a step's report. At an epoch's end, evaluate and then save. True when the engine is done.
 
-        Raises DivergedError at the end of a job whose every step was skipped: its adapter is what it was drawn as.
+        Raises DivergedError at the end of a job whose every step was skipped: its adapter is still the initial one.
         """
         if report.update is not None:
             self._take_update(report.update)
@@ -151,15 +152,15 @@ class TrainerJob:
         return "training" if self._evaluation is None else "validation"
 
     def save_resume_point(self, engine: Engine) -> None:
-        """Copy the slot's state off the device. Writing and storing the copy goes on in the background."""
+        """Copy the slot's state off the device. The copy is written and stored in the background."""
         self._artifacts.send_resume_point(engine.capture_state(str(self.lease_token)), self._progress)
 
     def save_last_resume_point(self, engine: Engine) -> None:
-        """Copy the slot's state as the job leaves: a step whose upload has failed, or may fail, is stored again."""
+        """Copy the slot's state as the job leaves. If a step's upload has failed, or may fail, it is stored again."""
         self._artifacts.send_last_resume_point(engine.capture_state(str(self.lease_token)), self._progress)
 
     def give_back(self) -> Future[None]:
-        """Report, after all that is on its way, that the job has left."""
+        """Report that the job has left, after all uploads that are under way."""
         return self._artifacts.give_back(usage=self._usage.count(self.lease_token))
 
     def publish(self) -> Future[None]:
@@ -185,7 +186,7 @@ class TrainerJob:
         return Progress(trained_tokens=tokens, is_epoch_open=self._is_epoch_open, rows=tuple(self._rows))
 
     def _restore(self, engine: Engine, point: FetchedPoint) -> int:
-        """Return the step after which the slot goes on."""
+        """Return the step after which the slot resumes."""
         try:
             step = engine.load_state(str(self.lease_token), point.directory)
         except InvalidJobError as error:
@@ -229,7 +230,7 @@ class TrainerJob:
         if not self._rows and self._is_last_step_taken:
             raise DivergedError("The gradient was not finite in any step. Lower the learning rate.")
         if not self._rows or self._checkpoint_directory.exists():
-            return  # every step of the epoch was skipped: there is nothing new to judge or to store
+            return  # every step of the epoch was skipped: there is nothing new to evaluate or to store
         self._is_epoch_open = True
         if self._validation is not None:
             self._evaluation = Phase("evaluate")
@@ -241,7 +242,7 @@ class TrainerJob:
         if self._evaluation is not None:
             self.attempt.report_phase(self._evaluation)
             self._evaluation = None
-        # A row that a resume point holds already stays as it was: background threads may be writing it.
+        # A row already in a resume point stays as it is, because background threads may be writing it.
         self._rows[-1] = replace(
             self._rows[-1], valid_loss=result.loss, valid_mean_token_accuracy=result.token_accuracy
         )
@@ -258,7 +259,7 @@ class TrainerJob:
         """Store the epoch's checkpoint, or rest in the slot until the oldest upload has ended."""
         if not self._artifacts.has_room_for_checkpoint():
             self.awaited_upload = self._artifacts.oldest_upload
-            engine.rest(str(self.lease_token))  # the device is the other jobs' meanwhile
+            engine.rest(str(self.lease_token))  # the other jobs use the device meanwhile
             self.attempt.log("checkpoint.delayed", step=self._rows[-1].step)
             return
         self._save_checkpoint(engine)
@@ -267,7 +268,7 @@ class TrainerJob:
             self.save_resume_point(engine)
 
     def _save_checkpoint(self, engine: Engine) -> None:
-        """Write the adapter as it is now. Its inspection and its upload go on in the background."""
+        """Write the adapter as it is now. Its inspection and its upload run in the background."""
         directory = self._checkpoint_directory
         export = Phase("export")
         directory.mkdir()
@@ -276,5 +277,5 @@ class TrainerJob:
 
     @property
     def _checkpoint_directory(self) -> Path:
-        """Where the adapter is written as its last good step has left it."""
+        """The path of the adapter after its last step that changed it."""
         return self.attempt.directory / f"step-{self._rows[-1].step}"

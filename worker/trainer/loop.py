@@ -39,13 +39,13 @@ from worker.trainer.preparing import PreparedJob, prepare_job
 
 log = structlog.get_logger()
 _LIFE_SECONDS = 1.0
-# What ends one job and not the trainer; OSError and SafetensorError are a scratch disk that is full or broken.
+# Errors that end one job and not the trainer. OSError and SafetensorError mean a scratch disk that is full or broken.
 JOB_ERRORS = (TrainerError, EngineError, OSError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a job's files an error is, as far as it is in one."""
+    """The place of an error in a job's files, as far as it is in one."""
 
     file: DatasetName | None = None
     line_number: int | None = None
@@ -63,7 +63,7 @@ class Place:
 
 
 class TrainingLoop:
-    """Drives the engine through admit, step and evict on behalf of the supervisor's orders."""
+    """Runs the engine (admit, step, evict) for the supervisor's orders."""
 
     def __init__(
         self, channel: Channel, engine: Engine, base: LoadedBase, order: LoadBase, *, scratch_dir: Path
@@ -74,16 +74,17 @@ class TrainingLoop:
         self._channel = channel
         self._engine = engine
         self._base = base
-        # Not the channel's own threads: an upload does not wait there behind long downloads and tokenising.
+        # Separate from the channel's threads, so that an upload does not wait behind long downloads and tokenising.
         self._preparing = start_pool(order.slots)
         self._jobs: dict[int, TrainerJob] = {}
-        # Prepared, and waiting until another job leaves the memory that they need.
+        # Prepared jobs that wait until another job frees the memory that they need.
         self._waiting: deque[tuple[TrainerJob, PreparedJob]] = deque()
-        # What came within a step, and is applied at its end.
+        # What arrived during a step, to be applied at its end.
         self._postponed: deque[Callable[[], None]] = deque()
-        # The jobs evicted and not yet reported as off the device: the step under way may still have their examples.
+        # Jobs that were evicted but may still have examples in the step under way, so their leaving is not reported
+        # yet.
         self._leaving: list[int] = []
-        # The jobs stopped within the step under way. Their part of it is booked at its end.
+        # Jobs stopped during the step under way. Their part of it is booked at its end.
         self._stopped: dict[int, TrainerJob] = {}
         self._is_stepping = False
         self._meter = DeviceMeter(engine.device, flops_per_token=engine.flops_per_token)
@@ -103,19 +104,19 @@ class TrainingLoop:
         return self._engine.is_idle and not self._waiting
 
     def _look(self) -> None:
-        """Take the orders that have come within a step, and report that the step goes on."""
+        """Take the orders that came during a step, and report that the step continues."""
         self._show_life()
         while (item := self._channel.receive(wait_seconds=0)) is not None:
             if isinstance(item, Frozen):
                 self._apply(item)
             else:
-                self._postponed.append(item)  # it may admit a job
+                self._postponed.append(item)  # not now: it may admit a job
         self._report_who_left()
 
     def _show_life(self) -> None:
-        """Report that this loop turns, and what its jobs have used. No other thread may: it would hide a hung step.
+        """Report that this loop turns, and what its jobs have used. Another thread must not: it would hide a hung step.
 
-        It is called between products too, so that a step of minutes does not pass for a hung one.
+        It is also called between products, so that a step of minutes does not look hung.
         """
         if time.monotonic() - self._shown_at < _LIFE_SECONDS:
             return
@@ -163,8 +164,8 @@ class TrainingLoop:
             self._publish(job)
 
     def _admit_waiting(self) -> None:
-        """Try those again that wait for memory, in their order; the engine may have room since the last step."""
-        # Taken out first: `_admit` appends again those for which there is still no memory, so their order stays.
+        """Try to admit the jobs that wait for memory, in their order. The engine may have room since the last step."""
+        # Taken out first: `_admit` appends those again that still get no memory, so their order stays.
         for job, prepared in [self._waiting.popleft() for _ in range(len(self._waiting))]:
             if self._jobs.get(job.lease_token) is job:
                 try:
@@ -175,7 +176,7 @@ class TrainingLoop:
     def _step(self) -> None:
         started = time.monotonic()
         self._is_stepping = True
-        reports = self._engine.step(look=self._look)  # orders are taken within it, by `_look`
+        reports = self._engine.step(look=self._look)  # `_look` takes orders during the step
         self._is_stepping = False
         self._report_who_left()
         self._book(reports, time.monotonic() - started)
@@ -185,13 +186,13 @@ class TrainingLoop:
                 self._take_report(job, report)
 
     def _book(self, reports: tuple[SlotReport, ...], seconds: float) -> None:
-        """Divide the step's time among those who had a part in it, those who left within it included."""
+        """Divide the step's time among the jobs that had a part in it, including those that left during it."""
         cost_tokens = sum(report.cost_tokens for report in reports)
         if reports:
             self._meter.note_step(seconds=seconds, cost_tokens=cost_tokens)
         jobs = self._jobs | self._stopped
         for report in reports:
-            if cost_tokens:  # none where the step's only report is a row that did not fit
+            if cost_tokens:  # there is none if the step's only report is a row that did not fit
                 jobs[int(report.slot_name)].use_device(seconds * report.cost_tokens / cost_tokens)
         for job in self._stopped.values():
             job.bill()
@@ -212,7 +213,7 @@ class TrainingLoop:
             self._channel.deliver(job.awaited_upload, self._guarded(job, self._go_on))
 
     def _go_on(self, job: TrainerJob, _is_stored: object) -> None:
-        """Let a job train on whose upload was waited for."""
+        """Resume a job whose upload has ended."""
         if not job.is_ending and job.go_on(self._engine):
             self._publish(job)
 
@@ -235,7 +236,7 @@ class TrainingLoop:
         job.close()
 
     def _yield(self, lease_token: int) -> None:
-        """Store a job's slot as it stands and free it. A job that is on its way out already ends as it would."""
+        """Store a job's slot as it is now and free it. A job that is already ending ends as it would."""
         job = self._jobs.get(lease_token)
         if job is None or job.is_ending:
             return
@@ -243,7 +244,7 @@ class TrainingLoop:
             job.save_last_resume_point(self._engine)
         self._evict(job)
         if self._is_stepping:
-            self._postponed.append(lambda: self._give_back(job))  # the step's end is part of what it has used
+            self._postponed.append(lambda: self._give_back(job))  # the end of the step counts as its use
         else:
             self._give_back(job)
 
@@ -269,7 +270,7 @@ class TrainingLoop:
         self._stop(job.lease_token)
 
     def _evict(self, job: TrainerJob) -> None:
-        """Take a job off the device, and from what may still get there."""
+        """Remove a job from the device, and from the queues that lead there."""
         job.is_ending = True
         job.end_training()
         if str(job.lease_token) in self._engine.slot_names:
@@ -318,7 +319,7 @@ def _locate(job: TrainerJob, error: Exception) -> Place:
 
 
 def _explain(error: Exception, place: Place) -> str:
-    if isinstance(error, OSError | SafetensorError):  # its own words name paths of the worker
+    if isinstance(error, OSError | SafetensorError):  # the error's own message contains paths of the worker
         return "The worker's scratch disk is full or broken."
     if isinstance(error, EngineError) and place.file is not None:
         return f"In the {place.file} file: {error}"

@@ -1,4 +1,4 @@
-"""How long each phase of an attempt takes. The supervisor is told, and keeps the traces and the metrics."""
+"""Measures how long each phase of an attempt takes. The supervisor gets the result for traces and metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from worker.messages import PhaseDone
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase, from when it is made until it is ended. It says when it began, and how long it took."""
+    """One phase, from its construction until `end`. It reports when it began and how long it took."""
 
     name: Literal["load", "train", "evaluate", "export", "upload"]
     began_at: float = field(default_factory=time.time)

@@ -1,6 +1,6 @@
-"""What a job needs before it can train: its datasets, tokenised, and its resume point. Runs on a background thread.
+"""Prepares a job for training: its tokenised datasets and its resume point. Runs on a background thread.
 
-URLs are young when the order comes, so all files are fetched before the first is tokenised.
+URLs have just been signed when the order comes, so all files are fetched before the first is tokenised.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _tokenize(attempt: Attempt, name: DatasetName) -> TokenizedDataset:
     started = time.monotonic()
     path = _dataset_path(attempt, name)
     size_bytes = path.stat().st_size
-    # Of an attempt that is called off meanwhile, the datasets are dropped, whole or not.
+    # If the attempt is called off meanwhile, its datasets are discarded, complete or not.
     examples = itertools.takewhile(lambda _: not attempt.is_called_off.is_set(), read_examples(path, file=name))
     dataset = tokenize_dataset(
         attempt.base.tokenizer,
@@ -90,5 +90,5 @@ def _dataset_path(attempt: Attempt, name: DatasetName) -> Path:
 
 
 def _created_at(attempt: Attempt) -> dt.datetime:
-    """Return the date that a template writes: every attempt of a job trains on the same rows."""
+    """Return the date that a template writes. It is the same for every attempt, so that all train on the same rows."""
     return dt.datetime.fromtimestamp(attempt.order.facts.created_at)  # noqa: DTZ006 (the local time)

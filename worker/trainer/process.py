@@ -1,4 +1,4 @@
-"""The trainer process: load the base once, then take jobs in and out at step boundaries for as long as it lives."""
+"""The trainer process: loads the base once, then admits and evicts jobs at step boundaries as long as it lives."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main(*, are_secrets_hidden: bool) -> None:
     except MemoryError:
         log.exception("memory.exhausted")
         os._exit(OUT_OF_MEMORY_EXIT_CODE)
-    except RuntimeError as error:  # what torch raises when the host's allocator fails
+    except RuntimeError as error:  # torch's message when the host's allocator fails
         if "allocate memory" not in str(error):
             raise
         log.exception("memory.exhausted")
@@ -54,14 +54,14 @@ def main(*, are_secrets_hidden: bool) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Let transformers draw no progress bars, and log where everybody does instead of to a stream of its own."""
+    """Stop transformers' progress bars, and send its log to the process's log instead of a stream of its own."""
     transformers_logging.disable_progress_bar()
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
 
 
 def _prepare(channel: Channel, order: LoadBase, exits: contextlib.ExitStack) -> TrainingLoop | None:
-    """Return a loop on the base, once it is wanted; None, and word of it, where it cannot be loaded."""
+    """Return a loop on the base, once it is wanted. If it cannot be loaded, report that and return None."""
     try:
         with blaming_the_worker():
             scratch_dir = exits.enter_context(scratch_directory("trainer", scratch_parent()))
@@ -88,7 +88,7 @@ def _prepare(channel: Channel, order: LoadBase, exits: contextlib.ExitStack) -> 
 
 
 def scratch_parent() -> Path:
-    """Return the system's temporary directory, or the one that the environment names although it is none."""
+    """Return the system's temporary directory, or the one in the environment even if it cannot be used."""
     return Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
 
 

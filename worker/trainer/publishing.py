@@ -1,8 +1,8 @@
-"""What a job leaves in the object store: checkpoints, resume points, the adapter. Runs on background threads.
+"""Publishes a job's artifacts in the object store: checkpoints, resume points, the adapter. Runs on background threads.
 
-The training loop goes on meanwhile. So all that comes from it is a frozen value, made when the work is handed over: a
-copy of the slot's state, rows that are never changed, files that are never written again. Nothing here can see the job
-itself, and the loop learns what has come of the work from its future alone.
+The training loop continues meanwhile. So it hands over frozen values only: a copy of the slot's state, rows that never
+change, files that are never written again. This module cannot reach the job itself, and the loop gets the result only
+from the work's future.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from worker.trainer.phases import Phase
 from worker.trainer.resume import RESUME_FILES, Progress, write_resume_point
 from worker.trainer.transfers import upload
 
-# How often new URLs are asked for, for one artifact.
+# How often new URLs are requested for one artifact.
 _MAX_URL_REFUSALS = 2
-# The future of an artifact that is being stored: True once it is, False where the store did not take it.
+# The future of an artifact: True once it is stored, False if the store did not take it.
 Storing = Future[bool]
 
 
 @dataclass(frozen=True)
 class CheckpointWork:
-    """An adapter to inspect and to store, as `row`'s step has left it. The engine has written its `directory`."""
+    """An adapter to inspect and store, as it was after `row`'s step. The engine has written its `directory`."""
 
     directory: Path
     row: ResultRow
@@ -58,7 +58,7 @@ class CheckpointWork:
 
 @dataclass(frozen=True, eq=False)
 class ResumePointWork:
-    """A slot to store: `state` is a copy off the device, whose tensors nobody writes any more."""
+    """A slot to store. `state` is a copy off the device, whose tensors are never written again."""
 
     state: SlotState
     progress: Progress
@@ -67,7 +67,7 @@ class ResumePointWork:
 
 @dataclass(frozen=True)
 class ResultWork:
-    """The last checkpoint's files, to store as the job's adapter, beside the result file of its `rows`."""
+    """The last checkpoint's files, to store as the job's adapter, with the result file of its `rows`."""
 
     directory: Path
     rows: tuple[ResultRow, ...]
@@ -78,7 +78,7 @@ class ResultWork:
 
 @dataclass(frozen=True, eq=False)
 class GiveBackWork:
-    """What is still on its way when a job is given back. `last_point` is stored again unless `last_try` has done it."""
+    """The uploads under way when a job is given back. `last_point` is stored again unless `last_try` has stored it."""
 
     earlier: tuple[Storing, ...]
     usage: UsageCounted
@@ -87,12 +87,12 @@ class GiveBackWork:
 
 
 def has_stored(storing: Storing) -> bool:
-    """Say whether an artifact is stored by now, without waiting for it."""
+    """Say whether an artifact is stored now, without waiting for it."""
     return storing.done() and storing.exception() is None and storing.result()
 
 
 def publish_checkpoint(attempt: Attempt, work: CheckpointWork) -> bool:
-    """Inspect and store a checkpoint. One that the store does not take costs the job a warning.
+    """Inspect and store a checkpoint. If the store does not take it, the job gets a warning.
 
     Raises AdapterInvalidError, DivergedError and NothingLearnedError, as verify_adapter does.
     """
@@ -102,7 +102,7 @@ def publish_checkpoint(attempt: Attempt, work: CheckpointWork) -> bool:
     attempt.report_phase(work.export)
     try:
         files = _upload(attempt, artifact, work.directory, ADAPTER_FILES)
-        wait(work.earlier)  # checkpoints are listed in the order in which they are reported
+        wait(work.earlier)  # checkpoints are listed in the order of their reports
     except TransferError as error:
         attempt.warn(f"The checkpoint of step {step} could not be stored: {error}")
         return False
@@ -113,7 +113,7 @@ def publish_checkpoint(attempt: Attempt, work: CheckpointWork) -> bool:
 
 
 def store_resume_point(attempt: Attempt, work: ResumePointWork) -> bool:
-    """Write and store a slot's state. One that cannot be stored costs the job a warning."""
+    """Write and store a slot's state. If it cannot be stored, the job gets a warning."""
     step = work.state.step
     directory = attempt.directory / f"resume-{step}"
     artifact = f"resume/step-{step}"
@@ -125,7 +125,7 @@ def store_resume_point(attempt: Attempt, work: ResumePointWork) -> bool:
         return False
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    wait(work.earlier)  # a checkpoint of this step or of one before is reported first
+    wait(work.earlier)  # a checkpoint of this or an earlier step is reported first
     attempt.channel.send(ResumePointSaved(lease_token=attempt.lease_token, step=step, artifact=artifact, files=files))
     return True
 
@@ -135,7 +135,7 @@ def publish_result(attempt: Attempt, work: ResultWork) -> None:
 
     Raises AdapterInvalidError when a checkpoint did not pass its inspection.
     """
-    for storing in work.earlier:  # the job's last checkpoint is known before its end
+    for storing in work.earlier:  # the job's last checkpoint is reported before its end
         storing.result()
     write_result_csv(attempt.directory / RESULT_FILE, work.rows)
     adapter_files = _upload_last(attempt, "adapter", work.directory, ADAPTER_FILES)
@@ -152,7 +152,7 @@ def publish_result(attempt: Attempt, work: ResultWork) -> None:
 
 
 def give_back_job(attempt: Attempt, work: GiveBackWork) -> None:
-    """Wait for what is on its way, and report that the job has left."""
+    """Wait for the uploads under way, and report that the job has left."""
     wait(work.earlier)
     if work.last_point is not None and not (work.last_try and has_stored(work.last_try)):
         store_resume_point(attempt, work.last_point)
@@ -197,7 +197,7 @@ def _upload(attempt: Attempt, artifact: str, directory: Path, names: tuple[str, 
 
 
 def _upload_files(attempt: Attempt, wanted: UrlsWanted, directory: Path) -> tuple[StoredFile, ...]:
-    """Store files one after another. Where URLs are refused, as after a long upload, new ones are asked for."""
+    """Store files one after another. If URLs are refused, as after a long upload, new ones are requested."""
     urls = attempt.channel.request_urls(wanted, check=attempt.check_wanted)
     stored: list[StoredFile] = []
     num_refusals = 0

@@ -1,8 +1,8 @@
-"""Resume points as files: what a job resumes from after a break, how it is written, and how it is fetched again.
+"""Resume points as files: how they are written and fetched. A job resumes from one after a break.
 
-A point is a slot's state, what the job has shown so far, and a manifest. The manifest is written and uploaded last, so
-where it is, the rest is. A point is passed over for the one before it when its bytes are not the stored ones, or when
-another version wrote it in a format that is not read here.
+A point consists of a slot's state, the job's progress and a manifest. The manifest is written and uploaded last, so if
+it exists, the rest exists. A point is skipped, and the one before it used, in two cases: its bytes are not the stored
+ones, or another version wrote it in a format that is not read here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESUME_FILES = (*_STATE_FILES, MANIFEST)
 
 
 class Progress(Frozen):
-    """What a job has shown up to its resume point; `is_epoch_open` when its last epoch is not yet evaluated."""
+    """A job's results up to its resume point. `is_epoch_open` says that its last epoch is not yet evaluated."""
 
     format: Literal["espalier-resume-1"] = "espalier-resume-1"
     trained_tokens: int
@@ -55,7 +55,7 @@ def write_resume_point(directory: Path, state: SlotState, progress: Progress) ->
 def fetch_resume_point(
     points: tuple[RemoteResumePoint, ...], scratch: Path, *, patience: Patience, warn: Callable[[str], None]
 ) -> FetchedPoint | None:
-    """Return the newest point that is whole and readable, or None.
+    """Return the newest point that is complete and readable, or None.
 
     Raises TransferError when the store does not answer.
     """
@@ -73,7 +73,7 @@ def fetch_resume_point(
 
 
 def _fetch(point: RemoteResumePoint, directory: Path, patience: Patience) -> FetchedPoint:
-    """Fetch a point's files; the large one only where the small ones say that it can be read."""
+    """Fetch a point's files. The large one is fetched only if the small ones show that it can be read."""
     if not point.files.keys() >= set(_STATE_FILES):
         raise UnreadableStateError("Its files are those of another version of Espalier.")
     for name in (CURSOR_FILE, PROGRESS_FILE):
@@ -87,5 +87,5 @@ def _fetch(point: RemoteResumePoint, directory: Path, patience: Patience) -> Fet
 def _read_progress(path: Path) -> Progress:
     try:
         return Progress.model_validate_json(path.read_bytes())
-    except ValidationError:  # the bytes are those that were written, so it is no damage
+    except ValidationError:  # the bytes are intact, so this is another format and no damage
         raise UnreadableStateError("Its progress is of a format that another version of Espalier wrote.") from None

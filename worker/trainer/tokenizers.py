@@ -1,4 +1,4 @@
-"""From the tokenizer that transformers has loaded to the bundle that everybody reads."""
+"""Makes the tokenizer bundle, which all processes read, from the tokenizer that transformers has loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from core.scratch import scratch_directory
 
 
 def describe_tokenizer(tokenizer: Any) -> TokenizerBundle:
-    """Return what a fast tokenizer of transformers is, as it stands after loading."""
+    """Return the bundle of a fast tokenizer of transformers, as it is after loading."""
     return TokenizerBundle(
         backend=tokenizer.backend_tokenizer.to_str(),
         chat_template=tokenizer.chat_template,
@@ -19,7 +19,7 @@ def describe_tokenizer(tokenizer: Any) -> TokenizerBundle:
 
 
 def write_bundle(bundle: TokenizerBundle, path: Path) -> None:
-    """Write a bundle whole or not at all; another worker on the same cache may do the same."""
+    """Write a bundle completely or not at all. Another worker on the same cache may do the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with scratch_directory("base", path.parent) as scratch:
         unfinished = scratch / path.name

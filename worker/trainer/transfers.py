@@ -40,12 +40,12 @@ CA_BUNDLE = "ESPALIER_S3_CA_BUNDLE"
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 _LONGEST_PAUSE_SECONDS = 5.0
 _MAX_MISMATCHES = 3
-# AWS answers 400 to a signature whose token has expired, and 403 to everything else that is wrong with a URL.
+# AWS answers 400 to a signature whose token has expired, and 403 to all other faults of a URL.
 _URL_FAULTS = re.compile(rb"<Code>(ExpiredToken|InvalidToken|RequestTimeTooSkewed)</Code>")
 
 
 class IntegrityError(TransferError):
-    """The bytes that came are not the bytes that were stored."""
+    """The received bytes are not the stored bytes."""
 
     code = "integrity"
 
@@ -55,14 +55,14 @@ class ObjectMissingError(TransferError):
 
 
 class _PassingError(TransferError):
-    """A fault that another try may not meet."""
+    """A fault that may not occur at another try."""
 
     code = STORAGE_AWAY
 
 
 @dataclass(frozen=True)
 class Patience:
-    """For how long a transfer is tried. `check` is called before every try and chunk, and raises to end it."""
+    """How long a transfer is tried. `check` is called before every try and chunk, and raises to end it."""
 
     seconds: float
     check: Callable[[], None]
@@ -83,7 +83,7 @@ def download(file: RemoteFile, destination: Path, patience: Patience) -> None:
 
 
 def upload(url: str, path: Path, patience: Patience) -> StoredFile:
-    """Store a file under its URL and say what it is. Raises TransferError."""
+    """Store a file under its URL and return its description. Raises TransferError."""
     size_bytes = path.stat().st_size
     for attempt in _tries(patience):
         with attempt, _translated():
@@ -96,22 +96,22 @@ def upload(url: str, path: Path, patience: Patience) -> StoredFile:
 
 @cache
 def trust() -> ssl.SSLContext:
-    """Read whom transfers trust, once for the process: after the trainer has given up its rights it may not read it."""
+    """Read the trusted authorities once for the process, before the trainer gives up the right to read them."""
     return trusted_certificates(os.environ.get(CA_BUNDLE))
 
 
 @contextmanager
 def _open(method: str, url: str, **request: Any) -> Iterator[httpx.Response]:
-    """Yield a success. Raises httpx.HTTPStatusError for every other answer, with its body, which says what is wrong."""
+    """Yield a successful response. Raises httpx.HTTPStatusError for another, with its body, which says the reason."""
     with httpx.stream(method, url, timeout=_TIMEOUT, trust_env=False, verify=trust(), **request) as response:
         if not response.is_success:
-            response.read()  # it cannot be read once this block has ended
+            response.read()  # the body cannot be read after this block
             response.raise_for_status()
         yield response
 
 
 def _tries(patience: Patience) -> Iterator[AbstractContextManager[Any]]:
-    """Try until patience ends, with growing pauses and jitter. Bytes that differ are tried a few times only."""
+    """Try until patience ends, with growing pauses and jitter. Wrong bytes are tried a few times only."""
     mismatches = itertools.count(1)
 
     def is_passing(error: Exception) -> bool:
@@ -140,7 +140,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except httpx.HTTPStatusError as error:
-        # None: the URL in the cause is a bearer secret.
+        # None, because the URL in the cause is a secret
         raise _kind_of(error.response)(f"The object store answered {error.response.status_code}.") from None
     except (httpx.RequestError, httpx.StreamError) as error:  # a body that cannot be decoded is no transport error
         raise _PassingError(f"The object store did not answer: {type(error).__name__}.") from None

@@ -15,7 +15,7 @@ from core.domain.jobs import JobStatus
 from core.domain.progress import Estimate, measure_progress
 from core.domain.training import Quantization, TrainingSpec
 
-# What is shown of a job whose stored terms cannot be read: the other jobs of its tenant's list are shown all the same.
+# Shown for a job whose stored terms cannot be read, so that its tenant's other jobs are listed all the same.
 _UNREADABLE = TrainingSpec.model_construct(
     adapter=UNREADABLE_CONFIG,
     n_epochs=0,

@@ -1,14 +1,15 @@
-"""The tables, one file a noun. Every tenant-owned row carries `tenant_id`; composite keys keep to one tenant.
+"""The tables, one file for each noun.
 
-What SQL can promise, SQL promises: legal statuses, a lease exactly while running, one adapter a job, one usage row an
-attempt, numbers within their bounds. Row-level security on every tenant-owned table stands in the migrations.
+Every row that a tenant owns has a `tenant_id`, and composite foreign keys cannot refer to another tenant's row. SQL
+itself guarantees what it can: legal statuses, a lease exactly while a job runs, one adapter for each job, one usage row
+for each attempt, numbers within their bounds. Migrations put row-level security on every table that tenants own.
 
-A row's class is called by its noun alone. `Row` follows where the noun is already something else's name: `ApiKeyRow`
-beside the key in its owner's hand (core.domain.api_keys), `BaseModelRow` beside pydantic's `BaseModel`.
+A row's class has the name of its noun. `Row` follows where another class has this name: `ApiKeyRow` beside ApiKey, the
+key as its owner holds it (core.domain.api_keys), and `BaseModelRow` beside pydantic's `BaseModel`.
 
-Rows are imported from this package, never from its files. Tables refer to each other by name only, and a file that
-nobody has imported would be missing from the metadata: foreign keys could not be resolved, and Alembic would take the
-table for one to drop. Importing the package loads them all.
+Rows are imported from this package, never from its files. Tables refer to each other by name only. If a file were not
+imported, its table would be missing from the metadata: foreign keys could not be resolved, and Alembic would propose to
+drop the table. Importing the package loads all files.
 """
 
 from core.db.models.adapters import Adapter

@@ -1,4 +1,4 @@
-"""API keys, of tenants and of operators. Of a secret only its hash is kept."""
+"""API keys of tenants and of operators. Only the hash of a secret is stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ApiKeyRow(Row):
     secret_hash: Mapped[bytes]
     name: Mapped[str]
     scopes: Mapped[list[str]] = mapped_column(ARRAY(Text))
-    created_by: Mapped[str | None]  # the key that made this one; null where it was an operator
+    created_by: Mapped[str | None]  # the key that made this one; null if an operator did
     expires_at: Mapped[dt.datetime | None]
     last_used_at: Mapped[dt.datetime | None]
     revoked_at: Mapped[dt.datetime | None]

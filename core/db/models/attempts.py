@@ -1,4 +1,4 @@
-"""Attempts, each under a lease token of its own: tokens are drawn from a sequence, so a later attempt has a greater."""
+"""Attempts, each with its own lease token. Tokens are drawn from a sequence, so a later attempt has a greater one."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Attempt(Row):
     number: Mapped[int]
     lease_token: Mapped[int] = mapped_column(unique=True)
     worker_name: Mapped[str]
-    # Charged at the claim. What the attempt has used since counts instead, once it is more.
+    # The charge at the claim. The use so far replaces it in the charge as soon as it is greater.
     entry_charge_seconds: Mapped[float]
     used_seconds: Mapped[float] = mapped_column(server_default="0")
-    # Since when it steps in its slot, and since when it is giving that slot to another tenant.
+    # Since when the job trains in its slot, and since when it is giving the slot to another tenant.
     stepping_at: Mapped[dt.datetime | None]
     lending_at: Mapped[dt.datetime | None]
     outcome: Mapped[str | None]

@@ -1,4 +1,4 @@
-"""The audit log, which no verb can forget to write and no runtime role can change."""
+"""The audit log. Triggers write it, so no code path can forget to, and no runtime role can change it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from core.db.base import CreatedAt, Json, Row
 
 
 class AuditEntry(Row):
-    """One change, written by a trigger in the change's own transaction; no runtime role may write here."""
+    """One change, written by a trigger in the transaction of the change. No runtime role may write to this table."""
 
     __tablename__ = "audit_entries"
     __table_args__ = (

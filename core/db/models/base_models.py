@@ -1,4 +1,4 @@
-"""Base models as the registry and the operator have them, and where their tokenizers are stored."""
+"""Base models, as the registry and the operator define them, and where their tokenizers are stored."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class BaseModelRow(Row):
     slots: Mapped[int]
     max_tokens_per_step: Mapped[int]
     chat_template: Mapped[str | None]
-    # What its weights are licensed under; null where nobody has said.
+    # The licence of the weights; null where it is not known.
     license: Mapped[str | None]
-    # `disabled_at` is the operator's own switch, which the registry does not move.
+    # `disabled_at` is the operator's own switch. The registry does not change it.
     is_in_registry: Mapped[bool] = mapped_column("is_enabled", server_default=text("true"))
-    # By `base-models add`: a registry file that does not name it leaves it alone.
+    # True for a base added by `base-models add`. A registry file that does not name this base leaves it alone.
     is_registered_by_hand: Mapped[bool] = mapped_column(server_default=text("false"))
     disabled_at: Mapped[dt.datetime | None]
-    # What the last worker or operator that loaded it found; the reason is in an operator's words and for operators.
+    # What the last worker or operator found that loaded it. The reason is written for operators.
     state: Mapped[str] = mapped_column(server_default=BaseState.UNCHECKED)
     state_reason: Mapped[str | None]
     state_since: Mapped[dt.datetime] = mapped_column(server_default=func.now())
@@ -50,7 +50,7 @@ class BaseModelRow(Row):
 
 
 class BaseTokenizer(Row):
-    """Where the tokenizer of a base is stored, by the worker that loaded it last."""
+    """Where the tokenizer of a base is stored. The worker that loaded the base last has stored it."""
 
     __tablename__ = "base_tokenizers"
     base_model_id: Mapped[str] = mapped_column(ForeignKey("base_models.id"), primary_key=True)

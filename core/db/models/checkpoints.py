@@ -1,4 +1,4 @@
-"""Published checkpoints, and who else may read each."""
+"""Published checkpoints, and which other tenants may read each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Checkpoint(Row):
 
 
 class CheckpointPermission(Row):
-    """Lets another tenant, by its wire id or slug, read a checkpoint."""
+    """Allows another tenant, named by its wire id or slug, to read a checkpoint."""
 
     __tablename__ = "checkpoint_permissions"
     __table_args__ = (

@@ -1,4 +1,4 @@
-"""What the service's duties keep: who does each, how far it has come, and which rows it leaves alone."""
+"""The state of the service's duties: which process does each, how far it has come, and which rows it leaves alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from core.domain.duties import Duty
 
 
 class Leader(Row):
-    """Who does a duty that one process of the cluster does for all: `name` is the duty."""
+    """The process that does a duty for the whole cluster. `name` is the duty."""
 
     __tablename__ = "leaders"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -22,7 +22,7 @@ class Leader(Row):
 
 
 class RetentionMark(Row):
-    """How far a duty has come that walks jobs, or attempts, in the order in which they ended."""
+    """How far a duty has come in walking jobs or attempts in the order in which they ended."""
 
     __tablename__ = "retention_marks"
     kind: Mapped[str] = mapped_column(primary_key=True)
@@ -31,7 +31,7 @@ class RetentionMark(Row):
 
 
 class SetAside(Row):
-    """A row that a duty could not do. The duty leaves it alone until `retry_at`."""
+    """A row on which a duty has failed. The duty leaves it alone until `retry_at`."""
 
     __tablename__ = "set_asides"
     __table_args__ = (

@@ -1,4 +1,4 @@
-"""What a tenant reads of a job's course: its events, and the lines that workers wrote about it."""
+"""The history that a tenant reads of a job: its events, and the log lines of its workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Event(Row):
         Index("ix_events_job_id_number", "job_id", "number"),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    # No index over it alone: the planner would take it for a job's newest rows, and walk everybody's.
+    # No index on it alone: the planner would use it to find a job's newest rows, and scan all jobs' rows.
     number: Mapped[int] = mapped_column(Identity(always=True))
     tenant_id: Mapped[uuid.UUID]
     job_id: Mapped[uuid.UUID]
@@ -31,7 +31,7 @@ class Event(Row):
 
 
 class LogLine(Row):
-    """A line that a worker wrote about one job: a name and numbers, never a row's words."""
+    """A line that a worker wrote about one job, in names and numbers. It never quotes a row."""
 
     __tablename__ = "log_lines"
     __table_args__ = (
@@ -42,7 +42,7 @@ class LogLine(Row):
         Index("ix_log_lines_job_id_number", "job_id", "number"),
     )
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    # No index over it alone: the planner would take it for a job's newest rows, and walk everybody's.
+    # No index on it alone: the planner would use it to find a job's newest rows, and scan all jobs' rows.
     number: Mapped[int] = mapped_column(Identity(always=True))
     tenant_id: Mapped[uuid.UUID]
     job_id: Mapped[uuid.UUID]

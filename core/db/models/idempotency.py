@@ -1,4 +1,4 @@
-"""Idempotency-Keys: which job a submission under a key has made."""
+"""Idempotency keys: which job each submission with a key has made."""
 
 from __future__ import annotations
 

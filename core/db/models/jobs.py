@@ -1,4 +1,4 @@
-"""Jobs. SQL keeps a job consistent with its status: a lease exactly while it runs, an end exactly once it is over."""
+"""Jobs. CHECKs tie a job's columns to its status: a lease exactly while it runs, an end exactly once it is over."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ class Job(Row):
     training_file_id: Mapped[uuid.UUID]
     validation_file_id: Mapped[uuid.UUID | None]
     suffix: Mapped[str | None]
-    # The end of its model's name. A tenant has each once, so that a name is free when its adapter is ready.
+    # The last part of its model's name. It is unique for each tenant, so the name is free when the adapter is ready.
     name_digits: Mapped[str] = mapped_column(server_default=text("right(gen_random_uuid()::text, 8)"))
-    # `metadata` is taken by SQLAlchemy; `job_metadata` maps to the column of that name.
+    # SQLAlchemy reserves the attribute `metadata`; `job_metadata` maps to the column of that name.
     job_metadata: Mapped[Json] = mapped_column("metadata", server_default=text("'{}'::jsonb"))
     spec: Mapped[Json]
     request_hash: Mapped[bytes | None]
@@ -97,16 +97,16 @@ class Job(Row):
     lease_token: Mapped[int | None]
     lease_until: Mapped[dt.datetime | None]
     pause_requested_at: Mapped[dt.datetime | None]
-    # The step it had reached when its trainer died with others in it; until it is acquitted it runs alone.
+    # The step that the job had reached when its trainer died. The job runs alone until it is acquitted.
     suspect_step: Mapped[int | None]
     num_suspicions: Mapped[int] = mapped_column(server_default="0")
-    # Attempts in a row that were not counted and came to no step beyond the furthest of any attempt.
+    # How many attempts in a row were not counted and reached no step beyond the furthest one so far.
     num_uncounted: Mapped[int] = mapped_column(server_default="0")
     furthest_step: Mapped[int] = mapped_column(server_default="0")
     trained_steps: Mapped[int] = mapped_column(server_default="0")
-    # Those of the trained steps that changed nothing, because their gradient was not finite.
+    # How many of the trained steps changed nothing, because their gradient was not finite.
     skipped_steps: Mapped[int] = mapped_column(server_default="0")
-    # What became of the rows of its files, once an attempt has read them.
+    # How many rows of its files are used, truncated or dropped, once an attempt has read them.
     datasets: Mapped[Json | None]
     trained_tokens: Mapped[int | None]
     fine_tuned_model: Mapped[str | None] = mapped_column(unique=True)
@@ -115,9 +115,9 @@ class Job(Row):
     started_at: Mapped[dt.datetime | None]
     finished_at: Mapped[dt.datetime | None]
     swept_at: Mapped[dt.datetime | None]
-    # By its tenant. The row waits, without what names anything once it is blanked, until nothing late can be written.
+    # When its tenant deleted it, and when its names were blanked. The row stays until no late write is possible.
     deleted_at: Mapped[dt.datetime | None]
     blanked_at: Mapped[dt.datetime | None]
-    # The span of its submission, in W3C's words, where there are traces.
+    # The span of its submission as a W3C traceparent, where traces are on.
     traceparent: Mapped[str | None]
     created_at: Mapped[CreatedAt]

@@ -1,6 +1,6 @@
-"""Observations: the numbers of each step, which are a job's training curves, and summaries of them for charts.
+"""Observations: the numbers of each step, which make a job's training curves, and their summaries for charts.
 
-Their tables are called `metrics` and `metric_blocks`, as the wire calls them.
+Their tables are called `metrics` and `metric_blocks`, as on the wire.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Observation(Row):
 
 
 class ObservationBlock(Row):
-    """What a chart needs to know of 32 steps of a job, of which `last_step`, a multiple of 32, is the last.
+    """The summary of 32 steps of a job. `last_step` is the last of them, a multiple of 32.
 
-    A trigger adds it with that step; where the step was skipped there is none. Of steps with the same loss it names
-    the last.
+    A trigger adds the row together with its last step; if this step was skipped, there is no row. Of several steps with
+    the same loss the summary names the last.
     """
 
     __tablename__ = "metric_blocks"

@@ -1,4 +1,4 @@
-"""Pools: what waits in each by tenant, and what was measured of each."""
+"""Pools: how many jobs of each tenant wait in each pool, and what was measured of each pool."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from core.db.base import Row
 
 
 class Queue(Row):
-    """What of a tenant waits in a pool, and its place in the order of fair share. Triggers keep all three.
+    """How many jobs of a tenant wait in a pool, and the tenant's rank in fair share. Triggers keep these columns.
 
-    `num_paused` counts jobs that are paused, and running ones that are about to be.
+    `num_paused` counts paused jobs and running jobs that are about to pause.
     """
 
     __tablename__ = "queues"
@@ -28,12 +28,12 @@ class Queue(Row):
     num_queued: Mapped[int]
     num_paused: Mapped[int] = mapped_column(server_default="0")
     rank: Mapped[float]
-    # A submission found it empty, and the tenant's account is still to be made level.
+    # A submission found the queue empty, and the tenant's account must still be levelled.
     is_new: Mapped[bool] = mapped_column(server_default=text("false"))
 
 
 class Pool(Row):
-    """What was measured of a pool: the GPU-seconds that a step of one job uses, the seconds that its base loads."""
+    """Measurements of a pool: GPU-seconds that one job uses for a step, and seconds that loading its base takes."""
 
     __tablename__ = "pools"
     __table_args__ = (CheckConstraint("step_seconds >= 0 and load_seconds >= 0", name="seconds_not_negative"),)

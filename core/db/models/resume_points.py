@@ -1,4 +1,4 @@
-"""Resume points: stored states from which a job's next attempt goes on."""
+"""Resume points: stored states from which a job's next attempt resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from core.db.base import CreatedAt, Json, Row
 
 
 class ResumePoint(Row):
-    """A slot's stored state, from which the job's next attempt goes on."""
+    """The stored state of a slot, from which the job's next attempt resumes."""
 
     __tablename__ = "resume_points"
     __table_args__ = (

@@ -1,4 +1,4 @@
-"""Tenants, with what operators allow them and what they have used, and the bytes that each stores."""
+"""Tenants, with their limits and their use, and the bytes that each stores."""
 
 from __future__ import annotations
 
@@ -32,27 +32,28 @@ class Tenant(Row):
     slug: Mapped[str] = mapped_column(unique=True)
     name: Mapped[str]
     weight: Mapped[float] = mapped_column(server_default="1")
-    # GPU-seconds, decayed up to `usage_at`. The lift decays with them; the sum is the tenant's account in fair share.
+    # GPU-seconds, decayed up to `usage_at`. The lift decays in the same way. Their sum is the tenant's account in fair
+    # share.
     usage_seconds: Mapped[float] = mapped_column("usage", server_default="0")
     lift_seconds: Mapped[float] = mapped_column("lift", server_default="0")
     usage_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     max_running: Mapped[int] = mapped_column(server_default="8")
     max_queued: Mapped[int] = mapped_column(server_default="1000")
-    # Where these are null there is no limit, and where the list is null every base is allowed.
+    # Null means no limit, and for the list that every base is allowed.
     max_storage_bytes: Mapped[int | None]
     max_tokens_per_job: Mapped[int | None]
     max_gpu_seconds_per_month: Mapped[float | None]
     requests_per_minute: Mapped[int | None]
     allowed_base_models: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
     disabled_at: Mapped[dt.datetime | None]
-    # Since when it is being erased, for ever, and when nothing was left of it but this row and its bookings.
+    # Since when it is being erased, and since when only this row and its bookings are left.
     deleted_at: Mapped[dt.datetime | None]
     erased_at: Mapped[dt.datetime | None]
     created_at: Mapped[CreatedAt]
 
 
 class StorageTotal(Row):
-    """The bytes of all of a tenant's rows whose objects are not gone. Triggers keep it."""
+    """The bytes of all rows of a tenant whose objects still exist. Triggers keep the sum."""
 
     __tablename__ = "storage_totals"
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)

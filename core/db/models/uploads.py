@@ -1,4 +1,4 @@
-"""Uploads and their parts. An upload that is completed names the file that it has become."""
+"""Uploads and their parts. A completed upload names the file that it has become."""
 
 from __future__ import annotations
 

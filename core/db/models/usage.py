@@ -1,4 +1,4 @@
-"""Bookings of usage: one for each attempt, kept when the attempt is deleted."""
+"""Bookings of usage, one for each attempt. A booking stays when its attempt is deleted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from core.domain import bounds
 
 
 class Usage(Row):
-    """A booking, which outlives its attempt: `job_id` and `pool` are set when that goes."""
+    """A booking. `job_id` and `pool` are set when its attempt is deleted, because the booking stays."""
 
     __tablename__ = "usage"
     __table_args__ = (

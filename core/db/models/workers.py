@@ -1,4 +1,4 @@
-"""Workers, as each last described itself."""
+"""Workers, as each described itself last."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from core.db.base import Json, Row
 
 
 class Worker(Row):
-    """A supervisor, as it said of itself at its last heartbeat. It counts as alive until `alive_until`.
+    """A supervisor, as its last heartbeat described it. It counts as alive until `alive_until`.
 
-    `name` is its identity, and `given_name` what it is called, which several may share. A worker of a version before
-    0028 has only the one name. `clock_offset_seconds` is how far its clock is ahead of the database's.
+    `name` is its identity. `given_name` is its display name, which several workers may share; a worker older than 0028
+    has only `name`. `clock_offset_seconds` is how far its clock is ahead of the database's.
     """
 
     __tablename__ = "workers"
@@ -30,10 +30,10 @@ class Worker(Row):
     pool: Mapped[str | None]
     slots: Mapped[int] = mapped_column(server_default="0")
     slots_in_use: Mapped[int] = mapped_column(server_default="0")
-    # Since when it holds that base, and the pool whose base it is about to load instead.
+    # Since when it holds the base of `pool`, and the pool whose base it is about to load instead.
     pool_since: Mapped[dt.datetime | None]
     next_pool: Mapped[str | None]
-    # Why it cannot load the bases of some of its pools, by pool: for operators.
+    # Why it cannot load some bases, by pool, in words for operators.
     refusals: Mapped[Json] = mapped_column(server_default=text("'{}'::jsonb"))
     started_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())
     heartbeat_at: Mapped[dt.datetime] = mapped_column(server_default=func.now())

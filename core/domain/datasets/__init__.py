@@ -1,7 +1,7 @@
-"""Datasets: JSON Lines of conversations, checked line by line while they stream past, in constant memory.
+"""Datasets: JSON Lines of conversations, checked line by line as they stream in, in constant memory.
 
-The API checks an upload with `DatasetChecker`; the trainer reads the same rows with `iterate_rows` and `parse_example`:
-one set of rules, so that what was accepted can be trained.
+The API checks an upload with `DatasetChecker`. The trainer reads the same rows with `iterate_rows` and `parse_example`.
+Both use the same rules, so a file that was accepted can be trained on.
 """
 
 from core.domain.datasets.checker import DatasetChecker

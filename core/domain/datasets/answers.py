@@ -1,10 +1,15 @@
-"""Which characters of a rendered conversation are learnt: all that a server leaves to the model in assistant turns.
+"""Which characters of a rendered conversation are learnt: in assistant turns, all that a server leaves to the model.
 
-Each turn is asked of the template as a server asks for it: the messages before it, with the generation prompt. What
-follows is learnt, up to the control token that ends the turn. An answer whose context is another one there is left out
-and counted, and so is one of which the template writes only a part, as some drop the thoughts of earlier answers.
-Bases that may think or not have two prompts: in that of Qwen3 for no thoughts there is an empty think block, which is
-never learnt. A conversation is learnt under one of them, that of its last answer.
+For each turn the template is asked as a server asks it: with the messages before the turn and the generation prompt.
+
+| the text of an assistant turn | learnt? |
+|---|---|
+| what follows the server's prompt, up to the control token that ends the turn | yes |
+| an answer whose context differs from what a server would send there | no, and counted |
+| an answer of which the template writes only a part, as some drop the thoughts of earlier answers | no, and counted |
+| the empty think block in Qwen3's prompt for no thoughts | no |
+
+Bases that can think or not have two prompts. A whole conversation is learnt under one of them: that of its last answer.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ _MAX_SHOWN_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class Answers:
-    """What is learnt of a conversation, in order, and how many of its weighted answers are not."""
+    """What is learnt of a conversation, in order, and how many of its weighted answers are not learnt."""
 
     spans: tuple[Span, ...]
     num_left_out: int
@@ -55,10 +60,10 @@ class AnswerFinder:
         return Answers(spans, num_left_out=len(weighted) - len(spans))
 
     def check_template(self) -> None:
-        """Raise RenderingError, in words for an operator, where no answer can be learnt with its end."""
+        """Raise RenderingError, in words for an operator, if no answer can be learnt together with its end."""
         if self._learns(_converse(_PROBED)):
             return
-        with suppress(RenderingError):  # a base that always thinks may drop the thoughts that it is given
+        with suppress(RenderingError):  # a base that always thinks may drop the thoughts that are given to it
             if self._learns(_converse((*_PROBED[:3], "<think>\nhm\n</think>\n\nfig"))):
                 return
         raise RenderingError(
@@ -84,10 +89,10 @@ class AnswerFinder:
         return None
 
     def _may_follow(self, prompt: str, lead: str) -> bool:
-        """Say whether a model can be left to say what stands between a prompt and the words that `lead` leads to.
+        """Say whether a server leaves to the model what is between a prompt and the words that `lead` leads to.
 
-        That is white space, the tag before a thought, or a header within the turn (gpt-oss names a channel). An empty
-        think block is not, nor is the header of the turn itself.
+        It would for white space, for the tag before a thought, and for a header within the turn (gpt-oss names a
+        channel). It would not for an empty think block, nor for the header of the turn itself.
         """
         between = lead[len(prompt) :]
         thought = _EMPTY_THOUGHT.search(lead)
@@ -96,7 +101,7 @@ class AnswerFinder:
         return bool(self._generation_prompt) or _LEAD.fullmatch(between) is not None
 
     def _render_prompt(self, example: ChatExample, index: int, *, is_thinking_off: bool) -> str | None:
-        """Return what a server sends for a turn; None where the template refuses to be asked for it."""
+        """Return what a server sends for a turn, or None if the template refuses to render it."""
         asked = as_dicts(ChatExample(example.messages[:index]))
         try:
             return self._tokenizer.render(
@@ -107,7 +112,7 @@ class AnswerFinder:
 
     @cached_property
     def _ending(self) -> re.Pattern[str]:
-        """What ends an answer: white space, if any, and a control token that ends turns. Asked with two turns."""
+        """Return what ends an answer: optional white space and a control token. Found by rendering two turns."""
         probe = _converse(_PROBED)
         rendering = render_conversation(self._tokenizer, probe)
         text, words = rendering.text, rendering.words
@@ -115,7 +120,7 @@ class AnswerFinder:
         between, rest = text[first_end:next_start], text[last_end:]
         ends = {self._find_end(between), self._find_end(rest)}
         starts = set(self._controls.findall(self._generation_prompt))
-        # The next turn's own first token ends nothing: the last turn has none after it.
+        # The first token of the next turn is not an ending, because the last turn has no such token after it.
         if len(self._controls.findall(between)) == 1:
             starts |= ends - set(self._controls.findall(rest))
         for token in ends & starts:
@@ -142,7 +147,7 @@ class AnswerFinder:
 
     @cached_property
     def _generation_prompt(self) -> str:
-        """What the template writes before an answer when it is asked for one; empty where it does no such thing."""
+        """Return what the template writes before an answer as its generation prompt, or an empty string."""
         asked = as_dicts(ChatExample(_converse(_PROBED).messages[:3]))
         prompt, plain = self._tokenizer.render(asked, add_generation_prompt=True), self._tokenizer.render(asked)
         pairs = zip(prompt, plain, strict=False)

@@ -1,6 +1,6 @@
-"""Checks a dataset while it streams past. Holds at most one line, and never more of it than the cap.
+"""Checks a dataset while it streams in. Holds at most one line in memory, and never more of it than the cap.
 
-A problem with a row is collected and reported with its line. Only what would break a cap refuses the upload at once.
+A problem with a row is collected and reported with its line number. Only a file that exceeds a cap is refused at once.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ _DEFAULT_LIMITS = DatasetLimits()
 
 
 class DatasetChecker:
-    """Checks a stream of bytes fed in chunks of any size; how it is cut into chunks changes nothing.
+    """Checks a stream of bytes, fed in chunks of any size. The result does not depend on the chunks.
 
-    Lines end in a line feed and nothing else (a carriage return before it is white space, U+2028 is text). The last
-    line may lack its line feed, and blank lines may follow it, as `iterate_rows` has it. The reading of rows ends at
-    `max_counted_problems`: a file of nothing but problems must not cost more than a good one. It ends at line 1 where
-    that shows a file of another format.
+    Only a line feed ends a line: a carriage return before it is white space, and U+2028 is text. As in `iterate_rows`,
+    the last line may lack its line feed, and blank lines may follow it. The reading of rows ends at
+    `max_counted_problems`, because a file full of problems must not cost more than a good one. It ends at line 1 if
+    this line shows another format.
     """
 
     def __init__(self, limits: DatasetLimits = _DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._pending = bytearray()
         self._line_number = 0
-        self._num_blank = 0  # lines up to this one that are nothing unless a row follows
+        self._num_blank = 0  # blank lines up to this one; they are a problem only if a row follows
         self._is_foreign = False
         self._size_bytes = 0
         self._num_examples = 0
@@ -52,7 +52,7 @@ class DatasetChecker:
             self._extend_line(rest)
 
     def close(self) -> DatasetReport:
-        """Check what follows the last line feed, and report."""
+        """Check what follows the last line feed, and return the report."""
         if self._pending and self._is_reading:
             self._check_line(ends_file=True)
         if not self._num_examples and not self._num_problems:
@@ -79,7 +79,7 @@ class DatasetChecker:
             self._pending += part
 
     def _give_up_line(self, part: bytes) -> None:
-        """Refuse the upload for a line beyond the cap, unless it is the first one of a file of another format."""
+        """Refuse the upload for a line beyond the cap, unless it is the first line of a file of another format."""
         num_bytes = min(HEAD_BYTES, self._limits.max_line_bytes)
         head = (bytes(self._pending[:num_bytes]) + part[:num_bytes])[:num_bytes]
         foreign = explain_first_line(head) if self._line_number == 0 else None
@@ -124,7 +124,7 @@ class DatasetChecker:
         self._num_examples += 1
         if self._num_compared < self._limits.max_compared:
             self._num_compared += 1
-            self._seen.add(hash(line.strip()))  # 64 bits, keyed anew in every process: nobody can aim at a collision
+            self._seen.add(hash(line.strip()))  # 64 bits, a new key in every process: no forged collisions
             self._num_duplicates = self._num_compared - len(self._seen)
         if self._num_examples > self._limits.max_examples:
             raise PayloadTooLargeError(

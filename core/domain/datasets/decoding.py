@@ -1,4 +1,4 @@
-"""From the bytes of a line to JSON. Whatever the bytes are, nothing but RefusalError is raised, in linear time."""
+"""Decodes the bytes of a line to JSON, in linear time. Raises nothing but RefusalError, whatever the bytes are."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from core.domain.json_faults import BOM as BOM_TEXT
 from core.domain.json_faults import explain_json_error, is_cut
 
 BOM = b"\xef\xbb\xbf"
-# Python refuses to convert much longer integers, and no training row needs one.
+# Python refuses to convert integers that are much longer, and no training row needs one.
 _MAX_INTEGER_DIGITS = 400
-# Possessive, and a string that never ends matches too: linear in time whatever the line is.
+# Possessive, and it also matches a string that never ends, so that it takes linear time on every line.
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _BRACKETS = re.compile(rb"[\[\]{}]")
 
 
 def decode_line(line: bytes, limits: DatasetLimits, *, ends_file: bool) -> Any:
-    """Return the JSON value on a line. `ends_file` where the file ends here without a line feed, and may be cut."""
+    """Return the JSON value on a line. `ends_file`: the file ends here without a line feed, and may be cut off."""
     if not line.strip():
         refuse("", "empty_line", "The line is empty.", "Remove it.")
     if _is_deeper(line, limits.max_depth):
@@ -59,7 +59,7 @@ def _refuse_cut() -> NoReturn:
 
 
 def _is_deeper(line: bytes, max_depth: int) -> bool:
-    """Say whether brackets nest deeper than allowed, before a recursive parser sees them."""
+    """Say whether brackets nest deeper than allowed, before a recursive parser reads them."""
     if line.count(b"[") + line.count(b"{") <= max_depth:
         return False
     depth = 0

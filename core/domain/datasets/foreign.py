@@ -1,7 +1,7 @@
-"""Formats from elsewhere, recognised by name, each with the one command that makes our rows of it.
+"""Recognises other formats by name, and gives for each the one command that converts it to our rows.
 
-The commands read `old.*` and write `new.jsonl`. Nothing of a tenant's file stands in them but names of columns from the
-lists below, so that pasting one into a shell runs what is written here.
+The commands read `old.*` and write `new.jsonl`. From a tenant's file they contain only names of columns that are in the
+lists below. So it is safe to paste a command into a shell: it runs only what is written here.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 FOREIGN_FORMAT = "foreign_format"  # the code of such a problem, whose hint is the command
-HEAD_BYTES = 4096  # of a file are enough to recognise it
-# The names of a question and of its answer, in the words of public data sets; the first that is there counts.
+HEAD_BYTES = 4096  # bytes of a file are enough to recognise it
+# The names of a question and of its answer in public data sets. The first pair that is there counts.
 _QUESTIONS = ("prompt", "instruction", "question", "query", "input", "user")
 _ANSWERS = ("completion", "response", "output", "answer", "assistant")
 _COLUMNS = {*_QUESTIONS, *_ANSWERS, "messages", "text", "chosen", "rejected", "system", "role", "content"}
 _COLUMN = re.compile(r"[\w .-]{1,60}")
 _ARRAY = re.compile(rb"\s*\[\s*(?:\{|$)")
-# No row ends in one of these.
+# A row does not end in one of these.
 _OPEN_ENDS = {b"{", b"[", b":", b","}
 _TURNS = 'def turns(role): if type == "array" then . else [{role: role, content: .}] end; '
 
@@ -33,7 +33,7 @@ class ForeignFormat:
 
 
 def recognise_row(row: dict[str, Any]) -> ForeignFormat | None:
-    """Return the format of a row without `messages`, or None for one that nobody is known to write."""
+    """Return the format of a row without `messages`, or None for an unknown one."""
     for fields, found in _ROWS:
         if fields <= row.keys():
             return found
@@ -45,7 +45,7 @@ def recognise_row(row: dict[str, Any]) -> ForeignFormat | None:
 
 
 def recognise_file(first_line: bytes) -> ForeignFormat | None:
-    """Return what a file is that is not JSON Lines, by its first line, or by as much as was read of a long one."""
+    """Return the format of a file that is not JSON Lines, from its first line, or from the part of it that was read."""
     for signature, message, command in _SIGNATURES:
         if first_line.startswith(signature):
             return ForeignFormat(message, command)
@@ -56,7 +56,7 @@ def recognise_file(first_line: bytes) -> ForeignFormat | None:
 
 
 def recognise_open_end(first_line: bytes) -> ForeignFormat | None:
-    """Return what to do about a first line that ends inside an object, as pretty-printed JSON does."""
+    """Return what to do about a first line that ends inside an object, as in pretty-printed JSON."""
     text = first_line.strip()
     is_joined = text.endswith(b",") and text[:-1].rstrip().endswith(b"}")  # a row with a comma after it
     if not text.startswith(b"{") or text[-1:] not in _OPEN_ENDS or is_joined:
@@ -66,7 +66,7 @@ def recognise_open_end(first_line: bytes) -> ForeignFormat | None:
 
 
 def _recognise_csv(first_line: bytes) -> ForeignFormat | None:
-    """Recognise a header by its names: each is short, and one at least is a name that data sets use."""
+    """Recognise a header by its names: all are short, and at least one is common in data sets."""
     header = first_line[:HEAD_BYTES].decode("utf-8", "replace").strip()
     separator = max(",;\t", key=header.count)
     if header[:1] in {"{", "["} or separator not in header:

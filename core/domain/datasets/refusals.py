@@ -1,4 +1,4 @@
-"""What is wrong with a row, said before its line number is known."""
+"""The reason why a row is refused, before its line number is known."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _MAX_SHOWN_CHARACTERS = 60
 
 
 class RefusalError(Exception):
-    """A row that is refused. `ends_reading` where the lines that follow would only be refused for the same reason."""
+    """A row is refused. `ends_reading` says that all later lines would be refused for the same reason."""
 
     def __init__(self, path: str, code: str, message: str, hint: str, *, ends_reading: bool = False) -> None:
         super().__init__(message)
@@ -16,7 +16,7 @@ class RefusalError(Exception):
         self.ends_reading = ends_reading
 
     def within(self, parent: str) -> RefusalError:
-        """Return the same seen from the parent: paths are built only when something is wrong."""
+        """Return the same error with a longer path. Only errors build paths, so good rows cost nothing."""
         path = f"{parent}.{self.path}" if self.path else parent
         return RefusalError(path, self.code, self.message, self.hint)
 
@@ -26,5 +26,5 @@ def refuse(path: str, code: str, message: str, hint: str) -> NoReturn:
 
 
 def show_value(value: object) -> str:
-    """Show a tenant's value shortly, safe to store as text."""
+    """Show a tenant's value in short form that is safe to store as text."""
     return ascii(value)[:_MAX_SHOWN_CHARACTERS]

@@ -1,9 +1,9 @@
-"""Conversations as text, as the base's own chat template writes them, with where each message's words stand.
+"""Renders conversations with the base's own chat template, and finds where each message's words are in the text.
 
-A template is a program that may trim, reorder or rewrite what it is given. So it is run twice: on markers, which shows
-where the words go, and on the words, which shows that they went there unchanged. Where the two differ, the template
-acts on what is said: then the phrases that it looks for (`</think>`, say) are left between the markers, and it takes
-the same way through both. A rendering either accounts for every character or is refused.
+A template is a program that may trim, reorder or rewrite its input. So it runs twice: on markers, which shows where the
+words go, and on the words, which shows that they arrive unchanged. If the two results differ, the template reacts to
+the content. Then the phrases that it looks for (such as `</think>`) are left between the markers, so that it takes the
+same path both times. A rendering accounts for every character, or it is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import pairwise
 from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
 from core.domain.datasets.values import ChatExample
 
-# A marker is an index between two private characters. The white space around what it stands for is left around it, so
+# A marker is an index between two private-use characters. The white space around the words stays around the marker, so
 # that a template trims both alike.
 _MARKER = re.compile("\ue000([0-9]+)\ue001")
 _REWRITTEN = (
@@ -35,9 +35,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Words:
-    """Where one message's words stand: pieces in order, of which the template may have left some out.
+    """Where one message's words are: pieces in order. The template may have left some out.
 
-    What the template writes between two pieces may be its own. A message of white space has no pieces.
+    The text between two pieces may be the template's own. A message of white space has no pieces.
     """
 
     pieces: tuple[Span, ...]
@@ -46,14 +46,14 @@ class Words:
 
 @dataclass(frozen=True)
 class Rendering:
-    """A conversation's text; `words[i]` is where those of message i stand."""
+    """A conversation's text. `words[i]` is where the words of message i are."""
 
     text: str
     words: tuple[Words, ...]
 
 
 def render_conversation(tokenizer: BaseTokenizer, example: ChatExample) -> Rendering:
-    """Write a conversation as the tokenizer's chat template does. Raises RenderingError where it cannot be followed."""
+    """Render a conversation with the tokenizer's chat template. Raises RenderingError if it cannot be followed."""
     text = tokenizer.render(as_dicts(example))
     for phrases in ((), tokenizer.phrases):
         found = _follow(tokenizer, example, phrases)
@@ -64,26 +64,26 @@ def render_conversation(tokenizer: BaseTokenizer, example: ChatExample) -> Rende
 
 
 def as_dicts(example: ChatExample, contents: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """Return messages as templates read them, with other contents if any are given."""
+    """Return messages as templates read them, with other contents if some are given."""
     said = contents if contents is not None else [message.content for message in example.messages]
     return [{"role": message.role, "content": content} for message, content in zip(example.messages, said, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Words without the white space around them, and the message that they are of."""
+    """Words without the white space around them, and the message that they belong to."""
 
     message: int
     text: str
 
 
 def _cut(content: str, phrases: Sequence[str]) -> list[str]:
-    """Return a content cut at the phrases: what is said stands at even places, phrases at odd ones."""
+    """Return a content cut at the phrases: words at even indexes, phrases at odd ones."""
     return re.split("(" + "|".join(map(re.escape, phrases)) + ")", content) if phrases else [content]
 
 
 def _follow(tokenizer: BaseTokenizer, example: ChatExample, phrases: Sequence[str]) -> Rendering:
-    """Render markers in place of what is said, and put the words back where the markers stand."""
+    """Render markers instead of the words, and put the words back where the markers are."""
     pieces: list[_Piece] = []
     marked = []
     for index, message in enumerate(example.messages):
@@ -124,7 +124,7 @@ def _gather(spans: Sequence[Span | None]) -> Words:
 
 
 def _refuse_losses(example: ChatExample, rendering: Rendering) -> None:
-    """Refuse a message whose words are gone. Of an answer that others follow, a part may be."""
+    """Refuse a message whose words are missing from the text. An answer before the last may lose a part."""
     last = len(example.messages) - 1
     for index, (message, words) in enumerate(zip(example.messages, rendering.words, strict=True)):
         if not words.is_whole and not (words.pieces and message.role == "assistant" and index < last):

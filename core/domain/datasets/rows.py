@@ -1,8 +1,9 @@
 """The rules of one row: {"messages": [{"role", "content", "weight"?, "name"?}, ...]}, the same in API and trainer.
 
-`content` is a string, or a list of {"type": "text", "text": ...} parts, which are joined as they stand. A field that is
-null is absent, wherever it stands: exports of tables give every row every column. Tool calls are refused by name, since
-chat templates write them in ways of their own. Whatever the bytes are, nothing but ProblemError is raised.
+`content` is a string, or a list of {"type": "text", "text": ...} parts, which are joined without a separator. A field
+with the value null counts as absent everywhere, because exports of tables give every row every column. Tool calls are
+refused by name, because each chat template writes them in its own way. Whatever the bytes are, only ProblemError is
+raised.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ ROLES = ("system", "user", "assistant")
 EXAMPLE_FIELDS = {"messages"}
 MESSAGE_FIELDS = {"role", "content", "weight", "name"}
 PART_FIELDS = {"type", "text"}
-# Lists of OpenAI's format that say nothing when they are empty.
+# Lists of OpenAI's format that are ignored when they are empty.
 EMPTY_IS_ABSENT = {"tools", "functions", "tool_calls", "annotations"}
 _NO_TOOLS = ("tool calls are not supported yet.", "Remove the field.")
-# Fields of OpenAI's format that cannot be learnt: what is said of them, and what to do.
+# Fields of OpenAI's format that cannot be learnt, each with a message and a hint.
 UNSUPPORTED_FIELDS = {
     "tools": _NO_TOOLS,
     "parallel_tool_calls": _NO_TOOLS,
@@ -53,9 +54,10 @@ _NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 
 
 def iterate_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield the number of every line that a file's rows stand on (1 is the first) and its bytes without the line feed.
+    """Yield the number (1 is the first) and the bytes, without the line feed, of every line that belongs to the rows.
 
-    Blank lines are held back until a row follows: those at the end of a file are nothing. Only their number is kept.
+    Blank lines are held back until a row follows, because those at the end of a file are ignored. Only their number is
+    kept.
     """
     num_blank = 0
     for number, line in enumerate(lines, start=1):
@@ -69,7 +71,7 @@ def iterate_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def is_blank(line: bytes, *, line_number: int) -> bool:
-    """Say whether a line is white space, but for the byte order mark that line 1 may have."""
+    """Say whether a line is white space, except for the byte order mark that line 1 may have."""
     return not (line.removeprefix(BOM) if line_number == 1 else line).strip()
 
 
@@ -78,8 +80,8 @@ def parse_example(
 ) -> ChatExample:
     """Return the conversation on one line (without its line feed).
 
-    A byte order mark is accepted on line 1. `ends_file` says that nothing follows, not even a line feed, so that the
-    row may be cut. Raises ProblemError, as ForeignFileError where line 1 shows that no line can be a row.
+    A byte order mark is accepted on line 1. `ends_file` says that nothing follows, not even a line feed, so the row may
+    be cut off. Raises ProblemError, and its subclass ForeignFileError if line 1 shows that the file has another format.
     """
     try:
         if line_number == 1:
@@ -90,7 +92,7 @@ def parse_example(
 
 
 def explain_first_line(line: bytes) -> ForeignFileError | None:
-    """Return the error of a file whose first line, or as much as was read of it, shows another format."""
+    """Return the error of a file whose first line, or the part of it that was read, shows another format."""
     found = recognise_file(line.removeprefix(BOM))
     return None if found is None else ForeignFileError(_as_problem(_foreign_file(found), 1))
 
@@ -180,14 +182,14 @@ def _parse_weight(message: dict[str, Any]) -> int:
     weight = message["weight"]
     if message["role"] != "assistant":
         refuse("weight", "bad_weight", "Only assistant messages have a weight.", "Remove it.")
-    if isinstance(weight, bool) or weight not in (0, 1):  # True is an int too, and is not meant
+    if isinstance(weight, bool) or weight not in (0, 1):  # True is an int in Python, but not a number here
         refuse("weight", "bad_weight", f"The weight is {show_value(weight)}.", "Use 0 or 1.")
-    return int(weight)  # tables hold numbers as 1.0
+    return int(weight)  # tables store whole numbers as 1.0
 
 
 def _drop_absent(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that say something."""
-    if None not in fields.values() and EMPTY_IS_ABSENT.isdisjoint(fields):  # most rows: no copy of every message
+    """Return the fields that are not null."""
+    if None not in fields.values() and EMPTY_IS_ABSENT.isdisjoint(fields):  # most rows: do not copy them
         return fields
     return {
         name: value

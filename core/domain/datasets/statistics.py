@@ -1,4 +1,4 @@
-"""Rows as a base sees them: tokens with the loss mask, and what a whole dataset comes to in tokens."""
+"""Rows as a base tokenises them, with the loss mask, and the token counts of a whole dataset."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NumberedLine(Frozen):
 class PreviewRow(Frozen):
     """One row within `max_seq_len`. `loss_mask[i]` is 1 where token i is learnt.
 
-    `num_left_out_turns` of its weighted answers are not learnt, because the base would not be asked for them so.
+    `num_left_out_turns` weighted answers are not learnt, because a server would not send the base the same context.
     """
 
     line: int
@@ -60,7 +60,7 @@ class TokenBucket(Frozen):
 class TokenReport(Frozen):
     """`num_truncated` rows are longer than `max_seq_len`; `num_nothing_to_learn` have no learnt token within it.
 
-    `num_left_out_turns` weighted answers are not learnt, because the base would not be asked for them so.
+    `num_left_out_turns` weighted answers are not learnt, because a server would not send the base the same context.
     `num_tokens` and `num_learnt_tokens` count what is trained on in one epoch.
     """
 
@@ -79,7 +79,7 @@ class TokenReport(Frozen):
 
     @classmethod
     def joined(cls, reports: Iterable[TokenReport]) -> TokenReport:
-        """Return what reports on the parts of one file say together."""
+        """Return the sum of the reports on the parts of one file."""
         parts = list(reports)
         counts = Counter[int]()
         for part in parts:
@@ -103,7 +103,7 @@ class TokenReport(Frozen):
 def report_tokens(
     tokenizer: BaseTokenizer, lines: Iterable[NumberedLine], *, max_seq_len: int, num_shown: int
 ) -> TokenReport:
-    """Tokenise every line as the trainer does; show the first `num_shown`, count all."""
+    """Tokenise every line as the trainer does. Show the first `num_shown` and count all."""
     conversations = ConversationTokenizer(tokenizer)
     lengths: list[int] = []
     counts: Counter[str] = Counter()
@@ -154,7 +154,7 @@ def _show_row(tokenizer: BaseTokenizer, cut: TokenizedConversation, *, line: int
 
 
 def _bucket_of(num_tokens: int) -> int:
-    """Return the least power of two, from 16 on, that holds so many tokens."""
+    """Return the least power of two, from 16 on, that is at least this many tokens."""
     return max(_SMALLEST_BUCKET, 1 << (num_tokens - 1).bit_length())
 
 

@@ -1,8 +1,8 @@
-"""Chat templates: programs that a base model brings along, run in jinja2's sandbox and nowhere else.
+"""Chat templates: programs that come with a base model. They run in jinja2's sandbox only.
 
-The environment is the one that transformers and serving stacks give a template (its options, filters and globals), so
-that a conversation is trained on as it will be served. The sandbox keeps a template from reaching the interpreter; it
-does not keep it from taking for ever or filling the memory, which only the limits of a process do (core.previews).
+A template gets the environment that transformers and serving stacks give it (options, filters, globals), so that
+training and serving render a conversation alike. The sandbox keeps a template from the interpreter. It does not stop an
+endless loop or a full memory; only the limits of a process do (core.previews).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def find_texts(source: str) -> frozenset[str]:
-    """Return the texts that a template's expressions name: what it may look for is among them."""
+    """Return the string constants in a template's expressions. The phrases that it looks for are among them."""
     constants = _make_environment().parse(source).find_all(jinja2.nodes.Const)
     return frozenset(each.value for each in constants if isinstance(each.value, str))
 
@@ -42,7 +42,7 @@ def _make_environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationBlocks(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant says in some templates; its body is rendered as it stands."""
+    """`{% generation %}` marks an assistant's words in some templates. Its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own protocol)
 

@@ -1,8 +1,8 @@
-"""A base's tokenizer and chat template without its base: what the trainer, a preview and a check offline all read.
+"""A base's tokenizer and chat template without the base, as the trainer, previews and the offline check read it.
 
-The `tokenizers` package alone does it: it is the very library that transformers calls, takes a sixth of a second to
-load a vocabulary, and needs neither transformers nor torch. The worker that holds a base writes the bundle from the
-tokenizer it has loaded, so that nobody else has to guess how transformers would have loaded it.
+It needs only the `tokenizers` package, which is the library that transformers itself calls. A vocabulary loads in a
+sixth of a second, without transformers and torch. The worker that holds a base writes the bundle from the tokenizer
+that it has loaded, so no other process has to guess how transformers would load it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PHRASE = re.compile(r"\w.*[^\w\s]|[^\w\s].*\w", re.DOTALL)
 
 
 class RenderingError(Exception):
-    """A conversation that the base's chat template or tokenizer cannot write faithfully. The message is a sentence."""
+    """The base's chat template or tokenizer cannot write a conversation faithfully. The message is a sentence."""
 
 
 class TokenizerBundle(Frozen):
@@ -39,7 +39,7 @@ class TokenizerBundle(Frozen):
 
 
 def tokenizer_path(cache_dir: Path, base_model_id: str) -> Path:
-    """Return where a worker on this machine leaves the bundle of a base."""
+    """Return where a worker on this machine stores the bundle of a base."""
     return cache_dir / "tokenizers" / f"{quote(base_model_id, safe='')}.json"
 
 
@@ -54,7 +54,7 @@ class Encoding:
 class BaseTokenizer:
     """Renders and encodes as the base's own tokenizer does.
 
-    `control_tokens`, by id, are those that are marked as special, and the end-of-sequence token.
+    `control_tokens`, by id, are the tokens marked as special, and the end-of-sequence token.
     """
 
     def __init__(self, bundle: TokenizerBundle) -> None:
@@ -77,9 +77,9 @@ class BaseTokenizer:
         add_generation_prompt: bool = False,
         enable_thinking: bool | None = None,
     ) -> str:
-        """Write messages as the chat template does. Raises RenderingError where it refuses them, or is broken.
+        """Render messages with the chat template. Raises RenderingError if it refuses them or is broken.
 
-        `enable_thinking` is passed on where it is given: templates of bases that may think or not know that name.
+        `enable_thinking` is passed on if it is given: templates of bases that can think or not use this name.
         """
         switches: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         if self._now is not None:
@@ -91,14 +91,14 @@ class BaseTokenizer:
             raise RenderingError(f"The base's chat template refuses this conversation: {error}") from error
 
     def at(self, now: dt.datetime) -> BaseTokenizer:
-        """Return the same with a clock that stands still, for templates that write the date."""
+        """Return the same tokenizer with a fixed clock, for templates that write the date."""
         standing = copy.copy(self)
         standing._now = now  # noqa: SLF001 (of its own class)
         return standing
 
     @cached_property
     def phrases(self) -> tuple[str, ...]:
-        """What the chat template may look for in a message, the longest first. No control token can be made of them."""
+        """The texts that the chat template may look for in a message, longest first. None can form a control token."""
         try:
             texts = find_texts(self._source)
         except jinja2.TemplateError as error:
@@ -110,7 +110,7 @@ class BaseTokenizer:
         return compile_template(self._source)
 
     def _is_phrase(self, text: str) -> bool:
-        """Say whether a text is markup rather than a word, and neither holds a control token nor may begin one."""
+        """Say whether a text is markup rather than a word, and neither contains a control token nor may begin one."""
         ends = [text[start:] for start in range(len(text))]
         return bool(_PHRASE.search(text)) and not any(
             token in text or any(token.startswith(end) for end in ends) for token in self.control_tokens.values()
@@ -121,5 +121,5 @@ class BaseTokenizer:
         return [Encoding(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def show_token(self, token_id: int) -> str:
-        """Return a token as text; part of a character shows as U+FFFD."""
+        """Return a token as text. A part of a character is shown as U+FFFD."""
         return str(self._backend.decode([token_id], skip_special_tokens=False))

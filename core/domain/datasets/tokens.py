@@ -1,9 +1,9 @@
-"""From conversations to tokens and labels, as the base's own chat template writes them.
+"""Tokens and labels of conversations, as the base's own chat template writes them.
 
-Labels are what the assistant says in turns of weight 1, from the prompt on that a server will send, and what ends the
-turn, nothing else: not the role header, not white space after the turn. A tenant's text never becomes a control token:
-where it spells one, it is tokenised as plain text. The trainer and the preview of a file both come here, so that what
-is shown is what is learnt.
+The labels are the assistant's words in turns of weight 1, from the end of a server's prompt on, and what ends the turn.
+The role header and white space after the turn are not labels. A tenant's text never becomes a control token: text that
+spells one is tokenised as plain text. The trainer and previews of a file both use this module, so what a preview shows
+is what is learnt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from core.domain.datasets.values import ChatExample
 class TokenizedConversation:
     """Token ids and label marks of one conversation, of equal length.
 
-    `num_left_out_turns` of its weighted answers are not learnt: see core.domain.datasets.answers.
+    `num_left_out_turns` weighted answers are not learnt: see core.domain.datasets.answers.
     """
 
     token_ids: list[int]
@@ -46,7 +46,7 @@ class TokenizedConversation:
 
 @dataclass(frozen=True)
 class _Positions:
-    """Token ids and where each token starts and ends in the text. Starts never go backwards."""
+    """Token ids, and where each token starts and ends in the text. Starts never decrease."""
 
     token_ids: list[int]
     starts: list[int]
@@ -56,11 +56,11 @@ class _Positions:
 class ConversationTokenizer:
     """Tokenises conversations with a base's tokenizer.
 
-    A conversation is tokenised whole, as a serving stack does, and cut in two places only: where a token would join a
-    prompt to its answer (a serving stack never sees them joined), and inside a control token that a tenant's text
-    spells, which makes plain text of it. Control tokens are those that the tokenizer marks as special; other added
-    tokens (thinking tags, say) are words that a tenant may write. A template that writes the date writes that of `now`,
-    however long the rows take and whenever they are tokenised again.
+    A conversation is tokenised as a whole, as a serving stack does it, and cut in two kinds of places only. One is
+    where a token would join a prompt to its answer, because a serving stack never sees them joined. The other is inside
+    a control token that a tenant's text spells, so that it becomes plain text. Control tokens are those that the
+    tokenizer marks as special. Other added tokens (such as thinking tags) are words that a tenant may write. A template
+    that writes the date writes that of `now`, however long the rows take and whenever they are tokenised again.
     """
 
     def __init__(self, tokenizer: BaseTokenizer, *, now: dt.datetime | None = None) -> None:
@@ -68,7 +68,7 @@ class ConversationTokenizer:
         self._finder = AnswerFinder(self._tokenizer)
 
     def check_template(self) -> None:
-        """Raise RenderingError, in words for an operator, where no answer can be learnt with its end."""
+        """Raise RenderingError, in words for an operator, if no answer can be learnt together with its end."""
         self._finder.check_template()
 
     def tokenize(self, example: ChatExample) -> TokenizedConversation:
@@ -80,11 +80,11 @@ class ConversationTokenizer:
         for span in answers.spans:
             first, end = bisect_left(tokens.starts, span.start), bisect_left(tokens.starts, span.end)
             is_label[first:end] = [True] * (end - first)
-        is_label[0] = False  # nothing comes before the first token to predict it from
+        is_label[0] = False  # no token before it predicts the first token
         return TokenizedConversation(tokens.token_ids, is_label, answers.num_left_out)
 
     def _encode_apart(self, rendering: Rendering, answers: Sequence[Span]) -> _Positions:
-        """Return the tokens once every cut has been made."""
+        """Return the tokens after all cuts."""
         cuts: set[int] = set()
         while True:
             tokens = self._encode(rendering.text, cuts)
@@ -112,7 +112,7 @@ class ConversationTokenizer:
         return _Positions(token_ids, starts, ends)
 
     def _find_spelt_controls(self, rendering: Rendering, tokens: _Positions) -> set[int]:
-        """Return a cut inside every control token that takes words of a message."""
+        """Return a cut inside every control token that covers words of a message."""
         pieces = sorted((span for words in rendering.words for span in words.pieces), key=lambda span: span.start)
         piece_ends = [span.end for span in pieces]
         controls = self._tokenizer.control_tokens
@@ -120,7 +120,7 @@ class ConversationTokenizer:
         for token_id, token_start, token_end in zip(tokens.token_ids, tokens.starts, tokens.ends, strict=True):
             if token_id not in controls:
                 continue
-            # Some control tokens take the white space beside them; a serving stack does that too.
+            # Some control tokens include the white space beside them. A serving stack does that too.
             taken = rendering.text[token_start:token_end]
             start = token_start + len(taken) - len(taken.lstrip())
             end = start + len(taken.strip())
@@ -135,7 +135,7 @@ def _find_joints(tokens: _Positions, answers: Sequence[Span]) -> set[int]:
     joints = set()
     for answer in answers:
         index = bisect_left(tokens.starts, answer.start) - 1
-        # Tokens that make up one character share its start; one of them reaching over is enough.
+        # The tokens of one character have the same start. If one of them reaches over the joint, that is enough.
         while index >= 0 and tokens.ends[index] <= answer.start and tokens.starts[index - 1] == tokens.starts[index]:
             index -= 1
         if index >= 0 and tokens.ends[index] > answer.start:

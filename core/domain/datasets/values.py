@@ -1,4 +1,4 @@
-"""What a dataset is made of and what a check of one says: plain values, safe to store as text and JSON."""
+"""The values of a dataset and of its check. They are plain, and safe to store as text and JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One turn. `weight` 0 keeps an assistant's turn in the context but out of the loss."""
+    """One turn. With `weight` 0 an assistant's turn is context only and not learnt."""
 
     role: str
     content: str
@@ -27,7 +27,7 @@ class ChatExample:
 class Problem:
     """What is wrong with one row: its line (1 is the first), where in the row, and what to change.
 
-    `path` is the way to a field, such as `messages[1].role`, or the column at which a line ceases to be JSON.
+    `path` is the way to a field, such as `messages[1].role`, or the column at which a line stops being JSON.
     """
 
     line: int
@@ -49,14 +49,14 @@ class ProblemError(Exception):
 
 
 class ForeignFileError(ProblemError):
-    """A file of another format: whatever its other lines hold, there is no more to say of them."""
+    """The file has another format. Nothing more can be said about its other lines."""
 
 
 @dataclass(frozen=True)
 class DatasetLimits:
-    """What one upload may hold. `max_problems` are kept, `max_counted_problems` end the reading of rows.
+    """The limits of one upload. `max_problems` are kept; `max_counted_problems` end the reading of rows.
 
-    The first `max_compared` rows are compared with one another: their hashes are all that is kept of rows.
+    The first `max_compared` rows are compared with one another. Only their hashes are kept.
     """
 
     max_line_bytes: int = 2**20
@@ -70,10 +70,10 @@ class DatasetLimits:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a check found. `problems` holds the first ones, `num_problems` counts all and `problem_counts` by code.
+    """The result of a check. `problems` has the first ones, `num_problems` counts all, `problem_counts` counts by code.
 
-    `num_duplicates` of the first `num_compared` good rows repeat an earlier one letter by letter. `is_complete` is
-    False where the rest of the rows was not read: there were so many problems, or the file is of another format.
+    `num_duplicates` of the first `num_compared` good rows repeat an earlier one exactly. `is_complete` is False if the
+    rest of the rows was not read, because of too many problems or because the file has another format.
     """
 
     num_examples: int
@@ -87,7 +87,7 @@ class DatasetReport:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Everything counted, JSON-ready."""
+        """All counts, JSON-ready."""
         return {
             "num_problems": self.num_problems,
             "problem_counts": dict(self.problem_counts),
@@ -101,7 +101,7 @@ class DatasetReport:
         return self.num_problems == 0
 
     def summarize(self) -> str | None:
-        """Return the first problem in one sentence, with the count of the others; None when there is none."""
+        """Return the first problem in one sentence, with the number of the others, or None without problems."""
         if self.is_valid:
             return None
         num_others = self.num_problems - 1

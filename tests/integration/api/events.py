@@ -1,4 +1,4 @@
-"""A client of the event stream: server-sent events as they come off the wire."""
+"""A client of the event stream: reads server-sent events from the wire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tenant with one row in every table, and the ids by which the wire would name them."""
+"""A tenant with one row in every table, and the wire's ids of these rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators' surface by HTTP: tenants, keys, base models and the audit log, for nobody but operators."""
+"""The operators' routes: tenants, keys, base models and the audit log, for operators only."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The operators' part of the OpenAPI document, tried by generated requests.
+"""The operators' part of the OpenAPI document, tried with generated requests.
 
-They change and disable whatever tenants and base models they find, so this module shares its database with no other test.
+The requests change and disable the tenants and base models that they find, so this module has its own database.
 """
 
 from __future__ import annotations

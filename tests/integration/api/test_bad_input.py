@@ -1,4 +1,4 @@
-"""Whatever is wrong is told in OpenAI's error object, by name, and nothing is lost."""
+"""Every invalid input is answered with OpenAI's error object that names the fault, and nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Behind nginx as docs/install-one-host.md sets it up, at the root of a site and below a path of one."""
+"""The API behind nginx as in docs/install-one-host.md, at the root of a site and below a path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies that are too large, too deep or too many-parted are refused, quickly and without being kept."""
+"""Bodies that are too large, too deeply nested or in too many parts are refused quickly, and not stored."""
 
 from __future__ import annotations
 

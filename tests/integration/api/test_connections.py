@@ -1,4 +1,4 @@
-"""What a connection may cost before its request is known to be anybody's: every bound has its test on a real socket."""
+"""The limits of a connection before its request's caller is known. Each limit has a test on a real socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document is what the service does: kept in a file, and tried by a machine that generates requests."""
+"""The OpenAPI document describes the service: it equals the stored file, and generated requests confirm it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a job waits, where it stands among everybody's jobs, and when it may end."""
+"""Why a job waits, its place among the jobs of all tenants, and when it may end."""
 
 from __future__ import annotations
 

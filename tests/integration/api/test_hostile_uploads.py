@@ -1,4 +1,4 @@
-"""Clients that upload slowly, or vanish, hold up nobody else."""
+"""Clients that upload slowly, or vanish, delay no other client."""
 
 from __future__ import annotations
 

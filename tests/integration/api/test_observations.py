@@ -1,4 +1,4 @@
-"""A job's metrics, thinned out without losing a spike, and its own log lines, nobody else's."""
+"""A job's metrics, thinned out without losing a spike, and its log lines, which only its tenant can read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators see by HTTP of jobs, workers, pools and use, page by page, and never a tenant's words."""
+"""Operators' view of jobs, workers, pools and usage over HTTP, page by page, without any tenant's words."""
 
 from __future__ import annotations
 

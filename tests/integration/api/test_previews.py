@@ -1,4 +1,4 @@
-"""A dataset's report on the file object, and its rows as a base sees them."""
+"""A dataset's report on the file object, and its rows as a base tokenises them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several API processes on one port: they answer as one, stop together, and none is left over."""
+"""Several API processes on one port: they answer alike, stop together, and none is left over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a tenant may ask: told on every answer, refused beyond it, and never in the way when Redis is away."""
+"""Rate limits: shown on every answer, enforced, and without effect while Redis is away."""
 
 from __future__ import annotations
 

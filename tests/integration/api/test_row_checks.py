@@ -1,4 +1,4 @@
-"""What a known tokenizer can tell of a job's rows is told when the job is submitted, and costs one look."""
+"""Rows that a known tokenizer cannot render are refused when the job is submitted, at the cost of one check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job's events as they happen: all of them, once, in order, whatever is started again in between."""
+"""A job's events as they happen: all of them, once, in order, whichever process is restarted meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever has no key, or none that is known, takes no thread from those who have one."""
+"""Requests with no key, or an unknown one, take no thread from requests with a valid one."""
 
 from __future__ import annotations
 

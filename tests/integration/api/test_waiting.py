@@ -1,4 +1,4 @@
-"""One tenant's waiting takes nothing from another, and holds no transaction open."""
+"""A tenant's waiting requests delay no other tenant, and hold no transaction open."""
 
 from __future__ import annotations
 

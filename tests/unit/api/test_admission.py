@@ -1,4 +1,4 @@
-"""The gates of long work, and which routes stand behind them."""
+"""The gates of long work, and which routes use them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request depends on takes no thread: a tenant's share of threads begins with the endpoint."""
+"""The dependencies of a request take no thread: a tenant's share of threads is used from the endpoint on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page at /docs loads from the API itself, whole, below any prefix, and under a strict policy."""
+"""The page at /docs loads all files from the API itself, below any prefix, and under a strict policy."""
 
 from __future__ import annotations
 

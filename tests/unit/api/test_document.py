@@ -1,4 +1,4 @@
-"""The OpenAPI document explains itself: a client's author needs no other page to know what a field means."""
+"""The OpenAPI document explains every field, so that a client's author needs no other page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An error of what the service stands on is passing: it says when to come again."""
+"""An error of a server that the service needs is temporary: the answer says when to retry."""
 
 from __future__ import annotations
 

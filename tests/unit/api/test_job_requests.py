@@ -1,4 +1,4 @@
-"""A job's body: what is wrong with it is told in words, by the name of the field as it was sent and the right place."""
+"""The body of a job: errors name the field as it was sent, say what is wrong, and where the field belongs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines of a stored file are read within bounds: nobody has checked those behind many problems."""
+"""Lines of a stored file are read within bounds, because the lines after many problems were never checked."""
 
 from __future__ import annotations
 

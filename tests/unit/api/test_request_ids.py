@@ -1,4 +1,4 @@
-"""What is logged while a request is answered names it, as its answer does; and each answer is counted by its route."""
+"""Log lines of a request and its answer have the same id, and each answer is counted by its route."""
 
 from __future__ import annotations
 

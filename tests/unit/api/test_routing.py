@@ -1,4 +1,4 @@
-"""An endpoint whose transaction was undone is called again, in a new transaction; any other is called once."""
+"""An endpoint whose transaction PostgreSQL undid is called again, in a new transaction. Any other is called once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No route of a tenant is open to every key: each says which scope it needs, once."""
+"""No route of a tenant is open to every key: each names exactly one scope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An object that a row holds as JSON is shown as it was stored; what is no object is refused."""
+"""An object that a row stores as JSON is shown unchanged. A value that is no object is refused."""
 
 from __future__ import annotations
 

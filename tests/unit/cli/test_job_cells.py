@@ -1,4 +1,4 @@
-"""How a job is shown in the tables of `espalier jobs` and `espalier top`."""
+"""The cells of a job in the tables of `espalier jobs` and `espalier top`."""
 
 from __future__ import annotations
 

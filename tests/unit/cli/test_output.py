@@ -1,4 +1,4 @@
-"""What is said is printed letter by letter: words of a user's are neither markup nor names of emojis."""
+"""Sentences are printed literally: a user's words are neither markup nor names of emojis."""
 
 from __future__ import annotations
 

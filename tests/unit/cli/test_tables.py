@@ -1,4 +1,4 @@
-"""Tables fold where a reader would, and leave out what matters least where a terminal is narrow."""
+"""Tables fold where a reader would, and leave out the least important columns on a narrow terminal."""
 
 from __future__ import annotations
 

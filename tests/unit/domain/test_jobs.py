@@ -1,4 +1,4 @@
-"""A job's life: how long it rests between attempts."""
+"""A job's pauses between attempts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be deleted is one thing of one tenant's, whatever a row says."""
+"""Only one thing of one tenant may be deleted at a time, whatever a row says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a job waits: one code, the first thing that must change."""
+"""Why a job waits: one code, for the first thing that must change."""
 
 from __future__ import annotations
 

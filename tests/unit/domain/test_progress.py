@@ -1,4 +1,4 @@
-"""When a job may end, from how long its last steps took."""
+"""When a job may end, by the times of its last steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that people really have: exports with null columns are read, formats from elsewhere are named with their fix."""
+"""Rows from real tools: exports with null columns are read, and other formats are named with a conversion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates write what transformers writes, and are stopped at the limits of their process."""
+"""Chat templates render as in transformers, and are stopped at the limits of their process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job's numbers come to: whatever passes the bounds of a request is something in the trainer's arithmetic."""
+"""A job's numbers in the trainer's arithmetic: all that the bounds of a request allow gives valid values."""
 
 from __future__ import annotations
 

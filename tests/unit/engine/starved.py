@@ -1,4 +1,4 @@
-"""Memory that runs out at a chosen allocation, and what must then be as it was: every other slot, bit for bit."""
+"""Memory that runs out at a chosen allocation, and what must not change then: every other slot, bit for bit."""
 
 from __future__ import annotations
 

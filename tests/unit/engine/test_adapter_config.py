@@ -1,4 +1,4 @@
-"""`adapter_config.json` is what every reader of adapters takes, and the same bytes wherever it is written."""
+"""`adapter_config.json` is what every reader of adapters accepts, and has the same bytes wherever it is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job trained among others is the job trained alone by plain PEFT: losses, gradients, and the whole trajectory."""
+"""A job trained among others equals one trained alone by plain PEFT: losses, gradients, and the whole trajectory."""
 
 from __future__ import annotations
 

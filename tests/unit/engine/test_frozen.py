@@ -1,4 +1,4 @@
-"""A frozen weight multiplies as torch's own linear does, forward and backward, in whatever form it is kept."""
+"""A frozen weight multiplies like torch's own linear, forward and backward, in every form that it is stored in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs that are evicted while a step is under way, at every place at which the engine lets its caller look."""
+"""Jobs that are evicted during a step, at every place where the engine lets its caller look."""
 
 from __future__ import annotations
 

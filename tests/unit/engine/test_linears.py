@@ -1,4 +1,4 @@
-"""The LoRA part of fused siblings, written by hand, is what autograd makes of the formula."""
+"""The LoRA part of fused siblings, written by hand, equals autograd's result for the formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step and an engine take of the device's memory, and what is left of a step that took too much."""
+"""How much of the device's memory a step and an engine take, and the state after a step that took too much."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen norm is transformers' own, forward and backward."""
+"""A frozen norm equals transformers' own, forward and backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an objective is shown is enough for its loss: the label tokens' own, and one of answers that come in pairs."""
+"""The rows that an objective gets suffice for its loss: of single label tokens, and of answers in pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever allocation fails, in whatever the engine is asked: no other slot is touched, and no row has two owners."""
+"""Any allocation may fail, in any call of the engine: no other slot changes, and no row has two owners."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token budget of a step is shared fairly, and any schedule of joins and leaves leaves a job's trajectory alone."""
+"""The token budget of a step is shared fairly, and no order of joins and leaves changes a job's trajectory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a bf16 base, what company costs a job is no more than what padding the same job costs it alone."""
+"""On a bf16 base, training beside others costs a job no more precision than padding costs it alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks compute beside the times that they take."""
+"""The benchmarks' computations apart from their times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base that was refused is tried again further and further apart, and at once when its row has changed since."""
+"""A refused base is tried again at growing intervals, and at once when its row has changed since."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model card is what Hugging Face reads, and what it tells a reader to do works; no name in it becomes markup."""
+"""A model card is valid for Hugging Face, its instructions work, and no name in it becomes markup."""
 
 from __future__ import annotations
 

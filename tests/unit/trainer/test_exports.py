@@ -1,4 +1,4 @@
-"""An adapter leaves only when plain PEFT loads it and it says what was trained."""
+"""An adapter is published only if plain PEFT loads it and it states what was trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a base is found before its weights are read, and blamed on the base or on the worker."""
+"""Faults of a base are found before its weights are read, and assigned to the base or to the worker."""
 
 from __future__ import annotations
 
