@@ -14,17 +14,18 @@ import signal
 import ssl as tls
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from local.servers import LocalServers, ServerAddresses
 from tests.waiting import PATIENCE_SECONDS
 
+T = TypeVar("T")
 _CHUNK_BYTES = 64 * 1024
 _REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/xml\r\nconnection: close\r\n"
@@ -145,7 +146,7 @@ class FaultProxy:
     def num_connections(self) -> int:
         return len(self._links)
 
-    def _call(self, coroutine):  # type: ignore[no-untyped-def]
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE_SECONDS)
 
     async def _apply(self, fault: Fault) -> None:

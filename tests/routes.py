@@ -12,7 +12,7 @@ from api.main import create_app
 from core.settings import ApiSettings
 
 # Nothing listens there; building the application asks nobody.
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "database_url": "postgresql://nobody@127.0.0.1:9/none",
     "s3_endpoint": "127.0.0.1:9",
     "s3_access_key": "none",

@@ -329,6 +329,13 @@ def _changed(deployment: Deployment, env: Mapping[str, str]) -> Iterator[None]:
 
 def _try(deployment: Deployment, *words: str) -> str:
     """Return what compose says of a command that fails; nothing where it does not."""
-    argv = ("compose", "--project-directory", ROOT, "--file", ROOT / "docker-compose.yml", *words)
+    argv: tuple[str | Path, ...] = (
+        "compose",
+        "--project-directory",
+        ROOT,
+        "--file",
+        ROOT / "docker-compose.yml",
+        *words,
+    )
     done = deployment.engine.try_docker(*argv, env=deployment.env)
     return done.stderr if done.returncode else ""

@@ -74,7 +74,7 @@ class Prometheus:
     def ask(self, query: str, *, since: float, until: float) -> list[Any]:
         """Return the series of a query over a range. Raises HTTPStatusError for one that Prometheus cannot read."""
         query = query.replace("$__rate_interval", RATE_INTERVAL)
-        values = {"query": query, "start": since, "end": until, "step": SCRAPE_SECONDS}
+        values: dict[str, str | float] = {"query": query, "start": since, "end": until, "step": SCRAPE_SECONDS}
         answer = self._client.get("/api/v1/query_range", params=values)
         answer.raise_for_status()
         return list(answer.json()["data"]["result"])

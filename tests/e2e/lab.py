@@ -30,7 +30,7 @@ from tests.waiting import PATIENCE_SECONDS, wait_until
 BASE_MODEL = "acme-labs/tiny-llama"
 ENDED = ("succeeded", "failed", "cancelled")
 LEASE_SECONDS = 15.0  # a sound worker on a busy machine is silent for seconds, and must not be fenced
-LONG = {"n_epochs": 4, "num_rows": 80}  # 80 steps, 20 an epoch
+LONG: dict[str, Any] = {"n_epochs": 4, "num_rows": 80}  # 80 steps, 20 an epoch
 SETTINGS = {
     "ESPALIER_LEASE_SECONDS": str(LEASE_SECONDS),
     "ESPALIER_HEARTBEAT_SECONDS": "0.4",
@@ -50,7 +50,7 @@ def write_tiny_base(directory: Path, **shape: int) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
-    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    tiny: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         num_attention_heads=4,
@@ -313,7 +313,7 @@ def running_lab(base_dir: Path, directory: Path, *, max_tokens_per_step: int = 5
 
 
 def is_running(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
 
 
 def stop_process(pid: int) -> None:

@@ -180,7 +180,7 @@ def test_row_16_a_deadlock_is_retried_and_its_client_never_hears_of_it(lab: Lab)
             timeout=PATIENCE_SECONDS,
         )
         with tap, ThreadPoolExecutor(1) as pool:
-            client = lab.client.with_options(max_retries=3, http_client=tap)
+            client = lab.client.with_options(max_retries=3, http_client=tap)  # type: ignore[arg-type]  # openai also takes a client of httpx
             cancelled = pool.submit(client.fine_tuning.jobs.cancel, job_id)
             wait_until(lambda: is_locked(lab, row_id), what="the API's lock on the job")
             ours.execute("select from jobs where id = %s for update", (row_id,))  # returns when the API was the victim

@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,7 +193,12 @@ def test_34_a_job_too_large_for_the_device_is_told_what_to_lower_and_its_neighbo
 def test_35_a_job_that_diverges_is_stopped_and_its_events_are_numbers(lab: Lab) -> None:
     lab.ensure_worker()
     # Each step multiplies the weights by 1 - 10.
-    terms = {"learning_rate": 1.0, "weight_decay": 10.0, "warmup_ratio": 0.0, "learning_rate_schedule": "constant"}
+    terms: dict[str, Any] = {
+        "learning_rate": 1.0,
+        "weight_decay": 10.0,
+        "warmup_ratio": 0.0,
+        "learning_rate_schedule": "constant",
+    }
     job_id = lab.submit(**LONG, **terms)
     job = lab.wait_for_end(job_id)
     assert (job.status, job.error.code) == ("failed", "diverged")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 
 from bench.workload import quantize
 from tests.unit.engine.test_precision import check_company_costs_no_more_than_padding
@@ -89,8 +89,8 @@ def test_the_segment_kernel_attends_as_each_sequence_would_alone(window: int | N
         for heads in (4, 2, 2)
     )
     exact, _ = attend_packed(None, query, key, value, None, sequences=sequences, sliding_window=window)
-    halves = [rows.bfloat16() for rows in (query, key, value)]
-    found, _ = attend_packed(None, *halves, None, sequences=sequences, sliding_window=window)
+    queries, keys, values = (rows.bfloat16() for rows in (query, key, value))
+    found, _ = attend_packed(None, queries, keys, values, None, sequences=sequences, sliding_window=window)
     torch.testing.assert_close(found.float(), exact, atol=2e-2, rtol=2e-2)
     weights = torch.randn(exact.shape, device=CUDA, generator=generator)
     for leaf in (query, key, value):

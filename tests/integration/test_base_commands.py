@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from sqlalchemy import Engine, func, update
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cli.base_files import BaseDescription, BaseFilesError, describe_base, find_license
 from cli.main import app

@@ -41,7 +41,11 @@ from worker.supervisor.presence import Presence
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_SECONDS = 0.05
-QUICK = {"wake_interval_seconds": "0.2", "reap_interval_seconds": "0.2", "clean_interval_seconds": "0.2"}
+QUICK: dict[str, Any] = {
+    "wake_interval_seconds": "0.2",
+    "reap_interval_seconds": "0.2",
+    "clean_interval_seconds": "0.2",
+}
 
 
 @pytest.fixture
@@ -61,12 +65,12 @@ def administered(servers: ServerAddresses, database: Database, change: str, *, b
         "select pg_terminate_backend(pid, 60000) from pg_stat_activity where datname = %s and usename like 'espalier%%'"
     )
     with psycopg.connect(servers.postgres_url, autocommit=True) as admin:
-        admin.execute(sql.SQL(change).format(name))  # type: ignore[arg-type]
+        admin.execute(sql.SQL(change).format(name))
         admin.execute(others, (database.owner_url.rpartition("/")[2],))
         try:
             yield
         finally:
-            admin.execute(sql.SQL(back).format(name))  # type: ignore[arg-type]
+            admin.execute(sql.SQL(back).format(name))
 
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'

@@ -262,7 +262,9 @@ def test_row_51_a_whale_keeps_no_small_tenant_waiting(worker: Engine, owner: Eng
     add_jobs(owner, whale, 600)
     draw, clock = random.Random(51), Clock(owner)
     busy: list[tuple[float, float, Lease]] = []  # until when, GPU-seconds, what
-    submitted, waits, started = {}, [], Counter()
+    submitted: dict[uuid.UUID, float] = {}
+    waits: list[float] = []
+    started: Counter[uuid.UUID] = Counter()
     arrivals = sorted((hour * 3600 + draw.uniform(0, 3600), tenant) for hour in range(12) for tenant in small)
     while clock.now < 12 * 3600:
         while len(busy) < 8 and (lease := claim(worker)) is not None:

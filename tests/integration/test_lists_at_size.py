@@ -106,7 +106,7 @@ def plant(owner: Engine, tenant: Tenant, job_id: uuid.UUID, num: int) -> None:
 
 def buffers_of(session: Session, ask: Callable[[Session], object]) -> int:
     """Return how many of its buffers PostgreSQL looks at for the statements of a service."""
-    with statements_of(session.get_bind().engine) as seen:  # type: ignore[union-attr]
+    with statements_of(session.get_bind().engine) as seen:
         ask(session)
     asked = session.connection()
     plans = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
@@ -139,7 +140,7 @@ def suspect(worker: Engine, lease: Lease) -> None:
         attempts.suspect_attempt(session, lease, code="trainer_crashed", message="It crashed.")
 
 
-TOLD = {"code": "x", "message": "x"}
+TOLD: dict[str, Any] = {"code": "x", "message": "x"}
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cli.main import app
 from core.settings import StorageConfig
@@ -64,7 +63,7 @@ def test_a_server_that_fits_passes_every_check_and_nothing_is_left_behind(
     assert len(found) == 14
     assert set(found.values()) == {"ok"}, result.stdout
     assert set(store.list_keys("tenants/")) == before
-    assert servers.storage.secret_key not in result.stdout
+    assert str(servers.storage.secret_key) not in result.stdout
 
 
 def test_a_wrong_secret_ends_at_the_first_check(espalier: Espalier, servers: ServerAddresses) -> None:

@@ -58,7 +58,8 @@ def status_of(owner: Engine, job_id: object) -> tuple[str, int, int]:
         select status, attempt_count, (select count(*) from attempts where job_id = jobs.id) from jobs where id = :id
     """
     with service_transaction(owner) as session:
-        return tuple(session.execute(text(question), {"id": job_id}).one())  # type: ignore[return-value]
+        status, num_charged, num_had = session.execute(text(question), {"id": job_id}).one()
+    return status, num_charged, num_had
 
 
 def has_stepped(owner: Engine, job_id: object) -> bool:

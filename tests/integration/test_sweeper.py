@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, select, text
@@ -142,12 +143,12 @@ def test_an_attempt_whose_worker_was_lost_is_booked_as_nothing_once_and_its_char
     with service_transaction(schedule) as session:
         attempts.expire_leases(session)
     settle(schedule)
-    assert usage_of(owner, tenant) == ([], pytest.approx(60, rel=1e-3)), "its worker may still report"
+    assert usage_of(owner, tenant) == ([], near(60, rel=1e-3)), "its worker may still report"
     with service_transaction(owner) as session:
         session.execute(text("update attempts set ended_at = ended_at - interval '11 minutes'"))
     assert settle(schedule) == 1
     assert settle(schedule) == 0
-    assert usage_of(owner, tenant) == ([0.0], pytest.approx(0, abs=0.1))
+    assert usage_of(owner, tenant) == ([0.0], near(0, abs=0.1))
     with service_transaction(worker) as session:
         charges.record_usage(session, lost.token, gpu_seconds=9.0, trained_tokens=9)
     assert usage_of(owner, tenant)[0] == [0.0]
@@ -175,7 +176,7 @@ def test_what_a_lost_worker_has_charged_is_booked(
 ) -> None:
     lose_after_charge(schedule, worker, owner, tenant, ago="11 minutes")
     assert settle(schedule) >= 1
-    assert usage_of(owner, tenant) == ([100.0], pytest.approx(100, rel=1e-3))
+    assert usage_of(owner, tenant) == ([100.0], near(100, rel=1e-3))
 
 
 def test_what_was_charged_while_no_schedule_ran_for_a_month_is_booked_however_much_it_is(
@@ -198,6 +199,10 @@ def usage_of(owner: Engine, tenant: Tenant) -> tuple[list[float], float]:
     with service_transaction(owner) as session:
         booked = session.scalars(select(Usage.gpu_seconds).where(Usage.tenant_id == tenant.id)).all()
         return list(booked), session.get_one(TenantRow, tenant.id).usage_seconds
+
+
+def near(seconds: float, **bounds: float) -> Any:
+    return pytest.approx(seconds, **bounds)
 
 
 def test_every_job_of_many_is_swept_once(

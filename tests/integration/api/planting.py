@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy import Engine, func
 from sqlalchemy.orm import Session
@@ -37,7 +38,7 @@ from core.storage import ObjectStore
 from tests.integration.conftest import BASE_MODEL, Tenant
 
 ROW = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Planted."}]}'
-FILES = [{"name": "adapter_config.json", "size_bytes": len(ROW), "sha256": "0" * 64}]
+FILES: list[dict[str, Any]] = [{"name": "adapter_config.json", "size_bytes": len(ROW), "sha256": "0" * 64}]
 
 
 @dataclass(frozen=True)

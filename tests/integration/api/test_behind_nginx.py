@@ -90,7 +90,10 @@ def write_config(directory: Path, authority: Authority, *, port: int, api_port: 
 def test_a_file_larger_than_a_proxy_buffers_passes_and_a_job_is_followed(site: httpx.Client, tenant: Tenant) -> None:
     # Not closed: it would close the site's client with it.
     client = OpenAI(
-        base_url=str(site.base_url).rstrip("/") + "/v1", api_key=tenant.api_key, max_retries=0, http_client=site
+        base_url=str(site.base_url).rstrip("/") + "/v1",
+        api_key=tenant.api_key,
+        max_retries=0,
+        http_client=site,  # type: ignore[arg-type]  # openai also takes a client of httpx
     )
     file = client.files.create(file=("rows.jsonl", ROW * 60_000), purpose="fine-tune")  # 5 MB
     job = client.fine_tuning.jobs.create(model=BASE_MODEL, training_file=file.id)

@@ -44,7 +44,7 @@ def cpu_seconds(api: psutil.Process, ask: Callable[[], object]) -> float:
         before = api.cpu_times()
         ask()
         after = api.cpu_times()
-        return after.user + after.system - before.user - before.system
+        return float(after.user + after.system - before.user - before.system)
 
     return min(spend() for _ in range(3))
 

@@ -42,7 +42,7 @@ def api(database: Database) -> Iterator[Engine]:
 
 
 def explain(api_url: str, tenant: Tenant, job_id: uuid.UUID) -> dict[str, Any]:
-    return get(api_url, tenant, f"/{format_id(IdKind.JOB, job_id)}/explain").json()
+    return dict(get(api_url, tenant, f"/{format_id(IdKind.JOB, job_id)}/explain").json())
 
 
 def get(api_url: str, tenant: Tenant, path: str) -> httpx.Response:
@@ -184,8 +184,9 @@ def test_a_running_job_has_an_interval_from_its_own_steps(api_url: str, owner: E
     job = get(api_url, tenant, f"/{format_id(IdKind.JOB, lease.job_id)}").json()
     assert job["progress"] == pytest.approx(4 / 104)
     interval = job["estimated_finish_interval"]
-    told = (interval["earliest"], job["estimated_finish"], interval["latest"])
-    assert all(before + left <= at <= time.time() + left + 1 for left, at in zip((500, 1000, 2000), told, strict=True))
+    instants = (interval["earliest"], job["estimated_finish"], interval["latest"])
+    lefts = zip((500, 1000, 2000), instants, strict=True)
+    assert all(before + left <= at <= time.time() + left + 1 for left, at in lefts)
     told = explain(api_url, tenant, lease.job_id)
     assert (told["status"], told["reason"], told["eta"]["basis"]) == ("running", None, "measured_steps")
     assert told["eta"]["num_measured"] == 3

@@ -204,7 +204,7 @@ def test_a_second_try_waits_for_the_first_that_is_under_way(
 def num_waiting(owner: Engine) -> int:
     query = "select count(*) from pg_locks where not granted and database = (select oid from pg_database where datname = current_database())"
     with service_transaction(owner) as session:
-        return session.scalars(text(query)).one()
+        return int(session.scalars(text(query)).one())
 
 
 def test_first_tries_of_equal_bodies_are_two_submissions(client: OpenAI, api: Engine, tenant: Tenant) -> None:

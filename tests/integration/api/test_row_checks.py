@@ -39,7 +39,7 @@ def submit(client: OpenAI, rows: list[str], *, validation: list[str] | None = No
     return client.fine_tuning.jobs.create(
         model=BASE_MODEL,
         training_file=upload(client, rows).id,
-        validation_file=validation_file,  # type: ignore[arg-type]  # None is absent
+        validation_file=validation_file,
         extra_body=options,
     )
 

@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 
 from tests.routes import all_routes
 
-ROUTES = [pytest.param(route, id=f"{'|'.join(sorted(route.methods))} {route.path}") for route in all_routes()]
+ROUTES = [pytest.param(route, id=f"{'|'.join(sorted(route.methods or ()))} {route.path}") for route in all_routes()]
 
 
 def calls_of(dependant: Dependant) -> Iterator[object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
 from worker.engine.frozen import DenseWeight, FrozenWeight, Nf4Weight, PackedWeight, freeze_linear
 

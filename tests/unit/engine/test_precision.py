@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ MINE = make_job("mine", rank=8, count=6, batch_size=6)
 BEFORE, AFTER = make_job("before", seed=5), make_job("after", seed=6, rank=16)
 
 
-def bf16_base(device: torch.device) -> torch.nn.Module:
+def bf16_base(device: torch.device) -> Any:
     return tiny_llama().to(device, torch.bfloat16)
 
 

@@ -38,7 +38,7 @@ def make_card(
     model_name: str = "ft:tiny/llama:acme::12345678",
     base_license: str | None = "Apache-2.0",
     base_revision: str = "1",
-    **adapter: object,
+    **adapter: Any,
 ) -> str:
     facts = JobFacts(
         job_id="ftjob-1",
