@@ -289,7 +289,7 @@ class Driver:
             taken = self._redis.blpop(list(idle), timeout=1)
             if taken is not None:
                 self.tally.num_wake_ups += 1
-                idle[taken[0].decode()].wake()
+                idle[taken[0].decode()].wake()  # type: ignore[union-attr]  # bytes, as the client was not told to decode
 
 
 def _measure(engine: Engine, values: list[float]) -> None:

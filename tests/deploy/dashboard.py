@@ -26,7 +26,8 @@ from local.ports import free_ports
 from local.processes import ChildProcess, ProcessSpec
 from local.stack import LocalStack
 from tests.deploy.packages import NotInstalledError, ensure_programs
-from tests.e2e.lab import BASE_MODEL, base_entry, write_tiny_base
+from tests.e2e.lab import BASE_MODEL, base_entry
+from tests.factories.tiny_bases import write_tiny_base
 from tests.waiting import wait_until
 
 mpl.use("Agg")

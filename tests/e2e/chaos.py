@@ -32,8 +32,9 @@ from rich.table import Table
 
 from cli.commands.promises import as_table, run_checks
 from core.services.promises import Finding
-from tests.e2e.lab import BASE_MODEL, ENDED, Lab, running_lab, write_tiny_base
+from tests.e2e.lab import BASE_MODEL, ENDED, Lab, running_lab
 from tests.e2e.nemesis import LEASE_SECONDS, Fleet, Nemesis
+from tests.factories.tiny_bases import write_tiny_base
 
 NUM_OPEN = 8
 TENANTS = ("acme", "beta", "gamma")

@@ -15,13 +15,10 @@ from typing import Any
 import httpx
 import psutil
 import psycopg
-import torch
 import yaml
 from openai import OpenAI
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from core.storage import S3ObjectStore
-from local.binaries import find_smollm2
 from local.processes import ChildProcess
 from local.stack import LocalStack
 from tests.faults import FaultyServers
@@ -42,24 +39,6 @@ SETTINGS = {
     "ESPALIER_STORAGE_PATIENCE_SECONDS": "4",
     "ESPALIER_STALL_SECONDS": "60",
 }
-
-
-def write_tiny_base(directory: Path, **shape: int) -> Path:
-    """A random Llama with a real tokenizer and chat template, tiny unless its `shape` says otherwise."""
-    gguf = find_smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    tiny: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        **tiny | shape,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 def base_entry(directory: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from local.processes import ChildProcess, ProcessSpec
 from local.servers import LocalServers
 from local.stack import answers
 from tests.e2e.lab import BASE_MODEL, ENDED
+from tests.processes import storage_settings
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 T = TypeVar("T")
@@ -224,10 +225,7 @@ class Rollout:
             **SETTINGS,
             "ESPALIER_DATABASE_URL": login_url(self.owner_url, RoleLogin(f"espalier_{kind}", self._password(kind))),
             "ESPALIER_REDIS_URL": self._servers.addresses.redis_url,
-            "ESPALIER_S3_ENDPOINT": storage.endpoint,
-            "ESPALIER_S3_ACCESS_KEY": storage.access_key,
-            "ESPALIER_S3_SECRET_KEY": storage.secret_key,
-            "ESPALIER_S3_BUCKET": storage.bucket,
+            **storage_settings(storage),
             "ESPALIER_WORKER_POOLS": f'["{POOL}"]',
             "ESPALIER_CACHE_DIR": str(self._directory / "cache"),
         }
@@ -290,8 +288,8 @@ class Load:
             self._is_over.wait(0.1)
 
     def _unfinished(self) -> list[str]:
-        jobs = self._ask(lambda: self.client.fine_tuning.jobs.list(limit=50).data) or ()
-        return [job.id for job in jobs if job.status not in ENDED]
+        jobs = self._ask(lambda: self.client.fine_tuning.jobs.list(limit=50).data)
+        return [job.id for job in jobs or () if job.status not in ENDED]
 
     def _ask(self, ask: Callable[[], T]) -> T | None:
         self.num_requests += 1

@@ -10,7 +10,8 @@ import pytest
 from core.db.session import connect, service_transaction
 from core.domain.scheduling import FairnessTerms
 from core.services.promises import check_rows
-from tests.e2e.lab import Lab, running_lab, write_tiny_base
+from tests.e2e.lab import Lab, running_lab
+from tests.factories.tiny_bases import write_tiny_base
 from tests.waiting import wait_until
 
 # About 70 million parameters, at 4,000 tokens a step: more than ten seconds on any CPU, half a minute on most.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 
 from bench.workload import quantize
-from tests.unit.engine.test_precision import check_company_costs_no_more_than_padding
+from tests.unit.engine.company import check_company_costs_no_more_than_padding
 from tests.unit.engine.tiny import (
     fused_gradients,
     make_engine,
@@ -104,7 +105,8 @@ def test_an_nf4_base_trains_as_its_own_numbers_do() -> None:
     quantize(quantized, torch.bfloat16)
     for name, module in quantized.named_modules():
         if isinstance(module, Linear4bit):
-            numbers = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            weight: Any = module.weight
+            numbers = dequantize_4bit(weight.data, weight.quant_state)
             dense.get_submodule(name).weight.data.copy_(numbers)
     found, wanted = (fused_gradients(engine_of(model, JOBS)) for model in (quantized, dense))
     for job in JOBS:

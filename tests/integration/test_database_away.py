@@ -32,10 +32,11 @@ from core.services.set_asides import ROW_ERRORS, list_set_asides, setting_aside
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.black_hole import find_namespace
+from tests.databases import Database, run
+from tests.factories.jobs import claim, queue_job, status_of
+from tests.factories.tenants import Tenant
 from tests.faults import FaultProxy, Hang, port_of, with_port
-from tests.integration.conftest import Database, Tenant, running_api
-from tests.integration.test_attempts import claim, queue_job, status_of
-from tests.integration.test_leadership import leader_pid, schedule_process
+from tests.processes import leader_pid, running_api, schedule_process
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from worker.supervisor.presence import Presence
 
@@ -49,12 +50,9 @@ QUICK: dict[str, Any] = {
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
-    with service_transaction(owner) as session:
-        session.execute(text("truncate jobs, queues, leaders cascade"))
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
+def worker(worker: Engine, owner: Engine) -> Engine:
+    run(owner, "truncate jobs, queues, leaders cascade")
+    return worker
 
 
 @contextmanager

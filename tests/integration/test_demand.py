@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, operator_transaction, service_transaction
@@ -16,25 +15,20 @@ from core.domain.jobs import pool_name
 from core.services import claims
 from core.services.census import take_census
 from core.services.oversight import PoolDemand, find_pool_demand
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, claim, queue_job
+from tests.databases import Database, run
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
 NF4 = pool_name(BASE_MODEL, "nf4")
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
+def worker(worker: Engine, owner: Engine) -> Engine:
     """The worker's role on a queue that is empty of other tests' jobs, and a base that may be used."""
     run(owner, "truncate jobs, queues, set_asides cascade")
     run(owner, "update base_models set state = 'usable', state_reason = null, slots = 8")
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
-
-
-def run(owner: Engine, statement: str, **values: Any) -> None:
-    with service_transaction(owner) as session:
-        session.execute(text(statement), values)
+    return worker
 
 
 def demand_of(owner: Engine, pool: str = POOL) -> PoolDemand:

@@ -20,8 +20,10 @@ from core.domain.leases import Lease
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, decay_usage
 from core.services import attempts, charges, claims
 from core.services.jobs import cancel_job
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, claim, queue_job
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
 
 @pytest.fixture

@@ -40,8 +40,10 @@ from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.leases import heartbeat
 from core.services.observations import StepRecord
 from core.services.promises import check_rows
-from tests.integration.conftest import Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, queue_job
+from tests.databases import Database
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from core.db.session import operator_transaction, service_transaction
 from core.domain.jobs import JobStatus
 from core.services.oversight import JobFilter, list_job_overviews, list_pool_overviews
-from tests.integration.conftest import BASE_MODEL, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, queue_job
-from tests.integration.test_demand import run
+from tests.databases import run, statements_of
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
 NF4 = f"{BASE_MODEL}@nf4"
 NUM_JOBS = 100_000
@@ -72,18 +72,6 @@ def count_visited(plan: dict[str, Any]) -> float:
         removed = plan.get("Rows Removed by Filter", 0) + plan.get("Rows Removed by Index Recheck", 0)
         looked = (plan["Actual Rows"] + removed) * plan["Actual Loops"]
     return looked + sum(count_visited(each) for each in plan.get("Plans", ()))
-
-
-@contextmanager
-def statements_of(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
-    seen: list[tuple[str, Any]] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_others: Any) -> None:
-        seen.append((statement, parameters))
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield seen
-    event.remove(engine, "before_cursor_execute", note)
 
 
 def rows_visited_by(owner: Engine, ask: Callable[[Session], object]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,24 +11,25 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from core.db.models import Job
-from core.db.session import connect, service_transaction, tenant_transaction
+from core.db.session import service_transaction, tenant_transaction
 from core.domain.errors import ConflictError
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.values import StoredArtifact, StoredFile
 from core.services import attempts, checkpoints, claims, leases, observations, resume_points
 from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.observations import StepRecord
-from tests.integration.conftest import Database, Tenant
-from tests.integration.test_attempts import POOL, claim, make_claimable, queue_job, status_of, worker
-
-__all__ = ["worker"]  # the fixture
+from tests.databases import run
+from tests.factories.bases import POOL
+from tests.factories.jobs import claim, make_claimable, queue_job, status_of
+from tests.factories.tenants import Tenant
 
 
 @pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
+def worker(worker: Engine, owner: Engine) -> Engine:
+    """The worker's role on a queue that is empty of other tests' jobs."""
+    run(owner, "truncate jobs cascade")
+    run(owner, "update tenants set usage = 0")
+    return worker
 
 
 def pause(owner: Engine, tenant: Tenant, job: Job) -> str:

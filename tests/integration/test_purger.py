@@ -18,9 +18,11 @@ from core.services.files import create_file
 from core.services.jobs import cancel_job
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
-from tests.integration.conftest import Database, Tenant, add_tenant
-from tests.integration.test_attempts import claim, queue_job
-from tests.integration.test_leadership import schedule_process, wait_until
+from tests.databases import Database
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
+from tests.processes import schedule_process
+from tests.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)

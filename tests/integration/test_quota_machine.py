@@ -37,8 +37,9 @@ from core.services.promises import check_rows
 from core.services.purges import find_purges, mark_purged
 from core.services.quotas import reserve_storage
 from core.services.submissions import submit_job
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.tenants import Tenant, add_tenant
 
 MAX_QUEUED, MAX_RUNNING, MAX_BYTES = 2, 2, 200
 COUNTS = text("""

@@ -17,7 +17,8 @@ from core.db.migrate import RoleLogin, login_url
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.clusters import OWNER, make_database
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database
+from tests.factories.tenants import Tenant
 from tests.integration.histories import move
 from tests.integration.test_command_output import env, invocations, names_of_commands
 

@@ -19,6 +19,7 @@ from local.processes import ChildProcess
 from local.s3_server import S3Server, remove_abandoned_sockets
 from local.servers import ServerAddresses
 from tests.faults import Answer503, Cut, Fault, FaultProxy, FlipByte
+from tests.processes import storage_settings
 from tests.waiting import wait_until
 
 Espalier = Callable[..., Result]
@@ -27,10 +28,7 @@ Espalier = Callable[..., Result]
 @pytest.fixture
 def espalier(servers: ServerAddresses) -> Espalier:
     env = {
-        "ESPALIER_S3_ENDPOINT": servers.storage.endpoint,
-        "ESPALIER_S3_ACCESS_KEY": servers.storage.access_key,
-        "ESPALIER_S3_SECRET_KEY": servers.storage.secret_key,
-        "ESPALIER_S3_BUCKET": servers.storage.bucket,
+        **storage_settings(servers.storage),
         "ESPALIER_OWNER_DATABASE_URL": "",
     }
 

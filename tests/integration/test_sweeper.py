@@ -14,47 +14,18 @@ from core.db.models import Tenant as TenantRow
 from core.db.session import service_transaction
 from core.domain.files import NewFile
 from core.domain.ids import new_id
-from core.domain.leases import Lease
 from core.domain.objects import attempt_prefix, file_key
-from core.domain.values import StoredArtifact, StoredFile
-from core.services import attempts, charges, checkpoints
+from core.services import attempts, charges
 from core.services.files import create_file
 from core.services.promises import check_objects
 from core.storage import S3ObjectStore
 from schedule.sweeper import settle, sweep
-from tests.integration.conftest import Tenant
-from tests.integration.test_attempts import claim, queue_job
+from tests.factories.jobs import age_jobs, claim, finish, queue_job
+from tests.factories.objects import keys, put
+from tests.factories.tenants import Tenant
 from tests.waiting import wait_until
 
 DAY = dt.timedelta(days=1)
-
-
-def put(store: S3ObjectStore, key: str) -> tuple[StoredFile, ...]:
-    stored = store.put_bytes(key, key.encode(), content_type="text/plain")
-    return (StoredFile(name=key.rpartition("/")[2], size_bytes=stored.size_bytes, sha256=stored.sha256),)
-
-
-def finish(worker: Engine, store: S3ObjectStore, lease: Lease) -> None:
-    """End a job with an adapter, a checkpoint and a result file that are all stored."""
-    prefix = attempt_prefix(lease.tenant_id, lease.job_id, lease.token)
-    checkpoint = StoredArtifact(prefix + "checkpoints/step-1/", put(store, prefix + "checkpoints/step-1/a"))
-    adapter = StoredArtifact(prefix + "adapter/", put(store, prefix + "adapter/a"))
-    stored = store.put_bytes(prefix + "result/r.csv", b"r", content_type="text/csv")
-    result = NewFile(new_id(), "r.csv", "fine-tune-results", prefix + "result/r.csv", stored.size_bytes, stored.sha256)
-    with service_transaction(worker) as session:
-        checkpoints.record_checkpoint(session, lease, step=1, artifact=checkpoint, metrics={})
-    with service_transaction(worker) as session:
-        attempts.succeed_attempt(session, lease, adapter=adapter, result_file=result, trained_tokens=1)
-
-
-def age_jobs(owner: Engine, days: float) -> None:
-    with service_transaction(owner) as session:
-        older = "update jobs set finished_at = finished_at - make_interval(secs => :s) where finished_at is not null"
-        session.execute(text(older), {"s": days * 86400})
-
-
-def keys(store: S3ObjectStore, tenant: Tenant) -> set[str]:
-    return {key.rpartition("/")[2] for key in store.list_keys(f"tenants/{tenant.id}/")}
 
 
 def test_what_an_attempt_that_did_not_win_has_left_goes_a_day_after_the_job_and_what_rows_name_stays(
@@ -201,7 +172,7 @@ def usage_of(owner: Engine, tenant: Tenant) -> tuple[list[float], float]:
         return list(booked), session.get_one(TenantRow, tenant.id).usage_seconds
 
 
-def near(seconds: float, **bounds: float) -> Any:
+def near(seconds: float, **bounds: Any) -> Any:
     return pytest.approx(seconds, **bounds)
 
 

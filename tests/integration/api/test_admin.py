@@ -16,9 +16,11 @@ from core.db.session import connect, operator_transaction, service_transaction, 
 from core.domain.bases import BaseState
 from core.services.base_models import record_state
 from core.services.operators import issue_operator_key, revoke_operator_key
-from tests.integration.conftest import BASE_MODEL, Database, Tenant
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL
+from tests.factories.tenants import Tenant
+from tests.integration.api.clients import good, http
 from tests.routes import all_routes
-from tests.waiting import PATIENCE_SECONDS
 
 GOOD = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}'
 
@@ -39,23 +41,6 @@ def read_only_key(owner: Engine) -> str:
 def admin(api_url: str, operator_key: str) -> Iterator[httpx.Client]:
     with http(api_url, operator_key) as client:
         yield client
-
-
-@pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
-
-
-def http(api_url: str, api_key: str) -> httpx.Client:
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    return httpx.Client(base_url=api_url, headers=headers, trust_env=False, timeout=PATIENCE_SECONDS)
-
-
-def good(answer: httpx.Response) -> Any:
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 def audit_of(admin: httpx.Client, tenant: Tenant) -> list[dict[str, Any]]:

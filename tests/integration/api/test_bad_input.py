@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import pickle
 import struct
 from typing import Any
@@ -12,20 +11,10 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.integration.conftest import BASE_MODEL
+from tests.factories.bases import BASE_MODEL
+from tests.factories.files import GOOD, upload
+from tests.factories.jobs import submit
 from tests.public_rows import PUBLIC_FILES
-
-GOOD_ROW = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
-GOOD = json.dumps(GOOD_ROW).encode()
-
-
-def upload(client: OpenAI, content: bytes, name: str = "rows.jsonl") -> Any:
-    return client.files.create(file=(name, content), purpose="fine-tune")
-
-
-def submit(client: OpenAI, file_id: str, **options: Any) -> Any:
-    model = options.pop("model", BASE_MODEL)
-    return client.fine_tuning.jobs.create(model=model, training_file=file_id, **options)
 
 
 @pytest.mark.parametrize(

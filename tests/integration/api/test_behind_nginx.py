@@ -16,9 +16,12 @@ from openai import OpenAI
 from local.ports import free_ports
 from local.processes import ChildProcess, ProcessSpec
 from local.servers import ServerAddresses
+from tests.databases import Database
 from tests.deploy.packages import NotInstalledError, ensure_programs
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, running_api
+from tests.factories.bases import BASE_MODEL
+from tests.factories.tenants import Tenant
 from tests.managed import HOST, Authority
+from tests.processes import running_api
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "install-one-host.md"

@@ -19,8 +19,11 @@ from core.db.session import connect, service_transaction, tenant_transaction
 from core.domain.ids import IdKind, parse_id
 from core.domain.job_requests import JobRequest
 from core.services.idempotency import Submission, forget_expired_keys, submit_once
-from tests.integration.api.test_bad_input import GOOD, submit, upload
-from tests.integration.conftest import BASE_MODEL, Database, Tenant
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL
+from tests.factories.files import GOOD, upload
+from tests.factories.jobs import submit
+from tests.factories.tenants import Tenant
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
@@ -171,13 +174,6 @@ def test_lost_answers_do_not_make_the_real_client_submit_twice(
         job = submit(flaky, file.id)
     assert client.fine_tuning.jobs.retrieve(job.id).id == job.id
     assert num_jobs(owner, tenant) == 1
-
-
-@pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.mark.parametrize("key", ["slow", None])

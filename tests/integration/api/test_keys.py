@@ -17,21 +17,14 @@ from sqlalchemy.exc import IntegrityError
 
 from api.auth import Authenticator
 from core.db.models import ApiKeyRow
-from core.db.session import connect, service_transaction, tenant_transaction
+from core.db.session import service_transaction, tenant_transaction
 from core.domain.api_keys import ALL_SCOPES, Identity, Scope, parse_api_key
 from core.domain.errors import ConflictError, DomainError, NotFoundError, UnauthenticatedError
 from core.services.api_keys import issue_api_key, list_api_keys, revoke_api_key, rotate_api_key
-from tests.integration.conftest import Database, Tenant
+from tests.factories.tenants import Tenant
 from tests.waiting import PATIENCE_SECONDS, ask_until
 
 REVOCATION_SECONDS = 5.0
-
-
-@pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

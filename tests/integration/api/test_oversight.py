@@ -19,10 +19,12 @@ from core.services.operators import issue_operator_key
 from core.services.workers import record_worker
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
+from tests.databases import Database, run
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
+from tests.integration.api.clients import good, http
 from tests.integration.api.planting import plant
-from tests.integration.api.test_admin import good, http
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, claim, queue_job
 
 NF4 = f"{BASE_MODEL}@nf4"
 
@@ -36,17 +38,10 @@ def admin(api_url: str, owner: Engine) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
+def worker(worker: Engine, owner: Engine) -> Engine:
     """The worker's role, and no job, worker or use of another test."""
     run(owner, "truncate jobs, queues, usage, workers cascade")
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
-
-
-def run(owner: Engine, statement: str, **values: Any) -> None:
-    with service_transaction(owner) as session:
-        session.execute(text(statement), values)
+    return worker
 
 
 def pages_of(admin: httpx.Client, path: str, **params: Any) -> list[dict[str, Any]]:

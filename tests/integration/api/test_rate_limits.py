@@ -21,8 +21,9 @@ from core.settings import ApiSettings
 from core.storage import host_time
 from local.ports import free_ports
 from local.servers import ServerAddresses
+from tests.databases import Database
+from tests.factories.tenants import Tenant
 from tests.faults import FaultProxy, Hang, port_of, with_port
-from tests.integration.conftest import Database, Tenant
 from tests.waiting import PATIENCE_SECONDS
 
 

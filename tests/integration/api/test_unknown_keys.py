@@ -20,8 +20,8 @@ from core.domain.api_keys import OPERATOR_PREFIX, generate_api_key
 from core.domain.errors import UnauthenticatedError
 from core.settings import ApiSettings
 from local.servers import ServerAddresses
-from tests.integration.api.test_waiting import num_waiting
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database, num_waiting
+from tests.factories.tenants import Tenant
 from tests.waiting import wait_until
 
 NUM_STRANGERS = 60

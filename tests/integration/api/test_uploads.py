@@ -24,8 +24,10 @@ from core.services.files import expire_files
 from core.services.purges import find_purges
 from core.services.uploads import begin_completion
 from core.storage import S3ObjectStore
-from tests.integration.api.test_bad_input import GOOD, submit, upload
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database, opened
+from tests.factories.files import GOOD, upload
+from tests.factories.jobs import submit
+from tests.factories.tenants import Tenant
 from tests.waiting import PATIENCE_SECONDS
 
 ROWS = b"\n".join([GOOD] * 400)
@@ -40,9 +42,8 @@ def begin(client: OpenAI, size: int, **options: Any) -> Any:
 
 @pytest.fixture
 def schedule(database: Database) -> Iterator[Engine]:
-    engine = connect(database.schedule_url)
-    yield engine
-    engine.dispose()
+    with opened(database.schedule_url) as engine:
+        yield engine
 
 
 def test_parts_in_any_order_become_one_checked_file(client: OpenAI) -> None:
