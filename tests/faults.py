@@ -13,7 +13,6 @@ import shutil
 import signal
 import ssl as tls
 import threading
-import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from local.servers import LocalServers, ServerAddresses
-from tests.waiting import PATIENCE_SECONDS
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 T = TypeVar("T")
 _CHUNK_BYTES = 64 * 1024
@@ -287,8 +286,7 @@ class FaultyServers(LocalServers):
         """End a server by a signal, delete these of its directories, and start it again in its place."""
         child = self._supervisor.process(name)
         os.kill(child.pid, blow)
-        while child.is_alive:
-            time.sleep(0.01)
+        wait_until(lambda: not child.is_alive, what=f"the end of {name}")
         for directory in lost:
             shutil.rmtree(self.data_dir / name / directory, ignore_errors=True)
         self._supervisor.start(child.spec)
