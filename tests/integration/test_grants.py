@@ -56,7 +56,7 @@ NEVER = {
     "api_keys": {"delete"},
     "adapters": {"delete"},
 }
-# test_retention.py and test_erasure.py show what row-level security leaves of it.
+# retention/ and erasure/ show what row-level security leaves of it.
 DELETES_OLD_ROWS = {("espalier_schedule", table) for table in ("events", "jobs", "adapters", "files", "api_keys")}
 # The operator's role is for settings; the worker's and the schedule's have no business with keys.
 NOT_THE_OPERATORS = ("files", "jobs", "events", "metrics", "checkpoints", "adapters", "attempts", "usage")
