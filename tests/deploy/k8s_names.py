@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 import yaml
 
 from tests.deploy.k8s_render import K8S, Object, Pod, list_pods, of_kind
-from tests.unit.test_deployments import KNOWN, KNOWN_TOO
+from tests.known_settings import KNOWN, KNOWN_TOO
 
 
 def names_lead_somewhere(objects: list[Object]) -> Iterator[str]:

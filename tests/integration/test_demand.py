@@ -11,16 +11,13 @@ from sqlalchemy import Engine
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.errors import NotFoundError
-from core.domain.jobs import pool_name
 from core.services import claims
 from core.services.census import take_census
 from core.services.oversight import PoolDemand, find_pool_demand
 from tests.databases import Database, run
-from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.bases import NF4_POOL, POOL
 from tests.factories.jobs import claim, queue_job
 from tests.factories.tenants import Tenant, add_tenant
-
-NF4 = pool_name(BASE_MODEL, "nf4")
 
 
 @pytest.fixture
@@ -54,7 +51,7 @@ def set_limits(owner: Engine, tenant: Tenant, **limits: Any) -> None:
 
 @pytest.mark.usefixtures("worker")
 def test_a_pool_without_jobs_wants_no_worker_and_still_has_a_row(owner: Engine) -> None:
-    for pool in (POOL, NF4):
+    for pool in (POOL, NF4_POOL):
         assert demand_of(owner, pool) == PoolDemand(pool, 0, 0, 8, 0)
     with pytest.raises(NotFoundError):
         demand_of(owner, "acme-labs/none-such@none")
@@ -70,7 +67,7 @@ def test_workers_are_wanted_for_what_runs_and_what_may_start(
     assert demand_of(owner) == PoolDemand(POOL, num_jobs, 0, 8, wanted)
     assert claim(worker) is not None
     assert demand_of(owner) == PoolDemand(POOL, num_jobs - 1, 1, 8, wanted)
-    assert demand_of(owner, NF4).workers_wanted == 0
+    assert demand_of(owner, NF4_POOL).workers_wanted == 0
 
 
 @pytest.mark.usefixtures("worker")
@@ -124,7 +121,7 @@ def test_a_pool_that_left_the_registry_wants_workers_for_what_was_submitted(owne
     queue_job(owner, tenant, quantization="nf4")
     run(owner, "update base_models set quantizations = '{}', is_enabled = false")
     try:
-        assert demand_of(owner, NF4).workers_wanted == 1
+        assert demand_of(owner, NF4_POOL).workers_wanted == 1
         assert demand_of(owner, POOL).workers_wanted == 0
     finally:
         run(owner, "update base_models set quantizations = '{nf4}', is_enabled = true")

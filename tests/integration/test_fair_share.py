@@ -15,13 +15,12 @@ from sqlalchemy import Engine, func, select, text
 from core.db.models import Attempt, Job, Queue
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
-from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, decay_usage
 from core.services import attempts, charges, claims
 from core.services.jobs import cancel_job
 from tests.databases import Database
-from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.bases import NF4_POOL, POOL
 from tests.factories.jobs import claim, queue_job
 from tests.factories.tenants import Tenant, add_tenant
 
@@ -89,9 +88,6 @@ def test_row_26_one_wake_delivered_twenty_times_to_four_workers_is_one_claim_a_j
     assert not too_many.is_set()
     with service_transaction(owner) as session:
         assert session.scalar(select(func.count()).select_from(Attempt)) == 7
-
-
-NF4_POOL = pool_name(BASE_MODEL, "nf4")
 
 
 def move_half_to_another_pool(owner: Engine) -> None:

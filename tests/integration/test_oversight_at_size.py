@@ -13,11 +13,10 @@ from core.db.session import operator_transaction, service_transaction
 from core.domain.jobs import JobStatus
 from core.services.oversight import JobFilter, list_job_overviews, list_pool_overviews
 from tests.databases import run, statements_of
-from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.bases import NF4_POOL, POOL
 from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant, add_tenant
 
-NF4 = f"{BASE_MODEL}@nf4"
 NUM_JOBS = 100_000
 _FETCHED = text("select seq_tup_read + idx_tup_fetch from pg_stat_xact_user_tables where relname = 'jobs'")
 
@@ -87,7 +86,7 @@ def rows_visited_by(owner: Engine, ask: Callable[[Session], object]) -> float:
 
 
 @pytest.mark.parametrize("status", [None, *JobStatus])
-@pytest.mark.parametrize("pool", [None, NF4, POOL])
+@pytest.mark.parametrize("pool", [None, NF4_POOL, POOL])
 @pytest.mark.parametrize("is_of_whale", [False, True])
 def test_no_list_of_jobs_walks_all_of_them(
     owner: Engine, crowd: Tenant, status: JobStatus | None, pool: str | None, is_of_whale: bool

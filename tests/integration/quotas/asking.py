@@ -14,14 +14,13 @@ from core.domain.errors import DomainError
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.job_requests import JobRequest
-from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.services import claims
 from core.services.files import create_file
 from core.services.submissions import submit_job
-from tests.integration.conftest import BASE_MODEL, Tenant
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.tenants import Tenant
 
-POOL = pool_name(BASE_MODEL, None)
 NUM_AT_ONCE = 20
 
 

@@ -38,7 +38,8 @@ from core.services.uploads import (
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from schedule.purger import purge
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database
+from tests.factories.tenants import Tenant
 from tests.integration.quotas.asking import NUM_AT_ONCE, act, add_file, claim, codes_at_once, limit, must_claim, submit
 from tests.waiting import PATIENCE_SECONDS
 

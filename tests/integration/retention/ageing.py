@@ -12,7 +12,6 @@ from sqlalchemy import Engine, Row, select, text
 
 from core.db.models import Job
 from core.db.session import service_transaction
-from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
 from core.services import attempts, charges
@@ -20,12 +19,11 @@ from core.services.promises import check_rows
 from core.services.retention import Kind, forget_some
 from core.services.usage import UsageGroup, UsagePeriod, UsageTotal, sum_usage
 from core.storage import S3ObjectStore
-from tests.integration.conftest import BASE_MODEL, Tenant
-from tests.integration.test_attempts import claim, queue_job
-from tests.integration.test_sweeper import age_jobs, finish
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import age_jobs, claim, finish, queue_job
+from tests.factories.tenants import Tenant
 
 DAY = dt.timedelta(days=1)
-POOL = pool_name(BASE_MODEL, None)
 # A job that ended so many days ago, with its attempt and booking, and so many events, log lines and metrics.
 PLANT = """
 with made as (

@@ -13,9 +13,10 @@ from core.services.events import list_events
 from core.services.job_rows import BATCH_ROWS
 from core.services.retention import Kind, forget_some
 from local.servers import ServerAddresses
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database
+from tests.factories.tenants import Tenant
 from tests.integration.retention.ageing import count, plant, run_all, run_query, run_statements
-from tests.integration.test_leadership import schedule_process
+from tests.processes import schedule_process
 from tests.waiting import wait_until
 
 HISTORY = (Kind.LOG_LINES, Kind.EVENTS, Kind.METRICS)

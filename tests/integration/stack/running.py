@@ -13,8 +13,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cli.main import app
 from local.stack import StackState

@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from fastapi.routing import APIRoute
 
+from tests.factories.bases import BASE_MODEL
 from tests.integration.api.planting import Planted
-from tests.integration.conftest import BASE_MODEL
 from tests.routes import all_routes
 
 # Which kind of id stands in which place of a path. A route with a place that is not here fails the test: add it.

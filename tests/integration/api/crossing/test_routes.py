@@ -12,6 +12,7 @@ import pytest
 from fastapi.routing import APIRoute
 from sqlalchemy import Engine
 
+from tests.factories.tenants import Tenant
 from tests.integration.api.crossing.routes import (
     BODIES,
     CURSORS,
@@ -32,7 +33,6 @@ from tests.integration.api.crossing.routes import (
 )
 from tests.integration.api.crossing.watching import Watched, seen, snapshot
 from tests.integration.api.planting import Planted
-from tests.integration.conftest import Tenant
 
 
 def test_no_route_is_uncovered() -> None:

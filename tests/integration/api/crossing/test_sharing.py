@@ -6,10 +6,11 @@ import re
 
 import httpx
 
+from tests.factories.bases import BASE_MODEL
+from tests.factories.tenants import Tenant
 from tests.integration.api.crossing.routes import never_was
 from tests.integration.api.crossing.watching import Watched
 from tests.integration.api.planting import Planted
-from tests.integration.conftest import BASE_MODEL, Tenant
 from tests.waiting import PATIENCE_SECONDS
 
 

@@ -11,10 +11,10 @@ from fastapi.routing import APIRoute
 from sqlalchemy import Engine, text
 
 from core.db.session import service_transaction, tenant_transaction
+from tests.factories.tenants import Tenant
 from tests.integration.api.crossing.routes import LISTS, PLACED, PLACES, name_of, options_of, path_of, places_of
 from tests.integration.api.crossing.watching import TENANT_TABLES, Watched, snapshot
 from tests.integration.api.planting import Planted
-from tests.integration.conftest import Tenant
 
 
 @pytest.mark.parametrize("route", PLACED, ids=name_of)

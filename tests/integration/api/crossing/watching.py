@@ -21,7 +21,7 @@ from core.db.base import Row
 from core.db.session import service_transaction
 from core.settings import ApiSettings
 from local.servers import ServerAddresses
-from tests.integration.conftest import Tenant
+from tests.factories.tenants import Tenant
 
 CHANGING_HEADERS = {"x-request-id", "date", "ratelimit"}
 TENANT_TABLES = sorted(name for name, table in Row.metadata.tables.items() if "tenant_id" in table.c)
