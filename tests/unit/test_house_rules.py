@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("api", "core", "worker", "schedule", "local", "cli")
 FORBIDDEN_PARTS = {"utils", "helpers", "common", "misc", "manager", "handler", "processor", "do"}
 LIBRARY_NAMES = {"get_route_handler"}  # FastAPI's, which we override
+PLACES = (*ROOMS, "bench", "deploy", "docs", "examples", "migrations", "tests")
 MAX_FUNCTION_LINES = 40
+MAX_FILE_LINES = 400
+MAX_METHODS = 25
 PATIENT_SECONDS = 60
 CLOCKS = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "sleep"}
 WAITS = {"wait", "join", "result", "communicate", "receive", "select"}  # whose bound may stand without a name
@@ -110,6 +113,21 @@ def test_functions_fit_on_a_screen(path: Path) -> None:
     functions = [node for node in walk(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno}
     assert not {name: lines for name, lines in long.items() if lines > MAX_FUNCTION_LINES}
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_a_class_is_one_thing(path: Path) -> None:
+    classes = [node for node in walk(path) if isinstance(node, ast.ClassDef)]
+    methods = {
+        c.name: sum(isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) for each in c.body) for c in classes
+    }
+    assert not {name: count for name, count in methods.items() if count > MAX_METHODS}
+
+
+def test_a_file_is_read_in_one_sitting() -> None:
+    files = [path for place in PLACES for path in (ROOT / place).rglob("*.py")]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {name: count for name, count in lines.items() if count > MAX_FILE_LINES}
 
 
 @pytest.mark.parametrize("path", SOURCES)
