@@ -29,6 +29,12 @@ def all_routes() -> list[APIRoute]:
     return list(_walk(make_app().routes))
 
 
+def verbs_of(route: APIRoute) -> list[str]:
+    """Return the methods that a route answers, which FastAPI may leave open and we never do."""
+    assert route.methods is not None
+    return sorted(route.methods)
+
+
 def document() -> dict[str, Any]:
     """Return the application's OpenAPI document."""
     return make_app().openapi()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from sqlalchemy import Engine, select, text
 
 from core.db.models import Attempt, Job
@@ -9,11 +11,10 @@ from core.db.session import service_transaction
 from core.domain.workers import WorkerFacts
 from core.services import attempts
 from core.services.turns import Loan
-from tests.factories.bases import POOL
+from tests.factories.bases import NF4_POOL, POOL
 from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant, add_tenant
 from tests.integration.fairness.sharing import (
-    NF4_POOL,
     add_worker,
     choose,
     claim,
@@ -132,7 +133,7 @@ def test_a_job_that_another_worker_is_about_to_take_is_left_to_it_for_a_minute(
             session.execute(text("update attempts set lending_at = null"))
     add_worker(owner, WorkerFacts("other", (POOL,), "idle"))
     with service_transaction(owner) as session:
-        session.get_one(Job, waiting.id).run_after -= attempts.timedelta(seconds=61)
+        session.get_one(Job, waiting.id).run_after -= timedelta(seconds=61)
     assert lend(worker, held) is not None, "nobody has taken it"
 
 
@@ -203,7 +204,7 @@ def test_a_suspect_is_lent_a_slot_once_it_has_waited_and_holds_up_no_other_pool_
     assert lend(worker, held) is None
     assert choose(worker, pool=POOL, keeps_pool=False, holders=[tenant.id]) == NF4_POOL
     with service_transaction(owner) as session:
-        session.get_one(Job, suspect.id).run_after -= attempts.timedelta(seconds=61)
+        session.get_one(Job, suspect.id).run_after -= timedelta(seconds=61)
     assert choose(worker, pool=POOL, keeps_pool=False, holders=[tenant.id]) == POOL
     assert lend(worker, held) == held[0].token
 

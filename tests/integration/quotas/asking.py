@@ -46,7 +46,7 @@ def submit(engine: Engine, tenant: Tenant, file_id: Any, **options: Any) -> Job:
         return submit_job(session, tenant.id, request=request)
 
 
-def codes_at_once(attempt: Callable[[], None]) -> list[str]:
+def codes_at_once(attempt: Callable[[], object]) -> list[str]:
     def run(_number: int) -> str:
         try:
             attempt()

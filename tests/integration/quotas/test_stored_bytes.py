@@ -66,7 +66,7 @@ def test_a_file_over_the_storage_quota_is_refused_until_what_was_deleted_is_gone
     headers = {"authorization": f"Bearer {tenant.api_key}"}
 
     def upload() -> httpx.Response:
-        form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", row)}}
+        form: dict[str, Any] = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", row)}}
         return httpx.post(f"{api_url}/v1/files", headers=headers, timeout=60, trust_env=False, **form)
 
     limit(owner, tenant, max_storage_bytes=len(row) + 1)

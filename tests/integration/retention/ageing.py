@@ -76,7 +76,7 @@ def run_all(engine: Engine, kind: Kind, *, days: int) -> list[Counter[str]]:
 def count(owner: Engine, table: str, tenant: Tenant) -> int:
     with service_transaction(owner) as session:
         query = text(f"select count(*) from {table} where tenant_id = :id")
-        return session.scalars(query, {"id": tenant.id}).one()
+        return int(session.scalars(query, {"id": tenant.id}).one())
 
 
 def run_query(owner: Engine, query: str) -> Sequence[Row[Any]]:

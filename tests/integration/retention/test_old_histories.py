@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
@@ -130,7 +132,7 @@ def test_the_schedule_that_leads_deletes_what_its_settings_say_and_zero_days_are
 ) -> None:
     run_statements(owner, "truncate retention_marks, leaders")
     plant(owner, tenant, days=5, num_rows=3)
-    settings = {"keep_events_days": "4", "keep_log_lines_days": "6", "keep_metrics_days": "0"}
+    settings: dict[str, Any] = {"keep_events_days": "4", "keep_log_lines_days": "6", "keep_metrics_days": "0"}
     with schedule_process(database, servers, forget_interval_seconds="0.1", **settings):
         wait_until(lambda: count(owner, "events", tenant) == 1)
         plant(owner, tenant, days=5, num_rows=3)

@@ -44,7 +44,7 @@ class Up:
     @property
     def api_key(self) -> str:
         (found,) = re.findall(r"esp_\S+", self.said)
-        return found
+        return str(found)
 
     def everything(self) -> list[int]:
         """The pids of the launcher and of all that runs below it."""

@@ -8,10 +8,10 @@ from fastapi.routing import APIRoute
 from api.dependencies import RateGate, ScopeGate
 from api.routing import OneThreadRoute
 from core.domain.api_keys import Scope
-from tests.routes import all_routes
+from tests.routes import all_routes, verbs_of
 
 TENANT_ROUTES = [
-    pytest.param(route, id=f"{'|'.join(sorted(route.methods or ()))} {route.path}")
+    pytest.param(route, id=f"{'|'.join(verbs_of(route))} {route.path}")
     for route in all_routes()
     if route.path.startswith("/v1/")
 ]
