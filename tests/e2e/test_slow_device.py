@@ -40,6 +40,7 @@ def wait_for_slot(lab: Lab, job_id: str) -> None:
     wait_until(lambda: bool(lab.sql(admitted, job_id)), what="a slot")
 
 
+@pytest.mark.fault(43)
 def test_43_a_job_cancelled_in_a_step_that_takes_long_leaves_the_device_before_the_step_ends(slow_lab: Lab) -> None:
     slow_lab.ensure_worker()
     job_id = slow_lab.submit(lines=LONG_ROWS, batch_size=64)
@@ -53,6 +54,7 @@ def test_43_a_job_cancelled_in_a_step_that_takes_long_leaves_the_device_before_t
     engine.dispose()
 
 
+@pytest.mark.fault(43)
 def test_43_a_job_cancelled_in_a_step_of_others_leaves_the_device_and_they_train_on(slow_lab: Lab) -> None:
     slow_lab.ensure_worker()
     with slow_lab.claims_held():

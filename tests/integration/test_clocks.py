@@ -35,6 +35,7 @@ def worker(worker: Engine, owner: Engine) -> Engine:
     return worker
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("hours", [1, -1])
 def test_row_28_a_schedule_whose_clock_is_an_hour_wrong_expires_nothing_early_and_everything_in_time(
     hours: int, worker: Engine, owner: Engine, database: Database, servers: ServerAddresses, tenant: Tenant
@@ -51,6 +52,7 @@ def test_row_28_a_schedule_whose_clock_is_an_hour_wrong_expires_nothing_early_an
         assert status_of(owner, live) == "running"
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("hours", [1, -1])
 def test_row_28_an_api_whose_clock_is_an_hour_wrong_stores_files_and_hands_out_urls_that_open(
     hours: int, database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant, tmp_path: Path
@@ -74,6 +76,7 @@ def test_row_28_an_api_whose_clock_is_an_hour_wrong_stores_files_and_hands_out_u
     api.dispose()
 
 
+@pytest.mark.fault(28)
 def test_row_28_an_api_whose_clock_is_wrong_knows_a_retry_and_counts_in_the_windows_of_the_others(
     database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant, tmp_path: Path
 ) -> None:

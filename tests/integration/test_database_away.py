@@ -98,6 +98,7 @@ def forget(owner: Engine, name: str) -> None:
         connection.execute(text("delete from workers where name = :name"), {"name": name})
 
 
+@pytest.mark.fault(56)
 def test_a_schedule_and_a_presence_outlive_a_read_only_database(
     worker: Engine, owner: Engine, database: Database, servers: ServerAddresses, tenant: Tenant, tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_schedule_and_a_presence_outlive_a_read_only_database(
     other.dispose()
 
 
+@pytest.mark.fault(56)
 def test_an_api_whose_database_was_read_only_takes_writes_again_and_says_why_it_did_not(
     database: Database, servers: ServerAddresses, tenant: Tenant
 ) -> None:
@@ -205,6 +207,7 @@ def options_of(connection: Any) -> dict[str, int]:
         return {name: found.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in SOCKET_OPTIONS}
 
 
+@pytest.mark.fault(57)
 def test_the_kernel_gives_up_on_every_connection_within_seconds(database: Database) -> None:
     engine = connect(database.worker_url)
     with engine.connect() as connection, Subscription(database.worker_url, "news") as subscription:
@@ -325,6 +328,7 @@ def test_a_lock_that_was_not_free_in_time_may_be_tried_again(database: Database)
     engine.dispose()
 
 
+@pytest.mark.fault(58)
 @pytest.mark.usefixtures("worker", "tenant")
 def test_a_schedule_one_of_whose_threads_fails_ends_with_status_1_while_another_waits_for_the_store(
     owner: Engine, database: Database, servers: ServerAddresses, tmp_path: Path
@@ -346,6 +350,7 @@ def test_a_schedule_one_of_whose_threads_fails_ends_with_status_1_while_another_
     assert line["thread"] == "cleaning"
 
 
+@pytest.mark.fault(57)
 def test_a_database_that_vanishes_without_a_word_is_noticed_and_found_again(tmp_path: Path) -> None:
     namespace = find_namespace()
     if not namespace:

@@ -64,6 +64,7 @@ def together(count: int, act):  # type: ignore[no-untyped-def]
         return list(pool.map(start, range(count)))
 
 
+@pytest.mark.fault(26)
 def test_row_26_one_wake_delivered_twenty_times_to_four_workers_is_one_claim_a_job(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -106,6 +107,7 @@ def claim_from(engine: Engine, pool: str) -> Lease | None:
     return Lease(job.id, job.tenant_id, job.lease_token) if job and job.lease_token else None
 
 
+@pytest.mark.fault(50)
 def test_row_50_a_quota_is_one_for_all_pools_while_a_claim_is_not_committed(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -118,6 +120,7 @@ def test_row_50_a_quota_is_one_for_all_pools_while_a_claim_is_not_committed(
     assert claim_from(worker, NF4_POOL) is None
 
 
+@pytest.mark.fault(50)
 def test_row_50_four_claimers_of_two_pools_never_pass_a_quota_of_one(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -253,6 +256,7 @@ class Clock:
             session.execute(text("update tenants set usage_at = usage_at - make_interval(secs => :s)"), {"s": seconds})
 
 
+@pytest.mark.fault(51)
 def test_row_51_a_whale_keeps_no_small_tenant_waiting(worker: Engine, owner: Engine) -> None:
     """Eight devices for twelve hours: a whale with 600 jobs at the start, two small tenants with a job an hour each."""
     whale, *small = (add_tenant(owner) for _ in range(3))

@@ -106,6 +106,7 @@ def seconds_left(owner: Engine) -> float:
         return float(session.scalars(text(left)).one())
 
 
+@pytest.mark.fault(25)
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_row_25_of_two_schedules_one_leads_and_the_other_takes_over_within_ten_seconds(
@@ -121,6 +122,7 @@ def test_row_25_of_two_schedules_one_leads_and_the_other_takes_over_within_ten_s
         leader.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.usefixtures("schedule")
 def test_row_25_a_leader_that_is_told_to_go_does_not_let_the_other_wait_for_the_end_of_its_lease(
     owner: Engine, database: Database, servers: ServerAddresses
@@ -135,6 +137,7 @@ def test_row_25_a_leader_that_is_told_to_go_does_not_let_the_other_wait_for_the_
         wait_until(lambda: leader_pid(owner) == other.pid)
 
 
+@pytest.mark.fault(53)
 def test_row_53_a_reaper_that_goes_on_with_a_stale_view_expires_nobodys_live_lease(
     schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -157,6 +160,7 @@ def test_row_53_a_reaper_that_goes_on_with_a_stale_view_expires_nobodys_live_lea
         leases.heartbeat(session, newer, lease_seconds=60)
 
 
+@pytest.mark.fault(53)
 def test_row_53_a_heartbeat_that_comes_before_the_reapers_lock_saves_the_lease(
     schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:

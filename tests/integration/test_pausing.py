@@ -211,6 +211,7 @@ def test_a_suspect_that_no_worker_is_idle_for_is_given_to_a_busy_one_after_a_whi
     assert lease.job_id == job.id
 
 
+@pytest.mark.fault(19)
 def test_an_attempt_without_its_object_store_counts_for_nothing(worker: Engine, owner: Engine, tenant: Tenant) -> None:
     job = queue_job(owner, tenant)
     for _ in range(5):  # more than a job has attempts

@@ -88,6 +88,7 @@ def test_an_upload_without_a_row_goes_after_a_day_and_one_with_a_row_or_of_today
     assert kept == {file_key(tenant.id, fresh), file_key(tenant.id, owned)}
 
 
+@pytest.mark.fault(4)
 def test_a_multipart_upload_that_nobody_completes_is_given_up_after_its_time(
     schedule: Engine, store: S3ObjectStore, tenant: Tenant
 ) -> None:

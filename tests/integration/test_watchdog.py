@@ -51,6 +51,7 @@ def make_runner(settings: WorkerSettings, servers: ServerAddresses) -> Runner:
     return Runner(settings, engine=engine, heartbeat_engine=connect(url), store=store, clock=DatabaseClock(engine))
 
 
+@pytest.mark.fault(11)
 def test_row_11_a_worker_whose_consumer_takes_no_wake_up_ends_to_be_started_afresh(
     settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
 ) -> None:

@@ -17,6 +17,7 @@ from tests.factories.jobs import submit
 from tests.public_rows import PUBLIC_FILES
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -96,6 +97,7 @@ def test_a_file_as_public_tools_write_it_can_be_trained_on(client: OpenAI, name:
     assert submit(client, file.id).status == "queued"
 
 
+@pytest.mark.fault(38)
 def test_a_200_mb_line_is_refused_by_its_number(client: OpenAI) -> None:
     with pytest.raises(openai.APIStatusError, match="Line 2 is longer than") as refused:
         upload(client, GOOD + b"\n" + b"x" * (200 * 2**20))

@@ -67,6 +67,7 @@ def test_the_same_key_for_another_body_is_unprocessable(client: OpenAI, owner: E
     assert num_jobs(owner, tenant) == 1
 
 
+@pytest.mark.fault(45)
 def test_fifty_requests_at_once_with_one_key_are_one_job(client: OpenAI, owner: Engine, tenant: Tenant) -> None:
     file = upload(client, GOOD)
     with ThreadPoolExecutor(50) as pool:

@@ -109,6 +109,7 @@ async def until(chunks: AsyncGenerator[bytes], last: bytes) -> AsyncGenerator[by
                 return
 
 
+@pytest.mark.fault(48)
 def test_a_stream_goes_on_behind_the_last_event_that_its_client_has(
     api_url: str, owner: Engine, tenant: Tenant
 ) -> None:
@@ -173,6 +174,7 @@ def test_nothing_is_lost_or_repeated_when_the_api_is_killed_again_and_again(
     assert len(events) == step + 3
 
 
+@pytest.mark.fault(48)
 def test_an_open_stream_outlives_a_restart_of_the_database(tmp_path: Path) -> None:
     entry = BaseModelEntry(
         id=BASE_MODEL,
@@ -206,6 +208,7 @@ def test_an_open_stream_outlives_a_restart_of_the_database(tmp_path: Path) -> No
         owner.dispose()
 
 
+@pytest.mark.fault(47)
 def test_a_stream_closes_soon_after_its_key_is_revoked(api_url: str, owner: Engine, tenant: Tenant) -> None:
     lease = start_job(owner, tenant)
     with open_stream(api_url, tenant.api_key, wire_id(lease)) as events:

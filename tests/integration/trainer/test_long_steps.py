@@ -20,6 +20,7 @@ from worker.messages import (
 )
 
 
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("product", ["multiply", "multiply_back"])
 @pytest.mark.parametrize("order", [StopJob, YieldJob])
 def test_an_order_that_comes_in_the_middle_of_a_step_is_obeyed_before_its_end(

@@ -67,6 +67,7 @@ def small_device() -> SmallDevice:
     return engine
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("fails_late", [False, True])
 def test_running_out_of_memory_replays_the_same_examples_in_smaller_steps(*, fails_late: bool) -> None:
     roomy, cramped = make_engine(), small_device()
