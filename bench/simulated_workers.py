@@ -59,8 +59,8 @@ class SimulatedWorker:
         self._charge()
         if not self._slots:
             self._hold_pool_with_work()
-        elif self._next_pool is None and len(self._slots) == SLOTS and self._is_due():
-            self._ends_turn() or self._lend()
+        elif self._next_pool is None and len(self._slots) == SLOTS and self._is_due() and not self._ends_turn():
+            self._lend()
         if self._service.now >= self._loaded_at and self._pool is not None:
             self._fill_slots()
 

@@ -6,12 +6,12 @@ import os
 import subprocess
 from collections.abc import Iterator
 from functools import cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import yaml
 
 from tests.deploy.k8s_render import K8S, Object, Pod, list_pods, of_kind
-from tests.unit.test_deployments import KNOWN, KNOWN_TOO
+from tests.known_settings import KNOWN, KNOWN_TOO
 
 
 def names_lead_somewhere(objects: list[Object]) -> Iterator[str]:
@@ -101,7 +101,7 @@ def secret_keys() -> dict[str, set[str]]:
 
 def print_secrets(*arguments: str, **env: str) -> str:
     """Return what make-secrets.sh prints. Raises CalledProcessError where it refuses."""
-    argv = [K8S / "make-secrets.sh", *arguments]
+    argv: list[str | Path] = [K8S / "make-secrets.sh", *arguments]
     env = {"PATH": os.environ["PATH"], **env}
     return subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout
 

@@ -16,13 +16,14 @@ from core.db.models import Attempt, Job, Queue
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
 from core.domain.failures import Failure
-from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, decay_usage
 from core.services import attempts, charges, claims
 from core.services.jobs import cancel_job
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, claim, queue_job
+from tests.databases import Database
+from tests.factories.bases import NF4_POOL, POOL
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def together(count: int, act):  # type: ignore[no-untyped-def]
         return list(pool.map(start, range(count)))
 
 
+@pytest.mark.fault(26)
 def test_row_26_one_wake_delivered_twenty_times_to_four_workers_is_one_claim_a_job(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -90,9 +92,6 @@ def test_row_26_one_wake_delivered_twenty_times_to_four_workers_is_one_claim_a_j
         assert session.scalar(select(func.count()).select_from(Attempt)) == 7
 
 
-NF4_POOL = pool_name(BASE_MODEL, "nf4")
-
-
 def move_half_to_another_pool(owner: Engine) -> None:
     with service_transaction(owner) as session:
         session.execute(text("delete from queues"))
@@ -109,6 +108,7 @@ def claim_from(engine: Engine, pool: str) -> Lease | None:
     return Lease(job.id, job.tenant_id, job.lease_token) if job and job.lease_token else None
 
 
+@pytest.mark.fault(50)
 def test_row_50_a_quota_is_one_for_all_pools_while_a_claim_is_not_committed(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -121,6 +121,7 @@ def test_row_50_a_quota_is_one_for_all_pools_while_a_claim_is_not_committed(
     assert claim_from(worker, NF4_POOL) is None
 
 
+@pytest.mark.fault(50)
 def test_row_50_four_claimers_of_two_pools_never_pass_a_quota_of_one(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -256,6 +257,7 @@ class Clock:
             session.execute(text("update tenants set usage_at = usage_at - make_interval(secs => :s)"), {"s": seconds})
 
 
+@pytest.mark.fault(51)
 def test_row_51_a_whale_keeps_no_small_tenant_waiting(worker: Engine, owner: Engine) -> None:
     """Eight devices for twelve hours: a whale with 600 jobs at the start, two small tenants with a job an hour each."""
     whale, *small = (add_tenant(owner) for _ in range(3))
@@ -263,7 +265,9 @@ def test_row_51_a_whale_keeps_no_small_tenant_waiting(worker: Engine, owner: Eng
     add_jobs(owner, whale, 600)
     draw, clock = random.Random(51), Clock(owner)
     busy: list[tuple[float, float, Lease]] = []  # until when, GPU-seconds, what
-    submitted, waits, started = {}, [], Counter()
+    submitted: dict[uuid.UUID, float] = {}
+    waits: list[float] = []
+    started: Counter[uuid.UUID] = Counter()
     arrivals = sorted((hour * 3600 + draw.uniform(0, 3600), tenant) for hour in range(12) for tenant in small)
     while clock.now < 12 * 3600:
         while len(busy) < 8 and (lease := claim(worker)) is not None:

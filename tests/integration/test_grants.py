@@ -7,7 +7,8 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import ProgrammingError
 
 from core.db.session import connect, service_transaction
-from tests.integration.conftest import BASE_MODEL, Database
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL
 
 ROLES = ("espalier_api", "espalier_operator", "espalier_worker", "espalier_schedule", "espalier_scaler")
 # Verbs by role on the tables that decide who may do what, or that must not be rewritten. "update" may be of columns only.

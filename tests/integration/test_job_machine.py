@@ -41,8 +41,10 @@ from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.leases import heartbeat
 from core.services.observations import StepRecord
 from core.services.promises import check_rows
-from tests.integration.conftest import Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, queue_job
+from tests.databases import Database
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 
@@ -294,6 +296,7 @@ class JobMachine(RuleBasedStateMachine):
             known.is_due = False
 
 
+@pytest.mark.fault(43)
 def test_any_order_of_verbs_and_stale_fences_keeps_the_contract(owner: Engine, database: Database) -> None:
     engines = {"worker": connect(database.worker_url), "schedule": connect(database.schedule_url), "owner": owner}
     tenants = (add_tenant(owner), add_tenant(owner))

@@ -203,6 +203,32 @@ def test_a_wait_of_a_test_ends_only_what_would_never_end(path: Path) -> None:
     assert not [f"line {call.lineno}: httpx waits 5 s if it is not told" for call in calls if is_unbound(call)]
 
 
+SHARING = [path for room in ("tests", "bench") for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SHARING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_imported_from_a_module_of_tests(path: Path) -> None:
+    """What tests share stands in tests/factories or in a module named for it; fixtures come from a conftest by name."""
+    imported = [
+        (node.lineno, module)
+        for node in walk(path)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in modules_of(node)
+    ]
+    assert not [f"line {line}: {module}" for line, module in imported if is_of_tests(module)]
+
+
+def modules_of(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """Yield what a statement imports from, and what it imports: either may be a module."""
+    for alias in node.names:
+        yield f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+
+
+def is_of_tests(module: str) -> bool:
+    parts = module.split(".")
+    return parts[0] == "tests" and any(part == "conftest" or part.startswith("test_") for part in parts)
+
+
 def bounds_of(call: ast.Call) -> Iterator[float]:
     """Yield the bounds of a call's wait that are too short. 0 waits for nothing, and may."""
     name = getattr(call.func, "attr", "")
@@ -225,7 +251,7 @@ def test_the_import_contracts_know_every_room() -> None:
     tool = project["tool"]
     rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "migrations"}
     assert rooms == set(ROOMS)
-    assert rooms == set(tool["importlinter"]["root_packages"]) == set(tool["mypy"]["packages"])
+    assert rooms == set(tool["importlinter"]["root_packages"]) == set(tool["mypy"]["packages"]) - {"tests", "bench"}
     assert {f"{room}*" for room in rooms} <= set(tool["setuptools"]["packages"]["find"]["include"])
 
 

@@ -13,10 +13,9 @@ from core.db.session import connect, service_transaction
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
-from tests.e2e.lab import write_tiny_base
-from tests.integration.bases.placing import NF4_POOL
-from tests.integration.conftest import Database
-from tests.integration.training import POOL
+from tests.databases import Database
+from tests.factories.bases import NF4_POOL, POOL
+from tests.factories.tiny_bases import write_tiny_base
 from worker.supervisor.runner import Runner
 
 

@@ -20,10 +20,8 @@ from core.services.files import create_file
 from core.services.submissions import submit_job
 from core.services.workers import record_worker
 from core.storage import S3ObjectStore
-from tests.integration.conftest import Tenant
-from tests.integration.training import BASE_MODEL
-
-NF4_POOL = f"{BASE_MODEL}@nf4"
+from tests.factories.bases import BASE_MODEL
+from tests.factories.tenants import Tenant
 
 
 def place(owner: Engine, directory: Path, **changes: Any) -> None:

@@ -19,9 +19,11 @@ from core.services import claims
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant
 from tests.integration.bases.placing import copy_base, place, queue_real_job, row_of, told, trainers, tries_of
-from tests.integration.conftest import Database, Tenant
-from tests.integration.training import BASE_MODEL, POOL, queue_job
 from tests.waiting import wait_until
 from worker.supervisor.orders import order_job
 from worker.supervisor.runner import Runner
@@ -145,7 +147,7 @@ def test_jobs_on_a_base_that_is_served_no_more_are_still_served(
     start: Callable[[WorkerSettings], Runner], settings: WorkerSettings, owner: Engine, tenant: Tenant, tmp_path: Path
 ) -> None:
     place(owner, tmp_path / "nowhere")
-    queue_job(owner, tenant.id)
+    queue_job(owner, tenant)
     with service_transaction(owner) as session:
         session.execute(update(BaseModelRow).values(disabled_at=func.now()))
     try:

@@ -16,9 +16,10 @@ from core.domain.errors import ConflictError
 from core.domain.workers import WorkerFacts
 from core.services.base_models import record_state
 from core.settings import WorkerSettings
-from tests.integration.bases.placing import NF4_POOL, claimable, place, row_of, show_presence, told, trainers, tries_of
-from tests.integration.conftest import Tenant
-from tests.integration.training import BASE_MODEL, POOL, queue_job
+from tests.factories.bases import BASE_MODEL, NF4_POOL, POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant
+from tests.integration.bases.placing import claimable, place, row_of, show_presence, told, trainers, tries_of
 from worker.supervisor.runner import Runner
 
 
@@ -26,7 +27,7 @@ def test_a_base_that_is_not_there_costs_its_job_no_attempt_and_its_row_says_why(
     start: Callable[[WorkerSettings], Runner], settings: WorkerSettings, owner: Engine, tenant: Tenant, tmp_path: Path
 ) -> None:
     place(owner, tmp_path / "nowhere")
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     runner = start(settings)
     runner.serve()
     assert tries_of(owner, job) == ("queued", 0, 0)
@@ -41,7 +42,7 @@ def test_a_base_that_is_not_there_costs_its_job_no_attempt_and_its_row_says_why(
     assert set(runner.describe().refusals) == {POOL, NF4_POOL}
     assert claimable(owner) == set()
     with pytest.raises(ConflictError, match="cannot be trained on at the moment") as refused:
-        queue_job(owner, tenant.id)
+        queue_job(owner, tenant)
     assert (refused.value.code, refused.value.param) == ("base_model_unusable", "model")
     assert "nowhere" not in refused.value.message
     assert trainers() == set()
@@ -51,7 +52,7 @@ def test_what_a_worker_lacks_is_its_own_trouble_and_the_base_stays_open_to_other
     start: Callable[[WorkerSettings], Runner], settings: WorkerSettings, owner: Engine, tenant: Tenant, tiny_base: Path
 ) -> None:
     place(owner, tiny_base)
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     runner = start(settings.model_copy(update={"scratch_dir": Path("/nowhere")}))
     runner.serve()
     assert tries_of(owner, job) == ("queued", 0, 0)
@@ -75,7 +76,7 @@ def test_a_base_that_is_put_right_is_used_again_without_anybodys_doing(
 ) -> None:
     monkeypatch.setattr("worker.supervisor.refusals._FIRST_RETRY_SECONDS", 0.0)
     place(owner, tmp_path / "late")
-    queue_job(owner, tenant.id)
+    queue_job(owner, tenant)
     runner = start(settings)
     with capture_logs() as lines:
         runner.serve()

@@ -6,21 +6,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from sqlalchemy import Engine, text
-from typer.testing import CliRunner
+from sqlalchemy import Engine
+from typer.testing import CliRunner, Result
 
 from cli.main import app
 from core.db.session import service_transaction
 from core.domain.workers import WorkerFacts
 from core.services.workers import record_worker
 from local.servers import ServerAddresses
+from tests.databases import Database, run
+from tests.factories.bases import POOL
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
 from tests.integration.commands.invocations import LONG, Espalier
-from tests.integration.conftest import Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, claim, queue_job
-from tests.integration.test_demand import worker
+from tests.processes import storage_settings
 
-__all__ = ["worker"]  # a fixture
+
+@pytest.fixture
+def worker(worker: Engine, owner: Engine) -> Engine:
+    """The worker's role on a queue that is empty of other tests' jobs, and a base that may be used."""
+    run(owner, "truncate jobs, queues, set_asides cascade")
+    run(owner, "update base_models set state = 'usable', state_reason = null, slots = 8")
+    return worker
 
 
 @pytest.fixture
@@ -29,10 +36,7 @@ def env(database: Database, servers: ServerAddresses) -> dict[str, str]:
         "ESPALIER_OWNER_DATABASE_URL": database.owner_url,
         "ESPALIER_DATABASE_URL": database.api_url,
         "ESPALIER_REDIS_URL": servers.redis_url,
-        "ESPALIER_S3_ENDPOINT": servers.storage.endpoint,
-        "ESPALIER_S3_ACCESS_KEY": servers.storage.access_key,
-        "ESPALIER_S3_SECRET_KEY": servers.storage.secret_key,
-        "ESPALIER_S3_BUCKET": servers.storage.bucket,
+        **storage_settings(servers.storage),
     }
 
 
@@ -49,9 +53,8 @@ def busy(worker: Engine, owner: Engine) -> Tenant:
     """A tenant with a long slug, jobs that wait and run, a worker that serves and one that is gone."""
     tenant = add_tenant(owner)
     slug = tenant.slug + "-" + "x" * (31 - len(tenant.slug))
-    with service_transaction(owner) as session:
-        session.execute(text("update tenants set slug = :slug where id = :id"), {"slug": slug, "id": tenant.id})
-        session.execute(text("truncate workers"))
+    run(owner, "update tenants set slug = :slug where id = :id", slug=slug, id=tenant.id)
+    run(owner, "truncate workers")
     for _ in range(3):
         queue_job(owner, tenant)
     assert claim(worker) is not None

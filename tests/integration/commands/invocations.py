@@ -14,28 +14,18 @@ from typing import Any
 
 import typer
 import yaml
-from click.testing import Result
 from sqlalchemy import Engine
+from typer.testing import Result
 
 from cli.main import app, walk_commands
 from core.db.session import operator_transaction
 from core.services.operators import issue_operator_key
-from tests.integration.conftest import BASE_MODEL, Tenant
+from tests.factories.bases import BASE_MODEL, REGISTRY
+from tests.factories.tenants import Tenant
 
 ROOT = Path(__file__).resolve().parents[3]
 MAX_COLUMNS = 100
 LONG = "SomeOrganisation/A-Model-With-A-Rather-Long-Name-70B-Instruct-2026@none"
-REGISTRY = {
-    "base_models": [
-        {
-            "id": BASE_MODEL,
-            "source": {"kind": "path", "location": "/nowhere"},
-            "quantizations": ["nf4"],
-            "target_modules": ["q_proj", "v_proj"],
-            "max_seq_len": 256,
-        }
-    ]
-}
 ROW = '{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}'
 Espalier = Callable[..., Result]
 

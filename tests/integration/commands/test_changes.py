@@ -6,8 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from tests.integration.commands.invocations import REGISTRY, Espalier, documents_of, read_terminal
-from tests.integration.conftest import Tenant
+from tests.factories.bases import REGISTRY
+from tests.factories.tenants import Tenant
+from tests.integration.commands.invocations import Espalier, documents_of, read_terminal
 
 
 def test_what_a_command_has_changed_is_one_line(espalier: Espalier, tenant: Tenant, tmp_path: Path) -> None:

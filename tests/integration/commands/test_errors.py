@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from tests.factories.bases import BASE_MODEL
 from tests.integration.commands.invocations import Espalier, documents_of
-from tests.integration.conftest import BASE_MODEL
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from typer.testing import CliRunner
 from cli.main import app
 from core.db.session import service_transaction
 from core.services import attempts
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
 from tests.integration.commands.invocations import (
     MAX_COLUMNS,
     Espalier,
@@ -21,8 +24,6 @@ from tests.integration.commands.invocations import (
     names_of_commands,
     read_terminal,
 )
-from tests.integration.conftest import BASE_MODEL, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, claim, queue_job
 
 
 def test_use_as_csv_is_whole_or_says_where_it_was_cut(

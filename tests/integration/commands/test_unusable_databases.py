@@ -17,8 +17,9 @@ from core.db.migrate import RoleLogin, login_url
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.clusters import OWNER, make_database
+from tests.databases import Database
+from tests.factories.tenants import Tenant
 from tests.integration.commands.invocations import invocations, names_of_commands
-from tests.integration.conftest import Database, Tenant
 from tests.integration.histories import move
 
 SECRET = "hush-78"

@@ -21,9 +21,10 @@ from core.storage import S3ObjectStore
 from core.version import read_version
 from local.servers import LocalServers, ServerAddresses
 from local.stack import prepare_database
-from tests.integration.conftest import LOGINS
+from tests.databases import LOGINS
+from tests.factories.bases import make_entry
 from tests.integration.doctor.examining import POOLS, Examine
-from tests.integration.test_base_commands import make_entry
+from tests.processes import storage_settings
 
 
 @pytest.fixture(scope="package")
@@ -53,10 +54,7 @@ def env(own: ServerAddresses) -> dict[str, str]:
     return {
         "ESPALIER_OWNER_DATABASE_URL": own.postgres_url,
         "ESPALIER_REDIS_URL": own.redis_url,
-        "ESPALIER_S3_ENDPOINT": own.storage.endpoint,
-        "ESPALIER_S3_ACCESS_KEY": own.storage.access_key,
-        "ESPALIER_S3_SECRET_KEY": own.storage.secret_key,
-        "ESPALIER_S3_BUCKET": own.storage.bucket,
+        **storage_settings(own.storage),
     }
 
 

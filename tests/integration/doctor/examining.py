@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Engine, text
 
 from core.db.session import service_transaction
-from tests.integration.conftest import BASE_MODEL
+from tests.factories.bases import BASE_MODEL
 
 POOLS = (f"{BASE_MODEL}@none", f"{BASE_MODEL}@nf4")
 Examine = Callable[..., dict[str, dict[str, Any]]]

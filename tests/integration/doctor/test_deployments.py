@@ -14,9 +14,11 @@ from core.services.workers import record_worker
 from core.storage import S3ObjectStore
 from local.ports import free_ports
 from local.servers import ServerAddresses
-from tests.integration.conftest import LOGINS, add_tenant, running_api
+from tests.databases import LOGINS
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import add_tenant
 from tests.integration.doctor.examining import POOLS, Examine, run
-from tests.integration.test_attempts import queue_job
+from tests.processes import running_api
 
 
 @pytest.mark.usefixtures("serving")

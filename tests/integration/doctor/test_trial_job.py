@@ -21,8 +21,10 @@ from core.domain.workers import WorkerFacts
 from core.services.workers import forget_worker, record_worker
 from local.ports import free_ports
 from local.servers import ServerAddresses
-from tests.integration.conftest import BASE_MODEL, LOGINS, running_api
+from tests.databases import LOGINS
+from tests.factories.bases import BASE_MODEL
 from tests.integration.doctor.examining import POOLS, Examine
+from tests.processes import running_api
 
 
 def test_a_job_needs_an_api(examine: Examine) -> None:

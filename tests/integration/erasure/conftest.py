@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 
 from core.db.session import connect
 from core.storage import S3ObjectStore
-from tests.integration.conftest import Database
+from tests.databases import Database
 from tests.integration.erasure.worlds import World
 
 

@@ -14,7 +14,7 @@ from core.domain.ids import IdKind, parse_id
 from core.services.erasure import BEGINNING, Place, erase_some_jobs
 from core.services.job_rows import BATCH_ROWS
 from schedule.purger import purge
-from tests.integration.conftest import Tenant
+from tests.factories.tenants import Tenant
 from tests.integration.erasure.worlds import World, make_word, run_statement, start, submit, train, upload_dataset
 
 

@@ -24,9 +24,9 @@ from core.services.job_rows import BATCH_ROWS
 from core.services.observations import StepRecord
 from core.services.set_asides import set_aside
 from core.services.tenants import TenantChange, change_tenant, create_tenant, delete_tenant, find_tenant
-from tests.integration.conftest import Tenant
+from tests.factories.jobs import claim
+from tests.factories.tenants import Tenant
 from tests.integration.erasure.worlds import TABLES, World, make_word, put, start, submit, tell, train, upload_dataset
-from tests.integration.test_attempts import claim
 from tests.waiting import wait_until
 
 

@@ -30,8 +30,9 @@ from core.storage import S3ObjectStore
 from schedule.eraser import erase
 from schedule.purger import purge
 from schedule.sweeper import sweep
-from tests.integration.conftest import BASE_MODEL, Tenant
-from tests.integration.test_attempts import claim
+from tests.factories.bases import BASE_MODEL
+from tests.factories.jobs import claim
+from tests.factories.tenants import Tenant
 
 NO_AGE = dt.timedelta(0)
 TABLES = """

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from core.db.session import connect, service_transaction
-from tests.integration.conftest import Database
+from tests.databases import Database
 
 
 @pytest.fixture

@@ -9,18 +9,16 @@ from sqlalchemy import Engine, text
 
 from core.db.models import Tenant as TenantRow
 from core.db.session import service_transaction
-from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.workers import WorkerFacts
 from core.services import claims, turns
 from core.services.resume_points import begin_steps
 from core.services.turns import Loan, PoolChoice, SlotTerms
 from core.services.workers import record_worker
-from tests.integration.conftest import BASE_MODEL, Tenant
-from tests.integration.test_attempts import POOL
-from tests.integration.training import queue_job, record_step
+from tests.factories.bases import NF4_POOL, POOL
+from tests.factories.jobs import queue_job, record_step
+from tests.factories.tenants import Tenant
 
-NF4_POOL = pool_name(BASE_MODEL, "nf4")
 TERMS = SlotTerms(quantum_seconds=600.0, slot_seconds=75.0)
 
 
@@ -45,7 +43,7 @@ def train(owner: Engine, lease: Lease, *, steps: int = 1, seconds_ago: float = 0
 
 def hold_slots(owner: Engine, worker: Engine, tenant: Tenant, *, count: int, seconds_ago: float) -> list[Lease]:
     for _ in range(count):
-        queue_job(owner, tenant.id)
+        queue_job(owner, tenant)
     leases = [claim(worker) for _ in range(count)]
     for lease in leases:
         train(owner, lease, seconds_ago=seconds_ago)

@@ -10,10 +10,10 @@ from core.db.models import Tenant as TenantRow
 from core.db.session import service_transaction
 from core.domain.scheduling import ENTRY_CHARGE_SECONDS
 from core.services import attempts, charges, claims
-from tests.integration.conftest import Tenant
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant
 from tests.integration.fairness.sharing import claim, set_usage, train
-from tests.integration.test_attempts import POOL
-from tests.integration.training import queue_job
 
 
 def usage(owner: Engine, tenant: Tenant) -> float:
@@ -24,7 +24,7 @@ def usage(owner: Engine, tenant: Tenant) -> float:
 def test_a_claim_is_charged_what_its_steps_are_known_to_use_up_to_a_slots_quantum(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     with service_transaction(owner) as session:
         session.get_one(Job, job.id).total_steps = 20_000
     lease = claim(worker)
@@ -50,8 +50,8 @@ def test_a_claim_is_charged_what_its_steps_are_known_to_use_up_to_a_slots_quantu
 def test_use_is_charged_as_it_grows_beyond_the_entry_charge_and_corrected_at_the_end(
     worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
-    queue_job(owner, tenant.id)
-    queue_job(owner, other_tenant.id)
+    queue_job(owner, tenant)
+    queue_job(owner, other_tenant)
     leases = {lease.tenant_id: lease for lease in (claim(worker), claim(worker))}
     mine, others = leases[tenant.id], leases[other_tenant.id]
     for used, charged in ((20.0, 60), (70.0, 70), (65.0, 70), (500.0, 500)):
@@ -69,8 +69,8 @@ def test_use_is_charged_as_it_grows_beyond_the_entry_charge_and_corrected_at_the
 
 def test_a_months_quota_counts_what_running_attempts_have_used(worker: Engine, owner: Engine, tenant: Tenant) -> None:
     set_usage(owner, tenant, 0, max_gpu_seconds_per_month=100)
-    queue_job(owner, tenant.id)
-    queue_job(owner, tenant.id)
+    queue_job(owner, tenant)
+    queue_job(owner, tenant)
     lease = claim(worker)
     with service_transaction(worker) as session:
         charges.charge_use(session, {lease.token: 101.0})

@@ -11,10 +11,10 @@ from core.db.session import service_transaction
 from core.domain.scheduling import FairnessTerms
 from core.domain.workers import WorkerFacts
 from core.services.promises import check_rows
-from tests.integration.conftest import Tenant
-from tests.integration.fairness.sharing import NF4_POOL, add_worker, hold_slots, set_usage, train
-from tests.integration.test_attempts import POOL
-from tests.integration.training import queue_job
+from tests.factories.bases import NF4_POOL, POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant
+from tests.integration.fairness.sharing import add_worker, hold_slots, set_usage, train
 
 FAIRNESS = FairnessTerms()
 
@@ -28,8 +28,8 @@ def broken(owner: Engine, promise: str) -> tuple[str, ...]:
 @pytest.fixture
 def waits_too_long(worker: Engine, owner: Engine, tenant: Tenant) -> uuid.UUID:
     """A job that has waited for an hour, in a pool that the worker w serves too."""
-    assert worker
-    job = queue_job(owner, tenant.id, quantization="nf4")
+    del worker  # the queues are empty
+    job = queue_job(owner, tenant, quantization="nf4")
     add_worker(owner, WorkerFacts("w", (POOL, NF4_POOL), "serving", POOL, 8, 8))
     with service_transaction(owner) as session:
         session.execute(text("update jobs set run_after = now() - interval '1 hour'"))

@@ -14,14 +14,13 @@ from core.domain.errors import DomainError
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.job_requests import JobRequest
-from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.services import claims
 from core.services.files import create_file
 from core.services.submissions import submit_job
-from tests.integration.conftest import BASE_MODEL, Tenant
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.tenants import Tenant
 
-POOL = pool_name(BASE_MODEL, None)
 NUM_AT_ONCE = 20
 
 
@@ -47,7 +46,7 @@ def submit(engine: Engine, tenant: Tenant, file_id: Any, **options: Any) -> Job:
         return submit_job(session, tenant.id, request=request)
 
 
-def codes_at_once(attempt: Callable[[], None]) -> list[str]:
+def codes_at_once(attempt: Callable[[], object]) -> list[str]:
     def run(_number: int) -> str:
         try:
             attempt()

@@ -21,7 +21,8 @@ from core.services import attempts
 from core.services.explanations import explain_job
 from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.quotas import reserve_storage
-from tests.integration.conftest import BASE_MODEL, Tenant
+from tests.factories.bases import BASE_MODEL
+from tests.factories.tenants import Tenant
 from tests.integration.quotas.asking import NUM_AT_ONCE, act, add_file, claim, codes_at_once, limit, must_claim, submit
 
 

@@ -38,7 +38,8 @@ from core.services.uploads import (
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from schedule.purger import purge
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database
+from tests.factories.tenants import Tenant
 from tests.integration.quotas.asking import NUM_AT_ONCE, act, add_file, claim, codes_at_once, limit, must_claim, submit
 from tests.waiting import PATIENCE_SECONDS
 
@@ -65,7 +66,7 @@ def test_a_file_over_the_storage_quota_is_refused_until_what_was_deleted_is_gone
     headers = {"authorization": f"Bearer {tenant.api_key}"}
 
     def upload() -> httpx.Response:
-        form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", row)}}
+        form: dict[str, Any] = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", row)}}
         return httpx.post(f"{api_url}/v1/files", headers=headers, timeout=60, trust_env=False, **form)
 
     limit(owner, tenant, max_storage_bytes=len(row) + 1)

@@ -13,7 +13,6 @@ from sqlalchemy import Engine, Row, select, text
 from core.db.models import Job
 from core.db.session import service_transaction
 from core.domain.failures import Failure
-from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
 from core.services import attempts, charges
@@ -21,12 +20,11 @@ from core.services.promises import check_rows
 from core.services.retention import Kind, forget_some
 from core.services.usage import UsageGroup, UsagePeriod, UsageTotal, sum_usage
 from core.storage import S3ObjectStore
-from tests.integration.conftest import BASE_MODEL, Tenant
-from tests.integration.test_attempts import claim, queue_job
-from tests.integration.test_sweeper import age_jobs, finish
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import age_jobs, claim, finish, queue_job
+from tests.factories.tenants import Tenant
 
 DAY = dt.timedelta(days=1)
-POOL = pool_name(BASE_MODEL, None)
 # A job that ended so many days ago, with its attempt and booking, and so many events, log lines and metrics.
 PLANT = """
 with made as (
@@ -79,7 +77,7 @@ def run_all(engine: Engine, kind: Kind, *, days: int) -> list[Counter[str]]:
 def count(owner: Engine, table: str, tenant: Tenant) -> int:
     with service_transaction(owner) as session:
         query = text(f"select count(*) from {table} where tenant_id = :id")
-        return session.scalars(query, {"id": tenant.id}).one()
+        return int(session.scalars(query, {"id": tenant.id}).one())
 
 
 def run_query(owner: Engine, query: str) -> Sequence[Row[Any]]:

@@ -10,9 +10,9 @@ from sqlalchemy import Engine, text
 from core.db.session import service_transaction
 from core.domain.ids import first_id_at, new_id
 from core.services.retention import Kind
-from tests.integration.conftest import Tenant
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant
 from tests.integration.retention.ageing import DAY, count, run_all, run_statements
-from tests.integration.test_attempts import queue_job
 
 
 def test_old_uploads_go_with_their_parts_once_their_objects_are_gone(

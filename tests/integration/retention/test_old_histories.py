@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
@@ -13,9 +15,10 @@ from core.services.events import list_events
 from core.services.job_rows import BATCH_ROWS
 from core.services.retention import Kind, forget_some
 from local.servers import ServerAddresses
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database
+from tests.factories.tenants import Tenant
 from tests.integration.retention.ageing import count, plant, run_all, run_query, run_statements
-from tests.integration.test_leadership import schedule_process
+from tests.processes import schedule_process
 from tests.waiting import wait_until
 
 HISTORY = (Kind.LOG_LINES, Kind.EVENTS, Kind.METRICS)
@@ -129,7 +132,7 @@ def test_the_schedule_that_leads_deletes_what_its_settings_say_and_zero_days_are
 ) -> None:
     run_statements(owner, "truncate retention_marks, leaders")
     plant(owner, tenant, days=5, num_rows=3)
-    settings = {"keep_events_days": "4", "keep_log_lines_days": "6", "keep_metrics_days": "0"}
+    settings: dict[str, Any] = {"keep_events_days": "4", "keep_log_lines_days": "6", "keep_metrics_days": "0"}
     with schedule_process(database, servers, forget_interval_seconds="0.1", **settings):
         wait_until(lambda: count(owner, "events", tenant) == 1)
         plant(owner, tenant, days=5, num_rows=3)

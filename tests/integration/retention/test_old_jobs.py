@@ -13,7 +13,9 @@ from core.storage import S3ObjectStore
 from schedule.forgetter import forget
 from schedule.purger import purge
 from schedule.sweeper import sweep
-from tests.integration.conftest import Tenant
+from tests.factories.jobs import age_jobs, queue_job
+from tests.factories.objects import keys
+from tests.factories.tenants import Tenant
 from tests.integration.retention.ageing import (
     DAY,
     age_all,
@@ -27,8 +29,6 @@ from tests.integration.retention.ageing import (
     run_statements,
     used_by_pool,
 )
-from tests.integration.test_attempts import queue_job
-from tests.integration.test_sweeper import age_jobs, keys
 
 
 def test_an_old_job_goes_once_nothing_that_it_made_is_left_and_its_bill_stays(

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cli.main import app
 from local.stack import StackState
@@ -45,7 +44,7 @@ class Up:
     @property
     def api_key(self) -> str:
         (found,) = re.findall(r"esp_\S+", self.said)
-        return found
+        return str(found)
 
     def everything(self) -> list[int]:
         """The pids of the launcher and of all that runs below it."""

@@ -12,15 +12,14 @@ from local.external import ExternalServers, ExternalServersError
 from local.locks import find_launcher, is_running
 from local.servers import LocalServers, ServerAddresses
 from tests.integration.stack.running import BASE_MODEL, espalier, fail_up, list_models, run_up
+from tests.processes import storage_settings
 
 
 def external_settings(addresses: ServerAddresses) -> dict[str, str]:
     return {
         "ESPALIER_OWNER_DATABASE_URL": addresses.postgres_url,
         "ESPALIER_REDIS_URL": addresses.redis_url,
-        "ESPALIER_S3_ENDPOINT": addresses.storage.endpoint,
-        "ESPALIER_S3_ACCESS_KEY": addresses.storage.access_key,
-        "ESPALIER_S3_SECRET_KEY": addresses.storage.secret_key,
+        **storage_settings(addresses.storage),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import pytest
 
@@ -45,7 +47,7 @@ def test_an_operator_sets_quotas_rotates_keys_switches_bases_and_reads_who_did_w
     wait_until(lambda: not list_models(up.state.api_url, rotated).json().get("data", [0]))
     run("base-models", "enable", base)
     operator = run("operators", "create", "olga").strip()
-    asked = {"headers": {"Authorization": f"Bearer {operator}"}, "trust_env": False}
+    asked: dict[str, Any] = {"headers": {"Authorization": f"Bearer {operator}"}, "trust_env": False}
     assert (
         httpx.get(f"{up.state.api_url}/admin/tenants/hooli", **asked, timeout=PATIENCE_SECONDS).json()[
             "max_tokens_per_job"

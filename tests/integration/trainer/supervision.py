@@ -129,9 +129,9 @@ class Supervisor:
 
     def wait_for(self, kind: type[R], lease_token: int = 1) -> R:
         """Read reports, and grant the uploads that they ask for, until there is one of this kind of the job."""
-        for report in self.told(kind):
-            if getattr(report, "lease_token", None) == lease_token:
-                return report
+        for told in self.told(kind):
+            if getattr(told, "lease_token", None) == lease_token:
+                return told
         for report in self._read_reports():
             if isinstance(report, kind) and getattr(report, "lease_token", None) == lease_token:
                 return report

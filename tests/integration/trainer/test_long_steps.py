@@ -20,6 +20,7 @@ from worker.messages import (
 )
 
 
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("product", ["multiply", "multiply_back"])
 @pytest.mark.parametrize("order", [StopJob, YieldJob])
 def test_an_order_that_comes_in_the_middle_of_a_step_is_obeyed_before_its_end(
@@ -78,6 +79,7 @@ def test_a_step_that_goes_on_for_long_shows_that_it_lives(
     held.has_begun.wait()
     monkeypatch.setattr("worker.trainer.loop._LIFE_SECONDS", 0.0)  # as if the step had gone on for longer
     held.may_go_on.set()
-    started, done = (supervisor.reports.index(supervisor.wait_for(kind)) for kind in (JobStarted, StepDone))
+    started = supervisor.reports.index(supervisor.wait_for(JobStarted))
+    done = supervisor.reports.index(supervisor.wait_for(StepDone))
     alive = [report for report in supervisor.reports[started:done] if isinstance(report, Alive)]
     assert len(alive) > 3, "at every look within the step, and not only before it"

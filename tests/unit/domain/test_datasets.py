@@ -123,6 +123,7 @@ def test_any_number_of_blank_lines_takes_no_memory_and_a_bounded_time() -> None:
     assert peak_bytes < 8 * 2**20
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("num_cut_bytes", [1, 10, len(GOOD) - 1])
 def test_a_file_cut_in_its_last_line_is_told_so(num_cut_bytes: int) -> None:
     (problem,) = check(GOOD + b"\n" + GOOD[:-num_cut_bytes]).problems
@@ -154,6 +155,7 @@ def test_more_examples_than_may_be_refuse_the_upload() -> None:
     assert raised.value.code == "too_many_examples"
 
 
+@pytest.mark.fault(38)
 def test_an_endless_line_never_takes_more_memory_than_the_cap() -> None:
     chunk = b'"' * 2**16
     tracemalloc.start()
@@ -192,6 +194,7 @@ def cpu_seconds(body: bytes) -> float:
         gc.enable()
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("name", HOSTILE_LINES)
 def test_a_hostile_line_costs_about_as_much_as_an_honest_one(name: str) -> None:
     line = HOSTILE_LINES[name] + b"\n"
@@ -263,6 +266,7 @@ def outcome(chunks: Iterable[bytes]) -> DatasetReport | str:
         return f"{error.code}: {error.message}"
 
 
+@pytest.mark.fault(39)
 @given(body=BODIES, cuts=st.lists(st.integers(0, 400), max_size=8))
 def test_any_bytes_are_checked_without_another_error_and_the_same_however_they_are_cut(
     body: bytes, cuts: list[int]

@@ -10,9 +10,10 @@ from sqlalchemy import Engine
 from core.db.session import connect
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
+from tests.databases import Database
+from tests.factories.tenants import Tenant, add_tenant
 from tests.integration.api.crossing.watching import Watched, running
 from tests.integration.api.planting import Planted, plant
-from tests.integration.conftest import Database, Tenant, add_tenant
 
 
 @pytest.fixture(scope="module")

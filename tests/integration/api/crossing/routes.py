@@ -8,9 +8,9 @@ from urllib.parse import quote
 
 from fastapi.routing import APIRoute
 
+from tests.factories.bases import BASE_MODEL
 from tests.integration.api.planting import Planted
-from tests.integration.conftest import BASE_MODEL
-from tests.routes import all_routes
+from tests.routes import all_routes, verbs_of
 
 # Which kind of id stands in which place of a path. A route with a place that is not here fails the test: add it.
 PLACES = {
@@ -58,7 +58,7 @@ LISTS = [route for route in ROUTES if "{" not in route.path and route.methods ==
 
 
 def name_of(route: APIRoute) -> str:
-    return f"{'|'.join(sorted(route.methods))} {route.path}"
+    return f"{'|'.join(verbs_of(route))} {route.path}"
 
 
 def places_of(route: APIRoute) -> list[str]:
@@ -97,7 +97,7 @@ def fill(body: dict[str, Any], own: Planted, kind: str, wire_id: str) -> dict[st
 def filled_path(name: str, own: Planted) -> tuple[str, str]:
     """Return verb and path of a route by its name, with the asker's own ids in the path."""
     verb, _, template = name.partition(" ")
-    route = next(route for route in ROUTES if route.path == template and verb in route.methods)
+    route = next(route for route in ROUTES if route.path == template and verb in verbs_of(route))
     return verb, path_of(route, own.ids, "", "")
 
 

@@ -12,6 +12,7 @@ import pytest
 from fastapi.routing import APIRoute
 from sqlalchemy import Engine
 
+from tests.factories.tenants import Tenant
 from tests.integration.api.crossing.routes import (
     BODIES,
     CURSORS,
@@ -32,14 +33,14 @@ from tests.integration.api.crossing.routes import (
 )
 from tests.integration.api.crossing.watching import Watched, seen, snapshot
 from tests.integration.api.planting import Planted
-from tests.integration.conftest import Tenant
+from tests.routes import verbs_of
 
 
 def test_no_route_is_uncovered() -> None:
     assert len(PLACED) >= 10
     unknown = {place for route in PLACED for place in places_of(route)} - set(PLACES)
     assert not unknown, f"say in PLACES what stands there, and plant one: {unknown}"
-    asking = {f"{verb} {route.path}": route for route in ROUTES for verb in route.methods}
+    asking = {f"{verb} {route.path}": route for route in ROUTES for verb in verbs_of(route)}
     with_body = {name for name, route in asking.items() if route.body_field}
     assert with_body <= set(BODIES), "say in BODIES what a good body is, with the ids that it may name"
     forms = {name for name in asking if name.startswith("POST") and "{" not in name} - with_body
@@ -54,6 +55,7 @@ def test_every_table_with_a_tenant_is_planted(owner: Engine, planted: Planted, v
     assert not empty, f"plant a row in tests/integration/api/planting.py: {empty}"
 
 
+@pytest.mark.fault(46)
 @pytest.mark.parametrize("route", PLACED, ids=name_of)
 @pytest.mark.parametrize("is_stripping", [False, True], ids=["as-it-is", "filter-stripped"])
 def test_another_tenants_thing_is_a_thing_that_never_was(
@@ -70,7 +72,7 @@ def test_another_tenants_thing_is_a_thing_that_never_was(
     before = snapshot(owner, victim)
     for place in places_of(route):
         for kind, wire_id in planted.ids.items():
-            for verb in VERBS if kind == PLACES[place] else sorted(route.methods):
+            for verb in VERBS if kind == PLACES[place] else verbs_of(route):
                 told = []
                 for each in (wire_id, never_was(wire_id)):
                     path = path_of(route, own.ids, place, each)
@@ -79,7 +81,7 @@ def test_another_tenants_thing_is_a_thing_that_never_was(
                 assert told[0] == told[1], (verb, place, kind)
                 # An id with slashes in a place that takes none is another path, and says so by itself.
                 fits = "/" not in wire_id or f"{{{place}:path}}" in route.path
-                if verb in route.methods and fits:
+                if verb in verbs_of(route) and fits:
                     assert answer.status_code == 404, (verb, place, kind, answer.text)
                 assert answer.status_code in {400, 404, 405}
     walled.is_stripping = False

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 import httpx
+import pytest
 
+from tests.factories.bases import BASE_MODEL
+from tests.factories.tenants import Tenant
 from tests.integration.api.crossing.routes import never_was
 from tests.integration.api.crossing.watching import Watched
 from tests.integration.api.planting import Planted
-from tests.integration.conftest import BASE_MODEL, Tenant
 from tests.waiting import PATIENCE_SECONDS
 
 
@@ -38,6 +40,7 @@ def test_a_shared_checkpoint_is_read_by_whom_it_names_and_ends_with_the_permissi
     assert walled.ask("GET", path, asker).status_code == 404
 
 
+@pytest.mark.fault(46)
 def test_a_presigned_url_opens_one_object_of_its_tenant_for_fifteen_minutes_and_nothing_else(
     walled: Watched, planted: Planted, own: Planted, asker: Tenant, victim: Tenant
 ) -> None:

@@ -6,15 +6,19 @@ do leak, so the tests can detect a leak.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from fastapi.routing import APIRoute
 from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
 
 from core.db.session import service_transaction, tenant_transaction
+from tests.factories.tenants import Tenant
 from tests.integration.api.crossing.routes import LISTS, PLACED, PLACES, name_of, options_of, path_of, places_of
 from tests.integration.api.crossing.watching import TENANT_TABLES, Watched, snapshot
 from tests.integration.api.planting import Planted
-from tests.integration.conftest import Tenant
+from tests.routes import verbs_of
 
 
 @pytest.mark.parametrize("route", PLACED, ids=name_of)
@@ -22,7 +26,7 @@ def test_the_filter_alone_hides_another_tenants_thing_too(
     unwalled: Watched, planted: Planted, own: Planted, asker: Tenant, route: APIRoute
 ) -> None:
     for place in places_of(route):
-        for verb in route.methods:
+        for verb in verbs_of(route):
             wire_id = planted.ids[PLACES[place]]
             answer = unwalled.ask(verb, path_of(route, own.ids, place, wire_id), asker, **options_of(verb, route, own))
             assert answer.status_code == 404, (verb, place, answer.text)
@@ -43,6 +47,12 @@ def test_with_both_halves_of_the_wall_down_the_same_requests_do_leak(
     unwalled.is_stripping = False
     assert leaking == {route.path for route in looking}
     assert lists >= {"/v1/fine_tuning/jobs"}
+
+
+def num_touched(session: Session, statement: str, victim: Tenant) -> int:
+    """Return how many of a tenant's rows a statement has changed or deleted."""
+    done: Any = session.execute(text(statement), {"id": victim.id})
+    return int(done.rowcount)
 
 
 @pytest.mark.parametrize("table", TENANT_TABLES)
@@ -68,11 +78,8 @@ def test_the_database_alone_keeps_every_table_apart(
         if may_look:
             assert set(session.scalars(text(f"select distinct tenant_id from {table}"))) == {asker.id}
         for column in columns:
-            changed = session.execute(
-                text(f"update {table} set {column} = {column} where tenant_id = :id"), {"id": victim.id}
-            )
-            assert changed.rowcount == 0
+            assert num_touched(session, f"update {table} set {column} = {column} where tenant_id = :id", victim) == 0
         if may_delete:
-            assert session.execute(text(f"delete from {table} where tenant_id = :id"), {"id": victim.id}).rowcount == 0
+            assert num_touched(session, f"delete from {table} where tenant_id = :id", victim) == 0
         session.rollback()
     assert snapshot(owner, victim) == before

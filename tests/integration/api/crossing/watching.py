@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from httpx2 import Response
 from sqlalchemy import Engine, event, text
 
 from api.auth import Authenticator
@@ -21,7 +21,7 @@ from core.db.base import Row
 from core.db.session import service_transaction
 from core.settings import ApiSettings
 from local.servers import ServerAddresses
-from tests.integration.conftest import Tenant
+from tests.factories.tenants import Tenant
 
 CHANGING_HEADERS = {"x-request-id", "date", "ratelimit"}
 TENANT_TABLES = sorted(name for name, table in Row.metadata.tables.items() if "tenant_id" in table.c)
@@ -37,7 +37,7 @@ class Watched:
     is_stripping: bool = False
     known: set[str] = field(default_factory=set)
 
-    def ask(self, verb: str, path: str, tenant: Tenant, **options: Any) -> httpx.Response:
+    def ask(self, verb: str, path: str, tenant: Tenant, **options: Any) -> Response:
         """Send a request with the tenant's key, which is known already: finding out about it is not counted."""
         headers = {"authorization": f"Bearer {tenant.api_key}"}
         self._refresh(headers["authorization"])
@@ -93,7 +93,7 @@ def running(database_url: str, addresses: ServerAddresses) -> Iterator[Watched]:
         resources_of(app).engine.dispose()
 
 
-def seen(answer: httpx.Response, wire_id: str) -> tuple[int, str, dict[str, str]]:
+def seen(answer: Response, wire_id: str) -> tuple[int, str, dict[str, str]]:
     """Return everything of an answer that a caller can see, with the id it asked for made anonymous."""
     headers = {name: value for name, value in answer.headers.items() if name not in CHANGING_HEADERS}
     return answer.status_code, answer.text.replace(wire_id, "ID"), headers
