@@ -23,6 +23,7 @@ from sqlalchemy import Engine
 from core.db.migrate import RoleLogin, login_url
 from core.db.session import connect, service_transaction
 from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
+from core.domain.failures import Failure
 from core.domain.jobs import pool_name
 from core.domain.leases import Lease
 from core.services import attempts, claims
@@ -70,7 +71,7 @@ class Queue:
         assert job.lease_token is not None
         lease = Lease(job.id, job.tenant_id, job.lease_token)
         with service_transaction(self.engine) as session:
-            attempts.fail_attempt(session, lease, code="bench", message="Over.", is_job_fault=True)
+            attempts.fail_attempt(session, lease, failure=Failure(code="bench", message="Over."), is_job_fault=True)
         return taken
 
 

@@ -129,7 +129,7 @@ def make_tenants(stack: LocalStack) -> list[tuple[str, str, str]]:
         with psycopg.connect(stack.owner_url) as connection:
             connection.execute("update tenants set max_queued = 10000000")
         with client_of(stack, api_key) as client:
-            form = {"files": {"file": ("rows.jsonl", ROWS)}, "data": {"purpose": "fine-tune"}}
+            form: dict[str, Any] = {"files": {"file": ("rows.jsonl", ROWS)}, "data": {"purpose": "fine-tune"}}
             file_id = client.post("/v1/files", **form).raise_for_status().json()["id"]
             targets.append((api_key, file_id, submit(client, file_id)))
     return targets
@@ -190,13 +190,13 @@ async def follow_many(stack: LocalStack, targets: Sequence[Sequence[str]]) -> st
         with client_of(stack, api_key) as client:
             pairs.append((api_key, submit(client, file_id)))
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=stack.api_url, trust_env=False, timeout=120, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=stack.api_url, trust_env=False, timeout=120, limits=limits) as follower:
         opened: list[str] = []
         ends: dict[str, float] = {}
 
         async def follow(api_key: str, job_id: str) -> None:
             headers = {"authorization": f"Bearer {api_key}"}
-            async with client.stream("GET", f"/v1/fine_tuning/jobs/{job_id}/stream", headers=headers) as answer:
+            async with follower.stream("GET", f"/v1/fine_tuning/jobs/{job_id}/stream", headers=headers) as answer:
                 answer.raise_for_status()
                 async for line in answer.aiter_lines():
                     if line == ": open":
@@ -212,7 +212,7 @@ async def follow_many(stack: LocalStack, targets: Sequence[Sequence[str]]) -> st
         delays = []
         for api_key, job_id in pairs:
             headers = {"authorization": f"Bearer {api_key}"}
-            (await client.post(f"/v1/fine_tuning/jobs/{job_id}/cancel", headers=headers)).raise_for_status()
+            (await follower.post(f"/v1/fine_tuning/jobs/{job_id}/cancel", headers=headers)).raise_for_status()
             delays.append((job_id, time.monotonic()))
         await asyncio.gather(*followers)
         late = sorted(ends[job_id] - cancelled_at for job_id, cancelled_at in delays)

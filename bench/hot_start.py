@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.workload import PeftTrainer, command, machine, spread
 from local.stack import LocalStack
+from tests.waiting import wait_until
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONVERSATIONS = [
@@ -65,8 +66,7 @@ def time_first_step(client: OpenAI, file_id: str) -> float:
         assert time.perf_counter() - started < _TIMEOUT_SECONDS, "no step was taken"
         time.sleep(0.01)
     seconds = time.perf_counter() - started
-    while client.fine_tuning.jobs.retrieve(job.id).status == "running":
-        time.sleep(0.05)
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status != "running", what="the end of the job")
     return seconds
 
 

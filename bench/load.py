@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from typing import Any
 
 from locust import FastHttpUser, constant_throughput, task
 
@@ -17,7 +18,7 @@ from bench.bare import BASE_ID
 
 TARGETS = itertools.cycle(json.loads(os.environ.get("TARGETS", "[]")))
 RATE, NUM_USERS = float(os.environ.get("RATE", "0")), int(os.environ.get("NUM_USERS", "1"))
-PACE: Callable[[object], float] = constant_throughput(RATE / NUM_USERS) if RATE else lambda _user: 0.0
+PACE: Callable[[Any], float] = constant_throughput(RATE / NUM_USERS) if RATE else lambda _user: 0.0
 
 
 class _User(FastHttpUser):

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from bench.workload import MODULES, command, machine
 from core.domain.training import AdapterConfig, TrainingSpec
-from tests.e2e.lab import write_tiny_base
+from tests.factories.tiny_bases import write_tiny_base
 from worker.messages import (
     BaseInspected,
     BaseLoaded,

@@ -47,6 +47,7 @@ from core.services.submissions import submit_job
 from local.processes import ChildProcess, ProcessSpec
 from local.servers import LocalServers, ServerAddresses
 from local.stack import prepare_database
+from tests.processes import storage_settings
 
 NUM_TENANTS, NUM_JOBS = 1_000, 10_000
 SLOTS = 8
@@ -222,10 +223,7 @@ def environment(addresses: ServerAddresses, url: str, role: str) -> dict[str, st
     return {
         "ESPALIER_DATABASE_URL": login_url(url, LOGINS[role]),
         "ESPALIER_REDIS_URL": addresses.redis_url,
-        "ESPALIER_S3_ENDPOINT": storage.endpoint,
-        "ESPALIER_S3_ACCESS_KEY": storage.access_key,
-        "ESPALIER_S3_SECRET_KEY": storage.secret_key,
-        "ESPALIER_S3_BUCKET": storage.bucket,
+        **storage_settings(storage),
     }
 
 

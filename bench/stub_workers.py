@@ -30,7 +30,7 @@ from core.domain.values import StoredFile
 from core.queue import queue_name
 from core.redis_urls import read_redis_url
 from core.settings import WorkerSettings
-from core.storage import S3ObjectStore, StoredObject
+from core.storage import ObjectStore, S3ObjectStore, StoredObject
 from worker.messages import (
     BaseLoaded,
     DeviceLeft,
@@ -90,7 +90,8 @@ class StubTrainer:
             num_steps = STEPS_AN_EPOCH * order.spec.n_epochs
             self._jobs[order.lease_token] = StubJob(order, num_steps)
             self._reports.append(JobStarted(lease_token=order.lease_token, step=0, total_steps=num_steps))
-        elif isinstance(order, StopJob | YieldJob) and self._jobs.pop(order.lease_token, None):
+        elif isinstance(order, StopJob | YieldJob) and order.lease_token in self._jobs:
+            del self._jobs[order.lease_token]
             self._leave(order.lease_token)
             if isinstance(order, YieldJob):
                 self._reports.append(JobYielded(lease_token=order.lease_token))
@@ -225,9 +226,9 @@ class MeasuredRunner(Runner):
     def _measure_claims(self, served: Round) -> None:
         claim = served._claim  # noqa: SLF001
 
-        def measured() -> Claim | None:
+        def measured(store: ObjectStore) -> Claim | None:
             started = time.perf_counter()
-            claimed = claim()
+            claimed = claim(store)
             self._tally.claims_ms.append((time.perf_counter() - started) * 1000)
             self._tally.num_claimed += claimed is not None
             return claimed
@@ -288,7 +289,7 @@ class Driver:
             taken = self._redis.blpop(list(idle), timeout=1)
             if taken is not None:
                 self.tally.num_wake_ups += 1
-                idle[taken[0].decode()].wake()
+                idle[taken[0].decode()].wake()  # type: ignore[union-attr]  # bytes, as the client was not told to decode
 
 
 def _measure(engine: Engine, values: list[float]) -> None:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from local.ports import free_ports
 from local.processes import ChildProcess, ProcessSpec
 from local.servers import LocalServers
 from local.stack import answers, default_registry, prepare_database
+from tests.processes import storage_settings
 
 MEGABYTE = 2**20
 CHUNK_BYTES = 256 * 1024
@@ -48,7 +49,7 @@ ROW = {
     ]
 }
 LINE = json.dumps(ROW).encode() + b"\n"
-HOSTILE = {
+HOSTILE: dict[str, Callable[[], Iterator[bytes]]] = {
     "one line of 200 MB": lambda: _repeat(b"x" * CHUNK_BYTES, 200 * MEGABYTE),
     "one object of 10^7 keys": lambda: _keys(10**7),
     "nested 10^7 deep": lambda: _repeat(b"[" * CHUNK_BYTES, 10**7),
@@ -146,10 +147,7 @@ def _running_api(directory: Path) -> Iterator[tuple[str, str, psutil.Process]]:
         storage = servers.addresses.storage
         env = {
             "ESPALIER_DATABASE_URL": login_url(servers.addresses.postgres_url, login),
-            "ESPALIER_S3_ENDPOINT": storage.endpoint,
-            "ESPALIER_S3_ACCESS_KEY": storage.access_key,
-            "ESPALIER_S3_SECRET_KEY": storage.secret_key,
-            "ESPALIER_S3_BUCKET": storage.bucket,
+            **storage_settings(storage),
             "ESPALIER_API_PORT": str(port),
         }
         spec = ProcessSpec("api", [sys.executable, "-m", "api"], env, stop_seconds=30.0)

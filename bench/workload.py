@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -48,7 +48,7 @@ class Base:
 
     def build(self) -> Any:
         torch.manual_seed(0)
-        kind = Qwen3ForCausalLM if isinstance(self.config, Qwen3Config) else LlamaForCausalLM
+        kind: Any = Qwen3ForCausalLM if isinstance(self.config, Qwen3Config) else LlamaForCausalLM
         with torch.device(DEVICE):
             model = kind(copy.deepcopy(self.config)).to(self.dtype)  # the engine writes into its own
         if self.is_nf4:
@@ -61,7 +61,12 @@ class Base:
 
 
 def smollm2_135m(**changes: Any) -> LlamaConfig:
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    sizes: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+    }
     return LlamaConfig(
         vocab_size=49152,
         num_key_value_heads=3,

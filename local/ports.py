@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from local.private_files import write_private
@@ -50,7 +50,7 @@ class Ports:
         kept = cls.read(path)
         if kept is not None and kept.are_free:
             return kept
-        postgres, redis, *rest = free_ports(2 + len(S3Ports.__dataclass_fields__))
+        postgres, redis, *rest = free_ports(2 + len(fields(S3Ports)))
         ports = cls(postgres, redis, S3Ports(*rest))
         write_private(path, json.dumps(asdict(ports)))
         return ports

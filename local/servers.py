@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -60,7 +60,7 @@ class Secrets:
         """Read the secrets of a data directory, or make them."""
         if path.exists():
             return cls(**json.loads(path.read_text(encoding="utf-8")))
-        made = cls(**{name: secrets.token_hex(16) for name in cls.__dataclass_fields__})
+        made = cls(**{each.name: secrets.token_hex(16) for each in fields(cls)})
         write_private(path, json.dumps(asdict(made)))
         return made
 

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import httpx
 
+from core.db.migrate import login_url
 from core.db.session import connect
 from core.domain.bases import Registry
 from local.ports import free_ports
 from local.servers import LocalServers, ServerAddresses
 from local.stack import prepare_database
+from tests.databases import LOGINS, Database
 from tests.faults import port_of
-from tests.integration.conftest import LOGINS, Database, login_url, running_api
-from tests.integration.test_leadership import leader_pid, schedule_process
+from tests.processes import leader_pid, running_api, schedule_process
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 

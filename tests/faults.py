@@ -13,18 +13,18 @@ import shutil
 import signal
 import ssl as tls
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from local.servers import LocalServers, ServerAddresses
-from tests.waiting import PATIENCE_SECONDS
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
+T = TypeVar("T")
 _CHUNK_BYTES = 64 * 1024
 _REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/xml\r\nconnection: close\r\n"
@@ -145,7 +145,7 @@ class FaultProxy:
     def num_connections(self) -> int:
         return len(self._links)
 
-    def _call(self, coroutine):  # type: ignore[no-untyped-def]
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE_SECONDS)
 
     async def _apply(self, fault: Fault) -> None:
@@ -286,8 +286,7 @@ class FaultyServers(LocalServers):
         """End a server by a signal, delete these of its directories, and start it again in its place."""
         child = self._supervisor.process(name)
         os.kill(child.pid, blow)
-        while child.is_alive:
-            time.sleep(0.01)
+        wait_until(lambda: not child.is_alive, what=f"the end of {name}")
         for directory in lost:
             shutil.rmtree(self.data_dir / name / directory, ignore_errors=True)
         self._supervisor.start(child.spec)

@@ -31,6 +31,7 @@ from local.processes import ChildProcess, ProcessSpec
 from local.servers import LocalServers
 from tests.environments import find_postgres_with_tls
 from tests.faults import FaultProxy, port_of
+from tests.processes import storage_settings
 from tests.waiting import PATIENCE_SECONDS
 
 HOST = "localhost"
@@ -112,9 +113,8 @@ def managed_servers(directory: Path, *, postgres_major: int) -> Iterator[Managed
         env = {
             "ESPALIER_OWNER_DATABASE_URL": f"postgres://{OWNER}:{password}@{HOST}:{port_of(admin_url)}/espalier?{tls}",
             "ESPALIER_REDIS_URL": f"rediss://service:{password}@{HOST}:{redis_door.port}/0?ssl_ca_certs={ca_file}",
+            **storage_settings(inner.storage),
             "ESPALIER_S3_ENDPOINT": f"https://{HOST}:{s3_door.port}",
-            "ESPALIER_S3_ACCESS_KEY": inner.storage.access_key,
-            "ESPALIER_S3_SECRET_KEY": inner.storage.secret_key,
             "ESPALIER_S3_BUCKET": "managed",
             "ESPALIER_S3_REGION": REGION,
             "ESPALIER_S3_CA_BUNDLE": str(authority.ca_file),

@@ -24,7 +24,11 @@ _LINES = {
         "end",
     ),
 }
-_OPENS = {"flowchart": "subgraph ", "sequenceDiagram": ("loop ", "alt ", "opt "), "stateDiagram-v2": ()}
+_OPENS: dict[str, str | tuple[str, ...]] = {
+    "flowchart": "subgraph ",
+    "sequenceDiagram": ("loop ", "alt ", "opt "),
+    "stateDiagram-v2": (),
+}
 _DIRECTIONS = {"flowchart": r" (TB|LR|BT|RL)", "stateDiagram-v2": "", "sequenceDiagram": ""}
 
 

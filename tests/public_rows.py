@@ -8,7 +8,7 @@ from typing import Any
 USER = {"role": "user", "content": "What is the capital of France?"}
 ANSWER = {"role": "assistant", "content": "Paris."}
 # What ChatCompletionMessage.model_dump() of OpenAI's client gives, 1.x to 3.x.
-DUMPED = {
+DUMPED: dict[str, Any] = {
     "content": "Paris.",
     "refusal": None,
     "role": "assistant",

@@ -12,7 +12,7 @@ from api.main import create_app
 from core.settings import ApiSettings
 
 # Nothing listens there; building the application asks nobody.
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "database_url": "postgresql://nobody@127.0.0.1:9/none",
     "s3_endpoint": "127.0.0.1:9",
     "s3_access_key": "none",
@@ -27,6 +27,12 @@ def make_app() -> FastAPI:
 def all_routes() -> list[APIRoute]:
     """Return every route that the application answers, with its full path."""
     return list(_walk(make_app().routes))
+
+
+def verbs_of(route: APIRoute) -> list[str]:
+    """Return the methods that a route answers, which FastAPI may leave open and we never do."""
+    assert route.methods is not None
+    return sorted(route.methods)
 
 
 def document() -> dict[str, Any]:

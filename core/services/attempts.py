@@ -103,24 +103,15 @@ def succeed_attempt(
 
 
 def fail_attempt(
-    session: ServiceSession,
-    lease: Lease,
-    *,
-    code: str,
-    message: str,
-    is_job_fault: bool,
-    is_suspect: bool = False,
-    param: str | None = None,
+    session: ServiceSession, lease: Lease, *, failure: Failure, is_job_fault: bool, is_suspect: bool = False
 ) -> None:
     """End a failed attempt. The job's own fault is final. After another one it is tried again while attempts are left.
 
-    `param` is the field of the submission that names the file at fault, if there is one. `is_suspect`: the trainer died
-    with this job alone, so it is tried alone next.
+    `is_suspect`: the trainer died with this job alone, so it is tried alone next.
     """
     job = lock_held(session, lease)
     if is_suspect:
         job.suspect_step = job.trained_steps
-    failure = Failure(code=code, message=message, param=param)
     _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, failure=failure)
     _retry_or_fail(session, job, lease, failure=failure, is_final=is_job_fault)
 
@@ -145,30 +136,26 @@ def requeue_attempt(session: ServiceSession, lease: Lease) -> None:
     announce_work(session, job.pool)
 
 
-def postpone_attempt(
-    session: ServiceSession, lease: Lease, *, code: str, message: str, param: str | None = None
-) -> None:
+def postpone_attempt(session: ServiceSession, lease: Lease, *, failure: Failure) -> None:
     """End an attempt because a server is away. It does not count, and the job is tried again soon."""
     job = lock_held(session, lease)
     _take_back_count(job)
-    failure = Failure(code=code, message=message, param=param)
     _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, failure=failure)
     _retry_or_fail(session, job, lease, failure=failure, is_final=False)
 
 
-def suspect_attempt(session: ServiceSession, lease: Lease, *, code: str, message: str) -> None:
+def suspect_attempt(session: ServiceSession, lease: Lease, *, failure: Failure) -> None:
     """End an attempt whose trainer died with several jobs in it: not charged, and tried alone next."""
     job = lock_held(session, lease)
     job.suspect_step = job.trained_steps
     job.num_suspicions += 1
-    failure = Failure(code=code, message=message)
     _end_attempt(session, lease, outcome=AttemptOutcome.FAILED, failure=failure)
     if not _take_back_count(job):
         _retry_or_fail(session, job, lease, failure=failure, is_final=False)
         return
     status = JobStatus.QUEUED if job.pause_requested_at is None else JobStatus.PAUSED
     _leave_running(session, lease, status=status, run_after=func.now())
-    told = f"{message} Several jobs were in it; this attempt does not count, and the job is tried alone next."
+    told = f"{failure.message} Several jobs were in it; this attempt does not count, and the job is tried alone next."
     record_event(session, job, level="warn", message=told)
     announce_work(session, job.pool)
 

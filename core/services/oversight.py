@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sqlalchemy import RowMapping, func, select, text
@@ -192,7 +192,7 @@ def list_job_overviews(
 
 
 def _job_overview(row: RowMapping) -> JobOverview:
-    same = {name: row[name] for name in JobOverview.__dataclass_fields__ if name not in ("tenant", "status")}
+    same = {each.name: row[each.name] for each in fields(JobOverview) if each.name not in ("tenant", "status")}
     return JobOverview(tenant=row["slug"], status=JobStatus(row["status"]), **same)
 
 
@@ -265,4 +265,4 @@ def find_pool_demand(session: OperatorSession, pool: str) -> PoolDemand:
 
 
 def _demand(row: RowMapping) -> PoolDemand:
-    return PoolDemand(**{name: row[name] for name in PoolDemand.__dataclass_fields__})
+    return PoolDemand(**{each.name: row[each.name] for each in fields(PoolDemand)})

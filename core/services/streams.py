@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sqlalchemy import ARRAY, BigInteger, Integer, Uuid, and_, column, func, literal, select
@@ -102,7 +102,7 @@ def _missed_events(tenant_id: uuid.UUID, watches: Sequence[Watch], limit: int) -
     # For each watch the lateral query reads the index on (job_id, number) from `after` on, and stops after `limit`
     # rows.
     missed = (
-        select(*(getattr(Event, name) for name in MissedEvent.__dataclass_fields__))
+        select(*(getattr(Event, each.name) for each in fields(MissedEvent)))
         .where(Event.tenant_id == tenant_id, Event.job_id == watched.c.job_id, Event.number > watched.c.after)
         .order_by(Event.number)
         .limit(limit)

@@ -29,7 +29,8 @@ from tests.deploy.engine import ROOT, Engine, add_plugins
 from tests.deploy.images import build_all, image_name, timed
 from tests.deploy.wheelhouse import download, offered_wheels
 from tests.e2e.lab import BASE_MODEL as TINY
-from tests.e2e.lab import base_entry, write_tiny_base
+from tests.e2e.lab import base_entry
+from tests.factories.tiny_bases import write_tiny_base
 from tests.waiting import wait_until
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -329,6 +330,13 @@ def _changed(deployment: Deployment, env: Mapping[str, str]) -> Iterator[None]:
 
 def _try(deployment: Deployment, *words: str) -> str:
     """Return what compose says of a command that fails; nothing where it does not."""
-    argv = ("compose", "--project-directory", ROOT, "--file", ROOT / "docker-compose.yml", *words)
+    argv: tuple[str | Path, ...] = (
+        "compose",
+        "--project-directory",
+        ROOT,
+        "--file",
+        ROOT / "docker-compose.yml",
+        *words,
+    )
     done = deployment.engine.try_docker(*argv, env=deployment.env)
     return done.stderr if done.returncode else ""

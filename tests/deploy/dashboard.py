@@ -26,7 +26,8 @@ from local.ports import free_ports
 from local.processes import ChildProcess, ProcessSpec
 from local.stack import LocalStack
 from tests.deploy.packages import NotInstalledError, ensure_programs
-from tests.e2e.lab import BASE_MODEL, base_entry, write_tiny_base
+from tests.e2e.lab import BASE_MODEL, base_entry
+from tests.factories.tiny_bases import write_tiny_base
 from tests.waiting import wait_until
 
 mpl.use("Agg")
@@ -74,7 +75,7 @@ class Prometheus:
     def ask(self, query: str, *, since: float, until: float) -> list[Any]:
         """Return the series of a query over a range. Raises HTTPStatusError for one that Prometheus cannot read."""
         query = query.replace("$__rate_interval", RATE_INTERVAL)
-        values = {"query": query, "start": since, "end": until, "step": SCRAPE_SECONDS}
+        values: dict[str, str | float] = {"query": query, "start": since, "end": until, "step": SCRAPE_SECONDS}
         answer = self._client.get("/api/v1/query_range", params=values)
         answer.raise_for_status()
         return list(answer.json()["data"]["result"])

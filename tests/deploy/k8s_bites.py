@@ -55,6 +55,11 @@ def variable(objects: list[Object], name: str) -> Any:
     return next(each for each in worker(objects)["env"] if each["name"] == name)
 
 
+def remove_workers(objects: list[Object]) -> None:
+    for each in of_kind(objects, "ScaledJob"):
+        objects.remove(each)
+
+
 def policy(objects: list[Object], part: str) -> Any:
     return find(objects, "NetworkPolicy", part)["spec"]
 
@@ -122,7 +127,7 @@ RULES = (
     Bite("may reach the ports", lambda o: policy(o, "redis")["egress"][0]["ports"][0].update(port=6380)),
     Bite("needs [53, 443, 5432, 6379, 8000, 9000]", lambda o: o.remove(find(o, "NetworkPolicy", "operator-api"))),
     Bite("is reached on", lambda o: policy(o, "api-clients")["ingress"][0]["ports"].append({"port": "debug"})),
-    Bite("there is no worker", lambda o: [o.remove(each) for each in of_kind(o, "ScaledJob")]),
+    Bite("there is no worker", remove_workers),
     Bite("is in no registry", lambda o: variable(o, "ESPALIER_WORKER_POOLS").update(value='["other@none"]')),
     Bite("by several objects", lambda o: o.append(copy.deepcopy(find(o, "ScaledJob", "none")))),
     Bite(

@@ -77,7 +77,7 @@ def node_pool_errors(objects: list[Object]) -> list[str]:
     place = PROGRAMS / "karpenter"
     if not (place / "node_modules").exists():
         place.mkdir(parents=True, exist_ok=True)
-        npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", place, _KARPENTER]
+        npm: list[str | Path] = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", place, _KARPENTER]
         subprocess.run(npm, check=True)
     shutil.copy2(HERE / "schemas/node_pool.mjs", place)
     return _lines(["node", place / "node_pool.mjs"], pools)
@@ -97,7 +97,14 @@ def scan(rendered: dict[str, list[Object]]) -> list[str]:
         for overlay, objects in rendered.items():
             shown = [as_plain_job(each) if each["kind"] == "ScaledJob" else each for each in objects]
             (Path(place) / f"{Path(overlay).name}.yaml").write_text(yaml.safe_dump_all(shown), encoding="utf-8")
-        argv = [find_program(_CHECKOV, "checkov"), "--framework", "kubernetes", "--skip-download", "--output", "json"]
+        argv: list[str | Path] = [
+            find_program(_CHECKOV, "checkov"),
+            "--framework",
+            "kubernetes",
+            "--skip-download",
+            "--output",
+            "json",
+        ]
         argv += ["--skip-check", ",".join(_NOT_WANTED), "--directory", place]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
     told = json.loads(done.stdout)

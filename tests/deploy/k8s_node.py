@@ -92,7 +92,7 @@ class Node:
     def _make_volume(self, volume: Object, place: Path, *, group: int) -> Path:
         if "persistentVolumeClaim" in volume:
             return self.claims[volume["persistentVolumeClaim"]["claimName"]]
-        path = place / volume["name"]
+        path = place / str(volume["name"])
         path.mkdir()
         files, mode = self._files_of(volume)
         for name, text in files.items():

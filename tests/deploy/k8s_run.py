@@ -29,7 +29,8 @@ from tests.deploy.engine import Engine
 from tests.deploy.images import build_all, image_name
 from tests.deploy.k8s_node import Node, RunningPod
 from tests.deploy.k8s_render import K8S, Object, Pod, find_kubectl, list_pods, of_kind
-from tests.e2e.lab import base_entry, write_tiny_base
+from tests.e2e.lab import base_entry
+from tests.factories.tiny_bases import write_tiny_base
 from tests.waiting import wait_until
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

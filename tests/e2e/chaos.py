@@ -17,8 +17,10 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -30,13 +32,14 @@ from rich.table import Table
 
 from cli.commands.promises import as_table, run_checks
 from core.services.promises import Finding
-from tests.e2e.lab import BASE_MODEL, ENDED, Lab, running_lab, write_tiny_base
+from tests.e2e.lab import BASE_MODEL, ENDED, Lab, running_lab
 from tests.e2e.nemesis import LEASE_SECONDS, Fleet, Nemesis
+from tests.factories.tiny_bases import write_tiny_base
 
 NUM_OPEN = 8
 TENANTS = ("acme", "beta", "gamma")
 DRAIN_SECONDS = 600.0
-HASTE = {
+HASTE: dict[str, Any] = {
     "ESPALIER_LEASE_SECONDS": str(LEASE_SECONDS),
     "ESPALIER_GRACE_SECONDS": "8",
     "ESPALIER_STALL_SECONDS": "8",
@@ -95,7 +98,7 @@ class Tenants(threading.Thread):
         if job_id is not None:
             self.accepted.append(job_id)
 
-    def _insist(self, ask):  # type: ignore[no-untyped-def]
+    def _insist(self, ask: Callable[[], str]) -> str | None:
         """Ask until it is answered. What is answered by a refusal of the request itself is a finding."""
         while not self.is_over.is_set():
             self.num_tries += 1
@@ -137,7 +140,8 @@ def soak(fleet: Fleet, nemesis: Nemesis, tenants: Tenants, *, seconds: float, co
 def drain(lab: Lab, fleet: Fleet, tenants: Tenants) -> dict[str, str]:
     """Let every job come to its end, and return how those accepted ended; "lost" and "stuck" are what must not be."""
     deadline = time.monotonic() + DRAIN_SECONDS
-    while (found := statuses(lab)) is not None and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        found = statuses(lab)
         fleet.revive()
         if found and all(status in ENDED for status in found.values()):
             break

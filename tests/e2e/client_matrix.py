@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import openai
@@ -330,7 +331,7 @@ def asynchronous() -> None:
 def delete_models() -> None:
     for name in (made["checkpoint"], made["model"]):
         assert client.models.delete(name).deleted
-        refused(openai.NotFoundError, lambda name=name: client.models.retrieve(name), code="model_not_found")
+        refused(openai.NotFoundError, partial(client.models.retrieve, name), code="model_not_found")
 
 
 def main() -> int:

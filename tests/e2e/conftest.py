@@ -10,8 +10,9 @@ import yaml
 
 from local.servers import LocalServers
 from local.stack import LocalStack
-from tests.e2e.lab import Lab, base_entry, running_lab, write_tiny_base
+from tests.e2e.lab import Lab, base_entry, running_lab
 from tests.e2e.rollout import Rollout, Service
+from tests.factories.tiny_bases import write_tiny_base
 
 
 @pytest.fixture(scope="session")

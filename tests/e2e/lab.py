@@ -15,13 +15,10 @@ from typing import Any
 import httpx
 import psutil
 import psycopg
-import torch
 import yaml
 from openai import OpenAI
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from core.storage import S3ObjectStore
-from local.binaries import find_smollm2
 from local.processes import ChildProcess
 from local.stack import LocalStack
 from tests.faults import FaultyServers
@@ -30,7 +27,7 @@ from tests.waiting import PATIENCE_SECONDS, wait_until
 BASE_MODEL = "acme-labs/tiny-llama"
 ENDED = ("succeeded", "failed", "cancelled")
 LEASE_SECONDS = 15.0  # a sound worker on a busy machine is silent for seconds, and must not be fenced
-LONG = {"n_epochs": 4, "num_rows": 80}  # 80 steps, 20 an epoch
+LONG: dict[str, Any] = {"n_epochs": 4, "num_rows": 80}  # 80 steps, 20 an epoch
 SETTINGS = {
     "ESPALIER_LEASE_SECONDS": str(LEASE_SECONDS),
     "ESPALIER_HEARTBEAT_SECONDS": "0.4",
@@ -42,24 +39,6 @@ SETTINGS = {
     "ESPALIER_STORAGE_PATIENCE_SECONDS": "4",
     "ESPALIER_STALL_SECONDS": "60",
 }
-
-
-def write_tiny_base(directory: Path, **shape: int) -> Path:
-    """A random Llama with a real tokenizer and chat template, tiny unless its `shape` says otherwise."""
-    gguf = find_smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        **tiny | shape,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 def base_entry(directory: Path) -> dict[str, Any]:
@@ -313,7 +292,7 @@ def running_lab(base_dir: Path, directory: Path, *, max_tokens_per_step: int = 5
 
 
 def is_running(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
 
 
 def stop_process(pid: int) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -132,7 +133,7 @@ class Nemesis:
             Kind(
                 f"{what} {name}",
                 2.0,
-                lambda proxy=proxy, fault=fault, longest=longest: self._during(proxy, fault, longest),
+                partial(self._during, proxy, fault, longest),
             )
             for name, proxy in proxies.items()
             for what, fault, longest in (("cut", Cut(), 0.6), ("hang", Hang(), 1.5), ("slow down", Delay(0.05), 1.0))
@@ -155,7 +156,7 @@ class Nemesis:
     def _verbs(self) -> tuple[Kind, ...]:
         """What tenants do at bad moments."""
         return tuple(
-            Kind(f"{verb} a job", weight, lambda verb=verb: self._ask(verb))
+            Kind(f"{verb} a job", weight, partial(self._ask, verb))
             for verb, weight in (("cancel", 1.0), ("pause", 1.0), ("resume", 3.0))
         )
 

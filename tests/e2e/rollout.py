@@ -14,12 +14,13 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import openai
 import psycopg
@@ -31,8 +32,10 @@ from local.processes import ChildProcess, ProcessSpec
 from local.servers import LocalServers
 from local.stack import answers
 from tests.e2e.lab import BASE_MODEL, ENDED
+from tests.processes import storage_settings
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
+T = TypeVar("T")
 POOL = f"{BASE_MODEL}@none"
 NUM_OPEN = 6
 SETTINGS = {
@@ -82,7 +85,7 @@ class Service:
         """Send no new connection there; those that are open stay."""
         self._ports = [each for each in self._ports if each != port]
 
-    def _call(self, coroutine):  # type: ignore[no-untyped-def]
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE_SECONDS)
 
     async def _close(self) -> None:
@@ -194,7 +197,7 @@ class Rollout:
 
     def ask(self, question: str, *values: str) -> object:
         with psycopg.connect(self.owner_url) as connection:
-            row = connection.execute(question, values).fetchone()  # type: ignore[arg-type]
+            row = connection.execute(question, values).fetchone()
         return None if row is None else row[0]
 
     def _is_ready(self, kind: str, member: Member) -> bool:
@@ -222,10 +225,7 @@ class Rollout:
             **SETTINGS,
             "ESPALIER_DATABASE_URL": login_url(self.owner_url, RoleLogin(f"espalier_{kind}", self._password(kind))),
             "ESPALIER_REDIS_URL": self._servers.addresses.redis_url,
-            "ESPALIER_S3_ENDPOINT": storage.endpoint,
-            "ESPALIER_S3_ACCESS_KEY": storage.access_key,
-            "ESPALIER_S3_SECRET_KEY": storage.secret_key,
-            "ESPALIER_S3_BUCKET": storage.bucket,
+            **storage_settings(storage),
             "ESPALIER_WORKER_POOLS": f'["{POOL}"]',
             "ESPALIER_CACHE_DIR": str(self._directory / "cache"),
         }
@@ -278,20 +278,20 @@ class Load:
     def _look(self) -> None:
         while not self._is_over.is_set():
             for job_id in self.accepted[-NUM_OPEN:]:
-                self._ask(lambda job_id=job_id: self.client.fine_tuning.jobs.retrieve(job_id))  # type: ignore[misc]
+                self._ask(partial(self.client.fine_tuning.jobs.retrieve, job_id))
             self._is_over.wait(0.05)
 
     def _list(self) -> None:
         while not self._is_over.is_set():
             for job_id in self.accepted[-1:]:
-                self._ask(lambda job_id=job_id: self.client.fine_tuning.jobs.list_events(job_id, limit=5))  # type: ignore[misc]
+                self._ask(partial(self.client.fine_tuning.jobs.list_events, job_id, limit=5))
             self._is_over.wait(0.1)
 
     def _unfinished(self) -> list[str]:
-        jobs = self._ask(lambda: self.client.fine_tuning.jobs.list(limit=50).data) or ()
-        return [job.id for job in jobs if job.status not in ENDED]
+        jobs = self._ask(lambda: self.client.fine_tuning.jobs.list(limit=50).data)
+        return [job.id for job in jobs or () if job.status not in ENDED]
 
-    def _ask(self, ask):  # type: ignore[no-untyped-def]
+    def _ask(self, ask: Callable[[], T]) -> T | None:
         self.num_requests += 1
         try:
             return ask()

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, cast
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,9 +16,10 @@ from minio import Minio
 from openai import OpenAI
 
 from cli.commands.promises import run_checks
+from core.services.registry import read_registry
 from local.binaries import find_postgres
 from local.servers import LocalServers, ServerAddresses
-from local.stack import LocalStack, prepare_database, read_registry
+from local.stack import LocalStack, prepare_database
 from tests.e2e.lab import BASE_MODEL, base_entry
 from tests.waiting import wait_until
 
@@ -53,7 +55,7 @@ def copy_bucket(source: ServerAddresses, target: ServerAddresses) -> int:
     num_copied = 0
     for found in ours.list_objects(source.storage.bucket, recursive=True):
         answer = ours.get_object(found.bucket_name, found.object_name)
-        theirs.put_object(target.storage.bucket, found.object_name, answer, found.size)
+        theirs.put_object(target.storage.bucket, found.object_name, cast("BinaryIO", answer), found.size)
         answer.close()
         num_copied += 1
     return num_copied

@@ -27,6 +27,7 @@ def offset_of(lab: Lab, worker: ChildProcess) -> float | None:
     return found[0][0] if found else None
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("shift", ["-20m", "+20m"])
 def test_a_worker_whose_clock_is_wrong_claims_nothing_and_the_job_runs_on_a_sound_one(
     lab: Lab, tmp_path: Path, shift: str
@@ -54,6 +55,7 @@ def test_a_clock_that_is_a_little_off_does_not_matter(lab: Lab, tmp_path: Path, 
     assert lab.outcomes(job_id) == ["succeeded"]
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("shift", ["-1h", "+1h"])
 def test_a_clock_that_jumps_while_a_job_trains_costs_it_nothing_and_holds_up_the_next_until_it_is_set(
     lab: Lab, tmp_path: Path, shift: str

@@ -33,7 +33,7 @@ def block_after(sentence: str, fence: str) -> str:
 
 
 def run(argv: list[str], directory: Path, env: Mapping[str, str]) -> str:
-    done = subprocess.run(argv, cwd=directory, env=PLAIN | env, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, cwd=directory, env={**PLAIN, **env}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -70,7 +70,7 @@ def test_the_example_in_python_ends_with_a_verified_adapter(rows: Path, env: dic
 def test_the_example_in_python_says_what_is_wrong_with_a_file(rows: Path, env: dict[str, str], tmp_path: Path) -> None:
     rows.write_text('{"messages": []}\n')
     argv = [sys.executable, str(EXAMPLES / "follow_to_adapter.py"), str(rows), "adapter", BASE_MODEL]
-    done = subprocess.run(argv, cwd=tmp_path, env=PLAIN | env, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, cwd=tmp_path, env={**PLAIN, **env}, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "has problems: " in done.stderr
 

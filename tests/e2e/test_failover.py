@@ -44,6 +44,7 @@ def follow(lab: Lab, job_id: str) -> list[str]:
         return list(stream.iter_lines())
 
 
+@pytest.mark.fault(56)
 def test_a_failover_costs_no_job_nothing_is_charged_and_nobody_is_started_again(lab: Lab, tmp_path: Path) -> None:
     worker, api, schedule = lab.start_worker(), lab.stack.process("api"), lab.stack.process("schedule")
     busy = lab.submit(n_epochs=40)

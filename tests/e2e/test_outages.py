@@ -54,6 +54,7 @@ def post_job(
     return httpx.post(place, json=body, headers=headers, timeout=PATIENCE_SECONDS, trust_env=False)
 
 
+@pytest.mark.fault(7)
 def test_row_7_redis_emptied_again_and_again_delays_no_job_by_more_than_five_seconds(lab: Lab) -> None:
     lab.ensure_worker()
     job_ids = [lab.submit(n_epochs=1) for _ in range(6)]
@@ -75,6 +76,7 @@ def test_row_7_redis_emptied_again_and_again_delays_no_job_by_more_than_five_sec
     lab.succeed(waiting)
 
 
+@pytest.mark.fault(8)
 def test_row_8_redis_killed_and_back_empty_disturbs_no_running_job_and_the_next_starts_within_ten_seconds(
     lab: Lab,
 ) -> None:
@@ -92,6 +94,7 @@ def test_row_8_redis_killed_and_back_empty_disturbs_no_running_job_and_the_next_
     lab.succeed(last)
 
 
+@pytest.mark.fault(9)
 def test_row_9_a_job_is_accepted_while_redis_is_down_and_starts_when_it_is_back(lab: Lab) -> None:
     lab.ensure_worker()
     with lab.servers.redis.during(Cut()):
@@ -110,6 +113,7 @@ def start_api(lab: Lab, log_dir: Path, **env: str) -> tuple[ChildProcess, str]:
     return api, url
 
 
+@pytest.mark.fault(10)
 def test_row_10_a_submission_takes_no_longer_while_redis_hangs(lab: Lab, tmp_path: Path) -> None:
     lab.kill_workers()
     api_key = lab.stack.create_tenant("row-10")
@@ -132,6 +136,7 @@ def test_row_10_a_submission_takes_no_longer_while_redis_hangs(lab: Lab, tmp_pat
     assert all(later - earlier >= REST for earlier, later in pairwise(begun)), "one of an interval of rest, at most"
 
 
+@pytest.mark.fault(12)
 def test_row_12_a_redis_that_is_full_stops_no_schedule_and_wake_ups_go_on_when_there_is_room(lab: Lab) -> None:
     lab.kill_workers()
     schedule = lab.stack.process("schedule")
@@ -150,6 +155,7 @@ def test_row_12_a_redis_that_is_full_stops_no_schedule_and_wake_ups_go_on_when_t
     lab.succeed(job_id)
 
 
+@pytest.mark.fault(15)
 def test_row_15_a_commit_whose_answer_is_lost_and_the_clients_retry_are_one_job(lab: Lab) -> None:
     body, key = body_of_a_job(lab), uuid.uuid4().hex
     lab.servers.postgres.inject(Cut())  # so that statements are sent in words again, not by their names
@@ -166,6 +172,7 @@ def test_row_15_a_commit_whose_answer_is_lost_and_the_clients_retry_are_one_job(
     lab.post(again[0].json()["id"], "cancel")
 
 
+@pytest.mark.fault(16)
 def test_row_16_a_deadlock_is_retried_and_its_client_never_hears_of_it(lab: Lab) -> None:
     log_path = lab.servers.data_dir / "logs" / "postgres.log"
     num_deadlocks = log_path.read_text().count("deadlock detected")
@@ -180,7 +187,7 @@ def test_row_16_a_deadlock_is_retried_and_its_client_never_hears_of_it(lab: Lab)
             timeout=PATIENCE_SECONDS,
         )
         with tap, ThreadPoolExecutor(1) as pool:
-            client = lab.client.with_options(max_retries=3, http_client=tap)
+            client = lab.client.with_options(max_retries=3, http_client=tap)  # type: ignore[arg-type]  # openai also takes a client of httpx
             cancelled = pool.submit(client.fine_tuning.jobs.cancel, job_id)
             wait_until(lambda: is_locked(lab, row_id), what="the API's lock on the job")
             ours.execute("select from jobs where id = %s for update", (row_id,))  # returns when the API was the victim
@@ -196,6 +203,7 @@ def is_locked(lab: Lab, row_id: str) -> bool:
         return connection.execute(query, (row_id,)).fetchone() is None
 
 
+@pytest.mark.fault(24)
 def test_row_24_a_job_whose_api_died_before_it_could_answer_runs_within_five_seconds(lab: Lab, tmp_path: Path) -> None:
     lab.kill_workers()
     lab.start_worker(**NEVER_DEAF)
@@ -212,6 +220,7 @@ def test_row_24_a_job_whose_api_died_before_it_could_answer_runs_within_five_sec
     lab.succeed(f"ftjob-{uuid.UUID(job_id).hex}")
 
 
+@pytest.mark.fault(54)
 def test_row_54_a_worker_that_dies_right_after_its_claim_costs_one_lease(lab: Lab) -> None:
     lab.kill_workers()
     doomed = lab.start_worker(CRASHPOINT="post_claim:1")

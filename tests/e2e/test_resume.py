@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.e2e.lab import LONG, Lab
 from tests.faults import Hang
 from tests.waiting import wait_until
 
 
+@pytest.mark.fault(1)
 def test_01_a_worker_killed_in_the_middle_is_replaced_and_the_adapter_is_bitwise_the_same(lab: Lab) -> None:
     whole = lab.submit(**LONG)
     lab.ensure_worker()
@@ -26,6 +29,7 @@ def test_01_a_worker_killed_in_the_middle_is_replaced_and_the_adapter_is_bitwise
     assert lab.outcomes(broken) == ["lost", "succeeded"]
 
 
+@pytest.mark.fault(2)
 def test_02_a_trainer_killed_alone_is_reported_at_once_and_charged(lab: Lab) -> None:
     job_id = lab.submit(**LONG)
     worker = lab.ensure_worker()
@@ -39,6 +43,7 @@ def test_02_a_trainer_killed_alone_is_reported_at_once_and_charged(lab: Lab) -> 
     assert lab.has_said(job_id, "Resumed from step ")
 
 
+@pytest.mark.fault(30)
 def test_30_a_preempted_worker_stores_its_slots_gives_them_back_and_is_told_only_once(lab: Lab) -> None:
     worker = lab.ensure_worker()
     with lab.claims_held():  # neither is done before the other has begun
@@ -61,6 +66,7 @@ def test_30_a_preempted_worker_stores_its_slots_gives_them_back_and_is_told_only
         assert lab.has_said(job_id, f"Resumed from step {stored[job_id]}.")
 
 
+@pytest.mark.fault(32)
 def test_32_a_worker_killed_at_the_end_of_its_grace_is_a_worker_killed(lab: Lab) -> None:
     job_id = lab.submit(**LONG)
     worker = lab.ensure_worker()

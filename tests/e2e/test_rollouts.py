@@ -27,7 +27,9 @@ def check_that_nothing_was_lost(rollout: Rollout, load: Load) -> None:
     wait_until(lambda: not rollout.ask("select 1 from jobs where finished_at is null limit 1"), what="the end of jobs")
     assert load.errors == []
     with psycopg.connect(rollout.owner_url) as connection:
-        ends = dict(connection.execute("select 'ftjob-' || replace(id::text, '-', ''), status from jobs").fetchall())
+        ends: dict[str, str] = dict(
+            connection.execute("select 'ftjob-' || replace(id::text, '-', ''), status from jobs").fetchall()
+        )
         outcomes = Counter(row[0] for row in connection.execute("select outcome from attempts").fetchall())
         charged = connection.execute("select count(*) from jobs where attempt_count <> 1").fetchone()
     assert {job_id: ends[job_id] for job_id in load.accepted} == dict.fromkeys(load.accepted, "succeeded")

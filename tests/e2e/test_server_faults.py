@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from contextlib import ExitStack
 
+import pytest
+
 from tests.e2e.lab import LEASE_SECONDS, LONG, Lab, is_running
 from tests.faults import Answer503, Cut, FaultProxy, FlipByte, Hang, port_of, with_port
 from tests.waiting import wait_until
@@ -12,6 +14,7 @@ from tests.waiting import wait_until
 FORGIVEN = "Its worker had only lost touch; that attempt does not count."
 
 
+@pytest.mark.fault(11)
 def test_11_jobs_run_although_redis_hangs_because_a_worker_that_nobody_wakes_claims(lab: Lab) -> None:
     lab.kill_workers()
     lab.start_worker(ESPALIER_DEAF_SECONDS="2")
@@ -20,6 +23,7 @@ def test_11_jobs_run_although_redis_hangs_because_a_worker_that_nobody_wakes_cla
         lab.succeed(lab.submit(n_epochs=1))
 
 
+@pytest.mark.fault(13)
 def test_13_a_database_that_goes_away_for_a_moment_costs_no_attempt(lab: Lab) -> None:
     lab.kill_workers()
     lab.start_worker(ESPALIER_LEASE_SECONDS="60")  # longer than the restart
@@ -37,6 +41,7 @@ def test_13_a_database_that_goes_away_for_a_moment_costs_no_attempt(lab: Lab) ->
     assert lab.metric_steps(job_id) == list(range(1, 401))
 
 
+@pytest.mark.fault(14)
 def test_14_a_database_away_for_longer_than_a_lease_stops_the_training_before_its_end(lab: Lab) -> None:
     lab.kill_workers()
     job_id = lab.submit(n_epochs=20, num_rows=80)
@@ -53,6 +58,7 @@ def test_14_a_database_away_for_longer_than_a_lease_stops_the_training_before_it
     assert len(lab.outcomes(job_id)) == 2
 
 
+@pytest.mark.fault(14)
 def test_14_three_cuts_between_a_worker_and_the_database_cost_no_attempt(lab: Lab) -> None:
     """The schedule reaches the database all the while, and expires the lease each time."""
     lab.kill_workers()
@@ -73,6 +79,7 @@ def test_14_three_cuts_between_a_worker_and_the_database_cost_no_attempt(lab: La
     assert len(lab.told_by(worker, "worker.self_fenced")) == 3
 
 
+@pytest.mark.fault(14)
 def test_14_a_worker_that_is_killed_costs_an_attempt_each_time(lab: Lab) -> None:
     lab.kill_workers()
     job_id = lab.submit(n_epochs=20, num_rows=80)
@@ -85,6 +92,7 @@ def test_14_a_worker_that_is_killed_costs_an_attempt_each_time(lab: Lab) -> None
     assert (job.status, job.error.code) == ("failed", "worker_lost")
 
 
+@pytest.mark.fault(19)
 def test_19_an_object_store_that_is_away_at_the_finish_costs_neither_the_job_nor_an_attempt(lab: Lab) -> None:
     job_id = lab.submit(n_epochs=2)
     lab.limit_attempts(job_id, 1)
@@ -97,6 +105,7 @@ def test_19_an_object_store_that_is_away_at_the_finish_costs_neither_the_job_nor
     assert lab.attempt_count(job_id) == 1
 
 
+@pytest.mark.fault(20)
 def test_20_an_object_store_that_answers_503_for_a_while_costs_nothing(lab: Lab) -> None:
     lab.kill_workers()
     lab.start_worker(ESPALIER_STORAGE_PATIENCE_SECONDS="300")
@@ -116,6 +125,7 @@ def test_20_an_object_store_that_answers_503_for_a_while_costs_nothing(lab: Lab)
     assert lab.outcomes(job_id) == ["succeeded"]
 
 
+@pytest.mark.fault(21)
 def test_21_an_object_store_that_hangs_holds_nobody_for_longer_than_15_seconds_and_costs_nothing(lab: Lab) -> None:
     lab.kill_workers()
     lab.start_worker(ESPALIER_STORAGE_PATIENCE_SECONDS="300")
@@ -131,6 +141,7 @@ def test_21_an_object_store_that_hangs_holds_nobody_for_longer_than_15_seconds_a
     assert lab.outcomes(job_id) == ["succeeded"]
 
 
+@pytest.mark.fault(22)
 def test_22_a_dataset_that_arrives_damaged_is_tried_again_and_then_reported(lab: Lab) -> None:
     lab.ensure_worker()
     with lab.servers.s3.during(FlipByte()):

@@ -10,7 +10,9 @@ import pytest
 from core.db.session import connect, service_transaction
 from core.domain.scheduling import FairnessTerms
 from core.services.promises import check_rows
-from tests.e2e.lab import Lab, running_lab, wait_until, write_tiny_base
+from tests.e2e.lab import Lab, running_lab
+from tests.factories.tiny_bases import write_tiny_base
+from tests.waiting import wait_until
 
 # About 70 million parameters, at 4,000 tokens a step: more than ten seconds on any CPU, half a minute on most.
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12}
@@ -38,6 +40,7 @@ def wait_for_slot(lab: Lab, job_id: str) -> None:
     wait_until(lambda: bool(lab.sql(admitted, job_id)), what="a slot")
 
 
+@pytest.mark.fault(43)
 def test_43_a_job_cancelled_in_a_step_that_takes_long_leaves_the_device_before_the_step_ends(slow_lab: Lab) -> None:
     slow_lab.ensure_worker()
     job_id = slow_lab.submit(lines=LONG_ROWS, batch_size=64)
@@ -51,6 +54,7 @@ def test_43_a_job_cancelled_in_a_step_that_takes_long_leaves_the_device_before_t
     engine.dispose()
 
 
+@pytest.mark.fault(43)
 def test_43_a_job_cancelled_in_a_step_of_others_leaves_the_device_and_they_train_on(slow_lab: Lab) -> None:
     slow_lab.ensure_worker()
     with slow_lab.claims_held():

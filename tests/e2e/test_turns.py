@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,7 @@ from tests.e2e.lab import Lab
 from tests.waiting import wait_until
 
 SLOTS = 4
-ENDLESS = {"n_epochs": 50, "num_rows": 400}
+ENDLESS: dict[str, Any] = {"n_epochs": 50, "num_rows": 400}
 
 
 @pytest.fixture
@@ -28,6 +30,10 @@ def explain(lab: Lab, job_id: str) -> str:
     return str(reason["code"]) if reason else ""
 
 
+def is_running_now(lab: Lab, job_id: str) -> bool:
+    return bool(lab.outcomes(job_id)[-1] is None)
+
+
 def test_a_whale_lends_a_slot_to_a_newcomer_and_its_job_goes_on_where_it_stood(impatient: Lab) -> None:
     lab = impatient
     whale = [lab.submit(**ENDLESS, seed=seed) for seed in range(SLOTS)]
@@ -38,7 +44,7 @@ def test_a_whale_lends_a_slot_to_a_newcomer_and_its_job_goes_on_where_it_stood(i
     lent = [job_id for job_id in whale if "lent" in lab.outcomes(job_id)]
     assert lent
     for job_id in lent:
-        wait_until(lambda job_id=job_id: lab.has_said(job_id, "Resumed from step "), what="the next attempt")
+        wait_until(partial(lab.has_said, job_id, "Resumed from step "), what="the next attempt")
         resumed = [message for message in lab.messages(job_id) if message.startswith("Resumed from step ")]
         step = int(resumed[0].split()[-1].rstrip("."))
         lab.wait_for_step(job_id, step + 2)
@@ -60,7 +66,7 @@ def test_a_job_of_another_base_comes_to_its_turn_before_its_tenants_younger_jobs
     lab.succeed(elsewhere)
     for job_id in running:
         assert "lent" in lab.outcomes(job_id)
-        wait_until(lambda job_id=job_id: lab.outcomes(job_id)[-1] is None, what="the turn of the first base")
+        wait_until(partial(is_running_now, lab, job_id), what="the turn of the first base")
         assert lab.attempt_count(job_id) == 1
     first_attempt = "select started_at from attempts where job_id = %s order by lease_token limit 1"
     started = lab.sql(first_attempt, elsewhere)[0][0]

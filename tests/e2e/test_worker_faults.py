@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.e2e.lab import LONG, Lab, continue_process, is_running, stop_process
 from tests.waiting import wait_until
 
 
+@pytest.mark.fault(3)
 def test_03_a_job_that_kills_its_trainer_every_time_fails_and_its_neighbours_are_not_charged(lab: Lab) -> None:
     worker = lab.ensure_worker()
     with lab.claims_held():
@@ -60,6 +62,7 @@ def test_a_suspect_for_whom_no_worker_is_ever_idle_is_tried_alone_by_a_busy_one(
     assert not lab.sql(overlap, suspect)
 
 
+@pytest.mark.fault(4)
 def test_04_a_trainer_killed_in_an_upload_leaves_no_row_and_its_job_goes_on_under_a_new_prefix(
     lab: Lab, tmp_path: Path
 ) -> None:
@@ -77,6 +80,7 @@ def test_04_a_trainer_killed_in_an_upload_leaves_no_row_and_its_job_goes_on_unde
         assert all(f"/{tokens[1]}/" in prefix for prefix in prefixes)
 
 
+@pytest.mark.fault(5, 6)
 @pytest.mark.parametrize(
     ("point", "outcomes"),
     [
@@ -98,6 +102,7 @@ def test_05_06_a_worker_killed_around_its_commits_leaves_one_result(lab: Lab, po
         assert lab.store.hash_object(prefix + file["name"]).sha256 == file["sha256"]
 
 
+@pytest.mark.fault(23)
 def test_23_a_scratch_disk_that_is_full_ends_the_job_and_not_the_trainer(lab: Lab) -> None:
     worker = lab.ensure_worker()
     lab.succeed(lab.submit(n_epochs=1))
@@ -112,6 +117,7 @@ def test_23_a_scratch_disk_that_is_full_ends_the_job_and_not_the_trainer(lab: La
     assert is_running(trainer)
 
 
+@pytest.mark.fault(27)
 def test_27_a_worker_that_was_frozen_beyond_its_lease_changes_nothing_when_it_wakes(lab: Lab) -> None:
     lab.kill_workers()
     job_id = lab.submit(**LONG)
@@ -133,6 +139,7 @@ def test_27_a_worker_that_was_frozen_beyond_its_lease_changes_nothing_when_it_wa
     assert heir.is_alive
 
 
+@pytest.mark.fault(31)
 def test_31_a_worker_stopped_while_idle_or_claiming_leaves_no_job_behind(lab: Lab) -> None:
     worker = lab.ensure_worker()
     lab.succeed(lab.submit(n_epochs=1))
@@ -162,6 +169,7 @@ def test_an_idle_worker_has_its_base_warm_before_the_first_job_and_stops_at_once
     assert lab.trainer_of(worker).pid == warm
 
 
+@pytest.mark.fault(33)
 def test_33_a_host_without_memory_for_a_job_is_told_and_not_tried_again(lab: Lab) -> None:
     worker = lab.ensure_worker()
     lab.succeed(lab.submit(n_epochs=1))
@@ -175,6 +183,7 @@ def test_33_a_host_without_memory_for_a_job_is_told_and_not_tried_again(lab: Lab
     assert worker.is_alive
 
 
+@pytest.mark.fault(34)
 def test_34_a_job_too_large_for_the_device_is_told_what_to_lower_and_its_neighbour_trains_on(lab: Lab) -> None:
     neighbour = lab.submit(**LONG)
     worker = lab.ensure_worker()
@@ -189,10 +198,16 @@ def test_34_a_job_too_large_for_the_device_is_told_what_to_lower_and_its_neighbo
     assert worker.is_alive
 
 
+@pytest.mark.fault(35)
 def test_35_a_job_that_diverges_is_stopped_and_its_events_are_numbers(lab: Lab) -> None:
     lab.ensure_worker()
     # Each step multiplies the weights by 1 - 10.
-    terms = {"learning_rate": 1.0, "weight_decay": 10.0, "warmup_ratio": 0.0, "learning_rate_schedule": "constant"}
+    terms: dict[str, Any] = {
+        "learning_rate": 1.0,
+        "weight_decay": 10.0,
+        "warmup_ratio": 0.0,
+        "learning_rate_schedule": "constant",
+    }
     job_id = lab.submit(**LONG, **terms)
     job = lab.wait_for_end(job_id)
     assert (job.status, job.error.code) == ("failed", "diverged")
@@ -201,6 +216,7 @@ def test_35_a_job_that_diverges_is_stopped_and_its_events_are_numbers(lab: Lab) 
     json.dumps([row[0] for row in details], allow_nan=False)
 
 
+@pytest.mark.fault(36)
 def test_36_a_training_that_hangs_is_stopped_although_its_process_lives(lab: Lab) -> None:
     lab.kill_workers()
     job_id = lab.submit(**LONG)
@@ -213,6 +229,7 @@ def test_36_a_training_that_hangs_is_stopped_although_its_process_lives(lab: Lab
     assert worker.is_alive
 
 
+@pytest.mark.fault(43)
 def test_43_cancelling_at_any_moment_ends_once_and_frees_the_slot(lab: Lab) -> None:
     lab.ensure_worker()
     with lab.claims_held():
@@ -238,6 +255,7 @@ def test_43_cancelling_at_any_moment_ends_once_and_frees_the_slot(lab: Lab) -> N
         assert not lab.sql("select id from adapters where job_id = %s", job_id)
 
 
+@pytest.mark.fault(44)
 def test_44_a_job_cancelled_while_its_worker_is_frozen_stays_cancelled_when_it_wakes(lab: Lab) -> None:
     job_id = lab.submit(**LONG)
     worker = lab.ensure_worker()

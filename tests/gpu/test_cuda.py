@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 
 from bench.workload import quantize
-from tests.unit.engine.test_precision import check_company_costs_no_more_than_padding
+from tests.unit.engine.company import check_company_costs_no_more_than_padding
 from tests.unit.engine.tiny import (
     fused_gradients,
     make_engine,
@@ -89,8 +90,8 @@ def test_the_segment_kernel_attends_as_each_sequence_would_alone(window: int | N
         for heads in (4, 2, 2)
     )
     exact, _ = attend_packed(None, query, key, value, None, sequences=sequences, sliding_window=window)
-    halves = [rows.bfloat16() for rows in (query, key, value)]
-    found, _ = attend_packed(None, *halves, None, sequences=sequences, sliding_window=window)
+    queries, keys, values = (rows.bfloat16() for rows in (query, key, value))
+    found, _ = attend_packed(None, queries, keys, values, None, sequences=sequences, sliding_window=window)
     torch.testing.assert_close(found.float(), exact, atol=2e-2, rtol=2e-2)
     weights = torch.randn(exact.shape, device=CUDA, generator=generator)
     for leaf in (query, key, value):
@@ -104,7 +105,8 @@ def test_an_nf4_base_trains_as_its_own_numbers_do() -> None:
     quantize(quantized, torch.bfloat16)
     for name, module in quantized.named_modules():
         if isinstance(module, Linear4bit):
-            numbers = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            weight: Any = module.weight
+            numbers = dequantize_4bit(weight.data, weight.quant_state)
             dense.get_submodule(name).weight.data.copy_(numbers)
     found, wanted = (fused_gradients(engine_of(model, JOBS)) for model in (quantized, dense))
     for job in JOBS:

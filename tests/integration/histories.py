@@ -8,9 +8,10 @@ from string import Template
 import psycopg
 from alembic import command
 from alembic.config import Config
+from sqlalchemy import Connection
 
 from core.db.revisions import MIGRATIONS_DIR, list_revisions
-from core.db.session import connect
+from tests.databases import opened
 
 TENANTS = ("01900000-0000-7000-8000-0000000000a1", "01900000-0000-7000-8000-0000000000b2")
 _LONG_AGO = "timestamptz '2026-01-02 03:04:05Z'"
@@ -104,15 +105,17 @@ _EACH = {
 }
 
 
-def move(owner_url: str, step: Callable[[Config, str], None], revision: str) -> None:
-    """Bring a database up or down (alembic's `command.upgrade`, `command.downgrade`) to a revision."""
+def configure(connection: Connection) -> Config:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS_DIR))
-    engine = connect(owner_url)
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        step(config, revision)
-    engine.dispose()
+    config.attributes["connection"] = connection
+    return config
+
+
+def move(owner_url: str, step: Callable[[Config, str], None], revision: str) -> None:
+    """Bring a database up or down (alembic's `command.upgrade`, `command.downgrade`) to a revision."""
+    with opened(owner_url) as engine, engine.begin() as connection:
+        step(configure(connection), revision)
 
 
 def upgrade_with_rows(owner_url: str, superuser_url: str) -> None:

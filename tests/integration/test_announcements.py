@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import psycopg
 import pytest
 from sqlalchemy import Engine, select, text
 
 from core.db.models import Event, Job
-from core.db.session import connect, service_transaction
+from core.db.session import service_transaction
 from core.services import announcements
 from core.services.events import EVENT_CHANNEL
 from core.services.jobs import cancel_job, get_job
 from core.services.turns import record_load
-from tests.integration.conftest import BASE_MODEL, Database, Tenant
-from tests.integration.training import POOL, queue_job
+from tests.databases import Database, run
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant
 from tests.waiting import PATIENCE_SECONDS
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
+def worker(worker: Engine, owner: Engine) -> Engine:
     """The worker's role on a queue that is empty of other tests' jobs."""
-    with service_transaction(owner) as session:
-        session.execute(text("truncate jobs cascade"))
-        session.execute(text("update tenants set usage = 0, lift = 0"))
-        session.execute(text("update base_models set state = 'unchecked', state_reason = null, checked_by = null"))
-        session.execute(text("delete from pools"))
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
+    run(owner, "truncate jobs cascade")
+    run(owner, "update tenants set usage = 0, lift = 0")
+    run(owner, "update base_models set state = 'unchecked', state_reason = null, checked_by = null")
+    run(owner, "delete from pools")
+    return worker
 
 
 def announce(worker: Engine, *, num_jobs: int) -> Sequence[uuid.UUID]:
@@ -48,11 +47,11 @@ def test_the_first_jobs_that_may_start_are_told_of_a_load_with_its_seconds(
     worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
     first, second, urgent = (
-        queue_job(owner, tenant.id),
-        queue_job(owner, tenant.id),
-        queue_job(owner, tenant.id, priority=5),
+        queue_job(owner, tenant),
+        queue_job(owner, tenant),
+        queue_job(owner, tenant, priority=5),
     )
-    others, later = queue_job(owner, other_tenant.id), queue_job(owner, other_tenant.id)
+    others, later = queue_job(owner, other_tenant), queue_job(owner, other_tenant)
     with service_transaction(owner) as session:
         session.execute(text("update jobs set run_after = 'infinity' where id = :id"), {"id": later.id})
     ids = announce(worker, num_jobs=3)
@@ -76,14 +75,14 @@ def test_the_first_jobs_that_may_start_are_told_of_a_load_with_its_seconds(
 def test_a_job_that_somebody_changes_at_the_moment_keeps_nobody_from_loading(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
-    busy, free = queue_job(owner, tenant.id), queue_job(owner, tenant.id)
+    busy, free = queue_job(owner, tenant), queue_job(owner, tenant)
     with service_transaction(owner) as changing:
         get_job(changing, tenant.id, job_id=busy.id, lock=True)
         assert announce(worker, num_jobs=5) == [free.id]
 
 
 def test_those_who_follow_a_job_are_woken(worker: Engine, owner: Engine, database: Database, tenant: Tenant) -> None:
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     with psycopg.connect(database.superuser_url, autocommit=True) as listening:
         listening.execute(f"listen {EVENT_CHANNEL}")
         announce(worker, num_jobs=5)

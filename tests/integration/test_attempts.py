@@ -4,72 +4,37 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import Engine, func, select, text
 
 from core.db.models import Attempt, Job, Usage
-from core.db.session import ServiceSession, connect, service_transaction
+from core.db.session import ServiceSession, service_transaction
+from core.domain.failures import Failure
 from core.domain.files import NewFile
 from core.domain.ids import new_id
-from core.domain.job_requests import JobRequest
-from core.domain.jobs import MAX_UNCOUNTED, pool_name
+from core.domain.jobs import MAX_UNCOUNTED
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.objects import attempt_prefix, file_key
-from core.domain.training import Quantization
 from core.domain.values import StoredArtifact
 from core.services import attempts, charges, claims, leases, observations
-from core.services.files import create_file
 from core.services.jobs import cancel_job
 from core.services.observations import StepRecord
 from core.services.resume_points import begin_steps
-from core.services.submissions import submit_job
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
-
-POOL = pool_name(BASE_MODEL, None)
+from tests.databases import run
+from tests.factories.bases import POOL
+from tests.factories.jobs import claim, make_claimable, queue_job, status_of
+from tests.factories.tenants import Tenant, add_tenant
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
+def worker(worker: Engine, owner: Engine) -> Engine:
     """The worker's role on a queue that is empty of other tests' jobs."""
-    with service_transaction(owner) as session:
-        session.execute(text("truncate jobs cascade"))
-        session.execute(text("update tenants set usage = 0"))
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
-
-
-def queue_job(owner: Engine, tenant: Tenant, *, priority: int = 0, quantization: Quantization | None = None) -> Job:
-    with service_transaction(owner) as session:
-        file_id = new_id()
-        key = file_key(tenant.id, file_id)
-        create_file(session, tenant.id, new=NewFile(file_id, "a", "fine-tune", key, 1, "0" * 64, num_examples=4))
-        request = JobRequest(
-            base_model_id=BASE_MODEL, training_file_id=file_id, priority=priority, quantization=quantization
-        )
-        return submit_job(session, tenant.id, request=request)
-
-
-def claim(worker: Engine, lease_seconds: float = 60) -> Lease | None:
-    with service_transaction(worker) as session:
-        job = claims.claim_job(session, POOL, worker_name="w", lease_seconds=lease_seconds)
-    if job is None:
-        return None
-    assert job.lease_token is not None
-    return Lease(job.id, job.tenant_id, job.lease_token)
-
-
-def status_of(owner: Engine, lease: Lease) -> str:
-    with service_transaction(owner) as session:
-        return session.scalars(select(Job.status).where(Job.id == lease.job_id)).one()
-
-
-def make_claimable(owner: Engine, lease: Lease) -> None:
-    with service_transaction(owner) as session:
-        session.execute(text("update jobs set run_after = now() where id = :id"), {"id": lease.job_id})
+    run(owner, "truncate jobs cascade")
+    run(owner, "update tenants set usage = 0")
+    return worker
 
 
 def test_a_stale_attempt_cannot_end_the_job_of_a_newer_one(worker: Engine, owner: Engine, tenant: Tenant) -> None:
@@ -83,7 +48,9 @@ def test_a_stale_attempt_cannot_end_the_job_of_a_newer_one(worker: Engine, owner
     assert newer is not None
     assert newer.job_id == stale.job_id
     for act in (
-        lambda session: attempts.fail_attempt(session, stale, code="x", message="x", is_job_fault=True),
+        lambda session: attempts.fail_attempt(
+            session, stale, failure=Failure(code="x", message="x"), is_job_fault=True
+        ),
         lambda session: leases.heartbeat(session, stale, lease_seconds=60),
         lambda session: attempts.requeue_attempt(session, stale),
         lambda session: attempts.record_message(session, stale, message="x", level="info"),
@@ -111,7 +78,9 @@ def test_our_fault_is_tried_again_up_to_the_maximum(worker: Engine, owner: Engin
         lease = claim(worker)
         assert lease is not None
         with service_transaction(worker) as session:
-            attempts.fail_attempt(session, lease, code="trainer_crashed", message="It crashed.", is_job_fault=False)
+            attempts.fail_attempt(
+                session, lease, failure=Failure(code="trainer_crashed", message="It crashed."), is_job_fault=False
+            )
         statuses.append(status_of(owner, lease))
         make_claimable(owner, lease)
     assert statuses == ["queued", "queued", "failed"]
@@ -123,7 +92,9 @@ def test_the_jobs_own_fault_is_final(worker: Engine, owner: Engine, tenant: Tena
     lease = claim(worker)
     assert lease is not None
     with service_transaction(worker) as session:
-        attempts.fail_attempt(session, lease, code="diverged", message="It diverged.", is_job_fault=True)
+        attempts.fail_attempt(
+            session, lease, failure=Failure(code="diverged", message="It diverged."), is_job_fault=True
+        )
     assert status_of(owner, lease) == "failed"
 
 
@@ -143,9 +114,11 @@ def end_uncounted(session: ServiceSession, lease: Lease, how: str) -> None:
         case "given back":
             attempts.requeue_attempt(session, lease)
         case "postponed":
-            attempts.postpone_attempt(session, lease, code="storage_unavailable", message="It is away.")
+            attempts.postpone_attempt(
+                session, lease, failure=Failure(code="storage_unavailable", message="It is away.")
+            )
         case "suspected":
-            attempts.suspect_attempt(session, lease, code="trainer_killed", message="It was killed.")
+            attempts.suspect_attempt(session, lease, failure=Failure(code="trainer_killed", message="It was killed."))
 
 
 def claim_at_once(worker: Engine, owner: Engine, job: Job, *, lease_seconds: float = 60) -> Lease:
@@ -276,7 +249,9 @@ def test_a_cancelled_job_is_stale_for_its_worker(worker: Engine, owner: Engine, 
 
 ENDINGS: dict[str, Callable[[ServiceSession, Lease], object]] = {
     "cancel": lambda session, lease: cancel_job(session, lease.tenant_id, job_id=lease.job_id),
-    "fail": lambda session, lease: attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True),
+    "fail": lambda session, lease: attempts.fail_attempt(
+        session, lease, failure=Failure(code="x", message="x"), is_job_fault=True
+    ),
     "succeed": lambda session, lease: attempts.succeed_attempt(
         session,
         lease,

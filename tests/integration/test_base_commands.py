@@ -8,22 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from sqlalchemy import Engine, func, update
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cli.base_files import BaseDescription, BaseFilesError, describe_base, find_license
 from cli.main import app
 from core.db.models import BaseModelRow, BaseTokenizer
 from core.db.session import service_transaction
-from core.domain.bases import BaseModelEntry, BaseModelSource, Registry
+from core.domain.bases import BaseModelSource, Registry
 from core.domain.workers import WorkerFacts
 from core.services.registry import register_base_model, sync_base_models
 from core.services.workers import record_worker
 from local.binaries import find_smollm2
 from local.servers import ServerAddresses
-from tests.e2e.lab import write_tiny_base
-from tests.integration.conftest import BASE_MODEL, Database
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL, make_entry
+from tests.factories.tiny_bases import write_tiny_base
+from tests.processes import storage_settings
 
 ADDED = "acme-labs/added"
 Espalier = Callable[..., Result]
@@ -43,10 +44,7 @@ def base_dir(tiny_base: Path, tmp_path: Path) -> Path:
 def espalier(database: Database, servers: ServerAddresses, tmp_path: Path) -> Espalier:
     env = {
         "ESPALIER_OWNER_DATABASE_URL": database.owner_url,
-        "ESPALIER_S3_ENDPOINT": servers.storage.endpoint,
-        "ESPALIER_S3_ACCESS_KEY": servers.storage.access_key,
-        "ESPALIER_S3_SECRET_KEY": servers.storage.secret_key,
-        "ESPALIER_S3_BUCKET": servers.storage.bucket,
+        **storage_settings(servers.storage),
         "ESPALIER_TRAINER_THREADS": "1",
     }
 
@@ -60,20 +58,6 @@ def espalier(database: Database, servers: ServerAddresses, tmp_path: Path) -> Es
 def row_of(owner: Engine, base_model_id: str) -> BaseModelRow:
     with service_transaction(owner) as session:
         return session.get_one(BaseModelRow, base_model_id)
-
-
-def make_entry(directory: Path, *, slots: int = 8, dtype: str = "float32") -> BaseModelEntry:
-    return BaseModelEntry.model_validate(
-        {
-            "id": BASE_MODEL,
-            "source": BaseModelSource(kind="path", location=str(directory)),
-            "quantizations": ("nf4",),
-            "target_modules": ("q_proj", "v_proj"),
-            "max_seq_len": 256,
-            "slots": slots,
-            "dtype": dtype,
-        }
-    )
 
 
 def test_a_base_is_added_from_its_own_files_loaded_once_and_its_tokenizer_kept(

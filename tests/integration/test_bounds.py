@@ -19,10 +19,8 @@ from core.domain.bounds import Bounds
 from core.domain.job_requests import JobRequest
 from core.services.tenants import TenantChange
 from core.settings import ApiSettings, ScheduleSettings, WorkerSettings
-from tests.integration.conftest import Tenant
-from tests.integration.test_migrations import cluster, configure, connection
-
-__all__ = ["cluster", "connection"]  # the fixtures
+from tests.factories.tenants import Tenant
+from tests.integration.histories import configure
 
 SET_BY_PEOPLE = {
     "weight": bounds.WEIGHT,

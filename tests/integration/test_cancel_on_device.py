@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -13,30 +12,19 @@ from sqlalchemy import Engine, text
 
 from core.db.clock import DatabaseClock
 from core.db.session import connect, service_transaction
-from core.domain.files import NewFile
-from core.domain.ids import new_id
-from core.domain.job_requests import JobRequest
-from core.domain.objects import file_key
 from core.domain.scheduling import FairnessTerms
-from core.services.files import create_file
 from core.services.jobs import cancel_job
 from core.services.promises import check_rows
-from core.services.submissions import submit_job
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
-from tests.e2e.lab import write_tiny_base
-from tests.integration.conftest import BASE_MODEL, Database, Tenant
-from tests.integration.test_attempts import POOL
+from tests.databases import Database
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_trainable_job
+from tests.factories.tenants import Tenant
+from tests.factories.tiny_bases import write_tiny_base
 from tests.waiting import wait_until
 from worker.supervisor.runner import Runner
-
-ROWS = "\n".join(
-    json.dumps(
-        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}]}
-    )
-    for n in range(400)
-).encode()
 
 
 @pytest.fixture
@@ -70,21 +58,10 @@ def runner(database: Database, owner: Engine, servers: ServerAddresses, tmp_path
         engine.dispose()
 
 
-def submit(owner: Engine, servers: ServerAddresses, tenant: Tenant) -> object:
-    file_id = new_id()
-    key = file_key(tenant.id, file_id)
-    S3ObjectStore(servers.storage).put_bytes(key, ROWS, content_type="application/jsonl")
-    with service_transaction(owner) as session:
-        new = NewFile(file_id, "a", "fine-tune", key, len(ROWS), hashlib.sha256(ROWS).hexdigest(), num_examples=400)
-        create_file(session, tenant.id, new=new)
-        request = JobRequest(base_model_id=BASE_MODEL, training_file_id=file_id)
-        return submit_job(session, tenant.id, request=request).id
-
-
 def test_a_cancelled_jobs_leaving_is_recorded_before_its_supervisor_rests(
     runner: Runner, owner: Engine, servers: ServerAddresses, tenant: Tenant
 ) -> None:
-    job_id = submit(owner, servers, tenant)
+    job_id = queue_trainable_job(owner, servers, tenant)
 
     def ask(question: str) -> object:
         with service_transaction(owner) as session:
@@ -94,7 +71,7 @@ def test_a_cancelled_jobs_leaving_is_recorded_before_its_supervisor_rests(
     serving.start()
     wait_until(lambda: bool(ask("select 1 from metrics where job_id = :id limit 1")))
     with service_transaction(owner) as session:
-        cancel_job(session, tenant.id, job_id=job_id)  # type: ignore[arg-type]
+        cancel_job(session, tenant.id, job_id=job_id)
     serving.join(60)
     assert not serving.is_alive()
     assert ask("select 1 from attempts where job_id = :id and left_device_at >= ended_at") == 1

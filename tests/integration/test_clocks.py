@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,32 +10,32 @@ from urllib.parse import parse_qs
 
 import httpx
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from core.db.clock import MAX_OFFSET_SECONDS, DatabaseClock
-from core.db.session import connect, service_transaction
+from core.db.session import connect
 from core.domain.ids import IdKind, format_id
 from core.storage import S3ObjectStore
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.clocks import fake_clock, find_faketime
+from tests.databases import Database, run
+from tests.factories.bases import BASE_MODEL
+from tests.factories.jobs import claim, queue_job, status_of
+from tests.factories.tenants import Tenant
 from tests.faults import Cut, FaultProxy, port_of, with_port
 from tests.integration.api.planting import plant
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, running_api
-from tests.integration.test_attempts import claim, queue_job, status_of
-from tests.integration.test_leadership import leader_pid, schedule_process
+from tests.processes import leader_pid, running_api, schedule_process
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
-    with service_transaction(owner) as session:
-        session.execute(text("truncate jobs, queues, leaders cascade"))
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
+def worker(worker: Engine, owner: Engine) -> Engine:
+    run(owner, "truncate jobs, queues, leaders cascade")
+    return worker
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("hours", [1, -1])
 def test_row_28_a_schedule_whose_clock_is_an_hour_wrong_expires_nothing_early_and_everything_in_time(
     hours: int, worker: Engine, owner: Engine, database: Database, servers: ServerAddresses, tenant: Tenant
@@ -53,6 +52,7 @@ def test_row_28_a_schedule_whose_clock_is_an_hour_wrong_expires_nothing_early_an
         assert status_of(owner, live) == "running"
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("hours", [1, -1])
 def test_row_28_an_api_whose_clock_is_an_hour_wrong_stores_files_and_hands_out_urls_that_open(
     hours: int, database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant, tmp_path: Path
@@ -76,6 +76,7 @@ def test_row_28_an_api_whose_clock_is_an_hour_wrong_stores_files_and_hands_out_u
     api.dispose()
 
 
+@pytest.mark.fault(28)
 def test_row_28_an_api_whose_clock_is_wrong_knows_a_retry_and_counts_in_the_windows_of_the_others(
     database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant, tmp_path: Path
 ) -> None:

@@ -32,25 +32,27 @@ from core.services.set_asides import ROW_ERRORS, list_set_asides, setting_aside
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.black_hole import find_namespace
+from tests.databases import Database, run
+from tests.factories.jobs import claim, queue_job, status_of
+from tests.factories.tenants import Tenant
 from tests.faults import FaultProxy, Hang, port_of, with_port
-from tests.integration.conftest import Database, Tenant, running_api
-from tests.integration.test_attempts import claim, queue_job, status_of
-from tests.integration.test_leadership import leader_pid, schedule_process
+from tests.processes import leader_pid, running_api, schedule_process
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from worker.supervisor.presence import Presence
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_SECONDS = 0.05
-QUICK = {"wake_interval_seconds": "0.2", "reap_interval_seconds": "0.2", "clean_interval_seconds": "0.2"}
+QUICK: dict[str, Any] = {
+    "wake_interval_seconds": "0.2",
+    "reap_interval_seconds": "0.2",
+    "clean_interval_seconds": "0.2",
+}
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
-    with service_transaction(owner) as session:
-        session.execute(text("truncate jobs, queues, leaders cascade"))
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
+def worker(worker: Engine, owner: Engine) -> Engine:
+    run(owner, "truncate jobs, queues, leaders cascade")
+    return worker
 
 
 @contextmanager
@@ -61,12 +63,12 @@ def administered(servers: ServerAddresses, database: Database, change: str, *, b
         "select pg_terminate_backend(pid, 60000) from pg_stat_activity where datname = %s and usename like 'espalier%%'"
     )
     with psycopg.connect(servers.postgres_url, autocommit=True) as admin:
-        admin.execute(sql.SQL(change).format(name))  # type: ignore[arg-type]
+        admin.execute(sql.SQL(change).format(name))
         admin.execute(others, (database.owner_url.rpartition("/")[2],))
         try:
             yield
         finally:
-            admin.execute(sql.SQL(back).format(name))  # type: ignore[arg-type]
+            admin.execute(sql.SQL(back).format(name))
 
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
@@ -96,6 +98,7 @@ def forget(owner: Engine, name: str) -> None:
         connection.execute(text("delete from workers where name = :name"), {"name": name})
 
 
+@pytest.mark.fault(56)
 def test_a_schedule_and_a_presence_outlive_a_read_only_database(
     worker: Engine, owner: Engine, database: Database, servers: ServerAddresses, tenant: Tenant, tmp_path: Path
 ) -> None:
@@ -122,6 +125,7 @@ def test_a_schedule_and_a_presence_outlive_a_read_only_database(
     other.dispose()
 
 
+@pytest.mark.fault(56)
 def test_an_api_whose_database_was_read_only_takes_writes_again_and_says_why_it_did_not(
     database: Database, servers: ServerAddresses, tenant: Tenant
 ) -> None:
@@ -203,6 +207,7 @@ def options_of(connection: Any) -> dict[str, int]:
         return {name: found.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in SOCKET_OPTIONS}
 
 
+@pytest.mark.fault(57)
 def test_the_kernel_gives_up_on_every_connection_within_seconds(database: Database) -> None:
     engine = connect(database.worker_url)
     with engine.connect() as connection, Subscription(database.worker_url, "news") as subscription:
@@ -323,6 +328,7 @@ def test_a_lock_that_was_not_free_in_time_may_be_tried_again(database: Database)
     engine.dispose()
 
 
+@pytest.mark.fault(58)
 @pytest.mark.usefixtures("worker", "tenant")
 def test_a_schedule_one_of_whose_threads_fails_ends_with_status_1_while_another_waits_for_the_store(
     owner: Engine, database: Database, servers: ServerAddresses, tmp_path: Path
@@ -344,6 +350,7 @@ def test_a_schedule_one_of_whose_threads_fails_ends_with_status_1_while_another_
     assert line["thread"] == "cleaning"
 
 
+@pytest.mark.fault(57)
 def test_a_database_that_vanishes_without_a_word_is_noticed_and_found_again(tmp_path: Path) -> None:
     namespace = find_namespace()
     if not namespace:

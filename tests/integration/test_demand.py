@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, operator_transaction, service_transaction
 from core.domain.errors import NotFoundError
-from core.domain.jobs import pool_name
 from core.services import claims
 from core.services.census import take_census
 from core.services.oversight import PoolDemand, find_pool_demand
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, claim, queue_job
-
-NF4 = pool_name(BASE_MODEL, "nf4")
+from tests.databases import Database, run
+from tests.factories.bases import NF4_POOL, POOL
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
+def worker(worker: Engine, owner: Engine) -> Engine:
     """The worker's role on a queue that is empty of other tests' jobs, and a base that may be used."""
     run(owner, "truncate jobs, queues, set_asides cascade")
     run(owner, "update base_models set state = 'usable', state_reason = null, slots = 8")
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
-
-
-def run(owner: Engine, statement: str, **values: Any) -> None:
-    with service_transaction(owner) as session:
-        session.execute(text(statement), values)
+    return worker
 
 
 def demand_of(owner: Engine, pool: str = POOL) -> PoolDemand:
@@ -60,7 +51,7 @@ def set_limits(owner: Engine, tenant: Tenant, **limits: Any) -> None:
 
 @pytest.mark.usefixtures("worker")
 def test_a_pool_without_jobs_wants_no_worker_and_still_has_a_row(owner: Engine) -> None:
-    for pool in (POOL, NF4):
+    for pool in (POOL, NF4_POOL):
         assert demand_of(owner, pool) == PoolDemand(pool, 0, 0, 8, 0)
     with pytest.raises(NotFoundError):
         demand_of(owner, "acme-labs/none-such@none")
@@ -76,7 +67,7 @@ def test_workers_are_wanted_for_what_runs_and_what_may_start(
     assert demand_of(owner) == PoolDemand(POOL, num_jobs, 0, 8, wanted)
     assert claim(worker) is not None
     assert demand_of(owner) == PoolDemand(POOL, num_jobs - 1, 1, 8, wanted)
-    assert demand_of(owner, NF4).workers_wanted == 0
+    assert demand_of(owner, NF4_POOL).workers_wanted == 0
 
 
 @pytest.mark.usefixtures("worker")
@@ -130,7 +121,7 @@ def test_a_pool_that_left_the_registry_wants_workers_for_what_was_submitted(owne
     queue_job(owner, tenant, quantization="nf4")
     run(owner, "update base_models set quantizations = '{}', is_enabled = false")
     try:
-        assert demand_of(owner, NF4).workers_wanted == 1
+        assert demand_of(owner, NF4_POOL).workers_wanted == 1
         assert demand_of(owner, POOL).workers_wanted == 0
     finally:
         run(owner, "update base_models set quantizations = '{nf4}', is_enabled = true")

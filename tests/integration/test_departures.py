@@ -16,8 +16,10 @@ from core.services import attempts, claims
 from core.services.jobs import cancel_job
 from core.services.promises import Finding, check_rows
 from core.services.workers import record_worker
-from tests.integration.conftest import Database, Tenant
-from tests.integration.test_attempts import POOL, queue_job
+from tests.databases import Database
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant
 from worker.supervisor.departures import Departures
 
 
@@ -116,7 +118,8 @@ def test_a_departure_is_recorded_with_its_own_time_once_the_database_is_back(
     departures.note(lease.token)
     with pytest.raises(DATABASE_ERRORS):
         departures.record()
-    assert departures.are_due
+    was_due = departures.are_due
+    assert was_due
     monkeypatch.setattr(departures, "_engine", worker)
     noted_at = departures._unrecorded[0].left_at
     monkeypatch.setattr(time, "monotonic", lambda: noted_at + 40)

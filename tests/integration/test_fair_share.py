@@ -15,13 +15,15 @@ from sqlalchemy import Engine, func, select, text
 from core.db.models import Attempt, Job, Queue
 from core.db.models import Tenant as TenantRow
 from core.db.session import connect, service_transaction
-from core.domain.jobs import pool_name
+from core.domain.failures import Failure
 from core.domain.leases import Lease
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, decay_usage
 from core.services import attempts, charges, claims
 from core.services.jobs import cancel_job
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, claim, queue_job
+from tests.databases import Database
+from tests.factories.bases import NF4_POOL, POOL
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
 
 @pytest.fixture
@@ -63,6 +65,7 @@ def together(count: int, act):  # type: ignore[no-untyped-def]
         return list(pool.map(start, range(count)))
 
 
+@pytest.mark.fault(26)
 def test_row_26_one_wake_delivered_twenty_times_to_four_workers_is_one_claim_a_job(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -89,9 +92,6 @@ def test_row_26_one_wake_delivered_twenty_times_to_four_workers_is_one_claim_a_j
         assert session.scalar(select(func.count()).select_from(Attempt)) == 7
 
 
-NF4_POOL = pool_name(BASE_MODEL, "nf4")
-
-
 def move_half_to_another_pool(owner: Engine) -> None:
     with service_transaction(owner) as session:
         session.execute(text("delete from queues"))
@@ -108,6 +108,7 @@ def claim_from(engine: Engine, pool: str) -> Lease | None:
     return Lease(job.id, job.tenant_id, job.lease_token) if job and job.lease_token else None
 
 
+@pytest.mark.fault(50)
 def test_row_50_a_quota_is_one_for_all_pools_while_a_claim_is_not_committed(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -120,6 +121,7 @@ def test_row_50_a_quota_is_one_for_all_pools_while_a_claim_is_not_committed(
     assert claim_from(worker, NF4_POOL) is None
 
 
+@pytest.mark.fault(50)
 def test_row_50_four_claimers_of_two_pools_never_pass_a_quota_of_one(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -195,9 +197,9 @@ def test_queues_count_what_is_queued_through_every_change_and_all_roles(
     with service_transaction(worker) as session:
         attempts.requeue_attempt(session, leases[0])
     with service_transaction(worker) as session:
-        attempts.fail_attempt(session, leases[1], code="x", message="x", is_job_fault=False)
+        attempts.fail_attempt(session, leases[1], failure=Failure(code="x", message="x"), is_job_fault=False)
     with service_transaction(worker) as session:
-        attempts.fail_attempt(session, leases[2], code="x", message="x", is_job_fault=True)
+        attempts.fail_attempt(session, leases[2], failure=Failure(code="x", message="x"), is_job_fault=True)
     queued = queue_job(owner, tenants[0])
     with service_transaction(owner) as session:
         cancel_job(session, tenants[0].id, job_id=queued.id)
@@ -255,6 +257,7 @@ class Clock:
             session.execute(text("update tenants set usage_at = usage_at - make_interval(secs => :s)"), {"s": seconds})
 
 
+@pytest.mark.fault(51)
 def test_row_51_a_whale_keeps_no_small_tenant_waiting(worker: Engine, owner: Engine) -> None:
     """Eight devices for twelve hours: a whale with 600 jobs at the start, two small tenants with a job an hour each."""
     whale, *small = (add_tenant(owner) for _ in range(3))
@@ -262,7 +265,9 @@ def test_row_51_a_whale_keeps_no_small_tenant_waiting(worker: Engine, owner: Eng
     add_jobs(owner, whale, 600)
     draw, clock = random.Random(51), Clock(owner)
     busy: list[tuple[float, float, Lease]] = []  # until when, GPU-seconds, what
-    submitted, waits, started = {}, [], Counter()
+    submitted: dict[uuid.UUID, float] = {}
+    waits: list[float] = []
+    started: Counter[uuid.UUID] = Counter()
     arrivals = sorted((hour * 3600 + draw.uniform(0, 3600), tenant) for hour in range(12) for tenant in small)
     while clock.now < 12 * 3600:
         while len(busy) < 8 and (lease := claim(worker)) is not None:
@@ -280,7 +285,7 @@ def test_row_51_a_whale_keeps_no_small_tenant_waiting(worker: Engine, owner: Eng
             until, seconds, lease = busy.pop(0)
             clock.advance(until - clock.now)
             with service_transaction(worker) as session:
-                attempts.fail_attempt(session, lease, code="done", message="Done.", is_job_fault=True)
+                attempts.fail_attempt(session, lease, failure=Failure(code="done", message="Done."), is_job_fault=True)
             with service_transaction(worker) as session:
                 charges.record_usage(session, lease.token, gpu_seconds=seconds, trained_tokens=1)
     assert len(waits) >= 22, "every small job that could start has started"

@@ -7,7 +7,8 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import ProgrammingError
 
 from core.db.session import connect, service_transaction
-from tests.integration.conftest import BASE_MODEL, Database
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL
 
 ROLES = ("espalier_api", "espalier_operator", "espalier_worker", "espalier_schedule", "espalier_scaler")
 # Verbs by role on the tables that decide who may do what, or that must not be rewritten. "update" may be of columns only.
@@ -55,7 +56,7 @@ NEVER = {
     "api_keys": {"delete"},
     "adapters": {"delete"},
 }
-# test_retention.py and test_erasure.py show what row-level security leaves of it.
+# retention/ and erasure/ show what row-level security leaves of it.
 DELETES_OLD_ROWS = {("espalier_schedule", table) for table in ("events", "jobs", "adapters", "files", "api_keys")}
 # The operator's role is for settings; the worker's and the schedule's have no business with keys.
 NOT_THE_OPERATORS = ("files", "jobs", "events", "metrics", "checkpoints", "adapters", "attempts", "usage")

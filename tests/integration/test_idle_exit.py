@@ -16,8 +16,10 @@ from core.services import claims
 from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
-from tests.integration.conftest import Database, Tenant
-from tests.integration.training import POOL, queue_job
+from tests.databases import Database
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant
 from tests.waiting import wait_until
 from worker.supervisor.idle_exit import IdleExit
 from worker.supervisor.runner import Runner
@@ -54,7 +56,7 @@ def runner(database: Database, servers: ServerAddresses, owner: Engine, tmp_path
 
 
 def test_a_worker_does_not_leave_a_job_that_waits_for_it(runner: Runner, owner: Engine, tenant: Tenant) -> None:
-    queue_job(owner, tenant.id)
+    queue_job(owner, tenant)
     assert not runner.leave_if_idle(0)
     postpone_jobs(owner)
     assert runner.leave_if_idle(0)
@@ -63,7 +65,7 @@ def test_a_worker_does_not_leave_a_job_that_waits_for_it(runner: Runner, owner: 
 def test_a_worker_whose_clock_is_wrong_does_not_leave_the_jobs_that_it_cannot_claim(
     runner: Runner, owner: Engine, tenant: Tenant
 ) -> None:
-    queue_job(owner, tenant.id)
+    queue_job(owner, tenant)
     clock = runner._clock
     assert clock.is_right()
     assert clock._reading is not None
@@ -79,7 +81,7 @@ def test_a_worker_that_has_said_it_leaves_claims_nothing_any_more(
     runner: Runner, owner: Engine, tenant: Tenant
 ) -> None:
     assert runner.leave_if_idle(0)
-    queue_job(owner, tenant.id)
+    queue_job(owner, tenant)
     runner.serve()  # what the wake-up for it does
     assert runner.describe().state == "stopping"
     with service_transaction(owner) as session:
@@ -98,7 +100,7 @@ def test_a_worker_that_has_not_idled_for_long_stays(runner: Runner) -> None:
 def test_the_process_is_ended_once_and_only_when_its_runner_leaves(
     runner: Runner, owner: Engine, tenant: Tenant
 ) -> None:
-    queue_job(owner, tenant.id)
+    queue_job(owner, tenant)
     states: list[str] = []
     IdleExit(runner, idle_seconds=0.1, end_process=lambda: states.append(runner.describe().state)).start()
     postpone_jobs(owner)

@@ -28,6 +28,7 @@ from sqlalchemy.exc import IntegrityError
 from core.db.models import Job
 from core.db.session import connect, service_transaction
 from core.domain.errors import ConflictError
+from core.domain.failures import Failure
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.jobs import MAX_ATTEMPTS
@@ -40,8 +41,10 @@ from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.leases import heartbeat
 from core.services.observations import StepRecord
 from core.services.promises import check_rows
-from tests.integration.conftest import Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, queue_job
+from tests.databases import Database
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 
@@ -136,7 +139,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule(lease=leases, is_job_fault=st.booleans())
     def fail(self, lease: Lease, is_job_fault: bool) -> None:
         def act(session):  # type: ignore[no-untyped-def]
-            attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=is_job_fault)
+            attempts.fail_attempt(session, lease, failure=Failure(code="x", message="x"), is_job_fault=is_job_fault)
 
         if self._try(lease, act):
             self._retry_or_fail(lease, is_final=is_job_fault)
@@ -149,13 +152,17 @@ class JobMachine(RuleBasedStateMachine):
 
     @rule(lease=leases)
     def postpone(self, lease: Lease) -> None:
-        if self._try(lease, lambda session: attempts.postpone_attempt(session, lease, code="x", message="x")):
+        if self._try(
+            lease, lambda session: attempts.postpone_attempt(session, lease, failure=Failure(code="x", message="x"))
+        ):
             self._queue_again(lease, is_charged=False)
             self.expected[lease.job_id].is_due = False
 
     @rule(lease=leases)
     def suspect(self, lease: Lease) -> None:
-        if self._try(lease, lambda session: attempts.suspect_attempt(session, lease, code="x", message="x")):
+        if self._try(
+            lease, lambda session: attempts.suspect_attempt(session, lease, failure=Failure(code="x", message="x"))
+        ):
             self._queue_again(lease, is_charged=False)
             self.expected[lease.job_id].is_due = self.expected[lease.job_id].is_suspect = True
 
@@ -289,6 +296,7 @@ class JobMachine(RuleBasedStateMachine):
             known.is_due = False
 
 
+@pytest.mark.fault(43)
 def test_any_order_of_verbs_and_stale_fences_keeps_the_contract(owner: Engine, database: Database) -> None:
     engines = {"worker": connect(database.worker_url), "schedule": connect(database.schedule_url), "owner": owner}
     tenants = (add_tenant(owner), add_tenant(owner))

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import IO
 
 import pytest
 from sqlalchemy import Engine, func, select, text
 from sqlalchemy.exc import DBAPIError
 
-from core.db.models import Job, Leader
-from core.db.session import connect, service_transaction
+from core.db.models import Job
+from core.db.session import service_transaction
 from core.services import attempts, leases
 from core.services.leadership import lead, resign
 from core.settings import ScheduleSettings
 from local.servers import ServerAddresses
-from tests.integration.conftest import Database, Tenant
-from tests.integration.test_attempts import claim, make_claimable, queue_job, status_of
+from tests.databases import Database, num_waiting, opened, run
+from tests.factories.jobs import claim, make_claimable, queue_job, status_of
+from tests.factories.tenants import Tenant
+from tests.processes import leader_pid, schedule_process
 from tests.waiting import wait_until
 
 TAKEOVER_SECONDS = 10.0  # as docs/contract.md promises
@@ -32,20 +29,15 @@ LOOK_SECONDS = ScheduleSettings.model_fields["wake_interval_seconds"].default  #
 
 @pytest.fixture
 def schedule(database: Database, owner: Engine) -> Iterator[Engine]:
-    with service_transaction(owner) as session:
-        session.execute(text("delete from leaders"))
-    engine = connect(database.schedule_url)
-    yield engine
-    engine.dispose()
+    run(owner, "delete from leaders")
+    with opened(database.schedule_url) as engine:
+        yield engine
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
-    with service_transaction(owner) as session:
-        session.execute(text("truncate jobs cascade"))
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
+def worker(worker: Engine, owner: Engine) -> Engine:
+    run(owner, "truncate jobs cascade")
+    return worker
 
 
 def try_to_lead(engine: Engine, holder: str, lease_seconds: float = 60) -> bool:
@@ -90,7 +82,7 @@ def test_nobody_takes_over_in_the_middle_of_a_leaders_transaction(schedule: Engi
         assert lead(session, "a", lease_seconds=-1)  # over as soon as this transaction is
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(try_to_lead, schedule, "b")
-            wait_until(lambda: is_waiting_for_a_lock(database))
+            wait_until(lambda: num_waiting(database) > 0)
             assert not asked.done()
             session.commit()
             # It began before the leader's lease was over, by its own transaction's clock; its next try succeeds.
@@ -107,52 +99,6 @@ def test_a_leader_stopped_inside_a_transaction_loses_it_and_another_leads_within
         session.execute(select(1))
 
 
-def is_waiting_for_a_lock(database: Database) -> bool:
-    engine = connect(database.superuser_url)
-    query = text(
-        "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
-    )
-    with service_transaction(engine) as session:
-        num_waiting = session.scalar(query)
-    engine.dispose()
-    return bool(num_waiting)
-
-
-@contextmanager
-def schedule_process(
-    database: Database,
-    servers: ServerAddresses,
-    *,
-    env: dict[str, str] | None = None,
-    log: int | IO[bytes] = subprocess.DEVNULL,
-    **settings: str,
-) -> Iterator[subprocess.Popen[bytes]]:
-    storage = servers.storage
-    environment = {
-        **os.environ,
-        "ESPALIER_DATABASE_URL": database.schedule_url,
-        "ESPALIER_REDIS_URL": servers.redis_url.rpartition("/")[0] + "/7",
-        "ESPALIER_S3_ENDPOINT": storage.endpoint,
-        "ESPALIER_S3_ACCESS_KEY": storage.access_key,
-        "ESPALIER_S3_SECRET_KEY": storage.secret_key,
-        "ESPALIER_S3_BUCKET": storage.bucket,
-        **{f"ESPALIER_{name.upper()}": value for name, value in settings.items()},
-        **{name.upper(): value for name, value in (env or {}).items()},
-    }
-    with subprocess.Popen([sys.executable, "-m", "schedule"], env=environment, stderr=log) as process:
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-
-
-def leader_pid(owner: Engine) -> int | None:
-    with service_transaction(owner) as session:
-        holder = session.scalar(select(Leader.holder).where(Leader.lease_until > text("now()")))
-    return int(holder.split(":")[1]) if holder else None
-
-
 def seconds_left(owner: Engine) -> float:
     """Return how much of its lease the leader has left, by the clock that decides."""
     with service_transaction(owner) as session:
@@ -160,6 +106,7 @@ def seconds_left(owner: Engine) -> float:
         return float(session.scalars(text(left)).one())
 
 
+@pytest.mark.fault(25)
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_row_25_of_two_schedules_one_leads_and_the_other_takes_over_within_ten_seconds(
@@ -175,6 +122,7 @@ def test_row_25_of_two_schedules_one_leads_and_the_other_takes_over_within_ten_s
         leader.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.usefixtures("schedule")
 def test_row_25_a_leader_that_is_told_to_go_does_not_let_the_other_wait_for_the_end_of_its_lease(
     owner: Engine, database: Database, servers: ServerAddresses
@@ -189,6 +137,7 @@ def test_row_25_a_leader_that_is_told_to_go_does_not_let_the_other_wait_for_the_
         wait_until(lambda: leader_pid(owner) == other.pid)
 
 
+@pytest.mark.fault(53)
 def test_row_53_a_reaper_that_goes_on_with_a_stale_view_expires_nobodys_live_lease(
     schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
@@ -211,6 +160,7 @@ def test_row_53_a_reaper_that_goes_on_with_a_stale_view_expires_nobodys_live_lea
         leases.heartbeat(session, newer, lease_seconds=60)
 
 
+@pytest.mark.fault(53)
 def test_row_53_a_heartbeat_that_comes_before_the_reapers_lock_saves_the_lease(
     schedule: Engine, worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:

@@ -24,9 +24,9 @@ from core.services.explanations import explain_job
 from core.services.logs import LogFilter
 from core.services.observations import StepRange
 from core.services.streams import Watch
-from tests.integration.conftest import Database, Tenant, add_tenant
-from tests.integration.test_oversight_at_size import statements_of
-from tests.integration.training import queue_job
+from tests.databases import Database, statements_of
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
 # Most is the tenant's own, which PostgreSQL then takes for as many among the newest, where there are none.
 NUM_OWN, NUM_OTHERS = 40_000, 24_000
@@ -85,10 +85,10 @@ class Crowd:
 @pytest.fixture(scope="module")
 def crowd(owner: Engine) -> Iterator[Crowd]:
     quiet = add_tenant(owner)
-    job_id = queue_job(owner, quiet.id).id
+    job_id = queue_job(owner, quiet).id
     plant(owner, quiet, job_id, NUM_OWN)
     for busy in (add_tenant(owner) for _ in range(4)):
-        plant(owner, busy, queue_job(owner, busy.id).id, NUM_OTHERS // 4)
+        plant(owner, busy, queue_job(owner, busy).id, NUM_OTHERS // 4)
     with owner.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("vacuum analyze"))
         middle = {
@@ -112,7 +112,7 @@ def plant(owner: Engine, tenant: Tenant, job_id: uuid.UUID, num: int) -> None:
 
 def buffers_of(session: SessionKind, ask: Callable[[SessionKind], object]) -> int:
     """Return how many of its buffers PostgreSQL looks at for the statements of a service."""
-    with statements_of(session.get_bind().engine) as seen:  # type: ignore[union-attr]
+    with statements_of(session.get_bind().engine) as seen:
         ask(session)
     asked = session.connection()
     plans = [

@@ -25,8 +25,11 @@ from core.telemetry.readiness import Need, Readiness
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from schedule.metrics import QueueCollector
-from tests.integration.conftest import Database, Tenant, add_tenant, running_api
-from tests.integration.training import POOL, queue_job
+from tests.databases import Database
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant, add_tenant
+from tests.processes import running_api
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -171,7 +174,7 @@ def test_the_schedule_that_leads_shows_the_queue_of_a_thousand_tenants_in_few_li
     database: Database, owner: Engine
 ) -> None:
     for _ in range(3):
-        queue_job(owner, add_tenant(owner).id)
+        queue_job(owner, add_tenant(owner))
     with owner.begin() as connection:
         connection.exec_driver_sql(THOUSAND_QUEUES)
     engine = connect(database.schedule_url)

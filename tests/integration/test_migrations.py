@@ -6,23 +6,21 @@ import datetime as dt
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
 import pytest
 from alembic import command
-from alembic.config import Config
 from psycopg import sql
 from sqlalchemy import Connection, text
 
 from core.db.migrate import migrate_database
-from core.db.revisions import MIGRATIONS_DIR
 from core.db.session import connect, operator_transaction
 from local.servers import LocalServers, ServerAddresses
 from tests.clusters import PASSWORD
-from tests.integration.conftest import create_database, owner_url_of
+from tests.databases import create_database, owner_url_of
+from tests.integration.histories import configure
 from tests.waiting import wait_until
 
 SCHEMA = """
@@ -39,32 +37,6 @@ GRANTS = """
     select grantee, table_name, column_name, privilege_type from information_schema.column_privileges
     where grantee like 'espalier%' and table_name <> 'alembic_version' order by 1, 2, 3, 4
 """
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the URL of a PostgreSQL of the module's own: other test processes make the roles in the shared one."""
-    with LocalServers(tmp_path_factory.mktemp("servers"), is_durable=False) as own:
-        yield own.addresses.postgres_url
-
-
-@pytest.fixture
-def connection(cluster: str) -> Iterator[Connection]:
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(cluster, autocommit=True) as owner:
-        owner.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
-        engine = connect(cluster.rpartition("/")[0] + f"/{name}")
-        with engine.connect() as opened:
-            yield opened
-        engine.dispose()
-        owner.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
-
-
-def configure(connection: Connection) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS_DIR))
-    config.attributes["connection"] = connection
-    return config
 
 
 def facts(connection: Connection) -> list[list[tuple[object, ...]]]:

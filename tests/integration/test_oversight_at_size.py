@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, text
 
 from core.db.session import OperatorSession, operator_transaction, service_transaction
 from core.domain.jobs import JobStatus
 from core.services.oversight import JobFilter, list_job_overviews, list_pool_overviews
-from tests.integration.conftest import BASE_MODEL, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, queue_job
-from tests.integration.test_demand import run
+from tests.databases import run, statements_of
+from tests.factories.bases import NF4_POOL, POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant, add_tenant
 
-NF4 = f"{BASE_MODEL}@nf4"
 NUM_JOBS = 100_000
 _FETCHED = text("select seq_tup_read + idx_tup_fetch from pg_stat_xact_user_tables where relname = 'jobs'")
 
@@ -73,18 +72,6 @@ def count_visited(plan: dict[str, Any]) -> float:
     return looked + sum(count_visited(each) for each in plan.get("Plans", ()))
 
 
-@contextmanager
-def statements_of(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
-    seen: list[tuple[str, Any]] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_others: Any) -> None:
-        seen.append((statement, parameters))
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield seen
-    event.remove(engine, "before_cursor_execute", note)
-
-
 def rows_visited_by(owner: Engine, ask: Callable[[OperatorSession], object]) -> float:
     """Return how many rows the statements of a service look at, as PostgreSQL itself counts them."""
     with operator_transaction(owner, actor="test") as session:
@@ -98,7 +85,7 @@ def rows_visited_by(owner: Engine, ask: Callable[[OperatorSession], object]) -> 
 
 
 @pytest.mark.parametrize("status", [None, *JobStatus])
-@pytest.mark.parametrize("pool", [None, NF4, POOL])
+@pytest.mark.parametrize("pool", [None, NF4_POOL, POOL])
 @pytest.mark.parametrize("is_of_whale", [False, True])
 def test_no_list_of_jobs_walks_all_of_them(
     owner: Engine, crowd: Tenant, status: JobStatus | None, pool: str | None, is_of_whale: bool

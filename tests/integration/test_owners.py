@@ -35,10 +35,11 @@ from tests.clusters import (
     starting_postgres,
     superuser_url_of,
 )
-from tests.integration.conftest import Tenant
+from tests.factories.bases import REGISTRY
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant
 from tests.integration.histories import TENANTS, move, upgrade_with_rows
-from tests.integration.test_attempts import queue_job
-from tests.integration.test_command_output import REGISTRY
+from tests.processes import storage_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,10 +107,7 @@ def environment(owner_url: str, servers: ServerAddresses) -> dict[str, str]:
     passwords = {f"ESPALIER_{name}_PASSWORD": PASSWORD for name in ("API", "WORKER", "SCHEDULE", "SCALER")}
     return passwords | {
         "ESPALIER_OWNER_DATABASE_URL": owner_url,
-        "ESPALIER_S3_ENDPOINT": servers.storage.endpoint,
-        "ESPALIER_S3_ACCESS_KEY": servers.storage.access_key,
-        "ESPALIER_S3_SECRET_KEY": servers.storage.secret_key,
-        "ESPALIER_S3_BUCKET": servers.storage.bucket,
+        **storage_settings(servers.storage),
     }
 
 

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 from sqlalchemy import Engine, text
 
 from core.db.models import Job
-from core.db.session import ServiceSession, connect, service_transaction, tenant_transaction
+from core.db.session import ServiceSession, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError
+from core.domain.failures import Failure
 from core.domain.leases import Lease, StaleLeaseError
 from core.domain.values import StoredArtifact, StoredFile
 from core.services import attempts, checkpoints, claims, leases, observations, resume_points
 from core.services.jobs import cancel_job, pause_job, resume_job
 from core.services.observations import StepRecord
-from tests.integration.conftest import Database, Tenant
-from tests.integration.test_attempts import POOL, claim, make_claimable, queue_job, status_of, worker
-
-__all__ = ["worker"]  # the fixture
+from tests.databases import run
+from tests.factories.bases import POOL
+from tests.factories.jobs import claim, make_claimable, queue_job, status_of
+from tests.factories.tenants import Tenant
 
 
 @pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
+def worker(worker: Engine, owner: Engine) -> Engine:
+    """The worker's role on a queue that is empty of other tests' jobs."""
+    run(owner, "truncate jobs cascade")
+    run(owner, "update tenants set usage = 0")
+    return worker
 
 
 def pause(owner: Engine, tenant: Tenant, job: Job) -> str:
@@ -135,19 +137,19 @@ def test_a_job_that_has_ended_is_neither_paused_nor_resumed_and_a_pausing_one_ca
 
 def suspect(worker: Engine, lease: Lease) -> None:
     with service_transaction(worker) as session:
-        attempts.suspect_attempt(session, lease, code="trainer_crashed", message="It crashed.")
+        attempts.suspect_attempt(session, lease, failure=Failure(code="trainer_crashed", message="It crashed."))
 
 
-TOLD = {"code": "x", "message": "x"}
+CRASH = Failure(code="x", message="x")
 
 
 @pytest.mark.parametrize(
     "end",
     [
         attempts.requeue_attempt,
-        partial(attempts.postpone_attempt, **TOLD),
-        partial(attempts.suspect_attempt, **TOLD),
-        partial(attempts.fail_attempt, **TOLD, is_job_fault=False),
+        partial(attempts.postpone_attempt, failure=CRASH),
+        partial(attempts.suspect_attempt, failure=CRASH),
+        partial(attempts.fail_attempt, failure=CRASH, is_job_fault=False),
     ],
     ids=["requeued", "postponed", "suspected", "failed"],
 )
@@ -208,12 +210,15 @@ def test_a_suspect_that_no_worker_is_idle_for_is_given_to_a_busy_one_after_a_whi
     assert lease.job_id == job.id
 
 
+@pytest.mark.fault(19)
 def test_an_attempt_without_its_object_store_counts_for_nothing(worker: Engine, owner: Engine, tenant: Tenant) -> None:
     job = queue_job(owner, tenant)
     for _ in range(5):  # more than a job has attempts
         lease = must_claim(worker)
         with service_transaction(worker) as session:
-            attempts.postpone_attempt(session, lease, code="storage_unavailable", message="It is away.")
+            attempts.postpone_attempt(
+                session, lease, failure=Failure(code="storage_unavailable", message="It is away.")
+            )
         with service_transaction(owner) as session:
             row = session.get_one(Job, job.id)
             assert (row.status, row.attempt_count) == ("queued", 0)

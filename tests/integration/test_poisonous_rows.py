@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from core.db.models import Attempt, Job, Usage
-from core.db.session import connect, service_transaction, tenant_transaction
+from core.db.session import service_transaction, tenant_transaction
 from core.domain.duties import Duty
+from core.domain.failures import Failure
 from core.domain.leases import Lease
 from core.domain.outlook import WaitCode
 from core.domain.scheduling import FairnessTerms
@@ -25,9 +26,11 @@ from core.services.set_asides import list_set_asides
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from schedule.sweeper import settle, sweep
-from tests.integration.conftest import Database, Tenant, add_tenant
+from tests.databases import Database, opened, run
+from tests.factories.bases import POOL
+from tests.factories.jobs import claim, queue_job, status_of
+from tests.factories.tenants import Tenant, add_tenant
 from tests.integration.poisoning import break_row, change, drop_checks
-from tests.integration.test_attempts import POOL, claim, queue_job, status_of
 from tests.waiting import wait_until
 from worker.supervisor.lease import LeaseKeeper
 
@@ -38,19 +41,15 @@ def _unbounded(owner: Engine) -> None:
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
-    with service_transaction(owner) as session:
-        session.execute(text("truncate jobs, queues, set_asides cascade"))
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
+def worker(worker: Engine, owner: Engine) -> Engine:
+    run(owner, "truncate jobs, queues, set_asides cascade")
+    return worker
 
 
 @pytest.fixture
 def schedule(database: Database) -> Iterator[Engine]:
-    engine = connect(database.schedule_url)
-    yield engine
-    engine.dispose()
+    with opened(database.schedule_url) as engine:
+        yield engine
 
 
 def claimed_by(worker: Engine, num_claims: int) -> list[uuid.UUID]:
@@ -193,7 +192,7 @@ def test_a_job_that_cannot_be_swept_keeps_no_other_from_being_swept(
         lease = claim(worker)
         assert lease is not None
         with service_transaction(worker) as session:
-            attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True)
+            attempts.fail_attempt(session, lease, failure=Failure(code="x", message="x"), is_job_fault=True)
     with service_transaction(owner) as session:
         session.execute(text("update jobs set finished_at = now() - interval '2 days'"))
         stuck, swept = session.scalars(select(Job.id).order_by(Job.id)).all()
@@ -225,7 +224,7 @@ def test_a_month_of_impossible_use_holds_its_tenant_and_no_other(worker: Engine,
         lease = claim(worker)
         assert lease is not None
         with service_transaction(worker) as session:
-            attempts.fail_attempt(session, lease, code="x", message="x", is_job_fault=True)
+            attempts.fail_attempt(session, lease, failure=Failure(code="x", message="x"), is_job_fault=True)
     with service_transaction(owner) as session:
         session.execute(
             text("""

@@ -22,10 +22,14 @@ from local.ports import free_ports
 from local.privileges import drop_root
 from local.processes import ChildProcess, ProcessSpec
 from local.servers import ServerAddresses
+from tests.clusters import PASSWORD
+from tests.databases import Database
 from tests.deploy.packages import NotInstalledError, ensure_programs
+from tests.factories.bases import BASE_MODEL
+from tests.factories.jobs import fail_job, record_step
+from tests.factories.tenants import Tenant
 from tests.faults import port_of, with_port
-from tests.integration.conftest import BASE_MODEL, PASSWORD, Database, Tenant, running_api
-from tests.integration.training import fail_job, record_step
+from tests.processes import running_api
 from tests.waiting import PATIENCE_SECONDS
 
 _NUM_SESSIONS = 2  # of PostgreSQL's, which all clients share

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -180,12 +181,16 @@ def test_a_child_whose_launcher_died_before_it_began_does_not_begin() -> None:
     assert done.stdout == ""
 
 
+def is_told(child: ChildProcess, word: str) -> bool:
+    return word in child.log_tail()
+
+
 def test_children_are_stopped_in_reverse_order_each_before_the_next(tmp_path: Path) -> None:
     told = tmp_path / "told"
     supervisor = Supervisor(tmp_path)
     for name in ("a", "b", "c"):
         child = supervisor.start(make_spec(TIDY, str(told), name, name=name))
-        child.wait_until(lambda child=child: "ready" in child.log_tail(), timeout_seconds=PATIENCE_SECONDS)
+        child.wait_until(partial(is_told, child, "ready"), timeout_seconds=PATIENCE_SECONDS)
     pids = supervisor.pids
     supervisor.stop()
     assert told.read_text() == "cba"

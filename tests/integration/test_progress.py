@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,24 +10,23 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, select, text
 
 from core.db.models import Event, Job
-from core.db.session import connect, service_transaction
+from core.db.session import service_transaction
 from core.domain.dataset_counts import DatasetCounts
 from core.domain.leases import Lease
 from core.services import attempts, claims, observations, resume_points
 from core.services.turns import SlotTerms, lend_slot
-from tests.integration.conftest import Database, Tenant
-from tests.integration.training import POOL, queue_job, record_step, start_job
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_job, record_step, start_job
+from tests.factories.tenants import Tenant
 
 TOTAL_STEPS = 6
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
+def worker(worker: Engine, owner: Engine) -> Engine:
     """The worker's role on a queue that is empty of other tests' jobs."""
     empty_queue(owner)
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
+    return worker
 
 
 def empty_queue(owner: Engine) -> None:
@@ -71,14 +70,14 @@ def warnings(owner: Engine, lease: Lease) -> list[str]:
 def test_the_steps_of_a_job_are_those_that_its_rows_make_once_they_are_read(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     assert read(owner, lease).total_steps not in (0, 7)  # an estimate
     begin(worker, lease, 0, total_steps=7)
     assert read(owner, lease).total_steps == 7
 
 
 def test_a_skipped_step_is_told_once_and_counts_as_done(worker: Engine, owner: Engine, tenant: Tenant) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     begin(worker, lease, 0)
     record_step(worker, lease, 1)
     skip(worker, lease, 2)
@@ -101,7 +100,7 @@ def test_whatever_is_skipped_and_however_often_a_job_starts_anew_each_step_is_co
 ) -> None:
     """Each attempt but the last goes some steps and is given back; the next resumes from somewhere before."""
     empty_queue(owner)
-    lease, at = start_job(owner, tenant.id), 0
+    lease, at = start_job(owner, tenant), 0
     begin(worker, lease, 0)
     for num_steps, lost in (*stretches, (TOTAL_STEPS, 0)):
         for step in range(at + 1, min(TOTAL_STEPS, at + num_steps) + 1):
@@ -122,7 +121,7 @@ def test_whatever_is_skipped_and_however_often_a_job_starts_anew_each_step_is_co
 def test_a_slot_in_which_the_last_step_was_skipped_is_lent_all_the_same(
     worker: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     begin(worker, lease, 0)
     record_step(worker, lease, 1)
     skip(worker, lease, 2)
@@ -130,7 +129,7 @@ def test_a_slot_in_which_the_last_step_was_skipped_is_lent_all_the_same(
     with service_transaction(owner) as session:
         session.execute(text("update attempts set stepping_at = now() - interval '1 hour'"))
         session.execute(text("update tenants set usage = 1e6, usage_at = now() where id = :id"), {"id": tenant.id})
-    queue_job(owner, other_tenant.id)
+    queue_job(owner, other_tenant)
     with service_transaction(worker) as session:
         terms = SlotTerms(quantum_seconds=60, slot_seconds=60)
         loan = lend_slot(session, POOL, worker_name="w", held=[lease.token], terms=terms)
@@ -141,7 +140,7 @@ def test_a_slot_in_which_the_last_step_was_skipped_is_lent_all_the_same(
 def test_what_became_of_the_rows_is_on_the_job_and_warned_of_once_a_file(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     assert read(owner, lease).datasets is None
     counts = DatasetCounts(num_examples=10, num_truncated=1, num_dropped=2, num_left_out_turns=5)
     whole = DatasetCounts(num_examples=4, num_truncated=0, num_dropped=0, num_left_out_turns=0)

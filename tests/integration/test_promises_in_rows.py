@@ -9,8 +9,8 @@ from core.db.session import service_transaction
 from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
 from core.services.promises import check_rows
-from tests.integration.conftest import Tenant
-from tests.integration.training import fail_job, record_step, start_job
+from tests.factories.jobs import fail_job, record_step, start_job
+from tests.factories.tenants import Tenant
 
 STEP = """
     insert into metrics (job_id, tenant_id, step, lease_token, train_loss, train_accuracy, learning_rate, grad_norm,
@@ -41,7 +41,7 @@ def change(owner: Engine, statement: str, lease: Lease, **values: int) -> None:
 
 
 def test_a_step_that_an_older_attempt_wrote_behind_a_newer_one_is_named(owner: Engine, tenant: Tenant) -> None:
-    kept, lease = start_job(owner, tenant.id), start_job(owner, tenant.id)
+    kept, lease = start_job(owner, tenant), start_job(owner, tenant)
     written_by = {1: 0, 2: 5, 3: 0, 4: 5, 5: 7, 6: 2}  # steps, and the fence behind the job's own
     with service_transaction(owner) as session:
         for step, fence in written_by.items():
@@ -55,7 +55,7 @@ def test_a_step_that_an_older_attempt_wrote_behind_a_newer_one_is_named(owner: E
 
 @pytest.mark.parametrize("what", LATER)
 def test_what_was_written_of_a_job_after_its_end_is_named(owner: Engine, tenant: Tenant, what: str) -> None:
-    kept, lease = start_job(owner, tenant.id), start_job(owner, tenant.id)
+    kept, lease = start_job(owner, tenant), start_job(owner, tenant)
     for each in (kept, lease):
         for step in (1, 2, 3):
             record_step(owner, each, step)

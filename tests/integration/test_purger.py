@@ -18,9 +18,11 @@ from core.services.files import create_file
 from core.services.jobs import cancel_job
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
-from tests.integration.conftest import Database, Tenant, add_tenant
-from tests.integration.test_attempts import claim, queue_job
-from tests.integration.test_leadership import schedule_process, wait_until
+from tests.databases import Database
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
+from tests.processes import schedule_process
+from tests.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +57,7 @@ def test_all_that_is_due_goes_in_one_go_and_nobody_waits_for_the_tenant_that_del
     with service_transaction(owner) as session:
         last = session.scalar(select(func.max(File.purged_at)).where(File.tenant_id == small.id))
         sooner = select(func.count()).where(File.tenant_id == whale.id, File.purged_at < last)
-        assert session.scalar(sooner) <= 50
+        assert session.scalars(sooner).one() <= 50
 
 
 def plant_model(owner: Engine, store: S3ObjectStore, tenant: Tenant) -> str:
@@ -97,7 +99,7 @@ def test_a_row_that_names_no_object_of_its_tenant_deletes_nothing_and_holds_up_n
 def is_set_aside(owner: Engine, tenant: Tenant) -> bool:
     query = text("select count(*) from set_asides where tenant_id = :id and duty = 'purge' and reason <> ''")
     with service_transaction(owner) as session:
-        return session.scalar(query, {"id": tenant.id}) == 1
+        return bool(session.scalar(query, {"id": tenant.id}) == 1)
 
 
 def test_what_a_job_could_resume_from_goes_when_the_job_is_over_and_counts_no_longer(
@@ -123,7 +125,7 @@ def test_what_a_job_could_resume_from_goes_when_the_job_is_over_and_counts_no_lo
 def stored_bytes(owner: Engine, tenant_id: uuid.UUID) -> int:
     with service_transaction(owner) as session:
         query = text("select num_bytes from storage_totals where tenant_id = :id")
-        return session.scalars(query, {"id": tenant_id}).one()
+        return int(session.scalars(query, {"id": tenant_id}).one())
 
 
 def test_a_duty_that_dies_of_our_fault_ends_the_process_to_be_started_again(

@@ -20,6 +20,7 @@ from sqlalchemy import Engine, select, text
 from core.db.models import Job
 from core.db.session import ServiceSession, TenantSession, connect, service_transaction, tenant_transaction
 from core.domain.errors import ConflictError, DomainError
+from core.domain.failures import Failure
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.job_requests import JobRequest
@@ -36,8 +37,9 @@ from core.services.promises import check_rows
 from core.services.purges import find_purges, mark_purged
 from core.services.quotas import reserve_storage
 from core.services.submissions import submit_job
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.tenants import Tenant, add_tenant
 
 MAX_QUEUED, MAX_RUNNING, MAX_BYTES = 2, 2, 200
 COUNTS = text("""
@@ -218,7 +220,9 @@ class QuotaMachine(RuleBasedStateMachine):
 
     def fail(self, drawn: Drawn) -> None:
         for lease in self._leases(drawn):
-            self._work(attempts.fail_attempt, lease, code="x", message="x", is_job_fault=drawn.size % 4 == 0)
+            self._work(
+                attempts.fail_attempt, lease, failure=Failure(code="x", message="x"), is_job_fault=drawn.size % 4 == 0
+            )
 
     def store_checkpoint(self, drawn: Drawn) -> None:
         for lease in self._leases(drawn):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from sqlalchemy import Engine, func, select, text
 from sqlalchemy.exc import ProgrammingError
@@ -16,14 +14,8 @@ from core.domain.ids import new_id
 from core.services.files import create_file
 from core.services.visibility import HiddenRowsError, require_sight
 from tests.clusters import OWNER
-from tests.integration.conftest import Database, Tenant
-
-
-@pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
+from tests.databases import Database
+from tests.factories.tenants import Tenant
 
 
 def add_file(engine: Engine, tenant: Tenant) -> None:

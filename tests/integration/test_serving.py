@@ -26,10 +26,12 @@ from core.services.set_asides import list_set_asides
 from core.settings import StorageConfig, WorkerSettings
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
-from tests.e2e.lab import write_tiny_base
-from tests.integration.conftest import Database, Tenant
-from tests.integration.test_attempts import POOL
-from tests.integration.test_cancel_on_device import submit
+from tests.databases import Database
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_trainable_job
+from tests.factories.tenants import Tenant
+from tests.factories.tiny_bases import write_tiny_base
+from tests.processes import storage_settings
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from worker.supervisor.runner import Runner
 
@@ -58,7 +60,8 @@ def status_of(owner: Engine, job_id: object) -> tuple[str, int, int]:
         select status, attempt_count, (select count(*) from attempts where job_id = jobs.id) from jobs where id = :id
     """
     with service_transaction(owner) as session:
-        return tuple(session.execute(text(question), {"id": job_id}).one())  # type: ignore[return-value]
+        status, num_charged, num_had = session.execute(text(question), {"id": job_id}).one()
+    return status, num_charged, num_had
 
 
 def has_stepped(owner: Engine, job_id: object) -> bool:
@@ -139,14 +142,14 @@ def running_runner(database: Database, servers: ServerAddresses, tmp_path: Path,
 def test_a_worker_whose_role_has_no_keys_for_a_while_keeps_its_jobs_and_charges_nobody(
     database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant, role: Role, tmp_path: Path
 ) -> None:
-    held = submit(owner, servers, tenant)
+    held = queue_trainable_job(owner, servers, tenant)
     keyless = {"s3_access_key": None, "s3_secret_key": None}
     with running_runner(database, servers, tmp_path, resume_steps=5, **keyless) as runner:
         serving = threading.Thread(target=runner.serve)
         serving.start()
         wait_until(lambda: has_stepped(owner, held))
         role.is_away = True
-        waiting = submit(owner, servers, tenant)
+        waiting = queue_trainable_job(owner, servers, tenant)
         wait_until(lambda: role.num_refused > 0 and bool(runner._round._reports._ungranted), what="a question for URLs")
         step = ask(owner, "select max(step) from metrics where job_id = :id", held)
         newer = f"select 1 from metrics where job_id = :id and step > {step} limit 1"
@@ -178,7 +181,7 @@ def without_table(owner: Engine, table: str) -> Iterator[None]:
 def test_a_worker_that_holds_jobs_which_nobody_serves_is_not_sound(
     database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant, tmp_path: Path
 ) -> None:
-    job_id = submit(owner, servers, tenant)
+    job_id = queue_trainable_job(owner, servers, tenant)
     errors: list[Exception] = []
     with running_runner(database, servers, tmp_path) as runner:
 
@@ -190,7 +193,8 @@ def test_a_worker_that_holds_jobs_which_nobody_serves_is_not_sound(
         serving = threading.Thread(target=serve)
         serving.start()
         wait_until(lambda: has_stepped(owner, job_id))
-        assert runner.is_turning
+        was_turning = runner.is_turning
+        assert was_turning
         with without_table(owner, "metrics"):
             serving.join(PATIENCE_SECONDS)
         assert len(errors) == 1
@@ -202,15 +206,12 @@ def test_a_worker_that_holds_jobs_which_nobody_serves_is_not_sound(
 def test_a_worker_whose_task_meets_an_error_that_nobody_expects_ends_with_status_1(
     database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant, tmp_path: Path
 ) -> None:
-    job_id = submit(owner, servers, tenant)
+    job_id = queue_trainable_job(owner, servers, tenant)
     storage, log = servers.storage, tmp_path / "log"
     env = {
         "ESPALIER_DATABASE_URL": database.worker_url,
         "ESPALIER_REDIS_URL": servers.redis_url,
-        "ESPALIER_S3_ENDPOINT": storage.endpoint,
-        "ESPALIER_S3_ACCESS_KEY": storage.access_key,
-        "ESPALIER_S3_SECRET_KEY": storage.secret_key,
-        "ESPALIER_S3_BUCKET": storage.bucket,
+        **storage_settings(storage),
         "ESPALIER_WORKER_NAME": f"w-{uuid.uuid4()}",
         "ESPALIER_WORKER_POOLS": json.dumps([POOL]),
         "ESPALIER_CACHE_DIR": str(tmp_path / "cache"),

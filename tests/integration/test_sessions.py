@@ -12,7 +12,8 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from core.db.migrate import RoleLogin, migrate_database
 from core.db.session import DATABASE_ERRORS, connect, operator_transaction, service_transaction, tenant_transaction
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database
+from tests.factories.tenants import Tenant
 
 SETTINGS = text("select current_setting('app.tenant_id', true), current_setting('app.actor', true)")
 

@@ -8,30 +8,23 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-from core.db.session import connect, service_transaction, tenant_transaction
+from core.db.session import service_transaction, tenant_transaction
 from core.domain.errors import BusyError, PermissionDeniedError
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.services import quotas, uploads
 from core.services.purges import find_purges
 from core.services.uploads import Completion, NewPart, NewUpload
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database, opened
+from tests.factories.tenants import Tenant
 
 SIZE = 10
 
 
 @pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
 def schedule(database: Database) -> Iterator[Engine]:
-    engine = connect(database.schedule_url)
-    yield engine
-    engine.dispose()
+    with opened(database.schedule_url) as engine:
+        yield engine
 
 
 @pytest.fixture

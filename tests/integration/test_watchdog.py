@@ -15,8 +15,10 @@ from core.settings import WorkerSettings
 from core.storage import S3ObjectStore
 from core.telemetry.liveness import Liveness
 from local.servers import ServerAddresses
-from tests.integration.conftest import Database, Tenant
-from tests.integration.training import POOL, queue_job
+from tests.databases import Database
+from tests.factories.bases import POOL
+from tests.factories.jobs import queue_job
+from tests.factories.tenants import Tenant
 from tests.waiting import wait_until
 from worker.supervisor.runner import Runner
 from worker.supervisor.watchdog import Watchdog
@@ -49,10 +51,11 @@ def make_runner(settings: WorkerSettings, servers: ServerAddresses) -> Runner:
     return Runner(settings, engine=engine, heartbeat_engine=connect(url), store=store, clock=DatabaseClock(engine))
 
 
+@pytest.mark.fault(11)
 def test_row_11_a_worker_whose_consumer_takes_no_wake_up_ends_to_be_started_afresh(
     settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
 ) -> None:
-    queue_job(owner, tenant.id)
+    queue_job(owner, tenant)
     with WakeUpPublisher(servers.redis_url) as publisher:
         publisher.publish(POOL)
     runner, codes = make_runner(settings, servers), []
@@ -74,7 +77,7 @@ def test_row_11_a_worker_whose_consumer_takes_no_wake_up_ends_to_be_started_afre
 def test_a_wake_up_that_has_just_come_is_no_sign_of_a_deaf_consumer(
     settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
 ) -> None:
-    queue_job(owner, tenant.id)
+    queue_job(owner, tenant)
     codes: list[int] = []
     runner = make_runner(settings, servers)
     runner.request_stop()  # nothing is to be served in this process
@@ -93,7 +96,7 @@ def test_a_wake_up_that_has_just_come_is_no_sign_of_a_deaf_consumer(
 def test_a_worker_is_sound_while_the_watchdog_itself_serves(
     settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
 ) -> None:
-    queue_job(owner, tenant.id)
+    queue_job(owner, tenant)
     settings = settings.model_copy(update={"redis_url": type(settings.redis_url)(NOBODY)})
     runner = make_runner(settings, servers)
     liveness, codes = Liveness(), list[int]()

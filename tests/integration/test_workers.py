@@ -15,7 +15,7 @@ from core.db.session import connect, service_transaction
 from core.domain.workers import WorkerFacts
 from core.services import oversight
 from core.services.workers import forget_worker, record_worker
-from tests.integration.conftest import Database
+from tests.databases import Database
 from tests.waiting import wait_until
 from worker.supervisor.identity import WorkerIdentity
 from worker.supervisor.presence import Presence

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.main
 
-import core.settings
-from cli.main import app
-from core.settings import FILE_SUFFIX, variable_of
+from tests.known_settings import KNOWN, KNOWN_TOO, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = ROOT / "docs/operations.md"
@@ -21,24 +15,6 @@ FORMS = ("Dockerfile", "docker-compose.yml", ".env.example", "deploy/**/*", "k8s
 NAME = re.compile(r"\bESPALIER_[A-Z0-9_]+\b")
 # What compose itself is told by, in .env: images, ports on the host, folders.
 COMPOSE_ONLY = re.compile(r"ESPALIER_COMPOSE_[A-Z0-9_]+")
-
-
-def settings() -> set[str]:
-    classes = [each for _, each in inspect.getmembers(core.settings, inspect.isclass) if hasattr(each, "model_fields")]
-    return {variable_of(name) for each in classes for name in each.model_fields}
-
-
-def options(command: Any) -> Iterator[str]:
-    """Yield the variables that options of the command line are read from."""
-    for child in getattr(command, "commands", {}).values():
-        yield from options(child)
-    for each in command.params:
-        if each.envvar:
-            yield each.envvar
-
-
-KNOWN = settings() | set(options(typer.main.get_command(app)))
-KNOWN_TOO = {name + FILE_SUFFIX for name in KNOWN}
 FILES = sorted({path for form in FORMS for path in ROOT.glob(form) if path.is_file()})
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 N = TypeVar("N", bound=ast.AST)
 SERVING = ("api", "core")
 # Where an error that is there already is passed on.
-PASSED_ON = {"code", "error.code", "found.code", "refusal.code", "self.code", "self._need.code"}
+PASSED_ON = {"code", "error.code", "found.code", "refusal.code", "report.code", "self.code", "self._need.code"}
 
 
 @cache
@@ -90,17 +90,17 @@ def raised() -> Iterator[tuple[str, int]]:
     for kind in by_name.values():
         yield kind.default_code, status_of(kind("."))
     for call in nodes(ast.Call, *SERVING):
-        if (kind := by_name.get(called(call))) is not None:
-            yield from ((code, status_of(kind("."))) for code in texts(keyword(call, "code")))
+        if (raising := by_name.get(called(call))) is not None:
+            yield from ((code, status_of(raising("."))) for code in texts(keyword(call, "code")))
 
 
 def answered() -> Iterator[tuple[str, int]]:
     """Each code that is answered without a domain error."""
     for call in nodes(ast.Call, "api"):
         if called(call) in {"error_answer", "error_body"} and isinstance(call.args[0], ast.Constant):
-            yield from ((code, int(call.args[0].value)) for code in texts(keyword(call, "code")))  # type: ignore[call-overload]
+            yield from ((code, int(str(call.args[0].value))) for code in texts(keyword(call, "code")))
         if called(call) == "Refusal" and isinstance(call.args[1], ast.Constant):
-            yield call.args[1].value, HTTPStatus[call.args[0].attr]  # type: ignore[attr-defined]
+            yield str(call.args[1].value), HTTPStatus[ast.unparse(call.args[0]).rpartition(".")[2]]
     for status, code in importlib.import_module("api.errors")._HTTP_CODES.items():
         yield code, status
 
@@ -118,8 +118,8 @@ def failures() -> Iterator[str]:
         for line in class_.body:
             if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "code":
                 yield from texts(line.value)
-    for call in nodes(ast.Call, "worker"):
-        yield from texts(call.args[0]) if called(call) == "Failure" else ()
+    for call in nodes(ast.Call, "worker", "core/domain"):
+        yield from texts(keyword(call, "code")) if called(call) == "Failure" else ()
     for mapping in nodes(ast.Dict, "core/services"):
         pairs = zip(mapping.keys, mapping.values, strict=True)
         yield from (code for key, value in pairs if texts_of_key(key) == "code" for code in constant(value))

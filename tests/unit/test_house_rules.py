@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("api", "core", "worker", "schedule", "local", "cli")
 FORBIDDEN_PARTS = {"utils", "helpers", "common", "misc", "manager", "handler", "processor", "do"}
 LIBRARY_NAMES = {"get_route_handler"}  # FastAPI's, which we override
+PLACES = (*ROOMS, "bench", "deploy", "docs", "examples", "migrations", "tests")
 MAX_FUNCTION_LINES = 40
+MAX_FILE_LINES = 400
+MAX_METHODS = 25
 PATIENT_SECONDS = 60
 CLOCKS = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "sleep"}
 WAITS = {"wait", "join", "result", "communicate", "receive", "select"}  # whose bound may stand without a name
@@ -136,6 +139,21 @@ def test_functions_fit_on_a_screen(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES)
+def test_a_class_is_one_thing(path: Path) -> None:
+    classes = [node for node in walk(path) if isinstance(node, ast.ClassDef)]
+    methods = {
+        c.name: sum(isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) for each in c.body) for c in classes
+    }
+    assert not {name: count for name, count in methods.items() if count > MAX_METHODS}
+
+
+def test_a_file_is_read_in_one_sitting() -> None:
+    files = [path for place in PLACES for path in (ROOT / place).rglob("*.py")]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {name: count for name, count in lines.items() if count > MAX_FILE_LINES}
+
+
+@pytest.mark.parametrize("path", SOURCES)
 def test_no_console_makes_emojis_of_what_users_write(path: Path) -> None:
     """`host:abc:` is an address, or was meant to be one."""
     made = [node for node in walk(path) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Console"]
@@ -185,6 +203,32 @@ def test_a_wait_of_a_test_ends_only_what_would_never_end(path: Path) -> None:
     assert not [f"line {call.lineno}: httpx waits 5 s if it is not told" for call in calls if is_unbound(call)]
 
 
+SHARING = [path for room in ("tests", "bench") for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SHARING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_imported_from_a_module_of_tests(path: Path) -> None:
+    """What tests share stands in tests/factories or in a module named for it; fixtures come from a conftest by name."""
+    imported = [
+        (node.lineno, module)
+        for node in walk(path)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in modules_of(node)
+    ]
+    assert not [f"line {line}: {module}" for line, module in imported if is_of_tests(module)]
+
+
+def modules_of(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """Yield what a statement imports from, and what it imports: either may be a module."""
+    for alias in node.names:
+        yield f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+
+
+def is_of_tests(module: str) -> bool:
+    parts = module.split(".")
+    return parts[0] == "tests" and any(part == "conftest" or part.startswith("test_") for part in parts)
+
+
 def bounds_of(call: ast.Call) -> Iterator[float]:
     """Yield the bounds of a call's wait that are too short. 0 waits for nothing, and may."""
     name = getattr(call.func, "attr", "")
@@ -207,7 +251,7 @@ def test_the_import_contracts_know_every_room() -> None:
     tool = project["tool"]
     rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "migrations"}
     assert rooms == set(ROOMS)
-    assert rooms == set(tool["importlinter"]["root_packages"]) == set(tool["mypy"]["packages"])
+    assert rooms == set(tool["importlinter"]["root_packages"]) == set(tool["mypy"]["packages"]) - {"tests", "bench"}
     assert {f"{room}*" for room in rooms} <= set(tool["setuptools"]["packages"]["find"]["include"])
 
 

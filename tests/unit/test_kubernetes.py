@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.deploy.k8s_names import print_secrets
 from tests.deploy.k8s_render import K8S, ROOT
-from tests.deploy.k8s_rules import print_secrets
 
 SERVERS = list(yaml.safe_load_all((K8S / "servers/servers.yaml").read_text(encoding="utf-8")))
 GIVEN = {

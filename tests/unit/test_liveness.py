@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from core.telemetry.liveness import Liveness
 from tests.waiting import wait_until
 
@@ -23,6 +25,7 @@ waiting.join()
 """
 
 
+@pytest.mark.fault(58)
 def test_a_thread_that_fails_ends_its_process_though_others_wait_and_the_log_says_which() -> None:
     done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=False)
     assert done.returncode == 1

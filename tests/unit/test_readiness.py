@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from core.domain.errors import UnavailableError
+from core.domain.errors import DomainError, UnavailableError
 from core.telemetry import readiness
 from core.telemetry.readiness import Need, Readiness
 from tests.waiting import wait_until
@@ -35,7 +35,11 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def codes(asked: Readiness) -> tuple[str | None, str | None]:
     verdict = asked.find_verdict()
-    return verdict.obstacle and verdict.obstacle.code, verdict.trouble and verdict.trouble.code
+    return code_of(verdict.obstacle), code_of(verdict.trouble)
+
+
+def code_of(error: DomainError | None) -> str | None:
+    return error.code if error is not None else None
 
 
 def test_what_is_vital_keeps_a_process_from_being_ready_whenever_it_is_away() -> None:

@@ -30,9 +30,10 @@ import structlog
 from sqlalchemy import Engine
 
 from core.db.session import service_transaction
+from core.domain.failures import LEASE_LOST, Failure
 from core.domain.leases import StaleLeaseError
 from core.services import attempts
-from worker.supervisor.failures import LEASE_LOST, Failure
+from worker.supervisor.failures import is_final_alone
 from worker.supervisor.held_jobs import HeldJob, HeldJobs
 from worker.supervisor.lease import LeaseKeeper
 from worker.supervisor.metrics import TRAINERS_LOST
@@ -79,16 +80,15 @@ class DeathSettler:
         self._death = None
 
     def _end_attempt(self, held: HeldJob, death: TrainerDeath) -> None:
-        code, message = death.failure.code, death.failure.message
         if death.failure is LEASE_LOST or held.order is not None:
             self._jobs.requeue(held)
             return
         with contextlib.suppress(StaleLeaseError), service_transaction(self._engine) as session:
             if death.is_shared:
-                attempts.suspect_attempt(session, held.lease, code=code, message=message)
+                attempts.suspect_attempt(session, held.lease, failure=death.failure)
             else:
-                is_final = death.failure.is_final_alone
+                is_final = is_final_alone(death.failure)
                 attempts.fail_attempt(
-                    session, held.lease, code=code, message=message, is_job_fault=is_final, is_suspect=True
+                    session, held.lease, failure=death.failure, is_job_fault=is_final, is_suspect=True
                 )
         self._jobs.drop(held, outcome="trainer_lost")

@@ -12,37 +12,23 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
 
+from core.domain.failures import Failure
 from worker.messages import OUT_OF_MEMORY_EXIT_CODE, STORAGE_AWAY
 
-
-@dataclass(frozen=True)
-class Failure:
-    """`code` is public; `message` is a sentence that a tenant understands.
-
-    `is_final_alone` says that a job that was alone in its trainer would end the same again, so it is not retried.
-    """
-
-    code: str
-    message: str
-    is_final_alone: bool = False
-
-
-STALLED = Failure("stalled", "The training made no progress for too long and was stopped.", is_final_alone=True)
+STALLED = Failure(code="stalled", message="The training made no progress for too long and was stopped.")
 UNCONFIRMED = Failure(
-    STORAGE_AWAY, "What the trainer wrote could not be confirmed in the object store, which does not answer."
+    code=STORAGE_AWAY,
+    message="What the trainer wrote could not be confirmed in the object store, which does not answer.",
 )
-DAMAGED = Failure("integrity", "What the trainer wrote is not what the object store has.")
-UNRECORDABLE = Failure("unrecordable", "What the trainer reported could not be recorded.")
-LEASE_LOST = Failure("lease_lost", "The worker lost touch with the database and stopped itself.")
-# The codes of a trainer's death, of the failures above and below.
-TRAINER_DEATH_CODES = ("lease_lost", "oom_host", "stalled", "trainer_crashed", "trainer_killed")
+DAMAGED = Failure(code="integrity", message="What the trainer wrote is not what the object store has.")
+UNRECORDABLE = Failure(code="unrecordable", message="What the trainer reported could not be recorded.")
 _OOM_HOST = Failure(
-    "oom_host",
-    "The worker's memory did not suffice for this job. Lower max_seq_len, the rank or the size of the dataset.",
-    is_final_alone=True,
+    code="oom_host",
+    message="The worker's memory did not suffice for this job. Lower max_seq_len, the rank or the size of the dataset.",
 )
+# The codes of a trainer's death: of LEASE_LOST, and of the failures above and below.
+TRAINER_DEATH_CODES = ("lease_lost", "oom_host", "stalled", "trainer_crashed", "trainer_killed")
 
 
 def explain_exit(exit_code: int) -> Failure:
@@ -50,7 +36,14 @@ def explain_exit(exit_code: int) -> Failure:
     if exit_code == OUT_OF_MEMORY_EXIT_CODE:
         return _OOM_HOST
     if exit_code == -signal.SIGKILL:
-        return Failure("trainer_killed", "The trainer process was killed, perhaps for want of memory.")
+        told = "The trainer process was killed, perhaps for want of memory."
+        return Failure(code="trainer_killed", message=told)
+    told = f"ended unexpectedly (exit code {exit_code})"
     if exit_code < 0:
-        return Failure("trainer_crashed", f"The trainer process crashed ({signal.Signals(-exit_code).name}).")
-    return Failure("trainer_crashed", f"The trainer process ended unexpectedly (exit code {exit_code}).")
+        told = f"crashed ({signal.Signals(-exit_code).name})"
+    return Failure(code="trainer_crashed", message=f"The trainer process {told}.")
+
+
+def is_final_alone(failure: Failure) -> bool:
+    """Return whether a job that was alone in its trainer would end the same again, so it is not retried."""
+    return failure in (STALLED, _OOM_HOST)

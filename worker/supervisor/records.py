@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from core.db.session import ServiceSession
+from core.domain.failures import Failure
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.leases import Lease
@@ -64,19 +65,16 @@ def record_proof(session: ServiceSession, proof: Proof, *, result_filename: str)
         case JobYielded():
             attempts.requeue_attempt(session, lease)
         case JobFailed() if report.code in UNCOUNTED_CODES:
-            attempts.postpone_attempt(session, lease, code=report.code, message=report.message, param=report.param)
+            attempts.postpone_attempt(session, lease, failure=_failure_of(report))
         case JobFailed():
-            attempts.fail_attempt(
-                session,
-                lease,
-                code=report.code,
-                message=report.message,
-                is_job_fault=report.is_job_fault,
-                param=report.param,
-            )
+            attempts.fail_attempt(session, lease, failure=_failure_of(report), is_job_fault=report.is_job_fault)
         case JobSucceeded():
             return _record_success(session, proof, report, result_filename=result_filename)
     return ()
+
+
+def _failure_of(report: JobFailed) -> Failure:
+    return Failure(code=report.code, message=report.message, param=report.param)
 
 
 def _record_success(

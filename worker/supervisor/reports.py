@@ -230,9 +230,7 @@ class ReportKeeper:
         """End an attempt whose report the database refuses. If it refuses this too, the lease expires."""
         log.error("report.unrecordable", **held.ids, error=type(error).__name__)
         with contextlib.suppress(StaleLeaseError, *ROW_ERRORS), service_transaction(self._engine) as session:
-            attempts.fail_attempt(
-                session, held.lease, code=UNRECORDABLE.code, message=UNRECORDABLE.message, is_job_fault=False
-            )
+            attempts.fail_attempt(session, held.lease, failure=UNRECORDABLE, is_job_fault=False)
         self._jobs.drop(held, outcome="failed")
 
     def _report_unproven(self, held: HeldJob, proof: Proof) -> None:
@@ -243,9 +241,7 @@ class ReportKeeper:
                 attempts.record_message(session, held.lease, message=message, level="warn")
                 return
             if isinstance(proof.error, StorageUnavailableError):
-                attempts.postpone_attempt(session, held.lease, code=UNCONFIRMED.code, message=UNCONFIRMED.message)
+                attempts.postpone_attempt(session, held.lease, failure=UNCONFIRMED)
             else:
-                attempts.fail_attempt(
-                    session, held.lease, code=DAMAGED.code, message=DAMAGED.message, is_job_fault=False
-                )
+                attempts.fail_attempt(session, held.lease, failure=DAMAGED, is_job_fault=False)
         self._jobs.drop(held, outcome="failed")

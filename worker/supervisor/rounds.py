@@ -26,6 +26,7 @@ from sqlalchemy import Engine
 from core.crashpoints import CrashPoint, reach
 from core.db.clock import DatabaseClock
 from core.db.session import DATABASE_ERRORS, service_transaction
+from core.domain.failures import Failure
 from core.domain.scheduling import slot_seconds
 from core.services import claims
 from core.settings import WorkerSettings
@@ -36,7 +37,7 @@ from worker.supervisor.bases import BaseHolder
 from worker.supervisor.children import TrainerGoneError
 from worker.supervisor.deaths import DeathSettler
 from worker.supervisor.departures import Departures
-from worker.supervisor.failures import STALLED, Failure, explain_exit
+from worker.supervisor.failures import STALLED, explain_exit
 from worker.supervisor.findings import BaseFindings
 from worker.supervisor.held_jobs import Claim, HeldJobs
 from worker.supervisor.lease import LeaseKeeper

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy import Engine, func
 
@@ -33,10 +34,11 @@ from core.domain.jobs import checkpoint_model_name, fine_tuned_model_name, pool_
 from core.domain.objects import attempt_prefix, file_key
 from core.services.files import create_file
 from core.storage import ObjectStore
-from tests.integration.conftest import BASE_MODEL, Tenant
+from tests.factories.bases import BASE_MODEL
+from tests.factories.tenants import Tenant
 
 ROW = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Planted."}]}'
-FILES = [{"name": "adapter_config.json", "size_bytes": len(ROW), "sha256": "0" * 64}]
+FILES: list[dict[str, Any]] = [{"name": "adapter_config.json", "size_bytes": len(ROW), "sha256": "0" * 64}]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from sqlalchemy import Engine
 from core.db.session import operator_transaction
 from core.services.audit import list_audit_entries
 from core.services.operators import issue_operator_key
-from tests.integration.api.test_document import fuzz
-from tests.integration.conftest import BASE_MODEL
+from tests.factories.bases import BASE_MODEL
+from tests.integration.api.fuzzing import fuzz
 
 CHANGES = {"tenant.created", "tenant.changed", "api_key.created", "api_key.changed", "base_model.changed"}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import pickle
 import struct
 from typing import Any
@@ -12,22 +11,13 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.integration.conftest import BASE_MODEL
+from tests.factories.bases import BASE_MODEL
+from tests.factories.files import GOOD, upload
+from tests.factories.jobs import submit
 from tests.public_rows import PUBLIC_FILES
 
-GOOD_ROW = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
-GOOD = json.dumps(GOOD_ROW).encode()
 
-
-def upload(client: OpenAI, content: bytes, name: str = "rows.jsonl") -> Any:
-    return client.files.create(file=(name, content), purpose="fine-tune")
-
-
-def submit(client: OpenAI, file_id: str, **options: Any) -> Any:
-    model = options.pop("model", BASE_MODEL)
-    return client.fine_tuning.jobs.create(model=model, training_file=file_id, **options)
-
-
+@pytest.mark.fault(42)
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -107,6 +97,7 @@ def test_a_file_as_public_tools_write_it_can_be_trained_on(client: OpenAI, name:
     assert submit(client, file.id).status == "queued"
 
 
+@pytest.mark.fault(38)
 def test_a_200_mb_line_is_refused_by_its_number(client: OpenAI) -> None:
     with pytest.raises(openai.APIStatusError, match="Line 2 is longer than") as refused:
         upload(client, GOOD + b"\n" + b"x" * (200 * 2**20))

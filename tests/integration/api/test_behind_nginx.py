@@ -16,9 +16,12 @@ from openai import OpenAI
 from local.ports import free_ports
 from local.processes import ChildProcess, ProcessSpec
 from local.servers import ServerAddresses
+from tests.databases import Database
 from tests.deploy.packages import NotInstalledError, ensure_programs
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, running_api
+from tests.factories.bases import BASE_MODEL
+from tests.factories.tenants import Tenant
 from tests.managed import HOST, Authority
+from tests.processes import running_api
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "install-one-host.md"
@@ -90,7 +93,10 @@ def write_config(directory: Path, authority: Authority, *, port: int, api_port: 
 def test_a_file_larger_than_a_proxy_buffers_passes_and_a_job_is_followed(site: httpx.Client, tenant: Tenant) -> None:
     # Not closed: it would close the site's client with it.
     client = OpenAI(
-        base_url=str(site.base_url).rstrip("/") + "/v1", api_key=tenant.api_key, max_retries=0, http_client=site
+        base_url=str(site.base_url).rstrip("/") + "/v1",
+        api_key=tenant.api_key,
+        max_retries=0,
+        http_client=site,  # type: ignore[arg-type]  # openai also takes a client of httpx
     )
     file = client.files.create(file=("rows.jsonl", ROW * 60_000), purpose="fine-tune")  # 5 MB
     job = client.fine_tuning.jobs.create(model=BASE_MODEL, training_file=file.id)

@@ -12,7 +12,10 @@ from sqlalchemy import Engine
 
 from local.ports import free_ports
 from local.servers import ServerAddresses
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant, running_api
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL
+from tests.factories.tenants import Tenant, add_tenant
+from tests.processes import running_api
 from tests.waiting import PATIENCE_SECONDS
 
 GOOD = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}'
@@ -44,7 +47,7 @@ def cpu_seconds(api: psutil.Process, ask: Callable[[], object]) -> float:
         before = api.cpu_times()
         ask()
         after = api.cpu_times()
-        return after.user + after.system - before.user - before.system
+        return float(after.user + after.system - before.user - before.system)
 
     return min(spend() for _ in range(3))
 

@@ -16,7 +16,9 @@ from api.admission import DOWNLOADS
 from api.connections import MAX_HEADER_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_URL_BYTES
 from local.ports import free_ports
 from local.servers import ServerAddresses
-from tests.integration.conftest import Database, Tenant, running_api
+from tests.databases import Database
+from tests.factories.tenants import Tenant
+from tests.processes import running_api
 from tests.waiting import repeat_until, wait_until
 
 MAX_CONNECTIONS = 20

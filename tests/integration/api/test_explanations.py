@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -13,8 +12,9 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import ProgrammingError
 
-from core.db.session import connect, service_transaction, tenant_transaction
+from core.db.session import service_transaction, tenant_transaction
 from core.domain.bases import BaseState
+from core.domain.failures import Failure
 from core.domain.ids import IdKind, format_id
 from core.domain.workers import WorkerFacts
 from core.services import attempts, claims, observations, turns
@@ -22,8 +22,9 @@ from core.services.base_models import record_state
 from core.services.jobs import pause_job
 from core.services.resume_points import begin_steps
 from core.services.workers import record_worker
-from tests.integration.conftest import Database, Tenant, add_tenant
-from tests.integration.training import BASE_MODEL, POOL, fail_job, queue_job, record_step, start_job
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import fail_job, queue_job, record_step, start_job
+from tests.factories.tenants import Tenant, add_tenant
 from tests.waiting import PATIENCE_SECONDS
 
 
@@ -34,15 +35,8 @@ def empty(owner: Engine) -> None:
         session.execute(text("update tenants set usage = 0"))
 
 
-@pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
-
-
 def explain(api_url: str, tenant: Tenant, job_id: uuid.UUID) -> dict[str, Any]:
-    return get(api_url, tenant, f"/{format_id(IdKind.JOB, job_id)}/explain").json()
+    return dict(get(api_url, tenant, f"/{format_id(IdKind.JOB, job_id)}/explain").json())
 
 
 def get(api_url: str, tenant: Tenant, path: str) -> httpx.Response:
@@ -56,7 +50,7 @@ def add_worker(owner: Engine, facts: WorkerFacts, *, alive_seconds: float = 60) 
 
 
 def test_the_reason_follows_what_workers_say_of_themselves(api_url: str, owner: Engine, tenant: Tenant) -> None:
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     told = explain(api_url, tenant, job.id)
     assert (told["status"], told["reason"]["code"], told["eta"]) == ("queued", "no_worker", None)
     assert told["workers"] == {
@@ -88,7 +82,7 @@ def test_a_base_that_cannot_be_used_is_said_to_be_so_without_a_word_of_the_worke
         with service_transaction(owner) as session:
             record_state(session, BASE_MODEL, state=state, reason=reason, by="w")
 
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     refusal = "OSError: No space left on device: '/cache'"
     add_worker(owner, WorkerFacts("w", (POOL,), "idle", refusals={POOL: refusal}))
     told = explain(api_url, tenant, job.id)
@@ -106,15 +100,17 @@ def test_a_base_that_cannot_be_used_is_said_to_be_so_without_a_word_of_the_worke
 
 
 def test_quota_and_backoff_come_before_the_workers(api_url: str, owner: Engine, tenant: Tenant) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     with service_transaction(owner) as session:
-        attempts.fail_attempt(session, lease, code="trainer_crashed", message="It crashed.", is_job_fault=False)
+        attempts.fail_attempt(
+            session, lease, failure=Failure(code="trainer_crashed", message="It crashed."), is_job_fault=False
+        )
     told = explain(api_url, tenant, lease.job_id)
     assert told["reason"]["code"] == "retry_backoff"
-    start_job(owner, tenant.id)
+    start_job(owner, tenant)
     with service_transaction(owner) as session:
         session.execute(text("update tenants set max_running = 1 where id = :id"), {"id": tenant.id})
-    told = explain(api_url, tenant, queue_job(owner, tenant.id).id)
+    told = explain(api_url, tenant, queue_job(owner, tenant).id)
     assert told["reason"]["code"] == "tenant_concurrency"
     assert (told["share"]["num_running"], told["share"]["max_running"]) == (1, 1)
 
@@ -122,7 +118,7 @@ def test_quota_and_backoff_come_before_the_workers(api_url: str, owner: Engine, 
 def test_others_jobs_are_not_found_and_ended_ones_wait_for_nothing(
     api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     assert get(api_url, other_tenant, f"/{format_id(IdKind.JOB, lease.job_id)}/explain").status_code == 404
     fail_job(owner, lease)
     told = explain(api_url, tenant, lease.job_id)
@@ -132,7 +128,7 @@ def test_others_jobs_are_not_found_and_ended_ones_wait_for_nothing(
 def test_the_outlook_answers_about_the_transactions_own_tenant_alone(
     api: Engine, owner: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     query = text("select num_ahead from pool_outlook(:pool, :job, 21600, 60)")
     for asker, expected in ((tenant, 1), (other_tenant, 0)):
         with tenant_transaction(api, asker.id) as session:
@@ -156,7 +152,7 @@ def test_the_place_told_is_the_place_at_which_the_job_is_claimed(api_url: str, o
             session.execute(text("update tenants set max_running = 1000 where id = :id"), {"id": each.id})
     for each in tenants:
         for _ in range(rng.randint(0, 6)):
-            jobs[queue_job(owner, each.id, priority=rng.choice([0, 0, 5])).id] = each
+            jobs[queue_job(owner, each, priority=rng.choice([0, 0, 5])).id] = each
     told = {job_id: explain(api_url, each, job_id) for job_id, each in jobs.items()}
     claimed = []
     while True:
@@ -173,7 +169,7 @@ def test_the_place_told_is_the_place_at_which_the_job_is_claimed(api_url: str, o
 
 
 def test_a_running_job_has_an_interval_from_its_own_steps(api_url: str, owner: Engine, tenant: Tenant) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     for step in range(1, 5):
         record_step(owner, lease, step)
     with service_transaction(owner) as session:
@@ -184,8 +180,9 @@ def test_a_running_job_has_an_interval_from_its_own_steps(api_url: str, owner: E
     job = get(api_url, tenant, f"/{format_id(IdKind.JOB, lease.job_id)}").json()
     assert job["progress"] == pytest.approx(4 / 104)
     interval = job["estimated_finish_interval"]
-    told = (interval["earliest"], job["estimated_finish"], interval["latest"])
-    assert all(before + left <= at <= time.time() + left + 1 for left, at in zip((500, 1000, 2000), told, strict=True))
+    instants = (interval["earliest"], job["estimated_finish"], interval["latest"])
+    lefts = zip((500, 1000, 2000), instants, strict=True)
+    assert all(before + left <= at <= time.time() + left + 1 for left, at in lefts)
     told = explain(api_url, tenant, lease.job_id)
     assert (told["status"], told["reason"], told["eta"]["basis"]) == ("running", None, "measured_steps")
     assert told["eta"]["num_measured"] == 3
@@ -196,7 +193,7 @@ def test_a_running_job_has_an_interval_from_its_own_steps(api_url: str, owner: E
 def test_a_job_that_pauses_says_so_wherever_it_is_shown_and_promises_no_end(
     api_url: str, owner: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     for step in range(1, 5):
         record_step(owner, lease, step)
     path = f"/{format_id(IdKind.JOB, lease.job_id)}"
@@ -221,7 +218,7 @@ def test_skipped_steps_are_shown_and_count_in_progress_and_in_the_pace(
     api_url: str, owner: Engine, tenant: Tenant
 ) -> None:
     """Ten seconds a step, and every other step skipped: 100 steps to go take 1,000 s, and not 2,000."""
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     with service_transaction(owner) as session:
         begin_steps(session, lease, step=0, total_steps=120)
     for step in range(1, 21):
@@ -252,18 +249,21 @@ def test_a_wait_behind_a_job_that_skips_steps_is_of_its_steps_and_not_of_their_n
             text("delete from metrics m using jobs j where j.id = m.job_id and status = 'running' and step % 2 = 1")
         )
         session.execute(text("update tenants set usage = 0"))
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 1, 1))
     told = explain(api_url, tenant, job.id)
     assert told["eta"]["earliest"] == pytest.approx(time.time() + 750 + 30, abs=PATIENCE_SECONDS)
 
 
 def test_the_file_at_fault_is_in_the_error(api_url: str, owner: Engine, tenant: Tenant) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     words = "Line 2 of the validation file: It is not JSON."
     with service_transaction(owner) as session:
         attempts.fail_attempt(
-            session, lease, code="invalid_training_data", message=words, is_job_fault=True, param="validation_file"
+            session,
+            lease,
+            failure=Failure(code="invalid_training_data", message=words, param="validation_file"),
+            is_job_fault=True,
         )
     path = f"/{format_id(IdKind.JOB, lease.job_id)}"
     error = get(api_url, tenant, path).json()["error"]
@@ -274,13 +274,13 @@ def test_the_file_at_fault_is_in_the_error(api_url: str, owner: Engine, tenant: 
 def test_a_queued_job_has_an_interval_from_what_recent_jobs_took(
     api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 4, 3))
     assert explain(api_url, tenant, job.id)["eta"] is None
     ended = """
         update attempts set outcome = 'succeeded', ended_at = now(), started_at = now() - interval '30 s'
     """
-    start_job(owner, other_tenant.id)
+    start_job(owner, other_tenant)
     with service_transaction(owner) as session:
         session.execute(text(ended))
         session.execute(text("update jobs set run_after = now()"))
@@ -292,7 +292,7 @@ def test_a_queued_job_has_an_interval_from_what_recent_jobs_took(
 
 def plant_recent_job(owner: Engine, tenant: Tenant) -> None:
     """A job of the pool that took 30 s."""
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     ended = "update attempts set outcome = 'succeeded', ended_at = now(), started_at = now() - interval '30 s' where lease_token = :token"
     with service_transaction(owner) as session:
         session.execute(text(ended), {"token": lease.token})
@@ -301,7 +301,7 @@ def plant_recent_job(owner: Engine, tenant: Tenant) -> None:
 
 def plant_running_job(owner: Engine, tenant: Tenant, *, num_steps: int) -> None:
     """A job with 100 steps to go, of 10 s each as far as it has done any."""
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     for step in range(1, num_steps + 1):
         record_step(owner, lease, step)
     values = {"id": lease.job_id, "total": num_steps + 100}
@@ -319,7 +319,7 @@ def test_a_wait_for_a_slot_follows_from_the_remaining_steps_of_what_runs(
     plant_running_job(owner, other_tenant, num_steps=5)
     with service_transaction(owner) as session:
         session.execute(text("update tenants set usage = 0"))  # nobody is above anybody, and nothing is lent
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 1, 1))
     told = explain(api_url, tenant, job.id)
     assert told["reason"]["code"] == "no_free_slot"
@@ -341,7 +341,7 @@ def test_nothing_is_promised_behind_a_job_whose_pace_nobody_knows(
     plant_running_job(owner, other_tenant, num_steps=1)
     with service_transaction(owner) as session:
         session.execute(text("update tenants set usage = 0"))
-    job = queue_job(owner, tenant.id)
+    job = queue_job(owner, tenant)
     add_worker(owner, WorkerFacts("w", (POOL,), "serving", POOL, 1, 1))
     told = explain(api_url, tenant, job.id)
     assert (told["reason"]["code"], told["eta"]) == ("no_free_slot", None)
@@ -350,7 +350,7 @@ def test_nothing_is_promised_behind_a_job_whose_pace_nobody_knows(
 def test_a_lent_slot_and_another_bases_turn_have_codes_and_the_turn_an_end(
     api_url: str, owner: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     with service_transaction(owner) as session:
         turns.mark_lending(session, [lease.token])
         attempts.requeue_attempt(session, lease)
@@ -365,7 +365,7 @@ def test_a_lent_slot_and_another_bases_turn_have_codes_and_the_turn_an_end(
 def test_a_job_whose_terms_cannot_be_read_hides_no_other_from_its_tenant(
     api_url: str, owner: Engine, tenant: Tenant
 ) -> None:
-    unreadable, sound = queue_job(owner, tenant.id), queue_job(owner, tenant.id)
+    unreadable, sound = queue_job(owner, tenant), queue_job(owner, tenant)
     with service_transaction(owner) as session:
         session.execute(text("update jobs set spec = '{}' where id = :id"), {"id": unreadable.id})
     listed = get(api_url, tenant, "?limit=10").raise_for_status().json()["data"]

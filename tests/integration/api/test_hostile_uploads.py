@@ -14,8 +14,8 @@ from openai import OpenAI
 from sqlalchemy import Engine
 
 from api.admission import MULTIPART_BODIES
-from tests.integration.api.test_bad_input import GOOD, upload
-from tests.integration.conftest import Tenant, add_tenant
+from tests.factories.files import GOOD, upload
+from tests.factories.tenants import Tenant, add_tenant
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 BEGINNING = '--b\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{"messa'

@@ -15,24 +15,16 @@ import pytest
 from sqlalchemy import Engine, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from api import auth
 from api.auth import Authenticator
 from core.db.models import ApiKeyRow
-from core.db.session import connect, service_transaction, tenant_transaction
-from core.domain.api_keys import ALL_SCOPES, Identity, Scope
+from core.db.session import service_transaction, tenant_transaction
+from core.domain.api_keys import ALL_SCOPES, Identity, Scope, parse_api_key
 from core.domain.errors import ConflictError, DomainError, NotFoundError, UnauthenticatedError
 from core.services.api_keys import issue_api_key, list_api_keys, revoke_api_key, rotate_api_key
-from tests.integration.conftest import Database, Tenant
+from tests.factories.tenants import Tenant
 from tests.waiting import PATIENCE_SECONDS, ask_until
 
 REVOCATION_SECONDS = 5.0
-
-
-@pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture
@@ -276,7 +268,7 @@ def test_a_disabled_tenants_keys_are_refused(owner: Engine, api: Engine, tenant:
 def test_a_key_remembered_for_speed_is_not_believed_with_another_secret(api: Engine, tenant: Tenant) -> None:
     authenticator = Authenticator(api)
     authenticator.identify(f"Bearer {tenant.api_key}")
-    forged = type(auth.parse_api_key(tenant.api_key))(key_id=tenant.key_id, secret="A" * 30)
+    forged = type(parse_api_key(tenant.api_key))(key_id=tenant.key_id, secret="A" * 30)
     with pytest.raises(UnauthenticatedError):
         authenticator.identify(f"Bearer {forged}")
 

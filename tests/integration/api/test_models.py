@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,17 +19,12 @@ from core.services.adapters import list_adapters
 from core.services.purges import find_purges, mark_purged
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
-from tests.integration.api.test_bad_input import GOOD, submit, upload
-from tests.integration.api.test_wire import add_adapter
-from tests.integration.conftest import BASE_MODEL, Database, Tenant
+from tests.databases import Database
+from tests.factories.bases import BASE_MODEL
+from tests.factories.files import GOOD, upload
+from tests.factories.jobs import add_adapter, submit
+from tests.factories.tenants import Tenant
 from tests.waiting import PATIENCE_SECONDS
-
-
-@pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

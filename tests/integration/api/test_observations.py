@@ -15,8 +15,9 @@ from core.domain.leases import Lease
 from core.services.logs import record_log_line
 from core.services.observations import StepRange, read_observations, record_evaluation
 from core.services.resume_points import begin_steps
-from tests.integration.conftest import Database, Tenant
-from tests.integration.training import record_step, start_job
+from tests.databases import Database
+from tests.factories.jobs import record_step, start_job
+from tests.factories.tenants import Tenant
 from tests.waiting import PATIENCE_SECONDS
 
 PREPARED = """
@@ -55,7 +56,7 @@ def add_steps(
 
 
 def test_a_spike_of_one_step_in_ten_thousand_survives_the_thinning(api_url: str, owner: Engine, tenant: Tenant) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     add_steps(owner, lease, "case s when 4711 then 99 when 1234 then -5 else 1 + 1.0 / s end", last=10_000)
     series = get(api_url, tenant, lease, "metrics", points=60).json()
     steps = [row["step"] for row in series["data"]]
@@ -72,7 +73,7 @@ def test_a_spike_of_one_step_in_ten_thousand_survives_the_thinning(api_url: str,
 def test_no_more_points_are_answered_than_were_asked_for(
     api_url: str, owner: Engine, tenant: Tenant, points: int
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     # The least loss, an evaluation and the greatest loss follow one another: each stretch has all three, apart.
     add_steps(owner, lease, "s % 3", last=5000, valid_loss="case when s % 3 = 1 then 7.5 end")
     steps = [row["step"] for row in get(api_url, tenant, lease, "metrics", points=points).json()["data"]]
@@ -86,7 +87,7 @@ def read(owner: Engine, lease: Lease, steps: StepRange, points: int) -> tuple[li
 
 
 def test_what_is_summed_up_says_the_same_as_the_steps_themselves(owner: Engine, tenant: Tenant) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     skipped = "s % 500 = 7 or s in (64, 3200)"  # two of them would have ended a block
     with service_transaction(owner) as session:
         session.execute(
@@ -114,7 +115,7 @@ def test_what_is_summed_up_says_the_same_as_the_steps_themselves(owner: Engine, 
 def test_an_evaluation_is_charted_whether_its_block_ends_before_or_after_it(
     owner: Engine, worker: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     evaluated = (10, 64, 90)
     for step in range(1, 97):
         record_step(worker, lease, step, loss=1.0)
@@ -125,7 +126,7 @@ def test_an_evaluation_is_charted_whether_its_block_ends_before_or_after_it(
 
 
 def test_few_steps_are_all_there_and_a_range_is_kept(api_url: str, owner: Engine, tenant: Tenant) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     for step in range(1, 13):
         record_step(owner, lease, step, loss=step / 10)
     series = get(api_url, tenant, lease, "metrics", from_step=3, to_step=5).json()
@@ -139,7 +140,7 @@ def test_few_steps_are_all_there_and_a_range_is_kept(api_url: str, owner: Engine
     [{"points": 2}, {"points": 3001}, {"from_step": 0}, {"to_step": -1}, {"from_step": 5, "to_step": 4}, {"to_step": 2**70}, {"points": "x"}],
 )  # fmt: skip
 def test_bounds_of_metrics_are_strict(api_url: str, owner: Engine, tenant: Tenant, params: dict[str, Any]) -> None:
-    assert get(api_url, tenant, start_job(owner, tenant.id), "metrics", **params).status_code == 400
+    assert get(api_url, tenant, start_job(owner, tenant), "metrics", **params).status_code == 400
 
 
 def log(worker: Engine, lease: Lease, name: str, **details: Any) -> None:
@@ -150,7 +151,7 @@ def log(worker: Engine, lease: Lease, name: str, **details: Any) -> None:
 def test_a_log_holds_the_lines_of_its_job_in_order_and_no_other_tenants(
     api_url: str, owner: Engine, worker: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
-    own, others = start_job(owner, tenant.id), start_job(owner, other_tenant.id)
+    own, others = start_job(owner, tenant), start_job(owner, other_tenant)
     for number in range(5):
         log(worker, own, "dataset.tokenized", number=number)
         log(worker, others, "theirs")
@@ -171,7 +172,7 @@ def test_a_log_holds_the_lines_of_its_job_in_order_and_no_other_tenants(
 def test_a_line_of_no_attempt_is_not_kept_and_a_huge_one_is_refused(
     api_url: str, owner: Engine, worker: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     log(worker, Lease(lease.job_id, lease.tenant_id, 10**12), "of.nobody")
     assert get(api_url, tenant, lease, "logs").json()["data"] == []
     with pytest.raises(IntegrityError, match="details_size"):
@@ -181,7 +182,7 @@ def test_a_line_of_no_attempt_is_not_kept_and_a_huge_one_is_refused(
 def test_a_chart_is_planned_for_its_own_range_where_postgresql_would_plan_once_for_all(
     database: Database, owner: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     add_steps(owner, lease, "1.0 / s", last=1000)
     api = connect(database.api_url, pool_size=1)
     for _ in range(20):  # on one connection, which prepares a statement after five
@@ -198,7 +199,7 @@ def test_a_chart_is_planned_for_its_own_range_where_postgresql_would_plan_once_f
 def test_a_chart_shows_what_was_trained_last_after_a_job_went_back(
     worker: Engine, owner: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     for step in range(1, 65):
         record_step(worker, lease, step, loss=9.0 if step == 40 else 1.0)
     with service_transaction(worker) as session:

@@ -19,12 +19,12 @@ from core.services.operators import issue_operator_key
 from core.services.workers import record_worker
 from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
+from tests.databases import Database, run
+from tests.factories.bases import BASE_MODEL, NF4_POOL, POOL
+from tests.factories.jobs import claim, queue_job
+from tests.factories.tenants import Tenant, add_tenant
+from tests.integration.api.clients import good, http
 from tests.integration.api.planting import plant
-from tests.integration.api.test_admin import good, http
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant
-from tests.integration.test_attempts import POOL, claim, queue_job
-
-NF4 = f"{BASE_MODEL}@nf4"
 
 
 @pytest.fixture
@@ -36,17 +36,10 @@ def admin(api_url: str, owner: Engine) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def worker(database: Database, owner: Engine) -> Iterator[Engine]:
+def worker(worker: Engine, owner: Engine) -> Engine:
     """The worker's role, and no job, worker or use of another test."""
     run(owner, "truncate jobs, queues, usage, workers cascade")
-    engine = connect(database.worker_url)
-    yield engine
-    engine.dispose()
-
-
-def run(owner: Engine, statement: str, **values: Any) -> None:
-    with service_transaction(owner) as session:
-        session.execute(text(statement), values)
+    return worker
 
 
 def pages_of(admin: httpx.Client, path: str, **params: Any) -> list[dict[str, Any]]:
@@ -70,7 +63,11 @@ def test_jobs_of_everybody_are_listed_newest_first_and_filtered_page_by_page(
     jobs = pages_of(admin, "/admin/jobs")
     assert [job["id"] for job in jobs] == sorted((job["id"] for job in jobs), reverse=True)
     assert len(jobs) == 7
-    keys = {"status": ("queued", "running", "failed"), "pool": (POOL, NF4), "tenant": (tenant.slug, other_tenant.slug)}
+    keys = {
+        "status": ("queued", "running", "failed"),
+        "pool": (POOL, NF4_POOL),
+        "tenant": (tenant.slug, other_tenant.slug),
+    }
     for name, values in keys.items():
         for value in values:
             assert pages_of(admin, "/admin/jobs", **{name: value}) == [job for job in jobs if job[name] == value]
@@ -97,12 +94,14 @@ def test_filters_that_nothing_can_fit_are_refused_or_answered_with_nothing(admin
 def test_a_worker_is_shown_with_what_it_holds_and_as_gone_when_it_is_silent(
     admin: httpx.Client, worker: Engine
 ) -> None:
-    busy = WorkerFacts("gpu-1:7:ab", (POOL, NF4), "serving", POOL, 8, 3, version="0.1.0+abc", given_name="gpu-1")
-    wrong = WorkerFacts("gpu-4", (NF4,), "serving", NF4, 8, 1, clock_offset_seconds=-1200.5, is_clock_wrong=True)
+    busy = WorkerFacts("gpu-1:7:ab", (POOL, NF4_POOL), "serving", POOL, 8, 3, version="0.1.0+abc", given_name="gpu-1")
+    wrong = WorkerFacts(
+        "gpu-4", (NF4_POOL,), "serving", NF4_POOL, 8, 1, clock_offset_seconds=-1200.5, is_clock_wrong=True
+    )
     with service_transaction(worker) as session:
         record_worker(session, busy, alive_seconds=60, is_start=True)
-        record_worker(session, WorkerFacts("gpu-2", (NF4,), "stopping"), alive_seconds=60, is_start=True)
-        record_worker(session, WorkerFacts("gpu-3", (NF4,), "idle"), alive_seconds=-1, is_start=True)
+        record_worker(session, WorkerFacts("gpu-2", (NF4_POOL,), "stopping"), alive_seconds=60, is_start=True)
+        record_worker(session, WorkerFacts("gpu-3", (NF4_POOL,), "idle"), alive_seconds=-1, is_start=True)
         record_worker(session, wrong, alive_seconds=60, is_start=True)
     shown = pages_of(admin, "/admin/workers")
     assert [(each["id"], each["is_alive"], each["is_draining"]) for each in shown] == [
@@ -121,7 +120,7 @@ def test_a_worker_is_shown_with_what_it_holds_and_as_gone_when_it_is_silent(
         "state": "serving",
         "is_alive": True,
         "is_draining": False,
-        "pools": [POOL, NF4],
+        "pools": [POOL, NF4_POOL],
         "pool": POOL,
         "next_pool": None,
         "slots": 8,
@@ -143,11 +142,13 @@ def test_a_pool_is_shown_with_its_queue_its_workers_and_its_base(
     )
     run(owner, "update tenants set max_running = 2 where id = :id", id=tenant.id)
     with service_transaction(worker) as session:
-        serving = WorkerFacts("gpu-1", (POOL, NF4), "serving", POOL, slots=8, slots_in_use=1, refusals={NF4: "No."})
+        serving = WorkerFacts(
+            "gpu-1", (POOL, NF4_POOL), "serving", POOL, slots=8, slots_in_use=1, refusals={NF4_POOL: "No."}
+        )
         record_worker(session, serving, alive_seconds=60, is_start=True)
         record_worker(session, WorkerFacts("gpu-2", (POOL,), "stopping"), alive_seconds=60, is_start=True)
     nf4, none = pages_of(admin, "/admin/pools")
-    assert (nf4["id"], nf4["num_workers"], nf4["num_refusing"], nf4["oldest_queued_seconds"]) == (NF4, 1, 1, None)
+    assert (nf4["id"], nf4["num_workers"], nf4["num_refusing"], nf4["oldest_queued_seconds"]) == (NF4_POOL, 1, 1, None)
     wanted = {"num_queued": 3, "num_claimable": 2, "num_running": 0, "num_slots": 8, "workers_wanted": 1}
     served = {"num_workers": 1, "num_holding": 1, "num_refusing": 0, "slots_in_use": 1, "is_offered": True}
     assert none | {"id": POOL, "base_model": BASE_MODEL, "quantization": None} | wanted | served == none

@@ -11,12 +11,11 @@ from openai import OpenAI
 from sqlalchemy import Engine, text
 
 from core.db.session import service_transaction
-from core.domain.objects import tokenizer_key
-from core.services.base_models import record_tokenizer
-from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.bundles import letters_bundle
-from tests.integration.conftest import BASE_MODEL, Tenant
+from tests.factories.bases import BASE_MODEL, publish_tokenizer
+from tests.factories.files import upload_rows
+from tests.factories.tenants import Tenant
 from tests.waiting import PATIENCE_SECONDS
 
 GOOD = [
@@ -27,18 +26,7 @@ GOOD = [
 
 @pytest.fixture
 def published(owner: Engine, servers: ServerAddresses) -> None:
-    publish(owner, servers, letters_bundle().model_dump_json(), sha256="1" * 64)
-
-
-def publish(owner: Engine, servers: ServerAddresses, bundle: str, *, sha256: str) -> None:
-    key = tokenizer_key(sha256)
-    S3ObjectStore(servers.storage).put_bytes(key, bundle.encode(), content_type="application/json")
-    with service_transaction(owner) as session:
-        record_tokenizer(session, BASE_MODEL, object_key=key)
-
-
-def upload(client: OpenAI, rows: list[str]) -> Any:
-    return client.files.create(file=("rows.jsonl", "\n".join(rows).encode()), purpose="fine-tune")
+    publish_tokenizer(owner, servers, letters_bundle().model_dump_json(), sha256="1" * 64)
 
 
 def preview(api_url: str, tenant: Tenant, file_id: str, **body: Any) -> httpx.Response:
@@ -51,7 +39,7 @@ def preview(api_url: str, tenant: Tenant, file_id: str, **body: Any) -> httpx.Re
 
 def test_a_file_carries_up_to_100_problems_and_counts_of_all(client: OpenAI) -> None:
     rows = ["not json", *GOOD, '{"messages": []}'] * 101
-    file = upload(client, rows)
+    file = upload_rows(client, rows)
     assert file.status == "error"
     problems = file.model_extra["problems"]
     assert len(problems) == 100
@@ -68,7 +56,7 @@ def test_a_file_carries_up_to_100_problems_and_counts_of_all(client: OpenAI) -> 
 
 @pytest.mark.usefixtures("published")
 def test_rows_are_shown_as_tokens_with_what_is_learnt(client: OpenAI, api_url: str, tenant: Tenant) -> None:
-    file = upload(client, GOOD)
+    file = upload_rows(client, GOOD)
     shown = preview(api_url, tenant, file.id, from_line=3, rows=2, max_seq_len=60).json()
     assert [row["line"] for row in shown["data"]] == [3, 4]
     row = shown["data"][0]
@@ -88,7 +76,7 @@ def test_without_a_loaded_base_the_tokenizer_is_said_to_be_unknown(
 ) -> None:
     with service_transaction(owner) as session:
         session.execute(text("delete from base_tokenizers"))
-    answer = preview(api_url, tenant, upload(client, GOOD).id)
+    answer = preview(api_url, tenant, upload_rows(client, GOOD).id)
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "tokenizer_unknown")
 
 
@@ -96,7 +84,7 @@ def test_without_a_loaded_base_the_tokenizer_is_said_to_be_unknown(
 def test_previews_are_bounded_and_of_ones_own_files(
     client: OpenAI, api_url: str, tenant: Tenant, other_tenant: Tenant
 ) -> None:
-    file = upload(client, GOOD)
+    file = upload_rows(client, GOOD)
     assert preview(api_url, other_tenant, file.id).status_code == 404
     for body in ({"rows": 51}, {"rows": 0}, {"from_line": 101}, {"max_seq_len": 257}, {"colour": "red"}):
         assert preview(api_url, tenant, file.id, **body).status_code == 400
@@ -105,7 +93,7 @@ def test_previews_are_bounded_and_of_ones_own_files(
 
 @pytest.mark.usefixtures("published")
 def test_a_line_that_nobody_has_checked_is_not_read_to_its_end(client: OpenAI, api_url: str, tenant: Tenant) -> None:
-    file = upload(client, ["no"] * 10_000 + ["x" * (4 * 2**20), "no"])
+    file = upload_rows(client, ["no"] * 10_000 + ["x" * (4 * 2**20), "no"])
     assert (file.status, file.model_extra["validation"]["is_complete"]) == ("error", False)
     for from_line in (9_900, 10_001, 10_002):
         answer = preview(api_url, tenant, file.id, from_line=from_line)
@@ -117,8 +105,8 @@ def test_a_line_that_nobody_has_checked_is_not_read_to_its_end(client: OpenAI, a
 def test_a_hostile_template_costs_its_caller_an_error_and_nobody_else_a_thing(
     client: OpenAI, api_url: str, tenant: Tenant, owner: Engine, servers: ServerAddresses
 ) -> None:
-    file = upload(client, GOOD)
-    publish(owner, servers, letters_bundle("{{ 9**(9**8) }}").model_dump_json(), sha256="2" * 64)
+    file = upload_rows(client, GOOD)
+    publish_tokenizer(owner, servers, letters_bundle("{{ 9**(9**8) }}").model_dump_json(), sha256="2" * 64)
     answer = preview(api_url, tenant, file.id)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "preview_limit")
     assert client.models.list().data

@@ -19,9 +19,11 @@ from core.domain.ids import IdKind, format_id
 from core.services.api_keys import revoke_api_key
 from local.ports import free_ports, is_free
 from local.servers import ServerAddresses
+from tests.databases import Database
+from tests.factories.jobs import start_job
+from tests.factories.tenants import Tenant
 from tests.integration.api.events import open_stream
-from tests.integration.conftest import Database, Tenant, running_api
-from tests.integration.training import start_job
+from tests.processes import running_api
 from tests.waiting import PATIENCE_SECONDS, ask_until, wait_until
 
 REVOCATION_SECONDS = 5.0
@@ -60,7 +62,7 @@ def test_all_stop_together_though_a_stream_is_open(
 ) -> None:
     children = children_of(group)
     assert len(children) == 2
-    job_id = format_id(IdKind.JOB, start_job(owner, tenant.id).job_id)
+    job_id = format_id(IdKind.JOB, start_job(owner, tenant).job_id)
     with open_stream(f"http://127.0.0.1:{port}", tenant.api_key, job_id) as events:
         next(events)
         group.terminate()

@@ -19,8 +19,10 @@ from core.db.session import connect
 from core.domain.errors import UnavailableError
 from local.ports import free_ports
 from local.servers import ServerAddresses
+from tests.databases import Database
+from tests.factories.tenants import Tenant
 from tests.faults import Cut, FaultProxy, Hang
-from tests.integration.conftest import Database, Tenant, running_api
+from tests.processes import running_api, storage_settings
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 NEWEST = list_revisions()[-1]
@@ -127,9 +129,7 @@ def test_an_api_that_never_reached_its_bucket_is_not_ready(database: Database, s
     env = {
         **os.environ,
         "ESPALIER_DATABASE_URL": database.api_url,
-        "ESPALIER_S3_ENDPOINT": servers.storage.endpoint,
-        "ESPALIER_S3_ACCESS_KEY": servers.storage.access_key,
-        "ESPALIER_S3_SECRET_KEY": servers.storage.secret_key,
+        **storage_settings(servers.storage),
         "ESPALIER_S3_BUCKET": "no-such-bucket",
         "ESPALIER_API_PORT": str(port),
     }

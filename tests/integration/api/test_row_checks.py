@@ -22,8 +22,8 @@ from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.bundles import CHATML, letters_bundle
 from tests.chat_templates import QWEN_3_THINKING
-from tests.integration.api.test_previews import publish, upload
-from tests.integration.conftest import BASE_MODEL
+from tests.factories.bases import BASE_MODEL, publish_tokenizer
+from tests.factories.files import upload_rows
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('There is no system role.') }}{% endif %}" + CHATML
 PLAIN = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -35,11 +35,11 @@ def rows_of(*conversations: list[dict[str, str]]) -> list[str]:
 
 
 def submit(client: OpenAI, rows: list[str], *, validation: list[str] | None = None, **options: Any) -> Any:
-    validation_file = upload(client, validation).id if validation else None
+    validation_file = upload_rows(client, validation).id if validation else None
     return client.fine_tuning.jobs.create(
         model=BASE_MODEL,
-        training_file=upload(client, rows).id,
-        validation_file=validation_file,  # type: ignore[arg-type]  # None is absent
+        training_file=upload_rows(client, rows).id,
+        validation_file=validation_file,
         extra_body=options,
     )
 
@@ -54,7 +54,7 @@ def refusal_of(client: OpenAI, *args: Any, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def refuses_system(owner: Engine, servers: ServerAddresses) -> None:
-    publish(owner, servers, letters_bundle(NO_SYSTEM).model_dump_json(), sha256="2" * 64)
+    publish_tokenizer(owner, servers, letters_bundle(NO_SYSTEM).model_dump_json(), sha256="2" * 64)
 
 
 def count_jobs(owner: Engine) -> int:
@@ -93,7 +93,7 @@ def test_a_file_with_nothing_to_learn_within_the_length_is_refused(client: OpenA
 def test_a_file_whose_answers_a_base_would_not_be_asked_for_is_refused(
     client: OpenAI, owner: Engine, servers: ServerAddresses
 ) -> None:
-    publish(owner, servers, QWEN_3_THINKING.make_bundle().model_dump_json(), sha256="3" * 64)
+    publish_tokenizer(owner, servers, QWEN_3_THINKING.make_bundle().model_dump_json(), sha256="3" * 64)
     refusal = refusal_of(client, rows_of(PLAIN, PLAIN))
     assert (refusal["code"], refusal["param"]) == ("nothing_to_learn", "training_file")
     assert "2 answers are left out" in refusal["message"]
@@ -134,7 +134,7 @@ def test_what_is_well_is_looked_at_once(servers: ServerAddresses, tmp_path: Path
 def test_a_file_that_is_damaged_in_the_store_is_left_to_the_worker(
     client: OpenAI, owner: Engine, servers: ServerAddresses
 ) -> None:
-    file = upload(client, rows_of(PLAIN, PLAIN))
+    file = upload_rows(client, rows_of(PLAIN, PLAIN))
     with service_transaction(owner) as session:
         key = session.scalar(
             text("select object_key from files where id = :id"), {"id": parse_id(IdKind.FILE, file.id)}
@@ -154,5 +154,5 @@ def test_where_the_rows_cannot_be_seen_a_job_is_accepted(
 ) -> None:
     """A template that passes the limits of its process; the worker has none."""
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    publish(owner, servers, letters_bundle(endless).model_dump_json(), sha256="4" * 64)
+    publish_tokenizer(owner, servers, letters_bundle(endless).model_dump_json(), sha256="4" * 64)
     assert submit(client, rows_of(PLAIN)).status == "queued"

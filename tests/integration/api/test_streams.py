@@ -29,9 +29,12 @@ from core.services.streams import Watch
 from local.ports import free_ports
 from local.servers import LocalServers, ServerAddresses
 from local.stack import prepare_database
+from tests.databases import LOGINS, Database
+from tests.factories.bases import BASE_MODEL, POOL
+from tests.factories.jobs import fail_job, queue_job, record_step, start_job
+from tests.factories.tenants import Tenant, add_tenant
 from tests.integration.api.events import Received, open_stream
-from tests.integration.conftest import BASE_MODEL, LOGINS, Database, Tenant, add_tenant, running_api
-from tests.integration.training import POOL, fail_job, queue_job, record_step, start_job
+from tests.processes import running_api
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
@@ -42,7 +45,7 @@ def wire_id(lease: Lease) -> str:
 def test_events_come_as_they_happen_and_the_stream_ends_with_the_job(
     api_url: str, owner: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     with open_stream(api_url, tenant.api_key, wire_id(lease)) as events:
         told = [next(events).body["message"], next(events).body["message"]]
         assert told == ["Validated the files and queued the job.", "Attempt 1 has started."]
@@ -60,7 +63,7 @@ def test_an_event_comes_by_its_notification_and_not_by_a_sweep(
     database: Database, owner: Engine, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("api.feeds.SWEEP_SECONDS", 3600.0)
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     engine = connect(database.api_url)
 
     async def follow() -> list[str]:
@@ -81,7 +84,7 @@ def test_a_quiet_stream_says_now_and_then_that_it_is_alive(
     database: Database, owner: Engine, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("api.feeds.IDLE_SECONDS", 0.05)
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     engine = connect(database.api_url)
 
     async def follow() -> None:
@@ -106,10 +109,11 @@ async def until(chunks: AsyncGenerator[bytes], last: bytes) -> AsyncGenerator[by
                 return
 
 
+@pytest.mark.fault(48)
 def test_a_stream_goes_on_behind_the_last_event_that_its_client_has(
     api_url: str, owner: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     for step in range(1, 301):  # more than one batch
         record_step(owner, lease, step)
     fail_job(owner, lease)
@@ -153,7 +157,7 @@ def test_nothing_is_lost_or_repeated_when_the_api_is_killed_again_and_again(
     database: Database, servers: ServerAddresses, owner: Engine, tenant: Tenant
 ) -> None:
     (port,) = free_ports(1)
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     with ThreadPoolExecutor(1) as client:
         following = client.submit(follow_to_the_end, f"http://127.0.0.1:{port}", tenant, wire_id(lease))
         step = 0
@@ -170,6 +174,7 @@ def test_nothing_is_lost_or_repeated_when_the_api_is_killed_again_and_again(
     assert len(events) == step + 3
 
 
+@pytest.mark.fault(48)
 def test_an_open_stream_outlives_a_restart_of_the_database(tmp_path: Path) -> None:
     entry = BaseModelEntry(
         id=BASE_MODEL,
@@ -183,7 +188,7 @@ def test_an_open_stream_outlives_a_restart_of_the_database(tmp_path: Path) -> No
         prepare_database(url, Registry(base_models=(entry,)), logins=LOGINS)
         owner = connect(url)
         tenant = add_tenant(owner)
-        lease = start_job(owner, tenant.id)
+        lease = start_job(owner, tenant)
         (port,) = free_ports(1)
         with (
             running_api(login_url(url, LOGINS[0]), servers.addresses.storage, port=port),
@@ -203,8 +208,9 @@ def test_an_open_stream_outlives_a_restart_of_the_database(tmp_path: Path) -> No
         owner.dispose()
 
 
+@pytest.mark.fault(47)
 def test_a_stream_closes_soon_after_its_key_is_revoked(api_url: str, owner: Engine, tenant: Tenant) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     with open_stream(api_url, tenant.api_key, wire_id(lease)) as events:
         assert [next(events).kind, next(events).kind] == ["message", "message"]
         with service_transaction(owner) as session:
@@ -217,7 +223,7 @@ def test_a_stream_closes_soon_after_its_key_is_revoked(api_url: str, owner: Engi
 def test_a_key_that_expires_ends_its_stream_and_reads_no_event_more(
     api_url: str, owner: Engine, tenant: Tenant
 ) -> None:
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     with open_stream(api_url, tenant.api_key, wire_id(lease)) as events:
         assert [next(events).kind, next(events).kind] == ["message", "message"]
         with service_transaction(owner) as session:
@@ -229,7 +235,7 @@ def test_a_key_that_expires_ends_its_stream_and_reads_no_event_more(
 def test_streams_of_others_and_of_nothing_are_not_found(
     api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
-    job_id = wire_id(start_job(owner, tenant.id))
+    job_id = wire_id(start_job(owner, tenant))
     url = f"{api_url}/v1/fine_tuning/jobs/{job_id}/stream"
     for headers, status in (
         ({"authorization": f"Bearer {other_tenant.api_key}"}, 404),
@@ -247,7 +253,7 @@ def test_many_open_streams_hold_few_connections_and_threads(
 ) -> None:
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    leases = [(each, start_job(owner, each.id)) for each in (add_tenant(owner) for _ in range(5))]
+    leases = [(each, start_job(owner, each)) for each in (add_tenant(owner) for _ in range(5))]
     in_api = "select count(*) from pg_stat_activity where usename = 'espalier_api' and datname = current_database()"
     with running_api(database.api_url, servers.storage, port=port) as api, ExitStack() as stack:
         streams = [
@@ -289,14 +295,14 @@ def test_events_of_a_job_are_recorded_under_the_lock_on_its_row(
         session.execute(text(guard))
     try:
         worker = connect(database.worker_url)
-        lease = start_job(owner, tenant.id)
+        lease = start_job(owner, tenant)
         record_step(worker, lease, 1)
         with service_transaction(worker) as session:
             requeue_attempt(session, lease)
-        fail_job(worker, start_job(owner, tenant.id))
+        fail_job(worker, start_job(owner, tenant))
         with service_transaction(owner) as session:
-            cancel_job(session, tenant.id, job_id=queue_job(owner, tenant.id).id)
-        queue_job(owner, tenant.id)
+            cancel_job(session, tenant.id, job_id=queue_job(owner, tenant).id)
+        queue_job(owner, tenant)
         with service_transaction(worker) as session:
             told = announcements.announce_load(session, POOL, base_model_id=BASE_MODEL, num_jobs=4)
             assert told
@@ -312,7 +318,7 @@ def test_events_of_a_job_are_recorded_under_the_lock_on_its_row(
 
 def test_a_reader_never_misses_the_event_of_a_slower_writer(api_url: str, owner: Engine, tenant: Tenant) -> None:
     """Two writers of one job: the second draws its number only when the first has committed."""
-    lease = start_job(owner, tenant.id)
+    lease = start_job(owner, tenant)
     first_holds, may_commit = threading.Event(), threading.Event()
 
     def write_slowly() -> None:
@@ -347,7 +353,7 @@ def test_a_reader_never_misses_the_event_of_a_slower_writer(api_url: str, owner:
 def test_a_row_at_fault_ends_the_streams_of_its_tenant_and_nobody_elses(
     api_url: str, owner: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
-    poisoned, sound = start_job(owner, tenant.id), start_job(owner, other_tenant.id)
+    poisoned, sound = start_job(owner, tenant), start_job(owner, other_tenant)
     with owner.begin() as connection:
         connection.execute(text("update events set details = '[1]' where job_id = :id"), {"id": poisoned.job_id})
     with open_stream(api_url, tenant.api_key, wire_id(poisoned)) as events:

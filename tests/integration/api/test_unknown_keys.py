@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
-import httpx
 import psycopg
 import pytest
 from fastapi.testclient import TestClient
@@ -21,8 +20,8 @@ from core.domain.api_keys import OPERATOR_PREFIX, generate_api_key
 from core.domain.errors import UnauthenticatedError
 from core.settings import ApiSettings
 from local.servers import ServerAddresses
-from tests.integration.api.test_waiting import num_waiting
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database, num_waiting
+from tests.factories.tenants import Tenant
 from tests.waiting import wait_until
 
 NUM_STRANGERS = 60
@@ -63,9 +62,7 @@ def test_while_strangers_keys_are_looked_up_a_known_key_is_answered(
     with ThreadPoolExecutor(len(keys)) as pool, psycopg.connect(database.superuser_url) as holding:
         holding.execute("lock table api_keys, operator_keys in access exclusive mode")
         paths = [jobs] * NUM_STRANGERS + ["/admin/tenants"] * NUM_STRANGERS
-        asked: list[Future[httpx.Response]] = [
-            pool.submit(client.get, path, headers=bearer(key)) for path, key in zip(paths, keys, strict=True)
-        ]
+        asked = [pool.submit(client.get, path, headers=bearer(key)) for path, key in zip(paths, keys, strict=True)]
         wait_until(lambda: num_waiting(database) == STRANGERS.total_tokens)
         for _ in range(20):
             assert client.get(jobs, headers=bearer(tenant.api_key)).status_code == 200
@@ -79,7 +76,7 @@ def test_a_key_that_was_alive_waits_for_no_stranger(api: Engine, tenant: Tenant)
     authenticator = Authenticator(api)
 
     async def find() -> tuple[int, int]:
-        used = [ACQUAINTANCES.statistics().total_tokens, 0]
+        used: list[float] = [ACQUAINTANCES.statistics().total_tokens, 0]
         async with anyio.create_task_group() as group:
             for place in range(int(STRANGERS.total_tokens)):
                 await STRANGERS.acquire_on_behalf_of(place)
@@ -88,7 +85,7 @@ def test_a_key_that_was_alive_waits_for_no_stranger(api: Engine, tenant: Tenant)
             used[1] = STRANGERS.statistics().tasks_waiting
             for place in range(int(STRANGERS.total_tokens)):
                 STRANGERS.release_on_behalf_of(place)
-        return int(used[0]), used[1]
+        return int(used[0]), int(used[1])
 
     assert anyio.run(find)[1] == 1, "as a stranger it waits"
     (known,) = authenticator._live.values()

@@ -24,8 +24,10 @@ from core.services.files import expire_files
 from core.services.purges import find_purges
 from core.services.uploads import begin_completion
 from core.storage import S3ObjectStore
-from tests.integration.api.test_bad_input import GOOD, submit, upload
-from tests.integration.conftest import Database, Tenant
+from tests.databases import Database, opened
+from tests.factories.files import GOOD, upload
+from tests.factories.jobs import submit
+from tests.factories.tenants import Tenant
 from tests.waiting import PATIENCE_SECONDS
 
 ROWS = b"\n".join([GOOD] * 400)
@@ -40,9 +42,8 @@ def begin(client: OpenAI, size: int, **options: Any) -> Any:
 
 @pytest.fixture
 def schedule(database: Database) -> Iterator[Engine]:
-    engine = connect(database.schedule_url)
-    yield engine
-    engine.dispose()
+    with opened(database.schedule_url) as engine:
+        yield engine
 
 
 def test_parts_in_any_order_become_one_checked_file(client: OpenAI) -> None:
@@ -53,11 +54,15 @@ def test_parts_in_any_order_become_one_checked_file(client: OpenAI) -> None:
     first = client.uploads.parts.create(begun.id, data=ROWS[:cut])
     assert first.upload_id == begun.id
     done = client.uploads.complete(begun.id, part_ids=[first.id, second.id], md5=hashlib.md5(ROWS).hexdigest())
+    assert done.file is not None
     assert (done.status, done.file.status, done.file.filename) == ("completed", "processed", "rows.jsonl")
+    assert done.file.model_extra is not None
     assert done.file.model_extra["num_examples"] == 400
     assert client.files.content(done.file.id).read() == ROWS
     assert submit(client, done.file.id).status == "queued"
-    assert client.uploads.complete(begun.id, part_ids=[first.id, second.id]).file.id == done.file.id
+    again = client.uploads.complete(begun.id, part_ids=[first.id, second.id])
+    assert again.file is not None
+    assert again.file.id == done.file.id
 
 
 def test_the_clients_own_chunked_upload_works(client: OpenAI) -> None:
@@ -72,6 +77,8 @@ def test_a_completed_upload_with_bad_rows_is_a_file_in_error(client: OpenAI) -> 
     begun = begin(client, 8)
     part = client.uploads.parts.create(begun.id, data=b"not json")
     done = client.uploads.complete(begun.id, part_ids=[part.id])
+    assert done.file is not None
+    assert done.file.status_details is not None
     assert (done.file.status, done.file.status_details[:6]) == ("error", "Line 1")
 
 
@@ -183,6 +190,7 @@ def test_a_file_says_when_it_expires(client: OpenAI) -> None:
     begun = begin(client, len(GOOD), expires_after=expiry)
     part = client.uploads.parts.create(begun.id, data=GOOD)
     done = client.uploads.complete(begun.id, part_ids=[part.id])
+    assert done.file is not None
     assert done.file.expires_at == done.file.created_at + 3600
     assert upload(client, GOOD).expires_at is None
 
@@ -213,7 +221,7 @@ def test_an_expired_file_goes_when_no_job_needs_it_any_more(
     job = submit(client, used.id)
     with tenant_transaction(owner, tenant.id) as session:
         for file in (idle, used):
-            session.get_one(File, parse_id(IdKind.FILE, file.id)).expires_at = session.scalar(text("select now()"))  # type: ignore[assignment]
+            session.get_one(File, parse_id(IdKind.FILE, file.id)).expires_at = session.scalar(text("select now()"))
 
     def left() -> set[str]:
         with service_transaction(schedule) as session:

@@ -19,16 +19,18 @@ from sqlalchemy import Engine, text
 
 from api.admission import DOWNLOADS, LONG_BODIES, MULTIPART_BODIES, PREVIEWS, Gate
 from api.routing import SHARE_OF_TENANT
-from core.db.session import connect, service_transaction, tenant_transaction
+from core.db.session import service_transaction, tenant_transaction
 from core.domain.ids import IdKind, parse_id
 from core.storage import S3ObjectStore
 from local.ports import free_ports
 from local.servers import ServerAddresses
 from tests.bundles import letters_bundle
+from tests.databases import Database, num_waiting
+from tests.factories.bases import BASE_MODEL, publish_tokenizer
+from tests.factories.tenants import Tenant, add_tenant
 from tests.faults import FaultProxy, Hang, port_of
 from tests.integration.api.planting import plant
-from tests.integration.api.test_previews import publish
-from tests.integration.conftest import BASE_MODEL, Database, Tenant, add_tenant, running_api
+from tests.processes import running_api
 from tests.waiting import wait_until
 
 ROW = b'{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}'
@@ -49,13 +51,6 @@ def api_url(database: Database, servers: ServerAddresses, proxy: FaultProxy) -> 
     (port,) = free_ports(1)
     with running_api(database.api_url, replace(servers.storage, endpoint=f"127.0.0.1:{proxy.port}"), port=port):
         yield f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture
-def api(database: Database) -> Iterator[Engine]:
-    engine = connect(database.api_url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture
@@ -142,7 +137,7 @@ def test_a_store_that_hangs_holds_up_who_asked_for_it_and_nobody_else(
     servers: ServerAddresses,
     file_id: str,
 ) -> None:
-    publish(owner, servers, letters_bundle().model_dump_json(), sha256="1" * 64)
+    publish_tokenizer(owner, servers, letters_bundle().model_dump_json(), sha256="1" * 64)
     adapter_id = plant(owner, api, S3ObjectStore(servers.storage), tenant).adapter if kind == "archive" else ""
     asks: dict[str, tuple[Gate, Ask]] = {
         "content": (DOWNLOADS, lambda http: http.get(f"/files/{file_id}/content")),
@@ -306,14 +301,6 @@ def test_streams_that_wait_to_begin_leave_threads_to_other_tenants(
             assert num_waiting(database) <= SHARE_OF_TENANT
         holding.rollback()
         assert {each.result().status_code for each in asked} <= {404, 503}  # a lock is not waited for for ever
-
-
-def num_waiting(database: Database) -> int:
-    with psycopg.connect(database.superuser_url) as connection:
-        found = connection.execute(
-            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-        )
-        return int(found.fetchone()[0])  # type: ignore[index]
 
 
 def test_the_list_of_files_carries_no_problems_and_a_thousand_rows_at_most(

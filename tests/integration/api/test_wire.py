@@ -12,42 +12,18 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine
 
-from core.db.models import Adapter, Job
-from core.db.session import service_transaction
-from core.domain.ids import IdKind, new_id, parse_id
-from core.domain.jobs import JobStatus
-from tests.integration.api.test_bad_input import GOOD, submit, upload
-from tests.integration.conftest import BASE_MODEL, Tenant
+from core.domain.ids import IdKind, parse_id
+from tests.factories.files import GOOD, upload
+from tests.factories.jobs import add_adapter, submit
+from tests.factories.tenants import Tenant
 from tests.waiting import PATIENCE_SECONDS
 
 
 @pytest.fixture
 def file_id(client: OpenAI) -> str:
     return str(upload(client, GOOD).id)
-
-
-def add_adapter(owner: Engine, tenant: Tenant, job_id: str) -> str:
-    """Let a job have succeeded, without a worker."""
-    row_id, name = parse_id(IdKind.JOB, job_id), f"ft:{BASE_MODEL}:{tenant.slug}::{job_id[-8:]}"
-    with service_transaction(owner) as session:
-        ended = {"status": JobStatus.SUCCEEDED, "fine_tuned_model": name}
-        job = session.get_one(Job, row_id)
-        session.execute(update(Job).where(Job.id == row_id).values(**ended, finished_at=job.created_at))
-        session.add(
-            Adapter(
-                id=new_id(),
-                tenant_id=tenant.id,
-                job_id=row_id,
-                name=name,
-                base_model_id=BASE_MODEL,
-                object_prefix=f"tenants/{tenant.id}/jobs/{row_id}/1/adapter/",
-                files=[],
-                size_bytes=0,
-            )
-        )
-    return name
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import pytest
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
-from tests.routes import all_routes
+from tests.routes import all_routes, verbs_of
 
-ROUTES = [pytest.param(route, id=f"{'|'.join(sorted(route.methods))} {route.path}") for route in all_routes()]
+ROUTES = [pytest.param(route, id=f"{'|'.join(verbs_of(route))} {route.path}") for route in all_routes()]
 
 
 def calls_of(dependant: Dependant) -> Iterator[object]:

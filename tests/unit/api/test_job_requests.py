@@ -120,7 +120,7 @@ def test_a_field_that_nobody_has_is_named_as_it_was_sent(place: str, name: str) 
     assert error["message"] == f"{sent[:200]}: there is no such field."
 
 
-BAD_FIELDS = {
+BAD_FIELDS: dict[str, tuple[dict[str, Any], str, str]] = {
     # the fields, the parameter, words of the message
     "too small a rate": ({"learning_rate": 5e-324}, "learning_rate", "equal to 0.000000000001"),
     "a smaller rate": ({"learning_rate": 1e-323}, "learning_rate", "equal to 0.000000000001"),
@@ -161,7 +161,7 @@ def test_a_multiplier_out_of_bounds_is_refused_with_its_floor_or_ceiling(
 ) -> None:
     body = GOOD | nest(f"{place}.learning_rate_multiplier", multiplier)
     if "method" in body:
-        body["method"]["type"] = "supervised"  # type: ignore[index]
+        body["method"]["type"] = "supervised"
     error = refuse(body)
     assert error["param"] == f"{place}.learning_rate_multiplier"
     assert words in error["message"]
@@ -221,7 +221,7 @@ def test_a_rate_and_a_multiplier_together_are_refused() -> None:
     for place in ("hyperparameters", SUPERVISED):
         body = GOOD | {"learning_rate": 1e-4} | nest(f"{place}.learning_rate_multiplier", 2.0)
         if "method" in body:
-            body["method"]["type"] = "supervised"  # type: ignore[index]
+            body["method"]["type"] = "supervised"
         error = refuse(body)
         assert error["param"] == "learning_rate"
         assert "give one of them" in error["message"]

@@ -8,10 +8,10 @@ from fastapi.routing import APIRoute
 from api.dependencies import RateGate, ScopeGate
 from api.routing import OneThreadRoute
 from core.domain.api_keys import Scope
-from tests.routes import all_routes
+from tests.routes import all_routes, verbs_of
 
 TENANT_ROUTES = [
-    pytest.param(route, id=f"{'|'.join(sorted(route.methods))} {route.path}")
+    pytest.param(route, id=f"{'|'.join(verbs_of(route))} {route.path}")
     for route in all_routes()
     if route.path.startswith("/v1/")
 ]
@@ -39,7 +39,7 @@ def test_reading_never_needs_more_than_a_key_for_reading_has(route: APIRoute) ->
 
 @pytest.mark.parametrize("route", TENANT_ROUTES)
 def test_a_route_counts_a_request_before_it_looks_at_its_scope(route: APIRoute) -> None:
-    doors = [type(each.dependency) for each in route.dependencies]
+    doors: list[object] = [type(each.dependency) for each in route.dependencies]
     assert doors[:2] == [RateGate, ScopeGate], "make the router a TenantRouter"
 
 

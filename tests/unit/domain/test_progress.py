@@ -39,12 +39,8 @@ def test_the_interval_is_of_the_fastest_and_the_slowest_stretch() -> None:
     instants = [at(sum(seconds[:count])) for count in range(len(seconds) + 1)]
     times = measure_steps(marks(instants))
     assert times is not None
-    assert (times.mean_seconds, times.fast_seconds, times.slow_seconds, times.num_measured) == (
-        pytest.approx(2.0),
-        1.0,
-        3.0,
-        24,
-    )
+    assert times.mean_seconds == pytest.approx(2.0)
+    assert (times.fast_seconds, times.slow_seconds, times.num_measured) == (1.0, 3.0, 24)
 
 
 def test_steps_that_were_recorded_in_bursts_are_measured_by_their_stretches() -> None:
@@ -52,7 +48,7 @@ def test_steps_that_were_recorded_in_bursts_are_measured_by_their_stretches() ->
     times = measure_steps(marks(instants))
     assert times is not None
     assert times.mean_seconds == pytest.approx(1.0, rel=0.01)
-    assert (times.fast_seconds, times.slow_seconds) == (pytest.approx(1.0, rel=0.01), pytest.approx(1.0, rel=0.01))
+    assert [times.fast_seconds, times.slow_seconds] == pytest.approx([1.0, 1.0], rel=0.01)
 
 
 def test_a_late_job_is_never_said_to_have_ended_already() -> None:

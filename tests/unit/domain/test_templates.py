@@ -63,6 +63,7 @@ def test_a_bundle_tokenises_as_transformers_does() -> None:
     ]
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize(
     "template",
     [
@@ -102,6 +103,7 @@ def children_cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize(
     "template",
     [

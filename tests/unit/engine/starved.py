@@ -22,7 +22,7 @@ class MemoryRunsOut(TorchDispatchMode):
     """
 
     def __init__(self, nth: int) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self._left = nth
 
     @property

@@ -110,6 +110,7 @@ def test_a_job_waits_when_every_slot_is_taken_and_enters_when_one_is_freed() -> 
     assert engine.slot_names == ("b",)
 
 
+@pytest.mark.fault(34)
 def test_a_job_waits_when_the_device_refuses_the_memory_for_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object, **_kwargs: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("the test's device is full")

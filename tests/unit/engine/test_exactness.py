@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -150,15 +150,15 @@ def test_nf4_base_trains_as_its_dequantised_twin(tmp_path: Path) -> None:
         replace_by_nf4(tiny_llama(), twin)
 
 
-def replace_by_nf4(model: torch.nn.Module, twin: torch.nn.Module) -> None:
+def replace_by_nf4(model: torch.nn.Module, twin: Any) -> None:
     """Quantise the model's linears (NF4, double quantisation); give the twin the weights they stand for."""
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, torch.nn.Linear) or name == "lm_head":
             continue
-        layer = bitsandbytes.nn.Linear4bit(
+        layer = Linear4bit(
             linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
         )
-        layer.weight = bitsandbytes.nn.Params4bit(
+        layer.weight = Params4bit(
             linear.weight.data.clone(), requires_grad=False, compress_statistics=True, quant_type="nf4"
         )
         layer.to("cpu")

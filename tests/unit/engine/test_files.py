@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_an_imported_adapter_is_what_was_exported_and_starts_with_empty_moments(
     "changes", [{"rank": 8}, {"target_modules": ("q_proj",)}, {"alpha": 16.0}, {"use_rslora": True}]
 )
 def test_an_adapter_of_another_shape_or_scale_is_refused_and_changes_nothing(
-    tmp_path: Path, changes: dict[str, object]
+    tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     engine = make_engine()
     engine.admit(make_job("old"))

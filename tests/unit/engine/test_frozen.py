@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
 from worker.engine.frozen import DenseWeight, FrozenWeight, Nf4Weight, PackedWeight, freeze_linear
 
@@ -48,6 +50,7 @@ def test_a_weight_in_nf4(*, has_bias: bool, is_nested: bool) -> None:
     quantised = quantised.to("cpu")
     frozen = freeze_linear(quantised, scratch={})
     assert isinstance(frozen, Nf4Weight)
-    assert quantised.weight.quant_state.nested == is_nested
-    restored_nk = dequantize_4bit(quantised.weight.data, quantised.weight.quant_state)
+    weight: Any = quantised.weight
+    assert weight.quant_state.nested == is_nested
+    restored_nk = dequantize_4bit(weight.data, weight.quant_state)
     assert_multiplies_like(frozen, restored_nk, quantised.bias)

@@ -24,6 +24,7 @@ from worker.engine import Engine, SlotReport
 from worker.engine.bases import recompute_layers
 from worker.engine.frozen import FrozenWeight
 from worker.engine.heads import _CHUNK_BYTES
+from worker.engine.states import SlotState
 
 NUM_LAYERS = 2
 
@@ -78,7 +79,8 @@ def recorded(product: Callable[..., torch.Tensor], happened: list[str]) -> Calla
 
 def test_no_two_products_of_a_step_are_without_a_look_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_CHUNK_BYTES, "cpu", 1)  # so that the loss takes several chunks
-    engine, happened = make_engine_of("a", "b", batch_size=10), []
+    happened: list[str] = []
+    engine = make_engine_of("a", "b", batch_size=10)
     for kind in FrozenWeight.__subclasses__():
         for name in ("multiply", "multiply_back"):
             monkeypatch.setattr(kind, name, recorded(getattr(kind, name), happened))
@@ -168,7 +170,8 @@ def test_leaving_again_and_again_costs_the_others_a_few_steps_and_no_more(monkey
     engine, num_lost = make_engine(), 0
     engine.admit(make_job("mine", batch_size=8, n_epochs=50))
     for number in range(40):
-        name, beside = f"fickle {number}", []
+        name = f"fickle {number}"
+        beside: list[str] = []
 
         def leave(name: str = name, beside: list[str] = beside) -> None:
             beside.extend(engine.running_names)
@@ -212,7 +215,7 @@ def test_an_evaluation_is_left_at_the_next_look_and_the_others_train_on_bit_for_
         engine, untroubled = make_engine_of("mine", "last"), make_engine_of("mine", "last")
         untroubled.evict("mine")
         engine.begin_evaluation("mine", examples)
-        running = []
+        running: list[str] = []
 
         def leave(engine: Engine = engine, running: list[str] = running) -> None:
             running.extend(engine.running_names)
@@ -230,7 +233,8 @@ def test_an_evaluation_is_left_at_the_next_look_and_the_others_train_on_bit_for_
 def test_a_state_captured_within_a_step_is_the_one_before_it() -> None:
     for number in (1, 9, 17):
         engine = make_engine_of("mine", "last")
-        before, within = engine.capture_state("mine"), []
+        before = engine.capture_state("mine")
+        within: list[SlotState] = []
         place = Place(
             number, partial(lambda engine, within: within.append(engine.capture_state("mine")), engine, within)
         )

@@ -282,6 +282,7 @@ DEEDS = st.lists(
 )
 
 
+@pytest.mark.fault(34)
 @settings(
     max_examples=200,
     deadline=None,

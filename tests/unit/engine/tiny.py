@@ -23,7 +23,7 @@ VOCABULARY = 128
 ALL_MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0) -> Any:  # transformers' decorator hides what its `to` takes
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -67,7 +67,7 @@ def make_spec(**changes: object) -> TrainingSpec:
 
 
 def make_job(
-    name: str, *, seed: int = 1, count: int = 10, tenant: str | None = None, share: float = 1.0, **changes: object
+    name: str, *, seed: int = 1, count: int = 10, tenant: str | None = None, share: float = 1.0, **changes: Any
 ) -> EngineJob:
     """Return a job, of a tenant of its own unless one is named."""
     spec = make_spec(seed=seed, **changes)
@@ -191,7 +191,7 @@ def train_with_peft(
     return losses, trained
 
 
-def batch_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
+def batch_loss(model: Any, examples: Sequence[Example]) -> torch.Tensor:
     """Return the mean cross-entropy over the batch's label tokens, one example at a time, by transformers' own code."""
     sums = []
     for example in examples:
@@ -202,4 +202,4 @@ def batch_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Ten
 
 
 def relative_difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((got - wanted).norm() / wanted.norm().clamp_min(1e-12)).item()
+    return float((got - wanted).norm() / wanted.norm().clamp_min(1e-12))

@@ -14,7 +14,7 @@ import yaml
 from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.lab import write_tiny_base
+from tests.factories.tiny_bases import write_tiny_base
 from tests.unit.engine.tiny import make_engine, make_job, train
 from worker.messages import JobFacts
 from worker.trainer.cards import write_card
@@ -38,7 +38,7 @@ def make_card(
     model_name: str = "ft:tiny/llama:acme::12345678",
     base_license: str | None = "Apache-2.0",
     base_revision: str = "1",
-    **adapter: object,
+    **adapter: Any,
 ) -> str:
     facts = JobFacts(
         job_id="ftjob-1",

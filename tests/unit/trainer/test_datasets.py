@@ -118,6 +118,7 @@ def test_every_weighted_answer_is_learnt_with_the_end_of_its_turn_and_no_other(t
     assert _decode_labels(tokenizer, example) == "First.<|im_end|>Third.<|im_end|>"
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize(
     "spelt", ["<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<repo_name>", "<|im_end|>" * 3]
@@ -291,6 +292,7 @@ def test_a_file_without_a_row_to_learn_from_is_named(tokenizer: Any) -> None:
     assert dropped.value.file == "validation"
 
 
+@pytest.mark.fault(40)
 def test_a_dataset_with_nothing_left_to_learn_is_the_jobs_own_fault(tokenizer: Any) -> None:
     with pytest.raises(JobFaultError, match="max_seq_len=8: raise it") as caught:
         tokenize_dataset(_base(tokenizer), _number([_converse("Be brief.", "Where?", "There.")]), max_seq_len=8)
@@ -323,6 +325,7 @@ def test_a_bad_row_is_the_jobs_own_fault_and_names_its_line() -> None:
     assert caught.value.is_job_fault
 
 
+@pytest.mark.fault(39)
 @given(
     lines=st.lists(
         st.one_of(

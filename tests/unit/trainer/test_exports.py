@@ -136,6 +136,7 @@ def test_what_another_attempt_cannot_mend_is_the_jobs_own_fault_and_says_what_to
     describe(adapter_dir)
     with pytest.raises((TrainerError, EngineError), match=words) as failed:
         verify(adapter_dir)
+    assert isinstance(failed.value, TrainerError | EngineError)
     assert (failed.value.code, failed.value.is_job_fault) == (code, True)
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from core.domain.bases import LINEARS_BY_MODEL_TYPE
 from core.scratch import scratch_directory
 from local.binaries import find_smollm2
-from tests.e2e.lab import write_tiny_base
+from tests.factories.tiny_bases import write_tiny_base
 from worker.engine import UnsupportedBaseError, inspect_base
 from worker.messages import LoadBase
 from worker.trainer.bases import load_base

@@ -1,0 +1,1 @@
+"""What tests are made of: tenants with their keys, files, base models and jobs, each made by one function."""
