@@ -1,0 +1,1 @@
+"""Tests of bases that are unusable, loaded or held."""

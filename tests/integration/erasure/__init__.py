@@ -1,0 +1,1 @@
+"""Tests that deleted data is gone."""

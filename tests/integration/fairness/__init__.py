@@ -1,0 +1,1 @@
+"""Tests of fair sharing over time: slots, pools, newcomers and charges."""

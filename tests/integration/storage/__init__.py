@@ -1,0 +1,1 @@
+"""Tests of the object store, against a real S3 server."""

@@ -1,0 +1,1 @@
+"""Tests that one tenant cannot reach another's things."""
