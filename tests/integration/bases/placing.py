@@ -10,7 +10,7 @@ import psutil
 from sqlalchemy import Engine, func, select, update
 
 from core.db.models import Attempt, BaseModelRow, Event, Job, Pool
-from core.db.session import service_transaction
+from core.db.session import service_transaction, tenant_transaction
 from core.domain.files import NewFile
 from core.domain.ids import new_id
 from core.domain.job_requests import JobRequest
@@ -80,7 +80,7 @@ def queue_real_job(owner: Engine, tenant: Tenant, store: S3ObjectStore, *, base_
         num_examples=len(rows),
     )
     request = JobRequest(base_model_id=base_model_id, training_file_id=file_id, n_epochs=1, batch_size=4, rank=4)
-    with service_transaction(owner) as session:
+    with tenant_transaction(owner, tenant.id) as session:
         create_file(session, tenant.id, new=new)
         return submit_job(session, tenant.id, request=request)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 from sqlalchemy import text
 
-from core.db.session import operator_transaction, service_transaction
+from core.db.session import operator_transaction, service_transaction, tenant_transaction
 from core.domain.api_keys import ALL_SCOPES
 from core.domain.duties import Duty
 from core.domain.errors import ConflictError, NotFoundError
@@ -42,7 +42,7 @@ class Full:
 
 def fill_tenant(world: World) -> Full:
     word = make_word()
-    with service_transaction(world.owner) as session:
+    with operator_transaction(world.owner, actor="tests") as session:
         tenant_id = create_tenant(session, word, name=f"The {word}").id
         issued = issue_api_key(session, tenant_id, name=word, scopes=ALL_SCOPES).api_key
     tenant = Tenant(tenant_id, word, str(issued), issued.key_id)
@@ -123,9 +123,10 @@ def test_of_a_tenant_that_an_operator_deletes_no_word_is_left_anywhere_but_its_b
     assert rows_of(world, doomed.tenant) == {"audit_entries", "usage"}
     assert list(world.store.list_keys(tenant_prefix(doomed.tenant.id))) == []
     assert world.used_seconds() == seconds + 11
-    with service_transaction(world.owner) as session:
+    with operator_transaction(world.owner, actor="tests") as session:
         row = find_tenant(session, new_slug)
         assert (row.name, row.erased_at is None) == ("deleted", False)
+    with service_transaction(world.owner) as session:
         query = "select actor, subject, before, after from audit_entries where action = 'tenant.deleted'"
         assert session.execute(text(query)).all() == [("operator:tests", new_slug, {}, {})]
 
@@ -163,7 +164,7 @@ def test_whoever_gets_the_slug_of_a_deleted_tenant_gets_nothing_that_was_shared_
     kept = fill_tenant(world)
     name = share_with(world, kept, doomed)
     delete_by_operator(world, doomed.word)
-    with service_transaction(world.owner) as session:
+    with operator_transaction(world.owner, actor="tests") as session:
         tenant_id = create_tenant(session, doomed.word).id
         issued = issue_api_key(session, tenant_id, name="x", scopes=ALL_SCOPES).api_key
     heir = Tenant(tenant_id, doomed.word, str(issued), issued.key_id)
@@ -217,18 +218,18 @@ def test_a_tenant_is_said_to_be_erased_only_once_nothing_can_be_written_late(wor
     assert rows_of(world, doomed.tenant) == {"audit_entries", "usage"}
     late = f"{tenant_prefix(doomed.tenant.id)}files/late"
     put(world, late, doomed.word)
-    with service_transaction(world.owner) as session:
+    with operator_transaction(world.owner, actor="tests") as session:
         assert find_tenant(session, new_slug).erased_at is None
     world.run_duties()
     assert world.store.stat(late) is None
-    with service_transaction(world.owner) as session:
+    with operator_transaction(world.owner, actor="tests") as session:
         assert find_tenant(session, new_slug).erased_at is not None
 
 
 def share_with(world: World, giver: Full, receiver: Full) -> str:
     """Share a checkpoint with a tenant by its slug, having taken it back once before; return the checkpoint's name."""
     query = text("select model_name from checkpoints where tenant_id = :id order by id limit 1")
-    with service_transaction(world.owner) as session:
+    with tenant_transaction(world.owner, giver.tenant.id) as session:
         name = session.scalars(query, {"id": giver.tenant.id}).one()
         (permission,) = share_checkpoint(session, giver.tenant.id, name=name, project_ids=[receiver.tenant.slug])[-1:]
         revoke_permission(session, giver.tenant.id, name=name, permission_id=permission.id)

@@ -14,7 +14,7 @@ import httpx
 from openai import OpenAI
 from sqlalchemy import Engine, text
 
-from core.db.session import service_transaction
+from core.db.session import auditor_transaction, operator_transaction, service_transaction
 from core.domain.failures import Failure
 from core.domain.files import NewFile
 from core.domain.ids import IdKind, new_id, parse_id
@@ -90,7 +90,7 @@ class World:
             sweep(self.schedule, self.store, min_age=min_age)
 
     def find_broken(self) -> list[str]:
-        with service_transaction(self.owner) as session:
+        with auditor_transaction(self.owner) as session:
             findings = [*check_rows(session, FairnessTerms()), check_objects(session, self.store, is_deep=True)]
         return [f"{finding.promise} {broken}" for finding in findings for broken in finding.broken]
 
@@ -99,7 +99,7 @@ class World:
 
     def used(self) -> list[UsageTotal]:
         today = dt.datetime.now(dt.UTC).date()
-        with service_transaction(self.owner) as session:
+        with operator_transaction(self.owner, actor="tests") as session:
             return list(sum_usage(session, UsagePeriod(today, today), group=UsageGroup.POOL, limit=10).items)
 
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from core.db.models import Tenant as TenantRow
-from core.db.session import service_transaction
+from core.db.session import service_transaction, tenant_transaction
 from core.domain.failures import Failure
 from core.services import attempts, charges
 from core.services.jobs import pause_job, resume_job
@@ -113,13 +113,13 @@ def test_who_resumes_has_no_credit_for_the_time_in_which_it_paused(
     worker: Engine, owner: Engine, schedule: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
     job = queue_job(owner, other_tenant)
-    with service_transaction(owner) as session:
+    with tenant_transaction(owner, other_tenant.id) as session:
         pause_job(session, other_tenant.id, job_id=job.id)
     level(schedule)
     hold_slots(owner, worker, tenant, count=1, seconds_ago=0)
     level(schedule)
     set_usage(owner, tenant, 30_000)
-    with service_transaction(owner) as session:
+    with tenant_transaction(owner, other_tenant.id) as session:
         resume_job(session, other_tenant.id, job_id=job.id)
     level(schedule)
     assert account(owner, other_tenant) == pytest.approx(30_000 - 75, rel=1e-2)

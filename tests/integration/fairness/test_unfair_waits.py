@@ -7,7 +7,7 @@ import uuid
 import pytest
 from sqlalchemy import Engine, text
 
-from core.db.session import service_transaction
+from core.db.session import auditor_transaction, service_transaction
 from core.domain.scheduling import FairnessTerms
 from core.domain.workers import WorkerFacts
 from core.services.promises import check_rows
@@ -20,7 +20,7 @@ FAIRNESS = FairnessTerms()
 
 
 def broken(owner: Engine, promise: str) -> tuple[str, ...]:
-    with service_transaction(owner) as session:
+    with auditor_transaction(owner) as session:
         (finding,) = (each for each in check_rows(session, FAIRNESS) if each.promise == promise)
     return finding.broken
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Engine, Row, select, text
 
 from core.db.models import Job
-from core.db.session import service_transaction
+from core.db.session import auditor_transaction, operator_transaction, service_transaction
 from core.domain.failures import Failure
 from core.domain.leases import Lease
 from core.domain.scheduling import FairnessTerms
@@ -138,7 +138,7 @@ def delete_models(owner: Engine, lease: Lease) -> None:
 
 def used_by_pool(owner: Engine) -> list[UsageTotal]:
     today = dt.datetime.now(dt.UTC).date()
-    with service_transaction(owner) as session:
+    with operator_transaction(owner, actor="tests") as session:
         return list(sum_usage(session, UsagePeriod(today - 30 * DAY, today), group=UsageGroup.POOL, limit=10).items)
 
 
@@ -148,5 +148,5 @@ def jobs_left(owner: Engine) -> set[uuid.UUID]:
 
 
 def find_broken(owner: Engine) -> list[str]:
-    with service_transaction(owner) as session:
+    with auditor_transaction(owner) as session:
         return [broken for finding in check_rows(session, FairnessTerms()) for broken in finding.broken]

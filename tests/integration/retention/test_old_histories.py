@@ -9,7 +9,7 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from core.db.models import Job
-from core.db.session import owner_transaction, service_transaction
+from core.db.session import owner_transaction, service_transaction, tenant_transaction
 from core.domain.errors import NotFoundError
 from core.services.events import list_events
 from core.services.job_rows import BATCH_ROWS
@@ -117,11 +117,11 @@ def test_a_cursor_that_points_at_a_deleted_event_is_unknown_and_the_list_is_empt
     schedule: Engine, owner: Engine, tenant: Tenant
 ) -> None:
     plant(owner, tenant, days=400, num_rows=3)
-    with service_transaction(owner) as session:
+    with tenant_transaction(owner, tenant.id) as session:
         job_id = session.scalars(select(Job.id).where(Job.finished_at.is_not(None))).one()
         page = list_events(session, tenant.id, job_id=job_id, after=None, limit=2)
     run_all(schedule, Kind.EVENTS, days=365)
-    with service_transaction(owner) as session:
+    with tenant_transaction(owner, tenant.id) as session:
         with pytest.raises(NotFoundError):
             list_events(session, tenant.id, job_id=job_id, after=page.items[-1].id, limit=2)
         assert list_events(session, tenant.id, job_id=job_id, after=None, limit=2).items == ()
