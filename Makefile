@@ -53,19 +53,15 @@ test: $(CLIENTS) test-unit  ## unit, integration and e2e tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e
 
-<<<<<<< HEAD
-# The OpenAPI document as a file, so that its changes are visible. A test compares it.
-=======
-# No part of `check`: it takes longer than the tests alone, and there is no number that it must reach. The trainer's process
-# and the one that reads templates are given no environment of ours, so what they run is counted where unit tests run it.
+# Not a part of `check`: it takes longer than the tests alone, and no number must be reached. The trainer and the preview
+# child get a short environment, so their code is counted only where unit tests run it.
 coverage: $(CLIENTS)  ## which branches the unit and integration tests take, as a table
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile tests/unit tests/integration
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# The OpenAPI document as a file, so that a change of it is seen. A test compares it.
->>>>>>> w-house
+# The OpenAPI document as a file, so that its changes are visible. A test compares it.
 openapi: $(INSTALLED)  ## write openapi.json anew
 	$(BIN)/python -m api.openapi > openapi.json
 

@@ -1,13 +1,9 @@
 """Chat templates in the styles of real bases, each with its output and the part that is learnt, written by hand.
 
 The templates are written for these tests. What matters in each is where it puts words, what ends a turn, and what it
-<<<<<<< HEAD
 writes when a server asks for an answer. Learnt characters are between « and ».
-=======
-writes when a server asks for an answer. Learnt characters stand between « and ».
 
 Templates repeat one another, as those of real bases do: each must be readable by itself.
->>>>>>> w-house
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from tests.databases import Database
 from tests.factories.jobs import queue_trainable_job
 from tests.factories.tenants import Tenant
 from tests.factories.tiny_bases import write_tiny_base
+from tests.sessions import any_role_transaction
 from tests.supervisors import running_runner, worker_settings
 from tests.waiting import wait_until
 from worker.supervisor.runner import Runner
@@ -54,5 +55,5 @@ def test_a_cancelled_jobs_leaving_is_recorded_before_its_supervisor_rests(
     assert not serving.is_alive()
     assert ask("select 1 from attempts where job_id = :id and left_device_at >= ended_at") == 1
     assert ask("select 1 from usage where tenant_id = (select tenant_id from jobs where id = :id)") == 1
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         assert [finding for finding in check_rows(session, FairnessTerms()) if finding.num_broken] == []

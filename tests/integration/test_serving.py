@@ -30,6 +30,7 @@ from tests.factories.jobs import queue_trainable_job
 from tests.factories.tenants import Tenant
 from tests.factories.tiny_bases import write_tiny_base
 from tests.processes import storage_settings
+from tests.sessions import any_role_transaction
 from tests.supervisors import running_runner, worker_settings
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
@@ -135,7 +136,7 @@ def test_a_worker_whose_role_has_no_keys_for_a_while_keeps_its_jobs_and_charges_
         assert not serving.is_alive()
     for job_id in (held, waiting):
         assert status_of(owner, job_id) == ("succeeded", 1, 1)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         assert list_set_asides(session) == []
 
 

@@ -1,0 +1,1 @@
+"""Tests of which base a worker holds, loads and refuses."""

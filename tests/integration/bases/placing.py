@@ -22,6 +22,7 @@ from core.services.workers import record_worker
 from core.storage import S3ObjectStore
 from tests.factories.bases import BASE_MODEL
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 
 
 def place(owner: Engine, directory: Path, **changes: Any) -> None:
@@ -80,7 +81,7 @@ def queue_real_job(owner: Engine, tenant: Tenant, store: S3ObjectStore, *, base_
         num_examples=len(rows),
     )
     request = JobRequest(base_model_id=base_model_id, training_file_id=file_id, n_epochs=1, batch_size=4, rank=4)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         create_file(session, tenant.id, new=new)
         return submit_job(session, tenant.id, request=request)
 

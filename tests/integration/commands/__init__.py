@@ -1,0 +1,1 @@
+"""Tests of the output and the errors of every `espalier` command."""

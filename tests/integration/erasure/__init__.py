@@ -1,0 +1,1 @@
+"""Tests of the deletion of jobs and tenants."""

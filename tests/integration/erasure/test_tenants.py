@@ -27,6 +27,7 @@ from core.services.tenants import TenantChange, change_tenant, create_tenant, de
 from tests.factories.jobs import claim
 from tests.factories.tenants import Tenant
 from tests.integration.erasure.worlds import TABLES, World, make_word, put, start, submit, tell, train, upload_dataset
+from tests.sessions import any_role_transaction
 from tests.waiting import wait_until
 
 
@@ -42,7 +43,7 @@ class Full:
 
 def fill_tenant(world: World) -> Full:
     word = make_word()
-    with service_transaction(world.owner) as session:
+    with any_role_transaction(world.owner) as session:
         tenant_id = create_tenant(session, word, name=f"The {word}").id
         issued = issue_api_key(session, tenant_id, name=word, scopes=ALL_SCOPES).api_key
     tenant = Tenant(tenant_id, word, str(issued), issued.key_id)
@@ -123,7 +124,7 @@ def test_of_a_tenant_that_an_operator_deletes_no_word_is_left_anywhere_but_its_b
     assert rows_of(world, doomed.tenant) == {"audit_entries", "usage"}
     assert list(world.store.list_keys(tenant_prefix(doomed.tenant.id))) == []
     assert world.used_seconds() == seconds + 11
-    with service_transaction(world.owner) as session:
+    with any_role_transaction(world.owner) as session:
         row = find_tenant(session, new_slug)
         assert (row.name, row.erased_at is None) == ("deleted", False)
         query = "select actor, subject, before, after from audit_entries where action = 'tenant.deleted'"
@@ -163,7 +164,7 @@ def test_whoever_gets_the_slug_of_a_deleted_tenant_gets_nothing_that_was_shared_
     kept = fill_tenant(world)
     name = share_with(world, kept, doomed)
     delete_by_operator(world, doomed.word)
-    with service_transaction(world.owner) as session:
+    with any_role_transaction(world.owner) as session:
         tenant_id = create_tenant(session, doomed.word).id
         issued = issue_api_key(session, tenant_id, name="x", scopes=ALL_SCOPES).api_key
     heir = Tenant(tenant_id, doomed.word, str(issued), issued.key_id)
@@ -217,18 +218,18 @@ def test_a_tenant_is_said_to_be_erased_only_once_nothing_can_be_written_late(wor
     assert rows_of(world, doomed.tenant) == {"audit_entries", "usage"}
     late = f"{tenant_prefix(doomed.tenant.id)}files/late"
     put(world, late, doomed.word)
-    with service_transaction(world.owner) as session:
+    with any_role_transaction(world.owner) as session:
         assert find_tenant(session, new_slug).erased_at is None
     world.run_duties()
     assert world.store.stat(late) is None
-    with service_transaction(world.owner) as session:
+    with any_role_transaction(world.owner) as session:
         assert find_tenant(session, new_slug).erased_at is not None
 
 
 def share_with(world: World, giver: Full, receiver: Full) -> str:
     """Share a checkpoint with a tenant by its slug, having taken it back once before; return the checkpoint's name."""
     query = text("select model_name from checkpoints where tenant_id = :id order by id limit 1")
-    with service_transaction(world.owner) as session:
+    with any_role_transaction(world.owner) as session:
         name = session.scalars(query, {"id": giver.tenant.id}).one()
         (permission,) = share_checkpoint(session, giver.tenant.id, name=name, project_ids=[receiver.tenant.slug])[-1:]
         revoke_permission(session, giver.tenant.id, name=name, permission_id=permission.id)

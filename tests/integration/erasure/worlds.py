@@ -33,6 +33,7 @@ from schedule.sweeper import sweep
 from tests.factories.bases import BASE_MODEL
 from tests.factories.jobs import claim
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 
 NO_AGE = dt.timedelta(0)
 TABLES = """
@@ -90,7 +91,7 @@ class World:
             sweep(self.schedule, self.store, min_age=min_age)
 
     def find_broken(self) -> list[str]:
-        with service_transaction(self.owner) as session:
+        with any_role_transaction(self.owner) as session:
             findings = [*check_rows(session, FairnessTerms()), check_objects(session, self.store, is_deep=True)]
         return [f"{finding.promise} {broken}" for finding in findings for broken in finding.broken]
 
@@ -99,7 +100,7 @@ class World:
 
     def used(self) -> list[UsageTotal]:
         today = dt.datetime.now(dt.UTC).date()
-        with service_transaction(self.owner) as session:
+        with any_role_transaction(self.owner) as session:
             return list(sum_usage(session, UsagePeriod(today, today), group=UsageGroup.POOL, limit=10).items)
 
 

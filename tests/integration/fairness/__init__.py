@@ -1,0 +1,1 @@
+"""Tests of fair share: charges, turns of pools, slots that are lent."""

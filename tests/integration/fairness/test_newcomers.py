@@ -16,6 +16,7 @@ from tests.databases import Database, opened
 from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant
 from tests.integration.fairness.sharing import claim, hold_slots, set_usage
+from tests.sessions import any_role_transaction
 
 
 @pytest.fixture
@@ -113,13 +114,13 @@ def test_who_resumes_has_no_credit_for_the_time_in_which_it_paused(
     worker: Engine, owner: Engine, schedule: Engine, tenant: Tenant, other_tenant: Tenant
 ) -> None:
     job = queue_job(owner, other_tenant)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         pause_job(session, other_tenant.id, job_id=job.id)
     level(schedule)
     hold_slots(owner, worker, tenant, count=1, seconds_ago=0)
     level(schedule)
     set_usage(owner, tenant, 30_000)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         resume_job(session, other_tenant.id, job_id=job.id)
     level(schedule)
     assert account(owner, other_tenant) == pytest.approx(30_000 - 75, rel=1e-2)

@@ -15,12 +15,13 @@ from tests.factories.bases import NF4_POOL, POOL
 from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant
 from tests.integration.fairness.sharing import add_worker, hold_slots, set_usage, train
+from tests.sessions import any_role_transaction
 
 FAIRNESS = FairnessTerms()
 
 
 def broken(owner: Engine, promise: str) -> tuple[str, ...]:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         (finding,) = (each for each in check_rows(session, FAIRNESS) if each.promise == promise)
     return finding.broken
 

@@ -23,6 +23,7 @@ from core.storage import S3ObjectStore
 from tests.factories.bases import BASE_MODEL, POOL
 from tests.factories.jobs import age_jobs, claim, finish, queue_job
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 
 DAY = dt.timedelta(days=1)
 # A job that ended so many days ago, with its attempt and booking, and so many events, log lines and metrics.
@@ -138,7 +139,7 @@ def delete_models(owner: Engine, lease: Lease) -> None:
 
 def used_by_pool(owner: Engine) -> list[UsageTotal]:
     today = dt.datetime.now(dt.UTC).date()
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         return list(sum_usage(session, UsagePeriod(today - 30 * DAY, today), group=UsageGroup.POOL, limit=10).items)
 
 
@@ -148,5 +149,5 @@ def jobs_left(owner: Engine) -> set[uuid.UUID]:
 
 
 def find_broken(owner: Engine) -> list[str]:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         return [broken for finding in check_rows(session, FairnessTerms()) for broken in finding.broken]

@@ -19,6 +19,7 @@ from tests.databases import Database
 from tests.factories.tenants import Tenant
 from tests.integration.retention.ageing import count, plant, run_all, run_query, run_statements
 from tests.processes import schedule_process
+from tests.sessions import any_role_transaction
 from tests.waiting import wait_until
 
 HISTORY = (Kind.LOG_LINES, Kind.EVENTS, Kind.METRICS)
@@ -117,11 +118,11 @@ def test_a_cursor_that_points_at_a_deleted_event_is_unknown_and_the_list_is_empt
     schedule: Engine, owner: Engine, tenant: Tenant
 ) -> None:
     plant(owner, tenant, days=400, num_rows=3)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         job_id = session.scalars(select(Job.id).where(Job.finished_at.is_not(None))).one()
         page = list_events(session, tenant.id, job_id=job_id, after=None, limit=2)
     run_all(schedule, Kind.EVENTS, days=365)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         with pytest.raises(NotFoundError):
             list_events(session, tenant.id, job_id=job_id, after=page.items[-1].id, limit=2)
         assert list_events(session, tenant.id, job_id=job_id, after=None, limit=2).items == ()

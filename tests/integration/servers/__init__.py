@@ -1,0 +1,1 @@
+"""Tests of the embedded servers of the local stack."""

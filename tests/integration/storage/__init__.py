@@ -1,0 +1,1 @@
+"""Tests of core.storage against a real S3 server."""

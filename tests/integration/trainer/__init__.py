@@ -1,0 +1,1 @@
+"""Tests of the training loop with a real engine, without a database."""
