@@ -7,7 +7,7 @@ CLIENTS := .venv-clients/.installed
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: help install openapi errors demo demo-quick up down test test-unit chaos test-gpu bench bench-gpu check format lint \
-	types contracts images check-images compose-check hosts-check run-k8s check-containers check-alerts dashboard check-k8s
+	types contracts coverage images check-images compose-check hosts-check run-k8s check-containers check-alerts dashboard check-k8s
 
 help:  ## show this list
 	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / {printf "%-18s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,14 @@ test-unit: $(INSTALLED)  ## unit tests: no servers
 test: $(CLIENTS) test-unit  ## unit, integration and e2e tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/integration
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e
+
+# Not a part of `check`: it takes longer than the tests alone, and no number must be reached. The trainer and the preview
+# child get a short environment, so their code is counted only where unit tests run it.
+coverage: $(CLIENTS)  ## which branches the unit and integration tests take, as a table
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile tests/unit tests/integration
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # The OpenAPI document as a file, so that its changes are visible. A test compares it.
 openapi: $(INSTALLED)  ## write openapi.json anew

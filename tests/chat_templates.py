@@ -2,6 +2,8 @@
 
 The templates are written for these tests. What matters in each is where it puts words, what ends a turn, and what it
 writes when a server asks for an answer. Learnt characters are between « and ».
+
+Templates repeat one another, as those of real bases do: each must be readable by itself.
 """
 
 from __future__ import annotations

@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 
 from core.db.models import Tenant
-from core.db.session import connect, service_transaction
+from core.db.session import connect
 from core.domain.api_keys import ALL_SCOPES
 from core.services.api_keys import issue_api_key
 from core.services.tenants import create_tenant
 from local.stack import LocalStack
 from tests.e2e.lab import BASE_MODEL
 from tests.environments import OPENAI_VERSIONS, find_client_python
+from tests.sessions import any_role_transaction
 
 MATRIX = Path(__file__).with_name("client_matrix.py")
 
 
 def add_tenant(stack: LocalStack, slug: str, *, max_queued: int) -> str:
     engine = connect(stack.owner_url)
-    with service_transaction(engine) as session:
+    with any_role_transaction(engine) as session:
         tenant = create_tenant(session, slug)
         session.get_one(Tenant, tenant.id).max_queued = max_queued
         api_key = issue_api_key(session, tenant.id, name="matrix", scopes=ALL_SCOPES).api_key

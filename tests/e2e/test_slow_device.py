@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from core.db.session import connect, service_transaction
+from core.db.session import connect
 from core.domain.scheduling import FairnessTerms
 from core.services.promises import check_rows
 from tests.e2e.lab import Lab, running_lab
 from tests.factories.tiny_bases import write_tiny_base
+from tests.sessions import any_role_transaction
 from tests.waiting import wait_until
 
 # About 70 million parameters, at 4,000 tokens a step: more than ten seconds on any CPU, half a minute on most.
@@ -49,7 +50,7 @@ def test_43_a_job_cancelled_in_a_step_that_takes_long_leaves_the_device_before_t
     assert slow_lab.seconds_until_device_was_free(job_id) < 10
     assert slow_lab.metric_steps(job_id) == []
     engine = connect(slow_lab.servers.direct.postgres_url)
-    with service_transaction(engine) as session:
+    with any_role_transaction(engine) as session:
         assert [finding for finding in check_rows(session, FairnessTerms()) if finding.num_broken] == []
     engine.dispose()
 

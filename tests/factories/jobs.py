@@ -30,6 +30,7 @@ from local.servers import ServerAddresses
 from tests.factories.bases import BASE_MODEL, POOL
 from tests.factories.objects import put
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 
 _ROWS = "\n".join(
     json.dumps(
@@ -41,7 +42,7 @@ _ROWS = "\n".join(
 
 def queue_job(owner: Engine, tenant: Tenant, *, priority: int = 0, quantization: Quantization | None = None) -> Job:
     """Submit a job whose dataset has a row in the database and no object in the store."""
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         file_id = new_id()
         key = file_key(tenant.id, file_id)
         create_file(session, tenant.id, new=NewFile(file_id, "a", "fine-tune", key, 1, "0" * 64, num_examples=4))
@@ -56,7 +57,7 @@ def queue_trainable_job(owner: Engine, servers: ServerAddresses, tenant: Tenant)
     file_id = new_id()
     key = file_key(tenant.id, file_id)
     S3ObjectStore(servers.storage).put_bytes(key, _ROWS, content_type="application/jsonl")
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         new = NewFile(file_id, "a", "fine-tune", key, len(_ROWS), hashlib.sha256(_ROWS).hexdigest(), num_examples=400)
         create_file(session, tenant.id, new=new)
         request = JobRequest(base_model_id=BASE_MODEL, training_file_id=file_id)

@@ -25,6 +25,7 @@ from tests.databases import Database
 from tests.factories.bases import BASE_MODEL, make_entry
 from tests.factories.tiny_bases import write_tiny_base
 from tests.processes import storage_settings
+from tests.sessions import any_role_transaction
 
 ADDED = "acme-labs/added"
 Espalier = Callable[..., Result]
@@ -137,7 +138,7 @@ def test_what_its_files_say_cannot_be_trained_is_not_registered(
 def test_check_finds_that_a_base_has_gone_and_that_it_is_back(
     espalier: Espalier, owner: Engine, tiny_base: Path, tmp_path: Path
 ) -> None:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         register_base_model(session, make_entry(tmp_path / "moved"), is_by_hand=False)
     done = espalier("check", BASE_MODEL)
     assert (done.exit_code, row_of(owner, BASE_MODEL).state) == (1, "unusable"), done.output
@@ -160,7 +161,7 @@ def test_what_a_worker_cannot_load_is_listed_with_its_reason(espalier: Espalier,
 def test_a_base_added_by_hand_is_removed_by_hand_and_one_of_the_registrys_is_not(
     espalier: Espalier, owner: Engine, tmp_path: Path
 ) -> None:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         entry = make_entry(tmp_path).model_copy(update={"id": "acme-labs/brief"})
         register_base_model(session, entry, is_by_hand=True)
         register_base_model(session, make_entry(tmp_path), is_by_hand=False)
@@ -174,16 +175,16 @@ def test_a_base_added_by_hand_is_removed_by_hand_and_one_of_the_registrys_is_not
 
 
 def test_what_was_found_of_a_base_stands_until_its_entry_changes(owner: Engine, tmp_path: Path) -> None:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         register_base_model(session, make_entry(tmp_path), is_by_hand=False)
         found = {"state": "unusable", "state_reason": "It is broken.", "state_since": func.now(), "checked_by": "w"}
         session.execute(update(BaseModelRow).where(BaseModelRow.id == BASE_MODEL).values(found))
     since = row_of(owner, BASE_MODEL).state_since
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         sync_base_models(session, Registry(base_models=(make_entry(tmp_path, slots=3),)))
     row = row_of(owner, BASE_MODEL)
     assert (row.slots, row.state, row.state_reason, row.state_since) == (3, "unusable", "It is broken.", since)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         sync_base_models(session, Registry(base_models=(make_entry(tmp_path, dtype="bfloat16"),)))
     row = row_of(owner, BASE_MODEL)
     assert (row.state, row.state_reason, row.checked_by) == ("unchecked", None, None)

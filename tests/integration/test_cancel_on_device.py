@@ -10,19 +10,17 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
-from core.db.clock import DatabaseClock
-from core.db.session import connect, service_transaction
+from core.db.session import service_transaction
 from core.domain.scheduling import FairnessTerms
 from core.services.jobs import cancel_job
 from core.services.promises import check_rows
-from core.settings import WorkerSettings
-from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.databases import Database
-from tests.factories.bases import POOL
 from tests.factories.jobs import queue_trainable_job
 from tests.factories.tenants import Tenant
 from tests.factories.tiny_bases import write_tiny_base
+from tests.sessions import any_role_transaction
+from tests.supervisors import running_runner, worker_settings
 from tests.waiting import wait_until
 from worker.supervisor.runner import Runner
 
@@ -34,28 +32,9 @@ def runner(database: Database, owner: Engine, servers: ServerAddresses, tmp_path
         session.execute(text("truncate jobs, workers cascade"))
         source = json.dumps({"kind": "path", "location": str(base), "revision": ""})
         session.execute(text("update base_models set source = cast(:source as jsonb)"), {"source": source})
-    storage = servers.storage
-    settings = WorkerSettings(
-        database_url=database.worker_url,
-        redis_url=servers.redis_url,
-        s3_endpoint=storage.endpoint,
-        s3_access_key=storage.access_key,
-        s3_secret_key=storage.secret_key,
-        s3_bucket=storage.bucket,
-        worker_name="w",
-        worker_pools=(POOL,),
-        cache_dir=tmp_path / "cache",
-        scratch_dir=tmp_path,
-        heartbeat_seconds=0.2,
-        trainer_threads=1,
-    )
-    engines = [connect(database.worker_url, pool_size=2), connect(database.worker_url, pool_size=1)]
-    store, clock = S3ObjectStore(storage), DatabaseClock(engines[0])
-    made = Runner(settings, engine=engines[0], heartbeat_engine=engines[1], store=store, clock=clock)
-    yield made
-    made.close()
-    for engine in engines:
-        engine.dispose()
+    settings = worker_settings(database, servers, tmp_path, scratch_dir=tmp_path, heartbeat_seconds=0.2)
+    with running_runner(settings) as made:
+        yield made
 
 
 def test_a_cancelled_jobs_leaving_is_recorded_before_its_supervisor_rests(
@@ -76,5 +55,5 @@ def test_a_cancelled_jobs_leaving_is_recorded_before_its_supervisor_rests(
     assert not serving.is_alive()
     assert ask("select 1 from attempts where job_id = :id and left_device_at >= ended_at") == 1
     assert ask("select 1 from usage where tenant_id = (select tenant_id from jobs where id = :id)") == 1
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         assert [finding for finding in check_rows(session, FairnessTerms()) if finding.num_broken] == []

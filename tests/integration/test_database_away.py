@@ -37,6 +37,7 @@ from tests.factories.jobs import claim, queue_job, status_of
 from tests.factories.tenants import Tenant
 from tests.faults import FaultProxy, Hang, port_of, with_port
 from tests.processes import leader_pid, running_api, schedule_process
+from tests.sessions import any_role_transaction
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from worker.supervisor.presence import Presence
 
@@ -294,7 +295,7 @@ def test_a_row_whose_statement_took_too_long_is_set_aside(owner: Engine, tenant:
     ):
         session.execute(text("set local statement_timeout = 50"))
         session.execute(text("select pg_sleep(3600)"))
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         assert row_id in {each.row_id for each in list_set_asides(session)}
 
 
@@ -313,7 +314,7 @@ def test_damage_is_its_rows_fault_and_a_server_that_cannot_write_is_nobodys(
         setting_aside(session, Duty.EXPIRE, row_id=row_id, tenant_id=tenant.id),
     ):
         session.execute(refuse)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         reasons = {each.row_id: each.reason for each in list_set_asides(session)}
     assert reasons.get(row_id) == ("it is so" if is_rows else None)
 

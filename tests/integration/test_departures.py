@@ -20,6 +20,7 @@ from tests.databases import Database
 from tests.factories.bases import POOL
 from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 from worker.supervisor.departures import Departures
 
 
@@ -58,7 +59,7 @@ def record_departure(worker: Engine, lease: Lease, *, seconds_ago: float) -> Non
 
 
 def check_i10(owner: Engine) -> Finding:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         (finding,) = (each for each in check_rows(session, FairnessTerms()) if each.promise == "I10")
     return finding
 

@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
-from core.db.clock import DatabaseClock
-from core.db.session import connect, service_transaction
+from core.db.session import service_transaction
 from core.services import claims
-from core.settings import WorkerSettings
-from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.databases import Database
 from tests.factories.bases import POOL
 from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant
+from tests.supervisors import running_runner, worker_settings
 from tests.waiting import wait_until
 from worker.supervisor.idle_exit import IdleExit
 from worker.supervisor.runner import Runner
@@ -34,25 +32,9 @@ def postpone_jobs(owner: Engine) -> None:
 @pytest.fixture
 def runner(database: Database, servers: ServerAddresses, owner: Engine, tmp_path: Path) -> Iterator[Runner]:
     postpone_jobs(owner)
-    storage = servers.storage
-    settings = WorkerSettings.model_validate(
-        {
-            "database_url": database.worker_url,
-            "redis_url": servers.redis_url,
-            "s3_endpoint": storage.endpoint,
-            "s3_access_key": storage.access_key,
-            "s3_secret_key": storage.secret_key,
-            "worker_name": "idler",
-            "worker_pools": (POOL,),
-            "cache_dir": tmp_path,
-        }
-    )
-    engine, heartbeat_engine = connect(database.worker_url), connect(database.worker_url)
-    store, clock = S3ObjectStore(storage), DatabaseClock(engine)
-    runner = Runner(settings, engine=engine, heartbeat_engine=heartbeat_engine, store=store, clock=clock)
-    yield runner
-    runner.request_stop()
-    runner.close()
+    settings = worker_settings(database, servers, tmp_path, worker_name="idler", cache_dir=tmp_path)
+    with running_runner(settings) as made:
+        yield made
 
 
 def test_a_worker_does_not_leave_a_job_that_waits_for_it(runner: Runner, owner: Engine, tenant: Tenant) -> None:

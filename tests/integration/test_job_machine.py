@@ -45,6 +45,7 @@ from tests.databases import Database
 from tests.factories.bases import POOL
 from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant, add_tenant
+from tests.sessions import any_role_transaction
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 
@@ -174,7 +175,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule(job_id=jobs)
     def pause(self, job_id: uuid.UUID) -> None:
         known = self.expected[job_id]
-        with service_transaction(self.owner) as session, self._conflict_if(known.status in TERMINAL):
+        with any_role_transaction(self.owner) as session, self._conflict_if(known.status in TERMINAL):
             pause_job(session, known.tenant.id, job_id=job_id)
             known.must_pause = known.status == "running"
             known.status = "paused" if known.status == "queued" else known.status
@@ -182,7 +183,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule(job_id=jobs)
     def resume(self, job_id: uuid.UUID) -> None:
         known = self.expected[job_id]
-        with service_transaction(self.owner) as session, self._conflict_if(known.status in TERMINAL):
+        with any_role_transaction(self.owner) as session, self._conflict_if(known.status in TERMINAL):
             resume_job(session, known.tenant.id, job_id=job_id)
             known.must_pause = False
             known.status = "queued" if known.status == "paused" else known.status
@@ -262,7 +263,7 @@ class JobMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_contract_holds(self) -> None:
-        with service_transaction(self.owner) as session:
+        with any_role_transaction(self.owner) as session:
             broken = [finding for finding in check_rows(session, FairnessTerms()) if finding.num_broken]
         assert broken == []
 

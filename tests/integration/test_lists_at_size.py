@@ -27,6 +27,7 @@ from core.services.streams import Watch
 from tests.databases import Database, statements_of
 from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant, add_tenant
+from tests.sessions import any_role_transaction
 
 # Most is the tenant's own, which PostgreSQL then takes for as many among the newest, where there are none.
 NUM_OWN, NUM_OTHERS = 40_000, 24_000
@@ -208,7 +209,7 @@ def test_no_list_of_a_tenant_reads_what_others_wrote(database: Database, crowd: 
 
 def test_one_stream_catches_up_in_few_reads_and_many_at_once_fill_no_memory(owner: Engine, crowd: Crowd) -> None:
     watch = Watch(crowd.job_id, crowd.tenant.key_id, after=0)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         for num_watches, num_events in ((1, 1000), (10, 100), (100, 50)):
             states = streams.read_watches(session, crowd.tenant.id, watches=[watch] * num_watches)
             assert {(len(state.events), state.has_more) for state in states} == {(num_events, True)}

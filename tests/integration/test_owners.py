@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from core.db.migrate import RoleLogin, login_url, migrate_database
 from core.db.roles import ROLES
-from core.db.session import auditor_transaction, connect, service_transaction
+from core.db.session import auditor_transaction, connect
 from core.services.promises import check_rows
 from core.services.tenants import find_tenant
 from core.services.visibility import require_sight
@@ -40,6 +40,7 @@ from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant
 from tests.integration.histories import TENANTS, move, upgrade_with_rows
 from tests.processes import storage_settings
+from tests.sessions import any_role_transaction
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,7 +136,7 @@ def check_an_owner(cluster: str, owner_url: str, servers: ServerAddresses, regis
         espalier("migrate", "--registry", str(registry))
     slugs = [espalier("tenants", "create", slug)[0]["tenant"] for slug in ("acme", "other")]
     superuser = connect(superuser_url_of(cluster, owner_url))
-    with service_transaction(superuser) as session:
+    with any_role_transaction(superuser) as session:
         tenants = [Tenant(find_tenant(session, slug).id, slug, "", "") for slug in slugs]
     for tenant in tenants:
         queue_job(superuser, tenant)

@@ -21,6 +21,7 @@ from tests.databases import run
 from tests.factories.bases import POOL
 from tests.factories.jobs import claim, make_claimable, queue_job, status_of
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 
 
 @pytest.fixture
@@ -32,12 +33,12 @@ def worker(worker: Engine, owner: Engine) -> Engine:
 
 
 def pause(owner: Engine, tenant: Tenant, job: Job) -> str:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         return pause_job(session, tenant.id, job_id=job.id).status
 
 
 def resume(owner: Engine, tenant: Tenant, job: Job) -> str:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         return resume_job(session, tenant.id, job_id=job.id).status
 
 

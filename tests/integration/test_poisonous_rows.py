@@ -31,6 +31,7 @@ from tests.factories.bases import POOL
 from tests.factories.jobs import claim, queue_job, status_of
 from tests.factories.tenants import Tenant, add_tenant
 from tests.integration.poisoning import break_row, change, drop_checks
+from tests.sessions import any_role_transaction
 from tests.waiting import wait_until
 from worker.supervisor.lease import LeaseKeeper
 
@@ -114,7 +115,7 @@ def test_a_job_that_its_worker_cannot_read_is_as_if_it_had_not_been_claimed(
         with service_transaction(worker) as session:
             none = claims.claim_job(session, POOL, worker_name="w", lease_seconds=60, prepare=read)
         assert none is None
-        with service_transaction(owner) as session:
+        with any_role_transaction(owner) as session:
             (aside,) = list_set_asides(session)
             assert session.get_one(Job, job.id).attempt_count == 0
             assert session.scalars(select(Attempt)).all() == []
@@ -199,7 +200,7 @@ def test_a_job_that_cannot_be_swept_keeps_no_other_from_being_swept(
     break_row(owner, "jobs", "id", stuck)
     for _ in range(2):
         sweep(schedule, S3ObjectStore(servers.storage), min_age=dt.timedelta(days=1))
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         assert session.scalars(select(Job.id).where(Job.swept_at.is_not(None))).all() == [swept]
         (aside,) = list_set_asides(session)
     assert (aside.duty, aside.row_id, aside.num_failures) == (Duty.SWEEP, stuck, 1)

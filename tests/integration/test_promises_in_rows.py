@@ -11,6 +11,7 @@ from core.domain.scheduling import FairnessTerms
 from core.services.promises import check_rows
 from tests.factories.jobs import fail_job, record_step, start_job
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 
 STEP = """
     insert into metrics (job_id, tenant_id, step, lease_token, train_loss, train_accuracy, learning_rate, grad_norm,
@@ -29,7 +30,7 @@ LATER = {
 
 
 def broken(owner: Engine, promise: str) -> tuple[str, ...]:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         (finding,) = (each for each in check_rows(session, FairnessTerms()) if each.promise == promise)
     return finding.broken
 

@@ -40,6 +40,7 @@ from core.services.submissions import submit_job
 from tests.databases import Database
 from tests.factories.bases import BASE_MODEL, POOL
 from tests.factories.tenants import Tenant, add_tenant
+from tests.sessions import any_role_transaction
 
 MAX_QUEUED, MAX_RUNNING, MAX_BYTES = 2, 2, 200
 COUNTS = text("""
@@ -277,7 +278,7 @@ class QuotaMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_queues_count_what_waits(self) -> None:
-        with service_transaction(self.owner) as session:
+        with any_role_transaction(self.owner) as session:
             assert [
                 finding
                 for finding in check_rows(session, FairnessTerms())

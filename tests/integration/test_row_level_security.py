@@ -16,6 +16,7 @@ from core.services.visibility import HiddenRowsError, require_sight
 from tests.clusters import OWNER
 from tests.databases import Database
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 
 
 def add_file(engine: Engine, tenant: Tenant) -> None:
@@ -137,7 +138,7 @@ def test_auditors_and_backups_see_every_row_of_every_table_and_change_none(owner
         select table_name || ': ' || privilege_type from information_schema.role_table_grants
         where grantee = :role and privilege_type <> 'SELECT'
     """)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         session.execute(text(f"set local role {role}"))
         require_sight(session)  # fails for a new table whose migration did not call let_readers_in
         assert session.scalars(query, {"role": role}).all() == []
@@ -158,7 +159,7 @@ def test_the_owner_sees_no_tenants_file_until_it_becomes_the_auditor(
     add_file(api, tenant)
     engine = connect(database.owner_url)
     count = text("select count(*) from files where tenant_id = :id")
-    with service_transaction(engine) as session, pytest.raises(HiddenRowsError, match="does not see every row of"):
+    with any_role_transaction(engine) as session, pytest.raises(HiddenRowsError, match="does not see every row of"):
         assert session.scalar(count, {"id": tenant.id}) == 0
         require_sight(session)
     with auditor_transaction(engine) as session:

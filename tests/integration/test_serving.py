@@ -19,12 +19,10 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import ProgrammingError
 
-from core.db.clock import DatabaseClock
-from core.db.session import connect, service_transaction
+from core.db.session import service_transaction
 from core.queue import WakeUpPublisher
 from core.services.set_asides import list_set_asides
 from core.settings import StorageConfig, WorkerSettings
-from core.storage import S3ObjectStore
 from local.servers import ServerAddresses
 from tests.databases import Database
 from tests.factories.bases import POOL
@@ -32,8 +30,9 @@ from tests.factories.jobs import queue_trainable_job
 from tests.factories.tenants import Tenant
 from tests.factories.tiny_bases import write_tiny_base
 from tests.processes import storage_settings
+from tests.sessions import any_role_transaction
+from tests.supervisors import running_runner, worker_settings
 from tests.waiting import PATIENCE_SECONDS, wait_until
-from worker.supervisor.runner import Runner
 
 
 @pytest.fixture(scope="module")
@@ -110,33 +109,8 @@ def role(servers: ServerAddresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         thread.join()
 
 
-@contextmanager
-def running_runner(database: Database, servers: ServerAddresses, tmp_path: Path, **changes: Any) -> Iterator[Runner]:
-    storage = servers.storage
-    keys = {"s3_access_key": storage.access_key, "s3_secret_key": storage.secret_key}
-    settings = WorkerSettings(
-        database_url=database.worker_url,
-        redis_url=servers.redis_url,
-        s3_endpoint=storage.endpoint,
-        s3_bucket=storage.bucket,
-        worker_name="w",
-        worker_pools=(POOL,),
-        cache_dir=tmp_path / "cache",
-        scratch_dir=tmp_path,
-        heartbeat_seconds=0.2,
-        trainer_threads=1,
-        **keys | changes,
-    )
-    engines = [connect(database.worker_url, pool_size=2), connect(database.worker_url, pool_size=1)]
-    clock = DatabaseClock(engines[0])
-    store = S3ObjectStore(settings.storage_config, now=clock.now)
-    made = Runner(settings, engine=engines[0], heartbeat_engine=engines[1], store=store, clock=clock)
-    yield made
-    made.request_stop()
-    made.wait_until_idle()
-    made.close()
-    for engine in engines:
-        engine.dispose()
+def settings_of(database: Database, servers: ServerAddresses, directory: Path, **changes: Any) -> WorkerSettings:
+    return worker_settings(database, servers, directory, scratch_dir=directory, heartbeat_seconds=0.2, **changes)
 
 
 def test_a_worker_whose_role_has_no_keys_for_a_while_keeps_its_jobs_and_charges_nobody(
@@ -144,7 +118,7 @@ def test_a_worker_whose_role_has_no_keys_for_a_while_keeps_its_jobs_and_charges_
 ) -> None:
     held = queue_trainable_job(owner, servers, tenant)
     keyless = {"s3_access_key": None, "s3_secret_key": None}
-    with running_runner(database, servers, tmp_path, resume_steps=5, **keyless) as runner:
+    with running_runner(settings_of(database, servers, tmp_path, resume_steps=5, **keyless)) as runner:
         serving = threading.Thread(target=runner.serve)
         serving.start()
         wait_until(lambda: has_stepped(owner, held))
@@ -162,7 +136,7 @@ def test_a_worker_whose_role_has_no_keys_for_a_while_keeps_its_jobs_and_charges_
         assert not serving.is_alive()
     for job_id in (held, waiting):
         assert status_of(owner, job_id) == ("succeeded", 1, 1)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         assert list_set_asides(session) == []
 
 
@@ -183,7 +157,7 @@ def test_a_worker_that_holds_jobs_which_nobody_serves_is_not_sound(
 ) -> None:
     job_id = queue_trainable_job(owner, servers, tenant)
     errors: list[Exception] = []
-    with running_runner(database, servers, tmp_path) as runner:
+    with running_runner(settings_of(database, servers, tmp_path)) as runner:
 
         def serve() -> None:
             with pytest.raises(ProgrammingError) as caught:

@@ -24,6 +24,7 @@ from schedule.sweeper import settle, sweep
 from tests.factories.jobs import age_jobs, claim, finish, queue_job
 from tests.factories.objects import keys, put
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 from tests.waiting import wait_until
 
 DAY = dt.timedelta(days=1)
@@ -52,7 +53,7 @@ def test_what_an_attempt_that_did_not_win_has_left_goes_a_day_after_the_job_and_
     assert sweep(schedule, store, min_age=DAY) == 2
     assert keys(store, tenant) == {"a", "r.csv"}
     assert sweep(schedule, store, min_age=DAY) == 0
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         assert check_objects(session, store, is_deep=True).num_broken == 1, (
             "the dataset's row of this test has no object"
         )

@@ -19,6 +19,7 @@ from tests.databases import Database
 from tests.factories.bases import POOL
 from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant
+from tests.supervisors import worker_settings
 from tests.waiting import wait_until
 from worker.supervisor.runner import Runner
 from worker.supervisor.watchdog import Watchdog
@@ -28,20 +29,7 @@ NOBODY = "redis://127.0.0.1:1/0"
 
 @pytest.fixture
 def settings(database: Database, servers: ServerAddresses, tmp_path: Path) -> WorkerSettings:
-    storage = servers.storage
-    return WorkerSettings.model_validate(
-        {
-            "database_url": database.worker_url,
-            "redis_url": servers.redis_url,
-            "s3_endpoint": storage.endpoint,
-            "s3_access_key": storage.access_key,
-            "s3_secret_key": storage.secret_key,
-            "worker_name": "watched",
-            "worker_pools": (POOL,),
-            "cache_dir": tmp_path,
-            "deaf_seconds": 0.3,
-        }
-    )
+    return worker_settings(database, servers, tmp_path, worker_name="watched", cache_dir=tmp_path, deaf_seconds=0.3)
 
 
 def make_runner(settings: WorkerSettings, servers: ServerAddresses) -> Runner:

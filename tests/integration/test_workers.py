@@ -16,6 +16,7 @@ from core.domain.workers import WorkerFacts
 from core.services import oversight
 from core.services.workers import forget_worker, record_worker
 from tests.databases import Database
+from tests.sessions import any_role_transaction
 from tests.waiting import wait_until
 from worker.supervisor.identity import WorkerIdentity
 from worker.supervisor.presence import Presence
@@ -74,7 +75,7 @@ def test_two_workers_of_one_name_are_two_and_their_slots_add_up(engine: Engine, 
     with service_transaction(engine) as session:
         for identity in identities:
             record_worker(session, facts_of(identity), alive_seconds=60, is_start=True)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         page = oversight.list_worker_overviews(session, limit=100)
     found = [worker for worker in page.items if worker.given_name == "gpu-7"]
     assert {worker.name for worker in found} == {str(identity) for identity in identities}
@@ -98,7 +99,7 @@ def test_a_worker_of_the_version_before_writes_its_row_beside_those_of_this_one(
         record_worker(session, facts_of(WorkerIdentity("gpu-8")), alive_seconds=60, is_start=True)
         for state in ("loading", "idle"):
             session.execute(old, {"state": state})
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         page = oversight.list_worker_overviews(session, limit=100)
     found = {worker.name: worker for worker in page.items if worker.given_name == "gpu-8"}
     assert len(found) == 2

@@ -10,7 +10,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("examples/**/*.md")),
+    ROOT / "tests/README.md",
+]
 DECISIONS = [path for path in sorted(ROOT.glob("docs/adr/*.md")) if path.name != "README.md"]
 LINKS = re.compile(r"\[[^\]]*\]\((?!https?:|mailto:)([^)\s]+)\)")
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()

@@ -25,6 +25,7 @@ from core.services.workers import record_worker
 from tests.factories.bases import BASE_MODEL, POOL
 from tests.factories.jobs import fail_job, queue_job, record_step, start_job
 from tests.factories.tenants import Tenant, add_tenant
+from tests.sessions import any_role_transaction
 from tests.waiting import PATIENCE_SECONDS
 
 
@@ -198,7 +199,7 @@ def test_a_job_that_pauses_says_so_wherever_it_is_shown_and_promises_no_end(
         record_step(owner, lease, step)
     path = f"/{format_id(IdKind.JOB, lease.job_id)}"
     assert get(api_url, tenant, path).json()["is_pausing"] is False
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         pause_job(session, tenant.id, job_id=lease.job_id)
     job = get(api_url, tenant, path).json()
     assert (job["status"], job["is_pausing"], job["estimated_finish"]) == ("running", True, None)

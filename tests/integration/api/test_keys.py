@@ -22,6 +22,7 @@ from core.domain.api_keys import ALL_SCOPES, Identity, Scope, parse_api_key
 from core.domain.errors import ConflictError, DomainError, NotFoundError, UnauthenticatedError
 from core.services.api_keys import issue_api_key, list_api_keys, revoke_api_key, rotate_api_key
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 from tests.waiting import PATIENCE_SECONDS, ask_until
 
 REVOCATION_SECONDS = 5.0
@@ -123,7 +124,7 @@ def test_twenty_requests_at_once_never_make_a_third_live_key(api: Engine, tenant
 
 
 def test_rotation_keeps_the_key_before_and_ends_the_one_before_that(owner: Engine, tenant: Tenant) -> None:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         issued = [issue_api_key(session, tenant.id, name="ci").row.key_id]
         issued += [rotate_api_key(session, tenant.id, name="ci").row.key_id for _ in range(2)]
         live = [row.key_id for row in list_api_keys(session, tenant.id) if row.name == "ci"]
@@ -134,7 +135,7 @@ def test_rotation_keeps_the_scopes_the_maker_and_the_day_of_expiry(
     http: httpx.Client, owner: Engine, tenant: Tenant
 ) -> None:
     made = make_key(http, scopes=["read"], expires_after={"anchor": "created_at", "seconds": 3600})
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         row = rotate_api_key(session, tenant.id, name="ci").row
     assert row.scopes == ["read"]
     assert row.expires_at is not None
@@ -143,7 +144,7 @@ def test_rotation_keeps_the_scopes_the_maker_and_the_day_of_expiry(
 
 
 def test_an_operator_may_give_a_rotated_key_a_new_lifetime(owner: Engine, tenant: Tenant) -> None:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         first = issue_api_key(session, tenant.id, name="ci", lifetime=timedelta(hours=1)).row
         second = rotate_api_key(session, tenant.id, name="ci", lifetime=timedelta(hours=3)).row
     assert first.expires_at is not None
@@ -151,7 +152,7 @@ def test_an_operator_may_give_a_rotated_key_a_new_lifetime(owner: Engine, tenant
 
 
 def test_a_name_of_which_no_key_is_alive_cannot_be_rotated_into_life(owner: Engine, tenant: Tenant) -> None:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         key_id = issue_api_key(session, tenant.id, name="ci", scopes=frozenset({Scope.READ})).row.key_id
         revoke_api_key(session, tenant.id, key_id=key_id)
         with pytest.raises(NotFoundError, match="no live key"):
@@ -234,7 +235,7 @@ def test_an_open_stream_learns_within_five_seconds_that_its_key_was_revoked(
     authenticator = Authenticator(api)
     identity = authenticator.identify(f"Bearer {tenant.api_key}")
     authenticator.recheck(identity)
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         revoke_api_key(session, tenant.id, key_id=tenant.key_id)
 
     def has_ended() -> bool:
@@ -248,7 +249,7 @@ def test_an_open_stream_learns_within_five_seconds_that_its_key_was_revoked(
 
 
 def test_an_expired_key_is_refused(owner: Engine, api: Engine, tenant: Tenant) -> None:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         issued = issue_api_key(session, tenant.id, name="brief", lifetime=timedelta(hours=1))
     assert Authenticator(api).identify(f"Bearer {issued.api_key}").key_id == issued.row.key_id
     with service_transaction(owner) as session:
@@ -320,6 +321,6 @@ def test_a_link_handed_out_for_a_key_that_soon_expires_expires_with_it() -> None
 
 
 def test_the_database_refuses_a_maker_of_another_tenants(owner: Engine, tenant: Tenant, other_tenant: Tenant) -> None:
-    with pytest.raises(IntegrityError), service_transaction(owner) as session:
+    with pytest.raises(IntegrityError), any_role_transaction(owner) as session:
         issued = issue_api_key(session, tenant.id, name="stray")
         session.execute(update(ApiKeyRow).where(ApiKeyRow.id == issued.row.id).values(created_by=other_tenant.key_id))

@@ -18,6 +18,7 @@ from core.services.resume_points import begin_steps
 from tests.databases import Database
 from tests.factories.jobs import record_step, start_job
 from tests.factories.tenants import Tenant
+from tests.sessions import any_role_transaction
 from tests.waiting import PATIENCE_SECONDS
 
 PREPARED = """
@@ -81,7 +82,7 @@ def test_no_more_points_are_answered_than_were_asked_for(
 
 
 def read(owner: Engine, lease: Lease, steps: StepRange, points: int) -> tuple[list[int], int]:
-    with service_transaction(owner) as session:
+    with any_role_transaction(owner) as session:
         series = read_observations(session, lease.tenant_id, job_id=lease.job_id, steps=steps, points=points)
         return [row.step for row in series.rows], series.num_steps
 
@@ -206,7 +207,7 @@ def test_a_chart_shows_what_was_trained_last_after_a_job_went_back(
         begin_steps(session, lease, step=32, total_steps=64)
     for step in range(33, 65):
         record_step(worker, lease, step, loss=5.0 if step == 50 else 1.0)
-    with service_transaction(worker) as session:
+    with any_role_transaction(worker) as session:
         series = read_observations(session, tenant.id, job_id=lease.job_id, steps=StepRange(1, 64), points=6)
     assert series.num_steps == 64
     assert [(row.step, row.train_loss) for row in series.rows if row.train_loss > 1] == [(50, 5.0)]

@@ -14,7 +14,6 @@ import psutil
 import pytest
 from sqlalchemy import Engine
 
-from core.db.session import service_transaction
 from core.domain.ids import IdKind, format_id
 from core.services.api_keys import revoke_api_key
 from local.ports import free_ports, is_free
@@ -24,6 +23,7 @@ from tests.factories.jobs import start_job
 from tests.factories.tenants import Tenant
 from tests.integration.api.events import open_stream
 from tests.processes import running_api
+from tests.sessions import any_role_transaction
 from tests.waiting import PATIENCE_SECONDS, ask_until, wait_until
 
 REVOCATION_SECONDS = 5.0
@@ -131,7 +131,7 @@ def test_a_revoked_key_is_refused_within_five_seconds_by_each(
             return len(clients) == 2
 
         wait_until(both_are_found)
-        with service_transaction(owner) as session:
+        with any_role_transaction(owner) as session:
             revoke_api_key(session, tenant.id, key_id=tenant.key_id)
         ask_until(
             lambda: [client.get(url).status_code for client in clients.values()] == [401, 401],

@@ -35,6 +35,7 @@ from tests.factories.jobs import fail_job, queue_job, record_step, start_job
 from tests.factories.tenants import Tenant, add_tenant
 from tests.integration.api.events import Received, open_stream
 from tests.processes import running_api
+from tests.sessions import any_role_transaction
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
@@ -213,7 +214,7 @@ def test_a_stream_closes_soon_after_its_key_is_revoked(api_url: str, owner: Engi
     lease = start_job(owner, tenant)
     with open_stream(api_url, tenant.api_key, wire_id(lease)) as events:
         assert [next(events).kind, next(events).kind] == ["message", "message"]
-        with service_transaction(owner) as session:
+        with any_role_transaction(owner) as session:
             revoke_api_key(session, tenant.id, key_id=tenant.key_id)
         last = next(events)
         assert (last.kind, last.body["error"]["code"]) == ("error", "invalid_api_key")

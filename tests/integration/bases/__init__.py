@@ -1,1 +1,1 @@
-"""Tests of bases that are unusable, loaded or held."""
+"""Tests of which base a worker holds, loads and refuses."""

@@ -16,6 +16,7 @@ from local.servers import ServerAddresses
 from tests.databases import Database
 from tests.factories.bases import NF4_POOL, POOL
 from tests.factories.tiny_bases import write_tiny_base
+from tests.supervisors import worker_settings
 from worker.supervisor.runner import Runner
 
 
@@ -26,20 +27,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(database: Database, servers: ServerAddresses, tmp_path: Path) -> WorkerSettings:
-    storage = servers.storage
-    return WorkerSettings.model_validate(
-        {
-            "database_url": database.worker_url,
-            "redis_url": servers.redis_url,
-            "s3_endpoint": storage.endpoint,
-            "s3_access_key": storage.access_key,
-            "s3_secret_key": storage.secret_key,
-            "worker_name": "tried",
-            "worker_pools": (POOL, NF4_POOL),
-            "cache_dir": tmp_path / "cache",
-            "trainer_threads": 1,
-        }
-    )
+    return worker_settings(database, servers, tmp_path, worker_name="tried", worker_pools=(POOL, NF4_POOL))
 
 
 @pytest.fixture

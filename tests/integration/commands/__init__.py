@@ -1,1 +1,1 @@
-"""Tests of what every command prints."""
+"""Tests of the output and the errors of every `espalier` command."""

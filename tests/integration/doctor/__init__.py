@@ -1,1 +1,1 @@
-"""Tests of `espalier doctor`."""
+"""Tests of `espalier doctor` on sound and on faulty deployments."""

@@ -1,1 +1,1 @@
-"""Tests that deleted data is gone."""
+"""Tests of the deletion of jobs and tenants."""

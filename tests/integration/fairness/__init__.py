@@ -1,1 +1,1 @@
-"""Tests of fair sharing over time: slots, pools, newcomers and charges."""
+"""Tests of fair share: charges, turns of pools, slots that are lent."""

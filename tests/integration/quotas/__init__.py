@@ -1,1 +1,1 @@
-"""Tests of tenants' quotas."""
+"""Tests of quotas against simultaneous requests."""

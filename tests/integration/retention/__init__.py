@@ -1,1 +1,1 @@
-"""Tests of the deletion of old rows."""
+"""Tests of what is deleted by its age."""

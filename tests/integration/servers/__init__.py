@@ -1,1 +1,1 @@
-"""Tests of the embedded servers."""
+"""Tests of the embedded servers of the local stack."""

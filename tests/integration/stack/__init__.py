@@ -1,1 +1,1 @@
-"""Tests of `espalier up` and its companions."""
+"""Tests of `espalier up` and of the processes that it starts."""

@@ -1,1 +1,1 @@
-"""Tests of the object store, against a real S3 server."""
+"""Tests of core.storage against a real S3 server."""

@@ -1,1 +1,1 @@
-"""Tests of the trainer's loop, with a supervisor and an object store that the tests play."""
+"""Tests of the training loop with a real engine, without a database."""

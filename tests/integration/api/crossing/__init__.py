@@ -1,1 +1,1 @@
-"""Tests that one tenant cannot reach another's things."""
+"""Tests of the walls between tenants, over every route."""
