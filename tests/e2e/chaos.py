@@ -146,7 +146,7 @@ def drain(lab: Lab, fleet: Fleet, tenants: Tenants) -> dict[str, str]:
         if found and all(status in ENDED for status in found.values()):
             break
         for job_id in (job_id for job_id, status in found.items() if status == "paused"):
-            lab.sql("update jobs set status = 'queued' where id = %s and status = 'paused' returning id", job_id)
+            lab.rows.sql("update jobs set status = 'queued' where id = %s and status = 'paused' returning id", job_id)
         time.sleep(0.5)
     ends = {job_id: found.get(job_id, "lost") for job_id in tenants.accepted}
     return {job_id: status if status in (*ENDED, "lost") else "stuck" for job_id, status in ends.items()}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any
 
 import httpx
 import psutil
-import psycopg
 import yaml
 from openai import OpenAI
 
 from core.storage import S3ObjectStore
 from local.processes import ChildProcess
 from local.stack import LocalStack
+from tests.e2e.lab_rows import LabRows
 from tests.faults import FaultyServers
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
@@ -66,11 +65,12 @@ class Lab:
         self.store = S3ObjectStore(servers.direct.storage)
         self.api_key = stack.create_tenant("acme")
         self.client = OpenAI(base_url=f"{stack.api_url}/v1", api_key=self.api_key, max_retries=0)
-        self._connection = psycopg.connect(servers.direct.postgres_url, autocommit=True)
+        self.rows = LabRows(servers.direct.postgres_url)
 
-    def start_worker(self, **env: str) -> ChildProcess:
+    def start_worker(self, *, inside: Sequence[str] = (), **env: str) -> ChildProcess:
+        """Start a worker; `inside` is the program, with its arguments, that starts it in turn."""
         name = f"worker-{len(self._workers)}"
-        spec = replace(self._spec, name=name, env=self._env_of(name) | env)
+        spec = replace(self._spec, name=name, argv=[*inside, *self._spec.argv], env=self._env_of(name) | env)
         worker = ChildProcess(spec, self._directory)
         self._workers.append(worker)
         return worker
@@ -118,7 +118,7 @@ class Lab:
     def close(self) -> None:
         self.kill_workers()
         self.client.close()
-        self._connection.close()
+        self.rows.close()
 
     def kill_workers(self) -> None:
         """Leave nobody to claim what is submitted next."""
@@ -138,15 +138,6 @@ class Lab:
 
         wait_until(lambda: bool(trainers()), what="a trainer")
         return trainers()[0]
-
-    @contextmanager
-    def claims_held(self) -> Iterator[None]:
-        """Let nobody claim a job of the tenant within this block, by its quota."""
-        self._connection.execute("update tenants set max_running = 0")
-        try:
-            yield
-        finally:
-            self._connection.execute("update tenants set max_running = default")
 
     def submit(
         self,
@@ -187,27 +178,9 @@ class Lab:
             url, headers={"authorization": f"Bearer {self.api_key}"}, timeout=PATIENCE_SECONDS, trust_env=False
         )
 
-    def messages(self, job_id: str) -> list[str]:
-        return [
-            message for (message,) in self.sql("select message from events where job_id = %s order by number", job_id)
-        ]
-
-    def has_said(self, job_id: str, start: str) -> bool:
-        return any(message.startswith(start) for message in self.messages(job_id))
-
-    def wait_for_step(self, job_id: str, step: int) -> None:
-        wait_until(
-            lambda: self.sql("select trained_steps from jobs where id = %s", job_id)[0][0] >= step, what=f"step {step}"
-        )
-
-    def wait_for_resume_point(self, job_id: str) -> int:
-        query = "select max(step) from resume_points where job_id = %s"
-        wait_until(lambda: self.sql(query, job_id)[0][0] is not None, what="a resume point")
-        return int(self.sql(query, job_id)[0][0])
-
     def wait_for_status(self, job_id: str, *statuses: str) -> Any:
         query = "select status from jobs where id = %s"  # not over the wire, which costs the machine a third of a core
-        wait_until(lambda: self.sql(query, job_id)[0][0] in statuses, what=f"{job_id} {statuses}")
+        wait_until(lambda: self.rows.sql(query, job_id)[0][0] in statuses, what=f"{job_id} {statuses}")
         return self.job(job_id)
 
     def wait_for_end(self, job_id: str) -> Any:
@@ -216,62 +189,11 @@ class Lab:
     def succeed(self, job_id: str) -> str:
         """Wait for the job's success and return the SHA-256 of its weights."""
         job = self.wait_for_end(job_id)
-        assert job.status == "succeeded", (job.error, self.messages(job_id))
-        assert self.messages(job_id).count("The job has successfully completed.") == 1
-        ((files,),) = self.sql("select files from adapters where job_id = %s", job_id)
+        assert job.status == "succeeded", (job.error, self.rows.messages(job_id))
+        assert self.rows.messages(job_id).count("The job has successfully completed.") == 1
+        ((files,),) = self.rows.sql("select files from adapters where job_id = %s", job_id)
         (weights,) = (file["sha256"] for file in files if file["name"] == "adapter_model.safetensors")
         return str(weights)
-
-    def outcomes(self, job_id: str) -> list[str]:
-        return [
-            row[0] for row in self.sql("select outcome from attempts where job_id = %s order by lease_token", job_id)
-        ]
-
-    def seconds_until_device_was_free(self, job_id: str) -> float:
-        """Wait until a cancelled job's trainer has reported that it left, and return how long after its end it did."""
-        query = "select extract(epoch from left_device_at - ended_at) from attempts where job_id = %s"
-        wait_until(lambda: self.sql(query, job_id)[0][0] is not None, what="a free device")
-        return float(self.sql(query, job_id)[0][0])
-
-    def lease_end(self, job_id: str) -> dt.datetime:
-        """Return when the job's lease is over, by the database's clock."""
-        ((lease_until,),) = self.sql("select lease_until from jobs where id = %s", job_id)
-        assert lease_until is not None, "nobody holds the job"
-        return lease_until  # type: ignore[no-any-return]
-
-    def wait_for_instant(self, instant: dt.datetime) -> None:
-        """Wait until it is over, by the clock that decides about leases."""
-        now = "select clock_timestamp() from jobs limit 1"
-        wait_until(lambda: self._connection.execute(now).fetchone()[0] > instant, what=str(instant))  # type: ignore[index]
-
-    def attempt_end(self, job_id: str) -> dt.datetime:
-        """Return when the job's first attempt ended, by the database's clock."""
-        query = "select ended_at from attempts where job_id = %s order by lease_token limit 1"
-        return self.sql(query, job_id)[0][0]  # type: ignore[no-any-return]
-
-    def attempt_count(self, job_id: str) -> int:
-        return int(self.sql("select attempt_count from jobs where id = %s", job_id)[0][0])
-
-    def limit_attempts(self, job_id: str, number: int) -> None:
-        self.sql(f"update jobs set max_attempts = {number} where id = %s returning 1", job_id)
-
-    def metric_steps(self, job_id: str) -> list[int]:
-        return [row[0] for row in self.sql("select step from metrics where job_id = %s order by step", job_id)]
-
-    def sql(self, query: str, job_id: str) -> list[Any]:
-        values = (job_id.removeprefix("ftjob-"),)
-        try:
-            return self._connection.execute(query, values).fetchall()
-        except psycopg.OperationalError:  # the server was restarted since, and may be on its way back
-            wait_until(self._has_reconnected, what="the database")
-            return self._connection.execute(query, values).fetchall()
-
-    def _has_reconnected(self) -> bool:
-        try:
-            self._connection = psycopg.connect(self.servers.direct.postgres_url, autocommit=True)
-        except psycopg.OperationalError:
-            return False
-        return True
 
 
 @contextmanager

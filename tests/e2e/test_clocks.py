@@ -23,7 +23,7 @@ def reason_of(lab: Lab, job_id: str) -> str:
 def offset_of(lab: Lab, worker: ChildProcess) -> float | None:
     """Return how far the clock is off that a worker says is wrong."""
     query = "select clock_offset_seconds from workers where given_name = %s and is_clock_wrong and alive_until > now()"
-    found = lab.sql(query, worker.spec.name)
+    found = lab.rows.sql(query, worker.spec.name)
     return found[0][0] if found else None
 
 
@@ -39,8 +39,8 @@ def test_a_worker_whose_clock_is_wrong_claims_nothing_and_the_job_runs_on_a_soun
     assert offset_of(lab, wrong) == pytest.approx(1200 if shift == "+20m" else -1200, abs=5)
     sound = lab.start_worker()
     lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["succeeded"]
-    ((by,),) = lab.sql("select worker_name from attempts where job_id = %s", job_id)
+    assert lab.rows.outcomes(job_id) == ["succeeded"]
+    ((by,),) = lab.rows.sql("select worker_name from attempts where job_id = %s", job_id)
     assert by.startswith(f"{sound.spec.name}:{sound.pid}:")
     (told,) = lab.told_by(wrong, "worker.clock_wrong")
     assert abs(told["offset_seconds"]) == pytest.approx(1200, abs=5)
@@ -52,7 +52,7 @@ def test_a_clock_that_is_a_little_off_does_not_matter(lab: Lab, tmp_path: Path, 
     lab.start_worker(**fake_clock(tmp_path / "clock", shift))
     job_id = lab.submit(n_epochs=1)
     lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["succeeded"]
+    assert lab.rows.outcomes(job_id) == ["succeeded"]
 
 
 @pytest.mark.fault(28)
@@ -63,16 +63,16 @@ def test_a_clock_that_jumps_while_a_job_trains_costs_it_nothing_and_holds_up_the
     lab.kill_workers()
     worker = lab.start_worker(**fake_clock(tmp_path / "clock", "+0"), ESPALIER_DEAF_SECONDS="5")
     training = lab.submit(n_epochs=4, num_rows=40)
-    lab.wait_for_step(training, 3)
+    lab.rows.wait_for_step(training, 3)
     set_clock(tmp_path / "clock", shift)
     wait_until(lambda: offset_of(lab, worker) is not None, what="the wrong clock")
     waiting = lab.submit(n_epochs=1)
     lab.succeed(training)
-    assert lab.outcomes(training) == ["succeeded"]
-    ((seconds,),) = lab.sql("select used_seconds from attempts where job_id = %s", training)
+    assert lab.rows.outcomes(training) == ["succeeded"]
+    ((seconds,),) = lab.rows.sql("select used_seconds from attempts where job_id = %s", training)
     assert 0 < seconds < 600, "an hour is not billed"
     wait_until(lambda: reason_of(lab, waiting) == "clock_wrong", what="the reason")
-    assert lab.outcomes(waiting) == []
+    assert lab.rows.outcomes(waiting) == []
     set_clock(tmp_path / "clock", "+0")
     lab.succeed(waiting)
-    assert lab.outcomes(waiting) == ["succeeded"]
+    assert lab.rows.outcomes(waiting) == ["succeeded"]

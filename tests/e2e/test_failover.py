@@ -48,7 +48,7 @@ def follow(lab: Lab, job_id: str) -> list[str]:
 def test_a_failover_costs_no_job_nothing_is_charged_and_nobody_is_started_again(lab: Lab, tmp_path: Path) -> None:
     worker, api, schedule = lab.start_worker(), lab.stack.process("api"), lab.stack.process("schedule")
     busy = lab.submit(n_epochs=40)
-    lab.wait_for_step(busy, 3)
+    lab.rows.wait_for_step(busy, 3)
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(follow, lab, busy)
         with failed_over(lab, tmp_path / "standby") as standby:
@@ -60,21 +60,21 @@ def test_a_failover_costs_no_job_nothing_is_charged_and_nobody_is_started_again(
             wait_until(lambda: readiness(lab).is_success, what="readiness")
 
             lab.succeed(busy)
-            assert (lab.outcomes(busy), lab.attempt_count(busy)) == (["succeeded"], 1)
+            assert (lab.rows.outcomes(busy), lab.rows.attempt_count(busy)) == (["succeeded"], 1)
             told = following.result(PATIENCE_SECONDS)
             numbers = [line for line in told if line.startswith("id:")]
             assert len(numbers) == len(set(numbers)), "nothing twice"
-            assert len(numbers) == len(lab.messages(busy)), "nothing lost"
+            assert len(numbers) == len(lab.rows.messages(busy)), "nothing lost"
             assert "event: end" in told, "the stream went on"
 
             is_present = "select count(*) from workers where alive_until > clock_timestamp() and state <> %s"
-            wait_until(lambda: lab.sql(is_present, "stopping") == [(1,)], what="the worker's presence")
+            wait_until(lambda: lab.rows.sql(is_present, "stopping") == [(1,)], what="the worker's presence")
             listening = "select count(distinct usename) from pg_stat_activity where query ilike %s"
-            wait_until(lambda: lab.sql(listening, "listen %") == [(2,)], what="the listeners of API and schedule")
+            wait_until(lambda: lab.rows.sql(listening, "listen %") == [(2,)], what="the listeners of API and schedule")
 
             lost = lab.submit(n_epochs=40)  # the schedule wakes a worker for it, and expires its lease
-            lab.wait_for_step(lost, 1)
+            lab.rows.wait_for_step(lost, 1)
             lab.kill_workers()
-            wait_until(lambda: lab.outcomes(lost) == ["lost"], what="expiry")
+            wait_until(lambda: lab.rows.outcomes(lost) == ["lost"], what="expiry")
             assert api.is_alive
             assert schedule.is_alive

@@ -6,7 +6,6 @@ import datetime as dt
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -44,7 +43,7 @@ def test_a_worker_without_a_job_ends_with_status_0_and_takes_its_row_and_its_tra
         trainer = lab.trainer_of(worker)
         assert wait_for_exit(worker) == 0
     assert not is_running(trainer)
-    assert not lab._connection.execute("select 1 from workers where given_name = %s", (worker.spec.name,)).fetchall()
+    assert not lab.rows.has_worker(worker.spec.name)
     assert len(lab.told_by(worker, "worker.idled_out")) == 1
 
 
@@ -52,7 +51,7 @@ def test_a_worker_with_a_job_stays_until_its_end_and_leaves_after_it(lab: Lab) -
     job_id = lab.submit(**LONG)
     worker = lab.start_worker(ESPALIER_IDLE_EXIT_SECONDS="0.1")  # many times within this job
     lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["succeeded"]
+    assert lab.rows.outcomes(job_id) == ["succeeded"]
     assert wait_for_exit(worker) == 0
 
 
@@ -77,30 +76,24 @@ def test_a_job_that_comes_when_the_worker_has_decided_is_the_next_workers_and_no
     wait_until(lambda: bool(lab.told_by(worker, "worker.idled_out")), what="its decision")
     job_id = lab.submit(n_epochs=1)
     assert wait_for_exit(worker) == 0
-    assert (lab.job(job_id).status, lab.attempt_count(job_id), lab.outcomes(job_id)) == ("queued", 0, [])
+    assert (lab.job(job_id).status, lab.rows.attempt_count(job_id), lab.rows.outcomes(job_id)) == ("queued", 0, [])
     lab.start_worker()
     lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["succeeded"]
-    assert lab.attempt_count(job_id) == 1
+    assert lab.rows.outcomes(job_id) == ["succeeded"]
+    assert lab.rows.attempt_count(job_id) == 1
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace takes root")
 def test_the_first_process_of_a_container_drains_when_it_is_asked_to_stop(lab: Lab) -> None:
     """The kernel drops a signal to process 1 for which it has no handler, and nobody else reaps its orphans."""
     job_id = lab.submit(**LONG)
-    spec = lab._spec
-    argv = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *spec.argv]
-    lab._spec = replace(spec, argv=argv)
-    try:
-        worker = lab.start_worker()
-    finally:
-        lab._spec = spec
-    lab.wait_for_step(job_id, 3)
+    worker = lab.start_worker(inside=("unshare", "--pid", "--fork", "--kill-child", "--mount-proc"))
+    lab.rows.wait_for_step(job_id, 3)
     (first,) = psutil.Process(worker.pid).children()
     status = Path(f"/proc/{first.pid}/status").read_text()
     assert next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1] == "1"
     first.send_signal(signal.SIGTERM)
     assert wait_for_exit(worker) == 0
-    assert (lab.job(job_id).status, lab.attempt_count(job_id)) == ("queued", 0)
-    assert lab.outcomes(job_id) == ["preempted"]
-    assert lab.metric_steps(job_id)[-1] == lab.wait_for_resume_point(job_id), "no step is taken twice"
+    assert (lab.job(job_id).status, lab.rows.attempt_count(job_id)) == ("queued", 0)
+    assert lab.rows.outcomes(job_id) == ["preempted"]
+    assert lab.rows.metric_steps(job_id)[-1] == lab.rows.wait_for_resume_point(job_id), "no step is taken twice"

@@ -83,12 +83,12 @@ def test_row_8_redis_killed_and_back_empty_disturbs_no_running_job_and_the_next_
     lab.kill_workers()
     lab.start_worker(**NEVER_DEAF)
     busy = lab.submit(n_epochs=30)
-    lab.wait_for_step(busy, 3)
+    lab.rows.wait_for_step(busy, 3)
     lab.servers.restart("redis", blow=signal.SIGKILL, lost=("appendonlydir",))
     following = lab.submit(n_epochs=1)
     lab.succeed(following)
     lab.succeed(busy)
-    assert lab.outcomes(busy) == ["succeeded"]
+    assert lab.rows.outcomes(busy) == ["succeeded"]
     lab.servers.restart("redis", blow=signal.SIGKILL, lost=("appendonlydir",))  # while the worker has nothing to do
     last = lab.submit(n_epochs=1)
     lab.succeed(last)
@@ -118,7 +118,7 @@ def test_row_10_a_submission_takes_no_longer_while_redis_hangs(lab: Lab, tmp_pat
     lab.kill_workers()
     api_key = lab.stack.create_tenant("row-10")
     # So low a limit that every request is counted in Redis, none in advance; such a tenant is in no process's memory.
-    lab.sql("update tenants set requests_per_minute = 600 where slug = %s returning 1", "row-10")
+    lab.rows.sql("update tenants set requests_per_minute = 600 where slug = %s returning 1", "row-10")
     body = body_of_a_job(lab, api_key=api_key)
     with FaultProxy(port_of(lab.servers.direct.redis_url)) as proxy:  # this API's own, so that it counts nobody else's
         api, url = start_api(lab, tmp_path, ESPALIER_REDIS_URL=with_port(lab.servers.direct.redis_url, proxy.port))
@@ -168,7 +168,7 @@ def test_row_15_a_commit_whose_answer_is_lost_and_the_clients_retry_are_one_job(
     assert [answer.status_code for answer in again] == [200, 200]
     assert len({answer.json()["id"] for answer in again}) == 1
     query = "select count(*) from jobs where training_file_id = (select training_file_id from jobs where id = %s)"
-    assert lab.sql(query, again[0].json()["id"]) == [(1,)]
+    assert lab.rows.sql(query, again[0].json()["id"]) == [(1,)]
     lab.post(again[0].json()["id"], "cancel")
 
 
@@ -176,7 +176,7 @@ def test_row_15_a_commit_whose_answer_is_lost_and_the_clients_retry_are_one_job(
 def test_row_16_a_deadlock_is_retried_and_its_client_never_hears_of_it(lab: Lab) -> None:
     log_path = lab.servers.data_dir / "logs" / "postgres.log"
     num_deadlocks = log_path.read_text().count("deadlock detected")
-    with lab.claims_held(), psycopg.connect(lab.servers.direct.postgres_url) as ours:
+    with lab.rows.claims_held(), psycopg.connect(lab.servers.direct.postgres_url) as ours:
         job_id = lab.submit(n_epochs=1)
         row_id = job_id.removeprefix("ftjob-")
         ours.execute("set deadlock_timeout = '1min'")  # so that the victim is the API
@@ -214,8 +214,8 @@ def test_row_24_a_job_whose_api_died_before_it_could_answer_runs_within_five_sec
         post_job(lab, body, url=url)
     file_id = str(body["training_file"]).removeprefix("file-")
     query = "select id::text, status from jobs where training_file_id = %s"
-    ((job_id, _),) = lab.sql(query, file_id)
-    wait_until(lambda: lab.sql(query, file_id)[0][1] != "queued", what="a claim")
+    ((job_id, _),) = lab.rows.sql(query, file_id)
+    wait_until(lambda: lab.rows.sql(query, file_id)[0][1] != "queued", what="a claim")
     assert not api.is_alive
     lab.succeed(f"ftjob-{uuid.UUID(job_id).hex}")
 
@@ -226,11 +226,11 @@ def test_row_54_a_worker_that_dies_right_after_its_claim_costs_one_lease(lab: La
     doomed = lab.start_worker(CRASHPOINT="post_claim:1")
     job_id = lab.submit(n_epochs=1)
     wait_until(lambda: not doomed.is_alive, what="the crash")
-    held_until = lab.lease_end(job_id)
-    ((claimed_at,),) = lab.sql("select started_at from attempts where job_id = %s", job_id)
+    held_until = lab.rows.lease_end(job_id)
+    ((claimed_at,),) = lab.rows.sql("select started_at from attempts where job_id = %s", job_id)
     assert (held_until - claimed_at).total_seconds() == LEASE_SECONDS, "one lease"
-    wait_until(lambda: lab.outcomes(job_id) == ["lost"], what="expiry")
-    assert lab.attempt_end(job_id) >= held_until
+    wait_until(lambda: lab.rows.outcomes(job_id) == ["lost"], what="expiry")
+    assert lab.rows.attempt_end(job_id) >= held_until
     lab.ensure_worker()
     lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["lost", "succeeded"]
+    assert lab.rows.outcomes(job_id) == ["lost", "succeeded"]

@@ -28,7 +28,7 @@ def id_of(job_id: str) -> uuid.UUID:
 
 def test_a_job_that_no_worker_can_read_waits_and_says_so_while_others_train(lab: Lab, owner: Engine) -> None:
     lab.ensure_worker()
-    with lab.claims_held():
+    with lab.rows.claims_held():
         poisonous = lab.submit(n_epochs=1, priority=1)
         change(owner, "jobs", id_of(poisonous), spec="""spec || '{"n_epochs": 0}'""")
         sound = lab.submit(n_epochs=1)
@@ -39,27 +39,27 @@ def test_a_job_that_no_worker_can_read_waits_and_says_so_while_others_train(lab:
     ).json()
     assert (told["status"], told["reason"]["code"]) == ("queued", "unclaimable")
     change(owner, "jobs", id_of(poisonous), spec="""spec || '{"n_epochs": 1}'""")
-    assert lab.attempt_count(poisonous) == 0
+    assert lab.rows.attempt_count(poisonous) == 0
 
 
 @pytest.mark.parametrize("errcode", ["22003", "XX001"], ids=["out of range", "damaged"])
 def test_a_report_that_cannot_be_stored_ends_its_own_attempt_only(lab: Lab, owner: Engine, errcode: str) -> None:
     lab.ensure_worker()
-    with lab.claims_held():
+    with lab.rows.claims_held():
         poisonous, sound = (lab.submit(**LONG, seed=seed) for seed in (1, 2))
-        lab.limit_attempts(poisonous, 1)
+        lab.rows.limit_attempts(poisonous, 1)
         break_row(owner, "metrics", "job_id", id_of(poisonous), verb="insert", errcode=errcode)
     assert lab.wait_for_end(poisonous).error.code == "unrecordable"
     lab.succeed(sound)
-    assert lab.attempt_count(sound) == 1, lab.messages(sound)
+    assert lab.rows.attempt_count(sound) == 1, lab.rows.messages(sound)
 
 
 def test_a_result_that_cannot_be_published_ends_its_own_attempt_only(lab: Lab, owner: Engine) -> None:
     lab.ensure_worker()
-    with lab.claims_held():
+    with lab.rows.claims_held():
         poisonous, sound = lab.submit(n_epochs=1), lab.submit(**LONG)
-        lab.limit_attempts(poisonous, 1)
+        lab.rows.limit_attempts(poisonous, 1)
         break_row(owner, "adapters", "job_id", id_of(poisonous), verb="insert")
     assert lab.wait_for_end(poisonous).error.code == "unrecordable"
     lab.succeed(sound)
-    assert lab.attempt_count(sound) == 1, lab.messages(sound)
+    assert lab.rows.attempt_count(sound) == 1, lab.rows.messages(sound)

@@ -28,17 +28,17 @@ def test_13_a_database_that_goes_away_for_a_moment_costs_no_attempt(lab: Lab) ->
     lab.kill_workers()
     lab.start_worker(ESPALIER_LEASE_SECONDS="60")  # longer than the restart
     job_id = lab.submit(n_epochs=20, num_rows=80)
-    lab.wait_for_step(job_id, 3)
+    lab.rows.wait_for_step(job_id, 3)
     with lab.servers.postgres.during(Cut()):
         answer = lab.get(job_id)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
-    held_until = lab.lease_end(job_id)
+    held_until = lab.rows.lease_end(job_id)
     lab.servers.restart("postgres", blow=signal.SIGQUIT)  # as `pg_ctl restart -m immediate` does
-    wait_until(lambda: lab.lease_end(job_id) > held_until, what="a heartbeat after the restart")
+    wait_until(lambda: lab.rows.lease_end(job_id) > held_until, what="a heartbeat after the restart")
     wait_until(lambda: lab.get(job_id).is_success, what="the API's return")
     lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["succeeded"]
-    assert lab.metric_steps(job_id) == list(range(1, 401))
+    assert lab.rows.outcomes(job_id) == ["succeeded"]
+    assert lab.rows.metric_steps(job_id) == list(range(1, 401))
 
 
 @pytest.mark.fault(14)
@@ -46,16 +46,16 @@ def test_14_a_database_away_for_longer_than_a_lease_stops_the_training_before_it
     lab.kill_workers()
     job_id = lab.submit(n_epochs=20, num_rows=80)
     worker = lab.start_worker()
-    lab.wait_for_resume_point(job_id)
+    lab.rows.wait_for_resume_point(job_id)
     trainer = lab.trainer_of(worker)
     with lab.servers.postgres.during(Hang()):
         wait_until(lambda: not is_running(trainer), what="the self-fence")
         (fenced,) = lab.told_by(worker, "worker.self_fenced")
         assert fenced["silent_seconds"] < LEASE_SECONDS, "by its own clock, which began before the database's"
-        lab.wait_for_instant(lab.lease_end(job_id))  # the outage that is too long
+        lab.rows.wait_for_instant(lab.rows.lease_end(job_id))  # the outage that is too long
     lab.succeed(job_id)
-    assert lab.outcomes(job_id)[-1] == "succeeded"
-    assert len(lab.outcomes(job_id)) == 2
+    assert lab.rows.outcomes(job_id)[-1] == "succeeded"
+    assert len(lab.rows.outcomes(job_id)) == 2
 
 
 @pytest.mark.fault(14)
@@ -69,13 +69,13 @@ def test_14_three_cuts_between_a_worker_and_the_database_cost_no_attempt(lab: La
         job_id = lab.submit(n_epochs=20, num_rows=80)
         for number in range(1, 4):
             lab.wait_for_status(job_id, "running")
-            lab.wait_for_resume_point(job_id)
+            lab.rows.wait_for_resume_point(job_id)
             with proxy.during(Cut()):
-                wait_until(lambda number=number: lab.outcomes(job_id).count("lost") == number, what="the expiry")  # type: ignore[misc]
-            wait_until(lambda number=number: lab.messages(job_id).count(FORGIVEN) == number, what="its word")  # type: ignore[misc]
+                wait_until(lambda number=number: lab.rows.outcomes(job_id).count("lost") == number, what="the expiry")  # type: ignore[misc]
+            wait_until(lambda number=number: lab.rows.messages(job_id).count(FORGIVEN) == number, what="its word")  # type: ignore[misc]
         lab.succeed(job_id)
-    assert lab.outcomes(job_id) == [*["lost"] * 3, "succeeded"]
-    assert lab.attempt_count(job_id) == 1
+    assert lab.rows.outcomes(job_id) == [*["lost"] * 3, "succeeded"]
+    assert lab.rows.attempt_count(job_id) == 1
     assert len(lab.told_by(worker, "worker.self_fenced")) == 3
 
 
@@ -87,7 +87,7 @@ def test_14_a_worker_that_is_killed_costs_an_attempt_each_time(lab: Lab) -> None
         worker = lab.start_worker()
         lab.wait_for_status(job_id, "running")
         worker.kill()
-        wait_until(lambda number=number: lab.outcomes(job_id).count("lost") == number, what="the expiry")  # type: ignore[misc]
+        wait_until(lambda number=number: lab.rows.outcomes(job_id).count("lost") == number, what="the expiry")  # type: ignore[misc]
     job = lab.job(job_id)
     assert (job.status, job.error.code) == ("failed", "worker_lost")
 
@@ -95,14 +95,16 @@ def test_14_a_worker_that_is_killed_costs_an_attempt_each_time(lab: Lab) -> None
 @pytest.mark.fault(19)
 def test_19_an_object_store_that_is_away_at_the_finish_costs_neither_the_job_nor_an_attempt(lab: Lab) -> None:
     job_id = lab.submit(n_epochs=2)
-    lab.limit_attempts(job_id, 1)
+    lab.rows.limit_attempts(job_id, 1)
     lab.ensure_worker()
-    lab.wait_for_step(job_id, 1)
+    lab.rows.wait_for_step(job_id, 1)
     with lab.servers.s3.during(Cut()):
-        wait_until(lambda: lab.has_said(job_id, "The adapter could not be stored: The object store did not answer"))
+        wait_until(
+            lambda: lab.rows.has_said(job_id, "The adapter could not be stored: The object store did not answer")
+        )
     lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["failed", "succeeded"]
-    assert lab.attempt_count(job_id) == 1
+    assert lab.rows.outcomes(job_id) == ["failed", "succeeded"]
+    assert lab.rows.attempt_count(job_id) == 1
 
 
 @pytest.mark.fault(20)
@@ -111,18 +113,18 @@ def test_20_an_object_store_that_answers_503_for_a_while_costs_nothing(lab: Lab)
     lab.start_worker(ESPALIER_STORAGE_PATIENCE_SECONDS="300")
     s3 = lab.servers.s3
     with ExitStack() as faults:
-        with lab.claims_held():
+        with lab.rows.claims_held():
             job_id = lab.submit(**LONG)
             faults.enter_context(s3.during(Answer503()))
             hits = s3.num_hits
         wait_until(lambda: s3.num_hits >= hits + 2, what="a second try of the download")
-    lab.wait_for_step(job_id, 62)
+    lab.rows.wait_for_step(job_id, 62)
     with s3.during(Answer503()):
-        lab.wait_for_step(job_id, 80)
+        lab.rows.wait_for_step(job_id, 80)
         hits = s3.num_hits
         wait_until(lambda: s3.num_hits > hits, what="another try of an upload")
     lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["succeeded"]
+    assert lab.rows.outcomes(job_id) == ["succeeded"]
 
 
 @pytest.mark.fault(21)
@@ -132,13 +134,13 @@ def test_21_an_object_store_that_hangs_holds_nobody_for_longer_than_15_seconds_a
     lab.succeed(lab.submit(n_epochs=1))  # the base is loaded from here on
     s3 = lab.servers.s3
     with ExitStack() as faults:
-        with lab.claims_held():
+        with lab.rows.claims_held():
             job_id = lab.submit(n_epochs=1)
             faults.enter_context(s3.during(Hang()))
             hits = s3.num_hits
         wait_until(lambda: s3.num_hits > hits + 1, what="a second try of the download")
     lab.succeed(job_id)
-    assert lab.outcomes(job_id) == ["succeeded"]
+    assert lab.rows.outcomes(job_id) == ["succeeded"]
 
 
 @pytest.mark.fault(22)
@@ -146,7 +148,7 @@ def test_22_a_dataset_that_arrives_damaged_is_tried_again_and_then_reported(lab:
     lab.ensure_worker()
     with lab.servers.s3.during(FlipByte()):
         job_id = lab.submit(n_epochs=1)
-        lab.limit_attempts(job_id, 1)
+        lab.rows.limit_attempts(job_id, 1)
         job = lab.wait_for_end(job_id)
     assert (job.status, job.error.code, job.error.param) == ("failed", "integrity", "training_file")
-    assert lab.outcomes(job_id) == ["failed"]
+    assert lab.rows.outcomes(job_id) == ["failed"]

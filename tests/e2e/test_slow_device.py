@@ -38,7 +38,7 @@ def slow_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 def wait_for_slot(lab: Lab, job_id: str) -> None:
     admitted = "select 1 from log_lines where name = 'job.admitted' and job_id = %s"
-    wait_until(lambda: bool(lab.sql(admitted, job_id)), what="a slot")
+    wait_until(lambda: bool(lab.rows.sql(admitted, job_id)), what="a slot")
 
 
 @pytest.mark.fault(43)
@@ -47,8 +47,8 @@ def test_43_a_job_cancelled_in_a_step_that_takes_long_leaves_the_device_before_t
     job_id = slow_lab.submit(lines=LONG_ROWS, batch_size=64)
     wait_for_slot(slow_lab, job_id)
     assert slow_lab.post(job_id, "cancel").json()["status"] == "cancelled"
-    assert slow_lab.seconds_until_device_was_free(job_id) < 10
-    assert slow_lab.metric_steps(job_id) == []
+    assert slow_lab.rows.seconds_until_device_was_free(job_id) < 10
+    assert slow_lab.rows.metric_steps(job_id) == []
     engine = connect(slow_lab.servers.direct.postgres_url)
     with any_role_transaction(engine) as session:
         assert [finding for finding in check_rows(session, FairnessTerms()) if finding.num_broken] == []
@@ -58,13 +58,13 @@ def test_43_a_job_cancelled_in_a_step_that_takes_long_leaves_the_device_before_t
 @pytest.mark.fault(43)
 def test_43_a_job_cancelled_in_a_step_of_others_leaves_the_device_and_they_train_on(slow_lab: Lab) -> None:
     slow_lab.ensure_worker()
-    with slow_lab.claims_held():
+    with slow_lab.rows.claims_held():
         staying, leaving = (
             slow_lab.submit(lines=LONG_ROWS[:8], batch_size=8, n_epochs=1, seed=seed) for seed in (1, 2)
         )
     for job_id in (staying, leaving):
         wait_for_slot(slow_lab, job_id)
     assert slow_lab.post(leaving, "cancel").json()["status"] == "cancelled"
-    assert slow_lab.seconds_until_device_was_free(leaving) < 10
+    assert slow_lab.rows.seconds_until_device_was_free(leaving) < 10
     slow_lab.succeed(staying)
-    assert slow_lab.attempt_count(staying) == 1
+    assert slow_lab.rows.attempt_count(staying) == 1

@@ -138,9 +138,11 @@ def test_functions_fit_on_a_screen(path: Path) -> None:
     assert not {name: lines for name, lines in long.items() if lines > MAX_FUNCTION_LINES}
 
 
-@pytest.mark.parametrize("path", SOURCES)
+@pytest.mark.parametrize("path", MODULES)
 def test_a_class_is_one_thing(path: Path) -> None:
+    """A state machine of hypothesis is one class, with a method for each rule."""
     classes = [node for node in walk(path) if isinstance(node, ast.ClassDef)]
+    classes = [c for c in classes if "RuleBasedStateMachine" not in {getattr(base, "id", "") for base in c.bases}]
     methods = {
         c.name: sum(isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef) for each in c.body) for c in classes
     }
