@@ -50,7 +50,7 @@ ANSWERS = (
     Answer("base_model_unusable", "409", TENANT, "No worker can load this base.", "Ask the operator to mend it."),
     Answer("body_cut", "400", TENANT, "The connection ended before the body did.", "Send the request again."),
     Answer("body_stalled", "408", BOTH, "The body came too slowly.", "Send it faster, or in smaller requests."),
-    Answer("busy", "409", TENANT, "The thing is about to change.", _WAIT),
+    Answer("busy", "409", TENANT, "What the request names is being changed.", _WAIT),
     Answer("checksum_mismatch", "400", TENANT, "The parts have another MD5.", "Check the order of the parts."),
     Answer("completions_busy", "503", TENANT, "Too many uploads are being completed.", _WAIT),
     Answer("conflict", "409", BOTH, "The present state forbids this.", "Read the message; do not repeat the request."),
@@ -90,7 +90,9 @@ ANSWERS = (
     Answer("previews_busy", "503", TENANT, "Too many previews are under way.", _WAIT),
     Answer("queue_quota_exceeded", "429", TENANT, "As many jobs wait as may.", "Wait for a start, or cancel a job."),
     Answer("rate_limit_exceeded", "429", TENANT, "Too many requests came within a minute.", _WAIT),
-    Answer("rate_limited", "429", TENANT, "Too much, or too fast.", _WAIT),
+    Answer(
+        "rate_limited", "429", TENANT, "A limit is reached; the message names it.", _WAIT
+    ),
     Answer("read_only_key", "403", OPERATOR, "The operator's key may only read.", "Use a key that may write."),
     Answer("schema_too_old", "503", OPERATOR, "`/readyz`: the schema is too old.", "Run `espalier migrate`."),
     Answer("statement_timeout", "504", BOTH, "A statement took too long.", "Ask for less; do not repeat it."),

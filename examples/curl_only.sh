@@ -23,7 +23,7 @@ echo "$job is submitted"
 
 # Every event as it happens, until the job has ended: the service closes the stream then. If the connection breaks, this
 # script ends and the job goes on.
-ask "/fine_tuning/jobs/$job/stream" --no-buffer | sed -n 's/^data: .*"message": *"\([^"]*\)".*/\1/p'
+ask "/fine_tuning/jobs/$job/stream" --no-buffer | sed --unbuffered -n 's/^data: .*"message": *"\([^"]*\)".*/\1/p'
 status=$(ask "/fine_tuning/jobs/$job" | text_of status)
 if [ "$status" != succeeded ]; then
     echo "The job has $status." >&2

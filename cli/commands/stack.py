@@ -163,8 +163,8 @@ def _welcome(stack: LocalStack) -> None:
         return
     panel = Panel(
         f"[bold]Espalier is up.[/]\n\n  base_url  {base_url}\n  api_key   {api_key}\n\n"
-        f"Logs are in {escape(str(stack.data_dir))}/logs. "
-        "Ctrl-C, or espalier down, stops everything; the data stay.",
+        f"Every call is described at {stack.api_url}/docs. Logs are in {escape(str(stack.data_dir))}/logs.\n"
+        f"Ctrl-C, or espalier down --data-dir {escape(str(stack.data_dir))}, stops everything; the data stay.",
         expand=False,
     )
     show(panel)

@@ -53,13 +53,13 @@ def test_every_operation_has_a_summary_of_its_own(route: APIRoute) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_every_operation_and_every_parameter_of_it_is_described(operation: dict[str, Any]) -> None:
-    assert operation.get("description", "").endswith(".")
+    assert operation.get("description", "").endswith("."), "the route's docstring is whole sentences"
     assert [each["name"] for each in operation.get("parameters", ()) if not each.get("description")] == []
 
 
 def test_every_tag_is_described_and_used() -> None:
     used = {tag for operation in OPERATIONS.values() for tag in operation["tags"]}
-    assert {tag["name"] for tag in DOCUMENT["tags"] if tag["description"]} == used
+    assert {tag["name"] for tag in DOCUMENT["tags"] if tag["description"]} == used, "name it in TAGS of api/document.py"
 
 
 def test_every_schema_and_every_property_is_described() -> None:
@@ -70,7 +70,7 @@ def test_every_schema_and_every_property_is_described() -> None:
         for at, schema in schemas_in(DOCUMENT, "#")
         for name, value in schema.get("properties", {}).items()
         if not value.get("description")
-    ] == []
+    ] == [], "write a string literal below the field"
 
 
 def test_every_object_names_its_keys_but_those_that_nobody_can_list() -> None:
