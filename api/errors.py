@@ -48,7 +48,7 @@ STATUSES: dict[type[DomainError], int] = {
     DomainError: 500,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_HTTP_CODES = {
+HTTP_CODES = {
     404: "unknown_url",
     405: "method_not_allowed",
     413: "payload_too_large",
@@ -165,7 +165,7 @@ def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error.__cause__, DomainError):
         return _answer_domain_error(request, error.__cause__)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
-    code = _HTTP_CODES.get(error.status_code, "http_error")
+    code = HTTP_CODES.get(error.status_code, "http_error")
     count_refusal(code)
     return error_answer(error.status_code, message, code=code, headers=dict(error.headers or {}))
 

@@ -90,9 +90,7 @@ ANSWERS = (
     Answer("previews_busy", "503", TENANT, "Too many previews are under way.", _WAIT),
     Answer("queue_quota_exceeded", "429", TENANT, "As many jobs wait as may.", "Wait for a start, or cancel a job."),
     Answer("rate_limit_exceeded", "429", TENANT, "Too many requests came within a minute.", _WAIT),
-    Answer(
-        "rate_limited", "429", TENANT, "A limit is reached; the message names it.", _WAIT
-    ),
+    Answer("rate_limited", "429", TENANT, "A limit is reached; the message names it.", _WAIT),
     Answer("read_only_key", "403", OPERATOR, "The operator's key may only read.", "Use a key that may write."),
     Answer("schema_too_old", "503", OPERATOR, "`/readyz`: the schema is too old.", "Run `espalier migrate`."),
     Answer("statement_timeout", "504", BOTH, "A statement took too long.", "Ask for less; do not repeat it."),

@@ -30,7 +30,7 @@ class DatasetCursor:
         self._spec = spec
         self._examples = examples
         # Shuffling a large dataset takes a while, so the order of an epoch is kept; so is the batch of a step.
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order: tuple[int, Sequence[int]] = (-1, ())
         self._batch: tuple[int, list[DrawnExample]] = (-1, [])
 
     @property

@@ -64,6 +64,8 @@ class BaseTokenizer:
         self._variables = dict(bundle.special_tokens)
         self._source = bundle.chat_template
         self._now: dt.datetime | None = None
+        # What the template has written of the clock, by the format that it asked for.
+        self.told_times: dict[str, str] = {}
         added = self._backend.get_added_tokens_decoder()
         self.control_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
         eos_token = bundle.special_tokens.get("eos_token")
@@ -83,7 +85,7 @@ class BaseTokenizer:
         """
         switches: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         if self._now is not None:
-            switches["strftime_now"] = self._now.strftime
+            switches["strftime_now"] = self._tell_time
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(given, **self._variables, **switches)
@@ -94,6 +96,7 @@ class BaseTokenizer:
         """Return the same tokenizer with a fixed clock, for templates that write the date."""
         standing = copy.copy(self)
         standing._now = now  # noqa: SLF001 (of its own class)
+        standing.told_times = {}
         return standing
 
     @cached_property
@@ -104,6 +107,16 @@ class BaseTokenizer:
         except jinja2.TemplateError as error:
             raise RenderingError(f"The base's chat template is broken: {error}") from error
         return tuple(sorted(filter(self._is_phrase, texts), key=lambda text: (-len(text), text)))
+
+    def _tell_time(self, form: str) -> str:
+        assert self._now is not None
+        self.told_times[form] = self._now.strftime(form)
+        return self.told_times[form]
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the greatest token id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def _template(self) -> jinja2.Template:

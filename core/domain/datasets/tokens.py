@@ -12,11 +12,11 @@ import datetime as dt
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
-from core.domain.datasets.answers import AnswerFinder
+from core.domain.datasets.answers import AnswerFinder, Answers
 from core.domain.datasets.rendering import Rendering, Span, render_conversation
-from core.domain.datasets.tokenizers import BaseTokenizer, RenderingError
+from core.domain.datasets.tokenizers import BaseTokenizer, Encoding, RenderingError
 from core.domain.datasets.values import ChatExample
 
 
@@ -53,6 +53,23 @@ class _Positions:
     ends: list[int]
 
 
+@dataclass(frozen=True)
+class _Cutting:
+    """A conversation that is being tokenised, and where its text is cut so far."""
+
+    rendering: Rendering
+    answers: Answers
+    cuts: set[int]
+
+    @property
+    def borders(self) -> list[int]:
+        return sorted(self.cuts | {0, len(self.rendering.text)})
+
+    @property
+    def pieces(self) -> list[str]:
+        return [self.rendering.text[start:end] for start, end in pairwise(self.borders)]
+
+
 class ConversationTokenizer:
     """Tokenises conversations with a base's tokenizer.
 
@@ -73,43 +90,49 @@ class ConversationTokenizer:
 
     def tokenize(self, example: ChatExample) -> TokenizedConversation:
         """Return the whole conversation. Raises RenderingError."""
-        rendering = render_conversation(self._tokenizer, example)
-        answers = self._finder.find(example, rendering)
-        tokens = self._encode_apart(rendering, answers.spans)
-        is_label = [False] * len(tokens.token_ids)
-        for span in answers.spans:
-            first, end = bisect_left(tokens.starts, span.start), bisect_left(tokens.starts, span.end)
-            is_label[first:end] = [True] * (end - first)
-        is_label[0] = False  # no token before it predicts the first token
-        return TokenizedConversation(tokens.token_ids, is_label, answers.num_left_out)
+        (made,) = self.tokenize_all([example])
+        if isinstance(made, RenderingError):
+            raise made
+        return made
 
-    def _encode_apart(self, rendering: Rendering, answers: Sequence[Span]) -> _Positions:
-        """Return the tokens after all cuts."""
-        cuts: set[int] = set()
-        while True:
-            tokens = self._encode(rendering.text, cuts)
-            needed = _find_joints(tokens, answers) | self._find_spelt_controls(rendering, tokens)
-            if not needed:
-                return tokens
-            if needed <= cuts:
-                raise RenderingError("A message spells a control token of the base that cannot be written as text.")
-            cuts |= needed
+    def tokenize_all(self, examples: Sequence[ChatExample]) -> list[TokenizedConversation | RenderingError]:
+        """Return each whole conversation, or why it is refused. The tokenizer is called for all of them together.
 
-    def _encode(self, text: str, cuts: set[int]) -> _Positions:
-        borders = sorted(cuts | {0, len(text)})
-        token_ids: list[int] = []
-        starts: list[int] = []
-        ends: list[int] = []
-        pieces = [text[start:end] for start, end in pairwise(borders)]
-        for border, encoding in zip(borders[:-1], self._tokenizer.encode(pieces), strict=True):
-            token_ids += encoding.token_ids
-            starts += [border + start for start, _ in encoding.offsets]
-            ends += [border + end for _, end in encoding.offsets]
-        if not token_ids:
-            raise RenderingError("The base's tokenizer makes no token of this conversation.")
-        if starts != sorted(starts):
-            raise RenderingError("The base's tokenizer reorders this conversation's text.")
-        return _Positions(token_ids, starts, ends)
+        It is called again only for those that must be cut.
+        """
+        made: dict[int, TokenizedConversation | RenderingError] = {}
+        open_cuts: dict[int, _Cutting] = {}
+        for index, example in enumerate(examples):
+            try:
+                rendering = render_conversation(self._tokenizer, example)
+                open_cuts[index] = _Cutting(rendering, self._finder.find(example, rendering), set())
+            except RenderingError as error:
+                made[index] = error
+        while open_cuts:
+            pieces = [piece for cutting in open_cuts.values() for piece in cutting.pieces]
+            encodings = iter(self._tokenizer.encode(pieces))
+            for index, cutting in tuple(open_cuts.items()):
+                found = list(islice(encodings, len(cutting.borders) - 1))
+                try:
+                    if (conversation := self._take(cutting, found)) is not None:
+                        made[index] = conversation
+                except RenderingError as error:
+                    made[index] = error
+                if index in made:
+                    del open_cuts[index]
+        return [made[index] for index in range(len(examples))]
+
+    def _take(self, cutting: _Cutting, encodings: Sequence[Encoding]) -> TokenizedConversation | None:
+        """Return the conversation, or None if it needs more cuts, which are then added."""
+        tokens = _join(cutting.borders, encodings)
+        answers = cutting.answers
+        needed = _find_joints(tokens, answers.spans) | self._find_spelt_controls(cutting.rendering, tokens)
+        if not needed:
+            return _mark_labels(tokens, answers)
+        if needed <= cutting.cuts:
+            raise RenderingError("A message spells a control token of the base that cannot be written as text.")
+        cutting.cuts.update(needed)
+        return None
 
     def _find_spelt_controls(self, rendering: Rendering, tokens: _Positions) -> set[int]:
         """Return a cut inside every control token that covers words of a message."""
@@ -128,6 +151,31 @@ class ConversationTokenizer:
             if index < len(pieces) and pieces[index].start < end:
                 cuts.add(start + 1)
         return cuts
+
+
+def _join(borders: Sequence[int], encodings: Sequence[Encoding]) -> _Positions:
+    """Return the tokens of the pieces between the borders, at their places in the whole text."""
+    token_ids: list[int] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    for border, encoding in zip(borders[:-1], encodings, strict=True):
+        token_ids += encoding.token_ids
+        starts += [border + start for start, _ in encoding.offsets]
+        ends += [border + end for _, end in encoding.offsets]
+    if not token_ids:
+        raise RenderingError("The base's tokenizer makes no token of this conversation.")
+    if starts != sorted(starts):
+        raise RenderingError("The base's tokenizer reorders this conversation's text.")
+    return _Positions(token_ids, starts, ends)
+
+
+def _mark_labels(tokens: _Positions, answers: Answers) -> TokenizedConversation:
+    is_label = [False] * len(tokens.token_ids)
+    for span in answers.spans:
+        first, end = bisect_left(tokens.starts, span.start), bisect_left(tokens.starts, span.end)
+        is_label[first:end] = [True] * (end - first)
+    is_label[0] = False  # no token before it predicts the first token
+    return TokenizedConversation(tokens.token_ids, is_label, answers.num_left_out)
 
 
 def _find_joints(tokens: _Positions, answers: Sequence[Span]) -> set[int]:
