@@ -18,6 +18,7 @@ from api.schemas.adapters import AdapterObject, DownloadFile, DownloadObject
 from api.schemas.openai.lists import ListObject, as_list
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, parse_id
+from core.domain.values import StoredArtifact
 from core.services import adapters
 from core.storage import ObjectStore
 
@@ -59,26 +60,27 @@ def download_adapter(
 ) -> Any:
     """Return one presigned URL for each file, or stream all files as one tar archive."""
     row = adapters.get_adapter(session, caller.tenant_id, adapter_id=parse_id(IdKind.ADAPTER, adapter_id)).row
+    artifact = StoredArtifact.of_row(row.object_prefix, row.files)
     if archive == "tar":
         disposition = {"content-disposition": f'attachment; filename="{adapter_id}.tar"'}
-        chunks = DOWNLOADS.iterate(_stream_tar(store, row.object_prefix, row.files))
+        chunks = DOWNLOADS.iterate(_stream_tar(store, artifact))
         return StreamingResponse(chunks, media_type="application/x-tar", headers=disposition)
     lifetime = caller.limit_lifetime(timedelta(seconds=settings.presign_seconds), now=now)
     urls = [
-        DownloadFile(
-            url=store.presign_get(row.object_prefix + file["name"], expires=lifetime, filename=file["name"]), **file
+        DownloadFile.at(
+            store.presign_get(artifact.object_prefix + file.name, expires=lifetime, filename=file.name), file
         )
-        for file in row.files
+        for file in artifact.files
     ]
     return DownloadObject(id=adapter_id, expires_at=int((now + lifetime).timestamp()), files=urls)
 
 
-def _stream_tar(store: ObjectStore, prefix: str, files: list[dict[str, Any]]) -> Generator[bytes]:
+def _stream_tar(store: ObjectStore, artifact: StoredArtifact) -> Generator[bytes]:
     """Yield an uncompressed tar in constant memory. Headers are made here, contents pass through."""
-    for file in files:
-        entry = tarfile.TarInfo(file["name"])
-        entry.size = file["size_bytes"]
+    for file in artifact.files:
+        entry = tarfile.TarInfo(file.name)
+        entry.size = file.size_bytes
         yield entry.tobuf(format=tarfile.USTAR_FORMAT)
-        yield from store.get_stream(prefix + file["name"])
+        yield from store.get_stream(artifact.object_prefix + file.name)
         yield bytes(-entry.size % tarfile.BLOCKSIZE)
     yield bytes(2 * tarfile.BLOCKSIZE)

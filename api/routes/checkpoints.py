@@ -19,7 +19,7 @@ from api.schemas.openai.lists import DeletedObject, ListObject, as_list
 from api.schemas.openai.permissions import CreatePermissions, PermissionObject
 from core.domain.api_keys import Scope
 from core.domain.ids import IdKind, format_id, parse_id
-from core.domain.values import Page
+from core.domain.values import Page, StoredArtifact
 from core.services import checkpoints
 
 router = TenantRouter("/v1/fine_tuning/checkpoints", tag="checkpoints")
@@ -81,12 +81,13 @@ def download_checkpoint(
 ) -> DownloadObject:
     """Return one presigned URL for each file of the adapter as it was at that step."""
     row = checkpoints.find_checkpoint(session, caller.tenant_id, name=checkpoint)
+    artifact = StoredArtifact.of_row(row.object_prefix, row.files)
     lifetime = caller.limit_lifetime(timedelta(seconds=settings.presign_seconds), now=now)
     urls = [
-        DownloadFile(
-            url=store.presign_get(row.object_prefix + file["name"], expires=lifetime, filename=file["name"]), **file
+        DownloadFile.at(
+            store.presign_get(artifact.object_prefix + file.name, expires=lifetime, filename=file.name), file
         )
-        for file in row.files
+        for file in artifact.files
     ]
     return DownloadObject(
         id=format_id(IdKind.CHECKPOINT, row.id),

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from api.schemas.wire import Answer, unix_seconds
 from core.domain.ids import IdKind, format_id
 from core.domain.training import AdapterConfig, Quantization
+from core.domain.values import StoredArtifact, StoredFile
 from core.services.adapters import TrainedAdapter
 
 # Shown for an adapter whose stored configuration cannot be read, so that the rest of the list is shown all the same.
@@ -50,6 +51,10 @@ class AdapterFile(Answer):
     """The file's size in bytes."""
     sha256: str
     """The SHA-256 of the file's bytes, in hexadecimal digits."""
+
+    @classmethod
+    def of(cls, file: StoredFile) -> AdapterFile:
+        return cls(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
 
 
 class AdapterObject(Answer):
@@ -97,7 +102,7 @@ class AdapterObject(Answer):
             target_modules=list(config.target_modules),
             fine_tuning_job_id=format_id(IdKind.JOB, row.job_id),
             size_bytes=row.size_bytes,
-            files=[AdapterFile(**file) for file in row.files],
+            files=[AdapterFile.of(file) for file in StoredArtifact.of_row(row.object_prefix, row.files).files],
         )
 
 
@@ -106,6 +111,10 @@ class DownloadFile(AdapterFile):
 
     url: str
     """A presigned URL of the object store. It needs no API key."""
+
+    @classmethod
+    def at(cls, url: str, file: StoredFile) -> DownloadFile:
+        return cls(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256, url=url)
 
 
 class DownloadObject(Answer):

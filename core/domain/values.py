@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -48,6 +48,11 @@ class StoredArtifact:
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
+
+    @classmethod
+    def of_row(cls, object_prefix: str, files: Iterable[Mapping[str, Any]]) -> StoredArtifact:
+        """Read an artifact back from what `dump_files` has made. Raises pydantic.ValidationError if it has not."""
+        return cls(object_prefix, tuple(map(StoredFile.model_validate, files)))
 
     def dump_files(self) -> list[dict[str, Any]]:
         """Return the files in the form that rows store."""

@@ -27,11 +27,11 @@ def record_event(
     *,
     message: str,
     level: Literal["info", "warn", "error"] = "info",
-    metrics: dict[str, Any] | None = None,
+    details: dict[str, Any] | None = None,
 ) -> None:
     """Append an event and notify the job's followers. The caller holds the lock on the job's row, or has just added it.
 
-    With `metrics` the event is of type "metrics".
+    With `details` the event is of type "metrics".
     """
     session.add(
         Event(
@@ -39,9 +39,9 @@ def record_event(
             tenant_id=job.tenant_id,
             job_id=job.id,
             level=level,
-            type="message" if metrics is None else "metrics",
+            type="message" if details is None else "metrics",
             message=message,
-            details=metrics,
+            details=details,
         )
     )
     session.execute(text("select pg_notify(:channel, :job_id)"), {"channel": EVENT_CHANNEL, "job_id": str(job.id)})

@@ -119,7 +119,7 @@ def record_step(session: ServiceSession, lease: Lease, *, record: StepRecord, to
         session,
         job,
         message=f"Step {record.step}/{total_steps}: training loss={record.train_loss:.4f}",
-        metrics={
+        details={
             "step": record.step,
             "total_steps": total_steps,
             "train_loss": record.train_loss,
@@ -141,7 +141,7 @@ def record_skipped_step(session: ServiceSession, lease: Lease, *, step: int, tot
         job,
         level="warn",
         message=f"Step {step}/{total_steps} was skipped: its gradient was not finite.",
-        metrics={"step": step, "total_steps": total_steps, "is_skipped": True},
+        details={"step": step, "total_steps": total_steps, "is_skipped": True},
     )
 
 
@@ -153,8 +153,8 @@ def record_evaluation(session: ServiceSession, lease: Lease, *, step: int, loss:
         .where(Observation.job_id == job.id, Observation.step == step)
         .values(valid_loss=loss, valid_token_accuracy=token_accuracy)
     )
-    metrics = {"step": step, "full_valid_loss": loss, "full_valid_mean_token_accuracy": token_accuracy}
-    record_event(session, job, message=f"Step {step}: validation loss={loss:.4f}", metrics=metrics)
+    details = {"step": step, "full_valid_loss": loss, "full_valid_mean_token_accuracy": token_accuracy}
+    record_event(session, job, message=f"Step {step}: validation loss={loss:.4f}", details=details)
 
 
 def read_observations(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import select, text
 
 from core.db.models import Adapter, Checkpoint, File, ResumePoint
 from core.db.session import AuditorSession
 from core.domain.scheduling import USAGE_HALF_LIFE_SECONDS, FairnessTerms, slot_seconds
+from core.domain.values import StoredArtifact
 from core.storage import ObjectNotFoundError, ObjectStore, StoredObject
 
 _MAX_SHOWN = 5
@@ -237,13 +237,14 @@ def _named_objects(session: AuditorSession) -> Iterator[_NamedObject]:
         for prefix, stored in session.execute(
             select(model.object_prefix, model.files).where(model.deleted_at.is_(None))
         ):
-            yield from (_named_file(prefix, file) for file in stored)
+            yield from _named_files(StoredArtifact.of_row(prefix, stored))
     for prefix, stored in session.execute(select(ResumePoint.object_prefix, ResumePoint.files)):
-        yield from (_named_file(prefix, file) for file in stored)
+        yield from _named_files(StoredArtifact.of_row(prefix, stored))
 
 
-def _named_file(prefix: str, file: dict[str, Any]) -> _NamedObject:
-    return _NamedObject(prefix + file["name"], StoredObject(file["size_bytes"], file["sha256"]))
+def _named_files(artifact: StoredArtifact) -> Iterator[_NamedObject]:
+    for file in artifact.files:
+        yield _NamedObject(artifact.object_prefix + file.name, StoredObject(file.size_bytes, file.sha256))
 
 
 def _is_stored(store: ObjectStore, named: _NamedObject, *, is_deep: bool) -> bool:

@@ -65,7 +65,7 @@ class Lab:
         self.store = S3ObjectStore(servers.direct.storage)
         self.api_key = stack.create_tenant("acme")
         self.client = OpenAI(base_url=f"{stack.api_url}/v1", api_key=self.api_key, max_retries=0)
-        self.rows = LabRows(servers.direct.postgres_url)
+        self.rows = LabRows(servers)
 
     def start_worker(self, *, inside: Sequence[str] = (), **env: str) -> ChildProcess:
         """Start a worker; `inside` is the program, with its arguments, that starts it in turn."""

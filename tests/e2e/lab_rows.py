@@ -9,15 +9,16 @@ from typing import Any
 
 import psycopg
 
+from tests.faults import FaultyServers
 from tests.waiting import wait_until
 
 
 class LabRows:
     """What the database says of jobs, by their public ids, and of workers. It costs less than to ask over the wire."""
 
-    def __init__(self, postgres_url: str) -> None:
-        self._postgres_url = postgres_url
-        self._connection = psycopg.connect(postgres_url, autocommit=True)
+    def __init__(self, servers: FaultyServers) -> None:
+        self._servers = servers  # which PostgreSQL is theirs changes with a failover
+        self._connection = self._connect()
 
     def close(self) -> None:
         self._connection.close()
@@ -32,10 +33,13 @@ class LabRows:
 
     def _has_reconnected(self) -> bool:
         try:
-            self._connection = psycopg.connect(self._postgres_url, autocommit=True)
+            self._connection = self._connect()
         except psycopg.OperationalError:
             return False
         return True
+
+    def _connect(self) -> psycopg.Connection:
+        return psycopg.connect(self._servers.direct.postgres_url, autocommit=True)
 
     def has_worker(self, given_name: str) -> bool:
         row = self._connection.execute("select from workers where given_name = %s", (given_name,)).fetchone()

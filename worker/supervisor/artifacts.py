@@ -56,13 +56,14 @@ def artifact_prefix(lease: Lease, artifact: str) -> str:
 
 
 def grant_resume_point(store: ObjectStore, point: ResumePoint) -> RemoteResumePoint:
+    artifact = StoredArtifact.of_row(point.object_prefix, point.files)
     files = {
         file.name: RemoteFile(
-            url=store.presign_internal_get(point.object_prefix + file.name, expires=_URL_LIFETIME),
+            url=store.presign_internal_get(artifact.object_prefix + file.name, expires=_URL_LIFETIME),
             sha256=file.sha256,
             size_bytes=file.size_bytes,
         )
-        for file in map(StoredFile.model_validate, point.files)
+        for file in artifact.files
     }
     return RemoteResumePoint(step=point.step, files=files)
 
