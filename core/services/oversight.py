@@ -55,7 +55,7 @@ union select pool from queues order by pool
 # pool of the page. The oldest waiting job is the one with the least id, because ids sort by time.
 _POOLS = text("""
 select d.*, b.id as base_model_id, nullif(split_part(d.pool, '@', 2), 'none') as quantization, b.state, b.state_reason,
-    b.is_enabled, b.disabled_at is not null as is_disabled, q.num_queued, o.oldest_seconds, w.*
+    b.is_enabled as is_in_registry, b.disabled_at is not null as is_disabled, q.num_queued, o.oldest_seconds, w.*
 from (select * from pool_demand where pool > :after order by pool limit :num) d
 join base_models b on b.id = split_part(d.pool, '@', 1)
 cross join lateral (
@@ -241,7 +241,7 @@ def _pool_overview(row: RowMapping) -> PoolOverview:
         quantization=row["quantization"],
         base_state=BaseState(row["state"]),
         state_reason=row["state_reason"],
-        is_offered=row["is_enabled"] and not row["is_disabled"],
+        is_offered=row["is_in_registry"] and not row["is_disabled"],
         num_queued=row["num_queued"],
         oldest_seconds=row["oldest_seconds"],
         num_workers=row["num_workers"],
