@@ -53,11 +53,11 @@ class Authenticator:
         self._refused: dict[bytes, _Refusal] = {}
 
     async def find(self, authorization: str | None) -> Identity:
-        """Do what `identify` does, without blocking the event loop."""
+        """Return what `identify` returns. A thread asks the database, so that the event loop goes on."""
         if identity := self.recall(authorization):
             return identity
-        lane = ACQUAINTANCES if self._has_met(_parse_bearer(authorization)) else STRANGERS
-        return await to_thread.run_sync(self.identify, authorization, limiter=lane)
+        places = ACQUAINTANCES if self._has_met(_parse_bearer(authorization)) else STRANGERS
+        return await to_thread.run_sync(self.identify, authorization, limiter=places)
 
     def identify(self, authorization: str | None) -> Identity:
         """Return the owner of an Authorization header's key. Raises UnauthenticatedError. May ask the database."""
@@ -74,7 +74,7 @@ class Authenticator:
         return identity
 
     def recall(self, authorization: str | None) -> Identity | None:
-        """Do what `identify` does without asking the database. Return None if the key is not remembered."""
+        """Return the owner of a remembered key, else None. Raises UnauthenticatedError. Never asks the database."""
         return self._recall(_parse_bearer(authorization))
 
     def recheck(self, identity: Identity) -> None:
@@ -114,7 +114,7 @@ class Authenticator:
 
 
 async def find_operator(engine: Engine, authorization: str | None) -> OperatorIdentity | None:
-    """Do what `identify_operator` does, without blocking the event loop."""
+    """Return what `identify_operator` returns. A thread asks the database, so that the event loop goes on."""
     if not _bearer_of(authorization).startswith(OPERATOR_PREFIX):
         return None
     return await to_thread.run_sync(identify_operator, engine, authorization, limiter=STRANGERS)

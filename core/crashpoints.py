@@ -18,7 +18,7 @@ _passes = itertools.count(1)
 
 
 class CrashPoint(StrEnum):
-    """Each place is directly after a write that counts, and before any message about that write."""
+    """Each place but `UPLOAD` follows a write that is committed or stored, and precedes every message about it."""
 
     POST_INSERT = "post_insert"  # a job's row is committed, its tenant has no answer yet
     POST_CLAIM = "post_claim"  # a claim is committed, the trainer has no order yet

@@ -91,6 +91,7 @@ def _run_child(order: bytes, limits: PreviewLimits) -> tuple[bytes, int]:
     with suppress(BrokenPipeError), subprocess.Popen(argv, env=environment, **pipes) as child:  # type: ignore[call-overload]
         os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
         timer = threading.Timer(limits.wall_seconds, child.kill)
+        timer.name = "preview limit"
         timer.start()
         try:
             child.stdin.write(order)  # no deadlock: the child reads all of it before it writes

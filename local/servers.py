@@ -130,7 +130,7 @@ class LocalServers:
         postgres = PostgresServer(directory, port=ports.postgres, password=made.postgres, is_durable=is_durable)
         # the first two start while the third makes its cluster
         started = [(server, self._spawn(server)) for server in (s3, redis, postgres)]
-        with ThreadPoolExecutor() as waiting:
+        with ThreadPoolExecutor(thread_name_prefix="wait for server") as waiting:
             list(waiting.map(lambda pair: pair[1].wait_until(pair[0].answers, timeout_seconds=_START_SECONDS), started))
         return ServerAddresses(postgres.url, redis.url, s3.config)
 

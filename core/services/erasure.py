@@ -4,11 +4,11 @@
 |---|---|---|
 | a job | its texts, settings and history go, also from the audit log | its row goes once the job is spent |
 | a tenant's jobs | they are cancelled | they are deleted, then erased as above |
-| a tenant's files and uploads | they are marked as deleted, without names | they go once their objects are purged |
+| a tenant's files and uploads | marked as deleted, and their names removed | they go once their objects are purged |
 | a tenant's adapters and checkpoints | they are marked as deleted | they go with their jobs |
 | a tenant's API keys and idempotency keys | they go | - |
 | a tenant's queues, storage totals and rows set aside | - | they go after its jobs, uploads and files |
-| the tenant itself | - | its row stays without names, because bookings of usage are kept for ever |
+| the tenant itself | - | its row stays, because bookings of usage refer to it for ever; its names are removed |
 
 A job is spent when its objects are purged, its use is booked and its prefix is swept. Until then its row keeps ids and
 numbers only, because a late worker may still write an object.

@@ -91,7 +91,7 @@ def _over_storage(stored: int, quota: int | None) -> PermissionDeniedError:
 
 
 def reserve_storage(session: TenantSession, tenant_id: uuid.UUID, *, num_bytes: int) -> None:
-    """The same as `check_storage`. The tenant's other transactions cannot reserve until this one ends."""
+    """Check as `check_storage`, and lock: no other transaction of the tenant reserves until this one ends."""
     lock_for_tenant(session, tenant_id, purpose="storage")
     check_storage(session, tenant_id, num_bytes=num_bytes)
 

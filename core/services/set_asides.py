@@ -107,7 +107,7 @@ def list_set_asides(session: OperatorSession) -> Sequence[SetAside]:
 
 
 def forget_set_asides(session: ServiceSession) -> None:
-    """Forget rows that have not failed for a day since their last retry was due: they were done, or are gone."""
+    """Forget each row whose retry was due over a day ago and has not failed again. It was done, or is gone."""
     session.execute(delete(SetAside).where(SetAside.retry_at < func.now() - _REMEMBERED_FOR))
 
 

@@ -15,12 +15,16 @@ from tests.mermaid import blocks_of, find_faults
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/architecture.md").read_text()
 ROOMS = ("api", "core", "worker", "schedule", "local", "cli")
-STARTERS = {"Thread", "start_thread", "ThreadPoolExecutor", "start_pool"}
+STARTERS = {"Thread", "_VitalThread", "start_thread", "ThreadPoolExecutor"}
 NAMING = {"name", "thread_name_prefix"}
 
 
 def _calls(path: Path, names: set[str]) -> Iterator[ast.Call]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    yield from _calls_in(path.read_text(), names)
+
+
+def _calls_in(source: str, names: set[str]) -> Iterator[ast.Call]:
+    for node in ast.walk(ast.parse(source)):
         called = node.func if isinstance(node, ast.Call) else None
         if getattr(called, "id", getattr(called, "attr", None)) in names:
             yield node  # type: ignore[misc]
@@ -38,9 +42,28 @@ def _computed(path: Path) -> set[str]:
     return {text for row in rows for text in _texts(row.elts[0])} or named
 
 
+def _sources() -> Iterator[Path]:
+    return (each for room in ROOMS for each in sorted((ROOT / room).rglob("*.py")))
+
+
+def _names_of_timers(source: str) -> list[str]:
+    """What a module assigns to the names of its timers: a timer takes no name when it is made."""
+    assigned = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)]
+    return [text for node in assigned if ast.unparse(node.targets[0]) == "timer.name" for text in _texts(node.value)]
+
+
+def _unnamed(source: str) -> list[int]:
+    """The lines that start a thread or a pool of threads without a name."""
+    calls = _calls_in(source, STARTERS)
+    unnamed = [call.lineno for call in calls if not any(keyword.arg in NAMING for keyword in call.keywords)]
+    timers = [call.lineno for call in _calls_in(source, {"Timer"})]
+    return sorted(unnamed + timers[len(_names_of_timers(source)) :])
+
+
 def threads() -> Iterator[tuple[str, str]]:
     """Each name of a thread, and where it is started. Of a name that is made of parts, the fixed one."""
-    for path in (each for room in ROOMS for each in sorted((ROOT / room).rglob("*.py"))):
+    for path in _sources():
+        yield from ((name, str(path.relative_to(ROOT))) for name in _names_of_timers(path.read_text()))
         for call in _calls(path, STARTERS):
             for keyword in (each for each in call.keywords if each.arg in NAMING):
                 is_fixed = isinstance(keyword.value, ast.Constant | ast.JoinedStr)
@@ -52,6 +75,22 @@ def test_the_page_names_every_thread_of_the_code() -> None:
     found = list(threads())
     assert len({name for name, _ in found}) > 15
     assert [each for each in found if not re.search(rf"`{re.escape(each[0])}", PAGE)] == []
+
+
+def test_every_thread_of_the_code_has_a_name() -> None:
+    assert {str(path.relative_to(ROOT)): lines for path in _sources() if (lines := _unnamed(path.read_text()))} == {}
+
+
+def test_a_thread_without_a_name_is_found() -> None:
+    assert _unnamed("threading.Thread(target=work)\nThread(target=work, name='a')") == [1]
+    assert _unnamed("ThreadPoolExecutor(thread_name_prefix='a')\nThreadPoolExecutor(4)") == [2]
+    assert _unnamed("timer = Timer(1, work)\ntimer.name = 'a'\nTimer(1, work)") == [3]
+
+
+def test_the_page_names_every_module_that_limits_threads() -> None:
+    limiting = [str(path.relative_to(ROOT)) for path in _sources() if any(_calls(path, {"CapacityLimiter"}))]
+    assert "api/row_checks.py" in limiting
+    assert [module for module in limiting if f"`{module}`" not in PAGE] == []
 
 
 def test_the_needs_of_readiness_are_threads_of_the_page() -> None:

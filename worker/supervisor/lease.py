@@ -4,11 +4,12 @@ Two threads do this, so that no other work can delay a lease. One prolongs, over
 watches the clock, so that a hanging database cannot keep it from stopping the trainer.
 
 Deadlines are by the database's clock. This process measures by its monotonic clock how long ago its last successful
-heartbeat was sent. It stops its trainer at two thirds of a lease, before another worker may start the same job:
+heartbeat was sent. It stops its trainer at two thirds of a lease, before another worker may start the same job
+(times in leases):
 
-    0 s    heartbeat sent, answered: the lease ends a lease later, by the database's clock
-    2/3    no heartbeat was answered since: `fence` kills the trainer
-    3/3    the lease is over, and the job may be claimed elsewhere
+    0      a heartbeat is sent, and the database prolongs the lease
+    2/3    no later heartbeat has been answered: `fence` kills the trainer
+    3/3    the lease ends by the database's clock, and another worker may claim the job
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The artifacts of a job in the training loop's account: checkpoints and resume points that are stored or being stored.
+"""The training loop's list of a job's artifacts: checkpoints and resume points that are stored or are being stored.
 
 The loop hands each to a background thread (worker.trainer.publishing) and keeps its future. However many epochs a job
 has, its scratch directory holds at most two adapters: a job that trains faster than its checkpoints are stored waits

@@ -1,8 +1,8 @@
 """The trainer's end of the two pipes, and its one inbox.
 
 Orders from the supervisor and results of background work arrive in the same queue, so the loop waits in one place. When
-the supervisor is gone, the thread that reads orders ends this process at once, whatever it was doing. It also does so
-when it fails itself, at a line that is no order: a trainer that receives no orders cannot be stopped.
+the supervisor is gone, the thread that reads orders ends this process at once, whatever it was doing. The process also
+ends if that thread fails, for example at a line that is no order, because a trainer without orders cannot be stopped.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from core.domain import bounds
 from core.domain.errors import InvalidRequestError, NotFoundError
 from core.domain.ids import IdKind, parse_id
 from core.domain.job_requests import JobRequest
+from core.domain.jobs import MAX_SUFFIX_LENGTH
 from core.domain.training import LearningRateSchedule, resolve_alpha
 
 Auto = Literal["auto"]
@@ -21,6 +22,7 @@ Auto = Literal["auto"]
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 MetadataKey = Annotated[Text, StringConstraints(max_length=64)]
 MetadataValue = Annotated[Text, StringConstraints(max_length=512)]
+Suffix = Annotated[str, StringConstraints(min_length=1, max_length=MAX_SUFFIX_LENGTH, pattern=r"^[A-Za-z0-9._-]+$")]
 
 
 class Hyperparameters(RequestBody):
@@ -75,7 +77,7 @@ class CreateJob(RequestBody):
     """The id of the file to train on."""
     validation_file: Text | None = None
     """The id of the file to evaluate on. Null or absent for no evaluation."""
-    suffix: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] | None = None
+    suffix: Suffix | None = None
     """A part of the trained model's name, to tell it from others."""
     seed: Annotated[int, bounds.SEED.field] | None = None
     """The seed of all that is random in the job. Null or absent for a seed of the service's choice."""

@@ -30,7 +30,8 @@ class NumberedLine(Frozen):
 class PreviewRow(Frozen):
     """One row within `max_seq_len`. `loss_mask[i]` is 1 where token i is learnt.
 
-    `num_left_out_turns` weighted answers are not learnt, because a server would not send the base the same context.
+    `num_left_out_turns` counts the answers of weight 1 that are not learnt, because a server would not send the base
+    the same context.
     """
 
     line: int
@@ -60,7 +61,8 @@ class TokenBucket(Frozen):
 class TokenReport(Frozen):
     """`num_truncated` rows are longer than `max_seq_len`; `num_nothing_to_learn` have no learnt token within it.
 
-    `num_left_out_turns` weighted answers are not learnt, because a server would not send the base the same context.
+    `num_left_out_turns` counts the answers of weight 1 that are not learnt, because a server would not send the base
+    the same context.
     `num_tokens` and `num_learnt_tokens` count what is trained on in one epoch.
     """
 

@@ -24,7 +24,8 @@ from core.domain.datasets.values import ChatExample
 class TokenizedConversation:
     """Token ids and label marks of one conversation, of equal length.
 
-    `num_left_out_turns` weighted answers are not learnt: see core.domain.datasets.answers.
+    `num_left_out_turns` counts the answers of weight 1 that are not learnt. core.domain.datasets.answers says which
+    these are.
     """
 
     token_ids: list[int]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -63,7 +63,26 @@ class Planted:
     @property
     def ids(self) -> dict[str, str]:
         """Return the ids by kind."""
-        return {name: value for name, value in self.__dict__.items() if isinstance(value, str)}
+        return {name: value for name, value in asdict(self).items() if isinstance(value, str)}
+
+
+@dataclass(frozen=True)
+class _SucceededJob:
+    """A job that has succeeded, as the rows that belong to it name it."""
+
+    tenant_id: uuid.UUID
+    job_id: uuid.UUID
+    token: int
+    model: str
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Return the columns that say whose a row is."""
+        return {"tenant_id": self.tenant_id, "job_id": self.job_id}
+
+    @property
+    def prefix(self) -> str:
+        return attempt_prefix(self.tenant_id, self.job_id, self.token)
 
 
 def plant(owner: Engine, api: Engine, store: ObjectStore, tenant: Tenant) -> Planted:
@@ -78,18 +97,36 @@ def plant(owner: Engine, api: Engine, store: ObjectStore, tenant: Tenant) -> Pla
             new=NewFile(file_id, "a.jsonl", "fine-tune", object_key, len(ROW), "0" * 64, num_examples=1),
         )
     with service_transaction(owner) as session:
-        return _plant_job(session, store, tenant, file_id, object_key)
+        succeeded = _plant_jobs(session, tenant, file_id)
+        checkpoint, adapter = _plant_artifacts(session, succeeded)
+        part = _plant_upload(session, tenant, object_key)
+        permission = _plant_permission(session, checkpoint)
+        event, log_line = _plant_traces(session, succeeded)
+        store.put_bytes(succeeded.prefix + FILES[0]["name"], ROW, content_type="application/json")
+        return Planted(
+            file=format_id(IdKind.FILE, file_id),
+            job=format_id(IdKind.JOB, succeeded.job_id),
+            event=format_id(IdKind.EVENT, event.id),
+            checkpoint=format_id(IdKind.CHECKPOINT, checkpoint.id),
+            adapter=format_id(IdKind.ADAPTER, adapter.id),
+            model=succeeded.model,
+            checkpoint_model=checkpoint.model_name,
+            api_key=format_key_id(tenant.key_id),
+            tenant=format_id(IdKind.TENANT, tenant.id),
+            upload=format_id(IdKind.UPLOAD, part.upload_id),
+            part=format_id(IdKind.PART, part.id),
+            permission=format_id(IdKind.PERMISSION, permission.id),
+            log_line=format_id(IdKind.LOG_LINE, log_line.id),
+            object_keys=(object_key, succeeded.prefix + FILES[0]["name"]),
+        )
 
 
-def _plant_job(
-    session: ServiceSession, store: ObjectStore, tenant: Tenant, file_id: uuid.UUID, object_key: str
-) -> Planted:
+def _plant_jobs(session: ServiceSession, tenant: Tenant, file_id: uuid.UUID) -> _SucceededJob:
+    """Add a queued job, and one that has succeeded with its attempt, metrics and usage."""
     job_id, token = new_id(), session.scalars(LEASE_TOKENS.next_value()).one()
     name = fine_tuned_model_name(BASE_MODEL, tenant_slug=tenant.slug, suffix=None, digits=job_id.hex[-8:])
-    prefix = attempt_prefix(tenant.id, job_id, token)
-    own = {"tenant_id": tenant.id, "job_id": job_id}
-    session.add(_job(tenant, job_id, file_id, name))
-    session.add(_job(tenant, new_id(), file_id, None))
+    succeeded = _SucceededJob(tenant.id, job_id, token, name)
+    session.add_all([_job(tenant, job_id, file_id, name), _job(tenant, new_id(), file_id, None)])
     session.flush()
     attempt = Attempt(
         id=new_id(),
@@ -99,21 +136,7 @@ def _plant_job(
         entry_charge_seconds=0,
         outcome="succeeded",
         ended_at=func.now(),
-        **own,
-    )
-    checkpoint = Checkpoint(
-        id=new_id(),
-        lease_token=token,
-        step=1,
-        model_name=checkpoint_model_name(name, 1),
-        object_prefix=prefix,
-        files=FILES,
-        metrics={},
-        **own,
-    )
-    event = Event(id=new_id(), level="info", type="message", message="Planted.", **own)
-    adapter = Adapter(
-        id=new_id(), name=name, base_model_id=BASE_MODEL, object_prefix=prefix, files=FILES, size_bytes=1, **own
+        **succeeded.own,
     )
     metric = Observation(
         step=32,
@@ -123,11 +146,34 @@ def _plant_job(
         learning_rate=1,
         grad_norm=1,
         num_tokens=1,
-        **own,
+        **succeeded.own,
     )
-    session.add_all([attempt, checkpoint, event, adapter, metric])
+    session.add_all([attempt, metric])
     session.flush()
     session.add(Usage(id=new_id(), tenant_id=tenant.id, attempt_id=attempt.id, gpu_seconds=1, trained_tokens=1))
+    return succeeded
+
+
+def _plant_artifacts(session: ServiceSession, succeeded: _SucceededJob) -> tuple[Checkpoint, Adapter]:
+    """Add what the job has stored: a checkpoint, its adapter and a resume point."""
+    stored = {"object_prefix": succeeded.prefix, "files": FILES, **succeeded.own}
+    checkpoint = Checkpoint(
+        id=new_id(),
+        lease_token=succeeded.token,
+        step=1,
+        model_name=checkpoint_model_name(succeeded.model, 1),
+        metrics={},
+        **stored,
+    )
+    adapter = Adapter(id=new_id(), name=succeeded.model, base_model_id=BASE_MODEL, size_bytes=1, **stored)
+    resume_point = ResumePoint(id=new_id(), lease_token=succeeded.token, step=1, **stored)
+    session.add_all([checkpoint, adapter, resume_point])
+    session.flush()
+    return checkpoint, adapter
+
+
+def _plant_upload(session: ServiceSession, tenant: Tenant, object_key: str) -> UploadPart:
+    """Add a pending upload with one part."""
     upload = Upload(
         id=new_id(),
         tenant_id=tenant.id,
@@ -140,38 +186,31 @@ def _plant_job(
     session.add(upload)
     session.flush()
     part = UploadPart(id=new_id(), tenant_id=tenant.id, upload_id=upload.id, object_key=object_key, size_bytes=1)
-    permission = CheckpointPermission(
-        id=new_id(), tenant_id=tenant.id, checkpoint_id=checkpoint.id, project_id="nobody-here"
-    )
-    log_line = LogLine(id=new_id(), attempt_number=1, level="info", name="planted", details={}, **own)
-    session.add_all(
-        [
-            part,
-            permission,
-            log_line,
-            IdempotencyKey(tenant_id=tenant.id, key="planted", request_hash=bytes(32), job_id=job_id),
-            ResumePoint(id=new_id(), lease_token=token, step=1, object_prefix=prefix, files=FILES, **own),
-            SetAside(duty="claim", row_id=job_id, tenant_id=tenant.id, reason="Planted.", retry_at=func.now()),
-        ]
-    )
+    session.add(part)
     session.flush()
-    store.put_bytes(prefix + FILES[0]["name"], ROW, content_type="application/json")
-    return Planted(
-        file=format_id(IdKind.FILE, file_id),
-        job=format_id(IdKind.JOB, job_id),
-        event=format_id(IdKind.EVENT, event.id),
-        checkpoint=format_id(IdKind.CHECKPOINT, checkpoint.id),
-        adapter=format_id(IdKind.ADAPTER, adapter.id),
-        model=name,
-        checkpoint_model=checkpoint.model_name,
-        api_key=format_key_id(tenant.key_id),
-        tenant=format_id(IdKind.TENANT, tenant.id),
-        upload=format_id(IdKind.UPLOAD, upload.id),
-        part=format_id(IdKind.PART, part.id),
-        permission=format_id(IdKind.PERMISSION, permission.id),
-        log_line=format_id(IdKind.LOG_LINE, log_line.id),
-        object_keys=(object_key, prefix + FILES[0]["name"]),
+    return part
+
+
+def _plant_permission(session: ServiceSession, checkpoint: Checkpoint) -> CheckpointPermission:
+    permission = CheckpointPermission(
+        id=new_id(), tenant_id=checkpoint.tenant_id, checkpoint_id=checkpoint.id, project_id="nobody-here"
     )
+    session.add(permission)
+    session.flush()
+    return permission
+
+
+def _plant_traces(session: ServiceSession, succeeded: _SucceededJob) -> tuple[Event, LogLine]:
+    """Add what else names the job: an event, a log line, an idempotency key and a row set aside."""
+    event = Event(id=new_id(), level="info", type="message", message="Planted.", **succeeded.own)
+    log_line = LogLine(id=new_id(), attempt_number=1, level="info", name="planted", details={}, **succeeded.own)
+    key = IdempotencyKey(key="planted", request_hash=bytes(32), **succeeded.own)
+    set_aside = SetAside(
+        duty="claim", row_id=succeeded.job_id, tenant_id=succeeded.tenant_id, reason="Planted.", retry_at=func.now()
+    )
+    session.add_all([event, log_line, key, set_aside])
+    session.flush()
+    return event, log_line
 
 
 def _job(tenant: Tenant, job_id: uuid.UUID, file_id: uuid.UUID, name: str | None) -> Job:
