@@ -16,6 +16,7 @@ OPERATIONS = {
     for path, operations in DOCUMENT["paths"].items()
     for method, operation in operations.items()
 }
+LEAST_WORDS = 3
 # Objects whose keys nobody can list, and why.
 FREE_FORM = {
     "#/components/schemas/AuditObject/properties/before": "the columns of whatever table was changed",
@@ -33,6 +34,11 @@ def schemas_in(node: Any, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(node, list):
         for index, value in enumerate(node):
             yield from schemas_in(value, f"{at}/{index}")
+
+
+def is_told(described: dict[str, Any]) -> bool:
+    """Return whether a thing has a description that says something: three words at least."""
+    return len(described.get("description", "").split()) >= LEAST_WORDS
 
 
 def is_free_form(schema: dict[str, Any]) -> bool:
@@ -55,6 +61,16 @@ def test_every_operation_has_a_summary_of_its_own(route: APIRoute) -> None:
 def test_every_operation_and_every_parameter_of_it_is_described(operation: dict[str, Any]) -> None:
     assert operation.get("description", "").endswith("."), "the route's docstring is whole sentences"
     assert [each["name"] for each in operation.get("parameters", ()) if not each.get("description")] == []
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_every_success_is_described_and_has_a_schema(operation: dict[str, Any]) -> None:
+    for status, answer in operation["responses"].items():
+        if status.startswith("2"):
+            assert is_told(answer), "write response_description=... on the route"
+            assert answer["description"] != "Successful Response"
+            assert status == "204" or answer["content"]
+            assert all(each.get("schema") or each.get("itemSchema") for each in answer.get("content", {}).values())
 
 
 def test_every_tag_is_described_and_used() -> None:
