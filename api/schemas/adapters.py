@@ -114,7 +114,7 @@ class DownloadObject(Answer):
     id: str
     """The id of the adapter or of the checkpoint."""
     object: Literal["adapter.download", "checkpoint.download"] = "adapter.download"
-    """What the files are of."""
+    """What the files are of: `adapter.download` for a finished adapter, `checkpoint.download` for a checkpoint."""
     expires_at: int
     """When the URLs stop working, in Unix seconds."""
     files: list[DownloadFile]

@@ -17,7 +17,14 @@ class ErrorDetail(Answer):
     message: str
     """What is wrong and what to do about it, for people."""
     type: ErrorType
-    """The class of the error, which follows from the answer's status."""
+    """The class of the error, which follows from the answer's status.
+
+    - `invalid_request_error`: Every other status below 500.
+    - `authentication_error`: Status 401.
+    - `permission_error`: Status 403.
+    - `rate_limit_error`: Status 429.
+    - `server_error`: Status 500 or more.
+    """
     param: str | None
     """The field or parameter at fault, such as `method.type`. Null if it is not one of them."""
     code: str | None

@@ -62,7 +62,11 @@ class FileSummary(Answer):
     purpose: Literal["fine-tune", "fine-tune-results"]
     """`fine-tune` for an uploaded dataset, `fine-tune-results` for the step metrics of a job as CSV."""
     status: Literal["processed", "error"]
-    """`error` if the file has rows that cannot be trained on. A job refuses such a file."""
+    """What the check of the file found.
+
+    - `processed`: No problem. A result file is not checked, and has this status too.
+    - `error`: The file has rows that cannot be trained on. A job refuses such a file.
+    """
     status_details: str | None
     """The first problem in one sentence. Null if `status` is `processed`."""
     num_examples: int

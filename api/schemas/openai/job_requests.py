@@ -98,7 +98,12 @@ class CreateJob(RequestBody):
     learning_rate: Annotated[float, bounds.LEARNING_RATE.field] | None = None
     """Ours. The peak learning rate itself, in place of `learning_rate_multiplier`."""
     learning_rate_schedule: LearningRateSchedule = "cosine"
-    """Ours. How the learning rate falls after the warm-up."""
+    """Ours. How the learning rate falls after the warm-up.
+
+    - `linear`: It falls in a straight line.
+    - `cosine`: It falls along half a cosine.
+    - `constant`: It stays at its peak.
+    """
     warmup_ratio: Annotated[float, bounds.WARMUP_RATIO.field] = 0.05
     """Ours. The part of the steps over which the learning rate rises, from 0 to 1."""
     weight_decay: Annotated[float, bounds.WEIGHT_DECAY.field] = 0.0

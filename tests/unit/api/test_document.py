@@ -17,6 +17,8 @@ OPERATIONS = {
     for method, operation in operations.items()
 }
 LEAST_WORDS = 3
+# The keys between a type and the thing that it is the type of.
+AROUND_A_TYPE = ("schema", "items", "anyOf", "additionalProperties")
 # Objects whose keys nobody can list, and why.
 FREE_FORM = {
     "#/components/schemas/AuditObject/properties/before": "the columns of whatever table was changed",
@@ -41,10 +43,21 @@ def is_told(described: dict[str, Any]) -> bool:
     return len(described.get("description", "").split()) >= LEAST_WORDS
 
 
+def description_of(at: str) -> str:
+    """Return the description of an enum, or of the nearest thing around it that it is the type of."""
+    while "description" not in PLACES.get(at, {}):
+        at, _, last = at.rpartition("/")
+        assert last.isdigit() or last in AROUND_A_TYPE, f"{at}/{last} has no description"
+    return str(PLACES[at]["description"])
+
+
 def is_free_form(schema: dict[str, Any]) -> bool:
     """Return whether an object may hold anything. A map names the type of its values, at least."""
     is_known = schema.keys() & {"properties", "patternProperties"}
     return schema.get("type") == "object" and not is_known and schema.get("additionalProperties", True) in (True, {})
+
+
+PLACES = dict(schemas_in(DOCUMENT, "#"))
 
 
 def test_the_walk_finds_the_document() -> None:
@@ -91,6 +104,15 @@ def test_every_schema_and_every_property_is_described() -> None:
 
 def test_every_object_names_its_keys_but_those_that_nobody_can_list() -> None:
     assert {at for at, schema in schemas_in(DOCUMENT, "#") if is_free_form(schema)} == FREE_FORM.keys()
+
+
+def test_every_value_of_an_enum_is_explained() -> None:
+    enums = {at: schema["enum"] for at, schema in PLACES.items() if isinstance(schema.get("enum"), list)}
+    assert len(enums) >= 20
+    mute = [
+        f"{at}: {value}" for at, values in enums.items() for value in values if f"`{value}`" not in description_of(at)
+    ]
+    assert mute == [], "name each value in backquotes in the docstring of its class or field"
 
 
 def test_no_kind_or_status_of_a_schema_is_just_a_string() -> None:
