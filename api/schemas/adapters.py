@@ -70,7 +70,7 @@ class AdapterObject(Answer):
     rank: int
     """The rank of the adapter's matrices."""
     alpha: float
-    """LoRA's alpha."""
+    """LoRA's alpha. The adapter's output is scaled by alpha / rank, or by alpha / sqrt(rank) with rsLoRA."""
     use_rslora: bool
     """Whether the adapter is scaled by alpha / sqrt(rank)."""
     target_modules: list[str]

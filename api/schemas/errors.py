@@ -35,4 +35,4 @@ class Error(Answer):
     """The body of every answer whose status is 400 or more."""
 
     error: ErrorDetail
-    """The error."""
+    """What went wrong, and which error it is."""

@@ -47,7 +47,7 @@ class DeletedObject(Answer):
     - `organization.api_key`: An API key, which is revoked.
     """
     deleted: Literal[True] = True
-    """Always true."""
+    """Always true: a deletion that fails answers an error."""
 
 
 def as_list(page: Page[R], convert: Callable[[R], Any]) -> ListObject[Any]:
