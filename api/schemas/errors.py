@@ -28,7 +28,10 @@ class ErrorDetail(Answer):
     param: str | None
     """The field or parameter at fault, such as `method.type`. Null if it is not one of them."""
     code: str | None
-    """The error's stable word for programs, such as `rate_limit_exceeded`."""
+    """The error's stable word for programs, such as `rate_limit_exceeded`.
+
+    The list of error codes is in docs/errors.md and may grow.
+    """
 
 
 class Error(Answer):

@@ -95,7 +95,10 @@ class JobError(TypedDict):
     """Why a job has failed."""
 
     code: str
-    """The reason's stable word for programs, such as `nothing_to_learn`."""
+    """The reason's stable word for programs, such as `nothing_to_learn`.
+
+    The list of error codes is in docs/errors.md and may grow.
+    """
     message: str
     """The reason, for people."""
     param: str | None

@@ -127,6 +127,14 @@ def test_every_value_of_an_enum_is_explained() -> None:
     assert mute == [], "name each value in backquotes in the docstring of its class or field"
 
 
+def test_every_error_code_names_the_list_that_it_is_from() -> None:
+    codes = {at: schema for at, schema in PLACES.items() if at.endswith("/properties/code") and "$ref" not in schema}
+    assert len(codes) >= 4
+    assert [
+        at for at, schema in codes.items() if "list of error codes is in docs/errors.md" not in schema["description"]
+    ] == []
+
+
 def test_no_kind_or_status_of_a_schema_is_just_a_string() -> None:
     bare = [
         f"{at}/properties/{name}"
