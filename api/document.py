@@ -26,6 +26,7 @@ TAGS = [
     {"name": "admin", "description": "What operators do and see. It needs an operator's key."},
     {"name": "health", "description": "Probes for load balancers. They need no key."},
 ]
+_DEFAULT_SUCCESS = "Successful Response"  # what FastAPI says of a route without `response_description`
 _BEARER = {"type": "http", "scheme": "bearer", "description": "An API key of this service."}
 
 
@@ -55,6 +56,7 @@ def _complete(document: dict[str, Any]) -> None:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             _complete_operation(operation, path=path, method=method)
+            _describe_success(operation["responses"].get("200", {}), schemas)
 
 
 def _error_schemas() -> dict[str, Any]:
@@ -71,6 +73,13 @@ def _complete_operation(operation: dict[str, Any], *, path: str, method: str) ->
         responses.setdefault(str(status.value), describe_refusal(status.phrase))
     if not path.startswith(_OPEN_PREFIXES):
         operation["security"] = [{"bearer": []}]
+
+
+def _describe_success(answer: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """Describe an answer by the first paragraph of its object's own description, unless the route describes it."""
+    name = answer.get("content", {}).get("application/json", {}).get("schema", {}).get("$ref", "").rpartition("/")[2]
+    if name and answer["description"] == _DEFAULT_SUCCESS:
+        answer["description"] = schemas[name]["description"].partition("\n\n")[0]
 
 
 def _refusals(operation: dict[str, Any], *, path: str, method: str) -> set[HTTPStatus]:

@@ -45,6 +45,7 @@ def get_adapter(session: Transaction, caller: Caller, adapter_id: AdapterId) -> 
     "/{adapter_id}/download",
     summary="Download an adapter",
     response_model=DownloadObject,
+    response_description="Where the files can be downloaded for a while, or the files as one tar archive.",
     dependencies=[needs(Scope.DOWNLOAD), Depends(hold_place_for_archive)],
 )
 def download_adapter(

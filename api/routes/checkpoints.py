@@ -44,7 +44,8 @@ def list_permissions(
     limit: Annotated[int, page_limit(100)] = 10,
     after: After = None,
     order: Annotated[
-        Literal["ascending", "descending"], Query(description="`descending` for the newest first.")
+        Literal["ascending", "descending"],
+        Query(description="`ascending` for the oldest first, `descending` for the newest."),
     ] = "descending",
     project_id: Annotated[str | None, Query(description="Show the permissions of this tenant only.")] = None,
 ) -> ListObject[PermissionObject]:

@@ -84,7 +84,9 @@ def list_files(
     caller: Caller,
     purpose: Annotated[str | None, Query(description="Show files of this purpose only.")] = None,
     limit: Annotated[int, page_limit(10_000)] = 10_000,
-    order: Annotated[Literal["asc", "desc"], Query(description="`desc` for the newest first.")] = "desc",
+    order: Annotated[
+        Literal["asc", "desc"], Query(description="`asc` for the oldest first, `desc` for the newest.")
+    ] = "desc",
     after: After = None,
 ) -> ListObject[FileSummary]:
     """List files without the problems of their rows. An answer holds at most 1,000 files, whatever `limit` says."""
@@ -106,6 +108,7 @@ def get_file(session: Transaction, caller: Caller, file_id: FileId) -> FileObjec
     summary="Download a file",
     dependencies=[needs(Scope.DOWNLOAD), Depends(DOWNLOADS)],
     responses=_BYTES,
+    response_description="The bytes of the file.",
     response_class=StreamingResponse,
 )
 def get_file_content(caller: Caller, database: Database, store: Store, file_id: FileId) -> StreamingResponse:

@@ -20,7 +20,11 @@ async def livez() -> HealthObject:
     return HealthObject()
 
 
-@router.get("/readyz", summary="Ask whether the service is ready")
+@router.get(
+    "/readyz",
+    summary="Ask whether the service is ready",
+    response_description="The API can serve requests. It may lack something for some of them.",
+)
 async def readyz(request: Request) -> HealthObject | DegradedObject:
     """Answer 200 if the API can serve requests. `degraded` means that the object store is away."""
     readiness = resources_of(request).readiness

@@ -28,7 +28,12 @@ def list_models(session: Transaction, caller: Caller) -> ListObject[BaseModelObj
     return ListObject(data=[*bases, *fine_tuned], has_more=own.has_more)
 
 
-@router.get("/{model:path}", summary="Get a model", dependencies=[needs(Scope.READ)])
+@router.get(
+    "/{model:path}",
+    summary="Get a model",
+    dependencies=[needs(Scope.READ)],
+    response_description="A base model, a fine-tuned model or a checkpoint.",
+)
 def get_model(session: Transaction, caller: Caller, model: ModelName) -> BaseModelObject | FineTunedModelObject:
     """Return a base model, a fine-tuned model or a checkpoint."""
     if is_checkpoint_model(model):

@@ -67,7 +67,13 @@ def get_pool_demand(session: OperatorTransaction, pool: PoolName) -> PoolDemandO
     return PoolDemandObject.of(oversight.find_pool_demand(session, pool))
 
 
-@router.get("/usage", summary="Sum usage", response_model=ListObject[UsageObject], responses=_JSON_OR_CSV)
+@router.get(
+    "/usage",
+    summary="Sum usage",
+    response_model=ListObject[UsageObject],
+    responses=_JSON_OR_CSV,
+    response_description="One page of sums, as JSON or CSV.",
+)
 def sum_usage(
     session: OperatorTransaction,
     now: Now,
@@ -75,7 +81,8 @@ def sum_usage(
     last: Annotated[Day | None, Query(alias="to", description="The last day, included; today by default.")] = None,
     group_by: Annotated[UsageGroup, Query(description="What to sum by.")] = UsageGroup.TENANT,
     format: Annotated[  # noqa: A002 (the name on the wire)
-        Literal["json", "csv"] | None, Query(description="How to answer. Absent for what the header `Accept` asks for.")
+        Literal["json", "csv"] | None,
+        Query(description="How to answer: `json` or `csv`. Absent for what the header `Accept` asks for."),
     ] = None,
     limit: Limit = 1000,
     after: After = None,

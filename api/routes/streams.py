@@ -93,6 +93,7 @@ class JobStream(StreamingResponse):
     summary="Stream a job's events",
     dependencies=[needs(Scope.READ)],
     response_class=JobStream,
+    response_description="The job's events as server-sent events, until the job has ended.",
     openapi_extra={"responses": {"200": {"content": {"text/event-stream": {"itemSchema": _ITEM}}}}},
 )
 async def stream_job(feed: Feed, watched: Annotated[TenantWatch, Depends(begin_watch, scope="function")]) -> JobStream:

@@ -75,7 +75,7 @@ class AdapterObject(Answer):
     rank: int
     """The rank of the adapter's matrices."""
     alpha: float
-    """LoRA's alpha."""
+    """LoRA's alpha. The adapter's output is scaled by alpha / rank, or by alpha / sqrt(rank) with rsLoRA."""
     use_rslora: bool
     """Whether the adapter is scaled by alpha / sqrt(rank)."""
     target_modules: list[str]
@@ -123,7 +123,7 @@ class DownloadObject(Answer):
     id: str
     """The id of the adapter or of the checkpoint."""
     object: Literal["adapter.download", "checkpoint.download"] = "adapter.download"
-    """What the files are of."""
+    """What the files are of: `adapter.download` for a finished adapter, `checkpoint.download` for a checkpoint."""
     expires_at: int
     """When the URLs stop working, in Unix seconds."""
     files: list[DownloadFile]

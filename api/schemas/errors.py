@@ -17,15 +17,25 @@ class ErrorDetail(Answer):
     message: str
     """What is wrong and what to do about it, for people."""
     type: ErrorType
-    """The class of the error, which follows from the answer's status."""
+    """The class of the error, which follows from the answer's status.
+
+    - `invalid_request_error`: Every other status below 500.
+    - `authentication_error`: Status 401.
+    - `permission_error`: Status 403.
+    - `rate_limit_error`: Status 429.
+    - `server_error`: Status 500 or more.
+    """
     param: str | None
     """The field or parameter at fault, such as `method.type`. Null if it is not one of them."""
     code: str | None
-    """The error's stable word for programs, such as `rate_limit_exceeded`."""
+    """The error's stable word for programs, such as `rate_limit_exceeded`.
+
+    The list of error codes is in docs/errors.md and may grow.
+    """
 
 
 class Error(Answer):
     """The body of every answer whose status is 400 or more."""
 
     error: ErrorDetail
-    """The error."""
+    """What went wrong, and which error it is."""

@@ -83,7 +83,11 @@ class EtaObject(Answer):
     latest: int
     """The latest time, in Unix seconds."""
     basis: Literal["measured_steps", "recent_jobs"]
-    """What was measured: the steps of this job, or jobs of the pool in the last 7 days, of any organization."""
+    """What was measured.
+
+    - `measured_steps`: Steps of this job.
+    - `recent_jobs`: Jobs of the pool in the last 7 days, of any organization.
+    """
     num_measured: int
     """The number of steps or jobs that were measured."""
 

@@ -18,8 +18,11 @@ class DegradedObject(Answer):
     """The process does most of its work, and lacks something for the rest."""
 
     status: Literal["degraded"] = "degraded"
-    """Always `degraded`."""
+    """Always `degraded`: the process works, and something that it needs is away."""
     code: str
-    """What is missing, a stable word for programs, such as `storage_unavailable`."""
+    """What is missing, a stable word for programs, such as `storage_unavailable`.
+
+    The list of error codes is in docs/errors.md and may grow.
+    """
     message: str
     """What is missing, for people."""

@@ -74,7 +74,12 @@ class LogLineObject(Answer):
     attempt: int
     """The attempt that the line is of. A job's first attempt is 1."""
     level: Literal["info", "warn", "error"]
-    """How serious the line is."""
+    """How serious the line is. Every line is `info` at present.
+
+    - `info`: Something happened.
+    - `warn`: Kept for what is worth a look.
+    - `error`: Kept for what went wrong.
+    """
     name: str
     """What happened, a stable word for programs, such as `artifact.uploaded`."""
     data: dict[str, Any]

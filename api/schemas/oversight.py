@@ -116,7 +116,14 @@ class WorkerObject(Answer):
     version: str | None
     """The version of the service that it runs. Null for a version that does not say so."""
     state: Literal["idle", "loading", "serving", "stopping", "clock_wrong"]
-    """What it does. `clock_wrong`: its host's clock is more than 30 s off the database's, so that it claims nothing."""
+    """What it does.
+
+    - `idle`: It trains no job.
+    - `loading`: It loads a base.
+    - `serving`: It trains jobs.
+    - `stopping`: It ends: it gives its jobs back and claims no more.
+    - `clock_wrong`: Its host's clock is more than 30 s off the database's, so that it claims nothing.
+    """
     clock_offset_seconds: float | None
     """How many seconds its host's clock is ahead of the database's. Null if it has not measured."""
     is_alive: bool

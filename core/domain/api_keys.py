@@ -33,7 +33,13 @@ _WIRE_PREFIX = "key_"
 
 
 class Scope(StrEnum):
-    """What an API key may do in its own tenant. Every route needs exactly one."""
+    """What an API key may do in its own tenant. Every route needs exactly one.
+
+    - `read`: List and read files, jobs, models and adapters, without their contents.
+    - `submit`: Upload files, submit and steer jobs, and delete files, jobs and models.
+    - `download`: Read the contents of files, adapters and checkpoints.
+    - `admin`: Make and revoke API keys, and share checkpoints.
+    """
 
     READ = "read"
     SUBMIT = "submit"

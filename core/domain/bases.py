@@ -13,7 +13,12 @@ from core.domain.values import Frozen
 
 
 class BaseState(StrEnum):
-    """Whether a base can be trained on. Nobody has loaded one that is unchecked, so it may yet prove to be either."""
+    """Whether a base can be trained on.
+
+    - `unchecked`: No worker has found out yet, so it may prove to be either.
+    - `usable`: A worker has loaded it.
+    - `unusable`: A worker has found that it cannot be loaded.
+    """
 
     UNCHECKED = "unchecked"
     USABLE = "usable"

@@ -6,7 +6,16 @@ from enum import StrEnum
 
 
 class JobStatus(StrEnum):
-    """Where a job is in its life. OpenAI's API pauses jobs too, but has no name for `paused`."""
+    """Where a job is in its life. OpenAI's API pauses jobs too, but has no name for `paused`.
+
+    - `validating_files`: OpenAI's word for the check of the files. No job is ever in it here.
+    - `queued`: The job waits for a worker.
+    - `running`: A worker trains the job.
+    - `paused`: The job holds no worker, and waits until it is resumed.
+    - `succeeded`: The adapter is trained and stored. This is final.
+    - `failed`: The job has ended with an error. This is final.
+    - `cancelled`: The job was cancelled. This is final.
+    """
 
     VALIDATING_FILES = "validating_files"
     QUEUED = "queued"

@@ -39,7 +39,26 @@ from core.domain.scheduling import QUANTUM_SECONDS
 
 
 class WaitCode(StrEnum):
-    """Why a job is not running, or will not be soon. Public and stable."""
+    """Why a job is not running, or will not be soon. Public and stable.
+
+    - `paused`: The job is paused until it is resumed.
+    - `pausing`: The job runs until its worker has stored where it stands, and is paused then.
+    - `retry_backoff`: The last attempt failed, and the next waits a moment.
+    - `tenant_disabled`: The operator has disabled the organization.
+    - `base_unusable`: The base model cannot be loaded until the operator mends it.
+    - `tenant_concurrency`: As many of the organization's jobs run as may.
+    - `unclaimable`: The service cannot read the job as it is stored, and tries again later.
+    - `quota`: The organization has used its GPU-seconds of this month.
+    - `storage_quota`: The organization stores more than it may.
+    - `no_worker`: No worker that may serve the base model is alive, or none can load it at present.
+    - `clock_wrong`: The workers that could take the job have hosts whose clocks are wrong.
+    - `base_loading`: A worker loads the base model, or is about to.
+    - `other_base_turn`: All workers that may serve the base model have a turn of another one.
+    - `preempted`: The job's worker had to stop and gave the job back, and no slot is free yet.
+    - `slot_lent`: The job's slot is lent to an organization that has used less.
+    - `no_free_slot`: Every slot is in use, or goes to jobs that come first.
+    - `starting`: It is the job's turn, and a worker takes it at its next step.
+    """
 
     PAUSED = "paused"
     PAUSING = "pausing"

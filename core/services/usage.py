@@ -39,7 +39,12 @@ _JOINS = {"tenant": "join tenants t on t.id = u.tenant_id"}
 
 
 class UsageGroup(StrEnum):
-    """What usage is summed by."""
+    """What usage is summed by.
+
+    - `tenant`: One sum for each organization.
+    - `pool`: One sum for each pool.
+    - `day`: One sum for each day (UTC).
+    """
 
     TENANT = "tenant"
     POOL = "pool"

@@ -47,7 +47,12 @@ class EventObject(Answer):
     created_at: int
     """When the event happened, in Unix seconds."""
     level: Literal["info", "warn", "error"]
-    """How serious the event is."""
+    """How serious the event is.
+
+    - `info`: The job goes as it should.
+    - `warn`: Something is worth a look, and the job goes on or can be resumed.
+    - `error`: The job has failed.
+    """
     message: str
     """What happened, for people."""
     type: Literal["message", "metrics"]

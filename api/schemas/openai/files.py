@@ -21,7 +21,10 @@ class RowProblem(TypedDict):
     path: str
     """The place in the row, such as `messages[1].role`, or the column where the line stops being JSON. May be empty."""
     code: str
-    """The kind of problem, a stable word for programs."""
+    """The kind of problem, a stable word for programs, such as `not_json`.
+
+    The list of error codes is in docs/errors.md and may grow.
+    """
     message: str
     """What is wrong, for people."""
     hint: str
@@ -35,7 +38,7 @@ class FileValidation(TypedDict, total=False):
     num_problems: int
     """The number of problems found."""
     problem_counts: dict[str, int]
-    """The number of problems by `code`."""
+    """The number of problems by `code`, which the list of error codes in docs/errors.md names."""
     is_complete: bool
     """False if the check stopped early: the file has very many problems, or another format."""
     num_duplicates: int
@@ -62,7 +65,11 @@ class FileSummary(Answer):
     purpose: Literal["fine-tune", "fine-tune-results"]
     """`fine-tune` for an uploaded dataset, `fine-tune-results` for the step metrics of a job as CSV."""
     status: Literal["processed", "error"]
-    """`error` if the file has rows that cannot be trained on. A job refuses such a file."""
+    """What the check of the file found.
+
+    - `processed`: No problem. A result file is not checked, and has this status too.
+    - `error`: The file has rows that cannot be trained on. A job refuses such a file.
+    """
     status_details: str | None
     """The first problem in one sentence. Null if `status` is `processed`."""
     num_examples: int

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
 
 from api.schemas.misplaced import find_misplaced
+from api.schemas.openai.integrations import Integrations
 from api.schemas.wire import RequestBody
 from core.domain import bounds
 from core.domain.errors import InvalidRequestError, NotFoundError
@@ -83,7 +84,7 @@ class CreateJob(RequestBody):
     """The seed of all that is random in the job. Null or absent for a seed of the service's choice."""
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
     """Up to 16 labels of your own. A key has at most 64 characters, a value at most 512."""
-    integrations: Annotated[list[Any], WithJsonSchema({"type": "array", "items": {}, "maxItems": 0})] | None = None
+    integrations: Integrations | None = None
     """Integrations are not supported: null, absent or an empty list."""
     method: Method | None = None
     """The training method. Null or absent for `supervised`."""
@@ -100,7 +101,12 @@ class CreateJob(RequestBody):
     learning_rate: Annotated[float, bounds.LEARNING_RATE.field] | None = None
     """Ours. The peak learning rate itself, in place of `learning_rate_multiplier`."""
     learning_rate_schedule: LearningRateSchedule = "cosine"
-    """Ours. How the learning rate falls after the warm-up."""
+    """Ours. How the learning rate falls after the warm-up.
+
+    - `linear`: It falls in a straight line.
+    - `cosine`: It falls along half a cosine.
+    - `constant`: It stays at its peak.
+    """
     warmup_ratio: Annotated[float, bounds.WARMUP_RATIO.field] = 0.05
     """Ours. The part of the steps over which the learning rate rises, from 0 to 1."""
     weight_decay: Annotated[float, bounds.WEIGHT_DECAY.field] = 0.0

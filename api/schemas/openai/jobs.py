@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from api.schemas.adapters import UNREADABLE_CONFIG, AdapterConfigObject
+from api.schemas.openai.integrations import Integrations
 from api.schemas.wire import STORED, Answer, AsStored, optional_seconds, unix_seconds
 from core.db.models import Job
 from core.domain.ids import IdKind, format_id
@@ -74,7 +75,7 @@ class JobHyperparameters(Answer):
 
 
 class SupervisedMethod(Answer):
-    """Supervised fine-tuning."""
+    """Supervised fine-tuning, with its hyperparameters."""
 
     hyperparameters: JobHyperparameters
     """The hyperparameters, the same as the job's own."""
@@ -94,7 +95,10 @@ class JobError(TypedDict):
     """Why a job has failed."""
 
     code: str
-    """The reason's stable word for programs, such as `nothing_to_learn`."""
+    """The reason's stable word for programs, such as `nothing_to_learn`.
+
+    The list of error codes is in docs/errors.md and may grow.
+    """
     message: str
     """The reason, for people."""
     param: str | None
@@ -136,7 +140,7 @@ class JobObject(Answer):
     """The training method and its terms."""
     result_files: list[str]
     """The id of the file with the step metrics as CSV. Empty until the job has succeeded."""
-    integrations: Annotated[list[Any], Field(max_length=0)]
+    integrations: Annotated[Integrations, Field(max_length=0)]
     """Always empty: integrations are not supported."""
     metadata: dict[str, str] | None
     """The labels that the request gave the job. Null if it gave none."""

@@ -38,9 +38,16 @@ class DeletedObject(Answer):
     id: str
     """The id of the deleted object."""
     object: Literal["file", "fine_tuning.job", "model", "checkpoint.permission", "organization.api_key"]
-    """The kind of the deleted object."""
+    """The kind of the deleted object.
+
+    - `file`: A file.
+    - `fine_tuning.job`: A job.
+    - `model`: A fine-tuned model.
+    - `checkpoint.permission`: A permission to read a checkpoint.
+    - `organization.api_key`: An API key, which is revoked.
+    """
     deleted: Literal[True] = True
-    """Always true."""
+    """Always true: a deletion that fails answers an error."""
 
 
 def as_list(page: Page[R], convert: Callable[[R], Any]) -> ListObject[Any]:

@@ -75,7 +75,14 @@ class UploadObject(Answer):
     mime_type: str
     """Ours. The media type that the request named."""
     status: Literal["pending", "completing", "completed", "cancelled", "expired"]
-    """Where the upload is in its life. `completing` is ours: its parts are being put together."""
+    """Where the upload is in its life.
+
+    - `pending`: It takes parts.
+    - `completing`: Ours. Its parts are being put together.
+    - `completed`: It has become a file.
+    - `cancelled`: It was cancelled, and becomes no file.
+    - `expired`: It was still pending at `expires_at`, and becomes no file.
+    """
     file: FileObject | None
     """The file that the upload has become. Null until the upload is completed."""
 
