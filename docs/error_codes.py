@@ -50,7 +50,6 @@ ANSWERS = (
     Answer("base_model_unusable", "409", TENANT, "No worker can load this base.", "Ask the operator to mend it."),
     Answer("body_cut", "400", TENANT, "The connection ended before the body was complete.", "Send the request again."),
     Answer("body_stalled", "408", BOTH, "The body came too slowly.", "Send it faster, or in smaller requests."),
-    Answer("busy", "409", TENANT, "Another request is changing the same object.", _WAIT),
     Answer("checksum_mismatch", "400", TENANT, "The MD5 of the parts is another one.", "Check the order of the parts."),
     Answer("completions_busy", "503", TENANT, "Too many uploads are being completed.", _WAIT),
     Answer("conflict", "409", BOTH, "The object's state does not allow this.", "Read the message; change the request."),
@@ -110,7 +109,6 @@ ANSWERS = (
         "Wait, or cancel a job.",
     ),
     Answer("rate_limit_exceeded", "429", TENANT, "The organization sends too many requests a minute.", _WAIT),
-    Answer("rate_limited", "429", TENANT, "A limit is reached; the message names it.", _WAIT),
     Answer("read_only_key", "403", OPERATOR, "The operator's key may only read.", "Use a key that may write."),
     Answer("schema_too_old", "503", OPERATOR, "`/readyz`: the schema is too old.", "Run `espalier migrate`."),
     Answer("statement_timeout", "504", BOTH, "A statement took too long.", "Ask for less; do not just repeat it."),
@@ -225,13 +223,15 @@ ROW_PROBLEMS = (
     RowProblem("unknown_role", "A role is unknown.", "Use one that the hint names."),
 )
 
-# Codes that no client sees: the error is caught inside the process, or only written in a log.
+# Codes that no client sees: the error is caught inside the process or only logged, or every raise names another code.
 INTERNAL = (
     "base_model_refused",
     "base_model_unsupported",
+    "busy",
     "engine_error",
     "error",
     "no_free_slot",
+    "rate_limited",
     "stale_lease",
     "state_unreadable",
     "stopped",
