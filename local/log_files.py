@@ -27,6 +27,7 @@ class LogFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._replacing = threading.Lock()  # between two names of the full file, the path is no file's
         self._open()
         if self._size_bytes >= FILE_BYTES:
             self._replace()
@@ -39,6 +40,12 @@ class LogFile:
     def close_input(self) -> None:
         """Leave the pipe to the child. Call it once, as soon as the child has the pipe or failed to start."""
         os.close(self.input)
+
+    def read_end(self, num_bytes: int) -> bytes:
+        """Return the last bytes of the current file, of which there is one also while it is replaced."""
+        with self._replacing, self._path.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - num_bytes))
+            return log.read()
 
     def wait_for_end(self, *, timeout_seconds: float) -> None:
         """Wait until all output is in the file. A grandchild that still lives may print more."""
@@ -74,7 +81,7 @@ class LogFile:
     def _replace(self) -> bool:
         """Start a new file. If that fails, continue with the old one."""
         full = self._file
-        with contextlib.suppress(OSError):
+        with self._replacing, contextlib.suppress(OSError):
             for number in range(NUM_FILES - 1, 0, -1):
                 older = self._numbered(number - 1)
                 if older.exists():

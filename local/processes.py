@@ -94,9 +94,7 @@ class ChildProcess:
         """Return the end of the child's output. If it has ended, this includes its last line."""
         if not self.is_alive:
             self._log.wait_for_end(timeout_seconds=_LAST_WORDS_SECONDS)
-        with self.log_path.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-            return log.read().decode(errors="replace")
+        return self._log.read_end(_LOG_TAIL_BYTES).decode(errors="replace")
 
     def stop(self) -> None:
         """Ask the child to end, and kill it if it does not."""
