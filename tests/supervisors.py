@@ -43,9 +43,11 @@ def running_runner(settings: WorkerSettings) -> Iterator[Runner]:
     clock = DatabaseClock(engines[0])
     store = S3ObjectStore(settings.storage_config, now=clock.now)
     made = Runner(settings, engine=engines[0], heartbeat_engine=engines[1], store=store, clock=clock)
-    yield made
-    made.request_stop()
-    made.wait_until_idle()
-    made.close()
-    for engine in engines:
-        engine.dispose()
+    try:
+        yield made
+    finally:
+        made.request_stop()
+        made.wait_until_idle()
+        made.close()
+        for engine in engines:
+            engine.dispose()

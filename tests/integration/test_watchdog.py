@@ -8,20 +8,16 @@ import pytest
 import redis
 from sqlalchemy import Engine
 
-from core.db.clock import DatabaseClock
-from core.db.session import connect
 from core.queue import WakeUpPublisher, queue_name
 from core.settings import WorkerSettings
-from core.storage import S3ObjectStore
 from core.telemetry.liveness import Liveness
 from local.servers import ServerAddresses
 from tests.databases import Database
 from tests.factories.bases import POOL
 from tests.factories.jobs import queue_job
 from tests.factories.tenants import Tenant
-from tests.supervisors import worker_settings
+from tests.supervisors import running_runner, worker_settings
 from tests.waiting import wait_until
-from worker.supervisor.runner import Runner
 from worker.supervisor.watchdog import Watchdog
 
 NOBODY = "redis://127.0.0.1:1/0"
@@ -32,13 +28,6 @@ def settings(database: Database, servers: ServerAddresses, tmp_path: Path) -> Wo
     return worker_settings(database, servers, tmp_path, worker_name="watched", cache_dir=tmp_path, deaf_seconds=0.3)
 
 
-def make_runner(settings: WorkerSettings, servers: ServerAddresses) -> Runner:
-    url = settings.database_url.get_secret_value()
-    store = S3ObjectStore(servers.storage)
-    engine = connect(url)
-    return Runner(settings, engine=engine, heartbeat_engine=connect(url), store=store, clock=DatabaseClock(engine))
-
-
 @pytest.mark.fault(11)
 def test_row_11_a_worker_whose_consumer_takes_no_wake_up_ends_to_be_started_afresh(
     settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
@@ -46,18 +35,16 @@ def test_row_11_a_worker_whose_consumer_takes_no_wake_up_ends_to_be_started_afre
     queue_job(owner, tenant)
     with WakeUpPublisher(servers.redis_url) as publisher:
         publisher.publish(POOL)
-    runner, codes = make_runner(settings, servers), []
+    codes: list[int] = []
+    with running_runner(settings) as runner:
 
-    def end_process(code: int) -> None:
-        codes.append(code)
-        runner.request_stop()  # this process goes on: nothing is to be served in it
+        def end_process(code: int) -> None:
+            codes.append(code)
+            runner.request_stop()  # this process goes on: nothing is to be served in it
 
-    Watchdog(settings, runner, end_process=end_process).start()
-    try:
+        Watchdog(settings, runner, end_process=end_process).start()
         wait_until(lambda: bool(codes))
         assert set(codes) == {1}
-    finally:
-        runner.request_stop()
         with redis.Redis.from_url(servers.redis_url) as client:
             client.delete(queue_name(POOL))
 
@@ -67,11 +54,14 @@ def test_a_wake_up_that_has_just_come_is_no_sign_of_a_deaf_consumer(
 ) -> None:
     queue_job(owner, tenant)
     codes: list[int] = []
-    runner = make_runner(settings, servers)
-    runner.request_stop()  # nothing is to be served in this process
-    watchdog = Watchdog(settings, runner, end_process=codes.append)
-    wait_until(lambda: runner.idle_seconds > settings.deaf_seconds)
-    with WakeUpPublisher(servers.redis_url) as publisher, redis.Redis.from_url(servers.redis_url) as client:
+    with (
+        running_runner(settings) as runner,
+        WakeUpPublisher(servers.redis_url) as publisher,
+        redis.Redis.from_url(servers.redis_url) as client,
+    ):
+        runner.request_stop()  # nothing is to be served in this process
+        watchdog = Watchdog(settings, runner, end_process=codes.append)
+        wait_until(lambda: runner.idle_seconds > settings.deaf_seconds)
         for number in range(2, 4):
             publisher.publish(POOL)
             watchdog.heed_silence()
@@ -82,30 +72,24 @@ def test_a_wake_up_that_has_just_come_is_no_sign_of_a_deaf_consumer(
 
 
 def test_a_worker_is_sound_while_the_watchdog_itself_serves(
-    settings: WorkerSettings, servers: ServerAddresses, owner: Engine, tenant: Tenant
+    settings: WorkerSettings, owner: Engine, tenant: Tenant
 ) -> None:
     queue_job(owner, tenant)
     settings = settings.model_copy(update={"redis_url": type(settings.redis_url)(NOBODY)})
-    runner = make_runner(settings, servers)
     liveness, codes = Liveness(), list[int]()
-    Watchdog(settings, runner, liveness=liveness, end_process=codes.append).start()
-    try:
+    with running_runner(settings) as runner:
+        Watchdog(settings, runner, liveness=liveness, end_process=codes.append).start()
         wait_until(lambda: runner.describe().state == "loading")
         assert liveness.names == ("heeding silence", "the loop that serves", "thread 'watchdog'")
         assert liveness.find_fault() is None
-    finally:
-        runner.request_stop()
-        runner.wait_until_idle()
-        runner.close()
     assert codes == []
 
 
-def test_a_loop_that_does_not_turn_is_named(settings: WorkerSettings, servers: ServerAddresses) -> None:
-    runner = make_runner(settings.model_copy(update={"stall_seconds": 0.1}), servers)
+def test_a_loop_that_does_not_turn_is_named(settings: WorkerSettings) -> None:
     liveness = Liveness()
-    # It looks on after this test, and may find another one's wake-ups waiting: nothing is to end this process.
-    Watchdog(settings, runner, liveness=liveness, end_process=list[int]().append).start()
-    with runner._serving:  # somebody serves, and never comes round
-        wait_until(lambda: liveness.find_fault() == "the loop that serves jobs does not turn")
-    assert liveness.find_fault() is None
-    runner.close()
+    with running_runner(settings.model_copy(update={"stall_seconds": 0.1})) as runner:
+        # The watchdog's thread stays after this test. A runner that has been stopped serves no other test's jobs.
+        Watchdog(settings, runner, liveness=liveness, end_process=list[int]().append).start()
+        with runner._serving:  # somebody serves, and never comes round
+            wait_until(lambda: liveness.find_fault() == "the loop that serves jobs does not turn")
+        assert liveness.find_fault() is None
